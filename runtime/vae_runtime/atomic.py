@@ -1,0 +1,119 @@
+"""Files and folders that appear whole or not at all: written beside, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from .errors import OutputError
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a temporary file beside `path`; on success it takes the place of `path`, on any failure it is removed.
+
+    Raises:
+        OutputError: the folder is missing or not writable, the disk is full, `path` is a folder.
+    """
+    path = Path(path)
+    temporary = _beside(path, "part")
+    try:
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder; expected the name of a file to write")
+        with temporary.open(mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str], may_replace: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+    """Yield a new folder beside `path` to fill; on success it takes the place of `path`, on any failure it is removed.
+
+    may_replace: decides whether what stands at `path` may go; None means never. The old folder stays complete and in
+        place until the new one is complete.
+
+    Raises:
+        OutputError: `path` exists and may not be replaced, or the disk refuses.
+    """
+    path = Path(path)
+    temporary = _beside(path, "part")
+    try:
+        refuse_existing(path, may_replace)
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.iterdir():
+            with file.open("rb+") as stream:
+                os.fsync(stream.fileno())
+        _sync_folder(temporary)
+        refuse_existing(path, may_replace)
+        if os.path.lexists(path):
+            _exchange(temporary, path)
+        else:
+            temporary.rename(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # what was left half done, or the old folder after an exchange
+
+
+def refuse_existing(path: str | os.PathLike[str], may_replace: Callable[[Path], bool] | None = None) -> None:
+    """Raise `OutputError` if something stands at `path`, unless `may_replace(path)` allows it."""
+    path = Path(path)
+    if os.path.lexists(path) and not (may_replace is not None and may_replace(path)):
+        raise OutputError(f"{path} exists and will not be replaced; name another output, or pass --force where it was written by vae-edge")
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{suffix}")
+
+
+def _exchange(new: Path, path: Path) -> None:
+    """Let `new` and `path` change places: at once where the system can, else with the old one aside for a moment."""
+    if _renameat2_exchange(new, path):
+        return
+    old = _beside(path, "old")
+    path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    old.rename(new)
+
+
+def _renameat2_exchange(first: Path, second: Path) -> bool:
+    """Linux's RENAME_EXCHANGE: no moment at which neither name exists. False where it is not to be had."""
+    if not sys.platform.startswith("linux"):
+        return False
+    at_fdcwd, rename_exchange = -100, 2
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):
+        return False
+    return bool(renameat2(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), rename_exchange) == 0)
+
+
+def _sync_folder(path: Path) -> None:
+    # Windows cannot open a folder; there the rename alone has to do.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

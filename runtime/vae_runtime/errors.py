@@ -1,0 +1,61 @@
+"""Every error that the packages raise on purpose.
+
+    VAEError
+    ├── BundleError       a bundle that is missing, incomplete, altered, or of an unknown version
+    ├── CheckpointError   a model.pt that is no checkpoint of ours
+    ├── DeviceError       a device or precision that was asked for and cannot be had
+    ├── InputError        an argument that breaks a rule (also a ValueError)
+    ├── ExportError       an export that failed or fell short of its tolerance
+    ├── TrainingError     a training run that cannot go on
+    ├── OutputError       a file that cannot be written, or that exists and was not to be replaced
+    ├── ClosedError       a VAE used after close(), or in a process forked after it was loaded
+    └── MissingExtraError an optional dependency that is not installed (also an ImportError)
+
+A message is one sentence that gives the name, the value and the rule.
+"""
+
+from __future__ import annotations
+
+
+class VAEError(Exception):
+    """The root of the family: catch it to catch every expected failure."""
+
+
+class BundleError(VAEError):
+    """A bundle is missing, incomplete, altered, or of a version that this reader does not know."""
+
+
+class CheckpointError(VAEError):
+    """A file is not a checkpoint that `vae_training` wrote, or holds more than plain data."""
+
+
+class DeviceError(VAEError):
+    """A device, provider or precision was asked for and is not really there."""
+
+
+class InputError(VAEError, ValueError):
+    """An argument has the wrong type, shape, range or value."""
+
+
+class ExportError(VAEError):
+    """A model could not be exported, or its graphs differ from it by more than the tolerance."""
+
+
+class TrainingError(VAEError):
+    """A training run cannot start, continue or finish."""
+
+
+class OutputError(VAEError):
+    """An output cannot be written, or it exists and was not to be replaced."""
+
+
+class ClosedError(VAEError):
+    """A `VAE` was used after `close()`, or in a child process forked after it was loaded."""
+
+
+class MissingExtraError(VAEError, ImportError):
+    """An optional dependency is not installed; the message holds the command that installs it."""
+
+    def __init__(self, module: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs {module}, which is not installed; run: pip install 'vae-edge[{extra}]'")
+        self.extra = extra

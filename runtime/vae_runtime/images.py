@@ -1,0 +1,125 @@
+"""Picture files in and out, for the command lines and for training. Pillow is imported when a file is touched."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .atomic import atomic_file
+from .errors import InputError, MissingExtraError
+from .manifest import InputSpec
+from .preprocess import UInt8
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def list_pictures(folder: str | os.PathLike[str]) -> list[Path]:
+    """Every picture file below `folder`, by its suffix, in the order of the relative paths; hidden files are left out."""
+    folder = Path(folder)
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
+    visible = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    return sorted(visible, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def read_picture(path: str | os.PathLike[str], spec: InputSpec) -> UInt8:
+    """One picture file -> uint8 (H, W) for "grey" or (H, W, 3) for "rgb", [0, 255], in the size of `spec`.
+
+    EXIF orientation is applied; colour becomes grey by ITU-R 601 luma, grey becomes RGB by repetition; another size is
+    refused, stretched, or scaled by its shorter side and cut to the centre, as `spec.resize` says (Lanczos filter).
+
+    Raises:
+        InputError: the file is no picture, has transparency or more than 8 bits, or its size is not the one expected.
+        MissingExtraError: Pillow is not installed.
+    """
+    if spec.colour is None:
+        raise InputError(f"{path} cannot be read as an input of shape {spec.shape}; picture files need 1 or 3 channels, pass arrays instead")
+    pillow = _pillow(f"reading {path}")
+    try:
+        with pillow.Image.open(path) as file:
+            file.load()
+            picture = pillow.ImageOps.exif_transpose(file)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (OSError, SyntaxError, ValueError, pillow.Image.DecompressionBombError) as error:
+        raise InputError(f"{path} cannot be read as a picture: {error}") from None
+    picture = _resize(_to_colour(picture, spec.colour, path), spec, path)
+    return np.asarray(picture, dtype=np.uint8)
+
+
+def read_pictures(paths: Iterable[str | os.PathLike[str]], spec: InputSpec) -> UInt8:
+    """Several picture files -> uint8 (N, H, W) or (N, H, W, 3); see `read_picture`."""
+    return np.stack([read_picture(path, spec) for path in paths])
+
+
+def write_png(path: str | os.PathLike[str], image: UInt8) -> None:
+    """Write uint8 (H, W) or (H, W, 3) as a PNG, atomically.
+
+    Raises:
+        InputError: another dtype or shape.
+        OutputError: the file cannot be written.
+        MissingExtraError: Pillow is not installed.
+    """
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
+        raise InputError(f"image has shape {image.shape} and dtype {image.dtype}; a PNG is written from uint8 (H, W) or (H, W, 3)")
+    pillow = _pillow(f"writing {path}")
+    with atomic_file(path) as stream:
+        pillow.Image.fromarray(image).save(stream, format="png")
+
+
+def grid(images: UInt8, columns: int | None = None, scale: int | None = None, gap: int = 2) -> UInt8:
+    """Lay uint8 images (N, H, W[, 3]) out in rows -> one uint8 image (H', W'[, 3]) on white.
+
+    columns: None makes the grid about square. scale: each pixel becomes scale × scale; None enlarges small images to
+    about 64 pixels. gap: white pixels between images, after scaling.
+    """
+    count, height, width = images.shape[:3]
+    columns = columns or math.ceil(math.sqrt(count))
+    scale = scale or max(1, round(64 / max(height, width)))
+    rows = math.ceil(count / columns)
+    cell_height, cell_width = height * scale + gap, width * scale + gap
+    sheet = np.full((rows * cell_height + gap, columns * cell_width + gap, *images.shape[3:]), 255, np.uint8)
+    for index, image in enumerate(images):
+        top, left = (index // columns) * cell_height + gap, (index % columns) * cell_width + gap
+        sheet[top : top + height * scale, left : left + width * scale] = image.repeat(scale, 0).repeat(scale, 1)
+    return sheet
+
+
+def _pillow(purpose: str) -> Any:
+    try:
+        import PIL
+        import PIL.Image
+        import PIL.ImageOps
+    except ImportError:
+        raise MissingExtraError("Pillow", "images", purpose) from None
+    return PIL
+
+
+def _to_colour(picture: Image.Image, colour: str, path: str | os.PathLike[str]) -> Image.Image:
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;"):
+        raise InputError(f"{path} has pixels of mode {picture.mode!r}, more than 8 bits; convert it to 8 bits per channel first")
+    if picture.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in picture.info:
+        if picture.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+            raise InputError(f"{path} has transparent pixels, which have no colour of their own; flatten it onto a background first")
+        picture = picture.convert("RGB")
+    return picture.convert("L" if colour == "grey" else "RGB")
+
+
+def _resize(picture: Image.Image, spec: InputSpec, path: str | os.PathLike[str]) -> Image.Image:
+    from PIL import Image, ImageOps
+
+    height, width = spec.shape[1:]
+    if picture.size == (width, height):
+        return picture
+    if spec.resize == "stretch":
+        return picture.resize((width, height), Image.Resampling.LANCZOS)
+    if spec.resize == "crop":
+        return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+    raise InputError(f"{path} is {picture.width}×{picture.height} pixels; this model takes pictures of exactly {width}×{height}")

@@ -1,0 +1,347 @@
+"""The bundle format, version 1: what `manifest.json` says and how it is written.
+
+The reader owns the format: export fills these dataclasses in, and `Manifest.to_json` is the one place that turns them
+into bytes (UTF-8, keys sorted, indent 2, final newline, no NaN). Unknown keys are ignored, so that the format can grow;
+a `format_version` above `FORMAT_VERSION` is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import BundleError
+
+FORMAT = "vae-bundle"
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+GOLDEN_FILE = "golden.npz"
+
+# The names of the tensors at the graphs' boundary, the same in every bundle.
+INPUT, MEAN, LOGVAR = "x", "mean", "logvar"
+LATENT, RECONSTRUCTION = "z", "reconstruction"
+
+KINDS = ("vae", "autoencoder")
+PRECISIONS = ("fp32", "fp16", "int8")  # those that have files of their own
+RESIZE_MODES = ("exact", "stretch", "crop")
+COLOURS = {"grey": 1, "rgb": 3}
+MAX_ELEMENTS = 2**31  # of one example; more is no edge model but a damaged or hostile manifest
+BINARIZE_MODES = ("none", "dynamic", "threshold")
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What the encoder takes and the decoder gives, for one example.
+
+    type: "image", float32 (C, H, W) in [0, 1], or "vector", float32 (D,) in the data's own units.
+    shape: without the batch: (C, H, W) or (D,).
+    colour: "grey" (C = 1) or "rgb" (C = 3) where picture files can be read; None for vectors and other channel counts.
+    resize: how a picture file of another size becomes an input: "exact" refuses it, "stretch" ignores the aspect
+        ratio, "crop" scales the shorter side and keeps the centre. None for vectors.
+    """
+
+    type: str
+    shape: tuple[int, ...]
+    colour: str | None = None
+    resize: str | None = None
+
+    @property
+    def is_image(self) -> bool:
+        return self.type == "image"
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> InputSpec:
+        kind = _one_of(data, "input.type", ("image", "vector"))
+        shape = _shape(data, "input.shape", 3 if kind == "image" else 1)
+        if kind == "vector":
+            return cls(kind, shape)
+        resize = _one_of(data, "input.resize", RESIZE_MODES) if "resize" in data else "exact"
+        colour = _one_of(data, "input.colour", tuple(COLOURS)) if data.get("colour") is not None else None
+        if colour is not None and COLOURS[colour] != shape[0]:
+            raise BundleError(f"input.colour is {colour!r}, which has {COLOURS[colour]} channels, but input.shape is {list(shape)}")
+        return cls(kind, shape, colour, resize)
+
+    def to_dict(self) -> dict[str, Any]:
+        data: dict[str, Any] = {"type": self.type, "shape": list(self.shape)}
+        if self.colour is not None:
+            data["colour"] = self.colour
+        if self.resize is not None:
+            data["resize"] = self.resize
+        return data
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """shape: of one latent, without the batch. prior: None for a plain autoencoder, which has no distribution."""
+
+    shape: tuple[int, ...]
+    prior: Mapping[str, Any] | None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], kind: str) -> LatentSpec:
+        shape = _shape(data, "latent.shape", None)
+        prior = data.get("prior")
+        if kind == "vae" and (not isinstance(prior, Mapping) or prior.get("type") != "standard_normal"):
+            raise BundleError(f"latent.prior is {prior!r}; a vae has {{'type': 'standard_normal'}}")
+        if kind == "autoencoder" and prior is not None:
+            raise BundleError(f"latent.prior is {prior!r}; an autoencoder has null")
+        return cls(shape, dict(prior) if prior is not None else None)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"shape": list(self.shape), "prior": dict(self.prior) if self.prior is not None else None}
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """p(x|z), whose mean the decoder gives.
+
+    type: "bernoulli" or "gaussian".
+    scale: the Gaussian's one standard deviation, in the data's units.
+    binarize: how the Bernoulli's data became binary in training: "none" (grey values taken as probabilities),
+        "dynamic" (drawn anew each time), or "threshold" (x >= 0.5, done inside the encoder graph).
+    """
+
+    type: str
+    scale: float | None = None
+    binarize: str | None = None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Likelihood:
+        kind = _one_of(data, "likelihood.type", ("bernoulli", "gaussian"))
+        if kind == "bernoulli":
+            return cls(kind, binarize=_one_of(data, "likelihood.binarize", BINARIZE_MODES) if "binarize" in data else "none")
+        scale = _number(data, "likelihood.scale")
+        if not scale > 0:
+            raise BundleError(f"likelihood.scale is {scale}; a standard deviation is above 0")
+        return cls(kind, scale=scale)
+
+    def to_dict(self) -> dict[str, Any]:
+        if self.type == "bernoulli":
+            return {"type": self.type, "binarize": self.binarize or "none"}
+        return {"type": self.type, "scale": self.scale}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The two graphs of one precision and how far their outputs were from the reference when the bundle was made."""
+
+    encoder: str
+    decoder: str
+    fidelity: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], name: str) -> Precision:
+        fidelity = _mapping(data, f"precisions.{name}.fidelity") if "fidelity" in data else {}
+        return cls(
+            _file_name(data, f"precisions.{name}.encoder"), _file_name(data, f"precisions.{name}.decoder"), dict(fidelity)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"encoder": self.encoder, "decoder": self.decoder, "fidelity": dict(self.fidelity)}
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and SHA-256, in hexadecimal, of one file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], name: str) -> FileEntry:
+        size, digest = data.get("bytes"), data.get("sha256")
+        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+            raise BundleError(f"files.{name}.bytes is {size!r}; expected a whole number")
+        if not isinstance(digest, str) or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+            raise BundleError(f"files.{name}.sha256 is {digest!r}; expected 64 hexadecimal digits")
+        return cls(size, digest)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"bytes": self.bytes, "sha256": self.sha256}
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Inputs with the reference's outputs, for `VAE.selftest`.
+
+    source: "held-out" (real inputs the model was not trained on), "examples" or "synthetic".
+    tolerance: per precision, relative to the data's range for reconstructions, to max|reference| for mean and logvar.
+    """
+
+    file: str
+    source: str
+    tolerance: Mapping[str, float]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Golden:
+        tolerance = _mapping(data, "golden.tolerance")
+        source = data.get("source")
+        if not isinstance(source, str):
+            raise BundleError(f"golden.source is {source!r}; expected a string")
+        return cls(
+            _file_name(data, "golden.file"), source, {key: _number(tolerance, f"golden.tolerance.{key}", key) for key in tolerance}
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"file": self.file, "source": self.source, "tolerance": dict(self.tolerance)}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything `manifest.json` says about a bundle; the fields carry the format's own names."""
+
+    kind: str
+    name: str
+    input: InputSpec
+    latent: LatentSpec
+    precisions: Mapping[str, Precision]
+    files: Mapping[str, FileEntry]
+    golden: Golden
+    likelihood: Likelihood | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+    producer: Mapping[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Manifest:
+        """Parse and check a manifest; raises `BundleError` that names the key, its value and the rule."""
+        try:
+            data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{MANIFEST_FILE} is not valid JSON: {error}") from None
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, dict) else data
+            raise BundleError(f"{MANIFEST_FILE} has format {found!r}; expected {FORMAT!r}")
+        version = data.get("format_version")
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise BundleError(f"{MANIFEST_FILE} has format_version {version!r}; expected a whole number from 1")
+        if version > FORMAT_VERSION:
+            raise BundleError(
+                f"{MANIFEST_FILE} has format_version {version}; this reader knows versions up to {FORMAT_VERSION}: update vae-edge"
+            )
+        return cls._from_dict(data, version)
+
+    @classmethod
+    def _from_dict(cls, data: Mapping[str, Any], version: int) -> Manifest:
+        kind = _one_of(data, "kind", KINDS)
+        name = data.get("name")
+        if not isinstance(name, str) or not name:
+            raise BundleError(f"name is {name!r}; expected a string that is not empty")
+        precisions = _mapping(data, "precisions")
+        files = _mapping(data, "files")
+        manifest = cls(
+            kind=kind,
+            name=name,
+            input=InputSpec.from_dict(_mapping(data, "input")),
+            latent=LatentSpec.from_dict(_mapping(data, "latent"), kind),
+            precisions={key: Precision.from_dict(_mapping(precisions, f"precisions.{key}", key), key) for key in precisions},
+            files={key: FileEntry.from_dict(_mapping(files, f"files.{key}", key), key) for key in files},
+            golden=Golden.from_dict(_mapping(data, "golden")),
+            likelihood=Likelihood.from_dict(_mapping(data, "likelihood")) if data.get("likelihood") is not None else None,
+            training=dict(_mapping(data, "training")) if "training" in data else {},
+            producer=dict(_mapping(data, "producer")) if "producer" in data else {},
+            format_version=version,
+        )
+        manifest._check_references()
+        return manifest
+
+    def _check_references(self) -> None:
+        """Every file that is named is listed, and the fp32 reference is there."""
+        if "fp32" not in self.precisions:
+            raise BundleError(f"precisions has {sorted(self.precisions)}; 'fp32', the reference, must be among them")
+        named = {self.golden.file: "golden.file"}
+        for key, precision in self.precisions.items():
+            named[precision.encoder] = f"precisions.{key}.encoder"
+            named[precision.decoder] = f"precisions.{key}.decoder"
+        for file, place in named.items():
+            if file not in self.files:
+                raise BundleError(f"{place} is {file!r}, which files does not list")
+        for file in self.files:
+            if not _is_plain_name(file):
+                raise BundleError(f"files has {file!r}; a bundle's files lie in its folder and have plain names")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "format_version": self.format_version,
+            "kind": self.kind,
+            "name": self.name,
+            "input": self.input.to_dict(),
+            "latent": self.latent.to_dict(),
+            "likelihood": self.likelihood.to_dict() if self.likelihood is not None else None,
+            "precisions": {key: precision.to_dict() for key, precision in self.precisions.items()},
+            "files": {key: entry.to_dict() for key, entry in self.files.items()},
+            "golden": self.golden.to_dict(),
+            "training": dict(self.training),
+            "producer": dict(self.producer),
+        }
+
+    def to_json(self) -> bytes:
+        """The exact bytes of `manifest.json`."""
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        return (text + "\n").encode()
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a JSON number")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
+    return data
+
+
+def _last(path: str) -> str:
+    return path.rsplit(".", 1)[-1]
+
+
+def _mapping(data: Mapping[str, Any], path: str, key: str | None = None) -> Mapping[str, Any]:
+    value = data.get(key if key is not None else _last(path))
+    if not isinstance(value, Mapping):
+        raise BundleError(f"{path} is {value!r}; expected a JSON object")
+    return value
+
+
+def _one_of(data: Mapping[str, Any], path: str, allowed: tuple[str, ...]) -> str:
+    value = data.get(_last(path))
+    if not isinstance(value, str) or value not in allowed:
+        raise BundleError(f"{path} is {value!r}; expected one of {', '.join(allowed)}")
+    return value
+
+
+def _number(data: Mapping[str, Any], path: str, key: str | None = None) -> float:
+    value = data.get(key if key is not None else _last(path))
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise BundleError(f"{path} is {value!r}; expected a finite number")
+    return float(value)
+
+
+def _shape(data: Mapping[str, Any], path: str, rank: int | None) -> tuple[int, ...]:
+    value = data.get(_last(path))
+    if (
+        not isinstance(value, list)
+        or not value
+        or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in value)
+        or (rank is not None and len(value) != rank)
+    ):
+        raise BundleError(f"{path} is {value!r}; expected a list of {rank or 'one or more'} positive whole numbers")
+    if math.prod(value) >= MAX_ELEMENTS:
+        raise BundleError(f"{path} is {value!r}, {math.prod(value)} elements; at most {MAX_ELEMENTS - 1} are allowed")
+    return tuple(value)
+
+
+def _is_plain_name(name: str) -> bool:
+    return bool(name) and name not in (".", "..", MANIFEST_FILE) and not set(name) & set('/\\:\0')
+
+
+def _file_name(data: Mapping[str, Any], path: str) -> str:
+    value = data.get(_last(path))
+    if not isinstance(value, str) or not _is_plain_name(value):
+        raise BundleError(f"{path} is {value!r}; expected the plain name of a file in the bundle's folder")
+    return value

@@ -1,0 +1,141 @@
+"""From the caller's arrays to what the graphs take, and back: the one place where this is defined.
+
+Training uses these functions too, so that a model sees at run time exactly what it saw in training. numpy only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import InputError
+from .manifest import BINARIZE_MODES, InputSpec
+
+Float32 = NDArray[np.float32]
+UInt8 = NDArray[np.uint8]
+
+# k / 255 correctly rounded; a multiplication by 1/255 is not.
+_UNIT = (np.arange(256) / 255).astype(np.float32)
+
+
+def to_model_input(array: Any, spec: InputSpec, name: str = "images") -> Float32:
+    """Check `array` against `spec` and return it as the encoder takes it.
+
+    Images: uint8 (N, H, W) for one channel or (N, H, W, C) [0, 255], or float32 (N, C, H, W) [0, 1], -> float32
+    (N, C, H, W) [0, 1]. Vectors: float32 (N, D), finite, -> the same. A valid contiguous float32 array is returned
+    as it is, never copied and never written to. N may be 0.
+
+    Raises:
+        InputError: any other type, shape, byte order or range, a masked array, NaN; the message says what to do.
+    """
+    require_plain_array(array, name)
+    if spec.is_image and array.dtype == np.uint8:
+        return _from_uint8(array, spec, name)
+    if array.dtype != np.float32 or not array.dtype.isnative:
+        raise InputError(f"{name} has dtype {array.dtype}{_byte_order(array)}; expected {describe(spec)}{_dtype_hint(array, spec)}")
+    if array.shape[1:] != spec.shape or array.ndim != len(spec.shape) + 1:
+        raise InputError(f"{name} has shape {array.shape}; expected {describe(spec)}{_shape_hint(array.shape, spec)}")
+    if array.size:
+        check_range(array, spec, name)
+    return np.ascontiguousarray(array)
+
+
+def check_range(array: Float32, spec: InputSpec, name: str) -> None:
+    """Raise `InputError` on NaN, infinity or, for images, a value outside [0, 1]."""
+    # One pass each; NaN propagates through both, and every comparison with it is false.
+    low, high = array.min(), array.max()
+    if spec.is_image:
+        if low >= 0 and high <= 1:
+            return
+        hint = "; divide by 255, or pass the uint8 array (N, H, W[, C])" if 1 < high <= 255 and low >= 0 else ""
+        rule = f"float32 images lie in [0, 1]{hint}"
+    else:
+        if low > -np.inf and high < np.inf:
+            return
+        rule = "vectors are finite"
+    found = "NaN" if np.isnan(low) else f"values from {low:g} to {high:g}"
+    raise InputError(f"{name} has {found}; {rule}")
+
+
+def require_plain_array(array: Any, name: str) -> None:
+    """Raise `InputError` for anything but a plain numpy array of at least one dimension."""
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{name} is a {type(array).__name__}; expected a numpy array")
+    if isinstance(array, np.ma.MaskedArray):
+        raise InputError(f"{name} is a masked array, whose mask would be lost; fill it first: {name}.filled(value)")
+    if array.ndim == 0:
+        raise InputError(f"{name} has shape (); expected a batch, one example along the first axis each")
+
+
+def describe(spec: InputSpec) -> str:
+    """The rule for inputs in words: `(N, 8, 8) uint8 or (N, 1, 8, 8) float32 in [0, 1]`."""
+    if not spec.is_image:
+        return f"(N, {spec.shape[0]}) float32"
+    channels, height, width = spec.shape
+    trailing = "" if channels == 1 else f", {channels}"
+    return f"(N, {height}, {width}{trailing}) uint8 or (N, {channels}, {height}, {width}) float32 in [0, 1]"
+
+
+def to_uint8(images: Any) -> UInt8:
+    """float32 (N, C, H, W) [0, 1] -> uint8 (N, H, W) where C is 1, else (N, H, W, C), [0, 255], rounded to nearest.
+
+    Raises:
+        InputError: another type or shape, NaN, or values outside [0, 1].
+    """
+    require_plain_array(images, "images")
+    if images.dtype != np.float32 or images.ndim != 4:
+        raise InputError(f"images has shape {images.shape} and dtype {images.dtype}; expected (N, C, H, W) float32 in [0, 1]")
+    if images.size:
+        check_range(images, InputSpec("image", images.shape[1:]), "images")
+    scaled = np.rint(images * np.float32(255)).astype(np.uint8)
+    if scaled.shape[1] == 1:
+        return np.ascontiguousarray(scaled[:, 0])
+    return np.ascontiguousarray(scaled.transpose(0, 2, 3, 1))
+
+
+def binarize(images: Float32, mode: str, rng: np.random.Generator | None = None) -> Float32:
+    """Make [0, 1] images binary as the likelihood says: the targets of a Bernoulli model.
+
+    mode: "none" returns them as they are; "threshold" gives x >= 0.5; "dynamic" draws each pixel from
+    Bernoulli(x), anew at every call (Salakhutdinov and Murray, 2008), and needs `rng`.
+    """
+    if mode == "none":
+        return images
+    if mode == "threshold":
+        return (images >= 0.5).astype(np.float32)
+    if mode == "dynamic":
+        if rng is None:
+            raise InputError("binarize has mode 'dynamic' and no rng; pass numpy.random.default_rng(seed)")
+        return (rng.random(images.shape, dtype=np.float32) < images).astype(np.float32)
+    raise InputError(f"binarize has mode {mode!r}; expected one of {', '.join(BINARIZE_MODES)}")
+
+
+def _from_uint8(array: UInt8, spec: InputSpec, name: str) -> Float32:
+    channels, height, width = spec.shape
+    expected = (height, width) if channels == 1 else (height, width, channels)
+    if array.shape[1:] != expected or array.ndim != len(expected) + 1:
+        raise InputError(f"{name} has shape {array.shape}; expected {describe(spec)}{_shape_hint(array.shape, spec)}")
+    planar = array[:, None] if channels == 1 else array.transpose(0, 3, 1, 2)  # (N, C, H, W)
+    return _UNIT[np.ascontiguousarray(planar)]
+
+
+def _byte_order(array: NDArray[Any]) -> str:
+    return "" if array.dtype.isnative else " in foreign byte order"
+
+
+def _dtype_hint(array: NDArray[Any], spec: InputSpec) -> str:
+    if array.dtype.kind == "f":
+        return "; convert with .astype(numpy.float32)"
+    if spec.is_image and array.dtype.kind in "iu" and array.dtype.itemsize > 1:
+        return "; integers are images only as uint8"
+    return ""
+
+
+def _shape_hint(shape: tuple[int, ...], spec: InputSpec) -> str:
+    if shape == spec.shape or (spec.is_image and shape in (spec.shape[1:], (*spec.shape[1:], spec.shape[0]))):
+        return "; this looks like a single example without a batch: add one with array[None]"
+    if spec.is_image and shape[1:] == (*spec.shape[1:], spec.shape[0]):
+        return "; float32 images are channels first"
+    return ""

@@ -76,7 +76,7 @@ def refuse_existing(path: str | os.PathLike[str], may_replace: Callable[[Path], 
     """Raise `OutputError` if something stands at `path`, unless `may_replace(path)` allows it."""
     path = Path(path)
     if os.path.lexists(path) and not (may_replace is not None and may_replace(path)):
-        raise OutputError(f"{path} exists and will not be replaced; name another output, or pass --force where it was written by vae-edge")
+        raise OutputError(f"{path} exists and is not replaced; name another output, or ask for it with force")
 
 
 def _beside(path: Path, suffix: str) -> Path:

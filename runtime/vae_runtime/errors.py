@@ -5,6 +5,7 @@
     ├── CheckpointError   a model.pt that is no checkpoint of ours
     ├── DeviceError       a device or precision that was asked for and cannot be had
     ├── InputError        an argument that breaks a rule (also a ValueError)
+    ├── KindError         a plain autoencoder was asked for what only a distribution has
     ├── ExportError       an export that failed or fell short of its tolerance
     ├── TrainingError     a training run that cannot go on
     ├── OutputError       a file that cannot be written, or that exists and was not to be replaced
@@ -35,6 +36,10 @@ class DeviceError(VAEError):
 
 class InputError(VAEError, ValueError):
     """An argument has the wrong type, shape, range or value."""
+
+
+class KindError(VAEError):
+    """A plain autoencoder was asked for something that only a model with a distribution has."""
 
 
 class ExportError(VAEError):

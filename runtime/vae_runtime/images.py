@@ -22,7 +22,7 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def list_pictures(folder: str | os.PathLike[str]) -> list[Path]:
-    """Every picture file below `folder`, by its suffix, in the order of the relative paths; hidden files are left out."""
+    """Every picture file below `folder`, by its suffix, sorted by relative path; hidden files are left out."""
     folder = Path(folder)
     found = (path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
     visible = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
@@ -40,7 +40,9 @@ def read_picture(path: str | os.PathLike[str], spec: InputSpec) -> UInt8:
         MissingExtraError: Pillow is not installed.
     """
     if spec.colour is None:
-        raise InputError(f"{path} cannot be read as an input of shape {spec.shape}; picture files need 1 or 3 channels, pass arrays instead")
+        raise InputError(
+            f"{path} cannot become an input of shape {spec.shape}; picture files have 1 or 3 channels, pass arrays"
+        )
     pillow = _pillow(f"reading {path}")
     try:
         with pillow.Image.open(path) as file:
@@ -68,7 +70,9 @@ def write_png(path: str | os.PathLike[str], image: UInt8) -> None:
         MissingExtraError: Pillow is not installed.
     """
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
-        raise InputError(f"image has shape {image.shape} and dtype {image.dtype}; a PNG is written from uint8 (H, W) or (H, W, 3)")
+        raise InputError(
+            f"image has shape {image.shape} and dtype {image.dtype}; a PNG is written from uint8 (H, W) or (H, W, 3)"
+        )
     pillow = _pillow(f"writing {path}")
     with atomic_file(path) as stream:
         pillow.Image.fromarray(image).save(stream, format="png")
@@ -104,10 +108,14 @@ def _pillow(purpose: str) -> Any:
 
 def _to_colour(picture: Image.Image, colour: str, path: str | os.PathLike[str]) -> Image.Image:
     if picture.mode in ("I", "F") or picture.mode.startswith("I;"):
-        raise InputError(f"{path} has pixels of mode {picture.mode!r}, more than 8 bits; convert it to 8 bits per channel first")
+        raise InputError(
+            f"{path} has pixels of mode {picture.mode!r}, more than 8 bits; convert it to 8 bits per channel first"
+        )
     if picture.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in picture.info:
         if picture.convert("RGBA").getchannel("A").getextrema() != (255, 255):
-            raise InputError(f"{path} has transparent pixels, which have no colour of their own; flatten it onto a background first")
+            raise InputError(
+                f"{path} has transparent pixels, which have no colour of their own; flatten it onto a background first"
+            )
         picture = picture.convert("RGB")
     return picture.convert("L" if colour == "grey" else "RGB")
 
@@ -122,4 +130,6 @@ def _resize(picture: Image.Image, spec: InputSpec, path: str | os.PathLike[str])
         return picture.resize((width, height), Image.Resampling.LANCZOS)
     if spec.resize == "crop":
         return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
-    raise InputError(f"{path} is {picture.width}×{picture.height} pixels; this model takes pictures of exactly {width}×{height}")
+    raise InputError(
+        f"{path} is {picture.width}x{picture.height} pixels; this model takes pictures of exactly {width}x{height}"
+    )

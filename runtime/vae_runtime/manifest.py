@@ -7,6 +7,7 @@ a `format_version` above `FORMAT_VERSION` is refused.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ KINDS = ("vae", "autoencoder")
 PRECISIONS = ("fp32", "fp16", "int8")  # those that have files of their own
 RESIZE_MODES = ("exact", "stretch", "crop")
 COLOURS = {"grey": 1, "rgb": 3}
+MAX_MANIFEST_BYTES = 16 * 2**20
 MAX_ELEMENTS = 2**31  # of one example; more is no edge model but a damaged or hostile manifest
 BINARIZE_MODES = ("none", "dynamic", "threshold")
 
@@ -61,7 +63,9 @@ class InputSpec:
         resize = _one_of(data, "input.resize", RESIZE_MODES) if "resize" in data else "exact"
         colour = _one_of(data, "input.colour", tuple(COLOURS)) if data.get("colour") is not None else None
         if colour is not None and COLOURS[colour] != shape[0]:
-            raise BundleError(f"input.colour is {colour!r}, which has {COLOURS[colour]} channels, but input.shape is {list(shape)}")
+            raise BundleError(
+                f"input.colour is {colour!r}, which has {COLOURS[colour]} channels, but input.shape is {list(shape)}"
+            )
         return cls(kind, shape, colour, resize)
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,7 +116,9 @@ class Likelihood:
     def from_dict(cls, data: Mapping[str, Any]) -> Likelihood:
         kind = _one_of(data, "likelihood.type", ("bernoulli", "gaussian"))
         if kind == "bernoulli":
-            return cls(kind, binarize=_one_of(data, "likelihood.binarize", BINARIZE_MODES) if "binarize" in data else "none")
+            return cls(
+                kind, binarize=_one_of(data, "likelihood.binarize", BINARIZE_MODES) if "binarize" in data else "none"
+            )
         scale = _number(data, "likelihood.scale")
         if not scale > 0:
             raise BundleError(f"likelihood.scale is {scale}; a standard deviation is above 0")
@@ -136,7 +142,9 @@ class Precision:
     def from_dict(cls, data: Mapping[str, Any], name: str) -> Precision:
         fidelity = _mapping(data, f"precisions.{name}.fidelity") if "fidelity" in data else {}
         return cls(
-            _file_name(data, f"precisions.{name}.encoder"), _file_name(data, f"precisions.{name}.decoder"), dict(fidelity)
+            _file_name(data, f"precisions.{name}.encoder"),
+            _file_name(data, f"precisions.{name}.decoder"),
+            dict(fidelity),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -182,7 +190,9 @@ class Golden:
         if not isinstance(source, str):
             raise BundleError(f"golden.source is {source!r}; expected a string")
         return cls(
-            _file_name(data, "golden.file"), source, {key: _number(tolerance, f"golden.tolerance.{key}", key) for key in tolerance}
+            _file_name(data, "golden.file"),
+            source,
+            {key: _number(tolerance, f"golden.tolerance.{key}", key) for key in tolerance},
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -206,10 +216,16 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Manifest:
-        """Parse and check a manifest; raises `BundleError` that names the key, its value and the rule."""
+    def from_json(cls, text: bytes) -> Manifest:
+        """Parse and check the bytes of `manifest.json`.
+
+        Raises:
+            BundleError: names the key, its value and the rule.
+        """
+        if len(text) > MAX_MANIFEST_BYTES:
+            raise BundleError(f"{MANIFEST_FILE} has over {MAX_MANIFEST_BYTES} bytes, more than any manifest")
         try:
-            data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+            data = json.loads(text.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
         except (ValueError, RecursionError) as error:
             raise BundleError(f"{MANIFEST_FILE} is not valid JSON: {error}") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
@@ -219,9 +235,9 @@ class Manifest:
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
             raise BundleError(f"{MANIFEST_FILE} has format_version {version!r}; expected a whole number from 1")
         if version > FORMAT_VERSION:
-            raise BundleError(
-                f"{MANIFEST_FILE} has format_version {version}; this reader knows versions up to {FORMAT_VERSION}: update vae-edge"
-            )
+            rule = f"this reader knows versions up to {FORMAT_VERSION}: update vae-edge"
+            raise BundleError(f"{MANIFEST_FILE} has format_version {version}; {rule}")
+        _check_own_digest(text, data.get("manifest_sha256"))
         return cls._from_dict(data, version)
 
     @classmethod
@@ -237,10 +253,14 @@ class Manifest:
             name=name,
             input=InputSpec.from_dict(_mapping(data, "input")),
             latent=LatentSpec.from_dict(_mapping(data, "latent"), kind),
-            precisions={key: Precision.from_dict(_mapping(precisions, f"precisions.{key}", key), key) for key in precisions},
+            precisions={
+                key: Precision.from_dict(_mapping(precisions, f"precisions.{key}", key), key) for key in precisions
+            },
             files={key: FileEntry.from_dict(_mapping(files, f"files.{key}", key), key) for key in files},
             golden=Golden.from_dict(_mapping(data, "golden")),
-            likelihood=Likelihood.from_dict(_mapping(data, "likelihood")) if data.get("likelihood") is not None else None,
+            likelihood=Likelihood.from_dict(_mapping(data, "likelihood"))
+            if data.get("likelihood") is not None
+            else None,
             training=dict(_mapping(data, "training")) if "training" in data else {},
             producer=dict(_mapping(data, "producer")) if "producer" in data else {},
             format_version=version,
@@ -280,9 +300,30 @@ class Manifest:
         }
 
     def to_json(self) -> bytes:
-        """The exact bytes of `manifest.json`."""
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        return (text + "\n").encode()
+        """The exact bytes of `manifest.json`, with its own digest in them.
+
+        `manifest_sha256` is the SHA-256 of the file as it is when the digits of that value are 64 zeros.
+        """
+        data = {**self.to_dict(), "manifest_sha256": _NO_DIGEST}
+        text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return text.replace(_digest_line(_NO_DIGEST), _digest_line(digest)).encode()
+
+
+_NO_DIGEST = "0" * 64
+
+
+def _digest_line(digest: str) -> str:
+    return f'\n  "manifest_sha256": "{digest}"'
+
+
+def _check_own_digest(text: bytes, digest: Any) -> None:
+    line = _digest_line(str(digest)).encode()
+    zeroed = text.replace(line, _digest_line(_NO_DIGEST).encode())
+    if text.count(line) != 1 or hashlib.sha256(zeroed).hexdigest() != digest:
+        raise BundleError(
+            f"{MANIFEST_FILE} was altered after it was written: its manifest_sha256 does not match its contents"
+        )
 
 
 def _refuse_constant(text: str) -> None:
@@ -337,7 +378,7 @@ def _shape(data: Mapping[str, Any], path: str, rank: int | None) -> tuple[int, .
 
 
 def _is_plain_name(name: str) -> bool:
-    return bool(name) and name not in (".", "..", MANIFEST_FILE) and not set(name) & set('/\\:\0')
+    return bool(name) and name not in (".", "..", MANIFEST_FILE) and not set(name) & set("/\\:\0")
 
 
 def _file_name(data: Mapping[str, Any], path: str) -> str:

@@ -25,7 +25,7 @@ def to_model_input(array: Any, spec: InputSpec, name: str = "images") -> Float32
 
     Images: uint8 (N, H, W) for one channel or (N, H, W, C) [0, 255], or float32 (N, C, H, W) [0, 1], -> float32
     (N, C, H, W) [0, 1]. Vectors: float32 (N, D), finite, -> the same. A valid contiguous float32 array is returned
-    as it is, never copied and never written to. N may be 0.
+    as it is, never copied and never written to. N is at least 1.
 
     Raises:
         InputError: any other type, shape, byte order or range, a masked array, NaN; the message says what to do.
@@ -34,11 +34,12 @@ def to_model_input(array: Any, spec: InputSpec, name: str = "images") -> Float32
     if spec.is_image and array.dtype == np.uint8:
         return _from_uint8(array, spec, name)
     if array.dtype != np.float32 or not array.dtype.isnative:
-        raise InputError(f"{name} has dtype {array.dtype}{_byte_order(array)}; expected {describe(spec)}{_dtype_hint(array, spec)}")
+        raise InputError(
+            f"{name} has dtype {array.dtype}{_byte_order(array)}; expected {describe(spec)}{_dtype_hint(array, spec)}"
+        )
     if array.shape[1:] != spec.shape or array.ndim != len(spec.shape) + 1:
         raise InputError(f"{name} has shape {array.shape}; expected {describe(spec)}{_shape_hint(array.shape, spec)}")
-    if array.size:
-        check_range(array, spec, name)
+    check_range(array, spec, name)
     return np.ascontiguousarray(array)
 
 
@@ -65,8 +66,10 @@ def require_plain_array(array: Any, name: str) -> None:
         raise InputError(f"{name} is a {type(array).__name__}; expected a numpy array")
     if isinstance(array, np.ma.MaskedArray):
         raise InputError(f"{name} is a masked array, whose mask would be lost; fill it first: {name}.filled(value)")
-    if array.ndim == 0:
-        raise InputError(f"{name} has shape (); expected a batch, one example along the first axis each")
+    if array.ndim == 0 or len(array) == 0:
+        raise InputError(
+            f"{name} has shape {array.shape}; expected a batch of at least one example along the first axis"
+        )
 
 
 def describe(spec: InputSpec) -> str:
@@ -86,8 +89,10 @@ def to_uint8(images: Any) -> UInt8:
     """
     require_plain_array(images, "images")
     if images.dtype != np.float32 or images.ndim != 4:
-        raise InputError(f"images has shape {images.shape} and dtype {images.dtype}; expected (N, C, H, W) float32 in [0, 1]")
-    if images.size:
+        raise InputError(
+            f"images has shape {images.shape} and dtype {images.dtype}; expected (N, C, H, W) float32 in [0, 1]"
+        )
+    if images.size:  # an image of no pixels would have no minimum
         check_range(images, InputSpec("image", images.shape[1:]), "images")
     scaled = np.rint(images * np.float32(255)).astype(np.uint8)
     if scaled.shape[1] == 1:

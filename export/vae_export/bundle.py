@@ -1,0 +1,69 @@
+"""Writing a bundle: the files, their hashes, the manifest last, the folder in place only when it is complete."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vae_runtime.atomic import atomic_folder
+from vae_runtime.bundle import is_bundle_folder
+from vae_runtime.errors import OutputError
+from vae_runtime.manifest import GOLDEN_FILE, MANIFEST_FILE, FileEntry, Manifest
+
+
+def check_output(path: str | os.PathLike[str], force: bool) -> None:
+    """Raise `OutputError` if a bundle may not be written to `path`, before any work is done.
+
+    Only a bundle is ever replaced, and only with `force`.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise OutputError(f"{path} cannot be written: there is no folder {path.parent}")
+    if not os.path.lexists(path):
+        return
+    if not is_bundle_folder(path):
+        raise OutputError(f"{path} exists and is no bundle; it is never replaced, choose another output")
+    if not force:
+        raise OutputError(f"{path} exists; pass --force (force=True) to replace that bundle")
+
+
+def write_bundle(
+    path: str | os.PathLike[str],
+    manifest: Manifest,
+    graphs: Mapping[str, bytes],
+    golden: Mapping[str, NDArray[np.float32]],
+    force: bool = False,
+) -> Manifest:
+    """Write a bundle's folder and return its manifest, whose `files` are filled in here.
+
+    graphs: ONNX models by file name. golden: float32 arrays by tensor name, see `vae_runtime.bundle.Bundle.golden`.
+    The same arguments give the same bytes.
+
+    Raises:
+        OutputError: `path` exists and may not be replaced, or cannot be written.
+    """
+    check_output(path, force)
+    contents = {**graphs, GOLDEN_FILE: _npz(golden)}
+    files = {name: FileEntry(len(data), hashlib.sha256(data).hexdigest()) for name, data in contents.items()}
+    manifest = replace(manifest, files=files)
+    text = manifest.to_json()
+    Manifest.from_json(text)  # what is written can be read
+    with atomic_folder(path, lambda old: force and is_bundle_folder(old)) as folder:
+        for name, data in contents.items():
+            (folder / name).write_bytes(data)
+        (folder / MANIFEST_FILE).write_bytes(text)
+    return manifest
+
+
+def _npz(arrays: Mapping[str, NDArray[np.float32]]) -> bytes:
+    # numpy stamps every member with the same date of 1980, so that equal arrays are equal bytes.
+    buffer = io.BytesIO()
+    np.savez(buffer, **{name: arrays[name] for name in sorted(arrays)})  # type: ignore[arg-type]
+    return buffer.getvalue()

@@ -1,0 +1,145 @@
+"""A bundle on disk, read so that only bytes which match the manifest are ever used."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import stat
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import BundleError
+from .manifest import INPUT, LOGVAR, MANIFEST_FILE, MAX_MANIFEST_BYTES, MEAN, RECONSTRUCTION, Manifest
+
+
+class Bundle:
+    """A complete bundle: `path`, its folder; `manifest`; `read`, which checks what it hands out.
+
+    Links are refused: what they point to lies outside the folder and can change without it.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Bundle:
+        """Read the manifest and check that the folder holds exactly the files that it lists, in their sizes.
+
+        Raises:
+            BundleError: there is no bundle, or it is incomplete, altered, or of an unknown version.
+        """
+        path = Path(path)
+        _require_folder(path)
+        manifest = Manifest.from_json(_read_regular(path / MANIFEST_FILE, MAX_MANIFEST_BYTES))
+        bundle = cls(path, manifest)
+        bundle._check_layout()
+        return bundle
+
+    def read(self, file: str) -> bytes:
+        """The bytes of one listed file, read once and checked against the manifest's size and SHA-256."""
+        entry = self.manifest.files[file]
+        data = _read_regular(self.path / file, entry.bytes)
+        if len(data) != entry.bytes:
+            raise BundleError(f"{self.path / file} has {len(data)} bytes; the manifest says {entry.bytes}")
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != entry.sha256:
+            raise BundleError(
+                f"{self.path / file} was altered: its SHA-256 is {digest[:12]}…, the manifest says {entry.sha256[:12]}…"
+            )
+        return data
+
+    def golden(self) -> dict[str, NDArray[np.float32]]:
+        """The golden inputs and the reference's outputs for them, by tensor name, float32, checked for shape.
+
+        `logvar` is absent for an autoencoder.
+        """
+        file = self.manifest.golden.file
+        try:
+            with np.load(io.BytesIO(self.read(file)), allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+        except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            raise BundleError(f"{self.path / file} is not an .npz archive of plain arrays: {error}") from None
+        expected = {INPUT: self.manifest.input.shape, MEAN: self.manifest.latent.shape}
+        expected[RECONSTRUCTION] = self.manifest.input.shape
+        if self.manifest.kind == "vae":
+            expected[LOGVAR] = self.manifest.latent.shape
+        if set(arrays) != set(expected):
+            raise BundleError(f"{self.path / file} holds {sorted(arrays)}; expected {sorted(expected)}")
+        count = len(arrays[INPUT]) if arrays[INPUT].ndim else 0
+        for name, array in arrays.items():
+            if array.dtype != np.float32 or array.shape != (count, *expected[name]) or count == 0:
+                rule = f"expected float32 (N, {', '.join(map(str, expected[name]))})"
+                raise BundleError(
+                    f"{self.path / file} has {name} of dtype {array.dtype} and shape {array.shape}; {rule}"
+                )
+        return arrays
+
+    def _check_layout(self) -> None:
+        found = {entry.name for entry in self.path.iterdir()} - {MANIFEST_FILE}
+        for file in sorted(found - set(self.manifest.files)):
+            raise BundleError(
+                f"{self.path / file} is not listed in the manifest; a bundle holds its own files and nothing else"
+            )
+        for file, entry in sorted(self.manifest.files.items()):
+            size = _regular_stat(self.path / file).st_size
+            if size != entry.bytes:
+                raise BundleError(f"{self.path / file} has {size} bytes; the manifest says {entry.bytes}")
+
+
+def is_bundle_folder(path: Path) -> bool:
+    """Whether `path` is a folder that this software wrote as a bundle, whatever state its files are in."""
+    try:
+        return not path.is_symlink() and b'"vae-bundle"' in _read_regular(path / MANIFEST_FILE, MAX_MANIFEST_BYTES)
+    except BundleError:
+        return False
+
+
+def _require_folder(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise BundleError(f"{path} cannot be opened as a bundle: {error.strerror}") from None
+    if not stat.S_ISDIR(mode):
+        hint = "; make one with: vae-export " + str(path) if path.suffix in (".pt", ".pth") else ""
+        raise BundleError(f"{path} is a file; a bundle is a folder with a {MANIFEST_FILE}{hint}")
+    if not os.path.lexists(path / MANIFEST_FILE):
+        raise BundleError(f"{path} has no {MANIFEST_FILE}: it is no bundle, or one that was not written to the end")
+
+
+def _regular_stat(path: Path) -> os.stat_result:
+    try:
+        found = path.lstat()
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}") from None
+    _require_regular(path, found)
+    return found
+
+
+def _require_regular(path: Path, found: os.stat_result) -> None:
+    if stat.S_ISLNK(found.st_mode):
+        raise BundleError(f"{path} is a symbolic link; a bundle's files lie in its own folder: copy the file there")
+    if not stat.S_ISREG(found.st_mode):
+        raise BundleError(f"{path} is not a regular file")
+    if found.st_nlink > 1:
+        raise BundleError(
+            f"{path} is a hard link with {found.st_nlink} names; a bundle's files are its own: copy the folder"
+        )
+
+
+def _read_regular(path: Path, limit: int) -> bytes:
+    """At most `limit` + 1 bytes of a regular file, through one descriptor that is checked after it is open."""
+    _regular_stat(path)
+    flags: Any = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        descriptor = os.open(path, flags)
+        with os.fdopen(descriptor, "rb") as stream:
+            _require_regular(path, os.fstat(descriptor))
+            return stream.read(limit + 1)
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}") from None

@@ -1,0 +1,250 @@
+"""`vae-run`: use a bundle from the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from . import sinks, sources
+from .atomic import refuse_existing
+from .bundle import Bundle
+from .console import NEGATIVE_VERDICT, Group, engine_options, json_option, print_json
+from .devices import import_engine, usable_devices
+from .errors import InputError, MissingExtraError
+from .interpolation import METHODS
+from .manifest import INPUT, LOGVAR, MEAN, Manifest
+from .preprocess import to_model_input
+from .vae import VAE
+from .version import __version__
+
+BATCH = 64
+
+bundle_argument = click.argument("bundle", type=click.Path())
+output_option = click.option("--output", required=True, type=click.Path(), help="Where the result goes.")
+force_option = click.option("--force", is_flag=True, help="Replace an existing file.")
+inputs_argument = click.argument("inputs", nargs=-1, type=click.Path())
+golden_option = click.option("--golden", is_flag=True, help="Take the bundle's own golden inputs instead of files.")
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="vae-run")
+def main() -> None:
+    """Encode, sample and decode with a bundle, without torch.
+
+    INPUTS are pictures, folders of pictures, or one .npy or .npz file. An output that ends in .png becomes one picture,
+    in .npy or .npz an array; without a suffix it becomes a folder with one PNG per example.
+    """
+
+
+@main.command()
+@bundle_argument
+@json_option
+def info(bundle: str, as_json: bool) -> None:
+    """Show what a bundle is and what this machine can run it on. Every file is checked."""
+    opened = Bundle.open(bundle)
+    for file in opened.manifest.files:
+        opened.read(file)
+    engine = _engine_facts()
+    if as_json:
+        print_json({"manifest": opened.manifest.to_dict(), "engine": engine})
+    else:
+        click.echo(_describe(opened.manifest, engine))
+
+
+@main.command()
+@bundle_argument
+@engine_options
+@json_option
+@click.pass_context
+def selftest(ctx: click.Context, /, bundle: str, as_json: bool, **engine: Any) -> None:
+    """Run the golden inputs here and compare with the reference. Exit code 3 if they differ."""
+    with VAE.load(bundle, **engine) as vae:
+        result = vae.selftest()
+    if as_json:
+        errors = {name: error if np.isfinite(error) else None for name, error in result.errors.items()}
+        print_json({**dataclasses.asdict(result), "errors": errors, "passed": result.passed})
+    else:
+        for name, error in result.errors.items():
+            click.echo(f"{name:15} error {error:.1e}   tolerance {result.tolerance:.0e}")
+        click.echo(f"{'passed' if result.passed else 'FAILED'} on {result.device} in {result.precision}")
+    ctx.exit(0 if result.passed else NEGATIVE_VERDICT)
+
+
+@main.command()
+@bundle_argument
+@inputs_argument
+@golden_option
+@output_option
+@force_option
+@engine_options
+def encode(bundle: str, inputs: tuple[str, ...], golden: bool, output: str, force: bool, **engine: Any) -> None:
+    """Write mean, logvar and the inputs' names to an .npz file (for an autoencoder: mean, its code)."""
+    path = Path(output)
+    if path.suffix.lower() != ".npz":
+        raise InputError(f"output is {output!r}; encode writes an .npz file")
+    refuse_existing(path, lambda old: force and old.is_file())
+    with VAE.load(bundle, **engine) as vae, _inputs(vae, inputs, golden) as source:
+        shape = (len(source), *vae.manifest.latent.shape)
+        arrays = {MEAN: shape, LOGVAR: shape} if vae.manifest.kind == "vae" else {MEAN: shape}
+        with sinks.ArrayWriter(path, arrays, {"names": np.array(source.names)}) as writer:
+            for batch, _ in _progress(source, "encoding"):
+                posterior = vae.encode(batch)
+                logvar = {} if posterior.logvar is None else {LOGVAR: posterior.logvar}
+                writer.append(**{MEAN: posterior.mean}, **logvar)
+    _report(len(source), output)
+
+
+@main.command()
+@bundle_argument
+@click.argument("latents", type=click.Path())
+@output_option
+@force_option
+@engine_options
+def decode(bundle: str, latents: str, output: str, force: bool, **engine: Any) -> None:
+    """Decode latents from an .npy or .npz file (there `z`, else `mean`)."""
+    with VAE.load(bundle, **engine) as vae:
+        source = sources.open_latents(latents)
+        with sinks.open_sink(output, vae.manifest.input, len(source), force) as sink:
+            for batch, names in _progress(source, "decoding"):
+                sink.add(vae.decode(batch), names)
+    _report(len(source), output, sink.written)
+
+
+@main.command()
+@bundle_argument
+@click.option("--count", "-n", default=64, show_default=True, help="How many.")
+@click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same examples.")
+@click.option("--temperature", default=1.0, show_default=True, help="Factor on the prior's standard deviation.")
+@output_option
+@force_option
+@engine_options
+def sample(bundle: str, count: int, seed: int, temperature: float, output: str, force: bool, **engine: Any) -> None:
+    """Draw new examples from the prior."""
+    with VAE.load(bundle, **engine) as vae:
+        images = vae.sample(count, seed=seed, temperature=temperature)
+        with sinks.open_sink(output, vae.manifest.input, count, force) as sink:
+            sink.add(images, [f"#{index}" for index in range(count)])
+    _report(count, output, sink.written)
+
+
+@main.command()
+@bundle_argument
+@inputs_argument
+@golden_option
+@output_option
+@force_option
+@engine_options
+def reconstruct(bundle: str, inputs: tuple[str, ...], golden: bool, output: str, force: bool, **engine: Any) -> None:
+    """Encode and decode; a .png shows rows of originals above rows of their reconstructions."""
+    with VAE.load(bundle, **engine) as vae, _inputs(vae, inputs, golden) as source:
+        spec = vae.manifest.input
+        with sinks.open_sink(output, spec, len(source), force) as sink:
+            for batch, names in _progress(source, "reconstructing"):
+                originals = to_model_input(batch, spec)
+                sink.add(vae.reconstruct(originals), names, originals)
+    _report(len(source), output, sink.written)
+
+
+@main.command()
+@bundle_argument
+@click.argument("a", type=click.Path())
+@click.argument("b", type=click.Path())
+@click.option("--steps", default=8, show_default=True, help="Points on the path, both ends included.")
+@click.option("--method", type=click.Choice(METHODS), default="spherical", show_default=True)
+@output_option
+@force_option
+@engine_options
+def interpolate(bundle: str, a: str, b: str, steps: int, method: str, output: str, force: bool, **engine: Any) -> None:
+    """Walk through the latent space from A to B, each a picture or an example of an array file, FILE.npy#INDEX."""
+    with VAE.load(bundle, **engine) as vae:
+        spec = vae.manifest.input
+        path = vae.interpolate(sources.read_one(a, spec), sources.read_one(b, spec), steps, method)
+        with sinks.open_sink(output, spec, steps, force, columns=steps) as sink:
+            sink.add(path, [f"#{index}" for index in range(steps)])
+    _report(steps, output, sink.written)
+
+
+class _GoldenSource:
+    """The bundle's golden inputs, as a source."""
+
+    def __init__(self, images: Any) -> None:
+        self._images = images
+        self.names = [f"golden#{index}" for index in range(len(images))]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def batches(self, size: int) -> Iterator[Any]:
+        for start in range(0, len(self), size):
+            yield self._images[start : start + size]
+
+
+_Source = sources.PictureSource | sources.ArraySource | _GoldenSource
+
+
+@contextmanager
+def _inputs(vae: VAE, inputs: tuple[str, ...], golden: bool) -> Iterator[_Source]:
+    if golden == bool(inputs):
+        raise click.UsageError("give either INPUTS or --golden")
+    yield _GoldenSource(vae.golden()[INPUT]) if golden else sources.open_inputs(inputs, vae.manifest.input)
+
+
+def _progress(source: _Source, label: str) -> Iterator[tuple[Any, list[str]]]:
+    """Batches with their names, under a bar on stderr where that is a terminal."""
+    with click.progressbar(length=len(source), label=label, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
+        start = 0
+        for batch in source.batches(BATCH):
+            yield batch, source.names[start : start + len(batch)]
+            start += len(batch)
+            bar.update(len(batch))
+
+
+def _report(count: int, output: str, written: int | None = None) -> None:
+    if written is not None and written < count:
+        click.echo(f"{output} shows the first {written} of {count}; name an .npz file or a folder for all", err=True)
+    click.echo(f"{output}: {count if written is None else written} examples")
+
+
+def _engine_facts() -> dict[str, Any]:
+    try:
+        return {"onnxruntime": import_engine().__version__, "devices": usable_devices()}
+    except MissingExtraError as error:
+        return {"onnxruntime": None, "devices": {"cpu": str(error)}}
+
+
+def _describe(manifest: Manifest, engine: dict[str, Any]) -> str:
+    data = manifest.to_dict()
+    lines = [
+        f"{manifest.name}, {'an autoencoder' if manifest.kind == 'autoencoder' else 'a variational autoencoder'}",
+        f"  input       {_pairs(data['input'])}",
+        f"  latent      {_pairs(data['latent'])}",
+        f"  likelihood  {_pairs(data['likelihood'] or {})}",
+        f"  trained on  {_pairs({k: v for k, v in manifest.training.items() if not isinstance(v, dict)})}",
+        f"  made with   {_pairs(manifest.producer)}",
+        f"  golden      {manifest.golden.source} inputs",
+    ]
+    for name, precision in manifest.precisions.items():
+        for half, file in (("encoder", precision.encoder), ("decoder", precision.decoder)):
+            lines.append(f"  {name:11} {half}  {file}  {manifest.files[file].bytes:,} bytes")
+        lines.append(f"  {'':11} fidelity {_pairs(precision.fidelity)}")
+    lines.append(f"onnxruntime {engine['onnxruntime'] or 'not installed'}")
+    for device, reason in engine["devices"].items():
+        lines.append(f"  {device:11} {'usable' if reason is None else reason}")
+    return "\n".join(lines)
+
+
+def _pairs(data: Any) -> str:
+    return ", ".join(f"{key} {_value(value)}" for key, value in data.items() if value is not None) or "not stated"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "/".join(map(str, value.values()))
+    return "x".join(map(str, value)) if isinstance(value, list) else str(value)

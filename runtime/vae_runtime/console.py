@@ -1,0 +1,54 @@
+"""What the four command lines share: expected failures become one sentence on stderr and exit code 1."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from .errors import VAEError
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+NEGATIVE_VERDICT = 3  # the exit code of a command that ran and whose answer is no
+
+
+class Command(click.Command):
+    """A command whose `VAEError`s are printed as `Error: ...`; wrong usage exits with 2, as click has it."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except VAEError as error:
+            raise click.ClickException(str(error)) from error
+
+
+class Group(click.Group):
+    """A group of such commands."""
+
+    command_class = Command
+
+
+def engine_options(function: _Function) -> _Function:
+    """--device, --precision and --threads, alike wherever a bundle is run."""
+    for option in (
+        click.option("--threads", type=int, help="Threads of one call on the CPU.  [default: onnxruntime's choice]"),
+        click.option("--precision", default="fp32", show_default=True, help="fp32, fp16, int8, tf32 or auto."),
+        click.option(
+            "--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N, auto or a provider's name."
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def json_option(function: _Function) -> _Function:
+    """--json, a flag."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")(function)
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout; NaN is refused, as JSON has none."""
+    click.echo(json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False))

@@ -1,0 +1,70 @@
+"""What the encoder says of an input: q(z|x), a Gaussian with a diagonal covariance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import KindError
+from .preprocess import Float32
+from .sampling import NormalStream, check_temperature
+
+
+@dataclass(frozen=True, eq=False)
+class Posterior:
+    """q(z|x) for a batch (Kingma and Welling, 2014).
+
+    mean: float32 (N, *latent_shape).
+    logvar: log of the variance, float32 of the same shape; None for a plain autoencoder, whose code is `mean` and
+        which has no distribution.
+    """
+
+    mean: Float32
+    logvar: Float32 | None
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    @property
+    def std(self) -> Float32:
+        """The standard deviation, exp(logvar / 2), float32 (N, *latent_shape).
+
+        Raises:
+            KindError: a plain autoencoder has none.
+        """
+        return np.asarray(np.exp(np.float32(0.5) * self._require_logvar("std")), np.float32)
+
+    def mode(self) -> Float32:
+        """The most likely latent, which is the mean (for an autoencoder: the code). Shares memory with `mean`."""
+        return self.mean
+
+    def sample(self, seed: int | None = None, temperature: float = 1.0) -> Float32:
+        """One latent per example by reparameterisation, mean + temperature · std · ε -> float32 (N, *latent_shape).
+
+        The same seed gives the same ε for the n-th example, whatever the batch.
+
+        Raises:
+            KindError: a plain autoencoder has no distribution to draw from.
+            InputError: a seed or temperature out of range.
+        """
+        logvar = self._require_logvar("sample")
+        scale = check_temperature(temperature)
+        noise = NormalStream(seed).draw(len(self.mean), self.mean.shape[1:])
+        return np.asarray(self.mean + scale * np.exp(np.float32(0.5) * logvar) * noise, np.float32)
+
+    def kl(self) -> NDArray[np.float64]:
+        """KL(q(z|x) ‖ N(0, 1)) in nats per example, in closed form -> float64 (N,).
+
+        Raises:
+            KindError: a plain autoencoder has no distribution.
+        """
+        logvar = self._require_logvar("kl").astype(np.float64)
+        terms = np.exp(logvar) + self.mean.astype(np.float64) ** 2 - 1.0 - logvar
+        return np.asarray(0.5 * terms.reshape(len(terms), -1).sum(axis=1))
+
+    def _require_logvar(self, name: str) -> Float32:
+        if self.logvar is None:
+            raise KindError(f"{name} needs a distribution; this is a plain autoencoder's code, use mode()")
+        return self.logvar

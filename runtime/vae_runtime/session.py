@@ -1,0 +1,114 @@
+"""One graph in one onnxruntime session, opened strictly: on the device that was asked for, or not at all."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, cast
+
+import numpy as np
+
+from .devices import CPU, CUDA, Device, first_line, import_engine
+from .errors import BundleError, ClosedError, DeviceError, InputError
+from .graph_rules import check_graph
+from .preprocess import Float32
+
+
+class GraphSession:
+    """A graph with one input and one or more outputs, all float32 with the batch first.
+
+    Safe to share between threads; not usable in a process forked after it was made.
+    """
+
+    def __init__(self, model: bytes, file: str, device: Device, threads: int | None) -> None:
+        check_graph(model, file)
+        self.file = file
+        self.device = device
+        self._process = os.getpid()
+        self._session = _open(model, file, device, threads)
+
+    def require_boundary(
+        self, input_name: str, input_shape: tuple[int, ...], outputs: dict[str, tuple[int, ...]]
+    ) -> None:
+        """Raise `BundleError` unless the graph has exactly these tensors, float32, of these shapes after the batch."""
+        found_inputs = {node.name: (node.type, list(node.shape[1:])) for node in self._session.get_inputs()}
+        found_outputs = {node.name: (node.type, list(node.shape[1:])) for node in self._session.get_outputs()}
+        for side, found, expected in (
+            ("inputs", found_inputs, {input_name: input_shape}),
+            ("outputs", found_outputs, outputs),
+        ):
+            if found != {name: ("tensor(float)", list(shape)) for name, shape in expected.items()}:
+                raise BundleError(
+                    f"{self.file} has the {side} {found}; the manifest promises float32 {expected} after the batch"
+                )
+        self._input = input_name
+        self._outputs = list(outputs)
+        if isinstance(self._session.get_inputs()[0].shape[0], int):
+            raise BundleError(f"{self.file} has a fixed batch size; a bundle's graphs take any")
+
+    def run(self, array: Float32) -> list[Float32]:
+        """Run the graph on (N, ...) -> its outputs (N, ...), which belong to the caller.
+
+        Raises:
+            DeviceError: onnxruntime failed, for example for want of memory.
+            ClosedError: this process was forked after the session was made.
+        """
+        if os.getpid() != self._process:
+            raise ClosedError(
+                f"{self.file} was loaded in process {self._process}, before this process was forked; load it again here"
+            )
+        try:
+            results = cast("list[Float32]", self._session.run(self._outputs, {self._input: array}))
+        except Exception as error:
+            raise DeviceError(
+                f"{self.file} failed on {self.device.name} at batch size {len(array)}: {first_line(error)}"
+            ) from error
+        for result in results:
+            if len(result) != len(array):
+                raise BundleError(
+                    f"{self.file} returned {len(result)} rows for {len(array)}; a bundle's graphs keep the batch"
+                )
+        return results
+
+
+def check_threads(threads: Any) -> int | None:
+    """`threads` as onnxruntime takes it: a whole number from 1, or None for its own choice."""
+    if threads is None:
+        return None
+    if isinstance(threads, bool) or not isinstance(threads, (int, np.integer)) or not 1 <= threads <= 4096:
+        raise InputError(
+            f"threads is {threads!r}; expected a whole number from 1 to 4096, or None for onnxruntime's own choice"
+        )
+    return int(threads)
+
+
+def _open(model: bytes, file: str, device: Device, threads: int | None) -> Any:
+    onnxruntime = import_engine()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    options.inter_op_num_threads = 1
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.load_model_format", "ONNX")
+    if device.provider != CPU:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    if device.provider == CUDA and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()
+    try:
+        session = onnxruntime.InferenceSession(
+            model, options, providers=[(device.provider, device.options)], enable_fallback=0, read_config_from_model=0
+        )
+    except Exception as error:
+        raise _open_error(error, file, device) from error
+    session._model_bytes = None  # kept only for the fallback that is off; it would double the memory
+    if session.get_providers()[0] != device.provider:
+        raise DeviceError(
+            f"device {device.name!r} cannot be used: onnxruntime opened {file} on {session.get_providers()[0]} instead"
+        )
+    return session
+
+
+def _open_error(error: Exception, file: str, device: Device) -> BundleError | DeviceError:
+    """A CPU session fails because of the graph; another device's may fail for its own reasons."""
+    if device.provider == CPU or type(error).__name__ in ("InvalidGraph", "InvalidProtobuf"):
+        return BundleError(f"{file} cannot be loaded by onnxruntime: {first_line(error)}")
+    return DeviceError(f"device {device.name!r} cannot run {file}: {first_line(error)}")

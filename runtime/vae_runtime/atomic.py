@@ -76,7 +76,7 @@ def refuse_existing(path: str | os.PathLike[str], may_replace: Callable[[Path], 
     """Raise `OutputError` if something stands at `path`, unless `may_replace(path)` allows it."""
     path = Path(path)
     if os.path.lexists(path) and not (may_replace is not None and may_replace(path)):
-        raise OutputError(f"{path} exists and is not replaced; name another output, or ask for it with force")
+        raise OutputError(f"{path} exists; it is replaced only when that is asked for (--force) and only if it is a file or bundle")
 
 
 def _beside(path: Path, suffix: str) -> Path:

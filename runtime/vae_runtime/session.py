@@ -84,7 +84,7 @@ def check_threads(threads: Any) -> int | None:
 def _open(model: bytes, file: str, device: Device, threads: int | None) -> Any:
     onnxruntime = import_engine()
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only
+    options.log_severity_level = 4  # what fails is raised, not printed
     options.inter_op_num_threads = 1
     if threads is not None:
         options.intra_op_num_threads = threads

@@ -1,0 +1,170 @@
+"""`vae-train`: parse, train, print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from vae_runtime.errors import MissingExtraError, VAEError
+from vae_runtime.manifest import BINARIZE_MODES, COLOURS, KINDS, RESIZE_MODES
+
+from .config import FAMILIES, LIKELIHOODS, MIXED_PRECISIONS, TrainConfig
+from .folder import recorded_config
+from .split import ORDERS
+
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(TrainConfig)}
+
+
+def _option(name: str, help: str, **settings: Any) -> Any:
+    """An option of `TrainConfig`, with the default that stands there."""
+    default = _DEFAULTS[name]
+    return click.option(
+        "--" + name.replace("_", "-"), name, default=default, help=help, show_default=default is not None, **settings
+    )
+
+
+def _choice(name: str, help: str, choices: Any) -> Any:
+    return _option(name, help, type=click.Choice(list(choices)))
+
+
+class _Numbers(click.ParamType):
+    """ "64,128" or "64x48" -> (64, 128)."""
+
+    def __init__(self, separator: str) -> None:
+        self.name = separator.join(("N", "N"))
+        self.separator = separator
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in value.lower().split(self.separator))
+        except ValueError:
+            self.fail(f"{value!r} is not of the form {self.name}", param, ctx)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option(
+    "--data", required=False, help="'digits', a folder of IDX files, a folder of pictures, an .npy or .npz file."
+)
+@click.option(
+    "--output", required=True, type=click.Path(path_type=Path), help="Folder for model.pt, metrics.json and pictures."
+)
+@_option("split", "Train, validation and test parts: counts '8000,1000,1000' or fractions.")
+@_choice("order", "Shuffle before splitting, or keep the order of the files.", ORDERS)
+@_option("size", "HEIGHTxWIDTH of a folder of pictures; default: the first picture's.", type=_Numbers("x"))
+@_choice(
+    "resize", "How a picture file of another size becomes an input; default: exact, that is not at all.", RESIZE_MODES
+)
+@_choice("colour", "Of a folder of pictures; default: rgb.", COLOURS)
+@_choice("binarize", "Make images binary: drawn anew each time, or x >= 0.5.", BINARIZE_MODES)
+@_option("shift", "Move each training image by up to this many pixels.", type=int)
+@_choice("family", "Of models; vectors take mlp.", FAMILIES)
+@_choice("kind", "Variational, or the plain autoencoder to compare with.", KINDS)
+@_option("latent", "Latent dimensions; default: 20.", type=int)
+@_option(
+    "widths",
+    "Channels after each halving (conv) or hidden units (mlp), '32,64'; default: by the image's size.",
+    type=_Numbers(","),
+)
+@_option("depth", "Convolutions at the lowest resolution in each half (conv).", type=int)
+@_choice("likelihood", "Default: bernoulli for grey images, gaussian with a learned scale for all else.", LIKELIHOODS)
+@_option("beta", "Weight of the KL.", type=float)
+@_option("free_bits", "Nats per latent dimension that the KL leaves alone.", type=float)
+@_option("kl_warmup", "Part of all steps over which the KL's weight rises.", type=float)
+@_option("epochs", "Passes over the train part; default: 20, or more to reach 2,000 steps.", type=int)
+@_option("batch_size", "Examples per step.", type=int)
+@_option("learning_rate", "The highest of the schedule.", type=float)
+@_option("lr_warmup", "Part of all steps over which the learning rate rises.", type=float)
+@_option("weight_decay", "Of AdamW.", type=float)
+@_option("clip", "Largest norm of the gradient.", type=float)
+@_option("ema", "Decay of the moving average of the weights.", type=float)
+@_option("patience", "Stop after this many epochs without a better validation figure; 0: never.", type=int)
+@_choice("mixed_precision", "Of the device.", MIXED_PRECISIONS)
+@_option("seed", "Of everything random.", type=int)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
+@click.option("--threads", type=click.IntRange(1), help="Of the CPU; default: torch's choice.")
+@click.option(
+    "--checkpoint-seconds", type=click.FloatRange(0), default=30.0, show_default=True, help="0: after every epoch."
+)
+@click.option("--resume", is_flag=True, help="Continue the run in the output folder exactly, with its settings.")
+@click.option("--force", is_flag=True, help="Begin anew over a run in the output folder.")
+@click.option("--tensorboard", is_flag=True, help="Log to the folder tensorboard/ in the output folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print the metrics as one JSON document on stdout.")
+@click.version_option(package_name="vae-edge")
+@click.pass_context
+def command(ctx: click.Context, output: Path, as_json: bool, threads: int | None, **options: Any) -> None:
+    """Train a variational autoencoder; leave model.pt, metrics.json and pictures in the output folder."""
+    settings = {name: options.pop(name) for name in _DEFAULTS}
+    if options["resume"] and options["force"]:
+        raise click.UsageError("--resume continues a run and --force begins anew: pass one of them")
+    recorded = recorded_config(output) if options["resume"] else None
+    if recorded is not None:
+        given = {name for name in _DEFAULTS if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
+        settings = {**recorded, **{name: settings[name] for name in given}}
+    if settings["data"] is None:
+        raise click.UsageError("Missing option '--data'.")
+    metrics = _train(TrainConfig.from_dict(settings), output, threads, options)
+    click.echo(
+        json.dumps(metrics, indent=2, ensure_ascii=False, allow_nan=False) if as_json else _summary(metrics, output)
+    )
+
+
+def _train(config: TrainConfig, output: Path, threads: int | None, options: dict[str, Any]) -> dict[str, Any]:
+    try:
+        import torch
+
+        from .loop import train
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("torch", "accelerate", "tqdm"):
+            raise
+        raise MissingExtraError(missing, "train", "training") from None
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return train(config, output, progress=True, **options)
+
+
+def _summary(metrics: dict[str, Any], output: Path) -> str:
+    """A few lines for people; every figure says on which part it was measured."""
+    test, training, model = metrics["test"], metrics["training"], metrics["model"]
+    lines = [f"{output}: {', '.join(metrics['files'])}, metrics.json"]
+    lines.append(
+        f"{model['family']} {model['kind']}, {model['parameters']:,} parameters, {training['epochs']} epochs in {training['seconds']:.0f} s"
+    )
+    if "negative_elbo_nats" in test:
+        lines.append(
+            f"test part, {test['examples']:,} examples: -ELBO {test['negative_elbo_nats']:.2f} ± {test['negative_elbo_standard_error_nats']:.2f} nats "
+            f"(reconstruction {test['reconstruction_nats']:.2f} + KL {test['kl_nats']:.2f}; {metrics['likelihood']['type']}), "
+            f"{test['active_units']} of {model['latent_dim']} latent dimensions active"
+        )
+    else:
+        lines.append(
+            f"test part, {test['examples']:,} examples: reconstruction {test['reconstruction_nats']:.2f} nats ({metrics['likelihood']['type']})"
+        )
+    psnr = f", PSNR {test['psnr_db']:.2f} dB" if "psnr_db" in test else ""
+    lines.append(f"test part, without sampling: mean squared error {test['mse']:.5g}{psnr}")
+    return "\n".join(lines)
+
+
+def main(args: list[str] | None = None) -> None:
+    """The entry point. Exit codes: 0 done, 1 an expected failure in one sentence on stderr, 2 wrong usage, 130 interrupted."""
+    try:
+        command.main(args, prog_name="vae-train", standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except VAEError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(1)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("Interrupted; continue with the same command and --resume.", err=True)
+        sys.exit(130)

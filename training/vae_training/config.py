@@ -1,0 +1,157 @@
+"""Everything that determines the result of a training run; the same settings and data give the same weights on CPU."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from vae_runtime.errors import InputError
+from vae_runtime.manifest import BINARIZE_MODES, COLOURS, KINDS, RESIZE_MODES, InputSpec
+
+from . import strict
+from .split import ORDERS
+
+if TYPE_CHECKING:
+    from .models import ModelConfig
+
+# torch is imported by what needs it, so that `vae-train --help` does not.
+FAMILIES = ("mlp", "conv")
+LIKELIHOODS = ("bernoulli", "gaussian")
+MAX_WIDTH = 65536
+MIXED_PRECISIONS = ("no", "bf16", "fp16")
+MIN_EPOCHS, MIN_STEPS = 20, 2000  # of the default number of epochs
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The settings of a run. None means "as fits the data": `resolve` fills it in.
+
+    data, size, resize, colour: see `data.load_dataset`. split, order: see `split.split_indices`.
+    binarize: how images become binary, in inputs and targets alike: "none", "dynamic" or "threshold".
+    shift: each training image is moved by up to this many pixels, zeros moving in; 0: not at all.
+    family, kind, latent, widths, depth: see `models.ModelConfig`.
+    likelihood: "bernoulli" (the default for grey images) or "gaussian" (for colour images and vectors).
+    beta: weight of the KL (Higgins et al., 2017: β-VAE). free_bits: nats per latent dimension.
+    kl_warmup: the part of all steps over which the KL's weight rises from 0 to beta.
+    batch_size: examples per step, over all processes together.
+    learning_rate: the highest; it rises over `lr_warmup` of all steps and falls to 0 on a cosine.
+    clip: largest norm of the gradient. ema: decay of the moving average of the weights.
+    patience: stop after this many epochs without a better validation figure; 0: never.
+    """
+
+    data: str
+    split: str = "0.8,0.1,0.1"
+    order: str = "seeded"
+    size: tuple[int, ...] | None = None
+    resize: str | None = None
+    colour: str | None = None
+    binarize: str = "none"
+    shift: int = 0
+    family: str = "conv"
+    kind: str = "vae"
+    latent: int | None = None
+    widths: tuple[int, ...] | None = None
+    depth: int | None = None
+    likelihood: str | None = None
+    beta: float = 1.0
+    free_bits: float = 0.0
+    kl_warmup: float = 0.1
+    epochs: int | None = None
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+    lr_warmup: float = 0.05
+    weight_decay: float = 0.01
+    clip: float = 100.0
+    ema: float = 0.995
+    patience: int = 0
+    mixed_precision: str = "no"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) is not None:
+                strict.one_of(getattr(self, name), allowed, name)
+        for name, (low, high) in _RANGES.items():
+            strict.within(getattr(self, name), low, high, name)
+        if self.size is not None and (len(self.size) != 2 or not all(1 <= side <= 8192 for side in self.size)):
+            raise InputError(f"size is {list(self.size)}; expected height and width, from 1 to 8192")
+
+    def resolve(self, spec: InputSpec, train_examples: int) -> TrainConfig:
+        """The same with every None that depends on the data filled in.
+
+        Raises:
+            InputError: settings that do not go with the data.
+        """
+        if not spec.is_image and (self.family == "conv" or self.likelihood == "bernoulli"):
+            wrong = "family is 'conv'" if self.family == "conv" else "likelihood is 'bernoulli'"
+            raise InputError(
+                f"{wrong}, but {self.data} holds vectors; they take family 'mlp' and likelihood 'gaussian'"
+            )
+        likelihood = self.likelihood or ("bernoulli" if spec.is_image and spec.shape[0] == 1 else "gaussian")
+        if self.binarize != "none" and likelihood != "bernoulli":
+            raise InputError(
+                f"binarize is {self.binarize!r}, but likelihood is {likelihood!r}; binary data are Bernoulli's"
+            )
+        if self.shift and (not spec.is_image or self.shift >= min(spec.shape[1:])):
+            raise InputError(f"shift is {self.shift}; {self.data} has examples of shape {list(spec.shape)}")
+        if train_examples < 2:
+            raise InputError(f"the train part has {train_examples} example; expected at least 2")
+        latent = self.latent or min(20, math.prod(spec.shape))
+        from .models import default_config
+
+        model = default_config(self.family, self.kind, spec.shape, latent)
+        return replace(
+            self,
+            latent=latent,
+            likelihood=likelihood,
+            widths=self.widths or model.widths,
+            depth=model.depth if self.depth is None else self.depth,
+            epochs=self.epochs or max(MIN_EPOCHS, math.ceil(MIN_STEPS / self.steps_per_epoch(train_examples))),
+        )
+
+    def model_config(self, spec: InputSpec) -> ModelConfig:
+        """The model of a resolved configuration."""
+        from .models import ModelConfig
+
+        assert self.latent and self.widths and self.depth is not None, "resolve first"
+        return ModelConfig(self.family, self.kind, spec.shape, self.latent, self.widths, self.depth)
+
+    def steps_per_epoch(self, train_examples: int) -> int:
+        return math.ceil(train_examples / self.batch_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        return strict.to_dict(self)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> TrainConfig:
+        """The inverse of `to_dict`; raises `InputError` naming the key, the value and the rule."""
+        return strict.from_dict(cls, data, "config")
+
+
+_CHOICES = {
+    "order": ORDERS,
+    "resize": RESIZE_MODES,
+    "colour": tuple(COLOURS),
+    "binarize": BINARIZE_MODES,
+    "family": FAMILIES,
+    "kind": KINDS,
+    "likelihood": LIKELIHOODS,
+    "mixed_precision": MIXED_PRECISIONS,
+}
+_RANGES = {
+    "shift": (0, 64),
+    "latent": (1, MAX_WIDTH),
+    "beta": (0, 1e6),
+    "free_bits": (0, 1e3),
+    "kl_warmup": (0, 1),
+    "epochs": (1, 1_000_000),
+    "batch_size": (1, 1_000_000),
+    "learning_rate": (1e-9, 10),
+    "lr_warmup": (0, 1),
+    "weight_decay": (0, 10),
+    "clip": (1e-6, 1e9),
+    "ema": (0, 0.999999),
+    "patience": (0, 1_000_000),
+    "seed": (0, 2**63 - 1),
+}

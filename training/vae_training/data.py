@@ -1,0 +1,174 @@
+"""From a name or a path to examples: digits, IDX files, arrays, or a folder of pictures.
+
+Examples stay in the form that `vae_runtime.preprocess.to_model_input` takes, the one place where inputs are prepared, so
+that a model sees at run time exactly what it saw in training.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vae_runtime.errors import InputError, MissingExtraError
+from vae_runtime.images import list_pictures, read_picture
+from vae_runtime.manifest import COLOURS, RESIZE_MODES, InputSpec
+from vae_runtime.preprocess import Float32, to_model_input
+
+from . import idx, strict
+
+DIGITS = "digits"
+_ARRAY_NAMES = ("x", "images")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """All examples of one source, not yet split.
+
+    examples: uint8 images (N, H, W) or (N, H, W, 3), float32 images (N, C, H, W) in [0, 1], or float32 vectors (N, D).
+    """
+
+    name: str
+    examples: NDArray[Any]
+    spec: InputSpec
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def model_input(self, indices: NDArray[np.int64]) -> Float32:
+        """The examples at `indices` as the encoder takes them: float32 (n, *spec.shape)."""
+        return to_model_input(self.examples[indices], self.spec, self.name)
+
+
+def load_dataset(
+    source: str, size: tuple[int, int] | None = None, resize: str | None = None, colour: str | None = None
+) -> Dataset:
+    """Read all examples of `source`.
+
+    source: "digits"; or a folder of IDX files (`train-images-idx3-ubyte`, `t10k-…`, gzipped or not); or a `.npy` or
+        `.npz` file; or a folder of pictures, searched with its subfolders.
+    size: (H, W) of a folder of pictures; None takes the first picture's. colour: "grey" or "rgb" (the default), for pictures.
+    resize: how a picture file of another size becomes an input, "exact" (refused; the default), "stretch" or "crop":
+        here for a folder of pictures, and at run time for every model of images.
+
+    Raises:
+        InputError: nothing at `source`, or it is damaged or of the wrong form.
+        MissingExtraError: scikit-learn (for "digits") or Pillow (for pictures) is not installed.
+    """
+    strict.one_of(resize or "exact", RESIZE_MODES, "resize")
+    strict.one_of(colour or "rgb", tuple(COLOURS), "colour")
+    path = Path(source)
+    if source != DIGITS and path.is_dir() and not idx.find_images(path):
+        return _load_pictures(path, size, resize or "exact", colour or "rgb")
+    if size is not None or colour is not None:
+        raise InputError(f"size and colour are for folders of pictures; {source} has its own")
+    if source == DIGITS:
+        return _from_images(DIGITS, _digits(), resize)
+    if path.is_dir():
+        return _from_images(path.resolve().name, idx.read_folder(path), resize)
+    return _from_array(path, _read_array(path), resize)
+
+
+def _digits() -> NDArray[np.uint8]:
+    """1,797 handwritten digits, 8×8, in 17 grey levels (Alpaydin and Kaynak, 1998; embedded in scikit-learn)."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise MissingExtraError("scikit-learn", "train", "the data set 'digits'") from None
+    return np.rint(load_digits().images * (255 / 16)).astype(np.uint8)
+
+
+def _read_array(path: Path) -> NDArray[Any]:
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; expected {DIGITS!r}, a folder, or an .npy or .npz file")
+    if path.suffix not in (".npy", ".npz"):
+        raise InputError(
+            f"{path} is a file of type {path.suffix!r}; expected {DIGITS!r}, a folder, or an .npy or .npz file"
+        )
+    try:
+        with path.open("rb") as stream:
+            loaded = np.load(stream, allow_pickle=False)
+            return loaded if isinstance(loaded, np.ndarray) else loaded[_array_name(path, loaded.files)]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} cannot be read as an array: {error}") from None
+
+
+def _array_name(path: Path, names: list[str]) -> str:
+    for name in _ARRAY_NAMES:
+        if name in names:
+            return name
+    if len(names) != 1:
+        raise InputError(
+            f"{path} holds the arrays {', '.join(sorted(names)) or 'none'}; expected one, or one named 'x' or 'images'"
+        )
+    return names[0]
+
+
+def _from_array(path: Path, array: NDArray[Any], resize: str | None) -> Dataset:
+    """uint8 -> images; float32 with 4 dimensions -> images (N, C, H, W); float32 with 2 -> vectors."""
+    if array.dtype == np.uint8 and array.ndim in (3, 4):
+        return _from_images(path.stem, array, resize, str(path))
+    if array.dtype == np.float32 and array.ndim == 4:
+        spec = _image_spec(array.shape[1:], resize, str(path))
+    elif array.dtype == np.float32 and array.ndim == 2:
+        spec = InputSpec("vector", array.shape[1:])
+        if resize is not None:
+            raise InputError(f"resize is {resize!r}, but {path} holds vectors")
+    else:
+        hint = "; convert with .astype(numpy.float32)" if array.dtype.kind == "f" else ""
+        raise InputError(
+            f"{path} has shape {array.shape} and dtype {array.dtype}; expected uint8 images (N, H, W) or (N, H, W, 3), "
+            f"float32 images (N, C, H, W) in [0, 1], or float32 vectors (N, D){hint}"
+        )
+    if array.size == 0:
+        raise InputError(f"{path} has shape {array.shape}; there is nothing in it")
+    return Dataset(path.stem, to_model_input(array, spec, str(path)), spec)
+
+
+def _from_images(name: str, images: NDArray[np.uint8], resize: str | None, label: str = "") -> Dataset:
+    if images.ndim == 4 and images.shape[3] == 1:
+        images = images[..., 0]
+    channels = 1 if images.ndim == 3 else images.shape[3]
+    if images.size == 0:
+        raise InputError(f"{label or name} has shape {images.shape}; there is nothing in it")
+    return Dataset(name, images, _image_spec((channels, *images.shape[1:3]), resize, label or name))
+
+
+def _image_spec(shape: tuple[int, ...], resize: str | None, name: str) -> InputSpec:
+    colour = {channels: colour for colour, channels in COLOURS.items()}.get(shape[0])
+    if colour is None:
+        raise InputError(f"{name} has images of {shape[0]} channels; expected 1 (grey) or 3 (rgb)")
+    return InputSpec("image", shape, colour, resize or "exact")
+
+
+def _load_pictures(folder: Path, size: tuple[int, int] | None, resize: str, colour: str) -> Dataset:
+    paths = list_pictures(folder)
+    if not paths:
+        raise InputError(f"{folder} has neither IDX files (train-images-idx3-ubyte) nor pictures in it")
+    height, width = size or _picture_size(paths[0])
+    spec = InputSpec("image", (COLOURS[colour], height, width), colour, resize)
+    trailing = () if colour == "grey" else (3,)
+    examples = np.empty((len(paths), height, width, *trailing), np.uint8)
+    for index, path in enumerate(paths):
+        examples[index] = read_picture(path, spec)
+    return Dataset(folder.resolve().name, examples, spec)
+
+
+def _picture_size(path: Path) -> tuple[int, int]:
+    """(H, W) as it is seen, after EXIF orientation."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise MissingExtraError("Pillow", "images", f"reading {path}") from None
+    try:
+        with Image.open(path) as picture:
+            turned = ImageOps.exif_transpose(picture)
+            return turned.height, turned.width
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} cannot be read as a picture: {error}") from None

@@ -1,0 +1,102 @@
+"""The figures of a trained model on one part of the data, in nats per example."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vae_runtime.preprocess import Float32
+
+from .feed import EVALUATE, RECALIBRATE, standard_normal
+from .losses import Objective, kl_divergence
+from .models import VAE, reparameterize
+
+BATCH = 500
+ACTIVE_VARIANCE = 0.01  # a latent dimension is active where Var(mean) is above (Burda et al., 2016, arXiv:1509.00519)
+_LEAST_MSE = 1e-10  # a perfect reconstruction counts as 100 dB
+
+
+@torch.no_grad()
+def measure(objective: Objective, x: Float32, seed: int, draws: int = 5) -> dict[str, Any]:
+    """Measure `objective` in evaluation mode on x, float32 (N, *input_shape).
+
+    Returns for a vae: `negative_elbo_nats` = `reconstruction_nats` + `kl_nats` as means over the examples and over
+    `draws` posterior draws each, with the standard error over the examples, and `active_units`; for both kinds: the
+    `mse` of the reconstruction from the posterior's mean or the code, and for images `psnr_db`, the mean over images
+    of 10·log10(1 / mse). The Bernoulli with grey values and the Gaussian have different zeros: a figure is comparable
+    only under the same likelihood.
+    """
+    objective.eval()
+    parts = [_measure_batch(objective, batch, seed, draws, index) for index, batch in enumerate(_batches(x, objective))]
+    nll, kl, mse, means = (torch.cat(column).double().cpu().numpy() for column in zip(*parts, strict=True))
+    figures: dict[str, Any] = {"examples": len(x), "reconstruction_nats": float(nll.mean()), "mse": float(mse.mean())}
+    if x.ndim == 4:
+        figures["psnr_db"] = float(np.mean(-10 * np.log10(np.maximum(mse, _LEAST_MSE))))
+    if isinstance(objective.model, VAE):
+        negative_elbo = nll + kl
+        figures["draws"] = draws
+        figures["kl_nats"] = float(kl.mean())
+        figures["negative_elbo_nats"] = float(negative_elbo.mean())
+        figures["negative_elbo_standard_error_nats"] = (
+            float(negative_elbo.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else 0.0
+        )
+        figures["active_units"] = int((means.var(axis=0) > ACTIVE_VARIANCE).sum())
+    else:
+        error = nll.std(ddof=1) / math.sqrt(len(x)) if len(x) > 1 else 0.0
+        figures["reconstruction_standard_error_nats"] = float(error)
+    return figures
+
+
+def _measure_batch(
+    objective: Objective, x: Tensor, seed: int, draws: int, index: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(N, ...) -> nll (N,), kl (N,), mse (N,), mean or code (N, latent_dim)."""
+    model = objective.model
+    if isinstance(model, VAE):
+        mean, logvar = model.encode(x)
+        kl = kl_divergence(mean, logvar)
+        noises = (standard_normal(mean.shape, seed, EVALUATE, index, draw, x.device) for draw in range(draws))
+        logits = (model.decode_logits(reparameterize(mean, logvar, noise)) for noise in noises)
+        nll = sum((objective.negative_log_likelihood(value, x) for value in logits), torch.zeros_like(kl)) / draws
+    else:
+        mean = model.encode(x)
+        nll = objective.negative_log_likelihood(model.decode_logits(mean), x)
+        kl = torch.zeros_like(nll)
+    mse = (model.decode(mean) - x).square().flatten(1).mean(1)
+    return nll, kl, mse, mean
+
+
+def figure_of_merit(figures: dict[str, Any]) -> float:
+    """What early stopping and the choice of the best weights go by, the lower the better."""
+    return figures.get("negative_elbo_nats", figures["reconstruction_nats"])
+
+
+@torch.no_grad()
+def recalibrate(objective: Objective, x: Float32, seed: int) -> None:
+    """Set BatchNorm's statistics to those of the present weights over x, (N, *input_shape) of the train part.
+
+    Averaged weights have activations of their own, which the statistics collected with other weights do not describe
+    (Izmailov et al., 2018, arXiv:1803.05407, section 3.2). Leaves `objective` in evaluation mode.
+    """
+    layers = [layer for layer in objective.modules() if isinstance(layer, nn.BatchNorm2d)]
+    if layers:
+        momenta = [layer.momentum for layer in layers]
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # a plain average over the batches
+        objective.train()
+        latent = objective.model.config.latent_dim
+        for index, batch in enumerate(_batches(x, objective)):
+            objective(batch, standard_normal((len(batch), latent), seed, RECALIBRATE, index, 0, batch.device))
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+    objective.eval()
+
+
+def _batches(x: Float32, objective: Objective) -> list[Tensor]:
+    device = next(objective.parameters()).device
+    return [torch.from_numpy(part).to(device) for part in np.array_split(x, -(-len(x) // BATCH))]

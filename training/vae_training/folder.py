@@ -1,0 +1,128 @@
+"""The output folder of a training run: what is in it, when it may be used again, and the state to continue from.
+
+run.json             what was asked for; its presence says that the folder is ours
+state/               everything needed to continue; gone when the run is complete
+model.pt, reconstructions.png, samples.png, tensorboard/
+metrics.json         written last: the run of run.json is complete
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+from vae_runtime.atomic import atomic_file
+from vae_runtime.errors import OutputError, TrainingError
+from vae_runtime.version import __version__
+
+from .config import TrainConfig
+
+FORMAT = "vae-training"
+FORMAT_VERSION = 1
+RUN_FILE, METRICS_FILE, MODEL_FILE, STATE_FOLDER = "run.json", "metrics.json", "model.pt", "state"
+
+
+class RunFolder:
+    """An output folder that belongs to one run; `open_run` makes one."""
+
+    def __init__(self, path: Path, run: str) -> None:
+        self.path, self.run = path, run
+
+    @property
+    def state(self) -> Path:
+        return self.path / STATE_FOLDER
+
+    def finished(self) -> dict[str, Any] | None:
+        """The metrics of this run if it is complete, else None."""
+        metrics = _read_json(self.path / METRICS_FILE)
+        return metrics if metrics is not None and metrics.get("run") == self.run else None
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        """Write the metrics, which makes the run complete, and drop the state."""
+        write_json(self.path / METRICS_FILE, {**metrics, "run": self.run})
+        shutil.rmtree(self.state, ignore_errors=True)
+
+    def remove_leftovers(self) -> None:
+        """What a run that was killed while writing left half done."""
+        for path in self.path.glob(".*.part"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def recorded_config(path: Path) -> dict[str, Any] | None:
+    """The settings of the run in the folder `path`, or None where there is none."""
+    run = _read_json(path / RUN_FILE)
+    return (
+        run["config"]
+        if run is not None and run.get("format") == FORMAT and isinstance(run.get("config"), dict)
+        else None
+    )
+
+
+def open_run(path: Path, config: TrainConfig, resume: bool, force: bool) -> RunFolder:
+    """Make `path` the folder of a run with the resolved settings `config`.
+
+    A new or empty folder is taken. One with a run of ours in it is continued with `resume` and begun anew with `force`:
+    then what the old run left stays until the new one replaces it. Foreign files are never touched.
+
+    Raises:
+        OutputError: the folder has something in it and neither applies, or it cannot be written.
+        TrainingError: `resume`, and the recorded settings differ, or run.json is damaged.
+    """
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is a file; expected the name of a folder")
+    occupied = path.is_dir() and any(child for child in path.iterdir() if child.suffix != ".part")
+    recorded = recorded_config(path) if occupied else None
+    if occupied and recorded is None:
+        raise OutputError(f"{path} has files in it that vae-train did not write; name a new folder")
+    if recorded is not None and not (resume or force):
+        raise OutputError(f"{path} has a training run in it; pass --resume to continue it or --force to begin anew")
+    if recorded is not None and resume:
+        return _continue_run(path, config, recorded)
+    return _begin_run(path, config)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """UTF-8, indent 2, final newline, no NaN; atomically."""
+    with atomic_file(path) as stream:
+        stream.write((json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def _continue_run(path: Path, config: TrainConfig, recorded: dict[str, Any]) -> RunFolder:
+    for key, value in config.to_dict().items():
+        if recorded.get(key) != value:
+            raise TrainingError(
+                f"{path} was begun with {key} {recorded.get(key)!r}, not {value!r}; a run continues only with the settings it "
+                "began with, --force begins anew"
+            )
+    run = _read_json(path / RUN_FILE)
+    assert run is not None, "recorded_config read it"
+    folder = RunFolder(path, str(run.get("run")))
+    folder.remove_leftovers()
+    return folder
+
+
+def _begin_run(path: Path, config: TrainConfig) -> RunFolder:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}") from None
+    folder = RunFolder(path, secrets.token_hex(8))
+    folder.remove_leftovers()
+    shutil.rmtree(folder.state, ignore_errors=True)
+    description = {"format": FORMAT, "format_version": FORMAT_VERSION, "run": folder.run, "config": config.to_dict()}
+    write_json(path / RUN_FILE, {**description, "producer": {"vae-edge": __version__}})
+    return folder
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return data if isinstance(data, dict) else None

@@ -1,0 +1,309 @@
+"""The training loop: data in, `model.pt` out.
+
+AdamW with warm-up and a cosine, gradient clipping, a moving average of the weights, whose best version by the validation
+part is what is kept. Devices, mixed precision and several processes come from accelerate. A run can be killed at any
+moment and continues exactly: all state is in `State` and in accelerate's, both written as one folder that appears whole,
+and all randomness is a function of the seed and the step (see feed.py).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+
+from vae_runtime.atomic import atomic_folder
+from vae_runtime.errors import MissingExtraError, TrainingError
+from vae_runtime.preprocess import Float32, binarize
+
+from . import report
+from .config import TrainConfig
+from .data import Dataset, load_dataset
+from .devices import make_accelerator
+from .evaluate import figure_of_merit, measure, recalibrate
+from .feed import BINARIZE, NOISE, WEIGHTS, Feed, standard_normal
+from .folder import RunFolder, open_run
+from .losses import Objective, kl_weight
+from .models import build_model
+from .split import Parts, split_indices
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+EVALUATIONS = 25  # about as many as this over a run, plus the last epoch's
+RECALIBRATION_EXAMPLES = 2048
+PROGRESS_FILE = "progress.pt"
+
+
+def train(
+    config: TrainConfig, output: str | Path, *, resume: bool = False, force: bool = False, device: str = "auto",
+    checkpoint_seconds: float = 30.0, tensorboard: bool = False, progress: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Train as `config` says and leave model.pt, metrics.json and pictures in the folder `output`.
+
+    resume: continue the run in `output`, if there is one; a finished run is left as it is. force: begin anew over it.
+    checkpoint_seconds: the state to continue from is written this often, and 0 means after every epoch.
+    progress: show a bar on stderr. Returns what metrics.json holds.
+
+    Raises:
+        InputError: bad data, or settings that do not go with them.
+        OutputError: `output` exists and is not to be replaced, or cannot be written.
+        TrainingError: the loss is not finite, or the state in `output` cannot be continued.
+        DeviceError, MissingExtraError: what was asked for is not there.
+    """
+    data = load_dataset(
+        config.data, (config.size[0], config.size[1]) if config.size else None, config.resize, config.colour
+    )
+    parts = split_indices(len(data), config.split, config.order, config.seed)
+    config = config.resolve(data.spec, len(parts.train))
+    accelerator = make_accelerator(device, config.mixed_precision)
+    folder = _open_folder(Path(output), config, resume, force, accelerator)
+    if (finished := folder.finished()) is not None:
+        return finished
+    run = Run(config, data, parts, accelerator, folder)
+    if resume and folder.state.is_dir():
+        run.load()
+    with _summary_writer(folder.path, tensorboard and accelerator.is_main_process) as writer:
+        run.fit(checkpoint_seconds, writer, progress and accelerator.is_main_process)
+    return run.finish()
+
+
+@dataclass
+class State:
+    """What continues a run beside accelerate's own state (weights and optimizer)."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best: float = math.inf
+    best_epoch: int = 0
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    stopped: bool = False
+
+
+class Run:
+    """One training run in memory."""
+
+    def __init__(
+        self, config: TrainConfig, data: Dataset, parts: Parts, accelerator: Accelerator, folder: RunFolder
+    ) -> None:
+        self.config, self.data, self.parts, self.accelerator, self.folder = config, data, parts, accelerator, folder
+        assert config.epochs and config.likelihood, "resolve first"
+        self.feed = Feed(
+            data, parts.train, config.batch_size, config.seed, config.binarize, config.shift,
+            accelerator.process_index, accelerator.num_processes,
+        )  # fmt: skip
+        self.steps = config.epochs * self.feed.steps_per_epoch
+        objective = initial_objective(config, data, parts)
+        self.ema = AveragedModel(objective.to(accelerator.device), multi_avg_fn=_ema(config.ema))
+        decayed = [parameter for parameter in objective.parameters() if parameter.ndim > 1]
+        others = [parameter for parameter in objective.parameters() if parameter.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=accelerator.device.type in ("cpu", "cuda"))
+        self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.validation = self.examples(parts.validation, 1)
+        self.state = State()
+
+    def fit(self, checkpoint_seconds: float, writer: Any, progress: bool) -> None:
+        """All steps that are left, with evaluations and checkpoints between them."""
+        every = max(1, round(self.config.epochs / EVALUATIONS))  # type: ignore[operator]
+        before, begun = self.state.seconds, time.perf_counter()
+        saved = begun
+        with _bar(self.state.step, self.steps, progress) as bar:
+            while self.state.step < self.steps and not self.state.stopped:
+                loss = self.train_step()
+                bar.update()
+                epoch, rest = divmod(self.state.step, self.feed.steps_per_epoch)
+                if rest == 0 and (epoch % every == 0 or self.state.step == self.steps):
+                    self.evaluate(epoch, loss, writer)
+                    bar.set_postfix_str(f"validation {self.state.history[-1]['validation_nats']:.2f} nats")
+                self.state.seconds = before + time.perf_counter() - begun
+                if self.due(rest, time.perf_counter() - saved, checkpoint_seconds):
+                    self.save()
+                    saved = time.perf_counter()
+
+    def train_step(self) -> Tensor:
+        """One batch; returns the loss, still on the device."""
+        config, step = self.config, self.state.step
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.steps, config.learning_rate, config.lr_warmup)
+        x = torch.from_numpy(self.feed.batch(step)).to(self.accelerator.device)
+        shape = (len(x), config.latent or 0)
+        noise = standard_normal(shape, config.seed, NOISE, step, self.accelerator.process_index, x.device)
+        weight = kl_weight(step, round(config.kl_warmup * self.steps), config.beta)
+        self.objective.train()
+        with self.accelerator.autocast():
+            terms = self.objective(x, noise, weight)
+        self.accelerator.backward(terms.loss)
+        self.accelerator.clip_grad_norm_(self.objective.parameters(), config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.update_parameters(self.accelerator.unwrap_model(self.objective))
+        self.state.step += 1
+        return terms.loss.detach()
+
+    def evaluate(self, epoch: int, loss: Tensor, writer: Any) -> None:
+        """Measure the averaged weights on the validation part, keep them if they are the best, decide whether to stop."""
+        if not math.isfinite(value := float(loss)):
+            raise TrainingError(
+                f"the loss is {value} after epoch {epoch}; try a lower learning rate than {self.config.learning_rate:g}"
+            )
+        objective: Objective = self.ema.module
+        recalibrate(objective, self.examples(self.parts.train[:RECALIBRATION_EXAMPLES], 2), self.config.seed)
+        figure = figure_of_merit(measure(objective, self.validation, self.config.seed, draws=1))
+        self.state.history.append({"epoch": epoch, "train_loss_nats": value, "validation_nats": figure})
+        if figure < self.state.best:
+            self.state.best, self.state.best_epoch = figure, epoch
+            self.state.best_weights = {key: tensor.detach().clone() for key, tensor in objective.state_dict().items()}
+        if writer is not None:
+            for name in ("train_loss_nats", "validation_nats"):
+                writer.add_scalar(name, self.state.history[-1][name], self.state.step)
+        self.state.stopped = 0 < self.config.patience <= epoch - self.state.best_epoch
+
+    def examples(self, indices: NDArray[np.int64], draw: int) -> Float32:
+        """The examples at `indices`, binarised as in training; a "dynamic" draw is always the same for the same `draw`."""
+        rng = standard_rng(self.config.seed, draw)
+        return binarize(self.data.model_input(indices), self.config.binarize, rng)
+
+    def due(self, rest: int, seconds: float, interval: float) -> bool:
+        """Is it time to write the state? Several processes ask only at an epoch's end, and the first decides."""
+        if self.accelerator.num_processes == 1:
+            return rest == 0 if interval == 0 else seconds >= interval
+        if rest != 0:
+            return False
+        from accelerate.utils import broadcast
+
+        flag = torch.tensor([float(seconds >= interval)], device=self.accelerator.device)
+        return bool(broadcast(flag).item())
+
+    def save(self) -> None:
+        """Write everything needed to continue, as one folder that appears whole."""
+        from accelerate.utils import broadcast_object_list
+
+        main = self.accelerator.is_main_process
+        with atomic_folder(self.folder.state, may_replace=lambda _: True) if main else _nowhere() as temporary:
+            (target,) = broadcast_object_list([str(temporary)])
+            self.accelerator.save_state(target)
+            if main:
+                content = {
+                    **vars(self.state),
+                    "ema": self.ema.state_dict(),
+                    "processes": self.accelerator.num_processes,
+                }
+                torch.save(content, Path(target) / PROGRESS_FILE)
+            self.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
+
+    def load(self) -> None:
+        """Take up the state that `save` wrote."""
+        state = self.folder.state
+        try:
+            # Not accelerate's register_for_checkpointing: it would unpickle whatever the file holds.
+            content = torch.load(state / PROGRESS_FILE, map_location="cpu", weights_only=True)
+            processes = content.pop("processes")
+            self.ema.load_state_dict(content.pop("ema"))
+            self.state = State(**content)
+            self.accelerator.load_state(str(state))
+        except Exception as error:  # whatever a damaged file leads torch and safetensors to
+            reason = str(error).split("\n")[0]
+            raise TrainingError(f"{state} cannot be continued from: {reason}; --force begins anew") from None
+        if processes != self.accelerator.num_processes:
+            raise TrainingError(
+                f"{state} was written by {processes} processes; {self.accelerator.num_processes} cannot continue it exactly"
+            )
+
+    def finish(self) -> dict[str, Any]:
+        """Measure the best weights on the test part, write everything, and return the metrics."""
+        objective: Objective = self.ema.module
+        objective.load_state_dict(self.state.best_weights)
+        objective.eval()
+        if self.accelerator.is_main_process:
+            test = self.examples(self.parts.test, 3)
+            figures = {
+                "test": measure(objective, test, self.config.seed),
+                "validation": measure(objective, self.validation, self.config.seed),
+            }
+            metrics = report.write_results(self, objective, test, figures)
+        self.accelerator.wait_for_everyone()
+        return metrics if self.accelerator.is_main_process else {}
+
+
+def initial_objective(config: TrainConfig, data: Dataset, parts: Parts) -> Objective:
+    """The model with its first weights, which depend on the seed alone, and its likelihood; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(standard_rng(config.seed, WEIGHTS).integers(2**63)))
+        model = build_model(config.model_config(data.spec))
+    x = torch.from_numpy(data.model_input(parts.train[:100_000]))
+    model.fit_normalisation(x)
+    # A first guess at σ: what would be left if only the mean were reconstructed.
+    scale = float((x - x.mean(0)).double().square().mean().sqrt())
+    return Objective(model, config.likelihood or "bernoulli", scale if scale > 0 else 1.0, config.free_bits)
+
+
+def learning_rate(step: int, steps: int, highest: float, warmup: float) -> float:
+    """Linear from 0 to `highest` over the part `warmup` of all steps, then a half cosine to 0 (Loshchilov and Hutter, 2017)."""
+    rising = warmup * steps
+    if step < rising:
+        return highest * (step + 1) / (rising + 1)
+    return highest * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1.0, steps - rising)))
+
+
+def standard_rng(seed: int, draw: int) -> np.random.Generator:
+    """A numpy generator for what belongs to no step."""
+    return np.random.default_rng((seed, BINARIZE, 2**40 + draw))
+
+
+def _ema(decay: float) -> Any:
+    """A moving average that forgets faster in the beginning, when the first weights still weigh."""
+
+    @torch.no_grad()
+    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+        steps = int(count)
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + steps) / (10 + steps)))
+
+    return update
+
+
+@contextmanager
+def _bar(step: int, steps: int, shown: bool) -> Iterator[Any]:
+    from tqdm import tqdm
+
+    with tqdm(total=steps, initial=step, unit="step", disable=not shown, mininterval=0.5) as bar:
+        yield bar
+
+
+@contextmanager
+def _summary_writer(path: Path, wanted: bool) -> Iterator[Any]:
+    """A TensorBoard writer, or None where none is wanted."""
+    if not wanted:
+        yield None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise MissingExtraError("tensorboard", "tensorboard", "writing for TensorBoard") from None
+    with SummaryWriter(str(path / "tensorboard")) as writer:
+        yield writer
+
+
+@contextmanager
+def _nowhere() -> Iterator[None]:
+    yield None
+
+
+def _open_folder(path: Path, config: TrainConfig, resume: bool, force: bool, accelerator: Accelerator) -> RunFolder:
+    """The first process makes the folder, the others find it made."""
+    if accelerator.is_main_process:
+        folder = open_run(path, config, resume, force)
+    accelerator.wait_for_everyone()
+    return folder if accelerator.is_main_process else open_run(path, config, resume=True, force=False)

@@ -1,0 +1,120 @@
+"""What is minimised, in nats per example: -ELBO = reconstruction + KL (Kingma and Welling, 2014, arXiv:1312.6114).
+
+Every function returns one number per example, summed over its elements, so that figures compare with the literature's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vae_runtime.manifest import Likelihood
+
+from .models import VAE, Autoencoder, reparameterize
+
+_LOG_TWO_PI = math.log(2 * math.pi)
+
+
+def bernoulli_nll(logits: Tensor, x: Tensor) -> Tensor:
+    """-log p(x|z) of a Bernoulli with these logits; both (N, ...), x in [0, 1] -> (N,) nats.
+
+    Grey values count as probabilities, the usual convention for images: this is then a cross-entropy, not a likelihood
+    that sums to one (Loaiza-Ganem and Cunningham, 2019, arXiv:1907.06845).
+    """
+    return F.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).sum(1)
+
+
+def gaussian_nll(mean: Tensor, x: Tensor, log_scale: Tensor) -> Tensor:
+    """-log p(x|z) of a Gaussian with one standard deviation exp(log_scale), in the data's units; (N, ...) -> (N,) nats.
+
+    A density: it may be negative, and it depends on the unit. Learning σ balances reconstruction against KL without a
+    hand-set weight (Rybkin, Daniilidis and Levine, 2021, arXiv:2006.13202).
+    """
+    squared = ((x - mean) * torch.exp(-log_scale)).square()
+    return (0.5 * squared + log_scale + 0.5 * _LOG_TWO_PI).flatten(1).sum(1)
+
+
+def kl_per_dimension(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mean, exp(logvar)) ‖ N(0, 1)) of each latent dimension, (N, latent_dim) nats (Kingma and Welling, appendix B)."""
+    return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
+
+
+def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL(q(z|x) ‖ p(z)) against the standard normal, (N, latent_dim) -> (N,) nats."""
+    return kl_per_dimension(mean, logvar).sum(1)
+
+
+def elbo(negative_log_likelihood: Tensor, kl: Tensor) -> Tensor:
+    """The evidence lower bound, (N,) nats: always with the weight 1, whatever β was trained with."""
+    return -(negative_log_likelihood + kl)
+
+
+def free_bits_kl(kl: Tensor, free_bits: float) -> Tensor:
+    """KL per dimension (N, latent_dim) -> a scalar, in which each dimension costs at least `free_bits` nats.
+
+    Σ_j max(free_bits, mean over the batch of KL_j), Kingma et al., 2016, arXiv:1606.04934, equation 15: below that no
+    gradient pushes a dimension towards the prior. With free_bits 0 it is the mean KL.
+    """
+    return kl.mean(0).clamp(min=free_bits).sum()
+
+
+def kl_weight(step: int, warmup_steps: int, beta: float) -> float:
+    """The weight of the KL at `step` (from 0): linear from 0 to β over the warm-up (Sønderby et al., 2016, arXiv:1602.02282)."""
+    return beta * min(1.0, step / warmup_steps) if warmup_steps > 0 else beta
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The parts of the loss of one batch. loss: the scalar to minimise; the others per example, (N,) nats."""
+
+    loss: Tensor
+    reconstruction: Tensor
+    kl: Tensor
+
+
+class Objective(nn.Module):
+    """A model together with its likelihood: one module, so that everything trained goes through one `forward`.
+
+    likelihood: "bernoulli" (images) or "gaussian", whose scale σ is learned as `log_scale`, kept above `min_scale`.
+    free_bits: nats per latent dimension.
+    """
+
+    log_scale: Tensor
+
+    def __init__(self, model: Autoencoder, likelihood: str, scale: float = 1.0, free_bits: float = 0.0) -> None:
+        super().__init__()
+        self.model = model
+        self.likelihood = likelihood
+        self.free_bits = free_bits
+        if likelihood == "gaussian":
+            self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
+            # Data that are reconstructed exactly would send σ to 0 and the density to infinity.
+            self.min_log_scale = math.log(scale) + math.log(1e-4)
+
+    def forward(self, x: Tensor, noise: Tensor, weight: float = 1.0) -> Terms:
+        """x: (N, *input_shape), input and target; noise: (N, latent_dim), unused by an autoencoder; weight: of the KL."""
+        if isinstance(self.model, VAE):
+            mean, logvar = (part.float() for part in self.model.encode(x))
+            kl = kl_per_dimension(mean, logvar)
+            logits = self.model.decode_logits(reparameterize(mean, logvar, noise))
+            reconstruction = self.negative_log_likelihood(logits.float(), x)
+            loss = reconstruction.mean() + weight * free_bits_kl(kl, self.free_bits)
+            return Terms(loss, reconstruction, kl.sum(1))
+        reconstruction = self.negative_log_likelihood(self.model.decode_logits(self.model.encode(x)).float(), x)
+        return Terms(reconstruction.mean(), reconstruction, torch.zeros_like(reconstruction))
+
+    def negative_log_likelihood(self, logits: Tensor, x: Tensor) -> Tensor:
+        """The decoder's logits and the target x, (N, *input_shape) -> -log p(x|z), (N,) nats."""
+        if self.likelihood == "bernoulli":
+            return bernoulli_nll(logits, x)
+        return gaussian_nll(self.model.to_mean(logits), x, self.log_scale.clamp(min=self.min_log_scale))
+
+    def to_likelihood(self, binarize: str) -> Likelihood:
+        """The likelihood as bundles and checkpoints record it."""
+        if self.likelihood == "bernoulli":
+            return Likelihood("bernoulli", binarize=binarize)
+        return Likelihood("gaussian", scale=float(self.log_scale.detach().clamp(min=self.min_log_scale).exp()))

@@ -1,0 +1,272 @@
+"""The models: two families, `mlp` and `conv`, each as variational and as plain autoencoder.
+
+A model is a `ModelConfig` and a `state_dict`, nothing else. What goes in and comes out is in physical units: images are
+float32 (N, C, H, W) in [0, 1], vectors float32 (N, D) in the data's own units; normalisation happens inside.
+
+The conv family is made for small devices: convolution + BatchNorm + ReLU, so that normalisation folds away at export;
+strided convolutions down; most of the arithmetic at the lowest resolution; sub-pixel convolutions up (Shi et al., 2016,
+arXiv:1609.05158), because transposed convolutions are slow in inference engines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vae_runtime.errors import InputError
+from vae_runtime.manifest import KINDS, MAX_ELEMENTS
+
+from . import strict
+from .config import FAMILIES, MAX_WIDTH
+
+LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0  # exp() stays finite in float32, and in float16 after a square root
+MAX_LAYERS, MAX_SIDE = 16, 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that determines a model's layers.
+
+    family: "mlp" or "conv". kind: "vae" or "autoencoder".
+    input_shape: without the batch: (C, H, W) of an image or (D,) of a vector.
+    latent_dim: number of latent dimensions (a vae) or the code's length (an autoencoder).
+    widths: "mlp": units of the hidden layers of the encoder, mirrored in the decoder. "conv": channels after each halving
+        of the resolution; the last is the width at the lowest resolution.
+    depth: "conv": number of 3×3 convolutions at the lowest resolution in each half. "mlp": 0.
+    """
+
+    family: str
+    kind: str
+    input_shape: tuple[int, ...]
+    latent_dim: int
+    widths: tuple[int, ...]
+    depth: int = 0
+
+    def __post_init__(self) -> None:
+        strict.one_of(self.family, FAMILIES, "family")
+        strict.one_of(self.kind, KINDS, "kind")
+        if len(self.input_shape) not in (1, 3) or not all(1 <= side <= MAX_ELEMENTS for side in self.input_shape):
+            raise InputError(f"input_shape is {list(self.input_shape)}; expected (C, H, W) or (D,), each above 0")
+        if math.prod(self.input_shape) > MAX_ELEMENTS:
+            raise InputError(f"input_shape is {list(self.input_shape)}; expected at most {MAX_ELEMENTS} elements")
+        strict.within(self.latent_dim, 1, MAX_WIDTH, "latent_dim")
+        if not 1 <= len(self.widths) <= MAX_LAYERS or not all(1 <= width <= MAX_WIDTH for width in self.widths):
+            raise InputError(f"widths is {list(self.widths)}; expected 1 to {MAX_LAYERS} numbers from 1 to {MAX_WIDTH}")
+        strict.within(self.depth, 0, 0 if self.family == "mlp" else MAX_LAYERS, "depth")
+        if self.family == "conv" and (
+            len(self.input_shape) != 3 or not all(8 <= n <= MAX_SIDE for n in self.input_shape[1:])
+        ):
+            raise InputError(
+                f"input_shape is {list(self.input_shape)}; the conv family takes images (C, H, W) from 8×8 to {MAX_SIDE}×{MAX_SIDE}"
+            )
+
+    @property
+    def is_image(self) -> bool:
+        return len(self.input_shape) == 3
+
+    @property
+    def lowest_size(self) -> tuple[int, int]:
+        """(H, W) after all halvings of the resolution, each rounded up; conv family only."""
+        step = 2 ** len(self.widths)
+        return -(-self.input_shape[1] // step), -(-self.input_shape[2] // step)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for `model.pt` and JSON; `config_from_dict` reads it back."""
+        return strict.to_dict(self)
+
+
+def config_from_dict(data: Mapping[str, Any]) -> ModelConfig:
+    """The inverse of `ModelConfig.to_dict`.
+
+    Raises:
+        InputError: an unknown or missing key, a wrong type, a value out of range.
+    """
+    return strict.from_dict(ModelConfig, data, "config")
+
+
+def default_config(family: str, kind: str, input_shape: tuple[int, ...], latent_dim: int) -> ModelConfig:
+    """The widths and depth that `vae-train` uses: the lowest resolution of the conv family is at most 8×8."""
+    if family == "mlp" or len(input_shape) != 3:
+        return ModelConfig(family, kind, input_shape, latent_dim, widths=(400,))
+    halvings = max(1, math.ceil(math.log2(max(input_shape[1:]) / 8)))
+    widths = tuple(min(32 * 2**level, 128) for level in range(halvings))
+    return ModelConfig(family, kind, input_shape, latent_dim, widths=widths if halvings > 1 else (64,), depth=2)
+
+
+class Autoencoder(nn.Module):
+    """Encoder, code, decoder: no distribution. The halves of both kinds are built here.
+
+    The buffers `centre` and `scale` normalise vectors: centred per feature, and divided by ONE scale common to all, so
+    that a Gaussian likelihood's single σ stays in the data's units. Features of very different units should be
+    standardised by the user beforehand. Images need no normalisation and have no such buffers.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        parameters = config.latent_dim * (2 if config.kind == "vae" else 1)
+        build = {"mlp": (_mlp_encoder, _mlp_decoder), "conv": (_conv_encoder, _conv_decoder)}[config.family]
+        self.encoder = build[0](config, parameters)
+        self.decoder = build[1](config)
+        if not config.is_image:
+            self.register_buffer("centre", torch.zeros(config.input_shape))
+            self.register_buffer("scale", torch.ones(()))
+
+    def fit_normalisation(self, x: Tensor) -> None:
+        """Set `centre` and `scale` from the training part x, (N, D); images need none and are left alone."""
+        if self.config.is_image:
+            return
+        x = x.double()
+        self.centre.copy_(x.mean(0))
+        deviation = (x - x.mean(0)).square().mean().sqrt()
+        self.scale.copy_(deviation if deviation > 0 else torch.ones(()))  # constant data have no scale of their own
+
+    def encode(self, x: Tensor) -> Any:
+        """x (N, *input_shape) -> code (N, latent_dim)."""
+        return self.encoder(self._normalise(x))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """z (N, latent_dim) -> reconstruction (N, *input_shape), the mean of p(x|z): [0, 1] for images."""
+        return self.to_mean(self.decode_logits(z))
+
+    def decode_logits(self, z: Tensor) -> Tensor:
+        """z (N, latent_dim) -> what `to_mean` turns into the mean of p(x|z): for images its logits, (N, *input_shape)."""
+        return self.decoder(z)
+
+    def to_mean(self, logits: Tensor) -> Tensor:
+        """Images: logits -> [0, 1]. Vectors: normalised -> the data's own units."""
+        return torch.sigmoid(logits) if self.config.is_image else logits * self.scale + self.centre
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x -> reconstruction, both (N, *input_shape)."""
+        return self.decode(self.encode(x))
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        return x if self.config.is_image else (x - self.centre) / self.scale
+
+
+class VAE(Autoencoder):
+    """A variational autoencoder (Kingma and Welling, 2014, arXiv:1312.6114) with a diagonal Gaussian posterior."""
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (N, *input_shape) -> mean, logvar, each (N, latent_dim); logvar is clamped to [-30, 20]."""
+        mean, logvar = self.encoder(self._normalise(x)).chunk(2, dim=1)
+        return mean, logvar.clamp(LOGVAR_MIN, LOGVAR_MAX)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x -> reconstruction from the posterior's mode, both (N, *input_shape)."""
+        return self.decode(self.encode(x)[0])
+
+
+def build_model(config: ModelConfig) -> Autoencoder:
+    """A model with fresh weights from torch's global generator, in training mode."""
+    return VAE(config) if config.kind == "vae" else Autoencoder(config)
+
+
+def reparameterize(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+    """z = mean + exp(logvar / 2) · noise, with standard normal noise; all (N, latent_dim)."""
+    return mean + torch.exp(0.5 * logvar) * noise
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trained scalars; BatchNorm's statistics and the normalisation are not among them."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def count_macs(model: Autoencoder) -> dict[str, int]:
+    """Multiply-accumulates of convolutions and linear layers for one example, {"encode": n, "decode": n}."""
+    counted: list[int] = []
+
+    def count(layer: nn.Module, inputs: Any, output: Tensor) -> None:
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        counted.append(weight.numel() * (math.prod(output.shape[2:]) if output.ndim == 4 else 1))
+
+    layers = [layer for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    try:
+        model.encode(torch.zeros(1, *model.config.input_shape, device=device))
+        encode = sum(counted)
+        model.decode(torch.zeros(1, model.config.latent_dim, device=device))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return {"encode": encode, "decode": sum(counted) - encode}
+
+
+class Crop(nn.Module):
+    """(N, C, H', W') -> (N, C, H, W): what upsampling by powers of two gave beyond the image is cut off."""
+
+    def __init__(self, height: int, width: int) -> None:
+        super().__init__()
+        self.height, self.width = height, width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., : self.height, : self.width]
+
+
+def _mlp_encoder(config: ModelConfig, outputs: int) -> nn.Sequential:
+    sizes = (math.prod(config.input_shape), *config.widths)
+    return nn.Sequential(
+        nn.Flatten(),  # (N, D)
+        *(layer for pair in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(*pair), nn.ReLU())),
+        nn.Linear(sizes[-1], outputs),
+    )
+
+
+def _mlp_decoder(config: ModelConfig) -> nn.Sequential:
+    sizes = (config.latent_dim, *reversed(config.widths))
+    return nn.Sequential(
+        *(layer for pair in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(*pair), nn.ReLU())),
+        nn.Linear(sizes[-1], math.prod(config.input_shape)),
+        *((nn.Unflatten(1, config.input_shape),) if config.is_image else ()),
+    )
+
+
+def _conv_encoder(config: ModelConfig, outputs: int) -> nn.Sequential:
+    channels = (config.input_shape[0], *config.widths)
+    width = config.widths[-1]
+    return nn.Sequential(
+        *(
+            _conv(*pair, stride=2) for pair in zip(channels, channels[1:], strict=False)
+        ),  # halves H and W each, rounded up
+        *(_conv(width, width) for _ in range(config.depth - 1)),
+        nn.Flatten(),  # (N, width · h · w)
+        nn.Linear(width * math.prod(config.lowest_size), outputs),
+    )
+
+
+def _conv_decoder(config: ModelConfig) -> nn.Sequential:
+    colours, height, width = config.input_shape
+    channels = tuple(reversed(config.widths))
+    lowest = config.lowest_size
+    exact = all(n * 2 ** len(channels) == side for n, side in zip(lowest, (height, width), strict=True))
+    return nn.Sequential(
+        nn.Linear(config.latent_dim, channels[0] * math.prod(lowest)),
+        nn.Unflatten(1, (channels[0], *lowest)),  # (N, widths[-1], h, w)
+        *(_conv(channels[0], channels[0]) for _ in range(config.depth)),
+        *(_up(*pair) for pair in zip(channels, channels[1:], strict=False)),  # doubles h and w each
+        nn.Conv2d(channels[-1], 4 * colours, 3, padding=1),
+        nn.PixelShuffle(2),  # (N, C, H', W')
+        *(() if exact else (Crop(height, width),)),
+    )
+
+
+def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+    )
+
+
+def _up(inputs: int, outputs: int) -> nn.Sequential:
+    """(N, inputs, h, w) -> (N, outputs, 2h, 2w)."""
+    return nn.Sequential(*_conv(inputs, 4 * outputs), nn.PixelShuffle(2))

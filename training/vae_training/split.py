@@ -1,0 +1,63 @@
+"""Train, validation and test parts: disjoint, complete, and the same for the same seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vae_runtime.errors import InputError
+
+from . import strict
+
+ORDERS = ("seeded", "file")
+PARTS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Indices into a data set. The test part is for the last figures only: never trained, tuned or stopped on."""
+
+    train: NDArray[np.int64]
+    validation: NDArray[np.int64]
+    test: NDArray[np.int64]
+
+
+def split_indices(count: int, split: str, order: str, seed: int) -> Parts:
+    """Divide `count` examples.
+
+    split: "8000,1000,1000", counts, whose sum may be less than there is; or "0.8,0.1,0.1", fractions that sum to 1.
+    order: "seeded" shuffles before dividing, "file" keeps the order of the files.
+
+    Raises:
+        InputError: another form, more than there is, or a part without examples.
+    """
+    strict.one_of(order, ORDERS, "order")
+    sizes = _sizes(count, split)
+    for part, size in zip(PARTS, sizes, strict=True):
+        if size < 1:
+            raise InputError(f"split is {split!r}, which leaves no example of {count} for the {part} part")
+    if sum(sizes) > count:
+        raise InputError(f"split is {split!r}, {sum(sizes)} examples in all; there are {count}")
+    indices = np.random.default_rng((seed, 0)).permutation(count) if order == "seeded" else np.arange(count)
+    first, second, third = np.cumsum(sizes)
+    return Parts(indices[:first], indices[first:second], indices[second:third])
+
+
+def _sizes(count: int, split: str) -> list[int]:
+    fields = [field.strip() for field in split.split(",")]
+    try:
+        if len(fields) != 3:
+            raise ValueError
+        if all(field.isdigit() for field in fields):
+            return [int(field) for field in fields]
+        fractions = [float(field) for field in fields]
+        if not all(0 < fraction < 1 for fraction in fractions) or abs(sum(fractions) - 1) > 1e-6:
+            raise ValueError
+    except ValueError:
+        raise InputError(
+            f"split is {split!r}; expected three counts, '8000,1000,1000', or three fractions that sum to 1, '0.8,0.1,0.1'"
+        ) from None
+    validation, test = (max(1, round(count * fraction)) for fraction in fractions[1:])
+    return [count - validation - test, validation, test]

@@ -1,0 +1,38 @@
+# make demo   train, export, run without torch, benchmark, on real handwritten digits
+# make test   the test suite
+# make lint   ruff and mypy
+# Each does its own set-up in .venv and may be run again.
+
+PYTHON ?= python3
+DEMO := demo
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed .venv-edge/installed
+	mkdir -p $(DEMO)
+	.venv/bin/vae-train --data digits --output $(DEMO)/digits --seed 0 --force
+	.venv/bin/vae-export $(DEMO)/digits/model.pt --output $(DEMO)/digits.vae --force
+	.venv-edge/bin/python -c "import importlib.util as u; assert not u.find_spec('torch'); print('from here on: an environment without torch')"
+	.venv-edge/bin/vae-run selftest $(DEMO)/digits.vae
+	.venv-edge/bin/vae-run reconstruct $(DEMO)/digits.vae --golden --output $(DEMO)/reconstructions.png --force
+	.venv-edge/bin/vae-run sample $(DEMO)/digits.vae --seed 0 --output $(DEMO)/samples.png --force
+	.venv-edge/bin/vae-bench $(DEMO)/digits.vae --batch 1,32 --threads 1
+
+test: .venv/installed
+	.venv/bin/python -m pytest
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+.venv/installed: pyproject.toml install.py
+	$(PYTHON) install.py .venv --extras cpu,images,train,tensorboard,export,bench,dev
+	touch $@
+
+.venv-edge/installed: pyproject.toml install.py
+	$(PYTHON) install.py .venv-edge --extras cpu,images,bench
+	touch $@
+
+clean:
+	rm -rf .venv .venv-edge $(DEMO) dist

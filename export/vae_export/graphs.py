@@ -1,0 +1,167 @@
+"""The two halves under the contract of a bundle, and their way into plain ONNX.
+
+The contract: deterministic; physical units at the boundary; the field's tensor names; batch dynamic; opset 20, IR 10,
+standard operators only, weights inside the file, nothing of the machine that made it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from vae_runtime.errors import BundleError, ExportError
+from vae_runtime.graph_rules import check_graph
+from vae_runtime.manifest import INPUT, LATENT, LOGVAR, MEAN, RECONSTRUCTION
+
+OPSET, IR_VERSION = 20, 10  # read by onnxruntime 1.18 and newer
+LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
+MAX_BYTES = 2**31 - 2**20  # of one protocol buffer message, with some room for its frame
+
+
+class EncoderGraph(nn.Module):
+    """x (N, *input_shape) -> mean, logvar (N, *latent_shape); of an autoencoder the code alone.
+
+    encoder: x -> (mean, logvar), or -> code. Its latents z become (z - shift) · scale, so that logvar, clamped to
+        [-30, 20] first, grows by 2 · log(scale).
+    threshold: the model was trained on binary images, so x becomes x >= 0.5.
+    clamp: False where the encoder clamps logvar itself.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        kind: str,
+        scale: float = 1.0,
+        shift: float = 0.0,
+        threshold: bool = False,
+        clamp: bool = True,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.kind, self.scale, self.shift = encoder, kind, scale, shift
+        self.threshold, self.clamp = threshold, clamp
+
+    def forward(self, x: Tensor) -> Any:
+        if self.threshold:
+            x = (x >= 0.5).to(x.dtype)
+        output = self.encoder(x)
+        if self.kind == "autoencoder":
+            return self._to_unit(output)
+        mean, logvar = output
+        logvar = logvar.clamp(LOGVAR_MIN, LOGVAR_MAX) if self.clamp else logvar
+        return self._to_unit(mean), logvar if self.scale == 1 else logvar + 2 * math.log(self.scale)
+
+    def _to_unit(self, z: Tensor) -> Tensor:
+        z = z if self.shift == 0 else z - self.shift
+        return z if self.scale == 1 else z * self.scale
+
+
+class DecoderGraph(nn.Module):
+    """z (N, *latent_shape) -> reconstruction (N, *input_shape), the mean of p(x|z).
+
+    clamp: cut the result to [0, 1]; for images, unless the decoder ends in that range itself.
+    """
+
+    def __init__(self, decoder: nn.Module, clamp: bool, scale: float = 1.0, shift: float = 0.0) -> None:
+        super().__init__()
+        self.decoder, self.clamp, self.scale, self.shift = decoder, clamp, scale, shift
+
+    def forward(self, z: Tensor) -> Tensor:
+        z = z if self.scale == 1 else z / self.scale
+        z = z if self.shift == 0 else z + self.shift
+        reconstruction: Tensor = self.decoder(z)
+        return reconstruction.clamp(0, 1) if self.clamp else reconstruction
+
+
+def encoder_to_onnx(graph: EncoderGraph, example: Tensor) -> bytes:
+    """The ONNX file of an encoder; example: one valid input batch of 2 or more rows.
+
+    Raises:
+        ExportError: torch cannot export it, or the result breaks the contract.
+    """
+    return _to_onnx(graph, example, INPUT, [MEAN, LOGVAR] if graph.kind == "vae" else [MEAN], "encoder")
+
+
+def decoder_to_onnx(graph: DecoderGraph, example: Tensor) -> bytes:
+    """The ONNX file of a decoder; see `encoder_to_onnx`."""
+    return _to_onnx(graph, example, LATENT, [RECONSTRUCTION], "decoder")
+
+
+def _to_onnx(module: nn.Module, example: Tensor, input_name: str, outputs: list[str], half: str) -> bytes:
+    if sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers())) > MAX_BYTES:
+        raise ExportError(f"the {half} has over 2 GB of weights; an ONNX file with its weights inside holds less")
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                module.eval(),
+                (example,),
+                dynamo=True,
+                external_data=False,
+                opset_version=OPSET,
+                input_names=[input_name],
+                output_names=outputs,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                verbose=False,
+            )
+    except Exception as error:
+        raise ExportError(f"the {half} cannot be exported by torch.onnx: {_reason(error)}") from error
+    assert program is not None  # with dynamo=True
+    model = _plain(program.model_proto)
+    data: bytes = model.SerializeToString(deterministic=True)
+    _check_contract(model, data, half)
+    return data
+
+
+def _plain(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph without what the exporter leaves in it: stack traces with local paths, notes, inferred shapes."""
+    model.ir_version = IR_VERSION
+    model.doc_string = ""
+    graph = model.graph
+    graph.name, graph.doc_string = "graph", ""
+    del model.metadata_props[:], graph.metadata_props[:], graph.value_info[:]
+    for part in (*graph.node, *graph.initializer, *graph.input, *graph.output):
+        part.doc_string = ""
+        del part.metadata_props[:]
+    return model
+
+
+def _check_contract(model: onnx.ModelProto, data: bytes, half: str) -> None:
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    if opsets != {"": OPSET}:
+        raise ExportError(
+            f"the {half} needs the operator sets {opsets}; a bundle's fp32 graph has {{'': {OPSET}}} alone"
+        )
+    try:
+        check_graph(data, f"the {half}")
+        onnx.checker.check_model(model, full_check=True)
+    except (BundleError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"the {half} cannot go into a bundle: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause, in one line: torch wraps it in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter logs what is missing that nobody asked for, and warns of its own deprecated calls."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -23,10 +23,10 @@ def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
         OutputError: the folder is missing or not writable, the disk is full, `path` is a folder.
     """
     path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; expected the name of a file to write")
     temporary = _beside(path, "part")
     try:
-        if path.is_dir():
-            raise OutputError(f"{path} is a folder; expected the name of a file to write")
         with temporary.open(mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as stream:
             yield stream
             stream.flush()
@@ -51,9 +51,9 @@ def atomic_folder(path: str | os.PathLike[str], may_replace: Callable[[Path], bo
         OutputError: `path` exists and may not be replaced, or the disk refuses.
     """
     path = Path(path)
+    refuse_existing(path, may_replace)
     temporary = _beside(path, "part")
     try:
-        refuse_existing(path, may_replace)
         temporary.mkdir()
         yield temporary
         for file in temporary.iterdir():
@@ -76,7 +76,8 @@ def refuse_existing(path: str | os.PathLike[str], may_replace: Callable[[Path], 
     """Raise `OutputError` if something stands at `path`, unless `may_replace(path)` allows it."""
     path = Path(path)
     if os.path.lexists(path) and not (may_replace is not None and may_replace(path)):
-        raise OutputError(f"{path} exists; it is replaced only when that is asked for (--force) and only if it is a file or bundle")
+        rule = "it is replaced only when that is asked for (--force) and only if it is a file or bundle"
+        raise OutputError(f"{path} exists; {rule}")
 
 
 def _beside(path: Path, suffix: str) -> Path:

@@ -6,7 +6,6 @@ import hashlib
 import io
 import os
 import stat
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,9 @@ class Bundle:
         try:
             with np.load(io.BytesIO(self.read(file)), allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
-        except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        except BundleError:
+            raise
+        except Exception as error:  # a damaged archive raises nearly anything: BadZipFile, zlib.error, TokenError, ...
             raise BundleError(f"{self.path / file} is not an .npz archive of plain arrays: {error}") from None
         expected = {INPUT: self.manifest.input.shape, MEAN: self.manifest.latent.shape}
         expected[RECONSTRUCTION] = self.manifest.input.shape
@@ -81,7 +82,10 @@ class Bundle:
         return arrays
 
     def _check_layout(self) -> None:
-        found = {entry.name for entry in self.path.iterdir()} - {MANIFEST_FILE}
+        try:
+            found = {entry.name for entry in self.path.iterdir()} - {MANIFEST_FILE}
+        except OSError as error:
+            raise BundleError(f"{self.path} cannot be read: {error.strerror}") from None
         for file in sorted(found - set(self.manifest.files)):
             raise BundleError(
                 f"{self.path / file} is not listed in the manifest; a bundle holds its own files and nothing else"
@@ -103,8 +107,8 @@ def is_bundle_folder(path: Path) -> bool:
 def _require_folder(path: Path) -> None:
     try:
         mode = path.stat().st_mode
-    except OSError as error:
-        raise BundleError(f"{path} cannot be opened as a bundle: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise BundleError(f"{path} cannot be opened as a bundle: {getattr(error, 'strerror', error)}") from None
     if not stat.S_ISDIR(mode):
         hint = "; make one with: vae-export " + str(path) if path.suffix in (".pt", ".pth") else ""
         raise BundleError(f"{path} is a file; a bundle is a folder with a {MANIFEST_FILE}{hint}")
@@ -141,5 +145,7 @@ def _read_regular(path: Path, limit: int) -> bytes:
         with os.fdopen(descriptor, "rb") as stream:
             _require_regular(path, os.fstat(descriptor))
             return stream.read(limit + 1)
+    except MemoryError:
+        raise BundleError(f"{path} has {limit} bytes or more, which do not fit into memory") from None
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}") from None

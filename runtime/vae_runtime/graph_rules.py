@@ -20,7 +20,7 @@ RANDOM_OPERATORS = (
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MODEL_GRAPH, _MODEL_OPSETS, _MODEL_METADATA, _MODEL_TRAINING, _MODEL_FUNCTIONS = 7, 8, 14, 20, 25
 _GRAPH_NODES, _GRAPH_INITIALIZERS, _GRAPH_SPARSE = 1, 5, 15
-_NODE_OPERATOR, _NODE_ATTRIBUTES, _NODE_DOMAIN = 4, 5, 7
+_NODE_INPUTS, _NODE_OPERATOR, _NODE_ATTRIBUTES, _NODE_DOMAIN = 1, 4, 5, 7
 _ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_SPARSE = 5, 6, 10, 11, (22, 23)
 _TENSOR_EXTERNAL, _TENSOR_LOCATION = 13, 14
 
@@ -60,7 +60,9 @@ def _check_model_field(field: int, value: memoryview | int, file: str) -> None:
 def _check_node(node: memoryview, file: str) -> None:
     operator = _text(node, _NODE_OPERATOR)
     _check_domain(_text(node, _NODE_DOMAIN), file)
-    if operator in RANDOM_OPERATORS:
+    if operator == "EPContext":
+        raise BundleError(f"{file} has the operator 'EPContext', a compiled program; a bundle's graphs are plain")
+    if operator in RANDOM_OPERATORS or (operator == "Dropout" and _in_training(node)):
         raise BundleError(
             f"{file} has the operator {operator!r}; a bundle's graphs are deterministic, sampling is the runtime's"
         )
@@ -76,6 +78,12 @@ def _check_node(node: memoryview, file: str) -> None:
                 _check_tensor(_message(part), file)
             elif inner in _ATTRIBUTE_SPARSE:
                 raise BundleError(f"{file} holds a sparse tensor; a bundle's weights are dense")
+
+
+def _in_training(dropout: memoryview) -> bool:
+    """Whether a Dropout has its third input, `training_mode`, which makes it drop at random."""
+    inputs = [value for field, value in _fields(dropout) if field == _NODE_INPUTS]
+    return len(inputs) > 2 and len(_message(inputs[2])) > 0
 
 
 def _check_tensor(tensor: memoryview, file: str) -> None:
@@ -107,11 +115,13 @@ def _message(value: memoryview | int) -> memoryview:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
-    """Every field of one message: its number and its bytes, or its value where it is a varint."""
+    """Every field of one message: its number and its bytes, or its value where it is a number."""
     position = 0
     while position < len(message):
         key, position = _varint(message, position)
         field, wire = key >> 3, key & 7
+        if not 0 < field < 2**29:  # other readers drop the high bits and would see another field here
+            raise _MalformedError(f"field number {field} at byte {position}")
         if wire == _VARINT:
             value, position = _varint(message, position)
             yield field, value
@@ -124,7 +134,8 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
             raise _MalformedError(f"wire type {wire} at byte {position}")
         if position + size > len(message):
             raise _MalformedError(f"a field of {size} bytes at byte {position} runs past the end")
-        yield field, message[position : position + size]
+        content = message[position : position + size]
+        yield field, content if wire == _BYTES else int.from_bytes(content, "little")
         position += size
 
 

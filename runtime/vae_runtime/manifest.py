@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -226,6 +227,7 @@ class Manifest:
             raise BundleError(f"{MANIFEST_FILE} has over {MAX_MANIFEST_BYTES} bytes, more than any manifest")
         try:
             data = json.loads(text.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+            json.dumps(data, ensure_ascii=False, allow_nan=False).encode()  # no 1e999, no half of a surrogate pair
         except (ValueError, RecursionError) as error:
             raise BundleError(f"{MANIFEST_FILE} is not valid JSON: {error}") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
@@ -331,10 +333,11 @@ def _refuse_constant(text: str) -> None:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
+    data: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in data:
+            raise ValueError(f"the key {key!r} appears twice")
+        data[key] = value
     return data
 
 
@@ -358,7 +361,7 @@ def _one_of(data: Mapping[str, Any], path: str, allowed: tuple[str, ...]) -> str
 
 def _number(data: Mapping[str, Any], path: str, key: str | None = None) -> float:
     value = data.get(key if key is not None else _last(path))
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
         raise BundleError(f"{path} is {value!r}; expected a finite number")
     return float(value)
 

@@ -40,7 +40,7 @@ def to_model_input(array: Any, spec: InputSpec, name: str = "images") -> Float32
     if array.shape[1:] != spec.shape or array.ndim != len(spec.shape) + 1:
         raise InputError(f"{name} has shape {array.shape}; expected {describe(spec)}{_shape_hint(array.shape, spec)}")
     check_range(array, spec, name)
-    return np.ascontiguousarray(array)
+    return as_graph_input(array)
 
 
 def check_range(array: Float32, spec: InputSpec, name: str) -> None:
@@ -70,6 +70,11 @@ def require_plain_array(array: Any, name: str) -> None:
         raise InputError(
             f"{name} has shape {array.shape}; expected a batch of at least one example along the first axis"
         )
+
+
+def as_graph_input(array: Float32) -> Float32:
+    """The same values as a plain array, contiguous and aligned; a copy only where `array` is not so already."""
+    return np.ascontiguousarray(array) if array.flags.aligned else np.array(array, order="C")
 
 
 def describe(spec: InputSpec) -> str:

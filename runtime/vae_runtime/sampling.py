@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
 from .errors import InputError
 from .preprocess import Float32
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class NormalStream:
@@ -45,7 +46,7 @@ def check_temperature(temperature: Any) -> np.float32:
     if (
         isinstance(temperature, bool)
         or not isinstance(temperature, (int, float, np.integer, np.floating))
-        or not 0 <= temperature < math.inf
+        or not 0 <= temperature <= _LARGEST
     ):
-        raise InputError(f"temperature is {temperature!r}; expected a finite number from 0")
+        raise InputError(f"temperature is {temperature!r}; expected a finite float32 number from 0")
     return np.float32(temperature)

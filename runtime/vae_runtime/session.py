@@ -42,6 +42,7 @@ class GraphSession:
                 )
         self._input = input_name
         self._outputs = list(outputs)
+        self._output_shapes = list(outputs.values())
         if isinstance(self._session.get_inputs()[0].shape[0], int):
             raise BundleError(f"{self.file} has a fixed batch size; a bundle's graphs take any")
 
@@ -62,10 +63,12 @@ class GraphSession:
             raise DeviceError(
                 f"{self.file} failed on {self.device.name} at batch size {len(array)}: {first_line(error)}"
             ) from error
-        for result in results:
-            if len(result) != len(array):
+        # onnxruntime does not hold a graph to the shapes that it declares.
+        for name, result, shape in zip(self._outputs, results, self._output_shapes, strict=True):
+            if result.shape != (len(array), *shape):
                 raise BundleError(
-                    f"{self.file} returned {len(result)} rows for {len(array)}; a bundle's graphs keep the batch"
+                    f"{self.file} returned {name} of shape {result.shape} for {len(array)} rows;"
+                    f" the manifest promises {(len(array), *shape)}"
                 )
         return results
 

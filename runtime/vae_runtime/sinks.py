@@ -7,13 +7,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .atomic import atomic_file, atomic_folder, refuse_existing
-from .errors import InputError
+from .errors import InputError, OutputError
 from .images import grid, write_png
 from .manifest import RECONSTRUCTION, InputSpec
 from .preprocess import Float32, to_uint8
@@ -74,20 +74,26 @@ class ArrayWriter:
 
     def __enter__(self) -> ArrayWriter:
         # On the output's own file system, which is the one that has room for it.
-        self._folder = Path(tempfile.mkdtemp(prefix=f".{self._path.name}.", dir=_existing_parent(self._path)))
-        self._parts: dict[str, IO[bytes]] = {name: (self._folder / name).open("wb") for name in self._arrays}
+        with _writing(self._path):
+            self._folder = Path(tempfile.mkdtemp(prefix=f".{self._path.name}.", dir=_existing_parent(self._path)))
+            # Unbuffered: what does not fit on the disk fails at once, and nothing is left for closing to fail on.
+            self._parts = {name: (self._folder / name).open("wb", buffering=0) for name in self._arrays}
         return self
 
     def append(self, **batches: Float32) -> None:
-        for name, batch in batches.items():
-            self._parts[name].write(np.ascontiguousarray(batch, np.float32).tobytes())
+        with _writing(self._path):
+            for name, batch in batches.items():
+                data = memoryview(np.ascontiguousarray(batch, np.float32).tobytes())
+                while data:
+                    data = data[self._parts[name].write(data) :]
 
     def __exit__(self, kind: object, *_: object) -> None:
         for part in self._parts.values():
             part.close()
         try:
             if kind is None:
-                self._assemble()
+                with _writing(self._path):
+                    self._assemble()
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -167,6 +173,14 @@ def pair_rows(originals: NDArray[np.uint8], images: NDArray[np.uint8], columns: 
             blank = np.full((columns - len(part), *part.shape[1:]), 255, np.uint8)
             rows += [part, blank]
     return np.concatenate(rows)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _existing_parent(path: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -50,7 +51,9 @@ class ArraySource:
                 self.shape, self._fortran, self.dtype = _read_header(stream)
         except FileNotFoundError:
             raise InputError(f"{path} does not exist") from None
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except InputError:
+            raise
+        except Exception as error:  # a damaged file raises nearly anything: BadZipFile, TokenError, RuntimeError, ...
             raise InputError(f"{path} cannot be read as {path.suffix.lower()}: {error}") from None
         if self.dtype.hasobject:
             raise InputError(f"{path} holds Python objects, which are never loaded; save plain numbers")
@@ -58,6 +61,11 @@ class ArraySource:
             raise InputError(
                 f"{path} has shape {self.shape}{' in Fortran order' * self._fortran}; expected a batch in C order"
             )
+        if min(self.shape) < 1:
+            raise InputError(f"{path} has shape {self.shape}; expected at least one example along the first axis")
+        needed, available = math.prod(self.shape) * self.dtype.itemsize, self._stored_bytes()
+        if needed > available:
+            raise InputError(f"{path} has {available} bytes for shape {self.shape}, which takes {needed}: truncated")
         self.names = [f"{path.name}#{index}" for index in range(self.shape[0])]
 
     def __len__(self) -> int:
@@ -69,7 +77,10 @@ class ArraySource:
             _read_header(stream)
             for start in range(0, len(self), size):
                 count = min(size, len(self) - start)
-                data = stream.read(count * row)
+                try:
+                    data = stream.read(count * row)
+                except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                    raise InputError(f"{self.path} is damaged after {start} examples: {error}") from None
                 if len(data) != count * row:
                     raise InputError(f"{self.path} ends after {start} of {len(self)} examples: it is truncated")
                 yield np.frombuffer(data, self.dtype).reshape(count, *self.shape[1:])
@@ -85,6 +96,12 @@ class ArraySource:
                 f"{self.path} holds the arrays {names}; expected one of {', '.join(keys)}, or a single array"
             )
         return f"{names[0]}.npy"
+
+    def _stored_bytes(self) -> int:
+        if self._member is None:
+            return self.path.stat().st_size
+        with zipfile.ZipFile(self.path) as archive:
+            return archive.getinfo(self._member).file_size
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[IO[bytes]]:

@@ -16,7 +16,7 @@ from .errors import ClosedError, DeviceError, InputError, KindError
 from .interpolation import interpolate_latents
 from .manifest import INPUT, LATENT, LOGVAR, MEAN, PRECISIONS, RECONSTRUCTION, Manifest
 from .posterior import Posterior
-from .preprocess import Float32, require_plain_array, to_model_input
+from .preprocess import Float32, as_graph_input, require_plain_array, to_model_input
 from .sampling import NormalStream, check_count, check_temperature
 from .session import GraphSession, check_threads
 
@@ -164,7 +164,10 @@ class VAE:
             raise KindError(f"{self.manifest.name} is a plain autoencoder, which has no prior to sample from")
         count, scale, stream = check_count(n, "n"), check_temperature(temperature), NormalStream(seed)
         size = self._batch_size(batch_size)
-        images: Float32 = np.empty((count, *self.manifest.input.shape), np.float32)
+        try:
+            images: Float32 = np.empty((count, *self.manifest.input.shape), np.float32)
+        except (MemoryError, ValueError, OverflowError):
+            raise InputError(f"n is {count}; that many examples do not fit into memory") from None
         for start in range(0, count, size):
             latents = scale * stream.draw(min(size, count - start), self.manifest.latent.shape)
             (images[start : start + size],) = decoder.run(latents)
@@ -216,6 +219,7 @@ class VAE:
 
     def golden(self) -> dict[str, Float32]:
         """The bundle's golden inputs `x` with the reference's `mean`, `logvar` and `reconstruction`, new arrays."""
+        self._open_sessions()
         return self._bundle.golden()
 
     def close(self) -> None:
@@ -264,7 +268,7 @@ def data_range(vectors: Float32) -> float:
 def _choose_precision(asked: Any, manifest: Manifest) -> str:
     if asked == "auto":
         return "fp32"
-    if asked not in PRECISIONS and asked not in PROVIDER_PRECISIONS:
+    if not isinstance(asked, str) or asked not in (*PRECISIONS, *PROVIDER_PRECISIONS):
         raise InputError(
             f"precision is {asked!r}; expected one of {', '.join((*PRECISIONS, *PROVIDER_PRECISIONS, 'auto'))}"
         )
@@ -287,7 +291,7 @@ def _check_latents(latents: Any, shape: tuple[int, ...]) -> Float32:
     low, high = latents.min(), latents.max()
     if not (low > -np.inf and high < np.inf):
         raise InputError(f"latents has {'NaN' if np.isnan(low) else 'infinite values'}; latents are finite")
-    return np.ascontiguousarray(latents)
+    return as_graph_input(latents)
 
 
 def _in_chunks(run: Callable[[Float32], list[Float32]], array: Float32, size: int) -> list[Float32]:

@@ -30,6 +30,7 @@ def main() -> int:
         print(f"Error: this is Python {sys.version.split()[0]}; vae-edge needs 3.11 or newer", file=sys.stderr)
         return 1
     extras = set(arguments.extras.split(","))
+    print(f"installing into {arguments.folder}; the first time takes some minutes", file=sys.stderr)
     python = make_environment(arguments.folder)
     if extras & NEEDS_TORCH and not has_torch(python) and not install_torch(python):
         print(

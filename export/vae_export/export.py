@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ from vae_runtime.manifest import (
     Manifest,
     Precision,
 )
-from vae_runtime.preprocess import Float32, to_model_input
+from vae_runtime.preprocess import Float32, require_plain_array, to_model_input
 from vae_runtime.version import __version__
 from vae_training.checkpoint import Checkpoint
 
@@ -125,7 +126,10 @@ def export_bundle(
         InputError: an argument breaks a rule. OutputError: `path` exists, or cannot be written.
     """
     _check_choice("kind", kind, KINDS)
+    _check_choice("golden", golden, ("examples", "synthetic"))
     _check_positive("latent_scale", latent_scale)
+    if isinstance(latent_shift, bool) or not isinstance(latent_shift, (int, float)) or not math.isfinite(latent_shift):
+        raise InputError(f"latent_shift is {latent_shift!r}; expected a finite number")
     spec, x = _inputs(examples, colour, resize)
     try:
         parsed = Likelihood.from_dict(likelihood) if likelihood is not None else None
@@ -225,16 +229,15 @@ def _inputs(examples: Any, colour: str | None, resize: str) -> tuple[InputSpec, 
     """What kind of input the examples are, and the examples as the encoder takes them."""
     if isinstance(examples, torch.Tensor):
         examples = examples.detach().cpu().numpy()
-    if not isinstance(examples, np.ndarray) or examples.ndim < 2:
-        found = f"shape {examples.shape}" if isinstance(examples, np.ndarray) else f"type {type(examples).__name__}"
-        raise InputError(
-            f"examples has {found}; expected images (N, H, W[, C]) uint8 or (N, C, H, W) float32, or vectors (N, D)"
-        )
-    if examples.ndim == 2 and examples.dtype != np.uint8:
-        return (spec := InputSpec("vector", examples.shape[1:])), to_model_input(examples, spec, "examples")
+    require_plain_array(examples, "examples")
+    if (examples.dtype, examples.ndim) not in ((np.uint8, 3), (np.uint8, 4), (np.float32, 4), (np.float32, 2)):
+        rule = "expected images (N, H, W[, C]) uint8 or (N, C, H, W) float32, or vectors (N, D) float32"
+        raise InputError(f"examples has shape {examples.shape} and dtype {examples.dtype}; {rule}")
+    if examples.ndim == 2:
+        spec = InputSpec("vector", examples.shape[1:])
+        return spec, to_model_input(examples, spec, "examples")
     if examples.dtype == np.uint8:
-        channels = examples.shape[3] if examples.ndim == 4 else 1
-        shape = (channels, *examples.shape[1:3])
+        shape = (examples.shape[3] if examples.ndim == 4 else 1, *examples.shape[1:3])
     else:
         shape = examples.shape[1:]
     if colour is None:
@@ -280,5 +283,5 @@ def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 
 def _check_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise InputError(f"{name} is {value!r}; expected a finite number above 0")

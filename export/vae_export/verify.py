@@ -138,9 +138,7 @@ def _at_every_batch_size(session: GraphSession, array: Float32) -> list[list[Flo
 
 def _require(error: float, tolerance: float, name: str, unit: str) -> None:
     if not error <= tolerance:  # also when it is NaN
-        raise ExportError(
-            f"{name} differs from PyTorch by {error:.2g} of {unit} in the exported graph; the tolerance is {tolerance:.2g}"
-        )
+        raise ExportError(f"{name} differs from PyTorch by {error:.2g} of {unit}; the tolerance is {tolerance:.2g}")
 
 
 def _require_finite(outputs: dict[str, Float32]) -> None:

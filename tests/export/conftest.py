@@ -1,0 +1,67 @@
+"""Small seeded models, exported once per session: an export takes seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="export needs torch")
+pytest.importorskip("onnxscript", reason="export needs onnxscript")
+
+from vae_runtime.manifest import InputSpec, Likelihood  # noqa: E402
+from vae_training.checkpoint import Checkpoint, save_checkpoint  # noqa: E402
+from vae_training.models import build_model, default_config  # noqa: E402
+
+
+def make_checkpoint(family: str, kind: str, spec: InputSpec, likelihood: Likelihood, seed: int = 0) -> Checkpoint:
+    """An untrained model whose BatchNorm statistics are not the identity, with seeded examples."""
+    torch.manual_seed(seed)
+    config = default_config(family, kind, spec.shape, 6)
+    model = build_model(config)
+    rng = np.random.default_rng(seed)
+    if spec.is_image:
+        height_width = spec.shape[1:] if spec.shape[0] == 1 else (*spec.shape[1:], spec.shape[0])
+        draw = [rng.integers(0, 256, (40, *height_width), dtype=np.uint8) for _ in range(2)]
+    else:
+        draw = [rng.normal(50, 7, (40, *spec.shape)).astype(np.float32) for _ in range(2)]
+        model.fit_normalisation(torch.from_numpy(draw[0]))
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.3, 0.3)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
+    examples = {"train": torch.from_numpy(draw[0]), "held_out": torch.from_numpy(draw[1])}
+    return Checkpoint(kind, config, model.state_dict(), spec, likelihood, examples, {"dataset": "noise"}, {})
+
+
+GREY = InputSpec("image", (1, 8, 8), "grey", "exact")
+RGB = InputSpec("image", (3, 12, 9), "rgb", "crop")
+VECTOR = InputSpec("vector", (7,))
+CASES = {
+    "conv": ("conv", "vae", GREY, Likelihood("bernoulli", binarize="none")),
+    "conv-rgb": ("conv", "autoencoder", RGB, Likelihood("gaussian", scale=0.1)),
+    "mlp-vector": ("mlp", "vae", VECTOR, Likelihood("gaussian", scale=2.0)),
+    "mlp-threshold": ("mlp", "vae", GREY, Likelihood("bernoulli", binarize="threshold")),
+}
+
+
+@pytest.fixture(scope="session")
+def checkpoints() -> dict[str, Checkpoint]:
+    return {name: make_checkpoint(*case) for name, case in CASES.items()}
+
+
+@pytest.fixture(scope="session")
+def exported(checkpoints: dict[str, Checkpoint], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    from vae_export import export_checkpoint
+
+    folder = tmp_path_factory.mktemp("exported")
+    for name, checkpoint in checkpoints.items():
+        export_checkpoint(checkpoint, folder / f"{name}.vae", name=name)
+    return {name: folder / f"{name}.vae" for name in checkpoints}
+
+
+@pytest.fixture
+def model_file(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> Path:
+    save_checkpoint(tmp_path / "model.pt", checkpoints["conv"])
+    return tmp_path / "model.pt"

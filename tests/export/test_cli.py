@@ -1,0 +1,83 @@
+"""`vae-export` on the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from vae_export.cli import main
+from vae_runtime.bundle import Bundle
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_the_output_is_beside_the_model_by_default(model_file: Path) -> None:
+    result = run(model_file)
+    assert result.exit_code == 0, result.output
+    manifest = Bundle.open(model_file.with_suffix(".vae")).manifest
+    assert manifest.name == "noise-conv"
+    assert "verified against PyTorch on 80 inputs" in result.stdout
+    assert "golden.npz holds 4 real inputs; --golden synthetic keeps them out" in result.stdout
+    again = run(model_file)
+    assert again.exit_code == 1
+    assert "exists; pass --force" in again.stderr
+
+
+def test_data_replaces_the_examples_and_json_is_all_of_stdout(model_file: Path, tmp_path: Path) -> None:
+    images = np.random.default_rng(3).integers(0, 256, (5, 8, 8), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    target = tmp_path / "out.vae"
+    result = run(model_file, "--output", target, "--data", tmp_path / "images.npy", "--name", "mine", "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["manifest"]["golden"]["source"] == "examples"
+    assert document["manifest"]["name"] == "mine"
+    np.testing.assert_array_equal(Bundle.open(target).golden()["x"][:, 0], (images[:4] / 255).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent.pt"], "absent.pt cannot be read: No such file or directory"),
+        (["{model}", "--tolerance", "0"], "tolerance is 0.0; expected a finite number above 0"),
+        (["{model}", "--data", "absent.npy"], "absent.npy does not exist"),
+        (["{model}", "--golden", "examples"], "golden is 'examples', but none were given"),
+        (["{model}", "--output", "absent/a.vae"], "there is no folder absent"),
+    ],
+)
+def test_a_failure_is_one_sentence_and_writes_nothing(model_file: Path, arguments: list[str], message: str) -> None:
+    before = sorted(model_file.parent.iterdir())
+    result = run(*[argument.format(model=model_file) for argument in arguments])
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    assert sorted(model_file.parent.iterdir()) == before
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_bytes(b"not a model")
+    result = run(tmp_path / "model.pt")
+    assert result.exit_code == 1
+    assert "is no model.pt" in result.stderr
+
+
+def test_help_and_the_missing_extra_work_without_torch(model_file: Path) -> None:
+    block = (
+        "import sys; sys.modules['torch'] = None; sys.modules['onnx'] = None; from vae_export.cli import main; main()"
+    )
+    shown = subprocess.run([sys.executable, "-c", block, "--help"], capture_output=True, text=True, check=False)
+    assert shown.returncode == 0
+    assert "Export SOURCE" in shown.stdout
+    refused = subprocess.run([sys.executable, "-c", block, model_file], capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert "pip install 'vae-edge[export]'" in refused.stderr
+    assert "Traceback" not in refused.stderr

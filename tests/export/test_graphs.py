@@ -1,0 +1,122 @@
+"""The exported graphs keep the contract of a bundle."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from vae_export.graphs import DecoderGraph, EncoderGraph, encoder_to_onnx
+from vae_runtime.errors import ExportError
+
+
+class Moments(nn.Module):
+    """x (N, 3) -> mean and an extreme logvar, (N, 2) each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x):
+        mean = self.linear(x)
+        return mean, 100 * mean
+
+
+@pytest.mark.parametrize("name", ["conv", "conv-rgb", "mlp-vector", "mlp-threshold"])
+def test_graphs_are_plain_onnx(exported: dict[str, Path], name: str) -> None:
+    for half in ("encoder", "decoder"):
+        path = exported[name] / f"{half}.onnx"
+        model = onnx.load(path)
+        assert {entry.domain: entry.version for entry in model.opset_import} == {"": 20}
+        assert model.ir_version == 10
+        assert not any(node.metadata_props or node.doc_string or node.domain for node in model.graph.node)
+        assert not model.metadata_props
+        assert not model.graph.metadata_props
+        assert str(Path.cwd()).encode() not in path.read_bytes()
+        assert b"site-packages" not in path.read_bytes()
+        assert b".py" not in path.read_bytes()
+
+
+@pytest.mark.parametrize(("name", "outputs"), [("conv", ["mean", "logvar"]), ("conv-rgb", ["mean"])])
+def test_names_shapes_and_dynamic_batch(exported: dict[str, Path], name: str, outputs: list[str]) -> None:
+    encoder = onnx.load(exported[name] / "encoder.onnx").graph
+    decoder = onnx.load(exported[name] / "decoder.onnx").graph
+    assert [value.name for value in encoder.input] == ["x"]
+    assert [value.name for value in encoder.output] == outputs
+    assert [value.name for value in decoder.input] == ["z"]
+    assert [value.name for value in decoder.output] == ["reconstruction"]
+    for value in (*encoder.input, *encoder.output, *decoder.input, *decoder.output):
+        first, *rest = value.type.tensor_type.shape.dim
+        assert first.dim_param, f"{value.name} has a fixed batch"
+        assert all(dimension.dim_value > 0 for dimension in rest)
+
+
+def test_normalisation_is_folded_into_the_convolutions(exported: dict[str, Path]) -> None:
+    for half in ("encoder", "decoder"):
+        operators = {node.op_type for node in onnx.load(exported["conv"] / f"{half}.onnx").graph.node}
+        assert "Conv" in operators
+        assert "BatchNormalization" not in operators
+
+
+def test_latent_scale_and_shift_follow_the_stated_formula() -> None:
+    torch.manual_seed(0)
+    encoder, x = Moments(), torch.randn(5, 3)
+    mean, logvar = encoder(x)
+    found_mean, found_logvar = EncoderGraph(encoder, "vae", scale=0.5, shift=1.5)(x)
+    torch.testing.assert_close(found_mean, (mean - 1.5) * 0.5)
+    torch.testing.assert_close(found_logvar, logvar.clamp(-30, 20) + 2 * math.log(0.5))
+    decoder = nn.Linear(2, 3)
+    torch.testing.assert_close(DecoderGraph(decoder, False, scale=0.5, shift=1.5)(found_mean), decoder(mean))
+
+
+def test_logvar_is_clamped_before_the_scale_is_added() -> None:
+    encoder = Moments()
+    nn.init.constant_(encoder.linear.weight, 1.0)
+    nn.init.zeros_(encoder.linear.bias)
+    _, logvar = EncoderGraph(encoder, "vae", scale=math.e)(torch.tensor([[9.0, 9.0, 9.0], [-9.0, -9.0, -9.0]]))
+    np.testing.assert_allclose(logvar.detach().numpy(), [[22, 22], [-28, -28]], rtol=1e-6)
+
+
+def test_images_are_cut_to_the_unit_range_and_vectors_are_not() -> None:
+    z = torch.tensor([[-3.0, 0.25, 7.0]])
+    assert DecoderGraph(nn.Identity(), clamp=True)(z).tolist() == [[0.0, 0.25, 1.0]]
+    assert DecoderGraph(nn.Identity(), clamp=False)(z).tolist() == z.tolist()
+
+
+def test_threshold_is_inside_the_encoder(exported: dict[str, Path], checkpoints) -> None:
+    from vae_runtime import VAE
+
+    vae = VAE.load(exported["mlp-threshold"])
+    x = np.random.default_rng(0).random((6, 1, 8, 8), dtype=np.float32)
+    binary = (x >= 0.5).astype(np.float32)
+    np.testing.assert_array_equal(vae.encode(x).mean, vae.encode(binary).mean)
+    model = checkpoints["mlp-threshold"].build_model()
+    with torch.no_grad():
+        np.testing.assert_allclose(vae.encode(x).mean, model.encode(torch.from_numpy(binary))[0], atol=1e-5)
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x + torch.randn_like(x)
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x + 1 if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Noisy(), "the encoder cannot go into a bundle: BundleError: the encoder has the operator 'RandomNormal"),
+        (Branching(), "the encoder cannot be exported by torch.onnx: "),
+    ],
+)
+def test_what_breaks_the_contract_is_refused(module: nn.Module, message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        encoder_to_onnx(EncoderGraph(module, "autoencoder"), torch.randn(2, 3))

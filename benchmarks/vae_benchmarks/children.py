@@ -1,0 +1,63 @@
+"""Run `worker.py` in a fresh process and hand back its answer, or raise its failure here."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import vae_runtime.errors as runtime_errors
+from vae_runtime.errors import VAEError
+
+from .errors import BenchmarkError
+
+_WORKER = Path(__file__).with_name("worker.py")
+
+
+def run_worker(task: str, **request: Any) -> dict[str, Any]:
+    """The result of one task of `worker.py`, measured in a process of its own.
+
+    Whatever interrupts the wait, Ctrl-C for one, also kills the process.
+
+    Raises:
+        VAEError: the one that the process met, of the same class. BenchmarkError: it died, or did not answer.
+    """
+    finished = subprocess.run(
+        # -P: a json.py in the current folder must not take the place of the standard library's.
+        [sys.executable, "-P", str(_WORKER)],
+        input=json.dumps({"task": task, **request}).encode(),
+        capture_output=True,
+        check=False,
+    )
+    try:
+        answer = json.loads(finished.stdout)
+    except ValueError:
+        raise BenchmarkError(f"the process that measures {task} {_ending(finished)}") from None
+    if "error" in answer:
+        raise _revive(**answer["error"])
+    result: dict[str, Any] = answer["result"]
+    return result
+
+
+def _revive(type: str, message: str) -> VAEError:
+    """The error again; made without `__init__`, since one class builds its message from other arguments."""
+    found = getattr(runtime_errors, type, VAEError)
+    error: VAEError = found.__new__(found, message)
+    error.args = (message,)
+    return error
+
+
+def _ending(finished: subprocess.CompletedProcess[bytes]) -> str:
+    if finished.returncode < 0:
+        try:
+            name = signal.Signals(-finished.returncode).name
+        except ValueError:
+            name = f"signal {-finished.returncode}"
+        hint = "; it may have run out of memory" if name == "SIGKILL" else ""
+        return f"was ended by {name}{hint}"
+    lines = finished.stderr.decode(errors="replace").strip().splitlines()
+    last = f": {lines[-1].strip()}" if lines else ""
+    return f"ended with exit code {finished.returncode} and no answer{last}"

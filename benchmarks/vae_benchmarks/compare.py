@@ -1,0 +1,175 @@
+"""What became faster or slower between two reports, beyond noise."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vae_runtime.errors import InputError
+
+from .intervals import shift_interval
+from .report import Report, RowKey, StartupReport
+
+FORMAT, FORMAT_VERSION = "vae-bench-comparison", 1
+
+_MORE, _LESS = {"ms": "slower", "bytes": "more memory"}, {"ms": "faster", "bytes": "less memory"}
+SAME, UNDECIDED = "no difference", "too few rounds"
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """One figure of both reports.
+
+    figure: "latency", or a figure of the start-up such as "load_ms". operation ... precision: None for the start-up.
+    unit: "ms" or "bytes". a, b: the medians of the rounds' medians.
+    ratio: how many times larger a round of B is than one of A (Hodges-Lehmann: the median over all pairs of rounds).
+    low, high: its interval; None where the rounds are too few.
+    verdict: "slower", "faster", "more memory", "less memory", "no difference" or "too few rounds".
+    """
+
+    figure: str
+    operation: str | None
+    batch: int | None
+    threads: int | None
+    device: str | None
+    precision: str | None
+    unit: str
+    a: float
+    b: float
+    ratio: float
+    low: float | None
+    high: float | None
+    verdict: str
+
+    @property
+    def is_worse(self) -> bool:
+        return self.verdict in _MORE.values()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two reports side by side.
+
+    confidence: that all intervals hold together (Bonferroni). threshold: the least effect that counts, 0.05 for 5%.
+    warnings: what differs between the machines, versions, bundles and settings. only_in_a, only_in_b: rows, in words,
+    that the other report does not have.
+    """
+
+    confidence: float
+    threshold: float
+    warnings: tuple[str, ...]
+    rows: tuple[ComparisonRow, ...]
+    only_in_a: tuple[str, ...]
+    only_in_b: tuple[str, ...]
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether anything became slower, or takes more memory, beyond noise."""
+        return any(row.is_worse for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document, as plain values."""
+        document = dataclasses.asdict(self)
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **document, "worse": self.is_worse}
+
+
+def compare(a: Report, b: Report, threshold: float = 0.05, confidence: float = 0.95) -> Comparison:
+    """Judge B against A, row by row, from the medians of their rounds.
+
+    A row is slower where the whole interval of the ratio B/A lies above 1 and the ratio is above 1 + threshold; faster
+    likewise, with the reports exchanged. The intervals come from ranks alone (see `intervals.shift_interval`) and are
+    widened so that all of them hold together (Bonferroni): `confidence` is the chance that of two measurements of the
+    same thing not one row is called different. They know only the noise within each report. What differs between the
+    two runs as a whole, such as other work on the machine, they cannot know: measure both on a quiet machine.
+
+    Raises:
+        InputError: threshold or confidence out of range.
+    """
+    if not 0 <= threshold < math.inf:
+        raise InputError(f"threshold is {threshold!r}; expected a number from 0, such as 0.05 for 5%")
+    if not 0.5 < confidence < 1:
+        raise InputError(f"confidence is {confidence!r}; expected a number between 0.5 and 1, both excluded")
+    rounds_a, rounds_b = ({row.key: row.round_p50_ms for row in report.latency} for report in (a, b))
+    shared = [key for key in rounds_a if key in rounds_b]
+    each = 1 - (1 - confidence) / (len(shared) + len(StartupReport.FIGURES))
+    rows = [_judge("latency", key, "ms", rounds_a[key], rounds_b[key], each, threshold) for key in shared]
+    for figure in StartupReport.FIGURES:
+        unit = figure.rpartition("_")[2]
+        values_a, values_b = (getattr(report.startup, figure).values for report in (a, b))
+        rows.append(_judge(figure, None, unit, values_a, values_b, each, threshold))
+    return Comparison(
+        confidence=confidence,
+        threshold=threshold,
+        warnings=(*_differences(a, b), *_busy(a, b)),
+        rows=tuple(rows),
+        only_in_a=tuple(describe_row(key) for key in rounds_a if key not in rounds_b),
+        only_in_b=tuple(describe_row(key) for key in rounds_b if key not in rounds_a),
+    )
+
+
+def describe_row(key: RowKey) -> str:
+    """A row in words."""
+    operation, batch, threads, device, precision = key
+    return f"{operation}, batch {batch}, threads {'auto' if threads is None else threads}, {device}, {precision}"
+
+
+def _judge(
+    figure: str,
+    key: RowKey | None,
+    unit: str,
+    a: Sequence[float],
+    b: Sequence[float],
+    confidence: float,
+    threshold: float,
+) -> ComparisonRow:
+    log_a, log_b = (np.log(np.maximum(values, 1e-9)).tolist() for values in (a, b))
+    shift = shift_interval(log_a, log_b, confidence)
+    median_a, median_b = float(np.median(a)), float(np.median(b))
+    ratio, low, high = (math.exp(part) for part in shift) if shift else (median_b / max(median_a, 1e-9), None, None)
+    verdict = UNDECIDED if low is None or high is None else SAME
+    if low is not None and low > 1 and ratio > 1 + threshold:
+        verdict = _MORE[unit]
+    elif high is not None and high < 1 and 1 / ratio > 1 + threshold:
+        verdict = _LESS[unit]
+    operation, batch, threads, device, precision = key or (None,) * 5
+    return ComparisonRow(
+        figure, operation, batch, threads, device, precision, unit, median_a, median_b, ratio, low, high, verdict
+    )
+
+
+def _differences(a: Report, b: Report) -> Iterator[str]:
+    """What makes the comparison one of more than the software under test."""
+    compared = {
+        "the machines differ": ("machine", ("load_average_1min",)),
+        "the versions differ": ("versions", ()),
+        "the bundles differ": ("bundle", ("folder",)),
+        # Which rows there are shows in the rows themselves.
+        "the settings differ": ("settings", ("operations", "batches", "threads", "device", "precision")),
+        "the conditions of the start-up differ": ("startup", StartupReport.FIGURES),
+    }
+    for what, (part, ignored) in compared.items():
+        one, other = (dataclasses.asdict(getattr(report, part)) for report in (a, b))
+        changed = [
+            f"{name} {_show(one[name])} -> {_show(other[name])}"
+            for name in one
+            if name not in ignored and one[name] != other[name]
+        ]
+        if changed:
+            yield f"{what}: {'; '.join(changed)}"
+
+
+def _busy(a: Report, b: Report) -> Iterator[str]:
+    for name, report in (("A", a), ("B", b)):
+        if report.machine.is_busy:
+            load, cores = report.machine.load_average_1min, report.machine.cores_usable
+            yield f"the machine was busy when {name} was measured: load average {load} on {cores} cores"
+
+
+def _show(value: Any) -> str:
+    text = str(value)
+    return text[:12] + "…" if len(text) == 64 else text  # a SHA-256

@@ -1,0 +1,182 @@
+"""The order of a benchmark: rounds of fresh processes, so that the machine's drift spreads over all configurations."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import math
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vae_runtime import __version__
+from vae_runtime.bundle import Bundle
+from vae_runtime.errors import BundleError, InputError
+from vae_runtime.manifest import MANIFEST_FILE
+
+from .children import run_worker
+from .latency import CLOCK_SHARE, WARMUP_RULE, Samples, Warmup
+from .machine import MachineFacts
+from .report import (
+    BundleFacts,
+    ClockFacts,
+    LatencyReport,
+    Repeated,
+    Report,
+    RowKey,
+    StartupReport,
+    Versions,
+    summarize,
+)
+from .settings import Settings
+
+WANTED_SAMPLES = 1000  # of a row in all rounds, before measuring may stop early: enough for a p99
+
+Progress = Callable[[str], None]
+
+
+def benchmark(
+    bundle: str | os.PathLike[str], settings: Settings | None = None, progress: Progress | None = None
+) -> Report:
+    """Measure a bundle's latency, throughput, start-up and memory on this machine.
+
+    Everything is measured in fresh processes through `VAE.load` and the public calls, the checks on inputs included.
+    Each round starts one process for the start-up, then one per thread count, in an order that turns around every time;
+    in it the rows follow each other, and each round begins with another one.
+
+    bundle: its folder. settings: what to measure and how long. progress: called with a line of text now and then.
+
+    Raises:
+        BundleError, DeviceError, MissingExtraError: as `VAE.load` raises them. InputError: a setting out of range, or
+            nothing is left to measure. BenchmarkError: a measuring process died.
+    """
+    settings = settings or Settings()
+    tell = progress or (lambda line: None)
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    machine = MachineFacts.read()
+    facts = _bundle_facts(Path(bundle))
+    measured, skipped = _skip_what_cannot_run(settings, facts)
+    path = str(bundle)
+    tell("one start beforehand, so that the files are in the system's cache")
+    _start_up(path, measured)
+    starts, workers = [], []
+    for number in range(measured.rounds):
+        tell(f"round {number + 1} of {measured.rounds}")
+        starts.append(_start_up(path, measured))
+        for threads in measured.threads[:: -1 if number % 2 else 1]:
+            workers.append((threads, _measure_round(path, measured, threads, number)))
+    if _manifest_sha256(Path(bundle)) != facts.manifest_sha256:
+        raise BundleError(f"{bundle} was replaced while it was being measured")
+    _, last = workers[-1]
+    return Report(
+        created=created,
+        bundle=facts,
+        machine=machine,
+        versions=Versions(platform.python_version(), np.__version__, last["onnxruntime"], __version__),
+        settings=settings,
+        clock=ClockFacts(
+            *(float(np.median([one["clock"][name] for _, one in workers])) for name in ("resolution_ns", "cost_ns"))
+        ),
+        plan=last["plan"],
+        method=_method(facts),
+        skipped=skipped,
+        startup=_startup_report(starts, measured),
+        latency=_latency_reports(workers, measured),
+    )
+
+
+def _bundle_facts(path: Path) -> BundleFacts:
+    bundle = Bundle.open(path)
+    golden, manifest = bundle.golden(), bundle.manifest
+    return BundleFacts(
+        folder=path.resolve().name,
+        name=manifest.name,
+        kind=manifest.kind,
+        manifest_sha256=_manifest_sha256(path),
+        golden=len(golden["x"]),
+        golden_source=manifest.golden.source,
+    )
+
+
+def _manifest_sha256(path: Path) -> str:
+    try:
+        return hashlib.sha256((path / MANIFEST_FILE).read_bytes()).hexdigest()
+    except OSError as error:
+        raise BundleError(f"{path / MANIFEST_FILE} cannot be read: {error.strerror}") from None
+
+
+def _skip_what_cannot_run(settings: Settings, facts: BundleFacts) -> tuple[Settings, dict[str, str]]:
+    """The settings without the operations that this bundle does not have, and why."""
+    if facts.kind == "vae" or "sample" not in settings.operations:
+        return settings, {}
+    reason = f"{facts.name} is a plain autoencoder, which has no prior to sample from"
+    if settings.operations == ("sample",):
+        raise InputError(f"nothing is left to measure: {reason}")
+    return settings.without("sample"), {"sample": reason}
+
+
+def _start_up(path: str, settings: Settings) -> dict[str, float]:
+    return run_worker(
+        "startup",
+        bundle=path,
+        device=settings.device,
+        precision=settings.precision,
+        threads=settings.threads[0],
+        batch=max(settings.batches),
+    )
+
+
+def _measure_round(path: str, settings: Settings, threads: int | None, number: int) -> dict[str, Any]:
+    """One process with one thread count: what it answers, its rows keyed by (operation, batch)."""
+    rows = [(operation, batch) for operation in settings.operations for batch in settings.batches]
+    turn = number * len(rows) // settings.rounds
+    rows = rows[turn:] + rows[:turn]
+    answer = run_worker(
+        "latency",
+        bundle=path,
+        device=settings.device,
+        precision=settings.precision,
+        threads=threads,
+        rows=rows,
+        seconds=settings.seconds / settings.rounds,
+        wanted=math.ceil(WANTED_SAMPLES / settings.rounds),
+        confidence=settings.confidence,
+        width=settings.width / 2,  # the other half is left to the differences between rounds
+    )
+    samples = [Samples(**{**row, "warmup": Warmup(**row["warmup"])}) for row in answer["rows"]]
+    return {**answer, "rows": dict(zip(rows, samples, strict=True))}
+
+
+def _latency_reports(workers: list[tuple[int | None, dict[str, Any]]], settings: Settings) -> tuple[LatencyReport, ...]:
+    reports = []
+    for threads in settings.threads:
+        rounds = [answer for asked, answer in workers if asked == threads]
+        device, precision = rounds[0]["device"], rounds[0]["precision"]
+        for operation in settings.operations:
+            for batch in settings.batches:
+                key: RowKey = (operation, batch, threads, device, precision)
+                reports.append(summarize(key, [one["rows"][operation, batch] for one in rounds], settings))
+    return tuple(reports)
+
+
+def _startup_report(starts: list[dict[str, float]], settings: Settings) -> StartupReport:
+    figures = {name: Repeated.of([start[name] for start in starts]) for name in StartupReport.FIGURES}
+    return StartupReport(threads=settings.threads[0], peak_batch=max(settings.batches), **figures)
+
+
+def _method(facts: BundleFacts) -> dict[str, str]:
+    return {
+        "inputs": f"the bundle's {facts.golden} golden inputs ({facts.golden_source}), repeated up to the batch size",
+        "latents": "the means of these inputs' posteriors",
+        "sample": "with seed=0",
+        "calls": "the public ones of VAE, with their checks on inputs; the garbage collector is off",
+        "clock": f"time.perf_counter_ns; calls are timed together where reading it takes more than {CLOCK_SHARE:.0%}",
+        "warmup": WARMUP_RULE,
+        "interval": "order statistics (binomial) of the rounds' medians; of all samples where the rounds are too few",
+        "startup": "one fresh process per round, files in the system's cache, without the interpreter's own start",
+        "memory": "resident memory of the whole process as the system counts it",
+    }

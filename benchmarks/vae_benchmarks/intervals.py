@@ -1,0 +1,81 @@
+"""Confidence intervals that assume no distribution: latencies are skewed, with tails and several modes.
+
+Median of one sample: order statistics, whose ranks follow the binomial distribution.
+    J.-Y. Le Boudec, Performance Evaluation of Computer and Communication Systems, EPFL Press 2010, section 2.2 and
+    appendix A; H. A. David and H. N. Nagaraja, Order Statistics, 3rd edition, Wiley 2003, section 7.1.
+Shift between two samples: the interval that belongs to the rank-sum test, from the sorted pairwise differences.
+    J. L. Hodges and E. L. Lehmann, Annals of Mathematical Statistics 34 (1963) 598-611; D. F. Bauer, Constructing
+    confidence sets using rank statistics, Journal of the American Statistical Association 67 (1972) 687-690.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+def median_ranks(count: int, confidence: float) -> tuple[int, int] | None:
+    """Ranks, from 1, of the two order statistics that enclose the median of `count` independent values.
+
+    The interval from the lower to the upper one holds the median with at least `confidence`. None where even the
+    whole range does not: below 6 values at 0.95.
+    """
+    steps = np.arange(1, count // 2 + 1)
+    log_probability = np.concatenate(([0.0], np.cumsum(np.log((count - steps + 1) / steps)))) - count * math.log(2)
+    at_most = np.cumsum(np.exp(log_probability))  # P(Binomial(count, 1/2) <= k)
+    lower = int(np.searchsorted(at_most, (1 - confidence) / 2 * (1 + 1e-9), side="right"))
+    return (lower, count + 1 - lower) if lower >= 1 else None
+
+
+def median_interval(values: ArrayLike, confidence: float) -> tuple[float, float] | None:
+    """The interval of the median of independent `values`, in their unit; None where they are too few."""
+    ordered = np.sort(np.asarray(values, np.float64))
+    ranks = median_ranks(len(ordered), confidence)
+    return None if ranks is None else (float(ordered[ranks[0] - 1]), float(ordered[ranks[1] - 1]))
+
+
+def smallest_count(quantile: float, confidence: float) -> int:
+    """How many values it takes until order statistics bound a quantile from both sides at `confidence`.
+
+    Below it, the largest value seen may well lie under the quantile: 36 for p90 and 368 for p99 at 0.95.
+    """
+    return math.ceil(math.log((1 - confidence) / 2) / math.log(max(quantile, 1 - quantile)))
+
+
+def shift_interval(a: Sequence[float], b: Sequence[float], confidence: float) -> tuple[float, float, float] | None:
+    """How much larger values of `b` are than those of `a`: the Hodges-Lehmann estimate and its interval's two ends.
+
+    Exact for independent values without ties. None where they are too few for `confidence`.
+    """
+    differences = sorted(y - x for x, y in itertools.product(a, b))
+    lower = _rank_sum_ranks(len(a), len(b), confidence)
+    if lower < 1:
+        return None
+    return float(np.median(differences)), differences[lower - 1], differences[-lower]
+
+
+def _rank_sum_ranks(m: int, n: int, confidence: float) -> int:
+    """The largest c with 2·P(U <= c - 1) <= 1 - confidence, U the Mann-Whitney statistic of samples of m and n."""
+    total, limit = 0, (1 - confidence) / 2 * (1 + 1e-9) * math.comb(m + n, m)
+    for rank, ways in enumerate(_mann_whitney_counts(m, n)):
+        total += ways
+        if total > limit:
+            return rank
+    return 0
+
+
+@functools.cache
+def _mann_whitney_counts(m: int, n: int) -> tuple[int, ...]:
+    """In how many of the comb(m + n, m) orders U is 0, 1, ..., m·n: the coefficients of the Gaussian binomial."""
+    counts = [1] + [0] * (m * n)
+    for i in range(1, m + 1):
+        for u in range(m * n, n + i - 1, -1):
+            counts[u] -= counts[u - n - i]
+        for u in range(i, m * n + 1):
+            counts[u] += counts[u - i]
+    return tuple(counts)

@@ -1,0 +1,163 @@
+"""Facts about the machine that latencies depend on. No host name, no user name, no path."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+_CPUS = Path("/sys/devices/system/cpu")
+
+
+@dataclass(frozen=True)
+class MachineFacts:
+    """None stands for what this system does not tell.
+
+    cores_usable: logical cores that this process may run on. cpu_quota: the cgroup's limit, in cores.
+    memory_bytes, memory_limit_bytes: of the machine, and the cgroup's limit.
+    governors: the CPU's frequency governors in use. load_average_1min: when the measuring began.
+    """
+
+    system: str
+    architecture: str
+    cpu: str
+    cores_logical: int | None
+    cores_physical: int | None
+    cores_usable: int | None
+    cpu_quota: float | None
+    memory_bytes: int | None
+    memory_limit_bytes: int | None
+    governors: tuple[str, ...]
+    load_average_1min: float | None
+
+    @classmethod
+    def read(cls) -> MachineFacts:
+        """Of this machine, now."""
+        return cls(
+            system=_system(),
+            architecture=platform.machine(),
+            cpu=_cpu_model(),
+            cores_logical=os.cpu_count(),
+            cores_physical=_physical_cores(),
+            cores_usable=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+            cpu_quota=cpu_quota(),
+            memory_bytes=_memory_bytes(),
+            memory_limit_bytes=memory_limit(),
+            governors=_governors(),
+            load_average_1min=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        )
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether other work kept more than a quarter of the cores busy in the minute before."""
+        return self.load_average_1min is not None and self.load_average_1min > 0.25 * (self.cores_usable or 1)
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """The tightest CPU limit of this process's cgroups, in cores; None without one. root: of the file system."""
+    limits = [
+        int(quota) / int(period)
+        for folder in _cgroup_folders("", root)
+        for quota, _, period in [_first_line(folder / "cpu.max").partition(" ")]
+        if quota.isdigit() and period.isdigit()
+    ]
+    for folder in _cgroup_folders("cpu", root):
+        quota, period = _first_line(folder / "cpu.cfs_quota_us"), _first_line(folder / "cpu.cfs_period_us")
+        if quota.isdigit() and period.isdigit():  # -1: none
+            limits.append(int(quota) / int(period))
+    return min(limits, default=None)
+
+
+def memory_limit(root: Path = Path("/")) -> int | None:
+    """The tightest memory limit of this process's cgroups, in bytes; None without one."""
+    files = [folder / "memory.max" for folder in _cgroup_folders("", root)]
+    files += [folder / "memory.limit_in_bytes" for folder in _cgroup_folders("memory", root)]
+    limits = [int(text) for text in map(_first_line, files) if text.isdigit()]
+    return min((limit for limit in limits if limit < 2**60), default=None)  # version 1 writes a huge number for none
+
+
+def _cgroup_folders(controller: str, root: Path) -> list[Path]:
+    """This process's cgroup and those above it, of version 2 (controller "") or of one controller of version 1.
+
+    Inside a container the paths in /proc may be the host's; then only the mount point itself exists.
+    """
+    mount = root / "sys/fs/cgroup" / controller
+    for line in _lines(root / "proc/self/cgroup"):
+        _, _, rest = line.partition(":")
+        names, _, path = rest.partition(":")
+        if controller in names.split(","):
+            inner = PurePosixPath(path.lstrip("/"))
+            return [mount / inner, *(mount / parent for parent in inner.parents)]
+    return []
+
+
+def _system() -> str:
+    if sys.platform == "darwin":
+        return f"macOS {platform.mac_ver()[0]}"
+    distribution = ""
+    with contextlib.suppress(OSError):
+        distribution = f" ({platform.freedesktop_os_release().get('PRETTY_NAME', '')})"
+    return f"{platform.system()} {platform.release()}{distribution}"
+
+
+def _cpu_model() -> str:
+    if sys.platform == "darwin":
+        return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
+    if sys.platform == "win32":
+        return platform.processor() or platform.machine()
+    for line in _lines(Path("/proc/cpuinfo")):
+        name, _, value = line.partition(":")
+        if name.strip() in ("model name", "Model", "Hardware", "cpu model"):
+            return value.strip()
+    # ARM boards name themselves in the device tree only.
+    return _first_line(Path("/proc/device-tree/model")).rstrip("\0") or platform.processor() or platform.machine()
+
+
+def _physical_cores() -> int | None:
+    if sys.platform == "linux":
+        siblings = {_first_line(cpu / "topology/thread_siblings_list") for cpu in _CPUS.glob("cpu[0-9]*")} - {""}
+        if siblings:
+            return len(siblings)
+    with contextlib.suppress(ImportError):
+        import psutil
+
+        count: int | None = psutil.cpu_count(logical=False)
+        return count
+    return None
+
+
+def _memory_bytes() -> int | None:
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(ImportError):
+        import psutil
+
+        return int(psutil.virtual_memory().total)
+    return None
+
+
+def _governors() -> tuple[str, ...]:
+    found = {_first_line(file) for file in _CPUS.glob("cpu[0-9]*/cpufreq/scaling_governor")}
+    return tuple(sorted(found - {""}))
+
+
+def _first_line(path: Path) -> str:
+    return next(iter(_lines(path)), "").strip()
+
+
+def _lines(path: Path) -> Iterable[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ()
+
+
+def _output(*command: str) -> str:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    return ""

@@ -1,0 +1,267 @@
+"""What a run of `vae-bench` found out: the dataclasses, and the JSON document that they become."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vae_runtime.atomic import atomic_file
+from vae_runtime.errors import InputError
+
+from .errors import ReportError
+from .intervals import median_interval, smallest_count
+from .latency import Samples
+from .machine import MachineFacts
+from .plain import from_plain
+from .settings import Settings
+
+FORMAT = "vae-bench-report"
+FORMAT_VERSION = 1
+_MAX_BYTES = 256 * 2**20
+
+RowKey = tuple[str, int, int | None, str, str]
+
+
+@dataclass(frozen=True)
+class LatencyReport:
+    """One row: the latency of one call of one operation, in milliseconds.
+
+    threads: as asked for; None is onnxruntime's own choice. device, precision: as really used.
+    count: samples in all rounds together. calls_per_sample: above 1 where a call was too short to be timed alone.
+    p50_ms: the median of all samples. p50_low_ms, p50_high_ms: its confidence interval; None where there were too few
+        samples.
+    interval_from: "rounds", the order statistics of the rounds' medians, which are independent, while calls in one
+        process resemble each other; or "samples" where the rounds are too few for that.
+    p90_ms, p99_ms: None where the samples are too few to bound them from both sides, or were means of several calls.
+    throughput_per_second: examples per second, from the mean.
+    width: of the interval, relative to the median. width_reached: whether it is as narrow as was asked for.
+    warmup_calls, warmup_seconds: in all rounds, not part of the figures above; warmup_stable: in every round.
+    round_p50_ms: the median of each round, each in a process of its own, in the order of time.
+    """
+
+    operation: str
+    batch: int
+    threads: int | None
+    device: str
+    precision: str
+    count: int
+    calls_per_sample: int
+    p50_ms: float
+    p50_low_ms: float | None
+    p50_high_ms: float | None
+    interval_from: str
+    p90_ms: float | None
+    p99_ms: float | None
+    mean_ms: float
+    min_ms: float
+    stdev_ms: float | None
+    throughput_per_second: float
+    width: float | None
+    width_reached: bool
+    warmup_calls: int
+    warmup_seconds: float
+    warmup_stable: bool
+    measured_seconds: float
+    round_p50_ms: tuple[float, ...]
+
+    @property
+    def key(self) -> RowKey:
+        """What makes this row the same as one of another report."""
+        return (self.operation, self.batch, self.threads, self.device, self.precision)
+
+
+def summarize(key: RowKey, rounds: Sequence[Samples], settings: Settings) -> LatencyReport:
+    """All rounds of one row -> its figures."""
+    operation, batch, threads, device, precision = key
+    pooled = np.concatenate([np.asarray(one.samples_ns, np.float64) for one in rounds]) / 1e6
+    grouped = max(one.calls_per_sample for one in rounds)
+    medians = tuple(float(np.median(one.samples_ns)) / 1e6 for one in rounds)
+    p50, mean = float(np.median(pooled)), float(pooled.mean())
+    interval, interval_from = median_interval(medians, settings.confidence), "rounds"
+    if interval is None:
+        interval, interval_from = median_interval(pooled, settings.confidence), "samples"
+    width = None if interval is None or not p50 else (interval[1] - interval[0]) / p50
+
+    def quantile(q: float) -> float | None:
+        enough = len(pooled) >= smallest_count(q, settings.confidence)
+        return float(np.quantile(pooled, q)) if enough and grouped == 1 else None
+
+    return LatencyReport(
+        operation=operation,
+        batch=batch,
+        threads=threads,
+        device=device,
+        precision=precision,
+        count=len(pooled),
+        calls_per_sample=grouped,
+        p50_ms=p50,
+        p50_low_ms=interval[0] if interval else None,
+        p50_high_ms=interval[1] if interval else None,
+        interval_from=interval_from,
+        p90_ms=quantile(0.90),
+        p99_ms=quantile(0.99),
+        mean_ms=mean,
+        min_ms=float(pooled.min()),
+        stdev_ms=float(pooled.std(ddof=1)) if len(pooled) > 1 else None,
+        throughput_per_second=batch / (mean / 1000),
+        width=width,
+        width_reached=width is not None and width <= settings.width,
+        warmup_calls=sum(one.warmup.calls for one in rounds),
+        warmup_seconds=sum(one.warmup.seconds for one in rounds),
+        warmup_stable=all(one.warmup.stable for one in rounds),
+        measured_seconds=sum(one.seconds for one in rounds),
+        round_p50_ms=medians,
+    )
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """One figure from several fresh processes, in the order of time."""
+
+    median: float
+    min: float
+    max: float
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Repeated:
+        return cls(float(np.median(values)), min(values), max(values), tuple(values))
+
+
+@dataclass(frozen=True)
+class StartupReport:
+    """Each figure from one fresh process per round, its files in the system's cache.
+
+    import_ms: to import vae_runtime and onnxruntime, numpy with them. load_ms: `VAE.load`, the verification of every
+    file included. first_call_ms: the first reconstruct, of one example. to_first_result_ms: the sum of the three; the
+    start of the interpreter is not part of it. rss_*: resident memory of the whole process, as the system counts it;
+    peak_rss_bytes: after the first result and one reconstruct of `peak_batch` examples.
+    """
+
+    threads: int | None
+    peak_batch: int
+    import_ms: Repeated
+    load_ms: Repeated
+    first_call_ms: Repeated
+    to_first_result_ms: Repeated
+    rss_after_import_bytes: Repeated
+    rss_after_load_bytes: Repeated
+    peak_rss_bytes: Repeated
+
+    FIGURES = (
+        "import_ms",
+        "load_ms",
+        "first_call_ms",
+        "to_first_result_ms",
+        "rss_after_import_bytes",
+        "rss_after_load_bytes",
+        "peak_rss_bytes",
+    )
+
+
+@dataclass(frozen=True)
+class BundleFacts:
+    """folder: the last part of its path only. golden: how many golden inputs it has, golden_source: what they are."""
+
+    folder: str
+    name: str
+    kind: str
+    manifest_sha256: str
+    golden: int
+    golden_source: str
+
+
+@dataclass(frozen=True)
+class Versions:
+    python: str
+    numpy: str
+    onnxruntime: str
+    vae_edge: str
+
+
+@dataclass(frozen=True)
+class ClockFacts:
+    """time.perf_counter_ns, medians over all measuring processes: its smallest step, and the cost of one reading."""
+
+    resolution_ns: float
+    cost_ns: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """The whole result of `benchmark`.
+
+    created: UTC, ISO 8601. plan: what really ran, as `VAE.plan` says. skipped: operation -> why it was not measured.
+    method: how the figures came about, in words.
+    """
+
+    created: str
+    bundle: BundleFacts
+    machine: MachineFacts
+    versions: Versions
+    settings: Settings
+    clock: ClockFacts
+    plan: dict[str, dict[str, str]]
+    method: dict[str, str]
+    skipped: dict[str, str]
+    startup: StartupReport
+    latency: tuple[LatencyReport, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document, as plain values."""
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, document: Any, name: str = "the report") -> Report:
+        """A report from its JSON document. name: what a message calls it.
+
+        Raises:
+            ReportError: it is not one, or of a version above this reader's.
+        """
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise ReportError(f'{name} is not a report of vae-bench, whose "format" is {FORMAT!r}')
+        version = document.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ReportError(f"{name} has format_version {version!r}; this vae-edge reads version {FORMAT_VERSION}")
+        try:
+            report = from_plain(cls, document, name)
+        except InputError as error:
+            raise ReportError(f"{name} has settings that cannot be: {error}") from None
+        keys = [row.key for row in report.latency]
+        if len(set(keys)) < len(keys):
+            raise ReportError(f"{name} has the same row of latency twice")
+        return report
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the JSON document; whole or not at all.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        with atomic_file(path) as stream:
+            stream.write((json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Report:
+        """Read what `save` or `vae-bench --json` wrote.
+
+        Raises:
+            ReportError: the file cannot be read, or is not a report.
+        """
+        try:
+            with Path(path).open("rb") as stream:
+                data = stream.read(_MAX_BYTES)
+        except OSError as error:
+            raise ReportError(f"{path} cannot be read: {error.strerror or error}") from None
+        try:
+            document = json.loads(data)
+        except (ValueError, RecursionError):
+            raise ReportError(f"{path} is not JSON; expected a report that vae-bench wrote") from None
+        return cls.from_dict(document, str(path))

@@ -1,0 +1,71 @@
+"""What is measured and how long: one checked description that the report repeats."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from vae_runtime.errors import InputError
+from vae_runtime.session import check_threads
+
+OPERATIONS = ("encode", "sample", "decode", "reconstruct")
+LARGEST_BATCH = 65536
+MOST_ROUNDS = 100
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every combination of operations, batches and threads is one row of the report.
+
+    threads: of one call on the CPU; None is onnxruntime's own choice, all cores.
+    device, precision: as `VAE.load` takes them.
+    seconds: the most time that one row is measured for, all rounds together, warm-up not counted.
+    rounds: how many fresh processes measure each row, one after the other. From 6 on, the interval of the median can
+        be taken from the rounds' medians; 8 leave `compare` room for 300 rows.
+    confidence: of every interval, 0.95 for 95%.
+    width: measuring a row may stop once the interval of its median is narrower than this, relative to the median.
+    """
+
+    operations: tuple[str, ...] = OPERATIONS
+    batches: tuple[int, ...] = (1, 8, 32)
+    threads: tuple[int | None, ...] = (1, None)
+    device: str = "cpu"
+    precision: str = "fp32"
+    seconds: float = 1.0
+    rounds: int = 8
+    confidence: float = 0.95
+    width: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name in ("operations", "batches", "threads"):
+            given = getattr(self, name)
+            if not isinstance(given, (tuple, list)) or not given:
+                raise InputError(f"{name} is {given!r}; expected at least one, in a tuple")
+            object.__setattr__(self, name, tuple(dict.fromkeys(given)))
+        for operation in self.operations:
+            if operation not in OPERATIONS:
+                raise InputError(f"operation is {operation!r}; expected one of {', '.join(OPERATIONS)}")
+        for batch in self.batches:
+            _check_whole("batch", batch, LARGEST_BATCH)
+        for threads in self.threads:
+            check_threads(threads)
+        _check_whole("rounds", self.rounds, MOST_ROUNDS)
+        _check_number("seconds", self.seconds, 0, 86400)
+        _check_number("confidence", self.confidence, 0.5, 1)
+        _check_number("width", self.width, 0, 1)
+
+    def without(self, operation: str) -> Settings:
+        """The same settings without one operation."""
+        return dataclasses.replace(self, operations=tuple(name for name in self.operations if name != operation))
+
+
+def _check_whole(name: str, value: object, largest: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
+        raise InputError(f"{name} is {value!r}; expected a whole number from 1 to {largest}")
+
+
+def _check_number(name: str, value: object, low: float, high: float) -> None:
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not valid or not low < float(value) < high:  # type: ignore[arg-type]
+        raise InputError(f"{name} is {value!r}; expected a number between {low:g} and {high:g}, both excluded")

@@ -1,0 +1,166 @@
+"""Reports and comparisons as plain aligned text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .compare import SAME, UNDECIDED, Comparison, ComparisonRow
+from .machine import MachineFacts
+from .report import Report, StartupReport
+
+_DASH = "–"
+_FIGURES = {
+    "import_ms": "import vae_runtime and onnxruntime",
+    "load_ms": "load and verify the bundle",
+    "first_call_ms": "first reconstruct, batch 1",
+    "to_first_result_ms": "import to first result",
+    "rss_after_import_bytes": "memory after import",
+    "rss_after_load_bytes": "memory after load",
+    "peak_rss_bytes": "peak memory",
+}
+
+
+def format_report(report: Report) -> str:
+    """The facts, the start-up, the latencies, and footnotes on what they do not hold."""
+    parts = [_facts(report), _startup(report.startup), _latency(report), _footnotes(report)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def format_comparison(comparison: Comparison, name_a: str, name_b: str) -> str:
+    """Warnings, one line per row, rows of one report only, and the verdict."""
+    head = ["figure", "A", "B", "B/A", f"{comparison.confidence:.0%} interval", "verdict"]
+    rows = [[*_compared(row), row.verdict] for row in comparison.rows]
+    lines = [f"A  {name_a}", f"B  {name_b}"]
+    lines += [f"warning: {warning}" for warning in comparison.warnings]
+    lines += ["", *_align([head, *rows], left=(0, 5)), ""]
+    for name, only in (("A", comparison.only_in_a), ("B", comparison.only_in_b)):
+        lines += [f"only in {name}: {row}" for row in only]
+    return "\n".join([*lines, _summary(comparison)])
+
+
+def _facts(report: Report) -> str:
+    machine, versions, bundle = report.machine, report.versions, report.bundle
+    facts = {
+        "bundle": f"{bundle.folder} ({bundle.name}, {bundle.kind}), manifest {bundle.manifest_sha256[:12]}",
+        "runs on": _plan(report.plan),
+        "machine": _machine(machine),
+        "system": f"{machine.system}, load average {_or_dash(machine.load_average_1min, '{:.2f}')} at the start",
+        "versions": f"vae-edge {versions.vae_edge}, onnxruntime {versions.onnxruntime}, numpy {versions.numpy}, "
+        f"Python {versions.python}",
+        "inputs": report.method["inputs"],
+        "measured": f"{report.created}, {report.settings.rounds} rounds, each in fresh processes",
+    }
+    return "\n".join(f"{name:9} {text}" for name, text in facts.items())
+
+
+def _plan(plan: dict[str, dict[str, str]]) -> str:
+    """Once where both halves run alike, else each half by name."""
+    halves = {name: f"{half['device']}, {half['provider']}, {half['precision']}" for name, half in plan.items()}
+    if len(set(halves.values())) == 1:
+        return next(iter(halves.values()))
+    return "; ".join(f"{name}: {text}" for name, text in halves.items())
+
+
+def _machine(machine: MachineFacts) -> str:
+    cores = f"{_or_dash(machine.cores_usable, '{}')} of {_or_dash(machine.cores_logical, '{}')} logical cores"
+    physical = f" ({machine.cores_physical} physical)" if machine.cores_physical else ""
+    quota = f", limited to {machine.cpu_quota:g} by quota" if machine.cpu_quota else ""
+    memory = f"{_gib(machine.memory_limit_bytes or machine.memory_bytes)} memory"
+    governor = f", governor {'/'.join(machine.governors)}" if machine.governors else ""
+    return f"{machine.cpu}, {machine.architecture}, {cores}{physical}{quota}, {memory}{governor}"
+
+
+def _startup(startup: StartupReport) -> str:
+    lines = [["start-up", "median", "min", "max", "unit"]]
+    for figure, label in _FIGURES.items():
+        scale, unit = (1.0, "ms") if figure.endswith("_ms") else (2.0**20, "MiB")
+        repeated = getattr(startup, figure)
+        peak = f", batch {startup.peak_batch}" if figure == "peak_rss_bytes" else ""
+        values = [f"{value / scale:.1f}" for value in (repeated.median, repeated.min, repeated.max)]
+        lines.append([label + peak, *values, unit])
+    return "\n".join(_align(lines, left=(0, 4)))
+
+
+def _latency(report: Report) -> str:
+    scale, unit = (1000.0, "µs") if max(row.p50_ms for row in report.latency) < 10 else (1.0, "ms")
+    digits = 1 if unit == "µs" else 3
+
+    def show(value: float | None) -> str:
+        return _DASH if value is None else f"{value * scale:.{digits}f}"
+
+    head = ["operation", "batch", "threads", f"p50 {unit}", f"{report.settings.confidence:.0%} interval", "p90", "p99"]
+    lines = [[*head, "mean", "min", "examples/s", "samples"]]
+    for row in report.latency:
+        interval = f"{show(row.p50_low_ms)}–{show(row.p50_high_ms)}{'' if row.width_reached else '*'}"
+        lines.append(
+            [
+                *(row.operation, str(row.batch), "auto" if row.threads is None else str(row.threads)),
+                *(show(row.p50_ms), interval, show(row.p90_ms), show(row.p99_ms), show(row.mean_ms), show(row.min_ms)),
+                *(f"{row.throughput_per_second:,.0f}", str(row.count)),
+            ]
+        )
+    return "\n".join(_align(lines, left=(0,)))
+
+
+def _footnotes(report: Report) -> str:
+    rows, machine, lines = report.latency, report.machine, []
+    if not all(row.width_reached for row in rows):
+        lines.append(
+            f"*  wider than the {report.settings.width:.0%} of the median that was asked for; more --seconds or --rounds "
+            "narrow it, and a quieter machine does."
+        )
+    if any(row.interval_from == "samples" for row in rows):
+        lines.append("With so few rounds the intervals take calls in one process for independent: they are too narrow.")
+    if any(row.p99_ms is None for row in rows):
+        lines.append(f"{_DASH}  too few samples for this figure, or calls too short to be timed one by one.")
+    if not all(row.warmup_stable for row in rows):
+        lines.append("Some rows were still changing when the time for their warm-up was over.")
+    if any(row.threads is None for row in rows):
+        lines.append("threads auto: onnxruntime's own choice, one for each physical core.")
+    lines += [f"{operation} was skipped: {reason}." for operation, reason in report.skipped.items()]
+    if machine.is_busy:
+        lines.append("The machine was busy with other work when this began: expect slower and less stable figures.")
+    return "\n".join(lines)
+
+
+def _compared(row: ComparisonRow) -> list[str]:
+    label = _FIGURES.get(row.figure, row.figure)
+    if row.operation is not None:
+        threads = "auto" if row.threads is None else row.threads
+        label = f"{row.operation}, batch {row.batch}, threads {threads}, {row.device}, {row.precision}"
+    scale, unit = (1.0, "ms") if row.unit == "ms" else (2.0**20, "MiB")
+    interval = _DASH if row.low is None or row.high is None else f"{row.low:.3f}–{row.high:.3f}"
+    return [label, *(f"{_digits(value / scale)} {unit}" for value in (row.a, row.b)), f"{row.ratio:.3f}", interval]
+
+
+def _summary(comparison: Comparison) -> str:
+    counts = dict.fromkeys(("slower", "more memory", "faster", "less memory", SAME, UNDECIDED), 0)
+    for row in comparison.rows:
+        counts[row.verdict] += 1
+    found = ", ".join(f"{verdict}: {count}" for verdict, count in counts.items() if count)
+    beyond = f"beyond noise and {comparison.threshold:.0%}"
+    return f"{'WORSE' if comparison.is_worse else 'not worse'} {beyond} ({found})"
+
+
+def _align(rows: Sequence[Sequence[str]], left: tuple[int, ...]) -> list[str]:
+    """Columns as wide as their widest cell; those in `left` flush left, the others, numbers, flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if index in left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _digits(value: float) -> str:
+    return f"{value:.4f}" if value < 1 else f"{value:.3f}" if value < 100 else f"{value:.1f}"
+
+
+def _gib(count: int | None) -> str:
+    return _DASH if count is None else f"{count / 2**30:.1f} GiB"
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return _DASH if value is None else form.format(value)

@@ -1,0 +1,159 @@
+"""The process in which something is measured: one JSON request on stdin, one JSON answer on stdout, then it ends.
+
+It is run by its path, not as a module of the package: importing `vae_benchmarks` first would import numpy and
+`vae_runtime`, whose import is one of the things that are timed. For the same reason the top of this file takes only
+what an interpreter has loaded anyway, and `json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def main() -> None:
+    """Answer {"result": ...}, or {"error": {"type", "message"}} for an expected failure."""
+    # Whatever a library prints to stdout must not mix with the answer.
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
+        os.dup2(2, 1)
+        request = json.loads(sys.stdin.buffer.read())
+        try:
+            answer = {"result": TASKS[request.pop("task")](**request)}
+        except KeyboardInterrupt:
+            sys.exit(130)  # the parent was interrupted too and says so
+        except Exception as error:
+            from vae_runtime.errors import VAEError
+
+            if not isinstance(error, VAEError):
+                raise
+            answer = {"error": {"type": type(error).__name__, "message": str(error)}}
+        json.dump(answer, answers)
+
+
+def measure_startup(bundle: str, device: str, precision: str, threads: int | None, batch: int) -> dict[str, Any]:
+    """Times in ms and memory in bytes from here to the first result, then the peak after one call with `batch`."""
+    begin = time.perf_counter_ns()
+    import vae_runtime
+    from vae_runtime.devices import import_engine
+
+    import_engine()
+    imported = time.perf_counter_ns()
+    rss_after_import = resident_bytes()[0]
+    load_begin = time.perf_counter_ns()
+    vae = vae_runtime.VAE.load(bundle, device=device, precision=precision, threads=threads)
+    loaded = time.perf_counter_ns()
+    rss_after_load = resident_bytes()[0]
+    inputs = vae.golden()["x"]
+    call_begin = time.perf_counter_ns()
+    vae.reconstruct(inputs[:1])
+    first_result = time.perf_counter_ns()
+    vae.reconstruct(tile(inputs, batch))
+    import_ms, load_ms = (imported - begin) / 1e6, (loaded - load_begin) / 1e6
+    first_call_ms = (first_result - call_begin) / 1e6
+    return {
+        "import_ms": import_ms,
+        "load_ms": load_ms,
+        "first_call_ms": first_call_ms,
+        "to_first_result_ms": import_ms + load_ms + first_call_ms,
+        "rss_after_import_bytes": rss_after_import,
+        "rss_after_load_bytes": rss_after_load,
+        "peak_rss_bytes": resident_bytes()[1],
+    }
+
+
+def measure_latency(
+    bundle: str,
+    device: str,
+    precision: str,
+    threads: int | None,
+    rows: list[list[Any]],
+    seconds: float,
+    wanted: int,
+    confidence: float,
+    width: float,
+) -> dict[str, Any]:
+    """One round: every row, [operation, batch], one after the other in this process."""
+    import dataclasses
+
+    import onnxruntime
+
+    from vae_benchmarks.latency import Clock, measure
+    from vae_runtime import VAE
+
+    clock = Clock.measure()
+    with VAE.load(bundle, device=device, precision=precision, threads=threads) as vae:
+        calls = [make_call(vae, operation, batch) for operation, batch in rows]
+        results = [
+            measure(call, seconds=seconds, wanted=wanted, confidence=confidence, width=width, clock=clock)
+            for call in calls
+        ]
+        return {
+            "device": vae.device,
+            "precision": vae.precision,
+            "plan": vae.plan,
+            "onnxruntime": onnxruntime.__version__,
+            "clock": {"resolution_ns": clock.resolution_ns, "cost_ns": clock.cost_ns},
+            "rows": [dataclasses.asdict(result) for result in results],
+        }
+
+
+def make_call(vae: Any, operation: str, batch: int) -> Any:
+    """A call without arguments to the public `vae.<operation>`, on `batch` of the bundle's golden inputs.
+
+    The decoder gets the means of their posteriors. Nothing but the call itself happens in it.
+    """
+    from functools import partial
+
+    if operation == "sample":
+        return partial(vae.sample, batch, seed=0)  # a seed spares drawing entropy from the system
+    inputs = tile(vae.golden()["x"], batch)
+    if operation == "decode":
+        return partial(vae.decode, vae.encode(inputs).mode())
+    return partial(getattr(vae, operation), inputs)
+
+
+def tile(examples: Any, batch: int) -> Any:
+    """The examples again and again until there are `batch`; a new contiguous array."""
+    import numpy as np
+
+    return np.ascontiguousarray(examples[np.arange(batch) % len(examples)])
+
+
+def resident_bytes() -> tuple[int, int]:
+    """Resident memory of this process in bytes: now, and at its peak.
+
+    On Linux from /proc/self/status. `resource.getrusage` would be wrong there: its peak outlives exec, so that a
+    process begins with the peak of the one that started it.
+    """
+    if sys.platform.startswith("linux"):
+        with open("/proc/self/status", encoding="ascii", errors="replace") as status:  # noqa: PTH123 (no pathlib here)
+            fields = dict(line.split(":", 1) for line in status if ":" in line)
+        if "VmHWM" in fields:
+            return int(fields["VmRSS"].split()[0]) * 1024, int(fields["VmHWM"].split()[0]) * 1024
+    return _resident_bytes_elsewhere()
+
+
+def _resident_bytes_elsewhere() -> tuple[int, int]:
+    try:
+        import psutil
+    except ImportError:
+        from vae_runtime.errors import MissingExtraError
+
+        raise MissingExtraError("psutil", "bench", "measuring memory on this system") from None
+    memory = psutil.Process().memory_info()
+    if sys.platform == "win32":
+        return memory.rss, memory.peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return memory.rss, peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB on the others
+
+
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {"startup": measure_startup, "latency": measure_latency}
+
+if __name__ == "__main__":
+    main()

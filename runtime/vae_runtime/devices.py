@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import io
 import re
 import sys
 from dataclasses import dataclass, field
@@ -77,7 +79,7 @@ def why_not_cuda(index: int = 0) -> str | None:
         return reason
     if index >= count:
         return f"there is no GPU {index}; this machine has {count}, numbered from 0"
-    return None
+    return _missing_cuda_libraries()
 
 
 def usable_devices() -> dict[str, str | None]:
@@ -120,6 +122,21 @@ def _cuda_devices() -> tuple[int, str | None]:
     if (status := driver.cuInit(0)) != 0 or (status := driver.cuDeviceGetCount(ctypes.byref(count))) != 0:
         return 0, f"the NVIDIA driver shows no usable GPU (CUDA error {status})"
     return count.value, None if count.value else "the NVIDIA driver shows no GPU"
+
+
+@functools.cache
+def _missing_cuda_libraries() -> str | None:
+    """Load the CUDA libraries that pip installed, so that the provider finds them; which ones are missing, if any."""
+    onnxruntime = import_engine()
+    if not hasattr(onnxruntime, "preload_dlls"):
+        return None
+    report = io.StringIO()
+    with contextlib.redirect_stdout(report):  # where onnxruntime prints what it could not load
+        onnxruntime.preload_dlls()
+    missing = re.findall(r"Failed to load ([^\s:]+)", report.getvalue())
+    if not missing:
+        return None
+    return f"{', '.join(missing)} could not be loaded; pip install 'vae-edge[gpu]' brings CUDA and cuDNN"
 
 
 def first_line(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from .devices import CPU, CUDA, Device, first_line, import_engine
+from .devices import CPU, Device, first_line, import_engine
 from .errors import BundleError, ClosedError, DeviceError, InputError
 from .graph_rules import check_graph
 from .preprocess import Float32
@@ -94,8 +94,6 @@ def _open(model: bytes, file: str, device: Device, threads: int | None) -> Any:
     options.add_session_config_entry("session.load_model_format", "ONNX")
     if device.provider != CPU:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    if device.provider == CUDA and hasattr(onnxruntime, "preload_dlls"):
-        onnxruntime.preload_dlls()
     try:
         session = onnxruntime.InferenceSession(
             model, options, providers=[(device.provider, device.options)], enable_fallback=0, read_config_from_model=0

@@ -94,7 +94,8 @@ def _parse(name: str, precision: str) -> Device:
         index = int(match[1] or 0)
         return Device(f"cuda:{index}", CUDA, {"device_id": str(index), "use_tf32": "1" if precision == "tf32" else "0"})
     if re.fullmatch(r"[A-Za-z0-9]+ExecutionProvider", name):
-        return _parse("cpu", precision) if name == CPU else Device(name, name)
+        short = {CPU: "cpu", CUDA: "cuda"}.get(name)
+        return _parse(short, precision) if short else Device(name, name)
     raise InputError(
         f"device is {name!r}; expected 'cpu', 'cuda', 'cuda:N', 'auto' or an onnxruntime provider's name"
         " such as 'CoreMLExecutionProvider'"

@@ -36,6 +36,7 @@ from .models import Autoencoder, ModelConfig, build_model, config_from_dict
 
 FORMAT = "vae-checkpoint"
 FORMAT_VERSION = 1
+MAX_DEPTH = 16  # of dataset and metrics; a list may hold itself
 EXAMPLES = ("train", "held_out")
 _DICTS = ("config", "state_dict", "input", "likelihood", "examples", "dataset", "metrics")
 
@@ -104,8 +105,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read and check `model.pt`; nothing in the file is ever run.
 
     Raises:
-        CheckpointError: it is missing, empty, damaged, no checkpoint, holds anything but plain data and tensors, is of a
-            newer version, or its parts do not fit together. The message names the file.
+        CheckpointError: it is missing, empty, damaged, no checkpoint, holds anything but plain data and tensors, is of
+            a newer version, or its parts do not fit together. The message names the file.
     """
     try:
         content = Path(path).read_bytes()
@@ -212,16 +213,18 @@ def _check_tensor(value: Any, name: str, dtypes: tuple[torch.dtype, ...]) -> Non
         raise CheckpointError(f"{name} is {found}; expected a contiguous {allowed} tensor")
 
 
-def _check_plain(value: Any, name: str) -> None:
+def _check_plain(value: Any, name: str, depth: int = 0) -> None:
     """Raise `CheckpointError` for anything that JSON would not hold."""
+    if depth > MAX_DEPTH:
+        raise CheckpointError(f"{name:.40} is nested more than {MAX_DEPTH} times; expected plain data")
     if isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, str):
                 raise CheckpointError(f"{name} has the key {key!r:.80}; expected strings")
-            _check_plain(item, f"{name}.{key}")
+            _check_plain(item, f"{name}.{key}", depth + 1)
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
-            _check_plain(item, f"{name}[{index}]")
+            _check_plain(item, f"{name}[{index}]", depth + 1)
     elif isinstance(value, float) and not math.isfinite(value):
         raise CheckpointError(f"{name} is {value}; expected a finite number")
     elif value is not None and type(value) not in (str, int, float, bool):

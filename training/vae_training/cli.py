@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from .config import FAMILIES, LIKELIHOODS, MIXED_PRECISIONS, TrainConfig
 from .folder import recorded_config
 from .split import ORDERS
 
+_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(TrainConfig)}
 
 
-def _option(name: str, help: str, **settings: Any) -> Any:
+def _option(name: str, help: str, **settings: Any) -> _Decorator:
     """An option of `TrainConfig`, with the default that stands there."""
     default = _DEFAULTS[name]
     return click.option(
@@ -29,7 +31,7 @@ def _option(name: str, help: str, **settings: Any) -> Any:
     )
 
 
-def _choice(name: str, help: str, choices: Any) -> Any:
+def _choice(name: str, help: str, choices: Any) -> _Decorator:
     return _option(name, help, type=click.Choice(list(choices)))
 
 
@@ -99,7 +101,7 @@ class _Numbers(click.ParamType):
 @click.option("--json", "as_json", is_flag=True, help="Print the metrics as one JSON document on stdout.")
 @click.version_option(package_name="vae-edge")
 @click.pass_context
-def command(ctx: click.Context, output: Path, as_json: bool, threads: int | None, **options: Any) -> None:
+def command(ctx: click.Context, /, output: Path, as_json: bool, threads: int | None, **options: Any) -> None:
     """Train a variational autoencoder; leave model.pt, metrics.json and pictures in the output folder."""
     settings = {name: options.pop(name) for name in _DEFAULTS}
     if options["resume"] and options["force"]:
@@ -134,27 +136,29 @@ def _train(config: TrainConfig, output: Path, threads: int | None, options: dict
 def _summary(metrics: dict[str, Any], output: Path) -> str:
     """A few lines for people; every figure says on which part it was measured."""
     test, training, model = metrics["test"], metrics["training"], metrics["model"]
-    lines = [f"{output}: {', '.join(metrics['files'])}, metrics.json"]
-    lines.append(
-        f"{model['family']} {model['kind']}, {model['parameters']:,} parameters, {training['epochs']} epochs in {training['seconds']:.0f} s"
-    )
+    size, time = f"{model['parameters']:,} parameters", f"{training['epochs']} epochs in {training['seconds']:.0f} s"
+    likelihood = metrics["likelihood"]["type"]
+    figure = f"reconstruction {test['reconstruction_nats']:.2f} nats, {likelihood}"
     if "negative_elbo_nats" in test:
-        lines.append(
-            f"test part, {test['examples']:,} examples: -ELBO {test['negative_elbo_nats']:.2f} ± {test['negative_elbo_standard_error_nats']:.2f} nats "
-            f"(reconstruction {test['reconstruction_nats']:.2f} + KL {test['kl_nats']:.2f}; {metrics['likelihood']['type']}), "
-            f"{test['active_units']} of {model['latent_dim']} latent dimensions active"
-        )
-    else:
-        lines.append(
-            f"test part, {test['examples']:,} examples: reconstruction {test['reconstruction_nats']:.2f} nats ({metrics['likelihood']['type']})"
+        error = test["negative_elbo_standard_error_nats"]
+        figure = (
+            f"-ELBO {test['negative_elbo_nats']:.2f} ± {error:.2f} nats = "
+            f"{test['reconstruction_nats']:.2f} reconstruction "
+            f"+ {test['kl_nats']:.2f} KL, {likelihood}; "
+            f"{test['active_units']} of {model['latent_dim']} dimensions active"
         )
     psnr = f", PSNR {test['psnr_db']:.2f} dB" if "psnr_db" in test else ""
-    lines.append(f"test part, without sampling: mean squared error {test['mse']:.5g}{psnr}")
+    lines = (
+        f"{output}: {', '.join(metrics['files'])}, metrics.json",
+        f"{model['family']} {model['kind']}, {size}, {time} on {training['device']}",
+        f"test part, {test['examples']:,} examples: {figure}",
+        f"test part, without sampling: mean squared error {test['mse']:.5g}{psnr}",
+    )
     return "\n".join(lines)
 
 
 def main(args: list[str] | None = None) -> None:
-    """The entry point. Exit codes: 0 done, 1 an expected failure in one sentence on stderr, 2 wrong usage, 130 interrupted."""
+    """Exit codes: 0 done, 1 an expected failure, told in one sentence on stderr, 2 wrong usage, 130 interrupted."""
     try:
         command.main(args, prog_name="vae-train", standalone_mode=False)
     except click.exceptions.Exit as error:

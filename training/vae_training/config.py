@@ -114,7 +114,9 @@ class TrainConfig:
         """The model of a resolved configuration."""
         from .models import ModelConfig
 
-        assert self.latent and self.widths and self.depth is not None, "resolve first"
+        assert self.latent is not None, "resolve first"
+        assert self.widths is not None
+        assert self.depth is not None
         return ModelConfig(self.family, self.kind, spec.shape, self.latent, self.widths, self.depth)
 
     def steps_per_epoch(self, train_examples: int) -> int:

@@ -1,7 +1,7 @@
 """From a name or a path to examples: digits, IDX files, arrays, or a folder of pictures.
 
-Examples stay in the form that `vae_runtime.preprocess.to_model_input` takes, the one place where inputs are prepared, so
-that a model sees at run time exactly what it saw in training.
+Examples stay in the form that `vae_runtime.preprocess.to_model_input` takes, the one place where inputs are prepared,
+so that a model sees at run time exactly what it saw in training.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def load_dataset(
 
     source: "digits"; or a folder of IDX files (`train-images-idx3-ubyte`, `t10k-…`, gzipped or not); or a `.npy` or
         `.npz` file; or a folder of pictures, searched with its subfolders.
-    size: (H, W) of a folder of pictures; None takes the first picture's. colour: "grey" or "rgb" (the default), for pictures.
+    size: (H, W) of a folder of pictures; None takes the first picture's.
+    colour: "grey" or "rgb" (the default), of a folder of pictures.
     resize: how a picture file of another size becomes an input, "exact" (refused; the default), "stretch" or "crop":
         here for a folder of pictures, and at run time for every model of images.
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def make_accelerator(device: str, mixed_precision: str) -> Accelerator:
-    """An `Accelerator` on "cpu", "cuda", "cuda:1", "mps", or with "auto" on the first accelerator there is, else the CPU.
+    """An `Accelerator` on "cpu", "cuda", "cuda:1" or "mps"; with "auto" on the first accelerator, else the CPU.
 
     Under `torchrun` each process takes the device of its local rank.
 
@@ -28,6 +28,8 @@ def make_accelerator(device: str, mixed_precision: str) -> Accelerator:
     except ImportError:
         raise MissingExtraError("accelerate", "train", "training") from None
     _require(device)
+    if mixed_precision == "fp16" and device == "cpu":
+        raise DeviceError("mixed_precision is 'fp16', which device 'cpu' cannot do; bf16 needs no scaling of the loss")
     # accelerate keeps the first device of a process for good; a second run in the same process may ask for another.
     if not torch.distributed.is_initialized():
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -41,12 +41,17 @@ class RunFolder:
         return metrics if metrics is not None and metrics.get("run") == self.run else None
 
     def finish(self, metrics: dict[str, Any]) -> None:
-        """Write the metrics, which makes the run complete, and drop the state."""
-        write_json(self.path / METRICS_FILE, {**metrics, "run": self.run})
+        """Write the metrics, with `run` among them, which makes the run complete, and drop the state."""
+        write_json(self.path / METRICS_FILE, metrics)
         shutil.rmtree(self.state, ignore_errors=True)
 
     def remove_leftovers(self) -> None:
-        """What a run that was killed while writing left half done."""
+        """What a run that was killed while writing left half done, or set aside for a moment."""
+        for aside in self.path.glob(f".{STATE_FOLDER}.*.old"):
+            if self.state.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                aside.rename(self.state)
         for path in self.path.glob(".*.part"):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -97,8 +102,8 @@ def _continue_run(path: Path, config: TrainConfig, recorded: dict[str, Any]) -> 
     for key, value in config.to_dict().items():
         if recorded.get(key) != value:
             raise TrainingError(
-                f"{path} was begun with {key} {recorded.get(key)!r}, not {value!r}; a run continues only with the settings it "
-                "began with, --force begins anew"
+                f"{path} was begun with {key} {recorded.get(key)!r}, not {value!r}; a run continues only "
+                "with the settings it began with, --force begins anew"
             )
     run = _read_json(path / RUN_FILE)
     assert run is not None, "recorded_config read it"

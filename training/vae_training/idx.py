@@ -32,7 +32,7 @@ def read_folder(folder: Path) -> UInt8:
     Raises:
         InputError: a damaged file, images of two sizes, labels of another number.
     """
-    arrays = []
+    arrays: list[UInt8] = []
     for path in find_images(folder):
         images = read_idx(path, 3)
         part = path.name.split("-")[0]
@@ -60,13 +60,13 @@ def read_idx(path: Path, rank: int) -> UInt8:
             header = stream.read(4 + 4 * rank)
             if len(header) < 4 + 4 * rank or header[:4] != bytes((0, 0, _UNSIGNED_BYTE, rank)):
                 raise InputError(
-                    f"{path} begins with {header[:4].hex()}; an IDX file of {rank} dimensions begins with 000008{rank:02x}"
+                    f"{path} begins with {header[:4].hex()}; IDX files of {rank} dimensions begin with 000008{rank:02x}"
                 )
             shape = struct.unpack(f">{rank}I", header[4:])
             expected = math.prod(shape)
             if not 0 < expected <= MAX_ELEMENTS * 4:
                 raise InputError(
-                    f"{path} says that it has shape {shape}; expected at least one element and no more than memory holds"
+                    f"{path} says that it has shape {shape}; expected at least one element, and no more than fit"
                 )
             data = stream.read(expected + 1)
     except (OSError, EOFError, zlib.error) as error:

@@ -1,9 +1,9 @@
 """The training loop: data in, `model.pt` out.
 
-AdamW with warm-up and a cosine, gradient clipping, a moving average of the weights, whose best version by the validation
-part is what is kept. Devices, mixed precision and several processes come from accelerate. A run can be killed at any
-moment and continues exactly: all state is in `State` and in accelerate's, both written as one folder that appears whole,
-and all randomness is a function of the seed and the step (see feed.py).
+AdamW with warm-up and a cosine, gradient clipping, a moving average of the weights, whose best version by the
+validation part is what is kept. Devices, mixed precision and several processes come from accelerate. A run can be
+killed at any moment and continues exactly: all state is in `State` and in accelerate's, both written as one folder that
+appears whole, and all randomness is a function of the seed and the step (see feed.py).
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 
 from vae_runtime.atomic import atomic_folder
 from vae_runtime.errors import MissingExtraError, TrainingError
@@ -35,6 +34,7 @@ from .feed import BINARIZE, NOISE, WEIGHTS, Feed, standard_normal
 from .folder import RunFolder, open_run
 from .losses import Objective, kl_weight
 from .models import build_model
+from .optimise import learning_rate, make_optimizer, moving_average, set_learning_rate
 from .split import Parts, split_indices
 
 if TYPE_CHECKING:
@@ -98,20 +98,21 @@ class Run:
         self, config: TrainConfig, data: Dataset, parts: Parts, accelerator: Accelerator, folder: RunFolder
     ) -> None:
         self.config, self.data, self.parts, self.accelerator, self.folder = config, data, parts, accelerator, folder
-        assert config.epochs and config.likelihood, "resolve first"
+        assert config.epochs is not None, "resolve first"
         self.feed = Feed(
             data, parts.train, config.batch_size, config.seed, config.binarize, config.shift,
             accelerator.process_index, accelerator.num_processes,
         )  # fmt: skip
         self.steps = config.epochs * self.feed.steps_per_epoch
         objective = initial_objective(config, data, parts)
-        self.ema = AveragedModel(objective.to(accelerator.device), multi_avg_fn=_ema(config.ema))
-        decayed = [parameter for parameter in objective.parameters() if parameter.ndim > 1]
-        others = [parameter for parameter in objective.parameters() if parameter.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=accelerator.device.type in ("cpu", "cuda"))
+        self.ema = moving_average(objective.to(accelerator.device), config.ema)
+        fused = accelerator.device.type in ("cpu", "cuda")
+        optimizer = make_optimizer(objective, config.learning_rate, config.weight_decay, fused)
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
         self.validation = self.examples(parts.validation, 1)
+        # Drawn, not the first: in file order these may be unlike the rest.
+        drawn = standard_rng(config.seed, 0).permutation(parts.train)[:RECALIBRATION_EXAMPLES]
+        self.calibration = self.examples(drawn, 2)
         self.state = State()
 
     def fit(self, checkpoint_seconds: float, writer: Any, progress: bool) -> None:
@@ -135,8 +136,7 @@ class Run:
     def train_step(self) -> Tensor:
         """One batch; returns the loss, still on the device."""
         config, step = self.config, self.state.step
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.steps, config.learning_rate, config.lr_warmup)
+        set_learning_rate(self.optimizer, learning_rate(step, self.steps, config.learning_rate, config.lr_warmup))
         x = torch.from_numpy(self.feed.batch(step)).to(self.accelerator.device)
         shape = (len(x), config.latent or 0)
         noise = standard_normal(shape, config.seed, NOISE, step, self.accelerator.process_index, x.device)
@@ -153,14 +153,12 @@ class Run:
         return terms.loss.detach()
 
     def evaluate(self, epoch: int, loss: Tensor, writer: Any) -> None:
-        """Measure the averaged weights on the validation part, keep them if they are the best, decide whether to stop."""
-        if not math.isfinite(value := float(loss)):
-            raise TrainingError(
-                f"the loss is {value} after epoch {epoch}; try a lower learning rate than {self.config.learning_rate:g}"
-            )
-        objective: Objective = self.ema.module
-        recalibrate(objective, self.examples(self.parts.train[:RECALIBRATION_EXAMPLES], 2), self.config.seed)
+        """Measure the averaged weights on the validation part, keep them if they are the best, maybe stop."""
+        value = float(loss)
+        objective = cast(Objective, self.ema.module)
+        recalibrate(objective, self.calibration, self.config.seed)
         figure = figure_of_merit(measure(objective, self.validation, self.config.seed, draws=1))
+        self.require_finite({"train loss": value, "validation figure": figure}, f"epoch {epoch}")
         self.state.history.append({"epoch": epoch, "train_loss_nats": value, "validation_nats": figure})
         if figure < self.state.best:
             self.state.best, self.state.best_epoch = figure, epoch
@@ -170,8 +168,15 @@ class Run:
                 writer.add_scalar(name, self.state.history[-1][name], self.state.step)
         self.state.stopped = 0 < self.config.patience <= epoch - self.state.best_epoch
 
+    def require_finite(self, figures: dict[str, Any], where: str) -> None:
+        """Raise `TrainingError` if a figure is NaN or infinite: the run has diverged."""
+        for name, value in figures.items():
+            if not math.isfinite(value):
+                rate = self.config.learning_rate
+                raise TrainingError(f"{where}: the {name} is {value}; try a learning rate below {rate:g}, or scale the data")
+
     def examples(self, indices: NDArray[np.int64], draw: int) -> Float32:
-        """The examples at `indices`, binarised as in training; a "dynamic" draw is always the same for the same `draw`."""
+        """The examples at `indices`, binarised as in training; a "dynamic" draw is the same for the same `draw`."""
         rng = standard_rng(self.config.seed, draw)
         return binarize(self.data.model_input(indices), self.config.binarize, rng)
 
@@ -219,12 +224,13 @@ class Run:
             raise TrainingError(f"{state} cannot be continued from: {reason}; --force begins anew") from None
         if processes != self.accelerator.num_processes:
             raise TrainingError(
-                f"{state} was written by {processes} processes; {self.accelerator.num_processes} cannot continue it exactly"
+                f"{state} was written by {processes} processes, not {self.accelerator.num_processes}; "
+                "only as many continue exactly"
             )
 
     def finish(self) -> dict[str, Any]:
         """Measure the best weights on the test part, write everything, and return the metrics."""
-        objective: Objective = self.ema.module
+        objective = cast(Objective, self.ema.module)
         objective.load_state_dict(self.state.best_weights)
         objective.eval()
         if self.accelerator.is_main_process:
@@ -233,13 +239,18 @@ class Run:
                 "test": measure(objective, test, self.config.seed),
                 "validation": measure(objective, self.validation, self.config.seed),
             }
+            for part, measured in figures.items():
+                self.require_finite(measured, part)
             metrics = report.write_results(self, objective, test, figures)
         self.accelerator.wait_for_everyone()
         return metrics if self.accelerator.is_main_process else {}
 
 
 def initial_objective(config: TrainConfig, data: Dataset, parts: Parts) -> Objective:
-    """The model with its first weights, which depend on the seed alone, and its likelihood; the global generator is left as it was."""
+    """The model with its first weights, which depend on the seed alone, and its likelihood.
+
+    torch's global generator is left as it was.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(standard_rng(config.seed, WEIGHTS).integers(2**63)))
         model = build_model(config.model_config(data.spec))
@@ -250,28 +261,9 @@ def initial_objective(config: TrainConfig, data: Dataset, parts: Parts) -> Objec
     return Objective(model, config.likelihood or "bernoulli", scale if scale > 0 else 1.0, config.free_bits)
 
 
-def learning_rate(step: int, steps: int, highest: float, warmup: float) -> float:
-    """Linear from 0 to `highest` over the part `warmup` of all steps, then a half cosine to 0 (Loshchilov and Hutter, 2017)."""
-    rising = warmup * steps
-    if step < rising:
-        return highest * (step + 1) / (rising + 1)
-    return highest * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1.0, steps - rising)))
-
-
 def standard_rng(seed: int, draw: int) -> np.random.Generator:
     """A numpy generator for what belongs to no step."""
     return np.random.default_rng((seed, BINARIZE, 2**40 + draw))
-
-
-def _ema(decay: float) -> Any:
-    """A moving average that forgets faster in the beginning, when the first weights still weigh."""
-
-    @torch.no_grad()
-    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-        steps = int(count)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + steps) / (10 + steps)))
-
-    return update
 
 
 @contextmanager

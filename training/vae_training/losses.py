@@ -39,7 +39,7 @@ def gaussian_nll(mean: Tensor, x: Tensor, log_scale: Tensor) -> Tensor:
 
 
 def kl_per_dimension(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mean, exp(logvar)) ‖ N(0, 1)) of each latent dimension, (N, latent_dim) nats (Kingma and Welling, appendix B)."""
+    """KL(N(mean, exp(logvar)) ‖ N(0, 1)) of each dimension, (N, latent_dim) nats (Kingma and Welling, appendix B)."""
     return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
 
 
@@ -63,7 +63,7 @@ def free_bits_kl(kl: Tensor, free_bits: float) -> Tensor:
 
 
 def kl_weight(step: int, warmup_steps: int, beta: float) -> float:
-    """The weight of the KL at `step` (from 0): linear from 0 to β over the warm-up (Sønderby et al., 2016, arXiv:1602.02282)."""
+    """The KL's weight at `step`: linear from 0 to β over the warm-up (Sønderby et al., 2016, arXiv:1602.02282)."""
     return beta * min(1.0, step / warmup_steps) if warmup_steps > 0 else beta
 
 
@@ -96,7 +96,7 @@ class Objective(nn.Module):
             self.min_log_scale = math.log(scale) + math.log(1e-4)
 
     def forward(self, x: Tensor, noise: Tensor, weight: float = 1.0) -> Terms:
-        """x: (N, *input_shape), input and target; noise: (N, latent_dim), unused by an autoencoder; weight: of the KL."""
+        """x: input and target (N, *input_shape); noise: (N, latent_dim), unused by an autoencoder; weight: of the KL."""
         if isinstance(self.model, VAE):
             mean, logvar = (part.float() for part in self.model.encode(x))
             kl = kl_per_dimension(mean, logvar)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,8 +36,8 @@ class ModelConfig:
     family: "mlp" or "conv". kind: "vae" or "autoencoder".
     input_shape: without the batch: (C, H, W) of an image or (D,) of a vector.
     latent_dim: number of latent dimensions (a vae) or the code's length (an autoencoder).
-    widths: "mlp": units of the hidden layers of the encoder, mirrored in the decoder. "conv": channels after each halving
-        of the resolution; the last is the width at the lowest resolution.
+    widths: "mlp": units of the hidden layers of the encoder, mirrored in the decoder. "conv": channels after each
+        halving of the resolution; the last is the width at the lowest resolution.
     depth: "conv": number of 3×3 convolutions at the lowest resolution in each half. "mlp": 0.
     """
 
@@ -62,7 +63,8 @@ class ModelConfig:
             len(self.input_shape) != 3 or not all(8 <= n <= MAX_SIDE for n in self.input_shape[1:])
         ):
             raise InputError(
-                f"input_shape is {list(self.input_shape)}; the conv family takes images (C, H, W) from 8×8 to {MAX_SIDE}×{MAX_SIDE}"
+                f"input_shape is {list(self.input_shape)}; the conv family takes images (C, H, W), "
+                f"H and W from 8 to {MAX_SIDE}"
             )
 
     @property
@@ -114,6 +116,8 @@ class Autoencoder(nn.Module):
         self.encoder = build[0](config, parameters)
         self.decoder = build[1](config)
         if not config.is_image:
+            self.centre: Tensor
+            self.scale: Tensor
             self.register_buffer("centre", torch.zeros(config.input_shape))
             self.register_buffer("scale", torch.ones(()))
 
@@ -135,7 +139,7 @@ class Autoencoder(nn.Module):
         return self.to_mean(self.decode_logits(z))
 
     def decode_logits(self, z: Tensor) -> Tensor:
-        """z (N, latent_dim) -> what `to_mean` turns into the mean of p(x|z): for images its logits, (N, *input_shape)."""
+        """z (N, latent_dim) -> (N, *input_shape), what `to_mean` makes the mean of p(x|z): for images its logits."""
         return self.decoder(z)
 
     def to_mean(self, logits: Tensor) -> Tensor:
@@ -218,7 +222,7 @@ def _mlp_encoder(config: ModelConfig, outputs: int) -> nn.Sequential:
     sizes = (math.prod(config.input_shape), *config.widths)
     return nn.Sequential(
         nn.Flatten(),  # (N, D)
-        *(layer for pair in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(*pair), nn.ReLU())),
+        *(layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())),
         nn.Linear(sizes[-1], outputs),
     )
 
@@ -226,7 +230,7 @@ def _mlp_encoder(config: ModelConfig, outputs: int) -> nn.Sequential:
 def _mlp_decoder(config: ModelConfig) -> nn.Sequential:
     sizes = (config.latent_dim, *reversed(config.widths))
     return nn.Sequential(
-        *(layer for pair in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(*pair), nn.ReLU())),
+        *(layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())),
         nn.Linear(sizes[-1], math.prod(config.input_shape)),
         *((nn.Unflatten(1, config.input_shape),) if config.is_image else ()),
     )
@@ -236,9 +240,7 @@ def _conv_encoder(config: ModelConfig, outputs: int) -> nn.Sequential:
     channels = (config.input_shape[0], *config.widths)
     width = config.widths[-1]
     return nn.Sequential(
-        *(
-            _conv(*pair, stride=2) for pair in zip(channels, channels[1:], strict=False)
-        ),  # halves H and W each, rounded up
+        *(_conv(*pair, stride=2) for pair in pairwise(channels)),  # halves H and W each, rounded up
         *(_conv(width, width) for _ in range(config.depth - 1)),
         nn.Flatten(),  # (N, width · h · w)
         nn.Linear(width * math.prod(config.lowest_size), outputs),
@@ -254,7 +256,7 @@ def _conv_decoder(config: ModelConfig) -> nn.Sequential:
         nn.Linear(config.latent_dim, channels[0] * math.prod(lowest)),
         nn.Unflatten(1, (channels[0], *lowest)),  # (N, widths[-1], h, w)
         *(_conv(channels[0], channels[0]) for _ in range(config.depth)),
-        *(_up(*pair) for pair in zip(channels, channels[1:], strict=False)),  # doubles h and w each
+        *(_up(*pair) for pair in pairwise(channels)),  # doubles h and w each
         nn.Conv2d(channels[-1], 4 * colours, 3, padding=1),
         nn.PixelShuffle(2),  # (N, C, H', W')
         *(() if exact else (Crop(height, width),)),

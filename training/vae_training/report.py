@@ -42,6 +42,7 @@ def write_results(run: Run, objective: Objective, test: Float32, figures: dict[s
     metrics = {
         "format": "vae-metrics",
         "format_version": 1,
+        "run": folder.run,
         **figures,
         "training": _training(run),
         "model": {**objective.model.config.to_dict(), **size},

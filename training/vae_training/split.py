@@ -57,7 +57,7 @@ def _sizes(count: int, split: str) -> list[int]:
             raise ValueError
     except ValueError:
         raise InputError(
-            f"split is {split!r}; expected three counts, '8000,1000,1000', or three fractions that sum to 1, '0.8,0.1,0.1'"
+            f"split is {split!r}; expected three counts, '8000,1000,1000', or fractions that sum to 1, '0.8,0.1,0.1'"
         ) from None
     validation, test = (max(1, round(count * fraction)) for fraction in fractions[1:])
     return [count - validation - test, validation, test]

@@ -1,0 +1,73 @@
+import numpy as np
+import pytest
+
+from vae_runtime.errors import InputError
+from vae_runtime.manifest import InputSpec
+from vae_training.config import TrainConfig
+
+GREY = InputSpec("image", (1, 8, 8), "grey", "exact")
+COLOUR = InputSpec("image", (3, 64, 48), "rgb", "crop")
+VECTOR = InputSpec("vector", (5,))
+
+
+def test_defaults_follow_the_data() -> None:
+    digits = TrainConfig("digits").resolve(GREY, 1437)
+    assert digits.likelihood == "bernoulli"
+    assert digits.epochs is not None
+    assert digits.epochs * digits.steps_per_epoch(1437) >= 2000
+    assert TrainConfig("x").resolve(GREY, 100_000).epochs == 20
+    assert TrainConfig("x").resolve(COLOUR, 100).likelihood == "gaussian"
+    vectors = TrainConfig("x", family="mlp").resolve(VECTOR, 100)
+    assert (vectors.likelihood, vectors.latent) == ("gaussian", 5)
+    assert TrainConfig("x", latent=3, epochs=2, widths=(7,), depth=1).resolve(GREY, 9).model_config(GREY).widths == (7,)
+
+
+def test_round_trip() -> None:
+    config = TrainConfig("pictures", size=(8, 9), beta=2)
+    assert TrainConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sead": 1}, "config has the unknown key 'sead'"),
+        ({"beta": -1}, "beta is -1.0; expected from 0 to"),
+        ({"beta": float("nan")}, "config.beta is nan; expected a finite number"),
+        ({"learning_rate": 0}, "learning_rate is 0.0; expected from 1e-09 to 10"),
+        ({"epochs": 0}, "epochs is 0; expected from 1"),
+        ({"epochs": 2.5}, "config.epochs is 2.5; expected a whole number"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"ema": 1.0}, "ema is 1.0"),
+        ({"size": [8]}, r"size is \[8\]; expected height and width"),
+        ({"binarize": "otsu"}, "binarize is 'otsu'; expected one of none, dynamic, threshold"),
+        ({"likelihood": "laplace"}, "likelihood is 'laplace'; expected one of bernoulli, gaussian"),
+        ({"mixed_precision": "fp8"}, "mixed_precision is 'fp8'"),
+    ],
+)
+def test_bad_settings_are_named(change: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TrainConfig.from_dict({"data": "digits", **change})
+
+
+@pytest.mark.parametrize(
+    ("settings", "spec", "examples", "message"),
+    [
+        ({}, VECTOR, 100, "family is 'conv', but x holds vectors"),
+        ({"family": "mlp", "likelihood": "bernoulli"}, VECTOR, 100, "likelihood is 'bernoulli', but x holds vectors"),
+        ({"binarize": "dynamic"}, COLOUR, 100, "binarize is 'dynamic', but likelihood is 'gaussian'"),
+        ({"shift": 8}, GREY, 100, "shift is 8; x has examples of shape"),
+        ({"family": "mlp", "shift": 1}, VECTOR, 100, "shift is 1"),
+        ({}, GREY, 1, "the train part has 1 example; expected at least 2"),
+    ],
+)
+def test_settings_that_do_not_go_with_the_data(
+    settings: dict[str, object], spec: InputSpec, examples: int, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        TrainConfig("x", **settings).resolve(spec, examples)
+
+
+def test_numpy_integers_are_not_smuggled_in() -> None:
+    with pytest.raises(InputError, match="config.seed"):
+        TrainConfig.from_dict({"data": "digits", "seed": np.int64(3)})

@@ -1,0 +1,83 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from vae_training.evaluate import figure_of_merit, measure, recalibrate
+from vae_training.losses import Objective
+from vae_training.models import build_model, default_config
+
+
+@pytest.fixture
+def x() -> np.ndarray:
+    return np.random.default_rng(0).random((700, 1, 8, 8), dtype=np.float32)
+
+
+def objective(family: str = "mlp", kind: str = "vae") -> Objective:
+    torch.manual_seed(0)
+    return Objective(build_model(default_config(family, kind, (1, 8, 8), 3)), "bernoulli")
+
+
+def test_figures_against_a_computation_in_float64(x: np.ndarray) -> None:
+    model = objective()
+    figures = measure(model, x, seed=0, draws=60)
+    with torch.no_grad():
+        mean, logvar = (part.double().numpy() for part in model.model.encode(torch.from_numpy(x)))
+        kl = 0.5 * (mean**2 + np.exp(logvar) - 1 - logvar).sum(1)
+        rng = np.random.default_rng(1)
+        double = model.model.double()
+        nll = np.zeros(len(x))
+        for _ in range(60):
+            z = mean + np.exp(logvar / 2) * rng.standard_normal(mean.shape)
+            p = double.decode(torch.from_numpy(z)).numpy()
+            nll -= (x * np.log(p) + (1 - x) * np.log(1 - p)).sum((1, 2, 3)) / 60
+        mse = (double.decode(torch.from_numpy(mean)).numpy() - x) ** 2
+    assert figures["examples"] == 700
+    assert figures["kl_nats"] == pytest.approx(kl.mean(), rel=1e-5)
+    assert figures["reconstruction_nats"] == pytest.approx(nll.mean(), rel=1e-3)  # other draws
+    assert figures["negative_elbo_nats"] == pytest.approx(figures["reconstruction_nats"] + figures["kl_nats"])
+    assert figures["negative_elbo_standard_error_nats"] == pytest.approx((nll + kl).std(ddof=1) / math.sqrt(700), rel=0.02)
+    assert figures["psnr_db"] == pytest.approx((-10 * np.log10(mse.mean((1, 2, 3)))).mean(), rel=1e-5)
+    assert figures["active_units"] == int((mean.var(0) > 0.01).sum())
+
+
+def test_the_same_seed_measures_the_same(x: np.ndarray) -> None:
+    assert measure(objective(), x, 1) == measure(objective(), x, 1)
+    assert measure(objective(), x, 1) != measure(objective(), x, 2)
+
+
+def test_an_autoencoder_reports_no_elbo(x: np.ndarray) -> None:
+    figures = measure(objective(kind="autoencoder"), x, 0)
+    assert not {"negative_elbo_nats", "kl_nats", "active_units", "draws"} & set(figures)
+    assert figure_of_merit(figures) == figures["reconstruction_nats"]
+
+
+def test_a_perfect_reconstruction_is_still_a_number() -> None:
+    model = objective(kind="autoencoder")
+    last = model.model.decoder[-2]
+    assert isinstance(last, nn.Linear)
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.fill_(-200.0)
+    figures = measure(model, np.zeros((1, 1, 8, 8), np.float32), 0)
+    assert figures["psnr_db"] == 100
+    assert figures["reconstruction_standard_error_nats"] == 0
+
+
+def test_recalibration_gives_the_statistics_of_the_present_weights(x: np.ndarray) -> None:
+    model = objective("conv")
+    first = next(layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d))
+    convolution = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
+    recalibrate(model, x[:500], 0)
+    with torch.no_grad():
+        activations = convolution(torch.from_numpy(x[:500]))
+    assert first.running_mean is not None
+    torch.testing.assert_close(first.running_mean, activations.mean((0, 2, 3)), rtol=1e-4, atol=1e-6)
+    assert not model.training
+    assert first.momentum == 0.1
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    recalibrate(model, x[:500], 0)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key

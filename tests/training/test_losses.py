@@ -1,0 +1,123 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Bernoulli, Normal
+from torch.distributions import kl_divergence as torch_kl
+
+from vae_training.losses import (
+    Objective,
+    bernoulli_nll,
+    elbo,
+    free_bits_kl,
+    gaussian_nll,
+    kl_divergence,
+    kl_per_dimension,
+    kl_weight,
+)
+from vae_training.models import build_model, default_config
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def test_bernoulli_against_numpy_with_grey_values(rng: np.random.Generator) -> None:
+    logits, x = rng.standard_normal((5, 1, 4, 4)) * 3, rng.random((5, 1, 4, 4))
+    p = 1 / (1 + np.exp(-logits))
+    expected = -(x * np.log(p) + (1 - x) * np.log(1 - p)).sum((1, 2, 3))
+    np.testing.assert_allclose(bernoulli_nll(torch.from_numpy(logits), torch.from_numpy(x)).numpy(), expected, rtol=1e-12)
+
+
+def test_bernoulli_against_torch_distributions_with_binary_values(rng: np.random.Generator) -> None:
+    logits = torch.from_numpy(rng.standard_normal((5, 7)))
+    x = torch.from_numpy(rng.integers(0, 2, (5, 7)).astype(float))
+    torch.testing.assert_close(bernoulli_nll(logits, x), -Bernoulli(logits=logits).log_prob(x).sum(1))
+
+
+def test_bernoulli_is_stable_far_out() -> None:
+    logits = torch.tensor([[1e4, -1e4]])
+    assert bernoulli_nll(logits, torch.tensor([[1.0, 0.0]])).item() == 0
+    assert bernoulli_nll(logits, torch.tensor([[0.0, 0.0]])).item() == 1e4
+
+
+def test_gaussian_against_torch_distributions(rng: np.random.Generator) -> None:
+    mean, x = (torch.from_numpy(rng.standard_normal((6, 3, 2))) for _ in range(2))
+    expected = -Normal(mean, 0.3).log_prob(x).sum((1, 2))
+    torch.testing.assert_close(gaussian_nll(mean, x, torch.tensor(math.log(0.3)).double()), expected, rtol=1e-6, atol=0)
+
+
+def test_kl_against_torch_distributions(rng: np.random.Generator) -> None:
+    mean, logvar = (torch.from_numpy(rng.standard_normal((6, 4)) * 2) for _ in range(2))
+    expected = torch_kl(Normal(mean, torch.exp(logvar / 2)), Normal(0.0, 1.0))
+    torch.testing.assert_close(kl_per_dimension(mean, logvar), expected)
+    torch.testing.assert_close(kl_divergence(mean, logvar), expected.sum(1))
+    assert kl_divergence(torch.zeros(2, 3), torch.zeros(2, 3)).tolist() == [0, 0]
+
+
+def test_elbo_is_their_negative_sum() -> None:
+    assert elbo(torch.tensor([3.0]), torch.tensor([2.0])).tolist() == [-5]
+
+
+def test_free_bits_lift_weak_dimensions_and_stop_their_gradient() -> None:
+    kl = torch.tensor([[0.1, 2.0], [0.3, 4.0]], requires_grad=True)
+    assert free_bits_kl(kl, 0.0).item() == pytest.approx(0.2 + 3.0)
+    cost = free_bits_kl(kl, 0.5)
+    assert cost.item() == pytest.approx(0.5 + 3.0)
+    cost.backward()
+    assert kl.grad is not None
+    assert kl.grad.tolist() == [[0, 0.5], [0, 0.5]]
+
+
+def test_warm_up_rises_to_beta() -> None:
+    assert [kl_weight(step, 4, 2.0) for step in (0, 1, 2, 4, 100)] == [0, 0.5, 1.0, 2.0, 2.0]
+    assert kl_weight(0, 0, 3.0) == 3.0
+
+
+def objective(kind: str = "vae", likelihood: str = "bernoulli", **settings: float) -> Objective:
+    torch.manual_seed(1)
+    shape = (1, 8, 8) if likelihood == "bernoulli" else (6,)
+    return Objective(build_model(default_config("mlp", kind, shape, 3)), likelihood, **settings)
+
+
+def test_the_loss_is_reconstruction_plus_weighted_kl() -> None:
+    x, noise = torch.rand(5, 1, 8, 8), torch.randn(5, 3)
+    terms = objective()(x, noise, 0.25)
+    torch.testing.assert_close(terms.loss, terms.reconstruction.mean() + 0.25 * terms.kl.mean())
+    mean, logvar = objective().model.encode(x)
+    torch.testing.assert_close(terms.kl, kl_divergence(mean, logvar))
+    logits = objective().model.decode_logits(mean + torch.exp(logvar / 2) * noise)
+    torch.testing.assert_close(terms.reconstruction, bernoulli_nll(logits, x))
+
+
+def test_an_autoencoder_has_no_kl_and_no_noise() -> None:
+    x = torch.rand(5, 1, 8, 8)
+    first, second = (objective("autoencoder")(x, torch.randn(5, 3)) for _ in range(2))
+    assert first.kl.tolist() == [0] * 5
+    assert torch.equal(first.reconstruction, second.reconstruction)
+
+
+def test_the_gaussian_learns_the_scale_of_what_is_left() -> None:
+    """The optimal σ is the root mean squared error (Rybkin et al., 2021, equation 5)."""
+    torch.manual_seed(0)
+    model = objective("autoencoder", "gaussian", scale=10.0)
+    x = torch.randn(200, 6) * 3
+    with torch.no_grad():
+        expected = (model.model(x) - x).square().mean().sqrt()
+    optimizer = torch.optim.Adam([model.log_scale], lr=0.05)
+    for _ in range(400):
+        optimizer.zero_grad()
+        model(x, torch.zeros(200, 3)).loss.backward()
+        optimizer.step()
+    assert model.to_likelihood("none").scale == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_the_scale_cannot_vanish() -> None:
+    model = objective("autoencoder", "gaussian", scale=2.0)
+    with torch.no_grad():
+        model.log_scale.fill_(-100.0)
+    x = torch.zeros(2, 6)
+    assert torch.isfinite(model(x, torch.zeros(2, 3)).loss)
+    assert model.to_likelihood("none").scale == pytest.approx(2e-4)

@@ -1,0 +1,190 @@
+"""A run that was stopped anywhere continues exactly: the final weights are the uninterrupted run's, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vae_runtime.errors import TrainingError
+from vae_training.checkpoint import load_checkpoint
+from vae_training.config import TrainConfig
+from vae_training.loop import Run, train
+
+CONFIG = TrainConfig(
+    "digits", split="300,60,60", family="conv", widths=(8,), depth=1, latent=4, batch_size=64, epochs=6,
+    binarize="dynamic", shift=1, likelihood="bernoulli", kl_warmup=0.5, ema=0.9,
+)  # fmt: skip
+STEPS = 6 * 5
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    train(CONFIG, folder, device="cpu")
+    return folder
+
+
+def assert_same(first: Path, second: Path) -> None:
+    weights = [load_checkpoint(folder / "model.pt").state_dict for folder in (first, second)]
+    for key, value in weights[0].items():
+        assert torch.equal(value, weights[1][key]), key
+    assert (first / "model.pt").read_bytes() == (second / "model.pt").read_bytes()
+    histories = [json.loads((folder / "metrics.json").read_text())["training"]["history"] for folder in (first, second)]
+    assert histories[0] == histories[1]
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, stop: int, save_at: int | None) -> None:
+    """End a run before step `stop`, with its state written after step `save_at` alone."""
+    step = Run.train_step
+
+    def train_step(self: Run) -> Any:
+        if self.state.step == stop:
+            raise StopError
+        return step(self)
+
+    monkeypatch.setattr(Run, "train_step", train_step)
+    monkeypatch.setattr(Run, "due", lambda self, *_: self.state.step == save_at)
+
+
+@pytest.mark.parametrize(("save_at", "stop"), [(None, 3), (1, 2), (5, 7), (7, 7), (13, 29), (25, 26), (29, 29)])
+def test_stopped_anywhere(
+    tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, save_at: int | None, stop: int
+) -> None:
+    stop_at(monkeypatch, stop, save_at)
+    with pytest.raises(StopError):
+        train(CONFIG, tmp_path / "run", device="cpu")
+    assert (tmp_path / "run/state").exists() == (save_at is not None)
+    assert not (tmp_path / "run/model.pt").exists()
+    monkeypatch.undo()
+    torch.manual_seed(save_at or 0)  # the global generator has no part in it
+    train(CONFIG, tmp_path / "run", device="cpu", resume=True)
+    assert_same(uninterrupted, tmp_path / "run")
+    assert not (tmp_path / "run/state").exists()
+
+
+def test_stopped_again_and_again(tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for stop in range(4, STEPS, 6):
+        stop_at(monkeypatch, stop, stop - 1)
+        with pytest.raises(StopError):
+            train(CONFIG, tmp_path / "run", device="cpu", resume=True)
+        monkeypatch.undo()
+    train(CONFIG, tmp_path / "run", device="cpu", resume=True)
+    assert_same(uninterrupted, tmp_path / "run")
+
+
+def test_stopped_while_writing_the_state(tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import Accelerator
+
+    save_state = Accelerator.save_state
+    writes = []
+
+    def save_and_fail(self: Accelerator, folder: str) -> None:
+        save_state(self, folder)
+        writes.append(folder)
+        if len(writes) == 3:
+            raise StopError
+
+    monkeypatch.setattr(Accelerator, "save_state", save_and_fail)
+    with pytest.raises(StopError):
+        train(CONFIG, tmp_path / "run", device="cpu", checkpoint_seconds=0)
+    monkeypatch.undo()
+    leftover = tmp_path / "run/.state.12345678.part"
+    leftover.mkdir()
+    (leftover / "model.safetensors").write_bytes(b"half")
+    train(CONFIG, tmp_path / "run", device="cpu", resume=True)
+    assert_same(uninterrupted, tmp_path / "run")
+    assert not leftover.exists()
+
+
+def test_killed_for_real(tmp_path: Path, uninterrupted: Path) -> None:
+    """SIGKILL, whatever the process is doing: several times, until it gets to the end."""
+    script = (
+        "import sys, time; from vae_training.loop import Run, train; from vae_training.config import TrainConfig\n"
+        "step = Run.train_step\n"
+        "Run.train_step = lambda self: (time.sleep(0.05), step(self))[1]\n"
+        f"train(TrainConfig.from_dict({CONFIG.to_dict()!r}), sys.argv[1], device='cpu', resume=True, checkpoint_seconds=0.01)"
+    )
+    run, kills = tmp_path / "run", 0
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    for attempt in range(12):
+        process = subprocess.Popen([sys.executable, "-c", script, str(run)], env=environment)
+        if attempt < 2:
+            _wait(lambda: (run / "state/progress.pt").exists() or process.poll() is not None)
+            time.sleep(0.2 + 0.3 * attempt)
+            kills += process.poll() is None
+            process.send_signal(signal.SIGKILL)
+        if process.wait(timeout=120) == 0:
+            break
+    assert kills == 2
+    assert_same(uninterrupted, run)
+
+
+def _wait(condition: Any) -> None:
+    deadline = time.monotonic() + 60
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
+    config = TrainConfig("digits", split="60,20,20", family="mlp", widths=(8,), epochs=1)
+    metrics = train(config, tmp_path / "run", device="cpu")
+    stamp = (tmp_path / "run/model.pt").stat().st_mtime_ns
+    assert train(config, tmp_path / "run", device="cpu", resume=True) == metrics
+    assert (tmp_path / "run/model.pt").stat().st_mtime_ns == stamp
+
+
+def test_other_settings_do_not_continue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at(monkeypatch, 7, 6)
+    with pytest.raises(StopError):
+        train(CONFIG, tmp_path / "run", device="cpu")
+    other = TrainConfig.from_dict({**CONFIG.to_dict(), "beta": 2.0})
+    with pytest.raises(TrainingError, match="was begun with beta 1.0, not 2.0; a run continues only with the settings"):
+        train(other, tmp_path / "run", device="cpu", resume=True)
+
+
+@pytest.mark.parametrize("file", ["progress.pt", "model.safetensors", "optimizer.bin"])
+@pytest.mark.parametrize("content", [None, b"", b"garbage"], ids=["missing", "empty", "garbage"])
+def test_a_damaged_state_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, content: bytes | None
+) -> None:
+    stop_at(monkeypatch, 2, 1)
+    with pytest.raises(StopError):
+        train(CONFIG, tmp_path / "run", device="cpu")
+    monkeypatch.undo()
+    path = tmp_path / "run/state" / file
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(TrainingError, match="state cannot be continued from: .*; --force begins anew"):
+        train(CONFIG, tmp_path / "run", device="cpu", resume=True)
+
+
+def test_a_state_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Attack:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "canary"),)
+
+    stop_at(monkeypatch, 2, 1)
+    with pytest.raises(StopError):
+        train(CONFIG, tmp_path / "run", device="cpu")
+    monkeypatch.undo()
+    for file in ("progress.pt", "optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl"):
+        before = (tmp_path / "run/state" / file).read_bytes() if (tmp_path / "run/state" / file).exists() else None
+        torch.save(Attack(), tmp_path / "run/state" / file)
+        if file != "random_states_0.pkl":  # accelerate passes over random states that it cannot read; they are not used
+            with pytest.raises(TrainingError, match="cannot be continued from"):
+                train(CONFIG, tmp_path / "run", device="cpu", resume=True)
+        else:
+            train(CONFIG, tmp_path / "other", device="cpu", resume=True)
+        assert not (tmp_path / "canary").exists()
+        path = tmp_path / "run/state" / file
+        path.write_bytes(before) if before is not None else path.unlink()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import weakref
 from typing import Any, cast
 
 import numpy as np
@@ -25,6 +27,7 @@ class GraphSession:
         self.device = device
         self._process = os.getpid()
         self._session = _open(model, file, device, threads)
+        _sessions.add(self)
 
     def require_boundary(
         self, input_name: str, input_shape: tuple[int, ...], outputs: dict[str, tuple[int, ...]]
@@ -71,6 +74,21 @@ class GraphSession:
                     f" the manifest promises {(len(array), *shape)}"
                 )
         return results
+
+
+_sessions: weakref.WeakSet[GraphSession] = weakref.WeakSet()
+
+
+def _keep_inherited_sessions() -> None:
+    """In a forked child: never free what it inherited. onnxruntime's threads are not there, and it would wait for them
+    for ever, or crash, at the latest when the child exits."""
+    for session in list(_sessions):
+        for held in (session._session, session._session._sess):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_inherited_sessions)
 
 
 def check_threads(threads: Any) -> int | None:

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vae_runtime import VAE, DeviceError, InputError, MissingExtraError
+from vae_runtime import devices as module
+from vae_runtime.devices import CPU, CUDA, find_device, first_line, usable_devices, why_not_cuda
+
+HAS_CUDA = why_not_cuda() is None
+without_gpu = pytest.mark.skipif(HAS_CUDA, reason="this machine has a usable GPU")
+
+
+def fake_engine(monkeypatch: pytest.MonkeyPatch, providers: list[str], gpus: int, reason: str | None = None) -> None:
+    """An onnxruntime that was built with these providers, on a machine with so many GPUs."""
+    monkeypatch.setattr(module, "import_engine", lambda: SimpleNamespace(get_available_providers=lambda: providers))
+    monkeypatch.setattr(module, "_cuda_devices", lambda: (gpus, reason))
+
+
+def test_cpu_by_either_name() -> None:
+    assert find_device("cpu") == find_device("CPUExecutionProvider")
+    assert (find_device("cpu").name, find_device("cpu").provider) == ("cpu", CPU)
+
+
+@without_gpu
+def test_auto_is_the_cpu_and_says_so(tiny_path: Path) -> None:
+    with VAE.load(tiny_path, device="auto") as vae:
+        assert vae.device == "cpu"
+        assert vae.plan["encode"]["provider"] == CPU
+
+
+@without_gpu
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:7", CUDA])
+def test_cuda_without_a_gpu_build_is_refused_in_words(tiny_path: Path, device: str, capfd: Any) -> None:
+    message = r"device 'cuda:?\d?.*' cannot be used: this build of onnxruntime has no CUDA provider; .*vae-edge\[gpu\]"
+    if device == CUDA:
+        message = message.replace("cuda:?\\d?.*", CUDA)
+    if CUDA in module.import_engine().get_available_providers():
+        message = "cannot be used: .*NVIDIA driver"
+    with pytest.raises(DeviceError, match=message):
+        VAE.load(tiny_path, device=device)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_cuda_build_on_a_machine_without_a_driver_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_engine(monkeypatch, [CUDA, CPU], 0, "no NVIDIA driver is installed on this machine (libcuda was not found)")
+    for name in ("cuda", "cuda:1", CUDA):
+        with pytest.raises(DeviceError, match=r"cannot be used: no NVIDIA driver is installed on this machine"):
+            find_device(name)
+    assert find_device("auto").name == "cpu"
+
+
+def test_gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_engine(monkeypatch, [CUDA, CPU], 2)
+    assert find_device("auto").name == "cuda:0"
+    assert find_device("cuda:1").options == {"device_id": "1", "use_tf32": "0"}
+    assert find_device("cuda", "tf32").options == {"device_id": "0", "use_tf32": "1"}
+    with pytest.raises(DeviceError, match="device 'cuda:2' cannot be used: there is no GPU 2; this machine has 2"):
+        find_device("cuda:2")
+    assert usable_devices() == {"cpu": None, "cuda": None}
+
+
+def test_session_that_opens_elsewhere_than_asked_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tiny_path: Path, capfd: Any
+) -> None:
+    """The check after the session is open, with a provider that is listed and quietly not used."""
+    engine = module.import_engine()
+    real = engine.InferenceSession
+    fake_engine(monkeypatch, [CUDA, CPU], 1)
+    monkeypatch.setattr(engine, "InferenceSession", lambda m, o, **_: real(m, providers=[CPU]))
+    with pytest.raises(DeviceError, match=f"device 'cuda:0' cannot be used: onnxruntime opened .* on {CPU} instead"):
+        VAE.load(tiny_path, device="cuda")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_listed_provider_that_cannot_run_the_graph_is_an_error_and_prints_nothing(tiny_path: Path, capfd: Any) -> None:
+    name = "AzureExecutionProvider"
+    if name not in module.import_engine().get_available_providers():
+        pytest.skip("this build of onnxruntime has no such provider")
+    with pytest.raises(DeviceError, match=f"device '{name}' cannot"):
+        VAE.load(tiny_path, device=name)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_provider_that_is_not_in_this_build_is_refused_with_those_that_are(capfd: Any) -> None:
+    with pytest.raises(DeviceError, match=f"device 'NoSuchExecutionProvider' cannot be used: this build .* has .*{CPU}"):
+        find_device("NoSuchExecutionProvider")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "CPU", "cuda:", "cuda:-1", "cuda:1000", "cuda:x", "cpu ", "cuda:0\n"])
+def test_unknown_names_are_an_input_error(tiny_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=r"device is '.*'; expected 'cpu', 'cuda', 'cuda:N', 'auto' or an onnxruntime"):
+        VAE.load(tiny_path, device=name)
+
+
+@pytest.mark.parametrize("name", [None, 0, ["cpu"], b"cpu"])
+def test_names_that_are_no_string_are_an_input_error(tiny_path: Path, name: Any) -> None:
+    with pytest.raises(InputError, match=r"device is .*; expected a string such as 'cpu'"):
+        VAE.load(tiny_path, device=name)
+
+
+@pytest.mark.parametrize(("precision", "able"), [("tf32", CUDA), ("bf16", "none yet")])
+def test_precision_that_a_device_cannot_run_is_refused(tiny_path: Path, precision: str, able: str) -> None:
+    with pytest.raises(DeviceError, match=f"precision '{precision}' is not to be had on device 'cpu'; .*by: {able}"):
+        VAE.load(tiny_path, precision=precision)
+
+
+def test_missing_engine_is_answered_with_the_extra(python: Any, tiny_path: Path) -> None:
+    code = """
+import sys
+sys.modules["onnxruntime"] = None
+from vae_runtime import VAE, MissingExtraError
+try: VAE.load(sys.argv[1])
+except MissingExtraError as error: print(error, error.extra)
+"""
+    result = python(code, tiny_path)
+    cure = "pip install 'vae-edge[cpu]'"
+    assert result.stdout == f"running a bundle needs onnxruntime, which is not installed; run: {cure} cpu\n"
+
+
+def test_broken_engine_shows_its_own_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str, *rest: Any) -> Any:
+        raise ImportError("libstdc++.so.6: version not found", name="onnxruntime.capi")
+
+    monkeypatch.delitem(__import__("sys").modules, "onnxruntime")
+    monkeypatch.setattr("builtins.__import__", broken)
+    with pytest.raises(ImportError, match="libstdc") as caught:
+        module.import_engine()
+    assert not isinstance(caught.value, MissingExtraError)
+
+
+def test_first_line_of_a_message() -> None:
+    assert first_line(ValueError("\n one\ntwo")) == "one"
+    assert first_line(ValueError()) == "ValueError"
+
+
+def test_results_of_a_provider_by_name_are_those_of_its_short_name(tiny_path: Path, images: np.ndarray) -> None:
+    with VAE.load(tiny_path, device=CPU) as named, VAE.load(tiny_path) as short:
+        assert named.device == "cpu"
+        assert np.array_equal(named.encode(images).mean, short.encode(images).mean)

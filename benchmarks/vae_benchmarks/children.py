@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import signal
 import subprocess
@@ -32,20 +33,28 @@ def run_worker(task: str, **request: Any) -> dict[str, Any]:
         capture_output=True,
         check=False,
     )
-    try:
-        answer = json.loads(finished.stdout)
-    except ValueError:
-        raise BenchmarkError(f"the process that measures {task} {_ending(finished)}") from None
+    answer = _parse(finished.stdout)
     if "error" in answer:
         raise _revive(**answer["error"])
+    if "result" not in answer:
+        raise BenchmarkError(f"the process that measures {task} {_ending(finished)}")
     result: dict[str, Any] = answer["result"]
     return result
 
 
+def _parse(stdout: bytes) -> dict[str, Any]:
+    try:
+        answer = json.loads(stdout)
+    except ValueError:
+        return {}
+    return answer if isinstance(answer, dict) else {}
+
+
 def _revive(type: str, message: str) -> VAEError:
     """The error again; made without `__init__`, since one class builds its message from other arguments."""
-    found = getattr(runtime_errors, type, VAEError)
-    error: VAEError = found.__new__(found, message)
+    found = getattr(runtime_errors, type, None)
+    kind = found if inspect.isclass(found) and issubclass(found, VAEError) else VAEError
+    error: VAEError = kind.__new__(kind, message)
     error.args = (message,)
     return error
 

@@ -237,6 +237,11 @@ class Report:
         keys = [row.key for row in report.latency]
         if len(set(keys)) < len(keys):
             raise ReportError(f"{name} has the same row of latency twice")
+        if not all(row.round_p50_ms for row in report.latency):
+            raise ReportError(f"{name} has a row of latency without rounds")
+        for figure in StartupReport.FIGURES:
+            if not getattr(report.startup, figure).values:
+                raise ReportError(f"{name} has a start-up without {figure}")
         return report
 
     def save(self, path: str | os.PathLike[str]) -> None:

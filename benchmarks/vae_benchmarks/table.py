@@ -106,8 +106,8 @@ def _footnotes(report: Report) -> str:
     rows, machine, lines = report.latency, report.machine, []
     if not all(row.width_reached for row in rows):
         lines.append(
-            f"*  wider than the {report.settings.width:.0%} of the median that was asked for; more --seconds or --rounds "
-            "narrow it, and a quieter machine does."
+            f"*  wider than the {report.settings.width:.0%} of the median that was asked for; more --seconds, more "
+            "--rounds or a quieter machine narrow it."
         )
     if any(row.interval_from == "samples" for row in rows):
         lines.append("With so few rounds the intervals take calls in one process for independent: they are too narrow.")

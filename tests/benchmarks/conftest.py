@@ -1,0 +1,99 @@
+"""Reports made of seeded synthetic rounds, and one that was really measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vae_benchmarks import (
+    BundleFacts,
+    ClockFacts,
+    MachineFacts,
+    Repeated,
+    Report,
+    Settings,
+    StartupReport,
+    Versions,
+    benchmark,
+)
+from vae_benchmarks.latency import Samples, Warmup
+from vae_benchmarks.report import summarize
+
+DATA = Path(__file__).parents[1] / "data"
+QUIET = MachineFacts("Linux", "x86_64", "a CPU", 8, 4, 8, None, 2**34, None, ("performance",), 0.1)
+
+
+def synthetic_samples(rng: np.random.Generator, median_ms: float, noise: float, count: int = 100) -> Samples:
+    """One round: its own level (drift, `noise` relative) times lognormal calls."""
+    level = median_ms * 1e6 * np.exp(noise * rng.standard_normal())
+    calls = level * np.exp(0.05 * rng.standard_normal(count))
+    return Samples(calls.tolist(), 1, Warmup(12, 0.06, True, level), 0.1)
+
+
+@pytest.fixture
+def make_report() -> Callable[..., Report]:
+    def make(
+        seed: int,
+        latency_ms: dict[tuple[str, int, int | None], float] | None = None,
+        noise: float = 0.01,
+        load_ms: float = 20.0,
+        peak_bytes: float = 60 * 2**20,
+        rounds: int = 8,
+        count: int = 100,
+    ) -> Report:
+        rng = np.random.default_rng(seed)
+        latency_ms = latency_ms or {("encode", 1, 1): 0.1, ("decode", 1, 1): 0.2, ("decode", 8, None): 0.3}
+        settings = Settings(operations=("encode", "decode"), batches=(1, 8), rounds=rounds)
+        rows = tuple(
+            summarize(
+                (*key, "cpu", "fp32"), [synthetic_samples(rng, value, noise, count) for _ in range(rounds)], settings
+            )
+            for key, value in latency_ms.items()
+        )
+        levels = dict.fromkeys(StartupReport.FIGURES, 100.0) | {"load_ms": load_ms, "peak_rss_bytes": peak_bytes}
+        figures = {
+            name: Repeated.of((value * np.exp(noise * rng.standard_normal(rounds))).tolist())
+            for name, value in levels.items()
+        }
+        return Report(
+            created="2026-01-02T03:04:05+00:00",
+            bundle=BundleFacts("my.vae", "my", "vae", "ab" * 32, 4, "held-out"),
+            machine=QUIET,
+            versions=Versions("3.11.7", "2.4.6", "1.31.1", "0.1.0"),
+            settings=settings,
+            clock=ClockFacts(30.0, 50.0),
+            plan={
+                name: {
+                    "device": "cpu",
+                    "provider": "CPUExecutionProvider",
+                    "precision": "fp32",
+                    "file": f"{name}r.onnx",
+                }
+                for name in ("encode", "decode")
+            },
+            method={"inputs": "the bundle's 4 golden inputs (held-out), repeated up to the batch size"},
+            skipped={},
+            startup=StartupReport(threads=1, peak_batch=8, **figures),
+            latency=rows,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    return DATA / "tiny.vae"
+
+
+@pytest.fixture(scope="session")
+def autoencoder() -> Path:
+    return DATA / "tiny-vectors.vae"
+
+
+@pytest.fixture(scope="session")
+def measured(tiny: Path) -> Report:
+    """Two rounds of four rows on the tiny bundle, with tiny budgets."""
+    return benchmark(tiny, Settings(("sample", "reconstruct"), (1, 6), (1,), seconds=0.02, rounds=2))

@@ -1,0 +1,192 @@
+"""A planted change is found, noise is not called one, and what makes a comparison unfair is said."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from vae_benchmarks import Comparison, ComparisonRow, Report, Settings, StartupReport, compare
+from vae_benchmarks.latency import Clock, measure
+from vae_benchmarks.report import summarize
+from vae_benchmarks.table import format_comparison
+from vae_runtime.errors import InputError
+
+MakeReport = Callable[..., Report]
+BASE = {("encode", 1, 1): 0.1, ("decode", 1, 1): 0.2, ("decode", 8, None): 0.3}
+
+
+def row_of(comparison: Comparison, figure: str, operation: str | None = None) -> ComparisonRow:
+    return next(row for row in comparison.rows if (row.figure, row.operation) == (figure, operation))
+
+
+def changed_rows(comparison: Comparison) -> dict[str, str]:
+    return {row.operation or row.figure: row.verdict for row in comparison.rows if row.verdict != "no difference"}
+
+
+def test_a_report_does_not_differ_from_itself(make_report: MakeReport) -> None:
+    report = make_report(0)
+    comparison = compare(report, report)
+    assert len(comparison.rows) == len(BASE) + len(StartupReport.FIGURES)
+    assert {row.ratio for row in comparison.rows} == {1.0}
+    assert changed_rows(comparison) == {}
+    assert not comparison.is_worse
+    assert comparison.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("factor", "verdict", "worse"), [(1.25, "slower", True), (0.8, "faster", False), (1.02, "no difference", False)]
+)
+def test_a_planted_change_is_found_and_no_other(
+    make_report: MakeReport, factor: float, verdict: str, worse: bool
+) -> None:
+    comparison = compare(make_report(1), make_report(2, {**BASE, ("encode", 1, 1): 0.1 * factor}))
+    row = row_of(comparison, "latency", "encode")
+    assert row.verdict == verdict
+    assert row.ratio == pytest.approx(factor, rel=0.02)
+    assert row.low is not None
+    assert row.high is not None
+    assert row.low < factor < row.high
+    assert set(changed_rows(comparison)) <= {"encode"}
+    assert comparison.is_worse == worse
+
+
+def test_a_change_below_the_threshold_does_not_count_and_above_it_does(make_report: MakeReport) -> None:
+    a, b = make_report(1, noise=0.001), make_report(2, {**BASE, ("encode", 1, 1): 0.103}, noise=0.001)
+    assert changed_rows(compare(a, b)) == {}
+    assert row_of(compare(a, b), "latency", "encode").low > 1
+    assert changed_rows(compare(a, b, threshold=0.02)) == {"encode": "slower"}
+
+
+def test_a_large_change_in_large_noise_does_not_count(make_report: MakeReport) -> None:
+    comparison = compare(make_report(1, noise=0.5), make_report(4, {**BASE, ("encode", 1, 1): 0.12}, noise=0.5))
+    assert row_of(comparison, "latency", "encode").ratio > 1.05
+    assert changed_rows(comparison) == {}
+
+
+def test_start_up_and_memory_count_too(make_report: MakeReport) -> None:
+    comparison = compare(make_report(1), make_report(2, load_ms=30, peak_bytes=90 * 2**20))
+    assert changed_rows(comparison) == {"load_ms": "slower", "peak_rss_bytes": "more memory"}
+    assert comparison.is_worse
+    better = compare(make_report(2, load_ms=30, peak_bytes=90 * 2**20), make_report(1))
+    assert changed_rows(better) == {"load_ms": "faster", "peak_rss_bytes": "less memory"}
+    assert not better.is_worse
+
+
+def test_exchanged_reports_give_the_inverse(make_report: MakeReport) -> None:
+    a, b = make_report(1), make_report(2, {**BASE, ("encode", 1, 1): 0.15})
+    there, back = (row_of(compare(*pair), "latency", "encode") for pair in ((a, b), (b, a)))
+    assert back.ratio == pytest.approx(1 / there.ratio)
+    assert back.low == pytest.approx(1 / there.high)
+    assert (there.verdict, back.verdict) == ("slower", "faster")
+
+
+def test_equal_software_is_rarely_called_slower(make_report: MakeReport) -> None:
+    """The promise of `confidence`, with no threshold to help: of 100 pairs at most about 5% have a changed row."""
+    keys = {("encode", batch, 1): 1.0 for batch in range(1, 13)}
+    reports = [make_report(seed, keys, noise=0.1, count=5) for seed in range(200)]
+    pairs = zip(reports[::2], reports[1::2], strict=True)
+    called = sum(bool(changed_rows(compare(a, b, threshold=0.0))) for a, b in pairs)
+    assert called <= 10
+
+
+def test_a_really_measured_delay_is_found(make_report: MakeReport) -> None:
+    """The same call, once with 4 ms more in it, both measured by the clock of this machine."""
+    clock = Clock.measure()
+    settings = Settings(("encode",), (1,), (1,))
+
+    def measured(seconds: float) -> Report:
+        rounds = [
+            measure(lambda: time.sleep(seconds), seconds=0.02, wanted=5, confidence=0.95, width=0.05, clock=clock)
+            for _ in range(8)
+        ]
+        row = summarize(("encode", 1, 1, "cpu", "fp32"), rounds, settings)
+        return dataclasses.replace(make_report(0), latency=(row,))
+
+    comparison = compare(measured(0.001), measured(0.005))
+    assert changed_rows(comparison) == {"encode": "slower"}
+    assert row_of(comparison, "latency", "encode").ratio > 2
+
+
+def test_too_few_rounds_give_no_verdict(make_report: MakeReport) -> None:
+    comparison = compare(make_report(1, rounds=3), make_report(2, {**BASE, ("encode", 1, 1): 0.5}, rounds=3))
+    row = row_of(comparison, "latency", "encode")
+    assert (row.low, row.high, row.verdict) == (None, None, "too few rounds")
+    assert row.ratio == pytest.approx(5, rel=0.1)
+    assert not comparison.is_worse
+
+
+def test_rows_of_one_report_only_are_listed(make_report: MakeReport) -> None:
+    a = make_report(1, {**BASE, ("decode", 32, 1): 1.0})
+    b = make_report(2, {**BASE, ("encode", 32, None): 1.0})
+    comparison = compare(a, b)
+    assert comparison.only_in_a == ("decode, batch 32, threads 1, cpu, fp32",)
+    assert comparison.only_in_b == ("encode, batch 32, threads auto, cpu, fp32",)
+    text = format_comparison(comparison, "a.json", "b.json")
+    assert "only in A: decode, batch 32" in text
+    assert "only in B: encode, batch 32" in text
+
+
+def test_differences_of_machine_versions_bundle_and_settings_are_warned_of(make_report: MakeReport) -> None:
+    a = make_report(1)
+    b = dataclasses.replace(
+        a,
+        machine=dataclasses.replace(a.machine, cpu="another CPU", load_average_1min=7.0),
+        versions=dataclasses.replace(a.versions, onnxruntime="1.20.0"),
+        bundle=dataclasses.replace(a.bundle, manifest_sha256="cd" * 32, folder="renamed.vae"),
+        settings=dataclasses.replace(a.settings, seconds=9.0),
+        startup=dataclasses.replace(a.startup, peak_batch=64),
+    )
+    warnings = compare(a, b).warnings
+    assert warnings == (
+        "the machines differ: cpu a CPU -> another CPU",
+        "the versions differ: onnxruntime 1.31.1 -> 1.20.0",
+        "the bundles differ: manifest_sha256 abababababab… -> cdcdcdcdcdcd…",
+        "the settings differ: seconds 1.0 -> 9.0",
+        "the conditions of the start-up differ: peak_batch 8 -> 64",
+        "the machine was busy when B was measured: load average 7.0 on 8 cores",
+    )
+    text = format_comparison(compare(a, b), "a.json", "b.json")
+    assert all(f"warning: {warning}" in text for warning in warnings)
+
+
+def test_the_table_ends_with_the_verdict(make_report: MakeReport) -> None:
+    worse = compare(make_report(1), make_report(2, {**BASE, ("encode", 1, 1): 0.2}))
+    assert format_comparison(worse, "a", "b").splitlines()[-1] == (
+        "WORSE beyond noise and 5% (slower: 1, no difference: 9)"
+    )
+    same = compare(make_report(1), make_report(2))
+    assert format_comparison(same, "a", "b").splitlines()[-1] == "not worse beyond noise and 5% (no difference: 10)"
+
+
+def test_the_document_is_plain_json(make_report: MakeReport) -> None:
+    document = json.loads(json.dumps(compare(make_report(1), make_report(2)).to_dict(), allow_nan=False))
+    assert sorted(document) == sorted(
+        ["format", "format_version", "confidence", "threshold", "warnings", "rows", "only_in_a", "only_in_b", "worse"]
+    )
+    row = "a b batch device figure high low operation precision ratio threads unit verdict"
+    assert " ".join(sorted(document["rows"][0])) == row
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"threshold": -0.1}, "threshold is -0.1; expected a number from 0"),
+        ({"threshold": math.nan}, "threshold is nan; expected a number from 0"),
+        ({"confidence": 1.0}, "confidence is 1.0; expected a number between 0.5 and 1"),
+    ],
+)
+def test_arguments_out_of_range(make_report: MakeReport, arguments: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        compare(make_report(1), make_report(1), **arguments)
+
+
+def test_zero_is_compared_without_dividing_by_it(make_report: MakeReport) -> None:
+    a = make_report(1)
+    zero = dataclasses.replace(a, latency=(dataclasses.replace(a.latency[0], round_p50_ms=(0.0,) * 8),))
+    assert np.isfinite(row_of(compare(zero, zero), "latency", "encode").ratio)

@@ -1,0 +1,108 @@
+"""The intervals against exact counting, published tables, and their promised coverage."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+
+from vae_benchmarks.intervals import (
+    _mann_whitney_counts,
+    _rank_sum_ranks,
+    median_interval,
+    median_ranks,
+    shift_interval,
+    smallest_count,
+)
+
+
+def exact_coverage(count: int, lower: int) -> float:
+    """P(x_(lower) <= median <= x_(count + 1 - lower)), in whole numbers."""
+    return 1 - 2 * sum(math.comb(count, k) for k in range(lower)) / 2**count
+
+
+@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
+def test_median_ranks_are_the_narrowest_that_cover(confidence: float) -> None:
+    for count in range(1, 200):
+        ranks = median_ranks(count, confidence)
+        if ranks is None:
+            assert exact_coverage(count, 1) < confidence
+            continue
+        lower, upper = ranks
+        assert lower + upper == count + 1
+        assert exact_coverage(count, lower) >= confidence - 1e-12
+        assert lower + 1 > upper - 1 or exact_coverage(count, lower + 1) < confidence
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(6, (1, 6)), (10, (2, 9)), (20, (6, 15)), (30, (10, 21)), (50, (18, 33))])
+def test_median_ranks_as_tabulated(count: int, ranks: tuple[int, int]) -> None:
+    assert median_ranks(count, 0.95) == ranks
+
+
+def test_median_ranks_of_a_single_and_of_no_value() -> None:
+    assert median_ranks(1, 0.95) is None
+    assert median_ranks(0, 0.95) is None
+    assert median_interval([1.0, 2.0], 0.95) is None
+
+
+@pytest.mark.parametrize("count", [100_000, 1_000_001])
+def test_median_ranks_of_large_samples_follow_the_normal_law(count: int) -> None:
+    lower, _ = median_ranks(count, 0.95) or (0, 0)
+    assert lower == pytest.approx(count / 2 - NormalDist().inv_cdf(0.975) * math.sqrt(count) / 2, abs=2)
+
+
+@pytest.mark.parametrize("shape", ["lognormal", "bimodal"])
+def test_median_interval_covers_as_promised(shape: str) -> None:
+    rng = np.random.default_rng(0)
+    draws = rng.lognormal(0, 1, (3000, 25))
+    if shape == "bimodal":  # as when a core is sometimes shared
+        draws = np.where(rng.random(draws.shape) < 0.3, draws + 5, draws)
+    true_median = 1.0 if shape == "lognormal" else float(np.median(_many_bimodal()))
+    intervals = [median_interval(row, 0.95) or (math.nan, math.nan) for row in draws]
+    covered = np.mean([low <= true_median <= high for low, high in intervals])
+    assert 0.95 - 0.012 < covered < 0.98  # the exact coverage of 25 values is 0.957
+
+
+def _many_bimodal() -> np.ndarray:
+    rng = np.random.default_rng(1)
+    draws = rng.lognormal(0, 1, 2_000_000)
+    return np.where(rng.random(len(draws)) < 0.3, draws + 5, draws)
+
+
+def test_smallest_count() -> None:
+    assert [smallest_count(q, 0.95) for q in (0.5, 0.9, 0.99)] == [6, 36, 368]
+    assert median_ranks(smallest_count(0.5, 0.95), 0.95) is not None
+    assert median_ranks(smallest_count(0.5, 0.95) - 1, 0.95) is None
+
+
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (2, 3), (3, 2), (4, 4), (3, 6)])
+def test_mann_whitney_counts_by_enumeration(m: int, n: int) -> None:
+    counts = [0] * (m * n + 1)
+    for places in itertools.combinations(range(m + n), m):
+        counts[sum(places) - m * (m - 1) // 2] += 1
+    assert _mann_whitney_counts(m, n) == tuple(counts)
+
+
+@pytest.mark.parametrize(("size", "critical"), [(4, 0), (5, 2), (6, 5), (7, 8), (8, 13), (10, 23), (15, 64), (20, 127)])
+def test_rank_sum_ranks_as_tabulated(size: int, critical: int) -> None:
+    """The critical values of U, two-sided, 5%, in every table of the Mann-Whitney test."""
+    assert _rank_sum_ranks(size, size, 0.95) == critical + 1
+
+
+def test_shift_interval_of_few_values() -> None:
+    assert shift_interval([1, 2, 3], [4, 5, 6], 0.95) is None
+    estimate, low, high = shift_interval([1, 2, 3, 4], [11, 12, 13, 14], 0.95) or (0, 0, 0)
+    assert (estimate, low, high) == (10, 7, 13)
+
+
+def test_shift_interval_covers_as_promised() -> None:
+    rng = np.random.default_rng(2)
+    covered = []
+    for _ in range(2000):
+        a, b = rng.lognormal(0, 0.5, 8).tolist(), (rng.lognormal(0, 0.5, 8) + 0.7).tolist()
+        _, low, high = shift_interval(a, b, 0.95) or (0, 1, 0)
+        covered.append(low <= 0.7 <= high)
+    assert 0.95 - 0.015 < np.mean(covered) < 0.98

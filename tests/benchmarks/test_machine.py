@@ -1,0 +1,72 @@
+"""Facts from made-up file systems, and from this machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from vae_benchmarks import MachineFacts
+from vae_benchmarks.machine import cpu_quota, memory_limit
+
+
+def make_root(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+V2 = {"proc/self/cgroup": "0::/user/app\n"}
+V1 = {"proc/self/cgroup": "4:memory:/box\n3:cpu,cpuacct:/box\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, None),
+        ({**V2, "sys/fs/cgroup/user/app/cpu.max": "max 100000\n"}, None),
+        ({**V2, "sys/fs/cgroup/user/app/cpu.max": "150000 100000\n"}, 1.5),
+        ({**V2, "sys/fs/cgroup/user/app/cpu.max": "400000 100000", "sys/fs/cgroup/user/cpu.max": "200000 100000"}, 2.0),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"}, 0.5),
+        ({**V1, "sys/fs/cgroup/cpu/box/cpu.cfs_quota_us": "-1", "sys/fs/cgroup/cpu/box/cpu.cfs_period_us": "1"}, None),
+        (
+            # In a container /proc names the host's path, but only the mount point itself is there.
+            {**V1, "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "250000", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"},
+            2.5,
+        ),
+        ({**V2, "sys/fs/cgroup/user/app/cpu.max": "nonsense\n"}, None),
+    ],
+)
+def test_cpu_quota(tmp_path: Path, files: dict[str, str], expected: float | None) -> None:
+    assert cpu_quota(make_root(tmp_path, files)) == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, None),
+        ({**V2, "sys/fs/cgroup/user/app/memory.max": "max\n"}, None),
+        ({**V2, "sys/fs/cgroup/user/app/memory.max": "1073741824\n"}, 2**30),
+        ({**V1, "sys/fs/cgroup/memory/box/memory.limit_in_bytes": "9223372036854771712\n"}, None),
+        ({**V1, "sys/fs/cgroup/memory/box/memory.limit_in_bytes": "536870912\n"}, 2**29),
+    ],
+)
+def test_memory_limit(tmp_path: Path, files: dict[str, str], expected: int | None) -> None:
+    assert memory_limit(make_root(tmp_path, files)) == expected
+
+
+def test_the_facts_of_this_machine() -> None:
+    facts = MachineFacts.read()
+    assert facts.cpu
+    assert facts.cores_logical == os.cpu_count()
+    assert 1 <= (facts.cores_usable or 0) <= (facts.cores_logical or 0)
+    assert facts.memory_bytes is None or facts.memory_bytes > 2**28
+
+
+@pytest.mark.parametrize(("load", "cores", "busy"), [(None, 8, False), (1.9, 8, False), (2.1, 8, True), (0.3, 1, True)])
+def test_a_busy_machine(load: float | None, cores: int, busy: bool) -> None:
+    facts = MachineFacts("Linux", "x86_64", "a CPU", cores, None, cores, None, None, None, (), load)
+    assert facts.is_busy == busy

@@ -1,0 +1,280 @@
+"""Figures of a row, and the JSON document that users and pipelines keep."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import getpass
+import json
+import math
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vae_benchmarks import OPERATIONS, Report, ReportError, Settings, StartupReport, benchmark
+from vae_benchmarks.latency import Samples, Warmup
+from vae_benchmarks.report import summarize
+from vae_benchmarks.table import format_report
+from vae_runtime.errors import BundleError, InputError, OutputError
+
+KEY = ("encode", 4, 1, "cpu", "fp32")
+
+DOCUMENT_KEYS = {
+    "": "bundle clock created format format_version latency machine method plan settings skipped startup versions",
+    "bundle": "folder golden golden_source kind manifest_sha256 name",
+    "clock": "cost_ns resolution_ns",
+    "machine": "architecture cores_logical cores_physical cores_usable cpu cpu_quota governors load_average_1min "
+    "memory_bytes memory_limit_bytes system",
+    "method": "calls clock inputs interval latents memory sample startup warmup",
+    "plan": "decode encode",
+    "settings": "batches confidence device operations precision rounds seconds threads width",
+    "startup": "first_call_ms import_ms load_ms peak_batch peak_rss_bytes rss_after_import_bytes rss_after_load_bytes "
+    "threads to_first_result_ms",
+    "versions": "numpy onnxruntime python vae_edge",
+}
+ROW_KEYS = (
+    "batch calls_per_sample count device interval_from mean_ms measured_seconds min_ms operation p50_high_ms "
+    "p50_low_ms p50_ms p90_ms p99_ms precision round_p50_ms stdev_ms threads throughput_per_second warmup_calls "
+    "warmup_seconds warmup_stable width width_reached"
+)
+
+
+def rounds_of(values_ms: list[list[float]], grouped: int = 1) -> list[Samples]:
+    return [Samples([v * 1e6 for v in values], grouped, Warmup(12, 0.06, True, 1e6), 0.5) for values in values_ms]
+
+
+def test_the_figures_of_a_row() -> None:
+    row = summarize(KEY, rounds_of([[1, 2, 3, 10]] * 8), Settings())
+    assert row.key == KEY
+    assert (row.count, row.p50_ms, row.mean_ms, row.min_ms) == (32, 2.5, 4.0, 1.0)
+    assert row.stdev_ms == pytest.approx(np.std([1, 2, 3, 10] * 8, ddof=1))
+    assert row.throughput_per_second == 1000  # 4 examples in 4 ms
+    assert row.round_p50_ms == (2.5,) * 8
+    assert (row.p50_low_ms, row.p50_high_ms, row.interval_from) == (2.5, 2.5, "rounds")
+    assert (row.warmup_calls, row.warmup_seconds, row.measured_seconds) == (96, pytest.approx(0.48), 4.0)
+
+
+def test_the_interval_comes_from_the_rounds_so_that_drift_between_them_shows() -> None:
+    rounds = rounds_of([[level + n / 1000 for n in range(100)] for level in (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7)])
+    row = summarize(KEY, rounds, Settings())
+    assert row.p50_low_ms == pytest.approx(1.0495)
+    assert row.p50_high_ms == pytest.approx(1.7495)
+    assert not row.width_reached
+    assert row.width == pytest.approx(0.7 / row.p50_ms)
+
+
+def test_with_few_rounds_the_interval_comes_from_the_samples() -> None:
+    row = summarize(KEY, rounds_of([[1.0, 1.01, 1.02, 1.03, 1.04]] * 2), Settings())
+    assert (row.p50_low_ms, row.p50_high_ms, row.interval_from) == (1.0, 1.04, "samples")
+    assert row.width_reached
+
+
+def test_with_few_samples_there_is_no_interval() -> None:
+    row = summarize(KEY, rounds_of([[1.0], [2.0]]), Settings())
+    assert (row.p50_ms, row.p50_low_ms, row.p50_high_ms, row.width, row.width_reached) == (1.5, None, None, None, False)
+    single = summarize(KEY, rounds_of([[1.0]]), Settings())
+    assert single.stdev_ms is None
+
+
+@pytest.mark.parametrize(
+    ("count", "has_p90", "has_p99"), [(35, False, False), (36, True, False), (367, True, False), (368, True, True)]
+)
+def test_high_percentiles_only_where_the_samples_bound_them(count: int, has_p90: bool, has_p99: bool) -> None:
+    row = summarize(KEY, rounds_of([[1.0] * count]), Settings())
+    assert ((row.p90_ms is not None), (row.p99_ms is not None)) == (has_p90, has_p99)
+
+
+def test_grouped_calls_have_no_high_percentiles() -> None:
+    row = summarize(KEY, rounds_of([[1.0] * 1000], grouped=25), Settings())
+    assert (row.calls_per_sample, row.p90_ms, row.p99_ms) == (25, None, None)
+
+
+def test_percentiles_of_known_values() -> None:
+    row = summarize(KEY, rounds_of([list(range(1, 1002))]), Settings())
+    assert (row.p50_ms, row.p90_ms, row.p99_ms) == (501, 901, 991)
+
+
+def test_a_real_report_is_complete(measured: Report) -> None:
+    assert [row.key for row in measured.latency] == [
+        (operation, batch, 1, "cpu", "fp32") for operation in ("sample", "reconstruct") for batch in (1, 6)
+    ]
+    for row in measured.latency:
+        assert len(row.round_p50_ms) == 2
+        assert 0 < row.min_ms <= row.p50_ms
+        assert row.count >= 2
+        assert row.warmup_calls >= 4
+    startup = measured.startup
+    for figure in StartupReport.FIGURES:
+        repeated = getattr(startup, figure)
+        assert len(repeated.values) == 2
+        assert 0 < repeated.min <= repeated.median <= repeated.max
+    parts = zip(startup.import_ms.values, startup.load_ms.values, startup.first_call_ms.values, strict=True)
+    assert startup.to_first_result_ms.values == pytest.approx([math.fsum(part) for part in parts])
+    assert startup.rss_after_import_bytes.min > 10 * 2**20
+    assert startup.peak_rss_bytes.min >= startup.rss_after_load_bytes.min
+    assert measured.plan["encode"]["provider"] == "CPUExecutionProvider"
+    assert (measured.bundle.folder, measured.bundle.golden, measured.bundle.golden_source) == (
+        "tiny.vae",
+        4,
+        "synthetic",
+    )
+
+
+def test_the_document_has_these_keys_and_no_others(measured: Report) -> None:
+    document = measured.to_dict()
+    found = {name: document[name] if name else document for name in DOCUMENT_KEYS}
+    assert {name: sorted(part) for name, part in found.items()} == {k: v.split() for k, v in DOCUMENT_KEYS.items()}
+    assert all(sorted(row) == ROW_KEYS.split() for row in document["latency"])
+    assert (document["format"], document["format_version"]) == ("vae-bench-report", 1)
+
+
+def test_a_report_survives_its_json(measured: Report, tmp_path: Path) -> None:
+    measured.save(tmp_path / "report.json")
+    assert Report.load(tmp_path / "report.json") == measured
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_unknown_keys_are_ignored(measured: Report) -> None:
+    document = json.loads(json.dumps(measured.to_dict()))
+    document["later"] = document["machine"]["later"] = document["latency"][0]["later"] = 1
+    assert Report.from_dict(document) == measured
+
+
+def test_a_report_tells_nothing_about_the_user(measured: Report, tiny: Path) -> None:
+    text = json.dumps(measured.to_dict())
+    for private in (str(tiny.parent), f"{Path.home()}/", f'"{getpass.getuser()}"', socket.gethostname()):
+        assert private not in text
+
+
+def broken(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def breaks(document: dict[str, Any]) -> None:
+        *folders, last = path.split("/")
+        place: Any = document
+        for folder in folders:
+            place = place[int(folder) if folder.isdigit() else folder]
+        if value is ...:
+            del place[last]
+        else:
+            place[last] = value
+
+    return breaks
+
+
+@pytest.mark.parametrize(
+    ("breaks", "message"),
+    [
+        (broken("format", "vae-bundle"), "x.json is not a report of vae-bench, whose \"format\" is 'vae-bench-report'"),
+        (broken("format_version", 2), "x.json has format_version 2; this vae-edge reads version 1"),
+        (broken("machine", ...), "x.json has no 'machine'"),
+        (broken("machine", 3), "x.json.machine is 3; expected an object"),
+        (broken("machine/cpu", None), "x.json.machine.cpu is None; expected a string"),
+        (broken("latency", {}), "x.json.latency is {}; expected a list"),
+        (broken("latency/0/p50_ms", "fast"), "x.json.latency[0].p50_ms is 'fast'; expected a finite number"),
+        (broken("latency/0/p50_ms", math.inf), "x.json.latency[0].p50_ms is inf; expected a finite number"),
+        (broken("latency/1/batch", True), "x.json.latency[1].batch is True; expected a whole number"),
+        (broken("latency/1/width_reached", 1), "x.json.latency[1].width_reached is 1; expected true or false"),
+        (broken("latency/0/round_p50_ms", [1, None]), "round_p50_ms[1] is None; expected a finite number"),
+        (broken("skipped", []), "x.json.skipped is []; expected an object"),
+        (broken("settings/rounds", 0), "x.json has settings that cannot be: rounds is 0; expected a whole number"),
+        (broken("latency/0/round_p50_ms", []), "x.json has a row of latency without rounds"),
+        (broken("startup/load_ms/values", []), "x.json has a start-up without load_ms"),
+    ],
+)
+def test_what_is_no_report_is_refused(measured: Report, breaks: Callable[[dict[str, Any]], None], message: str) -> None:
+    document = copy.deepcopy(json.loads(json.dumps(measured.to_dict())))
+    breaks(document)
+    with pytest.raises(ReportError) as caught:
+        Report.from_dict(document, "x.json")
+    assert message in str(caught.value)
+
+
+def test_a_report_with_a_row_twice_is_refused(measured: Report) -> None:
+    document = measured.to_dict()
+    document["latency"] = (*document["latency"], document["latency"][0])
+    with pytest.raises(ReportError, match="has the same row of latency twice"):
+        Report.from_dict(document)
+
+
+@pytest.mark.parametrize("content", [b"", b"not json", b"\xff\xfe", b"[" * 100_000])
+def test_files_that_are_no_json_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ReportError, match=r"x\.json is not JSON; expected a report that vae-bench wrote"):
+        Report.load(tmp_path / "x.json")
+
+
+def test_files_that_are_not_there_are_named(measured: Report, tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match=r"none\.json cannot be read: No such file or directory"):
+        Report.load(tmp_path / "none.json")
+    with pytest.raises(OutputError, match="cannot be written"):
+        measured.save(tmp_path / "no" / "folder.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"operations": ("fly",)}, "operation is 'fly'; expected one of encode, sample, decode, reconstruct"),
+        ({"operations": ()}, "operations is (); expected at least one, in a tuple"),
+        ({"batches": (1, 0)}, "batch is 0; expected a whole number from 1 to 65536"),
+        ({"batches": (2.5,)}, "batch is 2.5; expected a whole number"),
+        ({"threads": (0,)}, "threads is 0; expected a whole number from 1"),
+        ({"rounds": 0}, "rounds is 0; expected a whole number from 1 to 100"),
+        ({"seconds": 0}, "seconds is 0; expected a number between 0 and 86400"),
+        ({"seconds": -1.0}, "seconds is -1.0; expected a number"),
+        ({"seconds": math.nan}, "seconds is nan; expected a number"),
+        ({"confidence": 1.0}, "confidence is 1.0; expected a number between 0.5 and 1"),
+        ({"width": 0.0}, "width is 0.0; expected a number between 0 and 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        Settings(**changes)
+    assert message in str(caught.value)
+
+
+def test_settings_drop_repetitions() -> None:
+    assert Settings(batches=(8, 1, 8), threads=(None, 1, None)).batches == (8, 1)
+    assert set(Settings().operations) == set(OPERATIONS)
+
+
+def test_the_table_shows_every_row_and_its_units(make_report: Callable[..., Report]) -> None:
+    text = format_report(make_report(0))
+    lines = text.splitlines()
+    head = next(line for line in lines if line.startswith("operation"))
+    assert "p50 µs" in head
+    assert "95% interval" in head
+    row = next(line for line in lines if line.startswith("decode") and " auto " in line)
+    assert len(row.split()) == 11
+    assert "MiB" in text
+    assert "a CPU, x86_64, 8 of 8 logical cores (4 physical), 16.0 GiB memory, governor performance" in text
+    assert "*" not in text
+    slow = format_report(make_report(0, {("encode", 1, 1): 120.0}))
+    assert "p50 ms" in slow
+
+
+def test_the_table_says_what_was_not_reached(make_report: Callable[..., Report]) -> None:
+    report = make_report(0, noise=0.5)
+    busy = dataclasses.replace(report.machine, load_average_1min=7.5)
+    text = format_report(dataclasses.replace(report, machine=busy))
+    assert "*  wider than the 5% of the median that was asked for" in text
+    assert "The machine was busy" in text
+    few = format_report(make_report(0, rounds=1))
+    assert "With so few rounds" in few
+    assert "–  too few samples" in few
+
+
+def test_a_bundle_that_is_replaced_meanwhile_is_noticed(tmp_path: Path, tiny: Path) -> None:
+    copied = tmp_path / "b.vae"
+    shutil.copytree(tiny, copied)
+
+    def replace(line: str) -> None:
+        if line.startswith("round"):
+            shutil.rmtree(copied)
+            shutil.copytree(tiny.with_name("tiny-rgb.vae"), copied)
+
+    with pytest.raises(BundleError, match="was replaced while it was being measured"):
+        benchmark(copied, Settings(("encode",), (1,), (1,), seconds=0.01, rounds=1), replace)

@@ -1,0 +1,159 @@
+"""The measuring process: what it measures, how its failures arrive, and that nothing else mixes with its answer."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import vae_runtime.errors as errors
+from vae_benchmarks import BenchmarkError, children, worker
+from vae_runtime import VAE
+from vae_runtime.errors import MissingExtraError, VAEError
+
+STARTUP = {"device": "cpu", "precision": "fp32", "threads": 1, "batch": 8}
+
+
+def test_operations_are_the_public_ones_on_golden_inputs(tiny: Path) -> None:
+    with VAE.load(tiny, threads=1) as vae:
+        x = vae.golden()["x"]
+        expected = {
+            "encode": vae.encode(x[[0, 1, 2, 3, 0, 1]]).mean,
+            "decode": vae.decode(vae.encode(x[[0, 1, 2, 3, 0, 1]]).mode()),
+            "reconstruct": vae.reconstruct(x[[0, 1, 2, 3, 0, 1]]),
+            "sample": vae.sample(6, seed=0),
+        }
+        for operation, value in expected.items():
+            result = worker.make_call(vae, operation, 6)()
+            np.testing.assert_array_equal(getattr(result, "mean", result) if operation == "encode" else result, value)
+
+
+def test_tiled_inputs_are_contiguous_and_new() -> None:
+    examples = np.arange(12, dtype=np.float32).reshape(3, 4)
+    tiled = worker.tile(examples, 7)
+    np.testing.assert_array_equal(tiled, examples[[0, 1, 2, 0, 1, 2, 0]])
+    assert tiled.flags.c_contiguous
+    assert not np.shares_memory(tiled, examples)
+
+
+def test_one_round_measures_every_row(tiny: Path) -> None:
+    answer = children.run_worker(
+        "latency",
+        bundle=str(tiny),
+        device="auto",
+        precision="auto",
+        threads=None,
+        rows=[["decode", 2], ["encode", 1]],
+        seconds=0.01,
+        wanted=5,
+        confidence=0.95,
+        width=0.5,
+    )
+    assert (answer["device"], answer["precision"]) == ("cpu", "fp32")
+    assert len(answer["rows"]) == 2
+    assert all(len(row["samples_ns"]) >= 1 and min(row["samples_ns"]) > 0 for row in answer["rows"])
+    assert answer["clock"]["cost_ns"] > 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems count a new process's peak from zero")
+def test_the_peak_of_the_parent_is_not_the_peak_of_the_child(tiny: Path) -> None:
+    ballast = bytearray(b"x") * (200 * 2**20)
+    answer = children.run_worker("startup", bundle=str(tiny), **STARTUP)
+    assert len(ballast) > answer["peak_rss_bytes"] > answer["rss_after_import_bytes"]
+
+
+def test_resident_memory_grows_with_what_is_held() -> None:
+    before, _ = worker.resident_bytes()
+    ballast = bytearray(b"x") * (50 * 2**20)
+    held, peak = worker.resident_bytes()
+    assert held - before > 0.8 * len(ballast)
+    assert peak >= held
+
+
+def test_nothing_that_start_up_times_is_imported_before(tiny: Path) -> None:
+    """The program's own imports must not make numpy or vae_runtime look free."""
+    code = (
+        f"import runpy, sys; runpy.run_path({str(Path(worker.__file__))!r}, run_name='worker');"
+        "print(sorted({'numpy', 'vae_runtime', 'onnxruntime', 'vae_benchmarks', 'click'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+ERRORS = [found for _, found in inspect.getmembers(errors, inspect.isclass) if issubclass(found, VAEError)]
+
+
+@pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.__name__)
+def test_every_error_arrives_as_itself(kind: type[VAEError]) -> None:
+    error = children._revive(kind.__name__, "the sentence")
+    assert type(error) is kind
+    assert str(error) == "the sentence"
+
+
+def test_an_unknown_error_arrives_as_the_family() -> None:
+    assert type(children._revive("Other", "the sentence")) is VAEError
+    assert type(children._revive("annotations", "the sentence")) is VAEError
+
+
+def test_a_missing_engine_arrives_as_one_sentence(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocker = tmp_path / "sitecustomize.py"
+    blocker.write_text("import sys\nsys.modules['onnxruntime'] = None\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(MissingExtraError, match=r"needs onnxruntime, .*pip install 'vae-edge\[cpu\]'"):
+        children.run_worker("startup", bundle=str(tiny), **STARTUP)
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        (
+            "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+            "was ended by SIGKILL; it may have run out of memory",
+        ),
+        ("raise RuntimeError('planted')", "ended with exit code 1 and no answer: RuntimeError: planted"),
+        ("print('no json')", "ended with exit code 0 and no answer"),
+        ("", "ended with exit code 0 and no answer"),
+        ("print('[]')", "ended with exit code 0 and no answer"),
+    ],
+)
+def test_a_process_that_dies_is_reported_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, message: str
+) -> None:
+    script = tmp_path / "dies.py"
+    script.write_text(program)
+    monkeypatch.setattr(children, "_WORKER", script)
+    with pytest.raises(BenchmarkError) as caught:
+        children.run_worker("startup")
+    assert str(caught.value) == f"the process that measures startup {message}"
+
+
+def test_what_libraries_print_does_not_mix_with_the_answer(tmp_path: Path) -> None:
+    program = (
+        f"import sys; sys.path.insert(0, {str(Path(worker.__file__).parent)!r})\n"
+        "import os, worker\n"
+        "def noisy():\n"
+        "    print('a banner', flush=True)\n"
+        "    os.write(1, b'from C')\n"
+        "    return {'fine': True}\n"
+        "worker.TASKS['noisy'] = noisy\n"
+        "worker.main()\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program], input='{"task": "noisy"}', capture_output=True, text=True, check=True
+    )
+    assert json.loads(found.stdout) == {"result": {"fine": True}}
+    assert "a banner" in found.stderr
+    assert "from C" in found.stderr
+
+
+def test_a_module_in_the_current_folder_is_not_picked_up(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "json.py").write_text("raise RuntimeError('shadowed')")
+    monkeypatch.chdir(tmp_path)
+    assert children.run_worker("startup", bundle=str(tiny), **STARTUP)["load_ms"] > 0

@@ -16,7 +16,7 @@ import sys
 import venv
 from pathlib import Path
 
-TORCH = "torch>=2.10"
+TORCH = "torch>=2.13"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 NEEDS_TORCH = {"train", "export"}
 

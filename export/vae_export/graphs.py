@@ -7,6 +7,7 @@ standard operators only, weights inside the file, nothing of the machine that ma
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import math
 import warnings
@@ -155,12 +156,12 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter logs what is missing that nobody asked for, and warns of its own deprecated calls."""
+    """The exporter logs what is missing that nobody asked for, warns of its own deprecated calls, and prints."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -1,0 +1,55 @@
+"""Every code block of the README runs, in order, in one folder, save those that a marker names with the reason."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?```(?P<language>bash|python)\n(?P<code>.*?)```", re.DOTALL)
+FEWEST_BLOCKS_RUN = 4
+
+
+def blocks() -> list[tuple[str | None, str, str]]:
+    return [(match["reason"], match["language"], match["code"]) for match in BLOCK.finditer(README.read_text("utf-8"))]
+
+
+def test_every_fenced_block_has_a_language_that_this_test_knows() -> None:
+    opened = re.findall(r"^```(\w*)$", README.read_text("utf-8"), re.MULTILINE)
+    assert set(opened[::2]) <= {"bash", "python", "text", "json"}
+    assert opened[::2].count("bash") + opened[::2].count("python") == len(blocks())
+
+
+def test_the_examples_are_as_short_as_promised() -> None:
+    embedding, bare = (code for _, language, code in blocks() if language == "python" and "export_bundle" not in code)
+    assert len(embedding.strip().splitlines()) < 15
+    assert len([line for line in bare.strip().splitlines() if line and not line.startswith("import")]) < 10
+
+
+def test_the_readme_runs(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    run = [(language, code) for reason, language, code in blocks() if reason is None]
+    assert len(run) >= FEWEST_BLOCKS_RUN
+    for language, code in run:
+        command = ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+    assert (tmp_path / "samples.png").stat().st_size > 1000
+
+
+def test_the_manifest_keys_of_the_readme_are_those_that_are_written() -> None:
+    from vae_runtime.bundle import Bundle
+    from vae_runtime.manifest import FORMAT_VERSION
+
+    text = README.read_text("utf-8")
+    assert f"## The bundle format, version {FORMAT_VERSION}" in text
+    table = text.split("| key of the manifest | meaning |")[1].split("\n\n")[0]
+    named = {name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    tiny = Bundle.open(README.parent / "tests" / "data" / "tiny.vae")
+    assert named == {*tiny.manifest.to_dict(), "manifest_sha256"}

@@ -64,7 +64,9 @@ def test_every_kind_of_model_survives(tmp_path: Path, checkpoint: Checkpoint) ->
     model.fit_normalisation(vectors)
     spec, likelihood = InputSpec("vector", (4,)), Likelihood("gaussian", scale=0.25)
     examples = {"train": vectors, "held_out": vectors}
-    save_checkpoint(tmp_path / "m.pt", Checkpoint("autoencoder", config, model.state_dict(), spec, likelihood, examples))
+    save_checkpoint(
+        tmp_path / "m.pt", Checkpoint("autoencoder", config, model.state_dict(), spec, likelihood, examples)
+    )
     loaded = load_checkpoint(tmp_path / "m.pt")
     assert loaded.likelihood.scale == 0.25
     torch.testing.assert_close(loaded.build_model()(vectors), model(vectors))
@@ -129,9 +131,15 @@ LOOP.append(LOOP)
         (change("state_dict", WEIGHT, value=...), f'the weights do not fit the config: Missing key.*"{WEIGHT}"'),
         (change("state_dict", "extra", value=torch.zeros(2)), "the weights do not fit the config: Unexpected key"),
         (change("state_dict", WEIGHT, value=torch.zeros(3)), "the weights do not fit the config: size mismatch"),
-        (change("state_dict", WEIGHT, value=3), r"state_dict\['decoder.0.weight'\] is int; expected a contiguous float32"),
+        (
+            change("state_dict", WEIGHT, value=3),
+            r"state_dict\['decoder.0.weight'\] is int; expected a contiguous float32",
+        ),
         (change("state_dict", WEIGHT, value=torch.zeros(960, 3).half()), "is torch.float16 of shape"),
-        (change("state_dict", WEIGHT, value=torch.zeros(1, 1).expand(960, 3)), "expected a contiguous float32 or int64"),
+        (
+            change("state_dict", WEIGHT, value=torch.zeros(1, 1).expand(960, 3)),
+            "expected a contiguous float32 or int64",
+        ),
         (change("state_dict", WEIGHT, value=torch.full((960, 3), torch.nan)), "has NaN or infinite values"),
         (change("state_dict", WEIGHT, value=torch.full((960, 3), torch.inf)), "has NaN or infinite values"),
         (change("state_dict", WEIGHT, value=torch.zeros(960, 3).to_sparse()), "expected a contiguous"),
@@ -143,7 +151,10 @@ LOOP.append(LOOP)
         (change("examples", "train", value=torch.zeros(2, 8, 8, dtype=torch.uint8)), r"examples\['train'\] has shape"),
         (change("examples", "held_out", value=torch.full((1, 1, 9, 8), 2.0)), "values from 2 to 2"),
         (change("dataset", "train", value=torch.zeros(1)), "dataset.train is a Tensor; expected plain data"),
-        (change("metrics", "test", value={"a": [float("nan")]}), r"metrics.test.a\[0\] is nan; expected a finite number"),
+        (
+            change("metrics", "test", value={"a": [float("nan")]}),
+            r"metrics.test.a\[0\] is nan; expected a finite number",
+        ),
         (change("metrics", "test", value={1: 2}), "metrics.test has the key 1; expected strings"),
         (change("metrics", "test", value=LOOP), "metrics.* nested"),
     ],
@@ -209,7 +220,7 @@ def test_flipped_bits_are_found_or_harmless(path: Path, checkpoint: Checkpoint) 
 
 def test_nothing_is_written_that_could_not_be_read(tmp_path: Path, checkpoint: Checkpoint) -> None:
     broken = Checkpoint(**{**vars(checkpoint), "metrics": {"loss": float("nan")}})
-    with pytest.raises(CheckpointError, match="metrics.loss is nan"):
+    with pytest.raises(CheckpointError, match=r"metrics.loss is nan"):
         save_checkpoint(tmp_path / "model.pt", broken)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(OutputError, match="cannot be written"):

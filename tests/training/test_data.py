@@ -66,7 +66,9 @@ def test_broken_idx_files_are_named(tmp_path: Path, images: np.ndarray) -> None:
     assert len(load_dataset(str(tmp_path))) == 6
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-20], lambda data: b"no gzip", lambda data: data[:30] + b"xxxx" + data[34:]])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-20], lambda data: b"no gzip", lambda data: data[:30] + b"xxxx" + data[34:]]
+)
 def test_broken_gzip_is_named(tmp_path: Path, images: np.ndarray, damage) -> None:
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(damage(gzip.compress(idx(images))))
     with pytest.raises(InputError, match=r"t10k-images-idx3-ubyte\.gz (cannot be read|has|begins)"):
@@ -173,7 +175,7 @@ def test_a_folder_of_pictures(tmp_path: Path) -> None:
 def test_sources_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="missing does not exist; expected 'digits', a folder"):
         load_dataset(str(tmp_path / "missing"))
-    with pytest.raises(InputError, match="has neither IDX files .* nor pictures in it"):
+    with pytest.raises(InputError, match=r"has neither IDX files .* nor pictures in it"):
         load_dataset(str(tmp_path))
     (tmp_path / "data.csv").write_text("1,2")
     with pytest.raises(InputError, match=r"data\.csv is a file of type '\.csv'"):

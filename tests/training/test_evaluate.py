@@ -38,7 +38,9 @@ def test_figures_against_a_computation_in_float64(x: np.ndarray) -> None:
     assert figures["kl_nats"] == pytest.approx(kl.mean(), rel=1e-5)
     assert figures["reconstruction_nats"] == pytest.approx(nll.mean(), rel=1e-3)  # other draws
     assert figures["negative_elbo_nats"] == pytest.approx(figures["reconstruction_nats"] + figures["kl_nats"])
-    assert figures["negative_elbo_standard_error_nats"] == pytest.approx((nll + kl).std(ddof=1) / math.sqrt(700), rel=0.02)
+    assert figures["negative_elbo_standard_error_nats"] == pytest.approx(
+        (nll + kl).std(ddof=1) / math.sqrt(700), rel=0.02
+    )
     assert figures["psnr_db"] == pytest.approx((-10 * np.log10(mse.mean((1, 2, 3)))).mean(), rel=1e-5)
     assert figures["active_units"] == int((mean.var(0) > 0.01).sum())
 

@@ -28,7 +28,9 @@ def test_bernoulli_against_numpy_with_grey_values(rng: np.random.Generator) -> N
     logits, x = rng.standard_normal((5, 1, 4, 4)) * 3, rng.random((5, 1, 4, 4))
     p = 1 / (1 + np.exp(-logits))
     expected = -(x * np.log(p) + (1 - x) * np.log(1 - p)).sum((1, 2, 3))
-    np.testing.assert_allclose(bernoulli_nll(torch.from_numpy(logits), torch.from_numpy(x)).numpy(), expected, rtol=1e-12)
+    np.testing.assert_allclose(
+        bernoulli_nll(torch.from_numpy(logits), torch.from_numpy(x)).numpy(), expected, rtol=1e-12
+    )
 
 
 def test_bernoulli_against_torch_distributions_with_binary_values(rng: np.random.Generator) -> None:

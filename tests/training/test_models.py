@@ -100,6 +100,7 @@ def test_gradients_reach_every_parameter(family: str) -> None:
 def test_conv_family_is_what_the_edge_wants() -> None:
     """Only layers that fold or that every engine runs well: no transposed convolution, no upsampling."""
     allowed = (nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.PixelShuffle, nn.Linear, nn.Flatten, nn.Unflatten)
+    allowed = (*allowed, nn.BatchNorm1d)
     model = build_model(default_config("conv", "vae", (1, 28, 28), 20))
     assert {type(layer) for layer in model.modules()} - {VAE} <= set(allowed)
 
@@ -109,7 +110,7 @@ def test_size_and_cost_are_counted() -> None:
     assert count_parameters(model) == 784 * 400 + 400 + 400 * 40 + 40 + 20 * 400 + 400 + 400 * 784 + 784
     assert count_macs(model) == {"encode": 784 * 400 + 400 * 40, "decode": 20 * 400 + 400 * 784}
     conv = build_model(ModelConfig("conv", "vae", (1, 8, 8), 2, (4,), 1))
-    # 4×4 positions: 9·1·4 weights down; 4·16 features -> 4. Up: 2 -> 4·16 features, 9·4·4 weights, 9·4·4 to 4 sub-pixels.
+    # 4×4 positions: 9·1·4 weights down; 4·16 features -> 4.
     assert count_macs(conv)["encode"] == 16 * 36 + 64 * 4
     assert conv.training
 
@@ -158,7 +159,7 @@ def test_bad_configs_are_named(change: dict[str, object], message: str) -> None:
 
 def test_a_missing_key_and_no_dict_at_all() -> None:
     config_from_dict(GOOD)
-    with pytest.raises(InputError, match="config.widths is missing"):
+    with pytest.raises(InputError, match=r"config.widths is missing"):
         config_from_dict({key: value for key, value in GOOD.items() if key != "widths"})
     with pytest.raises(InputError, match="config is a list; expected a dict"):
         config_from_dict([1])  # type: ignore[arg-type]

@@ -16,7 +16,11 @@ def test_parts_are_disjoint_and_complete(split: str, order: str) -> None:
 
 def test_counts_may_leave_some_out() -> None:
     parts = split_indices(100, "5,3,2", "file", 0)
-    assert (parts.train.tolist(), parts.validation.tolist(), parts.test.tolist()) == ([0, 1, 2, 3, 4], [5, 6, 7], [8, 9])
+    assert (parts.train.tolist(), parts.validation.tolist(), parts.test.tolist()) == (
+        [0, 1, 2, 3, 4],
+        [5, 6, 7],
+        [8, 9],
+    )
 
 
 def test_the_seed_decides_and_repeats() -> None:

@@ -120,7 +120,9 @@ def command(ctx: click.Context, /, output: Path, as_json: bool, threads: int | N
 
 def _train(config: TrainConfig, output: Path, threads: int | None, options: dict[str, Any]) -> dict[str, Any]:
     try:
+        import accelerate  # noqa: F401  # the loop imports these two late; say so early if they are missing
         import torch
+        import tqdm  # noqa: F401
 
         from .loop import train
     except ModuleNotFoundError as error:

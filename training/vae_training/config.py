@@ -34,7 +34,7 @@ class TrainConfig:
     likelihood: "bernoulli" (the default for grey images) or "gaussian" (for colour images and vectors).
     beta: weight of the KL (Higgins et al., 2017: β-VAE). free_bits: nats per latent dimension.
     kl_warmup: the part of all steps over which the KL's weight rises from 0 to beta.
-    batch_size: examples per step, over all processes together.
+    batch_size: examples per step, over all processes together; an epoch divides evenly into batches of at least this.
     learning_rate: the highest; it rises over `lr_warmup` of all steps and falls to 0 on a cosine.
     clip: largest norm of the gradient. ema: decay of the moving average of the weights.
     patience: stop after this many epochs without a better validation figure; 0: never.
@@ -59,7 +59,7 @@ class TrainConfig:
     kl_warmup: float = 0.1
     epochs: int | None = None
     batch_size: int = 128
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     lr_warmup: float = 0.05
     weight_decay: float = 0.01
     clip: float = 100.0
@@ -107,7 +107,8 @@ class TrainConfig:
             likelihood=likelihood,
             widths=self.widths or model.widths,
             depth=model.depth if self.depth is None else self.depth,
-            epochs=self.epochs or max(MIN_EPOCHS, math.ceil(MIN_STEPS / self.steps_per_epoch(train_examples))),
+            epochs=self.epochs
+            or max(MIN_EPOCHS, math.ceil(MIN_STEPS / steps_per_epoch(train_examples, self.batch_size))),
         )
 
     def model_config(self, spec: InputSpec) -> ModelConfig:
@@ -119,9 +120,6 @@ class TrainConfig:
         assert self.depth is not None
         return ModelConfig(self.family, self.kind, spec.shape, self.latent, self.widths, self.depth)
 
-    def steps_per_epoch(self, train_examples: int) -> int:
-        return math.ceil(train_examples / self.batch_size)
-
     def to_dict(self) -> dict[str, Any]:
         return strict.to_dict(self)
 
@@ -129,6 +127,11 @@ class TrainConfig:
     def from_dict(cls, data: Any) -> TrainConfig:
         """The inverse of `to_dict`; raises `InputError` naming the key, the value and the rule."""
         return strict.from_dict(cls, data, "config")
+
+
+def steps_per_epoch(train_examples: int, batch_size: int) -> int:
+    """Batches are never smaller than `batch_size` where there is enough: a batch of one has no BatchNorm."""
+    return max(1, train_examples // batch_size)
 
 
 _CHOICES = {
@@ -148,7 +151,7 @@ _RANGES = {
     "free_bits": (0, 1e3),
     "kl_warmup": (0, 1),
     "epochs": (1, 1_000_000),
-    "batch_size": (1, 1_000_000),
+    "batch_size": (2, 1_000_000),
     "learning_rate": (1e-9, 10),
     "lr_warmup": (0, 1),
     "weight_decay": (0, 10),

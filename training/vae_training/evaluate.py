@@ -82,7 +82,7 @@ def recalibrate(objective: Objective, x: Float32, seed: int) -> None:
     Averaged weights have activations of their own, which the statistics collected with other weights do not describe
     (Izmailov et al., 2018, arXiv:1803.05407, section 3.2). Leaves `objective` in evaluation mode.
     """
-    layers = [layer for layer in objective.modules() if isinstance(layer, nn.BatchNorm2d)]
+    layers = [layer for layer in objective.modules() if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d))]
     if layers:
         momenta = [layer.momentum for layer in layers]
         for layer in layers:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from vae_runtime.preprocess import Float32, binarize
 
+from .config import steps_per_epoch
 from .data import Dataset
 
 # The purposes of random numbers; splitting is purpose 0 (see split.py).
@@ -30,7 +31,7 @@ class Feed:
     ) -> None:  # fmt: skip
         self.data, self.indices, self.seed, self.mode, self.shift = data, indices, seed, mode, shift
         self.rank, self.processes = rank, processes
-        self.steps_per_epoch = -(-len(indices) // batch_size)
+        self.steps_per_epoch = steps_per_epoch(len(indices), batch_size)
         small = len(indices) * int(np.prod(data.spec.shape)) * 4 <= CACHE_BYTES
         self._cache = data.model_input(indices) if small else None
         self._epoch, self._batches = -1, [np.empty(0, np.int64)]

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vae_runtime.atomic import atomic_folder
-from vae_runtime.errors import MissingExtraError, TrainingError
+from vae_runtime.errors import InputError, MissingExtraError, TrainingError
 from vae_runtime.preprocess import Float32, binarize
 
 from . import report
@@ -99,13 +99,19 @@ class Run:
     ) -> None:
         self.config, self.data, self.parts, self.accelerator, self.folder = config, data, parts, accelerator, folder
         assert config.epochs is not None, "resolve first"
+        if config.batch_size < 2 * accelerator.num_processes:
+            raise InputError(
+                f"batch_size is {config.batch_size}; {accelerator.num_processes} processes need 2 examples each"
+            )
         self.feed = Feed(
             data, parts.train, config.batch_size, config.seed, config.binarize, config.shift,
             accelerator.process_index, accelerator.num_processes,
         )  # fmt: skip
         self.steps = config.epochs * self.feed.steps_per_epoch
-        objective = initial_objective(config, data, parts)
-        self.ema = moving_average(objective.to(accelerator.device), config.ema)
+        objective = initial_objective(config, data, parts).to(accelerator.device)
+        if config.family == "conv":
+            objective = objective.to(memory_format=torch.channels_last)  # a sixth faster on CPU
+        self.ema = moving_average(objective, config.ema)
         fused = accelerator.device.type in ("cpu", "cuda")
         optimizer = make_optimizer(objective, config.learning_rate, config.weight_decay, fused)
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
@@ -173,7 +179,9 @@ class Run:
         for name, value in figures.items():
             if not math.isfinite(value):
                 rate = self.config.learning_rate
-                raise TrainingError(f"{where}: the {name} is {value}; try a learning rate below {rate:g}, or scale the data")
+                raise TrainingError(
+                    f"{where}: the {name} is {value}; try a learning rate below {rate:g}, or scale the data"
+                )
 
     def examples(self, indices: NDArray[np.int64], draw: int) -> Float32:
         """The examples at `indices`, binarised as in training; a "dynamic" draw is the same for the same `draw`."""

@@ -96,7 +96,7 @@ class Objective(nn.Module):
             self.min_log_scale = math.log(scale) + math.log(1e-4)
 
     def forward(self, x: Tensor, noise: Tensor, weight: float = 1.0) -> Terms:
-        """x: input and target (N, *input_shape); noise: (N, latent_dim), unused by an autoencoder; weight: of the KL."""
+        """x: input and target (N, *input_shape); noise (N, latent_dim): for the posterior; weight: of the KL."""
         if isinstance(self.model, VAE):
             mean, logvar = (part.float() for part in self.model.encode(x))
             kl = kl_per_dimension(mean, logvar)

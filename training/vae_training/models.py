@@ -96,8 +96,8 @@ def default_config(family: str, kind: str, input_shape: tuple[int, ...], latent_
     if family == "mlp" or len(input_shape) != 3:
         return ModelConfig(family, kind, input_shape, latent_dim, widths=(400,))
     halvings = max(1, math.ceil(math.log2(max(input_shape[1:]) / 8)))
-    widths = tuple(min(32 * 2**level, 128) for level in range(halvings))
-    return ModelConfig(family, kind, input_shape, latent_dim, widths=widths if halvings > 1 else (64,), depth=2)
+    narrow = tuple(min(16 * 2**level, 128) for level in range(halvings))  # where the resolution makes width expensive
+    return ModelConfig(family, kind, input_shape, latent_dim, widths=(*narrow[:-1], max(64, narrow[-1])), depth=2)
 
 
 class Autoencoder(nn.Module):
@@ -251,9 +251,12 @@ def _conv_decoder(config: ModelConfig) -> nn.Sequential:
     colours, height, width = config.input_shape
     channels = tuple(reversed(config.widths))
     lowest = config.lowest_size
+    features = channels[0] * math.prod(lowest)
     exact = all(n * 2 ** len(channels) == side for n, side in zip(lowest, (height, width), strict=True))
     return nn.Sequential(
-        nn.Linear(config.latent_dim, channels[0] * math.prod(lowest)),
+        nn.Linear(config.latent_dim, features, bias=False),
+        nn.BatchNorm1d(features),
+        nn.ReLU(),
         nn.Unflatten(1, (channels[0], *lowest)),  # (N, widths[-1], h, w)
         *(_conv(channels[0], channels[0]) for _ in range(config.depth)),
         *(_up(*pair) for pair in pairwise(channels)),  # doubles h and w each

@@ -27,7 +27,7 @@ def run_worker(task: str, **request: Any) -> dict[str, Any]:
         VAEError: the one that the process met, of the same class. BenchmarkError: it died, or did not answer.
     """
     finished = subprocess.run(
-        # -P: a json.py in the current folder must not take the place of the standard library's.
+        # -P keeps the package's own folder off the path, where other code would find `report` or `settings`.
         [sys.executable, "-P", str(_WORKER)],
         input=json.dumps({"task": task, **request}).encode(),
         capture_output=True,

@@ -82,7 +82,7 @@ def benchmark(
             *(float(np.median([one["clock"][name] for _, one in workers])) for name in ("resolution_ns", "cost_ns"))
         ),
         plan=last["plan"],
-        method=_method(facts),
+        method=describe_method(facts),
         skipped=skipped,
         startup=_startup_report(starts, measured),
         latency=_latency_reports(workers, measured),
@@ -168,7 +168,8 @@ def _startup_report(starts: list[dict[str, float]], settings: Settings) -> Start
     return StartupReport(threads=settings.threads[0], peak_batch=max(settings.batches), **figures)
 
 
-def _method(facts: BundleFacts) -> dict[str, str]:
+def describe_method(facts: BundleFacts) -> dict[str, str]:
+    """How the figures come about, in words, for the report."""
     return {
         "inputs": f"the bundle's {facts.golden} golden inputs ({facts.golden_source}), repeated up to the batch size",
         "latents": "the means of these inputs' posteriors",

@@ -16,13 +16,15 @@ from .intervals import median_interval
 WARMUP_WINDOW = 5  # calls; at least two windows of them
 WARMUP_SECONDS = 0.05  # and at least so long
 WARMUP_AGREEMENT = 0.1  # then until the medians of the last two windows differ by less
-LEAST_WARMUP_CALLS = 2  # for calls so slow that the above would take longer than measuring
+WARMUP_LIMIT_SECONDS = 0.1  # but no longer than this, or than measuring takes where that is longer
+LEAST_WARMUP_CALLS = 2  # which very slow calls get in any case
 CLOCK_SHARE = 0.01  # of a sample's duration that reading the clock may take
 
 WARMUP_RULE = (
     f"in each round at least {2 * WARMUP_WINDOW} calls and {WARMUP_SECONDS * 1000:g} ms, then until the medians of the "
-    f"last two windows of {WARMUP_WINDOW} calls differ by less than {WARMUP_AGREEMENT:.0%}; it ends after the time "
-    f"that the round then measures for, but not before {LEAST_WARMUP_CALLS} calls"
+    f"last two windows of {WARMUP_WINDOW} calls differ by less than {WARMUP_AGREEMENT:.0%}; it ends, stable or "
+    f"not, after {WARMUP_LIMIT_SECONDS * 1000:g} ms, or the time that the round then measures for where that is longer, "
+    f"but not before {LEAST_WARMUP_CALLS} calls"
 )
 
 
@@ -81,7 +83,7 @@ def measure(
     the timed region, as it is in a caller's loop.
     """
     with collector_off():
-        warmup = warm_up(call, seconds, clock)
+        warmup = warm_up(call, max(seconds, WARMUP_LIMIT_SECONDS), clock)
         grouped = calls_per_sample(warmup.call_ns, clock)
         samples: list[float] = []
         start, look = clock.now_ns(), wanted

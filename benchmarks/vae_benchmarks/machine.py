@@ -54,8 +54,8 @@ class MachineFacts:
 
     @property
     def is_busy(self) -> bool:
-        """Whether other work kept more than a quarter of the cores busy in the minute before."""
-        return self.load_average_1min is not None and self.load_average_1min > 0.25 * (self.cores_usable or 1)
+        """Whether other work kept more than half of the cores busy in the minute before."""
+        return self.load_average_1min is not None and self.load_average_1min > 0.5 * (self.cores_usable or 1)
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:

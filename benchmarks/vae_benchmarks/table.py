@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from .compare import SAME, UNDECIDED, Comparison, ComparisonRow
@@ -9,6 +10,8 @@ from .machine import MachineFacts
 from .report import Report, StartupReport
 
 _DASH = "–"
+_WIDTH = 112
+_METHOD = {"Calls": "calls", "Warm-up": "warmup", "Intervals": "interval", "Start-up": "startup"}
 _FIGURES = {
     "import_ms": "import vae_runtime and onnxruntime",
     "load_ms": "load and verify the bundle",
@@ -35,7 +38,7 @@ def format_comparison(comparison: Comparison, name_a: str, name_b: str) -> str:
     lines += ["", *_align([head, *rows], left=(0, 5)), ""]
     for name, only in (("A", comparison.only_in_a), ("B", comparison.only_in_b)):
         lines += [f"only in {name}: {row}" for row in only]
-    return "\n".join([*lines, _summary(comparison)])
+    return "\n".join([*lines, *_hidden(comparison), _summary(comparison)])
 
 
 def _facts(report: Report) -> str:
@@ -120,7 +123,8 @@ def _footnotes(report: Report) -> str:
     lines += [f"{operation} was skipped: {reason}." for operation, reason in report.skipped.items()]
     if machine.is_busy:
         lines.append("The machine was busy with other work when this began: expect slower and less stable figures.")
-    return "\n".join(lines)
+    lines += [f"{title}: {report.method[name]}." for title, name in _METHOD.items()]
+    return "\n".join(textwrap.fill(line, _WIDTH, subsequent_indent="   ") for line in lines)
 
 
 def _compared(row: ComparisonRow) -> list[str]:
@@ -131,6 +135,17 @@ def _compared(row: ComparisonRow) -> list[str]:
     scale, unit = (1.0, "ms") if row.unit == "ms" else (2.0**20, "MiB")
     interval = _DASH if row.low is None or row.high is None else f"{row.low:.3f}–{row.high:.3f}"
     return [label, *(f"{_digits(value / scale)} {unit}" for value in (row.a, row.b)), f"{row.ratio:.3f}", interval]
+
+
+def _hidden(comparison: Comparison) -> list[str]:
+    """What a verdict of "no difference" leaves open where the noise is large."""
+    same = [row for row in comparison.rows if row.verdict == SAME and row.high is not None]
+    wide = [row.high for row in same if row.high is not None and row.high > 1 + comparison.threshold]
+    if not wide:
+        return []
+    return [
+        f"in {len(wide)} of {len(same)} rows without a difference the noise could hide one, up to {max(wide):.2f} times"
+    ]
 
 
 def _summary(comparison: Comparison) -> str:

@@ -19,6 +19,7 @@ from vae_benchmarks import (
     Versions,
     benchmark,
 )
+from vae_benchmarks.harness import describe_method
 from vae_benchmarks.latency import Samples, Warmup
 from vae_benchmarks.report import summarize
 
@@ -45,6 +46,7 @@ def make_report() -> Callable[..., Report]:
         count: int = 100,
     ) -> Report:
         rng = np.random.default_rng(seed)
+        bundle = BundleFacts("my.vae", "my", "vae", "ab" * 32, 4, "held-out")
         latency_ms = latency_ms or {("encode", 1, 1): 0.1, ("decode", 1, 1): 0.2, ("decode", 8, None): 0.3}
         settings = Settings(operations=("encode", "decode"), batches=(1, 8), rounds=rounds)
         rows = tuple(
@@ -60,7 +62,7 @@ def make_report() -> Callable[..., Report]:
         }
         return Report(
             created="2026-01-02T03:04:05+00:00",
-            bundle=BundleFacts("my.vae", "my", "vae", "ab" * 32, 4, "held-out"),
+            bundle=bundle,
             machine=QUIET,
             versions=Versions("3.11.7", "2.4.6", "1.31.1", "0.1.0"),
             settings=settings,
@@ -74,7 +76,7 @@ def make_report() -> Callable[..., Report]:
                 }
                 for name in ("encode", "decode")
             },
-            method={"inputs": "the bundle's 4 golden inputs (held-out), repeated up to the batch size"},
+            method=describe_method(bundle),
             skipped={},
             startup=StartupReport(threads=1, peak_batch=8, **figures),
             latency=rows,

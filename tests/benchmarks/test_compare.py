@@ -69,6 +69,13 @@ def test_a_large_change_in_large_noise_does_not_count(make_report: MakeReport) -
     assert changed_rows(comparison) == {}
 
 
+def test_the_table_says_what_the_noise_could_hide(make_report: MakeReport) -> None:
+    noisy = format_comparison(compare(make_report(1, noise=0.5), make_report(2, noise=0.5)), "a", "b")
+    assert "in 10 of 10 rows without a difference the noise could hide one, up to " in noisy
+    quiet = format_comparison(compare(make_report(1, noise=0.001), make_report(2, noise=0.001)), "a", "b")
+    assert "could hide" not in quiet
+
+
 def test_start_up_and_memory_count_too(make_report: MakeReport) -> None:
     comparison = compare(make_report(1), make_report(2, load_ms=30, peak_bytes=90 * 2**20))
     assert changed_rows(comparison) == {"load_ms": "slower", "peak_rss_bytes": "more memory"}

@@ -90,6 +90,12 @@ def test_warm_up_of_a_fast_call_lasts_the_stated_time() -> None:
     assert (warmup.calls, warmup.seconds) == (5000, pytest.approx(0.05))
 
 
+def test_a_small_budget_does_not_cut_the_warm_up_short() -> None:
+    samples = run(World(steady(MS)), seconds=0.01)
+    assert (samples.warmup.calls, samples.warmup.stable) == (50, True)
+    assert len(samples.samples_ns) == 10
+
+
 def test_warm_up_that_never_settles_ends_and_says_so() -> None:
     world = World(MS * 1.1**n for n in itertools.count())
     warmup = warm_up(world.call, 0.2, world.clock())

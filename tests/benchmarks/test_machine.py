@@ -66,7 +66,7 @@ def test_the_facts_of_this_machine() -> None:
     assert facts.memory_bytes is None or facts.memory_bytes > 2**28
 
 
-@pytest.mark.parametrize(("load", "cores", "busy"), [(None, 8, False), (1.9, 8, False), (2.1, 8, True), (0.3, 1, True)])
+@pytest.mark.parametrize(("load", "cores", "busy"), [(None, 8, False), (3.9, 8, False), (4.1, 8, True), (0.6, 1, True)])
 def test_a_busy_machine(load: float | None, cores: int, busy: bool) -> None:
     facts = MachineFacts("Linux", "x86_64", "a CPU", cores, None, cores, None, None, None, (), load)
     assert facts.is_busy == busy

@@ -252,6 +252,7 @@ def test_the_table_shows_every_row_and_its_units(make_report: Callable[..., Repo
     assert "MiB" in text
     assert "a CPU, x86_64, 8 of 8 logical cores (4 physical), 16.0 GiB memory, governor performance" in text
     assert "*" not in text
+    assert "Warm-up: in each round at least 10 calls and 50 ms" in text
     slow = format_report(make_report(0, {("encode", 1, 1): 120.0}))
     assert "p50 ms" in slow
 

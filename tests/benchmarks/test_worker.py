@@ -151,9 +151,8 @@ def test_what_libraries_print_does_not_mix_with_the_answer(tmp_path: Path) -> No
     assert "from C" in found.stderr
 
 
-def test_a_module_in_the_current_folder_is_not_picked_up(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_modules_beside_the_program_are_not_picked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "json.py").write_text("raise RuntimeError('shadowed')")
-    monkeypatch.chdir(tmp_path)
-    assert children.run_worker("startup", bundle=str(tiny), **STARTUP)["load_ms"] > 0
+    (tmp_path / "program.py").write_text("import json; print(json.dumps({'result': {'fine': True}}))")
+    monkeypatch.setattr(children, "_WORKER", tmp_path / "program.py")
+    assert children.run_worker("startup") == {"fine": True}

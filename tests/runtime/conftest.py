@@ -1,4 +1,4 @@
-"""What the runtime's tests share: the committed tiny bundles, copies of them to damage, and a way to sign a manifest."""
+"""What the runtime's tests share: the tiny bundles, copies of them to damage, a way to sign a manifest."""
 
 from __future__ import annotations
 

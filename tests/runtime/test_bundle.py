@@ -57,15 +57,15 @@ def damages(content: bytes, rng: random.Random, count: int) -> list[bytes]:
 def test_no_damage_to_any_file_is_accepted(bundle: Path, name: str) -> None:
     file = bundle / name
     content = file.read_bytes()
-    accepted = 0
+    accepted = unnamed = 0
     for damaged in damages(content, random.Random(name), 600):
         file.write_bytes(damaged)
         try:
             read_all(bundle)
             accepted += 1
         except BundleError as error:
-            assert name in str(error)
-    assert accepted == 0
+            unnamed += name not in str(error)
+    assert (accepted, unnamed) == (0, 0)
     file.write_bytes(content)
     read_all(bundle)
 
@@ -175,9 +175,7 @@ def test_bundle_reached_through_a_linked_folder_is_fine(bundle: Path) -> None:
 
 def test_path_of_a_file_is_answered_with_what_a_bundle_is(tmp_path: Path) -> None:
     (tmp_path / "model.pt").touch()
-    with pytest.raises(
-        BundleError, match=r"model.pt is a file; a bundle is a folder .* make one with: vae-export .*pt"
-    ):
+    with pytest.raises(BundleError, match=r"model.pt is a file; a bundle is a folder .*: vae-export .*pt"):
         VAE.load(tmp_path / "model.pt")
     with pytest.raises(BundleError, match=r"cannot be opened as a bundle: .*null"):
         VAE.load("a\0b")
@@ -310,7 +308,7 @@ MALFORMED_GOLDEN: list[tuple[str, bytes, str]] = [
     ("encrypted", encrypted_flag(), NO_ARCHIVE),
     ("open bracket in header", zipped(npy_header("{'descr': '<f4', (")), NO_ARCHIVE),
     ("deep header", zipped(npy_header("(" * 9000)), NO_ARCHIVE),
-    ("huge shape", zipped(npy_header("{'descr':'<f4','fortran_order':False,'shape':(2**40,)}".replace("2**40", "1" * 15))),
+    ("huge shape", zipped(npy_header("{'descr':'<f4','fortran_order':False,'shape':(" + "1" * 15 + ",)}")),
      NO_ARCHIVE),
     ("more than 64 bits", zipped(npy_header("{'descr':'<f4','fortran_order':False,'shape':(" + "1" * 30 + ",)}")),
      NO_ARCHIVE),
@@ -320,12 +318,12 @@ MALFORMED_GOLDEN: list[tuple[str, bytes, str]] = [
     ("one missing", npz(x=np.zeros((1, 1, 8, 8), np.float32)), r"golden.npz holds \['x'\]; expected"),
     ("one more", npz(**good_arrays(), y=np.zeros(1)), r"holds \['logvar', 'mean', 'reconstruction', 'x', 'y'\]"),
     ("not .npy", zipped(b"text", name="x.txt"), r"golden.npz "),
-    ("float64", npz(**{**good_arrays(), "mean": np.zeros((2, 4))}), r"mean of dtype float64 and shape \(2, 4\); expected"),
+    ("float64", npz(**{**good_arrays(), "mean": np.zeros((2, 4))}), r"mean of dtype float64 and shape \(2, 4\); exp"),
     ("big-endian", npz(**{**good_arrays(), "mean": np.zeros((2, 4), ">f4")}), r"mean of dtype >f4 and shape"),
     ("other shape", npz(**{**good_arrays(), "x": np.zeros((2, 8, 8), np.float32)}),
      r"x of dtype float32 and shape \(2, 8, 8\); expected float32 \(N, 1, 8, 8\)"),
-    ("scalar", npz(**{**good_arrays(), "x": np.float32(0)}), r"golden.npz has \w+ of dtype float32 and shape \(.*\); expected"),
-    ("rows differ", npz(**{**good_arrays(), "logvar": np.zeros((3, 4), np.float32)}), r"logvar of .* shape \(3, 4\); exp"),
+    ("scalar", npz(**{**good_arrays(), "x": np.float32(0)}), r"golden.npz has \w+ of dtype float32 and shape"),
+    ("rows differ", npz(**{**good_arrays(), "logvar": np.zeros((3, 4), np.float32)}), r"logvar of .* shape \(3, 4\)"),
     ("no rows", npz(**good_arrays(0)), r"x of dtype float32 and shape \(0, 1, 8, 8\); expected"),
 ]  # fmt: skip
 

@@ -87,7 +87,9 @@ def test_listed_provider_that_cannot_run_the_graph_is_an_error_and_prints_nothin
 
 
 def test_provider_that_is_not_in_this_build_is_refused_with_those_that_are(capfd: Any) -> None:
-    with pytest.raises(DeviceError, match=f"device 'NoSuchExecutionProvider' cannot be used: this build .* has .*{CPU}"):
+    with pytest.raises(
+        DeviceError, match=f"device 'NoSuchExecutionProvider' cannot be used: this build .* has .*{CPU}"
+    ):
         find_device("NoSuchExecutionProvider")
     assert capfd.readouterr() == ("", "")
 

@@ -81,7 +81,9 @@ def test_kl_at_the_ends_of_logvar_is_finite() -> None:
 @pytest.mark.parametrize("call", ["std", "sample", "kl"])
 def test_code_of_an_autoencoder_has_no_distribution(call: str) -> None:
     code = Posterior(np.ones((2, 3), np.float32), None)
-    with pytest.raises(KindError, match=rf"^{call} needs a distribution; this is a plain autoencoder's code, use mode\(\)$"):
+    with pytest.raises(
+        KindError, match=rf"^{call} needs a distribution; this is a plain autoencoder's code, use mode\(\)$"
+    ):
         getattr(code, call) if call == "std" else getattr(code, call)()
     assert code.mode() is code.mean
 

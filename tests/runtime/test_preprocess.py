@@ -117,8 +117,10 @@ def test_any_array_becomes_exactly_the_right_input_or_an_input_error(case: tuple
     try:
         found = to_model_input(array, spec, "things")
     except InputError as error:
-        assert expected is None, f"refused what is right: {error}"
-        assert str(error).startswith("things ")
+        found, message = None, str(error)
+    if found is None:
+        assert expected is None, f"refused what is right: {message}"
+        assert message.startswith("things ")
         outcomes["refused"] += 1
     else:
         assert expected is not None, "accepted what is wrong"
@@ -181,7 +183,7 @@ def test_ends_of_the_range_are_inside() -> None:
     with pytest.raises(InputError, match="float32 images lie in"):
         to_model_input(array, GREY)
     array[0, 0, 0, 0] = np.nextafter(np.float32(0), np.float32(-1))
-    with pytest.raises(InputError, match="values from -1.4013e-45 to 1; float32 images lie in"):
+    with pytest.raises(InputError, match=r"values from -1.4013e-45 to 1; float32 images lie in"):
         to_model_input(array, GREY)
 
 
@@ -280,5 +282,5 @@ def test_binarize_none_threshold_and_dynamic() -> None:
 def test_binarize_refuses_unknown_modes_and_missing_generators() -> None:
     with pytest.raises(InputError, match="mode 'fuzzy'; expected one of none, dynamic, threshold"):
         binarize(np.zeros(1, np.float32), "fuzzy")
-    with pytest.raises(InputError, match="mode 'dynamic' and no rng; pass numpy.random.default_rng"):
+    with pytest.raises(InputError, match=r"mode 'dynamic' and no rng; pass numpy.random.default_rng"):
         binarize(np.zeros(1, np.float32), "dynamic")

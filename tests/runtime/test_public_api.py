@@ -1,0 +1,96 @@
+"""What users rely on: exported names, signatures and the family of errors. A change here is a change for them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+
+import vae_runtime
+from vae_runtime import VAE, errors
+
+
+def test_exported_names_are_frozen() -> None:
+    assert sorted(vae_runtime.__all__) == [
+        "BundleError", "CheckpointError", "ClosedError", "DeviceError", "ExportError", "InputError", "KindError",
+        "Manifest", "MissingExtraError", "OutputError", "Posterior", "SelfTest", "TrainingError", "VAE", "VAEError",
+        "__version__", "to_uint8",
+    ]  # fmt: skip
+    for name in vae_runtime.__all__:
+        assert hasattr(vae_runtime, name)
+
+
+def test_nothing_else_public_but_modules_is_in_the_package() -> None:
+    public = {
+        name for name, value in vars(vae_runtime).items() if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    assert public == set(vae_runtime.__all__) - {"__version__"}
+
+
+def test_members_of_a_vae_are_frozen() -> None:
+    assert {name for name in vars(VAE) if not name.startswith("_")} == {
+        "load", "manifest", "device", "precision", "plan", "encode", "decode", "sample", "reconstruct", "interpolate",
+        "selftest", "golden", "close",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters"),
+    [
+        (VAE.load, {"path": ..., "device": "cpu", "precision": "fp32", "threads": None}),
+        (VAE.encode, {"self": ..., "inputs": ..., "batch_size": None}),
+        (VAE.decode, {"self": ..., "latents": ..., "batch_size": None}),
+        (VAE.sample, {"self": ..., "n": ..., "seed": None, "temperature": 1.0, "batch_size": None}),
+        (VAE.reconstruct, {"self": ..., "inputs": ..., "batch_size": None}),
+        (VAE.interpolate, {"self": ..., "a": ..., "b": ..., "steps": 8, "method": "spherical"}),
+        (vae_runtime.Posterior.sample, {"self": ..., "seed": None, "temperature": 1.0}),
+    ],
+)
+def test_names_order_and_defaults_of_arguments_are_frozen(function: object, parameters: dict[str, object]) -> None:
+    found = inspect.signature(function).parameters  # type: ignore[arg-type]
+    assert {n: ... if p.default is p.empty else p.default for n, p in found.items()} == parameters
+    assert list(found) == list(parameters)
+
+
+def test_tree_of_errors_in_the_docstring_is_the_real_one() -> None:
+    assert errors.__doc__ is not None
+    drawn = dict(re.findall(r"[├└]── (\w+)\s+(.*)", errors.__doc__))
+    real = {
+        name: value
+        for name, value in vars(errors).items()
+        if inspect.isclass(value) and issubclass(value, errors.VAEError) and value is not errors.VAEError
+    }
+    assert set(drawn) == set(real)
+    builtin = {
+        name: base.__name__ for name, value in real.items() for base in value.__bases__ if base.__module__ == "builtins"
+    }
+    also = {name: match[1] for name, text in drawn.items() if (match := re.search(r"\(also an? (\w+)\)", text))}
+    assert also == builtin == {"InputError": "ValueError", "MissingExtraError": "ImportError"}
+    for value in real.values():
+        assert value.__bases__[0] is errors.VAEError
+        assert value.__doc__
+
+
+def test_all_errors_are_exported() -> None:
+    assert {name for name in vars(errors) if name.endswith("Error")} <= set(vae_runtime.__all__)
+
+
+def test_missing_extra_names_module_purpose_and_cure() -> None:
+    error = vae_runtime.MissingExtraError("numpy", "base", "arithmetic")
+    assert str(error) == "arithmetic needs numpy, which is not installed; run: pip install 'vae-edge[base]'"
+    assert error.extra == "base"
+
+
+def test_version_is_one_that_installers_understand() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+([a-z]+\d+)?", vae_runtime.__version__)
+
+
+@pytest.mark.parametrize("name", [name for name in vae_runtime.__all__ if name != "__version__"])
+def test_every_public_name_is_documented(name: str) -> None:
+    assert inspect.getdoc(getattr(vae_runtime, name))
+
+
+@pytest.mark.parametrize("name", [name for name in vars(VAE) if not name.startswith("_")])
+def test_every_public_member_but_the_manifest_is_documented(name: str) -> None:
+    assert name == "manifest" or inspect.getdoc(inspect.getattr_static(VAE, name))

@@ -23,8 +23,8 @@ CLOCK_SHARE = 0.01  # of a sample's duration that reading the clock may take
 WARMUP_RULE = (
     f"in each round at least {2 * WARMUP_WINDOW} calls and {WARMUP_SECONDS * 1000:g} ms, then until the medians of the "
     f"last two windows of {WARMUP_WINDOW} calls differ by less than {WARMUP_AGREEMENT:.0%}; it ends, stable or "
-    f"not, after {WARMUP_LIMIT_SECONDS * 1000:g} ms, or the time that the round then measures for where that is longer, "
-    f"but not before {LEAST_WARMUP_CALLS} calls"
+    f"not, after {WARMUP_LIMIT_SECONDS * 1000:g} ms, or the time that the round then measures for where that is longer,"
+    f" but not before {LEAST_WARMUP_CALLS} calls"
 )
 
 

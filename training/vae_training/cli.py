@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -80,7 +81,7 @@ class _Numbers(click.ParamType):
 @_option("beta", "Weight of the KL.", type=float)
 @_option("free_bits", "Nats per latent dimension that the KL leaves alone.", type=float)
 @_option("kl_warmup", "Part of all steps over which the KL's weight rises.", type=float)
-@_option("epochs", "Passes over the train part; default: 20, or more to reach 2,000 steps.", type=int)
+@_option("epochs", "Passes over the train part; default: 20, or more to reach 1,200 steps.", type=int)
 @_option("batch_size", "Examples per step.", type=int)
 @_option("learning_rate", "The highest of the schedule.", type=float)
 @_option("lr_warmup", "Part of all steps over which the learning rate rises.", type=float)
@@ -113,6 +114,8 @@ def command(ctx: click.Context, /, output: Path, as_json: bool, threads: int | N
     if settings["data"] is None:
         raise click.UsageError("Missing option '--data'.")
     metrics = _train(TrainConfig.from_dict(settings), output, threads, options)
+    if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks for all
+        return
     click.echo(
         json.dumps(metrics, indent=2, ensure_ascii=False, allow_nan=False) if as_json else _summary(metrics, output)
     )

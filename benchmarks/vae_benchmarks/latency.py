@@ -41,12 +41,13 @@ class Clock:
 
     @classmethod
     def measure(cls, now_ns: Callable[[], int] = time.perf_counter_ns, readings: int = 20_000) -> Clock:
-        """Read the clock many times in a row."""
+        """Read the clock many times in a row; the cost is that of the cheapest twentieth, which nothing interrupted."""
         times = np.array([now_ns() for _ in range(readings)], np.int64)
         steps = np.diff(times)
         seen = steps[steps > 0]
         resolution = float(seen.min()) if len(seen) else math.inf
-        return cls(resolution, float(times[-1] - times[0]) / (readings - 1), now_ns)
+        stretch = readings // 20
+        return cls(resolution, float(np.diff(times[::stretch]).min()) / stretch, now_ns)
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,8 @@ def test_the_clock_is_measured() -> None:
     coarse = (n // 10 * 1000 for n in itertools.count())
     clock = Clock.measure(lambda: next(coarse), readings=1001)
     assert (clock.resolution_ns, clock.cost_ns) == (1000, 100)
+    interrupted = itertools.accumulate(4_000_000 if n == 500 else 40 for n in itertools.count())
+    assert Clock.measure(lambda: next(interrupted), readings=1001).cost_ns == 40
     real = Clock.measure()
     assert 0 < real.resolution_ns < 1e8
     assert 0 < real.cost_ns < 1e6

@@ -81,7 +81,7 @@ class _Numbers(click.ParamType):
 @_option("beta", "Weight of the KL.", type=float)
 @_option("free_bits", "Nats per latent dimension that the KL leaves alone.", type=float)
 @_option("kl_warmup", "Part of all steps over which the KL's weight rises.", type=float)
-@_option("epochs", "Passes over the train part; default: 20, or more to reach 1,200 steps.", type=int)
+@_option("epochs", "Passes over the train part; default: 20, or more to reach 800 steps.", type=int)
 @_option("batch_size", "Examples per step.", type=int)
 @_option("learning_rate", "The highest of the schedule.", type=float)
 @_option("lr_warmup", "Part of all steps over which the learning rate rises.", type=float)

@@ -20,7 +20,7 @@ FAMILIES = ("mlp", "conv")
 LIKELIHOODS = ("bernoulli", "gaussian")
 MAX_WIDTH = 65536
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
-MIN_EPOCHS, MIN_STEPS = 20, 1200  # of the default number of epochs
+MIN_EPOCHS, MIN_STEPS = 20, 800  # of the default number of epochs
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def benchmark(
         starts.append(_start_up(path, measured))
         for threads in measured.threads[:: -1 if number % 2 else 1]:
             workers.append((threads, _measure_round(path, measured, threads, number)))
-    if _manifest_sha256(Path(bundle)) != facts.manifest_sha256:
+    if _manifest_file_sha256(Path(bundle)) != facts.manifest_file_sha256:
         raise BundleError(f"{bundle} was replaced while it was being measured")
     _, last = workers[-1]
     return Report(
@@ -96,13 +96,13 @@ def _bundle_facts(path: Path) -> BundleFacts:
         folder=path.resolve().name,
         name=manifest.name,
         kind=manifest.kind,
-        manifest_sha256=_manifest_sha256(path),
+        manifest_file_sha256=_manifest_file_sha256(path),
         golden=len(golden["x"]),
         golden_source=manifest.golden.source,
     )
 
 
-def _manifest_sha256(path: Path) -> str:
+def _manifest_file_sha256(path: Path) -> str:
     try:
         return hashlib.sha256((path / MANIFEST_FILE).read_bytes()).hexdigest()
     except OSError as error:

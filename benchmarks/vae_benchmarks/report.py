@@ -173,7 +173,7 @@ class BundleFacts:
     folder: str
     name: str
     kind: str
-    manifest_sha256: str
+    manifest_file_sha256: str
     golden: int
     golden_source: str
 

@@ -44,7 +44,7 @@ def format_comparison(comparison: Comparison, name_a: str, name_b: str) -> str:
 def _facts(report: Report) -> str:
     machine, versions, bundle = report.machine, report.versions, report.bundle
     facts = {
-        "bundle": f"{bundle.folder} ({bundle.name}, {bundle.kind}), manifest {bundle.manifest_sha256[:12]}",
+        "bundle": f"{bundle.folder} ({bundle.name}, {bundle.kind}), manifest {bundle.manifest_file_sha256[:12]}",
         "runs on": _plan(report.plan),
         "machine": _machine(machine),
         "system": f"{machine.system}, load average {_or_dash(machine.load_average_1min, '{:.2f}')} at the start",

@@ -76,7 +76,9 @@ def refuse_existing(path: str | os.PathLike[str], may_replace: Callable[[Path], 
     """Raise `OutputError` if something stands at `path`, unless `may_replace(path)` allows it."""
     path = Path(path)
     if os.path.lexists(path) and not (may_replace is not None and may_replace(path)):
-        rule = "it is replaced only when that is asked for (--force) and only if it is a file or bundle"
+        rule = (
+            "it is replaced only when that is asked for (--force), and never if it is something else than was written"
+        )
         raise OutputError(f"{path} exists; {rule}")
 
 

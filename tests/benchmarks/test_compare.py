@@ -145,7 +145,7 @@ def test_differences_of_machine_versions_bundle_and_settings_are_warned_of(make_
         a,
         machine=dataclasses.replace(a.machine, cpu="another CPU", load_average_1min=7.0),
         versions=dataclasses.replace(a.versions, onnxruntime="1.20.0"),
-        bundle=dataclasses.replace(a.bundle, manifest_sha256="cd" * 32, folder="renamed.vae"),
+        bundle=dataclasses.replace(a.bundle, manifest_file_sha256="cd" * 32, folder="renamed.vae"),
         settings=dataclasses.replace(a.settings, seconds=9.0),
         startup=dataclasses.replace(a.startup, peak_batch=64),
     )
@@ -153,7 +153,7 @@ def test_differences_of_machine_versions_bundle_and_settings_are_warned_of(make_
     assert warnings == (
         "the machines differ: cpu a CPU -> another CPU",
         "the versions differ: onnxruntime 1.31.1 -> 1.20.0",
-        "the bundles differ: manifest_sha256 abababababab… -> cdcdcdcdcdcd…",
+        "the bundles differ: manifest_file_sha256 abababababab… -> cdcdcdcdcdcd…",
         "the settings differ: seconds 1.0 -> 9.0",
         "the conditions of the start-up differ: peak_batch 8 -> 64",
         "the machine was busy when B was measured: load average 7.0 on 8 cores",

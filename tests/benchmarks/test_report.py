@@ -26,7 +26,7 @@ KEY = ("encode", 4, 1, "cpu", "fp32")
 
 DOCUMENT_KEYS = {
     "": "bundle clock created format format_version latency machine method plan settings skipped startup versions",
-    "bundle": "folder golden golden_source kind manifest_sha256 name",
+    "bundle": "folder golden golden_source kind manifest_file_sha256 name",
     "clock": "cost_ns resolution_ns",
     "machine": "architecture cores_logical cores_physical cores_usable cpu cpu_quota governors load_average_1min "
     "memory_bytes memory_limit_bytes system",

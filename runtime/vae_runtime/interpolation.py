@@ -28,8 +28,11 @@ def interpolate_latents(start: Float32, end: Float32, steps: int, method: str = 
     if method not in METHODS:
         raise InputError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
     a, b = start.astype(np.float64).ravel(), end.astype(np.float64).ravel()
-    t = np.linspace(0.0, 1.0, steps)[:, None]
-    path = (_slerp if method == "spherical" else _lerp)(a, b, t).astype(np.float32)
+    try:
+        t = np.linspace(0.0, 1.0, steps)[:, None]
+        path = (_slerp if method == "spherical" else _lerp)(a, b, t).astype(np.float32)
+    except (MemoryError, ValueError, OverflowError):
+        raise InputError(f"steps is {steps}; that many points do not fit into memory") from None
     path[0], path[-1] = start.ravel(), end.ravel()
     return path.reshape(steps, *start.shape)
 

@@ -7,8 +7,8 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +84,8 @@ def test_concurrent_writers_leave_one_whole_file(tmp_path: Path) -> None:
             with atomic_file(tmp_path / "out") as stream:
                 stream.write(b"%d" % number * 10_000)
 
-    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))  # raises what a writer raised
     data = (tmp_path / "out").read_bytes()
     assert len(data) == 10_000
     assert len(set(data)) == 1

@@ -82,6 +82,12 @@ def test_wrong_steps_are_refused(steps: Any) -> None:
         interpolate_latents(*pair(), steps)
 
 
+@pytest.mark.parametrize("steps", [2**56, 2**62, 2**70])
+def test_more_steps_than_memory_are_refused(steps: int) -> None:
+    with pytest.raises(InputError, match=f"steps is {steps}; that many points do not fit into memory"):
+        interpolate_latents(*pair(), steps)
+
+
 @pytest.mark.parametrize("method", ["cubic", None, ["linear"]])
 def test_unknown_methods_are_refused(method: Any) -> None:
     with pytest.raises(InputError, match=r"method is .*; expected one of linear, spherical"):

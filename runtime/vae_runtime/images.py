@@ -46,14 +46,17 @@ def read_picture(path: str | os.PathLike[str], spec: InputSpec) -> UInt8:
     pillow = _pillow(f"reading {path}")
     try:
         with pillow.Image.open(path) as file:
+            deep = any(";16" in str(tile[-1]) for tile in file.tile)  # Pillow would cut 16-bit colour to 8 unasked
             file.load()
             picture = pillow.ImageOps.exif_transpose(file)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except (OSError, SyntaxError, ValueError, pillow.Image.DecompressionBombError) as error:
         raise InputError(f"{path} cannot be read as a picture: {error}") from None
-    picture = _resize(_to_colour(picture, spec.colour, path), spec, path)
-    return np.asarray(picture, dtype=np.uint8)
+    picture = _to_colour(picture, spec.colour, path)
+    if deep:
+        raise InputError(f"{path} has 16 bits per channel; convert it to 8 bits per channel first")
+    return np.asarray(_resize(picture, spec, path), dtype=np.uint8)
 
 
 def read_pictures(paths: Iterable[str | os.PathLike[str]], spec: InputSpec) -> UInt8:

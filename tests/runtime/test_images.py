@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import random
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,20 @@ def test_more_than_8_bits_are_refused(tmp_path: Path) -> None:
     real = save(tmp_path / "real.tiff", PIXELS[..., 0].astype(np.float32))
     with pytest.raises(InputError, match=r"real.tiff has pixels of mode 'F', more than 8 bits"):
         read_picture(real, GREY)
+
+
+def test_colour_of_16_bits_is_refused_and_not_cut_to_8(tmp_path: Path) -> None:
+    """Pillow reads such a file and never writes one."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in PIXELS)
+    header = (6).to_bytes(4, "big") + (4).to_bytes(4, "big") + bytes([16, 2, 0, 0, 0])
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    with pytest.raises(InputError, match=r"deep.png has 16 bits per channel; convert it to 8 bits per channel first"):
+        read_picture(tmp_path / "deep.png", RGB)
 
 
 def test_files_that_are_no_pictures_are_refused_in_words(tmp_path: Path) -> None:

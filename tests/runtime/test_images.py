@@ -151,7 +151,7 @@ def test_arrays_of_other_channel_counts_have_no_pictures(tmp_path: Path) -> None
         read_picture(tmp_path / "any.png", InputSpec("image", (5, 2, 2)))
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's own, about what it skips
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")  # Pillow's own
 @pytest.mark.parametrize("suffix", ["png", "jpeg", "webp", "bmp", "tiff"])
 def test_damaged_pictures_are_an_array_or_an_input_error(tmp_path: Path, suffix: str) -> None:
     exif = Image.Exif()

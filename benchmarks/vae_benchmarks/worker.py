@@ -79,10 +79,9 @@ def measure_latency(
     """One round: every row, [operation, batch], one after the other in this process."""
     import dataclasses
 
-    import onnxruntime
-
     from vae_benchmarks.latency import Clock, measure
     from vae_runtime import VAE
+    from vae_runtime.devices import import_engine
 
     clock = Clock.measure()
     with VAE.load(bundle, device=device, precision=precision, threads=threads) as vae:
@@ -95,7 +94,7 @@ def measure_latency(
             "device": vae.device,
             "precision": vae.precision,
             "plan": vae.plan,
-            "onnxruntime": onnxruntime.__version__,
+            "onnxruntime": import_engine().__version__,
             "clock": {"resolution_ns": clock.resolution_ns, "cost_ns": clock.cost_ns},
             "rows": [dataclasses.asdict(result) for result in results],
         }

@@ -25,6 +25,7 @@ from .vae import VAE
 from .version import __version__
 
 BATCH = 64
+STRIP = 32  # steps of an interpolation in one row of a picture
 
 bundle_argument = click.argument("bundle", type=click.Path())
 output_option = click.option("--output", required=True, type=click.Path(), help="Where the result goes.")
@@ -128,9 +129,10 @@ def decode(bundle: str, latents: str, output: str, force: bool, **engine: Any) -
 def sample(bundle: str, count: int, seed: int, temperature: float, output: str, force: bool, **engine: Any) -> None:
     """Draw new examples from the prior."""
     with VAE.load(bundle, **engine) as vae:
-        images = vae.sample(count, seed=seed, temperature=temperature)
+        batches = vae.sample_batches(count, seed=seed, temperature=temperature, batch_size=BATCH)
         with sinks.open_sink(output, vae.manifest.input, count, force) as sink:
-            sink.add(images, [f"#{index}" for index in range(count)])
+            for batch in batches:
+                sink.add(batch, ["#"] * len(batch))
     _report(count, output, sink.written)
 
 
@@ -166,8 +168,8 @@ def interpolate(bundle: str, a: str, b: str, steps: int, method: str, output: st
     with VAE.load(bundle, **engine) as vae:
         spec = vae.manifest.input
         path = vae.interpolate(sources.read_one(a, spec), sources.read_one(b, spec), steps, method)
-        with sinks.open_sink(output, spec, steps, force, columns=steps) as sink:
-            sink.add(path, [f"#{index}" for index in range(steps)])
+        with sinks.open_sink(output, spec, steps, force, columns=min(steps, STRIP)) as sink:
+            sink.add(path, ["#"] * steps)
     _report(steps, output, sink.written)
 
 

@@ -186,14 +186,18 @@ class Golden:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Golden:
-        tolerance = _mapping(data, "golden.tolerance")
+        given = _mapping(data, "golden.tolerance")
+        tolerance = {key: _number(given, f"golden.tolerance.{key}", key) for key in given}
+        for key, value in tolerance.items():
+            if not value > 0:
+                raise BundleError(f"golden.tolerance.{key} is {value}; a tolerance is above 0")
         source = data.get("source")
         if not isinstance(source, str):
             raise BundleError(f"golden.source is {source!r}; expected a string")
         return cls(
             _file_name(data, "golden.file"),
             source,
-            {key: _number(tolerance, f"golden.tolerance.{key}", key) for key in tolerance},
+            tolerance,
         )
 
     def to_dict(self) -> dict[str, Any]:

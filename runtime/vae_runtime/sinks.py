@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -74,6 +75,7 @@ class ArrayWriter:
 
     def __enter__(self) -> ArrayWriter:
         # On the output's own file system, which is the one that has room for it.
+        self._require_space()
         with _writing(self._path):
             self._folder = Path(tempfile.mkdtemp(prefix=f".{self._path.name}.", dir=_existing_parent(self._path)))
             # Unbuffered: what does not fit on the disk fails at once, and nothing is left for closing to fail on.
@@ -96,6 +98,13 @@ class ArrayWriter:
                     self._assemble()
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _require_space(self) -> None:
+        """Refuse at once what would fill the disk. The parts and the whole exist side by side at the end."""
+        needed = 2 * 4 * sum(math.prod(shape) for shape in self._arrays.values())
+        free = shutil.disk_usage(_existing_parent(self._path)).free
+        if needed > free:
+            raise OutputError(f"{self._path} cannot be written: it takes {needed:,} bytes, of {free:,} free")
 
     def _assemble(self) -> None:
         maps = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -159,19 +159,33 @@ class VAE:
         Raises:
             KindError: the bundle is a plain autoencoder, which has no prior. InputError: an argument out of range.
         """
-        _, decoder = self._open_sessions()
+        batches = self.sample_batches(n, seed, temperature, batch_size=batch_size)
+        try:
+            images: Float32 = np.empty((n, *self.manifest.input.shape), np.float32)
+        except (MemoryError, ValueError, OverflowError):
+            raise InputError(f"n is {n}; that many examples do not fit into memory, take sample_batches") from None
+        start = 0
+        for batch in batches:
+            images[start : start + len(batch)] = batch
+            start += len(batch)
+        return images
+
+    def sample_batches(
+        self, n: int, seed: int | None = None, temperature: float = 1.0, *, batch_size: int | None = None
+    ) -> Iterator[Float32]:
+        """The same examples as `sample`, batch by batch, for more than fit into memory.
+
+        Raises:
+            As `sample`, at once; ClosedError later, if the bundle is closed between two batches.
+        """
+        self._open_sessions()
         if self.manifest.latent.prior is None:
             raise KindError(f"{self.manifest.name} is a plain autoencoder, which has no prior to sample from")
         count, scale, stream = check_count(n, "n"), check_temperature(temperature), NormalStream(seed)
         size = self._batch_size(batch_size)
-        try:
-            images: Float32 = np.empty((count, *self.manifest.input.shape), np.float32)
-        except (MemoryError, ValueError, OverflowError):
-            raise InputError(f"n is {count}; that many examples do not fit into memory") from None
-        for start in range(0, count, size):
-            latents = scale * stream.draw(min(size, count - start), self.manifest.latent.shape)
-            (images[start : start + size],) = decoder.run(latents)
-        return images
+        shape = self.manifest.latent.shape
+        latents = (scale * stream.draw(min(size, count - start), shape) for start in range(0, count, size))
+        return (self._open_sessions()[1].run(batch)[0] for batch in latents)
 
     def reconstruct(self, inputs: Any, *, batch_size: int | None = None) -> Float32:
         """Encode, take the mean, decode: float32 (N, C, H, W) in [0, 1] or (N, D). Deterministic."""

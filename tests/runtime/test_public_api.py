@@ -30,7 +30,8 @@ def test_nothing_else_public_but_modules_is_in_the_package() -> None:
 
 def test_members_of_a_vae_are_frozen() -> None:
     assert {name for name in vars(VAE) if not name.startswith("_")} == {
-        "load", "manifest", "device", "precision", "plan", "encode", "decode", "sample", "reconstruct", "interpolate",
+        "load", "manifest", "device", "precision", "plan", "encode", "decode", "sample", "sample_batches",
+        "reconstruct", "interpolate",
         "selftest", "golden", "close",
     }  # fmt: skip
 

@@ -508,3 +508,14 @@ def test_forked_child_is_told_so_can_load_again_and_exits_normally(python: Any, 
 
 def test_posterior_is_the_public_class(tiny: VAE, images: np.ndarray) -> None:
     assert isinstance(tiny.encode(images), Posterior)
+
+
+def test_sample_batches_are_the_same_examples_in_pieces(tiny: VAE) -> None:
+    pieces = list(tiny.sample_batches(7, seed=3, temperature=0.7, batch_size=3))
+    assert [len(piece) for piece in pieces] == [3, 3, 1]
+    np.testing.assert_array_equal(np.concatenate(pieces), tiny.sample(7, seed=3, temperature=0.7, batch_size=3))
+
+
+def test_sample_batches_checks_its_arguments_before_the_first_batch(tiny: VAE) -> None:
+    with pytest.raises(InputError, match="n is 0; expected a whole number from 1"):
+        tiny.sample_batches(0)

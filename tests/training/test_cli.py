@@ -198,3 +198,17 @@ def test_ctrl_c_returns_promptly_and_the_run_continues(tmp_path: Path) -> None:
     assert "Traceback" not in err
     assert (run / "state/progress.pt").exists()
     assert not (run / "model.pt").exists()
+
+
+def test_two_processes_train_one_model_and_speak_once(tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = tmp_path / "train.py"
+    script.write_text("from vae_training.cli import main; main()")
+    arguments = [*FAST, "--output", str(tmp_path / "run"), "--epochs", "2", "--checkpoint-seconds", "0", "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    shown = subprocess.run(
+        [*launcher, str(script), *arguments], capture_output=True, text=True, env=environment, check=False, timeout=120
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert json.loads(shown.stdout)["training"]["processes"] == 2
+    assert load_checkpoint(tmp_path / "run/model.pt").dataset["train"] == 200

@@ -16,7 +16,8 @@ from vae_training.config import TrainConfig
 from vae_training.evaluate import measure
 from vae_training.loop import train
 from vae_training.losses import Objective
-from vae_training.optimise import learning_rate, moving_average
+from vae_training.models import build_model, default_config
+from vae_training.optimise import learning_rate, make_optimizer, moving_average, set_learning_rate
 
 SMALL: dict[str, Any] = {
     "data": "digits",
@@ -126,7 +127,8 @@ def test_the_test_part_is_never_trained_or_stopped_on(tmp_path: Path) -> None:
         changed = images.copy()
         changed[100:] += np.uint8(shift)
         np.save(tmp_path / "images.npy", changed)
-        config = small(data=str(tmp_path / "images.npy"), split="80,20,20", order="file", patience=1, epochs=4)
+        changes = {"family": "conv", "widths": (8,), "depth": 1, "patience": 1, "epochs": 4}  # with BatchNorm
+        config = small(data=str(tmp_path / "images.npy"), split="80,20,20", order="file", **changes)
         train(config, tmp_path / name, device="cpu")
         states.append(load_checkpoint(tmp_path / name / "model.pt").state_dict)
     for key, value in states[0].items():
@@ -136,7 +138,14 @@ def test_the_test_part_is_never_trained_or_stopped_on(tmp_path: Path) -> None:
 def test_early_stop_keeps_the_best_weights(tmp_path: Path) -> None:
     """Pure noise: the validation figure gets worse once the few examples are learned by heart."""
     np.save(tmp_path / "noise.npy", np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8))
-    config = small(data=str(tmp_path / "noise.npy"), split="30,15,15", epochs=300, patience=20, learning_rate=1e-2)
+    config = small(
+        data=str(tmp_path / "noise.npy"),
+        split="30,15,15",
+        epochs=300,
+        kind="autoencoder",
+        patience=20,
+        learning_rate=1e-2,
+    )
     metrics = train(config, tmp_path / "run", device="cpu")
     training = metrics["training"]
     assert training["stopped_early"]
@@ -144,6 +153,7 @@ def test_early_stop_keeps_the_best_weights(tmp_path: Path) -> None:
     best = min(training["history"], key=lambda entry: entry["validation_nats"])
     assert training["best_epoch"] == best["epoch"] < training["epochs"]
     assert best["validation_nats"] < training["history"][-1]["validation_nats"]
+    assert metrics["validation"]["reconstruction_nats"] == pytest.approx(best["validation_nats"], rel=1e-9)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_in_words(tmp_path: Path) -> None:
@@ -253,3 +263,15 @@ def test_a_write_that_fails_keeps_the_old_model(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "run/model.pt").read_bytes() == old
     monkeypatch.undo()
     assert train(small(epochs=2), tmp_path / "run", device="cpu", resume=True)["training"]["epochs"] == 2
+
+
+def test_the_learned_scale_moves_faster_and_only_weights_decay() -> None:
+    model = build_model(default_config("conv", "vae", (3, 8, 8), 2))
+    optimizer = make_optimizer(Objective(model, "gaussian"), 1.0, 0.5, fused=False)
+    set_learning_rate(optimizer, 0.25)
+    found = {
+        (group["lr"], group["weight_decay"], parameter.ndim)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert found == {(2.5, 0.0, 0), (0.25, 0.0, 1), (0.25, 0.5, 2), (0.25, 0.5, 4)}

@@ -40,7 +40,7 @@ from .split import Parts, split_indices
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-EVALUATIONS = 25  # about as many as this over a run, plus the last epoch's
+EVALUATIONS = 12  # about as many as this over a run; each costs an eighth of an epoch on a small data set
 RECALIBRATION_EXAMPLES = 2048
 PROGRESS_FILE = "progress.pt"
 

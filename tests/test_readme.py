@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 README = Path(__file__).parent.parent / "README.md"
-BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?```(?P<language>bash|python)\n(?P<code>.*?)```", re.DOTALL)
+MARKER = r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?"
+BLOCK = re.compile(MARKER + r"```(?P<language>bash|python)\n(?P<code>.*?)```", re.DOTALL)
 FEWEST_BLOCKS_RUN = 4
 
 

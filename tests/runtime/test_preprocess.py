@@ -263,7 +263,7 @@ def test_to_uint8_leaves_its_argument_alone_and_returns_memory_of_its_own() -> N
 
 
 def test_binarize_none_threshold_and_dynamic() -> None:
-    images = np.array([0.0, 0.25, np.nextafter(np.float32(0.5), 0), 0.5, 1.0], np.float32).repeat(20_000)
+    images = np.array([0.0, 0.25, np.nextafter(np.float32(0.5), np.float32(0)), 0.5, 1.0], np.float32).repeat(20_000)
     assert binarize(images, "none") is images
     threshold = binarize(images, "threshold")
     assert threshold.dtype == np.float32

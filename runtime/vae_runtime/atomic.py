@@ -76,9 +76,9 @@ def refuse_existing(path: str | os.PathLike[str], may_replace: Callable[[Path], 
     """Raise `OutputError` if something stands at `path`, unless `may_replace(path)` allows it."""
     path = Path(path)
     if os.path.lexists(path) and not (may_replace is not None and may_replace(path)):
-        rule = (
-            "it is replaced only when that is asked for (--force), and never if it is something else than was written"
-        )
+        if path.is_dir():
+            raise OutputError(f"{path} exists and is a folder, which is not replaced; choose a name that is not taken")
+        rule = "it is replaced only when that is asked for (--force), and only by the program that wrote it"
         raise OutputError(f"{path} exists; {rule}")
 
 

@@ -33,9 +33,15 @@ class Bundle:
         Raises:
             BundleError: there is no bundle, or it is incomplete, altered, or of an unknown version.
         """
+        if not os.fspath(path):
+            raise BundleError("the bundle's path is empty; expected the name of a folder")
         path = Path(path)
         _require_folder(path)
-        manifest = Manifest.from_json(_read_regular(path / MANIFEST_FILE, MAX_MANIFEST_BYTES))
+        text = _read_regular(path / MANIFEST_FILE, MAX_MANIFEST_BYTES)
+        try:
+            manifest = Manifest.from_json(text)
+        except BundleError as error:
+            raise BundleError(f"{path}: {error}") from None
         bundle = cls(path, manifest)
         bundle._check_layout()
         return bundle

@@ -21,7 +21,7 @@ from .errors import InputError, MissingExtraError
 from .interpolation import METHODS
 from .manifest import INPUT, LOGVAR, MEAN, Manifest
 from .preprocess import to_model_input
-from .vae import VAE
+from .vae import VAE, check_latent_layout, to_decoder_input
 from .version import __version__
 
 BATCH = 64
@@ -95,8 +95,8 @@ def encode(bundle: str, inputs: tuple[str, ...], golden: bool, output: str, forc
         shape = (len(source), *vae.manifest.latent.shape)
         arrays = {MEAN: shape, LOGVAR: shape} if vae.manifest.kind == "vae" else {MEAN: shape}
         with sinks.ArrayWriter(path, arrays, {"names": np.array(source.names)}) as writer:
-            for batch, _ in _progress(source, "encoding"):
-                posterior = vae.encode(batch)
+            for batch, names in _progress(source, "encoding"):
+                posterior = vae.encode(to_model_input(batch, vae.manifest.input, _range(names)))
                 logvar = {} if posterior.logvar is None else {LOGVAR: posterior.logvar}
                 writer.append(**{MEAN: posterior.mean}, **logvar)
     _report(len(source), output)
@@ -112,9 +112,11 @@ def decode(bundle: str, latents: str, output: str, force: bool, **engine: Any) -
     """Decode latents from an .npy or .npz file (there `z`, else `mean`)."""
     with VAE.load(bundle, **engine) as vae:
         source = sources.open_latents(latents)
+        shape = vae.manifest.latent.shape
+        check_latent_layout(source.outline(), shape, latents)
         with sinks.open_sink(output, vae.manifest.input, len(source), force) as sink:
             for batch, names in _progress(source, "decoding"):
-                sink.add(vae.decode(batch), names)
+                sink.add(vae.decode(to_decoder_input(batch, shape, _range(names))), names)
     _report(len(source), output, sink.written)
 
 
@@ -149,7 +151,7 @@ def reconstruct(bundle: str, inputs: tuple[str, ...], golden: bool, output: str,
         spec = vae.manifest.input
         with sinks.open_sink(output, spec, len(source), force) as sink:
             for batch, names in _progress(source, "reconstructing"):
-                originals = to_model_input(batch, spec)
+                originals = to_model_input(batch, spec, _range(names))
                 sink.add(vae.reconstruct(originals), names, originals)
     _report(len(source), output, sink.written)
 
@@ -206,6 +208,10 @@ def _progress(source: _Source, label: str) -> Iterator[tuple[Any, list[str]]]:
             yield batch, source.names[start : start + len(batch)]
             start += len(batch)
             bar.update(len(batch))
+
+
+def _range(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
 
 
 def _report(count: int, output: str, written: int | None = None) -> None:

@@ -31,16 +31,25 @@ def to_model_input(array: Any, spec: InputSpec, name: str = "images") -> Float32
         InputError: any other type, shape, byte order or range, a masked array, NaN; the message says what to do.
     """
     require_plain_array(array, name)
+    check_layout(array, spec, name)
+    if array.dtype == np.uint8:
+        return _from_uint8(array, spec)
+    check_range(array, spec, name)
+    return as_graph_input(array)
+
+
+def check_layout(array: NDArray[Any], spec: InputSpec, name: str) -> None:
+    """Raise `InputError` unless dtype and shape are those of inputs; the values are not looked at."""
+    expected = spec.shape
     if spec.is_image and array.dtype == np.uint8:
-        return _from_uint8(array, spec, name)
-    if array.dtype != np.float32 or not array.dtype.isnative:
+        channels, *size = spec.shape
+        expected = tuple(size) if channels == 1 else (*size, channels)
+    elif array.dtype != np.float32 or not array.dtype.isnative:
         raise InputError(
             f"{name} has dtype {array.dtype}{_byte_order(array)}; expected {describe(spec)}{_dtype_hint(array, spec)}"
         )
-    if array.shape[1:] != spec.shape or array.ndim != len(spec.shape) + 1:
+    if array.shape[1:] != expected:
         raise InputError(f"{name} has shape {array.shape}; expected {describe(spec)}{_shape_hint(array.shape, spec)}")
-    check_range(array, spec, name)
-    return as_graph_input(array)
 
 
 def check_range(array: Float32, spec: InputSpec, name: str) -> None:
@@ -122,12 +131,8 @@ def binarize(images: Float32, mode: str, rng: np.random.Generator | None = None)
     raise InputError(f"binarize has mode {mode!r}; expected one of {', '.join(BINARIZE_MODES)}")
 
 
-def _from_uint8(array: UInt8, spec: InputSpec, name: str) -> Float32:
-    channels, height, width = spec.shape
-    expected = (height, width) if channels == 1 else (height, width, channels)
-    if array.shape[1:] != expected or array.ndim != len(expected) + 1:
-        raise InputError(f"{name} has shape {array.shape}; expected {describe(spec)}{_shape_hint(array.shape, spec)}")
-    planar = array[:, None] if channels == 1 else array.transpose(0, 3, 1, 2)  # (N, C, H, W)
+def _from_uint8(array: UInt8, spec: InputSpec) -> Float32:
+    planar = array[:, None] if spec.shape[0] == 1 else array.transpose(0, 3, 1, 2)  # (N, C, H, W)
     return _UNIT[np.ascontiguousarray(planar)]
 
 

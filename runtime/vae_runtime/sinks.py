@@ -38,6 +38,8 @@ def open_sink(output: str, spec: InputSpec, count: int, force: bool, columns: in
         InputError: a suffix that is not understood, or pictures of something that is no grey or RGB image.
         OutputError: `output` exists and `force` is off, or it is a folder, which is never replaced.
     """
+    if not output:
+        raise InputError("output is empty; expected the name of a file or folder")
     path = Path(output)
     suffix = path.suffix.lower()
     refuse_existing(path, lambda old: force and old.is_file())

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from .errors import InputError
 from .images import PICTURE_SUFFIXES, list_pictures, read_pictures
 from .manifest import InputSpec
+from .preprocess import check_layout
 
 ARRAY_SUFFIXES = (".npy", ".npz")
 
@@ -70,6 +71,10 @@ class ArraySource:
 
     def __len__(self) -> int:
         return int(self.shape[0])
+
+    def outline(self) -> NDArray[Any]:
+        """An array of this dtype and shape that takes no memory, for checks that look at no values."""
+        return np.broadcast_to(np.zeros((), self.dtype), self.shape)
 
     def batches(self, size: int) -> Iterator[NDArray[Any]]:
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
@@ -126,7 +131,9 @@ def open_inputs(paths: Sequence[str], spec: InputSpec) -> PictureSource | ArrayS
             raise InputError(
                 f"{arrays[0]} comes with {len(found) - 1} other inputs; give one array file alone, or pictures"
             )
-        return ArraySource(arrays[0], ("x", "images", "vectors"))
+        source = ArraySource(arrays[0], ("x", "images", "vectors"))
+        check_layout(source.outline(), spec, str(arrays[0]))
+        return source
     if not spec.is_image:
         raise InputError(f"{found[0]} is no array file; this bundle takes vectors, from .npy or .npz")
     return PictureSource([picture for path in found for picture in _pictures(path)], spec)

@@ -145,7 +145,7 @@ class VAE:
             InputError: another dtype or shape, NaN or infinity. ClosedError: after `close()`.
         """
         _, decoder = self._open_sessions()
-        array = _check_latents(latents, self.manifest.latent.shape)
+        array = to_decoder_input(latents, self.manifest.latent.shape)
         (reconstruction,) = _in_chunks(decoder.run, array, self._batch_size(batch_size))
         return reconstruction
 
@@ -293,19 +293,25 @@ def _choose_precision(asked: Any, manifest: Manifest) -> str:
     return str(asked)
 
 
-def _check_latents(latents: Any, shape: tuple[int, ...]) -> Float32:
-    require_plain_array(latents, "latents")
+def to_decoder_input(latents: Any, shape: tuple[int, ...], name: str = "latents") -> Float32:
+    """Check latents and return them as the decoder takes them: float32 (N, *shape), finite."""
+    require_plain_array(latents, name)
+    check_latent_layout(latents, shape, name)
+    low, high = latents.min(), latents.max()
+    if not (low > -np.inf and high < np.inf):
+        raise InputError(f"{name} has {'NaN' if np.isnan(low) else 'infinite values'}; latents are finite")
+    return as_graph_input(latents)
+
+
+def check_latent_layout(latents: Any, shape: tuple[int, ...], name: str) -> None:
+    """Raise `InputError` unless dtype and shape are those of latents; the values are not looked at."""
     rule = f"expected (N, {', '.join(map(str, shape))}) float32"
     if latents.dtype != np.float32 or not latents.dtype.isnative:
         order = "" if latents.dtype.isnative else " in foreign byte order"
-        raise InputError(f"latents has dtype {latents.dtype}{order}; {rule}, convert with .astype(numpy.float32)")
+        raise InputError(f"{name} has dtype {latents.dtype}{order}; {rule}, convert with .astype(numpy.float32)")
     if latents.shape[1:] != shape:
         hint = "; this looks like a single latent without a batch: latents[None]" if latents.shape == shape else ""
-        raise InputError(f"latents has shape {latents.shape}; {rule}{hint}")
-    low, high = latents.min(), latents.max()
-    if not (low > -np.inf and high < np.inf):
-        raise InputError(f"latents has {'NaN' if np.isnan(low) else 'infinite values'}; latents are finite")
-    return as_graph_input(latents)
+        raise InputError(f"{name} has shape {latents.shape}; {rule}{hint}")
 
 
 def _in_chunks(run: Callable[[Float32], list[Float32]], array: Float32, size: int) -> list[Float32]:

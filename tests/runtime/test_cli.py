@@ -348,11 +348,11 @@ BAD_INPUT = [
     ((*ENCODE, "{tmp}/header.npy", "--output", "{tmp}/o.npz"), r"header.npy cannot be read as .npy"),
     ((*ENCODE, "{tmp}/two.npz", "--output", "{tmp}/o.npz"), r"two.npz holds the arrays \['a', 'b'\]; expected one"),
     ((*ENCODE, "{tmp}/crc.npz", "--output", "{tmp}/o.npz"), r"crc.npz is damaged after \d+ examples: .*CRC"),
-    ((*ENCODE, "{tmp}/float.npy", "--output", "{tmp}/o.npz"), r"images has values from 0 to 255; .*divide by 255"),
-    ((*ENCODE, "{tmp}/late-nan.npy", "--output", "{tmp}/o.npz"), r"images has NaN"),
+    ((*ENCODE, "{tmp}/float.npy", "--output", "{tmp}/o.npz"), r"float.npy#0 to .* has values from 0 to 255; .*divide by 255"),
+    ((*ENCODE, "{tmp}/late-nan.npy", "--output", "{tmp}/o.npz"), r"late-nan.npy#128 to late-nan.npy#149 has NaN"),
     ((*ENCODE, "{tmp}/large.png", "--output", "{tmp}/o.npz"), r"large.png is 9x9 pixels; .* exactly 8x8"),
     (("decode", "{bundle}", "{tmp}/text.png", "--output", "{tmp}/o.npy"), "text.png is no array file; latents"),
-    (("decode", "{bundle}", "{npy}", "--output", "{tmp}/o.npy"), "latents has dtype uint8"),
+    (("decode", "{bundle}", "{npy}", "--output", "{tmp}/o.npy"), "npy has dtype uint8; expected"),
     (("decode", "{bundle}", "{tmp}/zero.npy", "--output", "{tmp}/o"), "zero.npy has shape"),
     (("sample", "{bundle}", "--output", "{tmp}/o.gif"), r"o.gif has the suffix '.gif'; expected .png"),
     (("sample", "{bundle}", "-n", "0", "--output", "{tmp}/o.png"), "n is 0; expected a whole number from 1"),
@@ -447,14 +447,24 @@ def test_existing_output_is_kept_unless_forced(command: str, tiny_path: Path, np
 def test_no_folder_is_ever_replaced_not_even_when_forced(name: str, tiny_path: Path, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     (tmp_path / name / "precious").touch()
-    refused("exists; it is replaced only", "sample", tiny_path, "--output", tmp_path / name, "--force")
+    refused(
+        "exists and is a folder, which is not replaced", "sample", tiny_path, "--output", tmp_path / name, "--force"
+    )
     assert [path.name for path in (tmp_path / name).iterdir()] == ["precious"]
 
 
 def test_failure_halfway_keeps_the_old_output_even_when_forced(tiny_path: Path, bad_files: Path) -> None:
     output = bad_files / "out.npz"
     output.write_text("precious")
-    refused("images has NaN", "encode", tiny_path, bad_files / "late-nan.npy", "--output", output, "--force")
+    refused(
+        "late-nan.npy#128 to late-nan.npy#149 has NaN",
+        "encode",
+        tiny_path,
+        bad_files / "late-nan.npy",
+        "--output",
+        output,
+        "--force",
+    )
     assert output.read_text() == "precious"
 
 
@@ -611,3 +621,17 @@ def test_progress_stays_off_where_stderr_is_no_terminal(tiny_path: Path, npy: Pa
     os.close(reader)
     assert b"encoding" in shown
     assert stdout == f"{tmp_path / 'out.npz'}: 150 examples\n"
+
+
+def test_array_errors_name_the_file_and_its_whole_shape(tiny_path: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "wide.npy", np.zeros((300, 7), np.float32))
+    np.save(tmp_path / "latents.npy", np.zeros((300, 5), np.float32))
+    broken = np.zeros((70, 1, 8, 8), np.float32)
+    broken[65] = np.nan
+    np.save(tmp_path / "broken.npy", broken)
+    out = tmp_path / "out.npz"
+    refused(r"wide.npy has shape \(300, 7\); expected", "encode", tiny_path, tmp_path / "wide.npy", "--output", out)
+    refused(r"latents.npy has shape \(300, 5\)", "decode", tiny_path, tmp_path / "latents.npy", "--output", out)
+    message = "broken.npy#64 to broken.npy#69 has NaN"
+    refused(message, "encode", tiny_path, tmp_path / "broken.npy", "--output", out)
+    assert not out.exists()

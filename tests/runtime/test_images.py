@@ -93,9 +93,7 @@ def test_transparency_is_refused_and_an_opaque_alpha_channel_is_not(tmp_path: Pa
 
 def test_more_than_8_bits_are_refused(tmp_path: Path) -> None:
     deep = save(tmp_path / "deep.png", (PIXELS[..., 0].astype(np.uint16) * 257))
-    with pytest.raises(
-        InputError, match=r"deep.png has pixels of mode 'I.*', more than 8 bits; convert it to 8 bits"
-    ):
+    with pytest.raises(InputError, match=r"deep.png has pixels of mode 'I.*', more than 8 bits; convert it to 8 bits"):
         read_picture(deep, GREY)
     real = save(tmp_path / "real.tiff", PIXELS[..., 0].astype(np.float32))
     with pytest.raises(InputError, match=r"real.tiff has pixels of mode 'F', more than 8 bits"):

@@ -212,3 +212,22 @@ def test_two_processes_train_one_model_and_speak_once(tmp_path: Path) -> None:
     assert shown.returncode == 0, shown.stderr
     assert json.loads(shown.stdout)["training"]["processes"] == 2
     assert load_checkpoint(tmp_path / "run/model.pt").dataset["train"] == 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--widths", "0"), "widths is [0]; expected 1 to 16 numbers"),
+        (
+            ("--family", "mlp", "--latent", 65536, "--widths", "65536,65536"),
+            "the model would have 21,483,618,368 parameters",
+        ),
+        (("--data", ""), "data is empty; expected 'digits'"),
+    ],
+)
+def test_a_refused_run_leaves_no_folder(
+    tmp_path: Path, arguments: tuple[object, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert vae_train("--data", "digits", "--output", tmp_path / "run", *arguments) == 1
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

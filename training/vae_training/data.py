@@ -60,6 +60,8 @@ def load_dataset(
         InputError: nothing at `source`, or it is damaged or of the wrong form.
         MissingExtraError: scikit-learn (for "digits") or Pillow (for pictures) is not installed.
     """
+    if not source:
+        raise InputError(f"data is empty; expected {DIGITS!r}, a folder, or an .npy or .npz file")
     strict.one_of(resize or "exact", RESIZE_MODES, "resize")
     strict.one_of(colour or "rgb", tuple(COLOURS), "colour")
     path = Path(source)
@@ -92,6 +94,8 @@ def _read_array(path: Path) -> NDArray[Any]:
         )
     try:
         with path.open("rb") as stream:
+            if not stream.peek(6).startswith((b"\x93NUMPY", b"PK")):  # numpy would take it for a pickle
+                raise InputError(f"{path} cannot be read as an array: it is neither .npy nor .npz inside")
             loaded = np.load(stream, allow_pickle=False)
             return loaded if isinstance(loaded, np.ndarray) else loaded[_array_name(path, loaded.files)]
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:

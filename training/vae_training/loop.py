@@ -33,7 +33,7 @@ from .evaluate import figure_of_merit, measure, recalibrate
 from .feed import BINARIZE, NOISE, WEIGHTS, Feed, standard_normal
 from .folder import RunFolder, open_run
 from .losses import Objective, kl_weight
-from .models import build_model
+from .models import build_model, count_parameters
 from .optimise import learning_rate, make_optimizer, moving_average, set_learning_rate
 from .split import Parts, split_indices
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 EVALUATIONS = 12  # about as many as this over a run; each costs an eighth of an epoch on a small data set
 RECALIBRATION_EXAMPLES = 2048
+MAX_PARAMETERS = 10**9
 PROGRESS_FILE = "progress.pt"
 
 
@@ -66,6 +67,7 @@ def train(
     )
     parts = split_indices(len(data), config.split, config.order, config.seed)
     config = config.resolve(data.spec, len(parts.train))
+    check_size(config, data)
     accelerator = make_accelerator(device, config.mixed_precision)
     folder = _open_folder(Path(output), config, resume, force, accelerator)
     if (finished := folder.finished()) is not None:
@@ -76,6 +78,14 @@ def train(
     with _summary_writer(folder.path, tensorboard and accelerator.is_main_process) as writer:
         run.fit(checkpoint_seconds, writer, progress and accelerator.is_main_process)
     return run.finish()
+
+
+def check_size(config: TrainConfig, data: Dataset) -> None:
+    """Refuse a model that cannot be built, or is absurdly large, before anything is allocated or written."""
+    with torch.device("meta"):
+        parameters = count_parameters(build_model(config.model_config(data.spec)))
+    if parameters > MAX_PARAMETERS:
+        raise InputError(f"the model would have {parameters:,} parameters; at most {MAX_PARAMETERS:,} are trained here")
 
 
 @dataclass

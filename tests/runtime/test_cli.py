@@ -348,7 +348,7 @@ BAD_INPUT = [
     ((*ENCODE, "{tmp}/header.npy", "--output", "{tmp}/o.npz"), r"header.npy cannot be read as .npy"),
     ((*ENCODE, "{tmp}/two.npz", "--output", "{tmp}/o.npz"), r"two.npz holds the arrays \['a', 'b'\]; expected one"),
     ((*ENCODE, "{tmp}/crc.npz", "--output", "{tmp}/o.npz"), r"crc.npz is damaged after \d+ examples: .*CRC"),
-    ((*ENCODE, "{tmp}/float.npy", "--output", "{tmp}/o.npz"), r"float.npy#0 to .* has values from 0 to 255; .*divide by 255"),
+    ((*ENCODE, "{tmp}/float.npy", "--output", "{tmp}/o.npz"), r"float.npy#0 to .* has values from 0 to 255; .*by 255"),
     ((*ENCODE, "{tmp}/late-nan.npy", "--output", "{tmp}/o.npz"), r"late-nan.npy#128 to late-nan.npy#149 has NaN"),
     ((*ENCODE, "{tmp}/large.png", "--output", "{tmp}/o.npz"), r"large.png is 9x9 pixels; .* exactly 8x8"),
     (("decode", "{bundle}", "{tmp}/text.png", "--output", "{tmp}/o.npy"), "text.png is no array file; latents"),

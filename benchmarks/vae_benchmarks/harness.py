@@ -25,6 +25,7 @@ from .report import (
     BundleFacts,
     ClockFacts,
     LatencyReport,
+    PlannedRoute,
     Repeated,
     Report,
     RowKey,
@@ -81,7 +82,7 @@ def benchmark(
         clock=ClockFacts(
             *(float(np.median([one["clock"][name] for _, one in workers])) for name in ("resolution_ns", "cost_ns"))
         ),
-        plan=last["plan"],
+        plan={name: tuple(PlannedRoute(**route) for route in routes) for name, routes in last["plan"].items()},
         method=describe_method(facts),
         skipped=skipped,
         startup=_startup_report(starts, measured),

@@ -195,6 +195,19 @@ class ClockFacts:
 
 
 @dataclass(frozen=True)
+class PlannedRoute:
+    """What ran batches from `from_batch` on, as `VAE.plan` says; threads and spinning None: the engine's own choice."""
+
+    from_batch: int
+    device: str
+    provider: str
+    precision: str
+    file: str
+    threads: int | None
+    spinning: bool | None
+
+
+@dataclass(frozen=True)
 class Report:
     """The whole result of `benchmark`.
 
@@ -208,7 +221,7 @@ class Report:
     versions: Versions
     settings: Settings
     clock: ClockFacts
-    plan: dict[str, dict[str, str]]
+    plan: dict[str, tuple[PlannedRoute, ...]]
     method: dict[str, str]
     skipped: dict[str, str]
     startup: StartupReport

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from .compare import SAME, UNDECIDED, Comparison, ComparisonRow
 from .machine import MachineFacts
-from .report import Report, StartupReport
+from .report import PlannedRoute, Report, StartupReport
 
 _DASH = "–"
 _WIDTH = 112
@@ -56,9 +56,12 @@ def _facts(report: Report) -> str:
     return "\n".join(f"{name:9} {text}" for name, text in facts.items())
 
 
-def _plan(plan: dict[str, dict[str, str]]) -> str:
-    """Once where both halves run alike, else each half by name."""
-    halves = {name: f"{half['device']}, {half['provider']}, {half['precision']}" for name, half in plan.items()}
+def _plan(plan: dict[str, tuple[PlannedRoute, ...]]) -> str:
+    """Once where both halves run alike, else each by name; a half that changes with the batch, all it changes to."""
+    halves = {
+        name: " / ".join(dict.fromkeys(f"{route.device}, {route.provider}, {route.precision}" for route in routes))
+        for name, routes in plan.items()
+    }
     if len(set(halves.values())) == 1:
         return next(iter(halves.values()))
     return "; ".join(f"{name}: {text}" for name, text in halves.items())

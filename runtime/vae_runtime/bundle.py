@@ -19,12 +19,15 @@ from .manifest import INPUT, LOGVAR, MANIFEST_FILE, MAX_MANIFEST_BYTES, MEAN, RE
 class Bundle:
     """A complete bundle: `path`, its folder; `manifest`; `read`, which checks what it hands out.
 
+    digest: SHA-256 of `manifest.json`, which holds every file's, and so identifies the contents.
+
     Links are refused: what they point to lies outside the folder and can change without it.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, digest: str) -> None:
         self.path = path
         self.manifest = manifest
+        self.digest = digest
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
@@ -42,7 +45,7 @@ class Bundle:
             manifest = Manifest.from_json(text)
         except BundleError as error:
             raise BundleError(f"{path}: {error}") from None
-        bundle = cls(path, manifest)
+        bundle = cls(path, manifest, hashlib.sha256(text).hexdigest())
         bundle._check_layout()
         return bundle
 

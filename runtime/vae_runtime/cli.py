@@ -21,6 +21,10 @@ from .errors import InputError, MissingExtraError
 from .interpolation import METHODS
 from .manifest import INPUT, LOGVAR, MEAN, Manifest
 from .preprocess import to_model_input
+from .tune import DEFAULT_SECONDS
+from .tune import describe as describe_candidate
+from .tune import tune as run_tune
+from .tuning import OPERATIONS, Measured, choose
 from .vae import VAE, check_latent_layout, to_decoder_input
 from .version import __version__
 
@@ -76,6 +80,26 @@ def selftest(ctx: click.Context, /, bundle: str, as_json: bool, **engine: Any) -
             click.echo(f"{name:15} error {error:.1e}   tolerance {result.tolerance:.0e}")
         click.echo(f"{'passed' if result.passed else 'FAILED'} on {result.device} in {result.precision}")
     ctx.exit(0 if result.passed else NEGATIVE_VERDICT)
+
+
+@main.command()
+@bundle_argument
+@click.option(
+    "--device", "devices", multiple=True, help="Measure this device only; may be repeated.  [default: all usable]"
+)
+@click.option("--seconds", default=DEFAULT_SECONDS, show_default=True, help="For everything, about.")
+@json_option
+def tune(bundle: str, devices: tuple[str, ...], seconds: float, as_json: bool) -> None:
+    """Measure what runs a bundle fastest on this machine, for --device auto and --precision auto.
+
+    The result is kept in the user's cache folder, for this bundle, machine and these engine versions.
+    """
+    file, measured = run_tune(bundle, devices or None, seconds, lambda line: click.echo(line, err=True))
+    if as_json:
+        print_json({"file": str(file), "measured": [entry.to_dict() for entry in measured]})
+    else:
+        click.echo(_describe_tuning(measured))
+        click.echo(f"kept in {file}")
 
 
 @main.command()
@@ -245,6 +269,21 @@ def _describe(manifest: Manifest, engine: dict[str, Any]) -> str:
     lines.append(f"onnxruntime {engine['onnxruntime'] or 'not installed'}")
     for device, reason in engine["devices"].items():
         lines.append(f"  {device:11} {'usable' if reason is None else reason}")
+    return "\n".join(lines)
+
+
+def _describe_tuning(measured: list[Measured]) -> str:
+    """Milliseconds per call of every candidate, and what is taken."""
+    cells = [(name, batch) for name in OPERATIONS for batch in sorted({b for m in measured for b in m.seconds[name]})]
+    labels = [describe_candidate(entry.candidate) for entry in measured]
+    width = max(map(len, labels))
+    lines = ["  ".join([f"{'ms per call':{width}}", *(f"{name} {batch:>2}" for name, batch in cells)])]
+    for label, entry in zip(labels, measured, strict=True):
+        times = [entry.seconds[name].get(batch) for name, batch in cells]
+        lines.append("  ".join([f"{label:{width}}", *("        -" if t is None else f"{t * 1e3:9.3f}" for t in times)]))
+    for name in OPERATIONS:
+        for from_batch, candidate in choose(measured, name, "auto", "auto", None):
+            lines.append(f"auto takes for {name} from batch {from_batch:>2}: {describe_candidate(candidate)}")
     return "\n".join(lines)
 
 

@@ -35,9 +35,9 @@ def engine_options(function: _Function) -> _Function:
     """--device, --precision and --threads, alike wherever a bundle is run."""
     for option in (
         click.option("--threads", type=int, help="Threads of one call on the CPU.  [default: onnxruntime's choice]"),
-        click.option("--precision", default="fp32", show_default=True, help="fp32, fp16, int8, tf32 or auto."),
+        click.option("--precision", default="fp32", show_default=True, help="fp32, fp16, int8, bf16, tf32 or auto."),
         click.option(
-            "--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N, auto or a provider's name."
+            "--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N, openvino, auto or a provider's name."
         ),
     ):
         function = option(function)

@@ -133,23 +133,46 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class Precision:
-    """The two graphs of one precision and how far their outputs were from the reference when the bundle was made."""
+    """The two graphs of one precision and what was measured of them when the bundle was made.
+
+    encoder, decoder: file names; fp32's where a half gained nothing from this precision.
+    fidelity: how far the outputs were from the reference.
+    quality: what the precision costs on real examples against fp32, see the README; empty for fp32 itself.
+    """
 
     encoder: str
     decoder: str
     fidelity: Mapping[str, Any] = field(default_factory=dict)
+    quality: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def within_budget(self) -> bool:
+        """False only where the loss was measured and is above the bundle's budget."""
+        return bool(self.quality.get("within_budget", True))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], name: str) -> Precision:
         fidelity = _mapping(data, f"precisions.{name}.fidelity") if "fidelity" in data else {}
+        quality = _mapping(data, f"precisions.{name}.quality") if "quality" in data else {}
+        within = quality.get("within_budget", True)
+        if not isinstance(within, bool):
+            raise BundleError(f"precisions.{name}.quality.within_budget is {within!r}; expected true or false")
+        if name == "fp32" and not within:
+            raise BundleError(
+                "precisions.fp32.quality.within_budget is false; fp32 is what the others are held against"
+            )
         return cls(
             _file_name(data, f"precisions.{name}.encoder"),
             _file_name(data, f"precisions.{name}.decoder"),
             dict(fidelity),
+            dict(quality),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return {"encoder": self.encoder, "decoder": self.decoder, "fidelity": dict(self.fidelity)}
+        data: dict[str, Any] = {"encoder": self.encoder, "decoder": self.decoder, "fidelity": dict(self.fidelity)}
+        if self.quality:
+            data["quality"] = dict(self.quality)
+        return data
 
 
 @dataclass(frozen=True)
@@ -206,7 +229,13 @@ class Golden:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything `manifest.json` says about a bundle; the fields carry the format's own names."""
+    """Everything `manifest.json` says about a bundle; the fields carry the format's own names.
+
+    budget: how much worse than fp32 a precision may be on real examples: `psnr_db` of the reconstruction, and
+        `nats_per_dimension`, -ELBO per input dimension. None in a bundle from before there was one.
+    refused: precisions that were asked for at export and are not there, by name: the `reason`, and the `quality` that
+        was measured, as in `Precision`.
+    """
 
     kind: str
     name: str
@@ -219,6 +248,8 @@ class Manifest:
     training: Mapping[str, Any] = field(default_factory=dict)
     producer: Mapping[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    budget: Mapping[str, float] | None = None
+    refused: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, text: bytes) -> Manifest:
@@ -254,6 +285,7 @@ class Manifest:
             raise BundleError(f"name is {name!r}; expected a string that is not empty")
         precisions = _mapping(data, "precisions")
         files = _mapping(data, "files")
+        refused = _mapping(data, "refused") if "refused" in data else {}
         manifest = cls(
             kind=kind,
             name=name,
@@ -270,6 +302,8 @@ class Manifest:
             training=dict(_mapping(data, "training")) if "training" in data else {},
             producer=dict(_mapping(data, "producer")) if "producer" in data else {},
             format_version=version,
+            budget=_budget(_mapping(data, "budget")) if "budget" in data else None,
+            refused={key: _refusal(_mapping(refused, f"refused.{key}", key), key) for key in refused},
         )
         manifest._check_references()
         return manifest
@@ -290,7 +324,8 @@ class Manifest:
                 raise BundleError(f"files has {file!r}; a bundle's files lie in its folder and have plain names")
 
     def to_dict(self) -> dict[str, Any]:
-        return {
+        """The keys of `manifest.json`, without its digest; what was added to the format is left out where empty."""
+        data: dict[str, Any] = {
             "format": FORMAT,
             "format_version": self.format_version,
             "kind": self.kind,
@@ -304,6 +339,11 @@ class Manifest:
             "training": dict(self.training),
             "producer": dict(self.producer),
         }
+        if self.budget is not None:
+            data["budget"] = dict(self.budget)
+        if self.refused:
+            data["refused"] = {key: dict(refusal) for key, refusal in self.refused.items()}
+        return data
 
     def to_json(self) -> bytes:
         """The exact bytes of `manifest.json`, with its own digest in them.
@@ -368,6 +408,21 @@ def _number(data: Mapping[str, Any], path: str, key: str | None = None) -> float
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
         raise BundleError(f"{path} is {value!r}; expected a finite number")
     return float(value)
+
+
+def _budget(data: Mapping[str, Any]) -> dict[str, float]:
+    budget = {key: _number(data, f"budget.{key}") for key in ("psnr_db", "nats_per_dimension")}
+    for key, value in budget.items():
+        if value < 0:
+            raise BundleError(f"budget.{key} is {value}; a budget is 0 or more")
+    return budget
+
+
+def _refusal(data: Mapping[str, Any], name: str) -> dict[str, Any]:
+    if not isinstance(data.get("reason"), str):
+        raise BundleError(f"refused.{name}.reason is {data.get('reason')!r}; expected a string")
+    quality = _mapping(data, f"refused.{name}.quality") if "quality" in data else {}
+    return {"reason": data["reason"], "quality": dict(quality)}
 
 
 def _shape(data: Mapping[str, Any], path: str, rank: int | None) -> tuple[int, ...]:

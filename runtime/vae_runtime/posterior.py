@@ -22,7 +22,7 @@ class Posterior:
     """
 
     mean: Float32
-    logvar: Float32 | None
+    logvar: Float32 | None = None
 
     def __len__(self) -> int:
         return len(self.mean)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import weakref
 from typing import Any, cast
@@ -12,21 +13,33 @@ import numpy as np
 from .devices import CPU, Device, first_line, import_engine
 from .errors import BundleError, ClosedError, DeviceError, InputError
 from .graph_rules import check_graph
-from .preprocess import Float32
+from .preprocess import Float32, ValueRule
+
+# Up to so many values per call, copying into memory that is bound to the session costs less than binding the caller's.
+_BOUND_VALUES = 2**16
+_BOUND_BATCH_SIZES = 8
 
 
 class GraphSession:
     """A graph with one input and one or more outputs, all float32 with the batch first.
 
     Safe to share between threads; not usable in a process forked after it was made.
+
+    threads, spinning: of onnxruntime's own thread pool; None leaves each to onnxruntime. Other providers have their own
+        pools: OpenVINO takes `threads` too, and none takes `spinning`.
     """
 
-    def __init__(self, model: bytes, file: str, device: Device, threads: int | None) -> None:
+    def __init__(
+        self, model: bytes, file: str, device: Device, threads: int | None = None, spinning: bool | None = None
+    ) -> None:
         check_graph(model, file)
         self.file = file
         self.device = device
+        self.threads = threads
+        self.spinning = spinning
         self._process = os.getpid()
-        self._session = _open(model, file, device, threads)
+        self._session = _open(model, file, device, threads, spinning)
+        self._bound: dict[int, list[_BoundCall]] = {}
         _sessions.add(self)
 
     def require_boundary(
@@ -44,10 +57,43 @@ class GraphSession:
                     f"{self.file} has the {side} {found}; the manifest promises float32 {expected} after the batch"
                 )
         self._input = input_name
+        self._input_shape = input_shape
         self._outputs = list(outputs)
         self._output_shapes = list(outputs.values())
         if isinstance(self._session.get_inputs()[0].shape[0], int):
             raise BundleError(f"{self.file} has a fixed batch size; a bundle's graphs take any")
+
+    @property
+    def bound_batch_limit(self) -> int:
+        """The largest batch that `run_bound` takes; 0 on providers other than the CPU, where binding an input copies it
+        to the device and what is written to the array later is never seen."""
+        if self.device.provider != CPU:
+            return 0
+        return _BOUND_VALUES // max(math.prod(shape) for shape in (self._input_shape, *self._output_shapes))
+
+    def run_bound(self, array: Float32, rule: ValueRule) -> list[Float32] | None:
+        """`run` for a small batch, at the least cost: through memory that stays bound to the session.
+
+        array: (N, *input_shape) float32 with N from 1 to `bound_batch_limit`; its values are checked here, in the copy.
+        rule: None comes back where it does not hold, and where the engine fails: `run` then says what is wrong.
+        """
+        batch = len(array)
+        free = self._bound.get(batch)
+        # A call in another thread has popped what it uses; list.pop and append are atomic.
+        call = free.pop() if free else self._bind(batch, rule)
+        results = None
+        call.input[...] = array
+        if rule.holds(call.checked) and os.getpid() == self._process:
+            try:
+                self._session.run_with_iobinding(call.binding)
+            except Exception:
+                return None
+            results = [output.copy() for output in call.outputs]
+        if free is not None:
+            free.append(call)
+        elif len(self._bound) < _BOUND_BATCH_SIZES:
+            self._bound.setdefault(batch, []).append(call)
+        return results
 
     def run(self, array: Float32) -> list[Float32]:
         """Run the graph on (N, ...) -> its outputs (N, ...), which belong to the caller.
@@ -75,6 +121,36 @@ class GraphSession:
                 )
         return results
 
+    def _bind(self, batch: int, rule: ValueRule) -> _BoundCall:
+        return _BoundCall(
+            self._session, self._input, self._outputs, batch, self._input_shape, self._output_shapes, rule
+        )
+
+
+class _BoundCall:
+    """Memory for the input and the outputs of one batch size, bound to a session once and used again and again."""
+
+    __slots__ = ("binding", "checked", "input", "outputs")
+
+    def __init__(
+        self,
+        session: Any,
+        input_name: str,
+        output_names: list[str],
+        batch: int,
+        input_shape: tuple[int, ...],
+        output_shapes: list[tuple[int, ...]],
+        rule: ValueRule,
+    ) -> None:
+        value = import_engine().OrtValue.ortvalue_from_numpy  # shares the array's memory
+        self.input: Float32 = np.empty((batch, *input_shape), np.float32)
+        self.checked = rule.view(self.input)
+        self.outputs: list[Float32] = [np.empty((batch, *shape), np.float32) for shape in output_shapes]
+        self.binding = session.io_binding()
+        self.binding.bind_ortvalue_input(input_name, value(self.input))
+        for name, output in zip(output_names, self.outputs, strict=True):
+            self.binding.bind_ortvalue_output(name, value(output))
+
 
 _sessions: weakref.WeakSet[GraphSession] = weakref.WeakSet()
 
@@ -83,7 +159,7 @@ def _keep_inherited_sessions() -> None:
     """In a forked child: never free what it inherited. onnxruntime's threads are not there, and it would wait for them
     for ever, or crash, at the latest when the child exits."""
     for session in list(_sessions):
-        for held in (session._session, session._session._sess):
+        for held in (session._session, session._session._sess, session._bound):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
 
 
@@ -102,19 +178,27 @@ def check_threads(threads: Any) -> int | None:
     return int(threads)
 
 
-def _open(model: bytes, file: str, device: Device, threads: int | None) -> Any:
+def _open(model: bytes, file: str, device: Device, threads: int | None, spinning: bool | None) -> Any:
     onnxruntime = import_engine()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what fails is raised, not printed
     options.inter_op_num_threads = 1
     if threads is not None:
         options.intra_op_num_threads = threads
+    if spinning is not None:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
     options.add_session_config_entry("session.load_model_format", "ONNX")
     if device.provider != CPU:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    provider_options = device.session_options(threads)
     try:
+        if device.plugin is not None:
+            options.add_provider_for_devices([device.plugin], provider_options)
+            providers = None
+        else:
+            providers = [(device.provider, provider_options)]
         session = onnxruntime.InferenceSession(
-            model, options, providers=[(device.provider, device.options)], enable_fallback=0, read_config_from_model=0
+            model, options, providers=providers, enable_fallback=0, read_config_from_model=0
         )
     except Exception as error:
         raise _open_error(error, file, device) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -11,19 +11,20 @@ from typing import Any
 import numpy as np
 
 from .bundle import Bundle
-from .devices import PROVIDER_PRECISIONS, Device, find_device
+from .devices import PROVIDER_PRECISIONS, check_device_name, find_device
 from .errors import ClosedError, DeviceError, InputError, KindError
 from .interpolation import interpolate_latents
 from .manifest import INPUT, LATENT, LOGVAR, MEAN, PRECISIONS, RECONSTRUCTION, Manifest
+from .operation import Operation, Route
 from .posterior import Posterior
-from .preprocess import Float32, as_graph_input, require_plain_array, to_model_input
+from .preprocess import FINITE, UNIT_INTERVAL, Float32, as_graph_input, require_plain_array, to_model_input
 from .sampling import NormalStream, check_count, check_temperature
 from .session import GraphSession, check_threads
+from .tuning import Candidate, choose, read_tuning
 
-# At most this many values per input chunk unless the caller says otherwise: 64 images of 3×128×128, and about 50 times
-# as much in the activations of a usual convolutional network.
-_CHUNK_VALUES = 64 * 3 * 128 * 128
-_CHUNK_EXAMPLES = 256
+# How far a precision that the manifest does not know may be from the fp32 reference in a self-test: bf16 keeps 8 bits
+# of a number, tf32 11, and errors add up over the layers.
+_PROVIDER_TOLERANCE = {"bf16": 5e-2, "tf32": 2e-3}
 
 
 @dataclass(frozen=True)
@@ -50,46 +51,92 @@ class VAE:
     manifest: what the bundle says of itself. device, precision, plan: what really runs.
     """
 
-    def __init__(
-        self, bundle: Bundle, device: Device, precision: str, encoder: GraphSession, decoder: GraphSession
-    ) -> None:
+    def __init__(self, bundle: Bundle, encoder: Operation, decoder: Operation, precision: str) -> None:
         self._bundle = bundle
-        self._device = device
         self._precision = precision
-        self._sessions: tuple[GraphSession, GraphSession] | None = (encoder, decoder)
+        self._operations: tuple[Operation, Operation] | None = (encoder, decoder)
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], device: str = "cpu", precision: str = "fp32", threads: int | None = None
+        cls,
+        path: str | os.PathLike[str],
+        device: str = "cpu",
+        precision: str = "fp32",
+        threads: int | None = None,
+        *,
+        provider_options: Mapping[str, str] | None = None,
     ) -> VAE:
         """Verify a bundle and open its two graphs.
 
         path: the bundle's folder. Every file in it is checked against the manifest.
-        device: "cpu", "cuda", "cuda:N", an onnxruntime provider's name, or "auto": CUDA where usable, else the CPU.
-        precision: one that the bundle has files for ("fp32", "fp16", "int8"), "tf32" (CUDA), or "auto": fp32.
-        threads: for the operators of one call on the CPU; None leaves it to onnxruntime, which takes all cores.
+        device: "cpu", "cuda", "cuda:N", "openvino", an onnxruntime provider's name, or "auto": what `vae-run tune`
+            found fastest on this machine; where it was not run, CUDA where usable, else the CPU.
+        precision: one that the bundle has files for ("fp32", "fp16", "int8"), "bf16" (OpenVINO) or "tf32" (CUDA), which
+            run the fp32 graphs so, or "auto": what `vae-run tune` found fastest among those within the bundle's quality
+            budget; where it was not run, fp32.
+        threads: for the operators of one call on the CPU; None leaves it to the engine, which takes all cores.
+        provider_options: the provider's own options, by its own names.
 
         Raises:
             BundleError: the bundle is missing, incomplete, altered, or of an unknown version.
             DeviceError: the device or the precision is not to be had; there is no silent fallback.
-            InputError: no such device name, precision name or thread count.
+            InputError: no such device name, precision name, thread count or option.
             MissingExtraError: no onnxruntime is installed.
         """
+        check_device_name(device)
         threads = check_threads(threads)
         bundle = Bundle.open(path)
+        _check_precision(precision, bundle.manifest)
+        if "auto" in (device, precision):
+            plan = _tuned_plan(bundle, device, precision, threads, provider_options)
+        else:
+            plan = _same_plan(Candidate(device, precision, threads))
+        return cls._open(bundle, plan, provider_options)
+
+    @classmethod
+    def _open(cls, bundle: Bundle, plan: _Plan, provider_options: Mapping[str, str] | None = None) -> VAE:
+        """Open what `plan` says, each session once, however many batch ranges share it."""
         manifest = bundle.manifest
-        precision = _choose_precision(precision, manifest)
-        found = find_device(device, precision)
-        files = manifest.precisions["fp32" if precision in PROVIDER_PRECISIONS else precision]
         models = {file: bundle.read(file) for file in sorted(manifest.files)}
         latent_outputs = {MEAN: manifest.latent.shape}
         if manifest.kind == "vae":
             latent_outputs[LOGVAR] = manifest.latent.shape
-        encoder = GraphSession(models[files.encoder], files.encoder, found, threads)
-        encoder.require_boundary(INPUT, manifest.input.shape, latent_outputs)
-        decoder = GraphSession(models[files.decoder], files.decoder, found, threads)
-        decoder.require_boundary(LATENT, manifest.latent.shape, {RECONSTRUCTION: manifest.input.shape})
-        return cls(bundle, found, precision, encoder, decoder)
+        boundaries = {
+            "encode": (INPUT, manifest.input.shape, latent_outputs),
+            "decode": (LATENT, manifest.latent.shape, {RECONSTRUCTION: manifest.input.shape}),
+        }
+
+        def open_routes(operation: str) -> list[Route]:
+            sessions: dict[tuple[str, Candidate], GraphSession] = {}
+            routes = []
+            for from_batch, candidate in plan[operation]:
+                file, precision = _file_of(manifest, operation, candidate.precision)
+                if (file, candidate) not in sessions:
+                    found = find_device(candidate.device, precision, provider_options)
+                    session = GraphSession(models[file], file, found, candidate.threads, candidate.spinning)
+                    session.require_boundary(*boundaries[operation])
+                    sessions[file, candidate] = session
+                routes.append(Route(from_batch, sessions[file, candidate], precision))
+            return routes
+
+        return cls(
+            bundle,
+            Operation(
+                manifest.input.shape,
+                lambda array: to_model_input(array, manifest.input, "images" if manifest.input.is_image else "vectors"),
+                UNIT_INTERVAL if manifest.input.is_image else FINITE,
+                int(np.prod(manifest.input.shape)),
+                open_routes("encode"),
+            ),
+            Operation(
+                manifest.latent.shape,
+                lambda array: to_decoder_input(array, manifest.latent.shape),
+                FINITE,
+                int(np.prod(manifest.input.shape)),
+                open_routes("decode"),
+            ),
+            _joined(candidate.precision for routes in plan.values() for _, candidate in routes),
+        )
 
     @property
     def manifest(self) -> Manifest:
@@ -97,31 +144,23 @@ class VAE:
 
     @property
     def device(self) -> str:
-        """The device in use: "cpu", "cuda:0", or a provider's name."""
-        return self._device.name
+        """The device in use: "cpu", "cuda:0", "openvino" or a provider's name; several, where `plan` says so, joined
+        by "+"."""
+        return _joined(route.session.device.name for operation in self._open_operations() for route in operation.routes)
 
     @property
     def precision(self) -> str:
-        """The precision in use; where only one half has files in it, `plan` says which."""
+        """The precision in use; several joined by "+". Where only one half has files in it, `plan` says which."""
         return self._precision
 
     @property
-    def plan(self) -> dict[str, dict[str, str]]:
-        """What runs for "encode" and "decode": the device, onnxruntime's provider, the precision and the file."""
-        encoder, decoder = self._open_sessions()
-        reference = self.manifest.precisions["fp32"]
-        own = self._precision in PROVIDER_PRECISIONS
+    def plan(self) -> dict[str, list[dict[str, Any]]]:
+        """What runs for "encode" and "decode": per range of batch sizes its first (`from_batch`), the device,
+        onnxruntime's provider, the precision, the file, threads and spinning (None: the engine's own choice)."""
+        encoder, decoder = self._open_operations()
         return {
-            name: {
-                "device": self._device.name,
-                "provider": self._device.provider,
-                "precision": self._precision if own or session.file != fp32_file else "fp32",
-                "file": session.file,
-            }
-            for name, session, fp32_file in (
-                ("encode", encoder, reference.encoder),
-                ("decode", decoder, reference.decoder),
-            )
+            "encode": [route.describe() for route in encoder.routes],
+            "decode": [route.describe() for route in decoder.routes],
         }
 
     def encode(self, inputs: Any, *, batch_size: int | None = None) -> Posterior:
@@ -133,10 +172,8 @@ class VAE:
         Raises:
             InputError: anything else; the message says what to do. ClosedError: after `close()`.
         """
-        encoder, _ = self._open_sessions()
-        array = to_model_input(inputs, self.manifest.input, "images" if self.manifest.input.is_image else "vectors")
-        mean, *logvar = _in_chunks(encoder.run, array, self._batch_size(batch_size))
-        return Posterior(mean, logvar[0] if logvar else None)
+        operations = self._operations or self._open_operations()
+        return Posterior(*operations[0](inputs, batch_size))
 
     def decode(self, latents: Any, *, batch_size: int | None = None) -> Float32:
         """Latents, float32 (N, *latent_shape) -> the mean of p(x|z), float32 (N, C, H, W) in [0, 1] or (N, D).
@@ -144,10 +181,8 @@ class VAE:
         Raises:
             InputError: another dtype or shape, NaN or infinity. ClosedError: after `close()`.
         """
-        _, decoder = self._open_sessions()
-        array = to_decoder_input(latents, self.manifest.latent.shape)
-        (reconstruction,) = _in_chunks(decoder.run, array, self._batch_size(batch_size))
-        return reconstruction
+        operations = self._operations or self._open_operations()
+        return operations[1](latents, batch_size)[0]
 
     def sample(
         self, n: int, seed: int | None = None, temperature: float = 1.0, *, batch_size: int | None = None
@@ -178,14 +213,13 @@ class VAE:
         Raises:
             As `sample`, at once; ClosedError later, if the bundle is closed between two batches.
         """
-        self._open_sessions()
+        size = self._open_operations()[1].chunk_size(batch_size)
         if self.manifest.latent.prior is None:
             raise KindError(f"{self.manifest.name} is a plain autoencoder, which has no prior to sample from")
         count, scale, stream = check_count(n, "n"), check_temperature(temperature), NormalStream(seed)
-        size = self._batch_size(batch_size)
         shape = self.manifest.latent.shape
         latents = (scale * stream.draw(min(size, count - start), shape) for start in range(0, count, size))
-        return (self._open_sessions()[1].run(batch)[0] for batch in latents)
+        return (self._open_operations()[1].run(batch, size)[0] for batch in latents)
 
     def reconstruct(self, inputs: Any, *, batch_size: int | None = None) -> Float32:
         """Encode, take the mean, decode: float32 (N, C, H, W) in [0, 1] or (N, D). Deterministic."""
@@ -225,23 +259,25 @@ class VAE:
         if posterior.logvar is not None:
             errors[LOGVAR] = relative_error(posterior.logvar, golden[LOGVAR])
         tolerances = self.manifest.golden.tolerance
-        if self._precision not in tolerances and self._precision not in PROVIDER_PRECISIONS:
-            raise DeviceError(
-                f"the bundle states no golden tolerance for {self._precision}; it has {', '.join(sorted(tolerances))}"
-            )
-        return SelfTest(self.device, self._precision, tolerances.get(self._precision, 2e-3), errors)
+        found = {name: {**_PROVIDER_TOLERANCE, **tolerances}.get(name) for name in self._precision.split("+")}
+        for name, tolerance in found.items():
+            if tolerance is None:
+                raise DeviceError(
+                    f"the bundle states no golden tolerance for {name}; it has {', '.join(sorted(tolerances))}"
+                )
+        return SelfTest(self.device, self._precision, max(t for t in found.values() if t is not None), errors)
 
     def golden(self) -> dict[str, Float32]:
         """The bundle's golden inputs `x` with the reference's `mean`, `logvar` and `reconstruction`, new arrays."""
-        self._open_sessions()
+        self._open_operations()
         return self._bundle.golden()
 
     def close(self) -> None:
         """Free both graphs; every later call raises `ClosedError`. Calls under way in other threads finish."""
-        self._sessions = None
+        self._operations = None
 
     def __enter__(self) -> VAE:
-        self._open_sessions()
+        self._open_operations()
         return self
 
     def __exit__(
@@ -250,18 +286,13 @@ class VAE:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._sessions is None else f"{self._precision} on {self.device}"
+        state = "closed" if self._operations is None else f"{self._precision} on {self.device}"
         return f"VAE({self.manifest.name!r}, {self.manifest.kind}, {state})"
 
-    def _open_sessions(self) -> tuple[GraphSession, GraphSession]:
-        if self._sessions is None:
+    def _open_operations(self) -> tuple[Operation, Operation]:
+        if self._operations is None:
             raise ClosedError(f"{self.manifest.name} was closed; load the bundle again")
-        return self._sessions
-
-    def _batch_size(self, asked: int | None) -> int:
-        if asked is not None:
-            return check_count(asked, "batch_size")
-        return max(1, min(_CHUNK_EXAMPLES, _CHUNK_VALUES // int(np.prod(self.manifest.input.shape))))
+        return self._operations
 
     def _reconstruction_error(self, found: Float32, golden: dict[str, Float32]) -> float:
         if self.manifest.input.is_image:
@@ -279,18 +310,52 @@ def data_range(vectors: Float32) -> float:
     return float(vectors.max() - vectors.min()) or 1.0
 
 
-def _choose_precision(asked: Any, manifest: Manifest) -> str:
-    if asked == "auto":
-        return "fp32"
-    if not isinstance(asked, str) or asked not in (*PRECISIONS, *PROVIDER_PRECISIONS):
+_Plan = Mapping[str, list[tuple[int, Candidate]]]
+
+
+def _same_plan(candidate: Candidate) -> _Plan:
+    return {"encode": [(1, candidate)], "decode": [(1, candidate)]}
+
+
+def _tuned_plan(
+    bundle: Bundle, device: str, precision: str, threads: int | None, options: Mapping[str, str] | None
+) -> _Plan:
+    """What was measured fastest; where nothing was, or it is not to be had any more, the stated rules."""
+    by_rule = Candidate(
+        find_device(device, precision, options).name, "fp32" if precision == "auto" else precision, threads
+    )
+    measured = read_tuning(bundle.digest) if options is None else []
+    plan = {
+        name: choose(measured, name, by_rule.device if device != "auto" else device, precision, threads)
+        for name in ("encode", "decode")
+    }
+    return plan if all(plan.values()) else _same_plan(by_rule)
+
+
+def _check_precision(asked: Any, manifest: Manifest) -> None:
+    if not isinstance(asked, str) or asked not in (*PRECISIONS, *PROVIDER_PRECISIONS, "auto"):
         raise InputError(
             f"precision is {asked!r}; expected one of {', '.join((*PRECISIONS, *PROVIDER_PRECISIONS, 'auto'))}"
         )
-    if asked not in manifest.precisions and asked not in PROVIDER_PRECISIONS:
+    if asked in PRECISIONS and asked not in manifest.precisions:
         raise DeviceError(
             f"precision {asked!r} is not in {manifest.name}, which has {', '.join(sorted(manifest.precisions))}"
         )
-    return str(asked)
+
+
+def _file_of(manifest: Manifest, operation: str, precision: str) -> tuple[str, str]:
+    """The file that runs an operation in a precision, and the precision that it really has: fp32 for a half that has no
+    file of its own."""
+    if precision in PROVIDER_PRECISIONS:
+        files = manifest.precisions["fp32"]
+        return (files.encoder if operation == "encode" else files.decoder), precision
+    files, reference = manifest.precisions[precision], manifest.precisions["fp32"]
+    file, plain = (files.encoder, reference.encoder) if operation == "encode" else (files.decoder, reference.decoder)
+    return file, "fp32" if file == plain else precision
+
+
+def _joined(names: Iterable[str]) -> str:
+    return "+".join(dict.fromkeys(names))
 
 
 def to_decoder_input(latents: Any, shape: tuple[int, ...], name: str = "latents") -> Float32:
@@ -312,10 +377,3 @@ def check_latent_layout(latents: Any, shape: tuple[int, ...], name: str) -> None
     if latents.shape[1:] != shape:
         hint = "; this looks like a single latent without a batch: latents[None]" if latents.shape == shape else ""
         raise InputError(f"{name} has shape {latents.shape}; {rule}{hint}")
-
-
-def _in_chunks(run: Callable[[Float32], list[Float32]], array: Float32, size: int) -> list[Float32]:
-    if len(array) <= size:
-        return run(array)
-    parts = [run(array[start : start + size]) for start in range(0, len(array), size)]
-    return [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]

@@ -21,7 +21,7 @@ from vae_benchmarks import (
 )
 from vae_benchmarks.harness import describe_method
 from vae_benchmarks.latency import Samples, Warmup
-from vae_benchmarks.report import summarize
+from vae_benchmarks.report import PlannedRoute, summarize
 
 DATA = Path(__file__).parents[1] / "data"
 QUIET = MachineFacts("Linux", "x86_64", "a CPU", 8, 4, 8, None, 2**34, None, ("performance",), 0.1)
@@ -68,12 +68,7 @@ def make_report() -> Callable[..., Report]:
             settings=settings,
             clock=ClockFacts(30.0, 50.0),
             plan={
-                name: {
-                    "device": "cpu",
-                    "provider": "CPUExecutionProvider",
-                    "precision": "fp32",
-                    "file": f"{name}r.onnx",
-                }
+                name: (PlannedRoute(1, "cpu", "CPUExecutionProvider", "fp32", f"{name}r.onnx", 1, None),)
                 for name in ("encode", "decode")
             },
             method=describe_method(bundle),

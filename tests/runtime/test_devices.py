@@ -17,7 +17,8 @@ without_gpu = pytest.mark.skipif(HAS_CUDA, reason="this machine has a usable GPU
 
 def fake_engine(monkeypatch: pytest.MonkeyPatch, providers: list[str], gpus: int, reason: str | None = None) -> None:
     """An onnxruntime that was built with these providers, on a machine with so many GPUs."""
-    monkeypatch.setattr(module, "import_engine", lambda: SimpleNamespace(get_available_providers=lambda: providers))
+    fake = SimpleNamespace(get_available_providers=lambda: providers, __version__="1.22.0")
+    monkeypatch.setattr(module, "import_engine", lambda: fake)
     monkeypatch.setattr(module, "_cuda_devices", lambda: (gpus, reason))
 
 
@@ -30,7 +31,7 @@ def test_cpu_by_either_name() -> None:
 def test_auto_is_the_cpu_and_says_so(tiny_path: Path) -> None:
     with VAE.load(tiny_path, device="auto") as vae:
         assert vae.device == "cpu"
-        assert vae.plan["encode"]["provider"] == CPU
+        assert vae.plan["encode"][0]["provider"] == CPU
 
 
 @without_gpu
@@ -61,7 +62,9 @@ def test_gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_device("cuda", "tf32").options == {"device_id": "0", "use_tf32": "1"}
     with pytest.raises(DeviceError, match="device 'cuda:2' cannot be used: there is no GPU 2; this machine has 2"):
         find_device("cuda:2")
-    assert usable_devices() == {"cpu": None, "cuda": None}
+    usable = usable_devices()
+    assert (usable["cpu"], usable["cuda"]) == (None, None)
+    assert "takes no plug-ins" in str(usable["openvino"]) or "not installed" in str(usable["openvino"])
 
 
 def test_session_that_opens_elsewhere_than_asked_is_an_error(
@@ -96,7 +99,9 @@ def test_provider_that_is_not_in_this_build_is_refused_with_those_that_are(capfd
 
 @pytest.mark.parametrize("name", ["gpu", "", "CPU", "cuda:", "cuda:-1", "cuda:1000", "cuda:x", "cpu ", "cuda:0\n"])
 def test_unknown_names_are_an_input_error(tiny_path: Path, name: str) -> None:
-    with pytest.raises(InputError, match=r"device is '.*'; expected 'cpu', 'cuda', 'cuda:N', 'auto' or an onnxruntime"):
+    with pytest.raises(
+        InputError, match=r"device is '.*'; expected 'cpu', 'cuda', 'cuda:N', 'openvino', 'auto' or an onnx"
+    ):
         VAE.load(tiny_path, device=name)
 
 
@@ -106,7 +111,7 @@ def test_names_that_are_no_string_are_an_input_error(tiny_path: Path, name: Any)
         VAE.load(tiny_path, device=name)
 
 
-@pytest.mark.parametrize(("precision", "able"), [("tf32", CUDA), ("bf16", "none yet")])
+@pytest.mark.parametrize(("precision", "able"), [("tf32", CUDA), ("bf16", "OpenVINOExecutionProvider")])
 def test_precision_that_a_device_cannot_run_is_refused(tiny_path: Path, precision: str, able: str) -> None:
     with pytest.raises(DeviceError, match=f"precision '{precision}' is not to be had on device 'cpu'; .*by: {able}"):
         VAE.load(tiny_path, precision=precision)
@@ -145,3 +150,39 @@ def test_results_of_a_provider_by_name_are_those_of_its_short_name(tiny_path: Pa
     with VAE.load(tiny_path, device=CPU) as named, VAE.load(tiny_path) as short:
         assert named.device == "cpu"
         assert np.array_equal(named.encode(images).mean, short.encode(images).mean)
+
+
+# --- a provider's own options -----------------------------------------------------------------------------------------
+
+
+def test_options_are_handed_to_the_provider(monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> None:
+    engine = module.import_engine()
+    seen: list[Any] = []
+
+    def open_session(model: bytes, options: Any, **arguments: Any) -> Any:
+        seen.append(arguments["providers"])
+        raise RuntimeError("not here")
+
+    fake_engine(monkeypatch, [CPU, "CoreMLExecutionProvider"], 0)
+    monkeypatch.setattr(engine, "InferenceSession", open_session)
+    with pytest.raises(DeviceError, match=r"device 'CoreMLExecutionProvider' cannot run encoder\.onnx: not here"):
+        VAE.load(tiny_path, device="CoreMLExecutionProvider", provider_options={"ModelFormat": "MLProgram"})
+    assert seen == [[("CoreMLExecutionProvider", {"ModelFormat": "MLProgram"})]]
+
+
+@pytest.mark.parametrize("options", [{"device_id": 1}, {1: "1"}, [("a", "b")], "device_id=1", 5])
+def test_options_that_are_no_strings_are_an_input_error(tiny_path: Path, options: Any) -> None:
+    with pytest.raises(InputError, match=r"provider_options is .*; expected names and values that are strings"):
+        VAE.load(tiny_path, provider_options=options)
+
+
+def test_options_that_contradict_the_device_are_an_input_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_engine(monkeypatch, [CUDA, CPU], 2)
+    assert find_device("cuda", options={"gpu_mem_limit": "1000"}).options["gpu_mem_limit"] == "1000"
+    with pytest.raises(InputError, match="provider_options sets device_id to '1'; device and precision decide that"):
+        find_device("cuda:0", options={"device_id": "1"})
+
+
+def test_cpu_provider_takes_no_options_and_would_ignore_them(tiny_path: Path) -> None:
+    with pytest.raises(InputError, match=r"provider_options is \{'arena': '1'\}; the CPU provider has none"):
+        VAE.load(tiny_path, provider_options={"arena": "1"})

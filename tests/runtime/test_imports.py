@@ -33,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
 # Modules that may import something more, and what.
 IN_ONE_MODULE = {
     "vae_runtime/devices.py": {"onnxruntime"},
+    "vae_runtime/plugins.py": {"onnxruntime_ep_openvino"},
     "vae_runtime/images.py": {"PIL"},
 }
 
@@ -113,9 +114,9 @@ def code_lines(path: Path) -> int:
 
 
 def test_runtime_without_its_command_line_stays_small() -> None:
-    shell = {"cli.py", "console.py", "sources.py", "sinks.py"}
+    shell = {"cli.py", "console.py", "sources.py", "sinks.py", "tune.py"}
     counts = {path.name: code_lines(path) for path in PACKAGES["vae_runtime"].glob("*.py") if path.name not in shell}
-    assert 500 < sum(counts.values()) < 1500, counts
+    assert 500 < sum(counts.values()) < 1900, counts
 
 
 def test_import_loads_neither_engine_nor_anything_heavy(python: Any) -> None:

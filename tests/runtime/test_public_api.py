@@ -39,7 +39,10 @@ def test_members_of_a_vae_are_frozen() -> None:
 @pytest.mark.parametrize(
     ("function", "parameters"),
     [
-        (VAE.load, {"path": ..., "device": "cpu", "precision": "fp32", "threads": None}),
+        (
+            VAE.load,
+            {"path": ..., "device": "cpu", "precision": "fp32", "threads": None, "provider_options": None},
+        ),
         (VAE.encode, {"self": ..., "inputs": ..., "batch_size": None}),
         (VAE.decode, {"self": ..., "latents": ..., "batch_size": None}),
         (VAE.sample, {"self": ..., "n": ..., "seed": None, "temperature": 1.0, "batch_size": None}),

@@ -286,9 +286,9 @@ def test_precision_that_the_bundle_lacks_is_a_device_error(tiny_path: Path) -> N
 def test_plan_tells_device_provider_precision_and_file(tiny_path: Path) -> None:
     with VAE.load(tiny_path, device="auto", precision="auto") as vae:
         assert vae.precision == "fp32"
-        same = {"device": vae.device, "precision": "fp32"}
+        same = {"from_batch": 1, "device": vae.device, "precision": "fp32", "threads": None, "spinning": None}
         same["provider"] = "CPUExecutionProvider" if vae.device == "cpu" else "CUDAExecutionProvider"
-        assert vae.plan == {"encode": {**same, "file": "encoder.onnx"}, "decode": {**same, "file": "decoder.onnx"}}
+        assert vae.plan == {"encode": [{**same, "file": "encoder.onnx"}], "decode": [{**same, "file": "decoder.onnx"}]}
         assert repr(vae) == f"VAE('tiny', vae, fp32 on {vae.device})"
     assert repr(vae) == "VAE('tiny', vae, closed)"
 
@@ -303,7 +303,7 @@ def test_half_without_files_of_its_precision_is_reported_as_fp32(bundle: Path, r
     resign(bundle, add)
     with VAE.load(bundle, precision="int8") as vae:
         assert vae.precision == "int8"
-        assert [vae.plan[half]["precision"] for half in ("encode", "decode")] == ["int8", "fp32"]
+        assert [vae.plan[half][0]["precision"] for half in ("encode", "decode")] == ["int8", "fp32"]
         with pytest.raises(DeviceError, match="the bundle states no golden tolerance for int8; it has fp32"):
             vae.selftest()
 

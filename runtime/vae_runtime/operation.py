@@ -1,0 +1,98 @@
+"""One half of a bundle at work, "encode" or "decode": checked inputs, the right session for the batch, in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .preprocess import Float32, ValueRule
+from .sampling import check_count
+from .session import GraphSession
+
+# At most this many values per input chunk unless the caller says otherwise: 64 images of 3×128×128, and about 50 times
+# as much in the activations of a usual convolutional network.
+_CHUNK_VALUES = 64 * 3 * 128 * 128
+_CHUNK_EXAMPLES = 256
+_FLOAT32 = np.dtype(np.float32)
+
+
+@dataclass(frozen=True)
+class Route:
+    """What runs batches of `from_batch` and more, up to the next route's. precision: the file's own, "fp32" for a half
+    that has no file in the precision asked for."""
+
+    from_batch: int
+    session: GraphSession
+    precision: str
+
+    def describe(self) -> dict[str, Any]:
+        """One entry of `VAE.plan`."""
+        return {
+            "from_batch": self.from_batch,
+            "device": self.session.device.name,
+            "provider": self.session.device.provider,
+            "precision": self.precision,
+            "file": self.session.file,
+            "threads": self.session.threads,
+            "spinning": self.session.spinning,
+        }
+
+
+class Operation:
+    """Runs one half.
+
+    check: whatever the caller passed -> what the graph takes, or an `InputError`. rule: the same for the values alone,
+        fast, for arrays of `shape` that are float32 already. image_values: numbers in one input image or vector.
+    routes: by rising `from_batch`, the first from 1.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        check: Callable[[Any], Float32],
+        rule: ValueRule,
+        image_values: int,
+        routes: Sequence[Route],
+    ) -> None:
+        self.routes = tuple(routes)
+        self._shape = shape
+        self._check = check
+        self._rule = rule
+        self._chunk = max(1, min(_CHUNK_EXAMPLES, _CHUNK_VALUES // image_values))
+        self._sessions = [(route.from_batch, route.session) for route in reversed(self.routes)]
+        self._bound_limit = min(self._chunk, *(route.session.bound_batch_limit for route in self.routes))
+
+    def __call__(self, array: Any, batch_size: int | None = None) -> list[Float32]:
+        """-> the graph's outputs, which belong to the caller."""
+        if (
+            batch_size is None
+            and type(array) is np.ndarray  # no subclass: masks and the like are for the check
+            and array.dtype is _FLOAT32
+            and array.shape[1:] == self._shape
+            and 0 < len(array) <= self._bound_limit
+        ):
+            results = self.session(len(array)).run_bound(array, self._rule)
+            if results is not None:
+                return results
+        checked = self._check(array)
+        return self.run(checked, self.chunk_size(batch_size))
+
+    def run(self, checked: Float32, size: int) -> list[Float32]:
+        """What is known to be good, in chunks of `size`."""
+        if len(checked) <= size:
+            return self.session(len(checked)).run(checked)
+        chunks = [checked[start : start + size] for start in range(0, len(checked), size)]
+        parts = [self.session(len(chunk)).run(chunk) for chunk in chunks]
+        return [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
+
+    def session(self, batch: int) -> GraphSession:
+        for from_batch, session in self._sessions:
+            if batch >= from_batch:
+                return session
+        return self._sessions[-1][1]
+
+    def chunk_size(self, asked: int | None) -> int:
+        return self._chunk if asked is None else check_count(asked, "batch_size")

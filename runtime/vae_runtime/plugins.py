@@ -1,0 +1,104 @@
+"""Providers that come as plug-ins: shared libraries of their own, registered with an installed onnxruntime."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .errors import DeviceError, InputError
+
+OPENVINO = "OpenVINOExecutionProvider"
+_OPENVINO_PACKAGE = "onnxruntime_ep_openvino"
+# OpenVINO's own names. What it would choose by itself on a processor with AMX is bf16, also where fp32 was promised.
+_PRECISION, _THREADS, _STREAMS = "INFERENCE_PRECISION_HINT", "INFERENCE_NUM_THREADS", "NUM_STREAMS"
+
+
+def find_plugin_device(engine: Any, provider: str) -> Any | None:
+    """The first device that a registered plug-in offers for `provider`, as onnxruntime lists it; None for none."""
+    if not hasattr(engine, "get_ep_devices"):
+        return None
+    return next((device for device in engine.get_ep_devices() if device.ep_name == provider), None)
+
+
+def why_not_openvino(engine: Any) -> str | None:
+    """Why the OpenVINO plug-in cannot be used, in words; None where it can. Registers it on first use."""
+    if importlib.util.find_spec(_OPENVINO_PACKAGE) is None:
+        return "its plug-in is not installed; run: pip install 'vae-edge[openvino]'"
+    if not hasattr(engine, "register_execution_provider_library"):
+        return f"onnxruntime {engine.__version__} takes no plug-ins; it needs 1.23 or newer"
+    if find_plugin_device(engine, OPENVINO) is None:  # the application may have registered it
+        reason = _register_openvino(engine.register_execution_provider_library)
+        if reason is not None:
+            return reason
+    if _openvino_cpu(engine) is None:
+        return "its plug-in offers no processor here; it takes Intel's only"
+    return None
+
+
+def openvino_device(engine: Any, precision: str) -> Any:
+    """The processor as the plug-in offers it.
+
+    Raises:
+        DeviceError: bf16 was asked for, and the processor has none; OpenVINO would quietly run float32.
+    """
+    device = _openvino_cpu(engine)
+    able = str(_metadata(device).get("OPTIMIZATION_CAPABILITIES", "")).split()
+    if precision == "bf16" and "BF16" not in able:
+        raise DeviceError(
+            f"precision 'bf16' is not to be had on device 'openvino': this processor has {', '.join(able)}"
+        )
+    return device
+
+
+def openvino_options(precision: str, threads: int | None, given: Mapping[str, str]) -> dict[str, str]:
+    """The plug-in's options for one session: its precision and threads pinned, `given` added.
+
+    Raises:
+        InputError: `given` holds a load_config that is no JSON, or that sets what precision and threads decide.
+    """
+    pinned = {_PRECISION: "bf16" if precision == "bf16" else "f32", _STREAMS: "1"}
+    if threads is not None:
+        pinned[_THREADS] = str(threads)
+    config = _load_config(given)
+    for name in (_PRECISION, _THREADS):
+        if name in config:
+            raise InputError(f"load_config sets {name} to {config[name]!r}; pass precision or threads instead")
+    return {**given, "load_config": json.dumps({"CPU": {**config, **pinned}}, sort_keys=True)}
+
+
+def _load_config(given: Mapping[str, str]) -> dict[str, Any]:
+    text = given.get("load_config", "{}")
+    try:
+        config = json.loads(text).get("CPU", {})
+    except (ValueError, AttributeError):
+        config = None
+    if not isinstance(config, dict):
+        raise InputError(f'load_config is {text!r}; expected JSON such as {{"CPU": {{"NAME": "value"}}}}')
+    return config
+
+
+@functools.cache
+def _register_openvino(register: Callable[[str, str], None]) -> str | None:
+    """Why the plug-in cannot be registered; tried once, since a second time would fail."""
+    try:
+        import onnxruntime_ep_openvino as plugin
+
+        register(OPENVINO, plugin.get_library_path())
+    except Exception as error:
+        return f"its plug-in could not be loaded: {(str(error).strip() or repr(error)).splitlines()[0]}"
+    return None
+
+
+def _openvino_cpu(engine: Any) -> Any | None:
+    """Explicitly the processor: the plug-in also offers AUTO and, where there are any, GPUs and NPUs."""
+    for device in engine.get_ep_devices():
+        if device.ep_name == OPENVINO and _metadata(device).get("ov_device") == "CPU":
+            return device
+    return None
+
+
+def _metadata(device: Any) -> dict[str, str]:
+    return dict(device.ep_metadata)

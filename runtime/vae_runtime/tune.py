@@ -1,0 +1,215 @@
+"""Measuring what `tuning` chooses from: every way this machine can run a bundle, each in processes of its own.
+
+Engines disturb each other's timing inside one process (spinning threads), and a provider that crashes must not take the
+others with it; so each candidate is measured by a child, in rounds, with the order turned around every time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .bundle import Bundle
+from .devices import PROVIDER_PRECISIONS, usable_devices
+from .errors import DeviceError, InputError, VAEError
+from .manifest import INPUT, RECONSTRUCTION, Manifest
+from .preprocess import Float32
+from .tuning import OPERATIONS, Candidate, Measured, usable_cores, write_tuning
+from .vae import VAE
+
+BATCHES = (1, 8, 32)
+ROUNDS = 3
+DEFAULT_SECONDS = 60.0
+_CALL_LIMIT = 0.5  # seconds; a batch whose call would take longer is left to the figures of the one before
+_DEFAULT_BUDGET = {"psnr_db": 0.1}  # for a bundle from before there was one
+_CHILD_LIMIT = 120.0  # seconds after which a child is given up
+
+Progress = Callable[[str], None]
+
+
+def tune(
+    path: str | os.PathLike[str],
+    devices: Sequence[str] | None = None,
+    seconds: float = DEFAULT_SECONDS,
+    progress: Progress | None = None,
+) -> tuple[Path, list[Measured]]:
+    """Measure a bundle on this machine and keep the result where `VAE.load(..., device="auto")` finds it.
+
+    Candidates are the usable devices × the precisions that are within the bundle's quality budget × thread counts ×
+    spinning; what fails the bundle's self-test here is left out. Returns the file and the measurements.
+
+    devices: some of `vae_runtime.devices.usable_devices()`; None takes all that are usable.
+    seconds: for everything, about; at least one round is always measured. progress: called with a line of text.
+
+    Raises:
+        BundleError: as `VAE.load`. InputError: a device that is not usable, seconds out of range. DeviceError: nothing
+            could be measured. OutputError: the cache folder cannot be written.
+    """
+    if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 < seconds <= 3600:
+        raise InputError(f"seconds is {seconds!r}; expected a number above 0, at most 3600")
+    tell = progress or (lambda line: None)
+    bundle = Bundle.open(path)
+    alive = candidates(bundle.manifest, _usable(devices))
+    times: dict[Candidate, list[dict[str, dict[int, float]]]] = {candidate: [] for candidate in alive}
+    start = time.monotonic()
+    share = seconds / ROUNDS / len(alive)
+    for number in range(ROUNDS):
+        for candidate in alive[:: -1 if number % 2 else 1]:
+            tell(f"round {number + 1} of {ROUNDS}: {describe(candidate)}")
+            result = _in_child(path, candidate, share)
+            if isinstance(result, str):
+                tell(f"  left out: {result}")
+                alive = [other for other in alive if other != candidate]
+                times.pop(candidate)
+            else:
+                times[candidate].append(result)
+        spent = time.monotonic() - start
+        if spent + spent / (number + 1) > 1.1 * seconds:  # another round would not fit
+            break
+    measured = [Measured(candidate, _medians(rounds)) for candidate, rounds in times.items()]
+    if not measured:
+        raise DeviceError(f"{bundle.manifest.name} could not be measured on any of {', '.join(_usable(devices))}")
+    return write_tuning(bundle.digest, measured), measured
+
+
+def candidates(manifest: Manifest, devices: Sequence[str]) -> list[Candidate]:
+    """What there is to measure, the plainest and most exact first."""
+    cores = usable_cores()
+    counts = sorted({1, max(1, cores // 2), cores})
+    own = [name for name, precision in manifest.precisions.items() if precision.within_budget]
+    precisions = sorted(own, key=["fp32", "fp16", "int8"].index)
+    found = []
+    for device in devices:
+        for precision in [*precisions, *PROVIDER_PRECISIONS]:
+            if not _worth_measuring(device, precision):
+                continue
+            if device.startswith("cuda"):
+                found.append(Candidate(device, precision))
+            for threads in counts if not device.startswith("cuda") else ():
+                spinnings = (None, False) if device == "cpu" and threads > 1 else (None,)
+                found += [Candidate(device, precision, threads, spinning) for spinning in spinnings]
+    return found
+
+
+def describe(candidate: Candidate) -> str:
+    """`cpu, int8, 2 threads, no spinning`."""
+    threads = "" if candidate.threads is None else f", {candidate.threads} thread{'s' if candidate.threads > 1 else ''}"
+    return f"{candidate.device}, {candidate.precision}{threads}{', no spinning' if candidate.spinning is False else ''}"
+
+
+def _usable(devices: Sequence[str] | None) -> list[str]:
+    reasons = usable_devices()
+    if devices is None:
+        return [name for name, reason in reasons.items() if reason is None]
+    for name in devices:
+        if reasons.get(name, "it is not one of " + ", ".join(reasons)) is not None:
+            raise InputError(f"device {name!r} cannot be measured: {reasons.get(name, 'there is no such device')}")
+    return list(devices)
+
+
+def _worth_measuring(device: str, precision: str) -> bool:
+    """fp16 gains nothing on a CPU; bf16 and tf32 only exist on their providers."""
+    return {"fp16": device.startswith("cuda"), "tf32": device.startswith("cuda"), "bf16": device == "openvino"}.get(
+        precision, True
+    )
+
+
+def _medians(rounds: Sequence[dict[str, dict[int, float]]]) -> dict[str, dict[int, float]]:
+    return {
+        name: {
+            batch: statistics.median(result[name][batch] for result in rounds if batch in result[name])
+            for batch in sorted({batch for result in rounds for batch in result[name]})
+        }
+        for name in OPERATIONS
+    }
+
+
+def _in_child(path: str | os.PathLike[str], candidate: Candidate, seconds: float) -> dict[str, dict[int, float]] | str:
+    """Seconds per call by operation and batch, or why there are none."""
+    task = json.dumps({"path": os.fspath(path), "candidate": asdict(candidate), "seconds": seconds})
+    try:
+        child = subprocess.run(
+            [sys.executable, "-m", "vae_runtime.tune"],
+            input=task,
+            capture_output=True,
+            text=True,
+            timeout=_CHILD_LIMIT + seconds,
+            check=False,
+        )
+        answer = json.loads(child.stdout)
+    except subprocess.TimeoutExpired:
+        return f"it did not finish within {_CHILD_LIMIT + seconds:.0f} s"
+    except ValueError:
+        return f"its process ended with status {child.returncode} and no result"
+    if "error" in answer:
+        return str(answer["error"])
+    return {name: {int(batch): time for batch, time in answer[name].items()} for name in OPERATIONS}
+
+
+def _measure(path: str, candidate: Candidate, seconds: float) -> dict[str, Any]:
+    """In the child: open, check, time."""
+    bundle = Bundle.open(path)
+    with VAE._open(bundle, {name: [(1, candidate)] for name in OPERATIONS}) as vae:
+        test = vae.selftest()
+        if not test.passed:
+            return {"error": f"its self-test failed: {test.errors}, tolerance {test.tolerance}"}
+        golden = vae.golden()
+        if (loss := _psnr_loss(vae, golden)) > (vae.manifest.budget or _DEFAULT_BUDGET)["psnr_db"]:
+            return {"error": f"it loses {loss:.2f} dB of PSNR on the golden inputs, more than the bundle's budget"}
+        inputs = {"encode": golden[INPUT], "decode": vae.encode(golden[INPUT]).mode()}
+        calls: dict[str, Callable[[Float32], Any]] = {"encode": vae.encode, "decode": vae.decode}
+        cells = len(OPERATIONS) * len(BATCHES)
+        return {name: dict(_times(calls[name], inputs[name], seconds / cells)) for name in OPERATIONS}
+
+
+def _psnr_loss(vae: VAE, golden: dict[str, Float32]) -> float:
+    """How many dB of PSNR this device and precision lose against the reference; 0 for the reference's own."""
+    if vae.precision not in PROVIDER_PRECISIONS:
+        return 0.0  # measured at export, on many more inputs
+    error = np.square(vae.reconstruct(golden[INPUT]) - golden[INPUT]).mean()
+    reference = np.square(golden[RECONSTRUCTION] - golden[INPUT]).mean()
+    return float(10 * np.log10(max(error, 1e-12) / max(reference, 1e-12)))
+
+
+def _times(call: Callable[[Float32], Any], inputs: Float32, seconds: float) -> Iterator[tuple[int, float]]:
+    """Batch size and the median seconds of one call, for each batch size that is not too slow."""
+    expected = 0.0
+    for batch in BATCHES:
+        if expected * batch > _CALL_LIMIT:
+            return
+        array = np.resize(inputs, (batch, *inputs.shape[1:]))
+        for _ in range(2):  # warm-up
+            call(array)
+        taken: list[float] = []
+        deadline = time.perf_counter() + seconds
+        while len(taken) < 3 or (time.perf_counter() < deadline and len(taken) < 100_000):
+            start = time.perf_counter()
+            call(array)
+            taken.append(time.perf_counter() - start)
+        median = statistics.median(taken)
+        expected = median / batch
+        yield batch, median
+
+
+def _main() -> int:
+    task = json.load(sys.stdin)
+    try:
+        answer = _measure(task["path"], Candidate(**task["candidate"]), task["seconds"])
+    except VAEError as error:
+        answer = {"error": str(error)}
+    json.dump(answer, sys.stdout)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

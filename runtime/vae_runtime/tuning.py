@@ -1,0 +1,184 @@
+"""What was measured on this machine, and which engine, precision and threads it says to take.
+
+`vae-run tune` fills one small file per bundle, machine and set of engine versions in the user's cache folder;
+`VAE.load(..., device="auto")` and `precision="auto"` read it. Where any of the three has changed there is no file, and
+the stated rules apply: CUDA where it is usable, else the CPU; fp32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .devices import import_engine
+from .errors import OutputError
+
+FORMAT, FORMAT_VERSION = "vae-tuning", 1
+OPERATIONS = ("encode", "decode")
+_GAIN = 0.97  # what is not at least 3% faster is not worth a less exact precision or another engine
+_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-openvino")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run a bundle. threads, spinning: as `GraphSession` takes them."""
+
+    device: str
+    precision: str
+    threads: int | None = None
+    spinning: bool | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """seconds: by operation and batch size, the median time of one call of `VAE.encode` or `VAE.decode`."""
+
+    candidate: Candidate
+    seconds: Mapping[str, Mapping[int, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **asdict(self.candidate),
+            "seconds": {name: {str(batch): time for batch, time in row.items()} for name, row in self.seconds.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Measured:
+        candidate = Candidate(data["device"], data["precision"], data["threads"], data["spinning"])
+        seconds = {name: {int(b): float(t) for b, t in data["seconds"][name].items()} for name in OPERATIONS}
+        if not all(row and all(b >= 1 and t > 0 for b, t in row.items()) for row in seconds.values()):
+            raise ValueError("a measurement needs batch sizes from 1 and times above 0")
+        return cls(candidate, seconds)
+
+
+def machine_key() -> dict[str, Any]:
+    """What a measurement holds for: processor, cores that this process may use, system, engine versions."""
+    import platform  # late, like importlib.metadata: `import vae_runtime` is to cost no more than it must
+    from importlib import metadata
+
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    versions.setdefault("onnxruntime", import_engine().__version__)
+    return {
+        "processor": _processor() or platform.processor() or platform.machine(),
+        "cores": usable_cores(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "engines": versions,
+    }
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def tuning_file(bundle: str) -> Path:
+    """Where the measurements for the bundle with this manifest digest lie, or would lie."""
+    key = json.dumps({"bundle": bundle, **machine_key()}, sort_keys=True)
+    return _cache_folder() / "tuning" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+
+
+def read_tuning(bundle: str) -> list[Measured]:
+    """The measurements for a bundle on this machine; empty where there are none, or none that can be read."""
+    try:
+        data = json.loads(tuning_file(bundle).read_text())
+        if data["format"] != FORMAT or data["format_version"] != FORMAT_VERSION or data["bundle"] != bundle:
+            return []
+        return [Measured.from_dict(entry) for entry in data["measured"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []  # a damaged cache is no cache
+
+
+def write_tuning(bundle: str, measured: Sequence[Measured]) -> Path:
+    """Keep the measurements, in place of older ones.
+
+    Raises:
+        OutputError: the cache folder cannot be written.
+    """
+    from .atomic import atomic_file  # late: running a bundle writes nothing
+
+    path = tuning_file(bundle)
+    document = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "bundle": bundle,
+        "machine": machine_key(),
+        "measured": [entry.to_dict() for entry in measured],
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path.parent} cannot be made: {error.strerror}") from None
+    with atomic_file(path) as stream:
+        stream.write((json.dumps(document, indent=2, sort_keys=True) + "\n").encode())
+    return path
+
+
+def choose(
+    measured: Sequence[Measured], operation: str, device: str, precision: str, threads: int | None
+) -> list[tuple[int, Candidate]]:
+    """The fastest candidate per batch range, [(from_batch, candidate), ...]; empty where nothing fits.
+
+    device, precision: a name, or "auto" for any. threads: None for any; else the candidates measured with that many, or
+    with the next fewer, are compared and run with it.
+    """
+    fitting = [
+        entry
+        for entry in measured
+        if device in ("auto", entry.candidate.device) and precision in ("auto", entry.candidate.precision)
+    ]
+    if threads is not None:
+        counts = {entry.candidate.threads for entry in fitting if (entry.candidate.threads or 0) <= threads}
+        nearest = max((count for count in counts if count is not None), default=None)
+        fitting = [entry for entry in fitting if entry.candidate.threads in (None, nearest)]
+    sizes = sorted({batch for entry in fitting for batch in entry.seconds[operation]})
+    routes: list[tuple[int, Candidate]] = []
+    for position, size in enumerate(sizes):
+        # From the geometric mean of two measured sizes on, the larger one is nearer.
+        start = 1 if position == 0 else int((sizes[position - 1] * size) ** 0.5) + 1
+        best = _fastest([entry for entry in fitting if size in entry.seconds[operation]], operation, size)
+        if threads is not None and best.threads is not None:
+            best = Candidate(best.device, best.precision, threads, best.spinning)
+        if not routes or routes[-1][1] != best:
+            routes.append((start, best))
+    return routes
+
+
+def _fastest(entries: Sequence[Measured], operation: str, size: int) -> Candidate:
+    """The first of `entries`, most exact and plainest first, that none beats by more than `_GAIN`."""
+    best = entries[0]
+    for entry in entries[1:]:
+        if entry.seconds[operation][size] < _GAIN * best.seconds[operation][size]:
+            best = entry
+    return best.candidate
+
+
+def _cache_folder() -> Path:
+    if sys.platform == "win32":
+        root = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        root = str(Path.home() / "Library" / "Caches")
+    else:
+        root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "vae-edge"
+
+
+def _processor() -> str | None:
+    """The processor's name as Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)

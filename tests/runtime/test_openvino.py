@@ -1,0 +1,174 @@
+"""OpenVINO as the second real provider, through its plug-in."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vae_runtime import VAE, DeviceError, InputError
+from vae_runtime import plugins as module
+from vae_runtime.devices import find_device, import_engine, usable_devices
+from vae_runtime.plugins import OPENVINO, openvino_options, why_not_openvino
+
+INTEL = 0x8086
+has_plugin = importlib.util.find_spec("onnxruntime_ep_openvino") is not None
+with_plugin = pytest.mark.skipif(not has_plugin, reason="onnxruntime-ep-openvino is not installed")
+
+
+def present_the_processor_as_intel() -> None:
+    """The plug-in offers only Intel's processors, though OpenVINO runs on every x86-64. On another maker's, change the
+    vendor in onnxruntime's own record of the processor, so that the real provider runs in these tests."""
+    processor = import_engine().get_ep_devices()[0].device
+    if processor.vendor_id == INTEL:
+        return
+    # A pybind11 object: reference count, type, then the pointer to OrtHardwareDevice {type, vendor_id, ...}.
+    record = (ctypes.c_uint32 * 2).from_address(ctypes.c_void_p.from_address(id(processor) + 16).value or 0)
+    if platform.machine() not in ("x86_64", "AMD64") or record[1] != processor.vendor_id:
+        pytest.skip("this processor cannot be shown to the plug-in as Intel's")
+    record[1] = INTEL
+    if module._register_openvino.cache_info().currsize:  # an earlier test registered the plug-in, which saw no device
+        import_engine().unregister_execution_provider_library(OPENVINO)
+        module._register_openvino.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def openvino() -> None:
+    if not has_plugin:
+        pytest.skip("onnxruntime-ep-openvino is not installed")
+    present_the_processor_as_intel()
+    assert why_not_openvino(import_engine()) is None
+
+
+@pytest.mark.parametrize("name", ["tiny", "rgb", "vectors"])
+def test_fp32_is_fp32(openvino: None, name: str, request: pytest.FixtureRequest) -> None:
+    path = request.getfixturevalue(f"{name}_path")
+    with VAE.load(path, device="openvino") as vae, VAE.load(path) as cpu:
+        assert (vae.device, vae.precision) == ("openvino", "fp32")
+        assert vae.plan["encode"][0]["provider"] == OPENVINO
+        result = vae.selftest()
+        assert result.passed
+        assert result.tolerance == 1e-4
+        golden = vae.golden()
+        for batch in (1, 3, 40, 300):
+            x = np.resize(golden["x"], (batch, *golden["x"].shape[1:]))
+            np.testing.assert_allclose(vae.encode(x).mean, cpu.encode(x).mean, atol=2e-6)
+            np.testing.assert_allclose(vae.reconstruct(x), cpu.reconstruct(x), atol=2e-6)
+
+
+def test_its_session_runs_every_node_on_openvino(openvino: None, tiny_path: Path) -> None:
+    with VAE.load(tiny_path, device="openvino") as vae:
+        for operation in vae._open_operations():
+            session = operation.routes[0].session._session
+            if not hasattr(session, "get_provider_graph_assignment_info"):
+                pytest.skip("this onnxruntime does not tell which provider runs which node")
+            assert session.get_session_options().get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
+
+
+def test_graph_that_it_cannot_run_as_a_whole_is_refused(openvino: None, bundle: Path, resign: Any) -> None:
+    """A node that OpenVINO does not know would run on the CPU unnoticed."""
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(bundle / "encoder.onnx")
+    for node in model.graph.node:
+        node.output[:] = ["before" if name == "mean" else name for name in node.output]
+    # One axis more and one less, the first by an operator that is onnxruntime's own.
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(0, np.int32), "zero"))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0], np.int64), "axes"))
+    model.graph.node.append(onnx.helper.make_node("ExpandDims", ["before", "zero"], ["more"], domain="com.microsoft"))
+    model.graph.node.append(onnx.helper.make_node("Squeeze", ["more", "axes"], ["mean"]))
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    resign(bundle, encoder=model.SerializeToString())
+    with VAE.load(bundle) as vae:
+        assert vae.selftest().passed  # the CPU has it
+    with pytest.raises(DeviceError, match=r"device 'openvino' cannot run encoder.onnx: "):
+        VAE.load(bundle, device="openvino")
+
+
+def test_bf16_runs_where_the_processor_has_it_and_is_refused_elsewhere(openvino: None, tiny_path: Path) -> None:
+    able = module._metadata(module._openvino_cpu(import_engine()))["OPTIMIZATION_CAPABILITIES"].split()
+    if "BF16" not in able:
+        with pytest.raises(
+            DeviceError, match="precision 'bf16' is not to be had on device 'openvino': this processor has FP32"
+        ):
+            VAE.load(tiny_path, device="openvino", precision="bf16")
+        return
+    with VAE.load(tiny_path, device="openvino", precision="bf16") as vae, VAE.load(tiny_path) as cpu:
+        assert vae.plan["decode"][0]["precision"] == "bf16"
+        x = vae.golden()["x"]
+        assert 1e-6 < np.abs(vae.reconstruct(x) - cpu.reconstruct(x)).max() < 5e-2  # really less exact
+
+
+def test_bf16_where_it_is_told_to_be_there_asks_openvino_for_it() -> None:
+    config = json.loads(openvino_options("bf16", 2, {})["load_config"])["CPU"]
+    assert config == {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": "2", "NUM_STREAMS": "1"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_everything_else_asks_for_float32(precision: str) -> None:
+    config = json.loads(openvino_options(precision, None, {})["load_config"])["CPU"]
+    assert config == {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": "1"}
+
+
+def test_bf16_is_not_to_be_had_on_the_cpu_provider(tiny_path: Path) -> None:
+    with pytest.raises(DeviceError, match="precision 'bf16' is not to be had on device 'cpu'; it is run by: OpenVINO"):
+        VAE.load(tiny_path, precision="bf16")
+
+
+def test_options_reach_the_provider(openvino: None, tiny_path: Path) -> None:
+    def load(config: str) -> None:
+        VAE.load(tiny_path, device="openvino", provider_options={"load_config": config}).close()
+
+    load('{"CPU": {"ENABLE_CPU_PINNING": "NO"}}')
+    with pytest.raises(DeviceError, match=r"device 'openvino' cannot run encoder\.onnx: "):
+        load('{"CPU": {"NO_SUCH_PROPERTY": "1"}}')
+    for name in ("INFERENCE_PRECISION_HINT", "INFERENCE_NUM_THREADS"):
+        with pytest.raises(InputError, match=f"load_config sets {name} to '1'; pass precision or threads instead"):
+            load(json.dumps({"CPU": {name: "1"}}))
+    for text in ("no json", "[]", '{"CPU": 1}', "1"):
+        with pytest.raises(InputError, match=r"load_config is .*; expected JSON such as"):
+            load(text)
+
+
+def test_threads_are_what_was_asked_for(openvino: None, tiny_path: Path) -> None:
+    with VAE.load(tiny_path, device="openvino", threads=1) as vae:
+        assert vae.plan["encode"][0]["threads"] == 1
+        assert vae.selftest().passed
+
+
+@with_plugin
+def test_other_makers_processors_are_refused_in_words(python: Any, tiny_path: Path) -> None:
+    code = "import onnxruntime; print(onnxruntime.get_ep_devices()[0].device.vendor_id)"
+    if int(python(code).stdout) == INTEL:  # asked in a fresh process: in this one it may have been changed
+        pytest.skip("this is an Intel processor")
+    result = python(f"from vae_runtime import VAE; VAE.load({str(tiny_path)!r}, device='openvino')")
+    assert "DeviceError: device 'openvino' cannot be used: its plug-in offers no processor here" in result.stderr
+    assert result.stdout == ""
+
+
+def test_missing_plugin_is_answered_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DeviceError, match=r"device 'openvino' cannot be used: .*pip install 'vae-edge\[openvino\]'"):
+        find_device("openvino")
+    assert "vae-edge[openvino]" in str(usable_devices()["openvino"])
+
+
+@with_plugin
+def test_plugin_that_does_not_load_is_a_device_error(python: Any) -> None:
+    code = """
+import onnxruntime_ep_openvino as plugin
+plugin.get_library_path = lambda: "/nowhere/libplugin.so"
+from vae_runtime.devices import find_device
+find_device("openvino")
+"""
+    result = python(code)
+    assert "DeviceError: device 'openvino' cannot be used: its plug-in could not be loaded: " in result.stderr
+
+
+def test_same_device_by_onnxruntimes_name(openvino: None) -> None:
+    assert find_device(OPENVINO).name == find_device("openvino").name == "openvino"

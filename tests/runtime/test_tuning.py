@@ -1,0 +1,265 @@
+"""`vae-run tune` and what "auto" makes of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from vae_runtime import VAE, DeviceError, InputError, OutputError
+from vae_runtime import tune as tune_module
+from vae_runtime import tuning as module
+from vae_runtime.bundle import Bundle
+from vae_runtime.cli import main
+from vae_runtime.manifest import Manifest
+from vae_runtime.tune import candidates, tune
+from vae_runtime.tuning import Candidate, Measured, choose, read_tuning, tuning_file, write_tuning
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def measured(candidate: Candidate, encode: dict[int, float], decode: dict[int, float] | None = None) -> Measured:
+    return Measured(candidate, {"encode": encode, "decode": decode or encode})
+
+
+ONE, TWO = Candidate("cpu", "fp32", 1), Candidate("cpu", "fp32", 2)
+INT8 = Candidate("cpu", "int8", 1)
+OPENVINO = Candidate("openvino", "fp32", 2)
+TABLE = [
+    measured(ONE, {1: 10.0, 8: 40.0, 32: 160.0}),
+    measured(TWO, {1: 12.0, 8: 30.0, 32: 90.0}),
+    measured(INT8, {1: 9.9, 8: 20.0, 32: 80.0}),
+    measured(OPENVINO, {1: 30.0, 8: 35.0, 32: 50.0}, {1: 8.0, 8: 8.0, 32: 8.0}),
+]
+
+# --- choosing ---------------------------------------------------------------------------------------------------------
+
+
+def test_fastest_per_operation_and_batch_range() -> None:
+    assert choose(TABLE, "encode", "auto", "auto", None) == [(1, ONE), (3, INT8), (17, OPENVINO)]
+    assert choose(TABLE, "decode", "auto", "auto", None) == [(1, OPENVINO)]
+
+
+def test_what_is_hardly_faster_is_not_worth_a_less_exact_precision() -> None:
+    assert choose([TABLE[0], measured(INT8, {1: 9.8})], "encode", "auto", "auto", None)[0][1] == ONE
+    assert choose([TABLE[0], measured(INT8, {1: 9.6})], "encode", "auto", "auto", None)[0][1] == INT8
+
+
+def test_what_was_asked_for_limits_the_choice() -> None:
+    assert choose(TABLE, "encode", "cpu", "fp32", None) == [(1, ONE), (3, TWO)]
+    assert choose(TABLE, "encode", "auto", "int8", None) == [(1, INT8)]
+    assert choose(TABLE, "encode", "openvino", "auto", None) == [(1, OPENVINO)]
+    assert choose(TABLE, "encode", "cuda:0", "auto", None) == []
+    assert choose(TABLE, "encode", "auto", "auto", 1) == [(1, ONE), (3, INT8)]
+    assert choose(TABLE, "encode", "cpu", "fp32", 2) == [(1, TWO)]
+
+
+def test_threads_between_two_measured_counts_are_used_as_asked() -> None:
+    assert choose(TABLE, "encode", "cpu", "fp32", 7) == [(1, Candidate("cpu", "fp32", 7))]
+
+
+def test_batches_that_were_too_slow_to_measure_take_the_route_before() -> None:
+    slow = [measured(ONE, {1: 2.0}), measured(TWO, {1: 1.0, 8: 9.0})]
+    assert choose(slow, "encode", "auto", "auto", None) == [(1, TWO)]
+
+
+# --- keeping ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_written_is_read_again() -> None:
+    path = write_tuning("a" * 64, TABLE)
+    assert path == tuning_file("a" * 64)
+    assert read_tuning("a" * 64) == TABLE
+    assert read_tuning("b" * 64) == []
+    data = json.loads(path.read_text())
+    assert data["machine"]["cores"] >= 1
+    assert "onnxruntime" in data["machine"]["engines"]
+
+
+@pytest.mark.parametrize("change", ["processor", "cores", "engines", "system"])
+def test_another_machine_or_engine_has_its_own_file(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    write_tuning("a" * 64, TABLE)
+    key = {**module.machine_key(), change: "another"}
+    monkeypatch.setattr(module, "machine_key", lambda: key)
+    assert read_tuning("a" * 64) == []
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"format": "vae-tuning"}',
+        b'{"format": "vae-tuning", "format_version": 2, "bundle": "BUNDLE", "measured": []}',
+        b'{"format": "vae-tuning", "format_version": 1, "bundle": "other", "measured": [1]}',
+        b'{"format": "vae-tuning", "format_version": 1, "bundle": "BUNDLE", "measured": [{"device": "cpu"}]}',
+        b'{"format": "vae-tuning", "format_version": 1, "bundle": "BUNDLE", "measured": [{"device": "cpu", "precision":'
+        b' "fp32", "threads": 1, "spinning": null, "seconds": {"encode": {"1": -1}, "decode": {"1": 1}}}]}',
+    ],
+)  # fmt: skip
+def test_damaged_cache_is_no_cache(damage: bytes) -> None:
+    path = write_tuning("a" * 64, TABLE)
+    path.write_bytes(damage.replace(b"BUNDLE", b"a" * 64))
+    assert read_tuning("a" * 64) == []
+
+
+def test_folder_that_cannot_be_written_is_an_output_error(cache: Path) -> None:
+    (cache / "cache").write_text("a file where a folder has to be")
+    with pytest.raises(OutputError, match="cannot be made"):
+        write_tuning("a" * 64, TABLE)
+
+
+# --- auto -------------------------------------------------------------------------------------------------------------
+
+
+def test_auto_runs_what_was_measured(tiny_path: Path, images: np.ndarray) -> None:
+    still = Candidate("cpu", "fp32", 2, spinning=False)
+    table = [measured(ONE, {1: 1.0, 32: 9.0}), measured(still, {1: 2.0, 32: 1.0}, {1: 0.5, 32: 1.0})]
+    write_tuning(Bundle.open(tiny_path).digest, table)
+    with VAE.load(tiny_path, device="auto", precision="auto") as vae, VAE.load(tiny_path) as plain:
+        routes = [(route["from_batch"], route["threads"], route["spinning"]) for route in vae.plan["encode"]]
+        assert routes == [(1, 1, None), (6, 2, False)]
+        assert [route["threads"] for route in vae.plan["decode"]] == [2]
+        operation = vae._open_operations()[0]
+        assert operation.session(5) is operation.routes[0].session
+        assert operation.session(6) is operation.routes[1].session
+        for size in (1, 5, 6, 20):
+            np.testing.assert_allclose(vae.encode(images[:size]).mean, plain.encode(images[:size]).mean, atol=1e-6)
+        assert vae.selftest().passed
+    with VAE.load(tiny_path, device="auto", threads=1) as vae:
+        assert [route["threads"] for route in vae.plan["encode"]] == [1]
+
+
+def test_defaults_stay_exact_where_a_tuning_exists(tiny_path: Path) -> None:
+    write_tuning(Bundle.open(tiny_path).digest, [measured(ONE, {1: 1.0})])
+    with VAE.load(tiny_path) as vae:
+        assert (vae.plan["encode"][0]["threads"], vae.plan["encode"][0]["device"]) == (None, "cpu")
+
+
+def test_without_a_tuning_the_stated_rules_choose(tiny_path: Path) -> None:
+    with VAE.load(tiny_path, device="auto", precision="auto", threads=1) as vae:
+        assert vae.precision == "fp32"
+        assert [route["threads"] for route in vae.plan["encode"]] == [1]
+
+
+def test_another_bundle_is_not_concerned(tiny_path: Path, rgb_path: Path) -> None:
+    write_tuning(Bundle.open(tiny_path).digest, [measured(ONE, {1: 1.0})])
+    with VAE.load(rgb_path, device="auto") as vae:
+        assert vae.plan["encode"][0]["threads"] is None
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def test_tune_measures_and_auto_takes_it(tiny_path: Path) -> None:
+    lines: list[str] = []
+    file, result = tune(tiny_path, devices=["cpu"], seconds=1, progress=lines.append)
+    assert read_tuning(Bundle.open(tiny_path).digest) == result
+    assert file.is_file()
+    assert {entry.candidate.threads for entry in result} >= {1}
+    for entry in result:
+        for row in entry.seconds.values():
+            assert list(row) == [1, 8, 32]
+            assert all(1e-7 < time < 1 for time in row.values())
+    assert lines[0] == "round 1 of 3: cpu, fp32, 1 thread"
+    with VAE.load(tiny_path, device="auto") as vae:
+        assert vae.plan["encode"][0]["threads"] is not None
+
+
+def test_candidates_are_within_the_budget(tiny_path: Path) -> None:
+    data = json.loads((tiny_path / "manifest.json").read_bytes())
+    entry = dict(data["precisions"]["fp32"])
+    data["precisions"]["int8"] = {**entry, "quality": {"within_budget": False}}
+    data["precisions"]["fp16"] = entry
+    manifest = Manifest._from_dict(data, 1)
+    found = {(c.device, c.precision) for c in candidates(manifest, ["cpu", "openvino", "cuda"])}
+    assert found == {
+        ("cpu", "fp32"),
+        ("openvino", "fp32"),
+        ("openvino", "bf16"),
+        ("cuda", "fp32"),
+        ("cuda", "fp16"),
+        ("cuda", "tf32"),
+    }
+    data["precisions"]["int8"]["quality"]["within_budget"] = True
+    assert ("cpu", "int8") in {(c.device, c.precision) for c in candidates(Manifest._from_dict(data, 1), ["cpu"])}
+
+
+def test_candidate_that_fails_its_self_test_is_left_out(bundle: Path, resign: Any) -> None:
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(bundle / "decoder.onnx")
+    for tensor in model.graph.initializer:
+        if tensor.name == "out.bias":
+            tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) + 0.1, tensor.name))
+
+    def add(data: dict[str, Any]) -> None:
+        data["files"]["decoder.int8.onnx"] = data["files"].pop("spoiled.onnx")
+        data["precisions"]["int8"] = {"encoder": "encoder.onnx", "decoder": "decoder.int8.onnx", "fidelity": {}}
+        data["golden"]["tolerance"]["int8"] = 0.01
+
+    resign(bundle, add, spoiled=model.SerializeToString())
+    (bundle / "spoiled.onnx").rename(bundle / "decoder.int8.onnx")
+    lines: list[str] = []
+    _, result = tune(bundle, devices=["cpu"], seconds=0.5, progress=lines.append)
+    assert {entry.candidate.precision for entry in result} == {"fp32"}
+    assert any("left out: its self-test failed" in line for line in lines)
+
+
+def test_precision_of_a_provider_that_loses_quality_is_left_out(tiny: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    golden = tiny.golden()
+    assert tune_module._psnr_loss(tiny, golden) == 0  # fp32 was measured at export
+    monkeypatch.setattr(tiny, "_precision", "bf16")
+    assert abs(tune_module._psnr_loss(tiny, golden)) < 1e-3
+    noisy = {**golden, "reconstruction": 0.9 * golden["reconstruction"] + 0.1 * golden["x"]}  # a better reference
+    expected = -20 * np.log10(0.9)
+    assert tune_module._psnr_loss(tiny, noisy) == pytest.approx(expected, abs=1e-3)
+
+
+def test_child_that_dies_is_left_out(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune_module.sys, "executable", "/bin/false")
+    lines: list[str] = []
+    with pytest.raises(DeviceError, match="tiny could not be measured on any of cpu"):
+        tune(tiny_path, devices=["cpu"], seconds=1, progress=lines.append)
+    assert any("its process ended with status 1 and no result" in line for line in lines)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 3601, float("nan"), "60", True, None])
+def test_seconds_out_of_range_are_refused(tiny_path: Path, seconds: Any) -> None:
+    with pytest.raises(InputError, match=r"seconds is .*; expected a number above 0, at most 3600"):
+        tune(tiny_path, seconds=seconds)
+
+
+def test_device_that_is_not_usable_is_refused(tiny_path: Path) -> None:
+    with pytest.raises(InputError, match="device 'gpu' cannot be measured: there is no such device"):
+        tune(tiny_path, devices=["gpu"])
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_command_shows_a_table_and_what_auto_takes(tiny_path: Path) -> None:
+    result = CliRunner().invoke(main, ["tune", str(tiny_path), "--device", "cpu", "--seconds", "0.5"])
+    assert result.exit_code == 0, result.output
+    assert "encode  1  encode  8  encode 32  decode  1" in result.stdout
+    assert "auto takes for decode from batch  1: cpu, fp32, " in result.stdout
+    assert "round 1 of 3" in result.stderr
+
+
+def test_command_as_json_prints_nothing_else(tiny_path: Path) -> None:
+    result = CliRunner().invoke(main, ["tune", str(tiny_path), "--device", "cpu", "--seconds", "0.5", "--json"])
+    data = json.loads(result.stdout)
+    assert Path(data["file"]).is_file()
+    assert data["measured"][0]["device"] == "cpu"
+
+
+def test_command_answers_a_bad_device_in_one_sentence(tiny_path: Path) -> None:
+    result = CliRunner().invoke(main, ["tune", str(tiny_path), "--device", "gpu"])
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)

@@ -54,6 +54,7 @@ class VAE:
     def __init__(self, bundle: Bundle, encoder: Operation, decoder: Operation, precision: str) -> None:
         self._bundle = bundle
         self._precision = precision
+        self._device = _joined(route.session.device.name for half in (encoder, decoder) for route in half.routes)
         self._operations: tuple[Operation, Operation] | None = (encoder, decoder)
 
     @classmethod
@@ -146,7 +147,7 @@ class VAE:
     def device(self) -> str:
         """The device in use: "cpu", "cuda:0", "openvino" or a provider's name; several, where `plan` says so, joined
         by "+"."""
-        return _joined(route.session.device.name for operation in self._open_operations() for route in operation.routes)
+        return self._device
 
     @property
     def precision(self) -> str:

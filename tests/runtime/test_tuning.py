@@ -99,7 +99,6 @@ def test_another_machine_or_engine_has_its_own_file(monkeypatch: pytest.MonkeyPa
     [
         b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"format": "vae-tuning"}',
         b'{"format": "vae-tuning", "format_version": 2, "bundle": "BUNDLE", "measured": []}',
-        b'{"format": "vae-tuning", "format_version": 1, "bundle": "other", "measured": [1]}',
         b'{"format": "vae-tuning", "format_version": 1, "bundle": "BUNDLE", "measured": [{"device": "cpu"}]}',
         b'{"format": "vae-tuning", "format_version": 1, "bundle": "BUNDLE", "measured": [{"device": "cpu", "precision":'
         b' "fp32", "threads": 1, "spinning": null, "seconds": {"encode": {"1": -1}, "decode": {"1": 1}}}]}',
@@ -109,6 +108,11 @@ def test_damaged_cache_is_no_cache(damage: bytes) -> None:
     path = write_tuning("a" * 64, TABLE)
     path.write_bytes(damage.replace(b"BUNDLE", b"a" * 64))
     assert read_tuning("a" * 64) == []
+
+
+def test_file_of_another_bundle_is_not_taken() -> None:
+    write_tuning("a" * 64, TABLE).rename(tuning_file("b" * 64))
+    assert read_tuning("b" * 64) == []
 
 
 def test_folder_that_cannot_be_written_is_an_output_error(cache: Path) -> None:
@@ -148,6 +152,12 @@ def test_without_a_tuning_the_stated_rules_choose(tiny_path: Path) -> None:
     with VAE.load(tiny_path, device="auto", precision="auto", threads=1) as vae:
         assert vae.precision == "fp32"
         assert [route["threads"] for route in vae.plan["encode"]] == [1]
+
+
+def test_options_that_were_not_there_when_it_was_measured_set_it_aside(tiny_path: Path) -> None:
+    write_tuning(Bundle.open(tiny_path).digest, [measured(ONE, {1: 1.0})])
+    with VAE.load(tiny_path, device="auto", provider_options={}) as vae:
+        assert vae.plan["encode"][0]["threads"] is None
 
 
 def test_another_bundle_is_not_concerned(tiny_path: Path, rgb_path: Path) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import BundleError
 from .manifest import INPUT, LOGVAR, MANIFEST_FILE, MAX_MANIFEST_BYTES, MEAN, RECONSTRUCTION, Manifest
+
+_BLOCK = 2**18
 
 
 class Bundle:
@@ -51,16 +55,28 @@ class Bundle:
 
     def read(self, file: str) -> bytes:
         """The bytes of one listed file, read once and checked against the manifest's size and SHA-256."""
-        entry = self.manifest.files[file]
-        data = _read_regular(self.path / file, entry.bytes)
-        if len(data) != entry.bytes:
-            raise BundleError(f"{self.path / file} has {len(data)} bytes; the manifest says {entry.bytes}")
-        digest = hashlib.sha256(data).hexdigest()
-        if digest != entry.sha256:
-            raise BundleError(
-                f"{self.path / file} was altered: its SHA-256 is {digest[:12]}…, the manifest says {entry.sha256[:12]}…"
-            )
+        data = _read_regular(self.path / file, self.manifest.files[file].bytes)
+        self._check(file, len(data), hashlib.sha256(data))
         return data
+
+    def verify(self, file: str) -> None:
+        """`read` for its checks alone, in the memory of one block."""
+        size, digest = 0, hashlib.sha256()
+        with _open_regular(self.path / file) as stream:
+            while block := stream.read(_BLOCK):
+                size += len(block)
+                digest.update(block)
+        self._check(file, size, digest)
+
+    def _check(self, file: str, size: int, digest: hashlib._Hash) -> None:
+        entry = self.manifest.files[file]
+        if size != entry.bytes:
+            raise BundleError(f"{self.path / file} has {size} bytes; the manifest says {entry.bytes}")
+        found = digest.hexdigest()
+        if found != entry.sha256:
+            raise BundleError(
+                f"{self.path / file} was altered: its SHA-256 is {found[:12]}…, the manifest says {entry.sha256[:12]}…"
+            )
 
     def golden(self) -> dict[str, NDArray[np.float32]]:
         """The golden inputs and the reference's outputs for them, by tensor name, float32, checked for shape.
@@ -146,15 +162,23 @@ def _require_regular(path: Path, found: os.stat_result) -> None:
 
 
 def _read_regular(path: Path, limit: int) -> bytes:
-    """At most `limit` + 1 bytes of a regular file, through one descriptor that is checked after it is open."""
+    """At most `limit` + 1 bytes of a regular file."""
+    try:
+        with _open_regular(path) as stream:
+            return stream.read(limit + 1)
+    except MemoryError:
+        raise BundleError(f"{path} has {limit} bytes or more, which do not fit into memory") from None
+
+
+@contextlib.contextmanager
+def _open_regular(path: Path) -> Iterator[IO[bytes]]:
+    """A regular file, through one descriptor that is checked after it is open."""
     _regular_stat(path)
     flags: Any = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         descriptor = os.open(path, flags)
         with os.fdopen(descriptor, "rb") as stream:
             _require_regular(path, os.fstat(descriptor))
-            return stream.read(limit + 1)
-    except MemoryError:
-        raise BundleError(f"{path} has {limit} bytes or more, which do not fit into memory") from None
+            yield stream
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}") from None

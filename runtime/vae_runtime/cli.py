@@ -55,7 +55,7 @@ def info(bundle: str, as_json: bool) -> None:
     """Show what a bundle is and what this machine can run it on. Every file is checked."""
     opened = Bundle.open(bundle)
     for file in opened.manifest.files:
-        opened.read(file)
+        opened.verify(file)
     engine = _engine_facts()
     if as_json:
         print_json({"manifest": opened.manifest.to_dict(), "engine": engine})

@@ -98,7 +98,6 @@ class VAE:
     def _open(cls, bundle: Bundle, plan: _Plan, provider_options: Mapping[str, str] | None = None) -> VAE:
         """Open what `plan` says, each session once, however many batch ranges share it."""
         manifest = bundle.manifest
-        models = {file: bundle.read(file) for file in sorted(manifest.files)}
         latent_outputs = {MEAN: manifest.latent.shape}
         if manifest.kind == "vae":
             latent_outputs[LOGVAR] = manifest.latent.shape
@@ -107,6 +106,10 @@ class VAE:
             "decode": (LATENT, manifest.latent.shape, {RECONSTRUCTION: manifest.input.shape}),
         }
 
+        opened = {_file_of(manifest, name, candidate.precision)[0] for name in plan for _, candidate in plan[name]}
+        for file in sorted(manifest.files.keys() - opened):
+            bundle.verify(file)
+
         def open_routes(operation: str) -> list[Route]:
             sessions: dict[tuple[str, Candidate], GraphSession] = {}
             routes = []
@@ -114,7 +117,8 @@ class VAE:
                 file, precision = _file_of(manifest, operation, candidate.precision)
                 if (file, candidate) not in sessions:
                     found = find_device(candidate.device, precision, provider_options)
-                    session = GraphSession(models[file], file, found, candidate.threads, candidate.spinning)
+                    # One graph's bytes in memory at a time, and each session made from bytes that were just checked.
+                    session = GraphSession(bundle.read(file), file, found, candidate.threads, candidate.spinning)
                     session.require_boundary(*boundaries[operation])
                     sessions[file, candidate] = session
                 routes.append(Route(from_batch, sessions[file, candidate], precision))

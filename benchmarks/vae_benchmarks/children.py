@@ -37,7 +37,7 @@ def run_worker(task: str, **request: Any) -> dict[str, Any]:
     if "error" in answer:
         raise _revive(**answer["error"])
     if "result" not in answer:
-        raise BenchmarkError(f"the process that measures {task} {_ending(finished)}")
+        raise BenchmarkError(f"the process that measures {task} {describe_exit(finished.returncode, finished.stderr)}")
     result: dict[str, Any] = answer["result"]
     return result
 
@@ -59,14 +59,15 @@ def _revive(type: str, message: str) -> VAEError:
     return error
 
 
-def _ending(finished: subprocess.CompletedProcess[bytes]) -> str:
-    if finished.returncode < 0:
+def describe_exit(returncode: int, stderr: bytes) -> str:
+    """How a process ended that should not have, in words: the signal, or the exit code and the last line of its errors."""
+    if returncode < 0:
         try:
-            name = signal.Signals(-finished.returncode).name
+            name = signal.Signals(-returncode).name
         except ValueError:
-            name = f"signal {-finished.returncode}"
+            name = f"signal {-returncode}"
         hint = "; it may have run out of memory" if name == "SIGKILL" else ""
         return f"was ended by {name}{hint}"
-    lines = finished.stderr.decode(errors="replace").strip().splitlines()
+    lines = stderr.decode(errors="replace").strip().splitlines()
     last = f": {lines[-1].strip()}" if lines else ""
-    return f"ended with exit code {finished.returncode} and no answer{last}"
+    return f"ended with exit code {returncode} and no answer{last}"

@@ -3,6 +3,7 @@
 Median of one sample: order statistics, whose ranks follow the binomial distribution.
     J.-Y. Le Boudec, Performance Evaluation of Computer and Communication Systems, EPFL Press 2010, section 2.2 and
     appendix A; H. A. David and H. N. Nagaraja, Order Statistics, 3rd edition, Wiley 2003, section 7.1.
+Ratio of paired values: the same interval of the pairs' ratios; below 6 pairs Student's t on their logarithms.
 Shift between two samples: the interval that belongs to the rank-sum test, from the sorted pairwise differences.
     J. L. Hodges and E. L. Lehmann, Annals of Mathematical Statistics 34 (1963) 598-611; D. F. Bauer, Constructing
     confidence sets using rank statistics, Journal of the American Statistical Association 67 (1972) 687-690.
@@ -37,6 +38,28 @@ def median_interval(values: ArrayLike, confidence: float) -> tuple[float, float]
     ordered = np.sort(np.asarray(values, np.float64))
     ranks = median_ranks(len(ordered), confidence)
     return None if ranks is None else (float(ordered[ranks[0] - 1]), float(ordered[ranks[1] - 1]))
+
+
+# The 97.5% quantiles of Student's t for 3, 4 and 5 values.
+_STUDENT_T = {3: 4.3027, 4: 3.1824, 5: 2.7764}
+
+
+def paired_ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float | None, float | None, str]:
+    """How many times larger the values of `b` are than those of `a`, pair by pair: the median ratio, and the two ends of
+    its 95% interval with where they come from.
+
+    "rounds": order statistics, which assume no distribution; from 6 pairs on. "t": Student's t, which takes the
+    logarithms for normally distributed; 3 to 5 pairs. "none": fewer pairs, no interval.
+    """
+    logs = np.log(np.asarray(b, np.float64)) - np.log(np.asarray(a, np.float64))
+    ratio = float(np.exp(np.median(logs)))
+    interval, source = median_interval(logs, 0.95), "rounds"
+    if interval is None and len(logs) in _STUDENT_T:
+        half = _STUDENT_T[len(logs)] * float(logs.std(ddof=1)) / math.sqrt(len(logs))
+        interval, source = (float(logs.mean()) - half, float(logs.mean()) + half), "t"
+    if interval is None:
+        return ratio, None, None, "none"
+    return ratio, math.exp(interval[0]), math.exp(interval[1]), source
 
 
 def smallest_count(quantile: float, confidence: float) -> int:

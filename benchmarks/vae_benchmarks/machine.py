@@ -58,6 +58,20 @@ class MachineFacts:
         return self.load_average_1min is not None and self.load_average_1min > 0.5 * (self.cores_usable or 1)
 
 
+def choose_cores(count: int) -> tuple[int, ...] | None:
+    """`count` logical cores to bind a process to, of different physical cores as far as there are enough.
+
+    None where there are not so many; empty where this system binds no processes.
+    """
+    if sys.platform != "linux":
+        return () if count <= (os.cpu_count() or 1) else None
+    usable = sorted(os.sched_getaffinity(0))
+    siblings = {cpu: _first_line(_CPUS / f"cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in usable}
+    first = list({siblings[cpu]: cpu for cpu in reversed(usable)}.values())[::-1]
+    chosen = [*first, *(cpu for cpu in usable if cpu not in first)][:count]
+    return tuple(sorted(chosen)) if len(chosen) == count else None
+
+
 def cpu_quota(root: Path = Path("/")) -> float | None:
     """The tightest CPU limit of this process's cgroups, in cores; None without one. root: of the file system."""
     limits = [

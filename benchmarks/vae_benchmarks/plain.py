@@ -32,6 +32,8 @@ def from_plain(kind: type[_Kind], value: Any, where: str) -> _Kind:
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
     if dataclasses.is_dataclass(hint):
         return from_plain(hint, value, where)  # type: ignore[arg-type]
     if origin in (types.UnionType, Union):  # the only unions here are with None

@@ -47,25 +47,27 @@ class Settings:
             if operation not in OPERATIONS:
                 raise InputError(f"operation is {operation!r}; expected one of {', '.join(OPERATIONS)}")
         for batch in self.batches:
-            _check_whole("batch", batch, LARGEST_BATCH)
+            check_whole("batch", batch, LARGEST_BATCH)
         for threads in self.threads:
             check_threads(threads)
-        _check_whole("rounds", self.rounds, MOST_ROUNDS)
-        _check_number("seconds", self.seconds, 0, 86400)
-        _check_number("confidence", self.confidence, 0.5, 1)
-        _check_number("width", self.width, 0, 1)
+        check_whole("rounds", self.rounds, MOST_ROUNDS)
+        check_number("seconds", self.seconds, 0, 86400)
+        check_number("confidence", self.confidence, 0.5, 1)
+        check_number("width", self.width, 0, 1)
 
     def without(self, operation: str) -> Settings:
         """The same settings without one operation."""
         return dataclasses.replace(self, operations=tuple(name for name in self.operations if name != operation))
 
 
-def _check_whole(name: str, value: object, largest: int) -> None:
+def check_whole(name: str, value: object, largest: int) -> None:
+    """Raise `InputError` unless `value` is a whole number from 1 to `largest`."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
         raise InputError(f"{name} is {value!r}; expected a whole number from 1 to {largest}")
 
 
-def _check_number(name: str, value: object, low: float, high: float) -> None:
+def check_number(name: str, value: object, low: float, high: float) -> None:
+    """Raise `InputError` unless `value` is a number between `low` and `high`, both excluded."""
     valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not valid or not low < float(value) < high:  # type: ignore[arg-type]
         raise InputError(f"{name} is {value!r}; expected a number between {low:g} and {high:g}, both excluded")

@@ -1,0 +1,148 @@
+"""A case of the race: one model in every form that a competitor needs, or a bundle alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vae_runtime.bundle import Bundle
+from vae_runtime.manifest import MANIFEST_FILE, MEAN, RECONSTRUCTION, Manifest
+from vae_runtime.preprocess import Float32
+
+from ..errors import ReportError
+from ..plain import from_plain
+
+CASE_FILE = "case.json"
+FORMAT, FORMAT_VERSION = "vae-case", 1
+BUNDLE, PLAIN, TORCH, INPUTS = "bundle.vae", "plain", "torch", "inputs.npz"
+
+
+class CaseError(ReportError):
+    """A folder is not a case that can be raced."""
+
+
+@dataclass(frozen=True)
+class CaseFacts:
+    """What is told about a case; None where a bundle alone does not say.
+
+    macs: multiply-accumulates of one example, {"encode": n, "decode": n}. quality: of a trained model, figures by name.
+    """
+
+    name: str
+    description: str
+    kind: str
+    input_shape: tuple[int, ...]
+    latent_shape: tuple[int, ...]
+    parameters: int | None
+    macs: dict[str, int] | None
+    data: str | None
+    quality: Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """Where the forms of one model lie. plain, torch: their folders; None in a bundle alone."""
+
+    folder: Path
+    facts: CaseFacts
+    manifest: Manifest
+    bundle: Path
+    plain: Path | None
+    torch: Path | None
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Case:
+        """A case folder as `benchmarks/cases/build.py` writes it, or a bundle's folder.
+
+        Raises:
+            CaseError: it is neither, or `case.json` is damaged. BundleError: the bundle is.
+        """
+        folder = Path(path)
+        if (folder / CASE_FILE).is_file():
+            facts = _read_facts(folder / CASE_FILE)
+            missing = [part for part in (BUNDLE, PLAIN, TORCH, INPUTS) if not (folder / part).exists()]
+            if missing:
+                raise CaseError(f"{folder} lacks {', '.join(missing)}, which a case has beside {CASE_FILE}")
+            manifest = Bundle.open(folder / BUNDLE).manifest
+            return cls(folder, facts, manifest, folder / BUNDLE, folder / PLAIN, folder / TORCH)
+        if (folder / MANIFEST_FILE).is_file():
+            manifest = Bundle.open(folder).manifest
+            return cls(folder, _facts_of_bundle(manifest), manifest, folder, None, None)
+        raise CaseError(f"{folder} is neither a case nor a bundle: it has no {CASE_FILE} and no {MANIFEST_FILE}")
+
+    @property
+    def name(self) -> str:
+        return self.facts.name
+
+    def graph(self, half: str) -> bytes:
+        """The fp32 graph for bare engines, half "encoder" or "decoder": the plain export, or else the bundle's own."""
+        if self.plain is None:
+            return self.bundle_graph(half, "fp32")
+        try:
+            return (self.plain / f"{half}.onnx").read_bytes()
+        except OSError as error:
+            raise CaseError(f"{self.plain / half}.onnx cannot be read: {error.strerror}") from None
+
+    def bundle_graph(self, half: str, precision: str) -> bytes:
+        """The bundle's graph in one precision, verified."""
+        files = self.manifest.precisions[precision]
+        return Bundle.open(self.bundle).read(files.encoder if half == "encoder" else files.decoder)
+
+    def reference(self) -> dict[str, Float32]:
+        """Real inputs x and PyTorch's own mean, logvar (of a vae) and reconstruction, all (N, ...).
+
+        Raises:
+            CaseError: the file of a case is damaged.
+        """
+        if self.plain is None:
+            return Bundle.open(self.bundle).golden()
+        path = self.folder / INPUTS
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                found = {name: arrays[name] for name in arrays.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise CaseError(f"{path} cannot be read: {error}") from None
+        shapes = {"x": self.facts.input_shape, MEAN: self.facts.latent_shape, RECONSTRUCTION: self.facts.input_shape}
+        for name, shape in shapes.items():
+            if name not in found or found[name].dtype != np.float32 or found[name].shape[1:] != shape:
+                raise CaseError(f"{path} has no float32 array {name} of shape (N, {', '.join(map(str, shape))})")
+        return found
+
+
+def _read_facts(path: Path) -> CaseFacts:
+    try:
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CaseError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise CaseError(f"{path} is not JSON; expected what benchmarks/cases/build.py wrote") from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise CaseError(f'{path} is not the description of a case, whose "format" is {FORMAT!r}')
+    if document.get("format_version") != FORMAT_VERSION:
+        version = document.get("format_version")
+        raise CaseError(f"{path} has format_version {version!r}; this vae-edge reads version {FORMAT_VERSION}")
+    try:
+        return from_plain(CaseFacts, document, str(path))
+    except ReportError as error:
+        raise CaseError(str(error)) from None
+
+
+def _facts_of_bundle(manifest: Manifest) -> CaseFacts:
+    return CaseFacts(
+        name=manifest.name,
+        description="a bundle alone",
+        kind=manifest.kind,
+        input_shape=manifest.input.shape,
+        latent_shape=manifest.latent.shape,
+        parameters=None,
+        macs=None,
+        data=None,
+        quality=None,
+    )
+

@@ -1,0 +1,112 @@
+"""What a worker process needs of a competitor once it is open, and the checks that it has to pass before any timing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vae_runtime.manifest import LOGVAR, MEAN, RECONSTRUCTION
+from vae_runtime.preprocess import Float32
+
+from ..errors import BenchmarkError
+
+# The largest error that a competitor may have, by its precision: how it is measured, and how much.
+# The error of one value matters in full precision only; in the others their root mean square.
+TOLERANCES: dict[str, tuple[str, float]] = {
+    "fp32": ("max", 1e-3),
+    "tf32": ("rms", 0.01),
+    "fp16": ("rms", 0.01),
+    "bf16": ("rms", 0.03),
+    "int8": ("rms", 0.08),
+}
+
+
+class CannotRunError(BenchmarkError):
+    """A competitor is not to be had here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A competitor, open for one batch size and thread count.
+
+    encode: x, float32 (N, *input_shape) in host memory, -> a result of which `arrays` makes (mean[, logvar]).
+    decode: z, float32 (N, *latent_shape), -> a result of which `arrays` makes (reconstruction,).
+    Both give new arrays in host memory that belong to the caller. Only these two calls are timed, not `arrays`.
+    precisions: in which it computes. engine: with its version. configuration: how it is set up, in words.
+    plan: what an engine that chooses says about its choice.
+    """
+
+    encode: Callable[[Float32], Any]
+    decode: Callable[[Float32], Any]
+    precisions: tuple[str, ...]
+    engine: str
+    configuration: str
+    arrays: Callable[[Any], tuple[Float32, ...]] = tuple
+    plan: Any = None
+
+    @property
+    def precision(self) -> str:
+        """The one that decides how large an error may be: the coarsest in use."""
+        return max(self.precisions, key=[*TOLERANCES].index)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """errors: by output, measured as `measure` says ("max" or "rms"), relative to the largest reference value, and
+    for reconstructions to the data's range. fault: what is wrong, in words; None where nothing is."""
+
+    measure: str
+    tolerance: float
+    errors: dict[str, float]
+    fault: str | None
+
+
+def judge(entrant: Entrant, reference: dict[str, Float32]) -> Verdict:
+    """Compare both operations with the reference's outputs, and see that results stay as they were handed out."""
+    measure, tolerance = TOLERANCES[entrant.precision]
+    errors: dict[str, float] = {}
+    outputs = {"encode": [name for name in (MEAN, LOGVAR) if name in reference], "decode": [RECONSTRUCTION]}
+    inputs = {"encode": reference["x"], "decode": reference[MEAN]}
+    for operation, names in outputs.items():
+        call = getattr(entrant, operation)
+        found = entrant.arrays(call(inputs[operation]))
+        fault = _fault_of_shape(operation, found, [reference[name] for name in names])
+        if fault:
+            return Verdict(measure, tolerance, errors, fault)
+        kept = [array.copy() for array in found]
+        again = entrant.arrays(call(1 - inputs[operation]))  # images stay in [0, 1]
+        if not all(np.array_equal(array, copy) for array, copy in zip(found, kept, strict=True)) or any(
+            np.shares_memory(one, other) for one, other in zip(found, again, strict=True)
+        ):
+            return Verdict(measure, tolerance, errors, f"{operation} overwrites a result that it handed out before")
+        for name, array in zip(names, found, strict=True):
+            errors[name] = error_of(array, reference[name], measure, name == RECONSTRUCTION)
+    wrong = {name: error for name, error in errors.items() if not error <= tolerance}
+    worst = max(wrong, key=lambda name: wrong[name], default=None)
+    fault = None if worst is None else _fault_of_value(worst, wrong[worst], measure, tolerance, entrant.precision)
+    return Verdict(measure, tolerance, errors, fault)
+
+
+def error_of(found: Float32, reference: Float32, measure: str, is_data: bool) -> float:
+    """The maximum ("max") or the root mean square ("rms") of the differences, relative to max|reference|, taken as at
+    least 0.01; of data, to their range."""
+    difference = np.abs(np.subtract(found, reference, dtype=np.float64))
+    scale = float(reference.max() - reference.min()) or 1.0 if is_data else max(float(np.abs(reference).max()), 0.01)
+    size = difference.max() if measure == "max" else np.sqrt(np.square(difference).mean())
+    return float(size) / scale
+
+
+def _fault_of_shape(operation: str, found: tuple[Any, ...], expected: list[Float32]) -> str | None:
+    shapes = [(getattr(one, "shape", None), str(getattr(one, "dtype", type(one)))) for one in found]
+    wanted = [(one.shape, "float32") for one in expected]
+    if shapes != wanted:
+        return f"{operation} gives {shapes}; expected {wanted}"
+    return None if all(np.isfinite(one).all() for one in found) else f"{operation} gives values that are not finite"
+
+
+def _fault_of_value(name: str, error: float, measure: str, tolerance: float, precision: str) -> str:
+    size = {"max": "largest error", "rms": "root mean square error"}[measure]
+    return f"the {size} of {name} is {error:.2g}; {precision} may have {tolerance:g}"

@@ -1,0 +1,126 @@
+"""The case's own torch modules, as they are and compiled."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vae_runtime.preprocess import Float32
+
+from ..case import Case
+from ..entrant import CannotRunError, Entrant
+
+_TRIAL_CALLS, _TRIAL_SECONDS = 7, 1.0
+
+
+def open_entrant(case: Case, batch: int, threads: int, compiled: bool) -> Entrant:
+    """The modules in evaluation mode under `inference_mode`, `threads` intra-op threads and one inter-op thread.
+
+    Eager modules with images are tried in both memory layouts, and each half keeps the faster one. Compiled modules go
+    through `torch.compile` for exactly this batch size, as one graph each, with the weights frozen into it
+    (`torch._inductor.config.freezing`), so that BatchNorm folds away and weights are packed beforehand; the compiler
+    chooses the layout. Compiling needs a C++ compiler.
+    """
+    if case.torch is None:
+        raise CannotRunError("a bundle alone has no torch modules; build a case for it")
+    try:
+        import torch
+    except ImportError:
+        raise CannotRunError("torch is not installed; pip install 'vae-edge[train]'") from None
+    if compiled and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "cl"))):
+        raise CannotRunError("torch.compile needs a C++ compiler, and there is none")
+    torch.set_num_threads(threads)
+    torch.set_num_interop_threads(1)
+    torch.inference_mode().__enter__()  # for the rest of this process: entering it in every call would cost time
+    encoder, decoder = load_modules(case.torch, case.facts.name)
+    x = np.zeros((batch, *case.facts.input_shape), np.float32)
+    z = np.zeros((batch, *case.facts.latent_shape), np.float32)
+    if compiled:
+        import torch._inductor.config
+
+        torch._inductor.config.freezing = True
+        halves = [_call(torch.compile(half, dynamic=False, fullgraph=True)) for half in (encoder, decoder)]
+        words = "torch.compile, dynamic=False, fullgraph=True, freezing"
+    else:
+        chosen = [_in_faster_layout(half, example) for half, example in ((encoder, x), (decoder, z))]
+        halves = [call for _, call in chosen]
+        words = f"eager, encoder {chosen[0][0]}, decoder {chosen[1][0]}"
+    return Entrant(
+        encode=halves[0],
+        decode=halves[1],
+        precisions=("fp32",),
+        engine=f"torch {torch.__version__}",
+        configuration=f"{words}, inference_mode, {threads} threads",
+    )
+
+
+def load_modules(folder: Path, name: str) -> tuple[Any, Any]:
+    """The encoder and the decoder of a case, with their weights, in evaluation mode. This runs the case's modules.py."""
+    import json
+
+    import torch
+
+    spec = importlib.util.spec_from_file_location(f"modules_of_{name}", folder / "modules.py")
+    if spec is None or spec.loader is None or not (folder / "modules.py").is_file():
+        raise CannotRunError(f"{folder / 'modules.py'} cannot be loaded")
+    modules = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(modules)
+    architecture = json.loads((folder.parent / "case.json").read_bytes())["architecture"]
+    halves = modules.build(architecture["name"], **architecture["arguments"])
+    weights = torch.load(folder / "weights.pt", map_location="cpu", weights_only=True)
+    for half, part in zip(halves, ("encoder", "decoder"), strict=True):
+        half.load_state_dict(weights[part])
+        half.eval().requires_grad_(False)
+    encoder, decoder = halves
+    return encoder, decoder
+
+
+def _call(module: Any, channels_last: bool = False) -> Callable[[Float32], tuple[Float32, ...]]:
+    import torch
+
+    from_numpy, layout = torch.from_numpy, torch.channels_last
+
+    def call(array: Float32) -> tuple[Float32, ...]:
+        given = from_numpy(array)
+        out = module(given.to(memory_format=layout) if channels_last else given)
+        return tuple(map(_to_numpy, out)) if isinstance(out, tuple) else (_to_numpy(out),)
+
+    return call
+
+
+def _to_numpy(tensor: Any) -> Float32:
+    array: Float32 = np.ascontiguousarray(tensor.numpy())
+    return array
+
+
+def _in_faster_layout(module: Any, example: Float32) -> tuple[str, Callable[[Float32], tuple[Float32, ...]]]:
+    """The call in the faster one of torch's two layouts, and that layout's name."""
+    import copy
+
+    import torch
+
+    candidates = {"contiguous": _call(module)}
+    if any(part.ndim == 4 for part in module.parameters()):
+        turned = copy.deepcopy(module).to(memory_format=torch.channels_last)
+        candidates["channels_last"] = _call(turned, channels_last=example.ndim == 4)
+    seconds = {name: _typical_seconds(call, example) for name, call in candidates.items()}
+    fastest = min(seconds, key=lambda name: seconds[name])
+    return fastest, candidates[fastest]
+
+
+def _typical_seconds(call: Callable[[Float32], object], example: Float32) -> float:
+    durations: list[float] = []
+    begun = time.perf_counter()
+    while len(durations) < 2 or (len(durations) < _TRIAL_CALLS and time.perf_counter() - begun < _TRIAL_SECONDS):
+        start = time.perf_counter()
+        call(example)
+        durations.append(time.perf_counter() - start)
+    return statistics.median(durations[1:])

@@ -1,0 +1,326 @@
+"""The race itself: everybody opened, checked and warmed up, then timed in turns, round after round."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+
+from vae_runtime import __version__
+from vae_runtime.errors import InputError
+
+from ..machine import MachineFacts, choose_cores
+from .case import Case
+from .competitors import Competitor, choose_competitors
+from .report import CaseResult, Point, PointResult, RaceReport, RaceSettings, Row, Runner, merge, rank
+from .runner import Runner as Process
+from .runner import RunnerError
+from .schedule import order_of, plan_rounds
+
+OPEN_TIMEOUT, CALL_TIMEOUT = 1800.0, 600.0  # seconds: compiling a large network takes minutes
+MEMORY_RESERVE = 512 * 2**20  # bytes that stay free beside the competitors
+_PACKAGES = ("numpy", "onnxruntime", "onnxruntime-ep-openvino", "openvino", "torch")
+
+Progress = Callable[[str], None]
+
+
+def race(
+    cases: Sequence[str | os.PathLike[str]],
+    settings: RaceSettings | None = None,
+    progress: Progress | None = None,
+    *,
+    competitors: Sequence[Competitor] | None = None,
+    before: RaceReport | None = None,
+    after_point: Callable[[RaceReport], None] | None = None,
+) -> RaceReport:
+    """Race vae-edge against other engines on the same weights and inputs.
+
+    Each competitor of a case and point has a process of its own, bound to the same cores with the same thread count, and
+    is compared with PyTorch's outputs before it is timed. In every round each one has a turn for each operation.
+
+    cases: case folders, or bundles. progress: called with a line of text now and then. competitors: None takes those of
+    `settings` by name. before: a report whose points are kept and not raced again. after_point: called with all results
+    so far whenever a case has finished a point.
+
+    Raises:
+        CaseError, BundleError: a folder is not what it should be. InputError: two cases have the same name, or a
+            competitor is unknown. ReportError: `before` is of another machine.
+    """
+    settings = settings or RaceSettings()
+    field_of_race = competitors if competitors is not None else choose_competitors(settings.competitors)
+    opened = [Case.open(path) for path in cases]
+    names = [case.name for case in opened]
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"cases is {', '.join(names) or 'empty'}; expected at least one, each name once")
+    blank = RaceReport(
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        machine=MachineFacts.read(),
+        versions=dict(_versions()),
+        settings=settings,
+        method=METHOD,
+        cases=(),
+    )
+    report = blank if before is None else merge((before, blank))
+    done = {(case.case.name, one.point) for case in report.cases for one in case.points}
+    for case in opened:
+        left = [point for point in settings.points if (case.name, point) not in done]
+        for result in _race_case(case, left, settings, field_of_race, progress or (lambda line: None)):
+            report = merge((report, _only(blank, result)))
+            if after_point is not None:
+                after_point(report)
+    return report
+
+
+def _only(blank: RaceReport, result: CaseResult) -> RaceReport:
+    return RaceReport(blank.created, blank.machine, blank.versions, blank.settings, blank.method, (result,))
+
+
+def _race_case(
+    case: Case, points: Sequence[Point], settings: RaceSettings, competitors: Sequence[Competitor], tell: Progress
+) -> Iterator[CaseResult]:
+    """A result for each point, as it is done."""
+    skipped = {}
+    for point in points:
+        if choose_cores(point.threads) is None:
+            skipped[str(point)] = f"this machine lets it use fewer than {point.threads} cores"
+    able = [point for point in points if str(point) not in skipped]
+    tuned = _tune(case, settings, tell) if able and any(one.module == "ours" for one in competitors) else "not needed"
+    if not able and skipped:
+        yield CaseResult(case.facts, tuned, (), skipped)
+    for point in able:
+        course = Course(case, point, settings, competitors, tell)
+        yield CaseResult(case.facts, tuned, (course.run(settings.budget / len(settings.points)),), skipped)
+
+
+def _tune(case: Case, settings: RaceSettings, tell: Progress) -> str:
+    """Let `vae-run tune` measure what suits this machine, for "auto" to use; what became of it, in words."""
+    from vae_runtime.cli import main
+
+    if not settings.tune:
+        return "no, --no-tune"
+    if "tune" not in main.commands:
+        return "no, this vae-run has no command tune"
+    tell(f"{case.name}: vae-run tune")
+    command = [sys.executable, "-m", "vae_runtime.cli", "tune", str(case.bundle)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        lines = finished.stderr.strip().splitlines()
+        return f"no, vae-run tune ended with exit code {finished.returncode}: {lines[-1] if lines else 'no message'}"
+    return "yes"
+
+
+@dataclass
+class Lane:
+    """One competitor on its course, with what is known about it so far. process: None while it has none."""
+
+    competitor: Competitor
+    process: Process | None = None
+    opened: dict[str, Any] = field(default_factory=dict)
+    finished: dict[str, Any] = field(default_factory=dict)
+    call_seconds: dict[str, float] = field(default_factory=dict)
+    rounds: dict[str, list[float]] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.competitor.name
+
+
+class Course:
+    """One case at one point."""
+
+    def __init__(
+        self, case: Case, point: Point, settings: RaceSettings, competitors: Sequence[Competitor], tell: Progress
+    ) -> None:
+        self._case, self._point, self._settings = case, point, settings
+        self._tell: Progress = lambda line: tell(f"{case.name} {point}: {line}")
+        self._lanes = {one.name: Lane(one) for one in competitors}
+        self._out: dict[str, dict[str, str]] = {"skipped": {}, "disqualified": {}, "failed": {}}
+        self._cores = choose_cores(point.threads) or None
+        self._fresh = False
+        self._scratch = ""
+
+    def run(self, budget: float) -> PointResult:
+        """Race for about `budget` seconds. Whatever ends it, no process is left."""
+        load = MachineFacts.read().load_average_1min
+        with tempfile.TemporaryDirectory(prefix="vae-race-", ignore_cleanup_errors=True) as self._scratch:
+            try:
+                self._prepare()
+                rounds = self._run_rounds(budget)
+                for lane in list(self._lanes.values()):
+                    if lane.process is not None:
+                        self._ask(lane, "finish", CALL_TIMEOUT)
+            finally:
+                for lane in self._lanes.values():
+                    self._close(lane)
+        return self._result(rounds, load)
+
+    def _prepare(self) -> None:
+        """Open, check and warm up everybody, and say who is out."""
+        largest = 0
+        for lane in list(self._lanes.values()):
+            if largest and not self._fresh and available_bytes() < 1.2 * largest + MEMORY_RESERVE:
+                self._tell("not all competitors fit into memory together: a fresh process for every turn")
+                self._fresh = True
+                for other in self._lanes.values():
+                    self._close(other)
+            self._tell(f"{lane.name}: opening, checking, warming up")
+            if self._open(lane, check=True):
+                if self._ask(lane, "finish", CALL_TIMEOUT):
+                    largest = max(largest, lane.finished["peak_rss_bytes"])
+                if self._fresh:
+                    self._close(lane)
+            elif lane.name in self._out["disqualified"]:
+                self._tell(f"{lane.name} is disqualified: {self._out['disqualified'][lane.name]}")
+
+    def _open(self, lane: Lane, check: bool) -> bool:
+        """A warm process for the lane; False where it is out."""
+        lane.process = Process(self._point.threads, self._cores, self._scratch)
+        competitor = lane.competitor
+        answer = self._ask(
+            lane, "open", OPEN_TIMEOUT,
+            case=str(self._case.folder), module=competitor.module, options=competitor.options,
+            batch=self._point.batch, threads=self._point.threads, check=check,
+        )  # fmt: skip
+        if not answer:
+            return False
+        if check and answer["fault"] is not None:
+            self._drop(lane, "disqualified", answer["fault"])
+            return False
+        for operation in self._settings.operations:
+            if not self._ask(lane, "warm", CALL_TIMEOUT, operation=operation):
+                return False
+        return True
+
+    def _ask(self, lane: Lane, request: str, timeout: float, **arguments: Any) -> dict[str, Any]:
+        """The answer, also noted in the lane; empty where the competitor is out by it."""
+        assert lane.process is not None
+        try:
+            answer = lane.process.ask(request, timeout, **arguments)
+        except RunnerError as error:
+            self._drop(lane, "skipped" if error.skipped else "failed", str(error))
+            return {}
+        if request == "open" and arguments["check"]:
+            lane.opened = answer
+        elif request == "warm":
+            lane.call_seconds[arguments["operation"]] = answer["call_ns"] / 1e9
+        elif request == "turn":
+            lane.rounds.setdefault(arguments["operation"], []).append(answer["median_ns"] / 1e6)
+            lane.calls[arguments["operation"]] = lane.calls.get(arguments["operation"], 0) + answer["calls"]
+        elif request == "finish":
+            lane.finished = answer
+        return answer
+
+    def _run_rounds(self, budget: float) -> int:
+        lanes = list(self._lanes.values())
+        calls = [seconds for lane in lanes for seconds in lane.call_seconds.values()]
+        if not calls:
+            return 0
+        rounds, seconds = plan_rounds(calls, budget, self._settings.rounds)
+        for number in range(rounds):
+            self._tell(f"round {number + 1} of {rounds}")
+            for lane in order_of(lanes, number):
+                if lane.name in self._lanes:
+                    self._take_turns(lane, number, seconds)
+        return rounds
+
+    def _take_turns(self, lane: Lane, number: int, seconds: float) -> None:
+        if self._fresh and not self._open(lane, check=False):
+            return
+        for operation in order_of(self._settings.operations, number):
+            if not self._ask(lane, "turn", CALL_TIMEOUT + 10 * seconds, operation=operation, seconds=seconds):
+                return
+        if self._fresh:
+            self._ask(lane, "finish", CALL_TIMEOUT)
+            self._close(lane)
+
+    def _drop(self, lane: Lane, how: str, reason: str) -> None:
+        self._close(lane)
+        self._lanes.pop(lane.name, None)
+        self._out[how][lane.name] = reason
+
+    def _close(self, lane: Lane) -> None:
+        if lane.process is not None:
+            lane.process.kill()
+            lane.process = None
+
+    def _result(self, rounds: int, load: float | None) -> PointResult:
+        lanes = list(self._lanes.values())
+        rows = tuple(
+            Row.of(operation, lane.name, lane.rounds[operation], lane.calls[operation])
+            for operation in self._settings.operations
+            for lane in lanes
+        )
+        return PointResult(
+            point=self._point,
+            rounds=rounds,
+            fresh=self._fresh,
+            cores=self._cores,
+            load_average_1min=load,
+            runners=tuple(_runner(lane) for lane in lanes),
+            **self._out,
+            rows=rows,
+            ratios=rank(rows, [lane.name for lane in lanes if lane.competitor.is_peer]),
+        )
+
+
+def _runner(lane: Lane) -> Runner:
+    opened = lane.opened
+    return Runner(
+        name=lane.name,
+        is_peer=lane.competitor.is_peer,
+        precisions=tuple(opened["precisions"]),
+        engine=opened["engine"],
+        configuration=opened["configuration"],
+        plan=opened["plan"],
+        error_measure=opened["measure"],
+        errors=opened["errors"],
+        open_seconds=opened["seconds"],
+        idle_cpu_share=lane.finished["idle_cpu_share"],
+        peak_rss_bytes=lane.finished["peak_rss_bytes"],
+    )
+
+
+def available_bytes() -> float:
+    """Memory that new processes can have; infinite where the system does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text("ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    with contextlib.suppress(ImportError):
+        import psutil
+
+        return float(psutil.virtual_memory().available)
+    return float("inf")
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield from (("python", platform.python_version()), ("vae-edge", __version__))
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            yield package, metadata.version(package)
+
+
+METHOD = {
+    "processes": "one for each competitor, case and point, idle while the others run; bound to the same cores, with the "
+    "same number of threads for every engine",
+    "checks": "before any timing, both outputs against PyTorch's in fp32 on the same inputs; a result must not change "
+    "when the next one is computed",
+    "calls": "host float32 arrays in, new host float32 arrays out; vae-edge through the public calls of VAE with all "
+    "their checks on inputs; the garbage collector is off",
+    "rounds": "in each, everyone has one turn per operation, in an order that changes from round to round; a turn begins "
+    "with calls that are not timed",
+    "interval": "95%, of medians by order statistics of the rounds' medians; of ratios by those of the rounds' ratios, "
+    "with fewer than 6 rounds by Student's t on their logarithms",
+}
+

@@ -1,0 +1,284 @@
+"""What a race found out: the dataclasses, the JSON document that they become, and how several become one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vae_runtime.atomic import atomic_file
+from vae_runtime.errors import InputError
+from vae_runtime.session import check_threads
+
+from ..errors import ReportError
+from ..intervals import median_interval, paired_ratio
+from ..machine import MachineFacts
+from ..plain import from_plain
+from ..settings import LARGEST_BATCH, MOST_ROUNDS, check_number, check_whole
+from .case import CaseFacts
+from .competitors import COMPETITORS, OURS
+from .schedule import FEWEST_ROUNDS
+
+FORMAT, FORMAT_VERSION = "vae-bench-race", 1
+OPERATIONS = ("encode", "decode")
+_MAX_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Point:
+    """One load: `batch` examples per call on `threads` threads."""
+
+    batch: int
+    threads: int
+
+    @classmethod
+    def parse(cls, text: str) -> Point:
+        """ "32x2" -> batch 32 on 2 threads.
+
+        Raises:
+            InputError: it has another form.
+        """
+        match = re.fullmatch(r"(\d{1,6})x(\d{1,4})", text)
+        if match is None:
+            raise InputError(f"point is {text!r}; expected BATCHxTHREADS, such as 32x2")
+        check_whole("batch", int(match[1]), LARGEST_BATCH)
+        check_threads(int(match[2]))
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.threads}"
+
+
+@dataclass(frozen=True)
+class RaceSettings:
+    """points: loads to race at. operations: of "encode" and "decode". competitors: names, see `COMPETITORS`.
+    budget: seconds that one case is timed for, all its points and competitors together; opening, checking and warming
+    up come on top. rounds: at most; slow competitors get fewer, but at least FEWEST_ROUNDS. tune: run `vae-run tune` on
+    each bundle first, where this version has it.
+    """
+
+    points: tuple[Point, ...] = (Point(1, 1), Point(32, 2))
+    operations: tuple[str, ...] = OPERATIONS
+    competitors: tuple[str, ...] = tuple(COMPETITORS)
+    budget: float = 120.0
+    rounds: int = 15
+    tune: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("points", "operations", "competitors"):
+            given = tuple(dict.fromkeys(getattr(self, name)))
+            if not given:
+                raise InputError(f"{name} is empty; expected at least one")
+            object.__setattr__(self, name, given)
+        for operation in self.operations:
+            if operation not in OPERATIONS:
+                raise InputError(f"operation is {operation!r}; expected one of {', '.join(OPERATIONS)}")
+        check_number("budget", self.budget, 0, 1e6)
+        check_whole("rounds", self.rounds, MOST_ROUNDS)
+        if self.rounds < FEWEST_ROUNDS:
+            raise InputError(f"rounds is {self.rounds}; expected at least {FEWEST_ROUNDS}")
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A competitor that took part.
+
+    precisions: in which it computed. plan: what an engine that chooses says about its choice. errors: of its outputs
+    against PyTorch's in fp32, by output, as `error_measure` ("max" or "rms") says. open_seconds: to open and check.
+    idle_cpu_share: of one core that its process used while the others ran. peak_rss_bytes: of its whole process.
+    """
+
+    name: str
+    is_peer: bool
+    precisions: tuple[str, ...]
+    engine: str
+    configuration: str
+    plan: Any
+    error_measure: str
+    errors: dict[str, float]
+    open_seconds: float
+    idle_cpu_share: float
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operation of one competitor, in milliseconds per call.
+
+    p50_ms: the median of the rounds' medians; low_ms, high_ms: its 95% interval by order statistics, None below 6
+    rounds. calls: timed in all rounds. round_p50_ms: the median of each round, in the order of time.
+    """
+
+    operation: str
+    competitor: str
+    p50_ms: float
+    low_ms: float | None
+    high_ms: float | None
+    calls: int
+    round_p50_ms: tuple[float, ...]
+
+    @classmethod
+    def of(cls, operation: str, competitor: str, rounds: Sequence[float], calls: int) -> Row:
+        """rounds: medians in milliseconds."""
+        low, high = median_interval(rounds, 0.95) or (None, None)
+        return cls(operation, competitor, float(np.median(rounds)), low, high, calls, tuple(rounds))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times longer `competitor` takes than "ours": above 1, ours is faster.
+
+    low, high: 95% interval over the rounds, whose runs were close in time; interval_from: "rounds", "t" or "none", see
+    `intervals.paired_ratio`. fastest_peer: whether it is the fastest of the peers in this operation.
+    """
+
+    operation: str
+    competitor: str
+    ratio: float
+    low: float | None
+    high: float | None
+    interval_from: str
+    fastest_peer: bool
+
+
+@dataclass(frozen=True)
+class PointResult:
+    """One case at one point.
+
+    fresh: every turn had a process of its own, because all competitors together do not fit into memory.
+    cores: to which every process was bound; None where the system cannot. skipped: competitor -> why it is not to be had
+    here. disqualified: competitor -> what is wrong with its outputs. failed: competitor -> how it failed or died.
+    """
+
+    point: Point
+    rounds: int
+    fresh: bool
+    cores: tuple[int, ...] | None
+    load_average_1min: float | None
+    runners: tuple[Runner, ...]
+    skipped: dict[str, str]
+    disqualified: dict[str, str]
+    failed: dict[str, str]
+    rows: tuple[Row, ...]
+    ratios: tuple[Ratio, ...]
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """tuned: what became of `vae-run tune`. points: in the order of time; a point that this machine has too few cores
+    for is in `skipped_points`, with the reason."""
+
+    case: CaseFacts
+    tuned: str
+    points: tuple[PointResult, ...]
+    skipped_points: dict[str, str]
+
+
+@dataclass(frozen=True)
+class RaceReport:
+    """The result of `race`. created: UTC, ISO 8601. method: how the figures came about, in words."""
+
+    created: str
+    machine: MachineFacts
+    versions: dict[str, str]
+    settings: RaceSettings
+    method: dict[str, str]
+    cases: tuple[CaseResult, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document, as plain values."""
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, document: Any, name: str = "the report") -> RaceReport:
+        """The inverse of `to_dict`. name: what a message calls it.
+
+        Raises:
+            ReportError: it is not a race's report, or of another version.
+        """
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise ReportError(f'{name} is not a report of vae-bench race, whose "format" is {FORMAT!r}')
+        version = document.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ReportError(f"{name} has format_version {version!r}; this vae-edge reads version {FORMAT_VERSION}")
+        try:
+            return from_plain(cls, document, name)
+        except InputError as error:
+            raise ReportError(f"{name} has settings that cannot be: {error}") from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the JSON document, whole or not at all; raises `OutputError`."""
+        with atomic_file(path) as stream:
+            stream.write((json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> RaceReport:
+        """Read what `save` or `vae-bench race --json` wrote; raises `ReportError`."""
+        try:
+            with Path(path).open("rb") as stream:
+                data = stream.read(_MAX_BYTES)
+        except OSError as error:
+            raise ReportError(f"{path} cannot be read: {error.strerror or error}") from None
+        try:
+            document = json.loads(data)
+        except (ValueError, RecursionError):
+            raise ReportError(f"{path} is not JSON; expected a report that vae-bench race wrote") from None
+        return cls.from_dict(document, str(path))
+
+
+def rank(rows: Sequence[Row], peers: Sequence[str]) -> tuple[Ratio, ...]:
+    """Everyone against "ours", operation by operation, from the rounds that both ran; empty where "ours" did not run."""
+    ratios = []
+    for ours in (row for row in rows if row.competitor == OURS):
+        others = [row for row in rows if row.operation == ours.operation and row.competitor != OURS]
+        fastest = min((row for row in others if row.competitor in peers), key=lambda row: row.p50_ms, default=None)
+        for row in others:
+            ratio, low, high, source = paired_ratio(ours.round_p50_ms, row.round_p50_ms)
+            ratios.append(Ratio(ours.operation, row.competitor, ratio, low, high, source, row is fastest))
+    return tuple(ratios)
+
+
+def merge(reports: Sequence[RaceReport]) -> RaceReport:
+    """One report with the cases and points of all; of a case's point that several have, the last one's.
+
+    Raises:
+        ReportError: none were given, or they are from different machines.
+    """
+    if not reports:
+        raise ReportError("there is nothing to merge; expected at least one report of a race")
+    first, last = reports[0], reports[-1]
+    if any(_identity(report.machine) != _identity(first.machine) for report in reports):
+        cpus = " and ".join(dict.fromkeys(f"{r.machine.cpu} with {r.machine.cores_usable} cores" for r in reports))
+        raise ReportError(f"the reports are from different machines ({cpus}); only those of one machine can be merged")
+    cases: dict[str, CaseResult] = {}
+    for result in (case for report in reports for case in report.cases):
+        before = cases.get(result.case.name)
+        cases[result.case.name] = result if before is None else _merge_case(before, result)
+    versions: dict[str, str] = {}
+    for report in reports:
+        for name, version in report.versions.items():
+            known = versions.get(name, version)
+            versions[name] = known if version in known.split(" and ") else f"{known} and {version}"
+    return dataclasses.replace(last, versions=versions, cases=tuple(cases.values()))
+
+
+def _merge_case(before: CaseResult, after: CaseResult) -> CaseResult:
+    if dataclasses.replace(before.case, quality=None) != dataclasses.replace(after.case, quality=None):
+        raise ReportError(f"the reports have two different cases named {before.case.name}")
+    points = {one.point: one for one in (*before.points, *after.points)}
+    skipped = {
+        name: reason for name, reason in {**before.skipped_points, **after.skipped_points}.items()
+        if Point.parse(name) not in points
+    }  # fmt: skip
+    return dataclasses.replace(after, points=tuple(points.values()), skipped_points=skipped)
+
+
+def _identity(machine: MachineFacts) -> MachineFacts:
+    return dataclasses.replace(machine, load_average_1min=None, governors=())

@@ -1,0 +1,115 @@
+"""The parent's end of one competitor's process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from ..children import describe_exit
+from ..errors import BenchmarkError
+
+_WAIT_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # a user's own would change one engine only
+
+
+class RunnerError(BenchmarkError):
+    """A competitor is out of the race; the message says why. `skipped`: it could not have taken part at all."""
+
+    def __init__(self, message: str, skipped: bool = False) -> None:
+        super().__init__(message)
+        self.skipped = skipped
+
+
+class Runner:
+    """A worker process in a session of its own, so that it can be ended together with all that it started."""
+
+    def __init__(self, threads: int, cores: Sequence[int] | None, scratch: str) -> None:
+        """cores: to which it is bound; None where the system cannot. scratch: folder for what a compiler leaves."""
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `kill`)
+        self._ended = False
+        self._lines: queue.Queue[str] = queue.Queue()
+        environment = {name: value for name, value in os.environ.items() if name not in _WAIT_SETTINGS}
+        counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", f"{__package__}.worker", json.dumps(cores)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            start_new_session=True,
+            env={
+                **environment,
+                **counts,
+                "ORT_DISABLE_TELEMETRY": "1",
+                "TORCHINDUCTOR_CACHE_DIR": scratch,
+                "TORCHINDUCTOR_COMPILE_THREADS": "1",
+            },
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def ask(self, request: str, timeout: float, **arguments: Any) -> dict[str, Any]:
+        """The answer to one request.
+
+        Raises:
+            RunnerError: the competitor cannot run, failed, died or did not answer in `timeout` seconds; in all these
+                cases its process is gone.
+        """
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps({"request": request, **arguments}) + "\n")
+            self._process.stdin.flush()
+        try:
+            line = self._lines.get(timeout=timeout)
+        except queue.Empty:
+            self.kill()
+            raise RunnerError(f"did not answer within {timeout:.0f} s") from None
+        if not line:
+            raise RunnerError(self._ending())
+        answer: dict[str, Any] = json.loads(line)
+        for kind in ("skip", "fail"):
+            if kind in answer:
+                self.kill()
+                raise RunnerError(answer[kind], skipped=kind == "skip")
+        return answer
+
+    def kill(self) -> None:
+        """End the process and whatever it started. Safe to call again."""
+        if self._ended:
+            return
+        self._ended = True
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if hasattr(os, "killpg"):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            else:
+                self._process.kill()
+        self._process.wait()
+        self._reader.join()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            with contextlib.suppress(OSError):
+                stream.close()  # type: ignore[union-attr]
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.put(line)
+        self._lines.put("")  # the end
+
+    def _ending(self) -> str:
+        code = self._process.wait()
+        self._errors.seek(0)
+        text = describe_exit(code, self._errors.read())
+        self.kill()
+        return text

@@ -1,4 +1,4 @@
-"""`vae-bench`: measure a bundle, and compare two measurements."""
+"""`vae-bench`: measure a bundle, compare two measurements, race it against other engines, drive it with LoadGen."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from vae_runtime.errors import OutputError
 
 from .compare import compare
 from .harness import benchmark
+from .loadgen_cli import loadgen_command
+from .race.cli import race_command
 from .report import FORMAT, Report
 from .settings import OPERATIONS, Settings
 from .table import format_comparison, format_report
@@ -33,10 +35,16 @@ class BenchGroup(Group):
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage(ctx.command_path, "[run] BUNDLE [OPTIONS]")
-        formatter.write_usage(ctx.command_path, "compare A.json B.json [OPTIONS]", prefix="       ")
+        for use in ("compare A.json B.json [OPTIONS]", "race CASE... [OPTIONS]", "loadgen BUNDLE [OPTIONS]"):
+            formatter.write_usage(ctx.command_path, use, prefix="       ")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        for title, command in (("BUNDLE", run), ("compare", comparison)):
+        for title, command in (
+            ("BUNDLE", run),
+            ("compare", comparison),
+            ("race", race_command),
+            ("loadgen", loadgen_command),
+        ):
             options = [option for option in command.params if isinstance(option, click.Option)]
             records = [record for option in options if (record := option.get_help_record(ctx))]
             with formatter.section(f"Options of {ctx.command_path} {title}"):
@@ -63,7 +71,8 @@ class Items(click.ParamType):
 @click.group(cls=BenchGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="vae-bench")
 def main() -> None:
-    """Measure a bundle's latency, throughput, start-up and memory, or compare two such measurements.
+    """Measure a bundle's latency, throughput, start-up and memory, or compare two such measurements; race it against
+    other engines on the same weights; or drive it with MLPerf's LoadGen.
 
     Everything is measured in fresh processes, through the calls that applications make, in several rounds. Exit code 3:
     compare found something that became slower, or takes more memory, beyond noise.
@@ -137,6 +146,10 @@ def comparison(ctx: click.Context, /, a: str, b: str, threshold: float, confiden
     else:
         click.echo(format_comparison(result, a, b))
     ctx.exit(NEGATIVE_VERDICT if result.is_worse else 0)
+
+
+main.add_command(race_command)
+main.add_command(loadgen_command)
 
 
 def _check_output(path: Path, force: bool) -> None:

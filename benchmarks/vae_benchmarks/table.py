@@ -35,7 +35,7 @@ def format_comparison(comparison: Comparison, name_a: str, name_b: str) -> str:
     rows = [[*_compared(row), row.verdict] for row in comparison.rows]
     lines = [f"A  {name_a}", f"B  {name_b}"]
     lines += [f"warning: {warning}" for warning in comparison.warnings]
-    lines += ["", *_align([head, *rows], left=(0, 5)), ""]
+    lines += ["", *align([head, *rows], left=(0, 5)), ""]
     for name, only in (("A", comparison.only_in_a), ("B", comparison.only_in_b)):
         lines += [f"only in {name}: {row}" for row in only]
     return "\n".join([*lines, *_hidden(comparison), _summary(comparison)])
@@ -46,7 +46,7 @@ def _facts(report: Report) -> str:
     facts = {
         "bundle": f"{bundle.folder} ({bundle.name}, {bundle.kind}), manifest {bundle.manifest_file_sha256[:12]}",
         "runs on": _plan(report.plan),
-        "machine": _machine(machine),
+        "machine": describe_machine(machine),
         "system": f"{machine.system}, load average {_or_dash(machine.load_average_1min, '{:.2f}')} at the start",
         "versions": f"vae-edge {versions.vae_edge}, onnxruntime {versions.onnxruntime}, numpy {versions.numpy}, "
         f"Python {versions.python}",
@@ -67,7 +67,7 @@ def _plan(plan: dict[str, tuple[PlannedRoute, ...]]) -> str:
     return "; ".join(f"{name}: {text}" for name, text in halves.items())
 
 
-def _machine(machine: MachineFacts) -> str:
+def describe_machine(machine: MachineFacts) -> str:
     cores = f"{_or_dash(machine.cores_usable, '{}')} of {_or_dash(machine.cores_logical, '{}')} logical cores"
     physical = f" ({machine.cores_physical} physical)" if machine.cores_physical else ""
     quota = f", limited to {machine.cpu_quota:g} by quota" if machine.cpu_quota else ""
@@ -84,7 +84,7 @@ def _startup(startup: StartupReport) -> str:
         peak = f", batch {startup.peak_batch}" if figure == "peak_rss_bytes" else ""
         values = [f"{value / scale:.1f}" for value in (repeated.median, repeated.min, repeated.max)]
         lines.append([label + peak, *values, unit])
-    return "\n".join(_align(lines, left=(0, 4)))
+    return "\n".join(align(lines, left=(0, 4)))
 
 
 def _latency(report: Report) -> str:
@@ -105,7 +105,7 @@ def _latency(report: Report) -> str:
                 *(f"{row.throughput_per_second:,.0f}", str(row.count)),
             ]
         )
-    return "\n".join(_align(lines, left=(0,)))
+    return "\n".join(align(lines, left=(0,)))
 
 
 def _footnotes(report: Report) -> str:
@@ -160,7 +160,7 @@ def _summary(comparison: Comparison) -> str:
     return f"{'WORSE' if comparison.is_worse else 'not worse'} {beyond} ({found})"
 
 
-def _align(rows: Sequence[Sequence[str]], left: tuple[int, ...]) -> list[str]:
+def align(rows: Sequence[Sequence[str]], left: tuple[int, ...]) -> list[str]:
     """Columns as wide as their widest cell; those in `left` flush left, the others, numbers, flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

@@ -152,7 +152,18 @@ def _resident_bytes_elsewhere() -> tuple[int, int]:
     return memory.rss, peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB on the others
 
 
-TASKS: dict[str, Callable[..., dict[str, Any]]] = {"startup": measure_startup, "latency": measure_latency}
+def drive_loadgen(**request: Any) -> dict[str, Any]:
+    """See `loadgen.drive`."""
+    from vae_benchmarks.loadgen import drive
+
+    return drive(**request)
+
+
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {
+    "startup": measure_startup,
+    "latency": measure_latency,
+    "loadgen": drive_loadgen,
+}
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,131 @@
+"""`vae-bench race`: parse, race, print and write."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vae_runtime.atomic import atomic_file
+from vae_runtime.console import Command, json_option, print_json
+from vae_runtime.errors import InputError, MissingExtraError, OutputError
+
+from ..errors import ReportError
+from .competitors import COMPETITORS, choose_competitors
+from .picture import draw_race
+from .race import race
+from .report import OPERATIONS, Point, RaceReport, RaceSettings, merge
+from .text import format_markdown, format_race
+
+JSON_FILE, MARKDOWN_FILE, PICTURE_FILE = "race.json", "race.md", "race.png"
+_DEFAULTS = RaceSettings()
+
+
+@click.command("race", cls=Command)
+@click.argument("paths", nargs=-1, required=True, type=click.Path(), metavar="CASE...")
+@click.option(
+    "--points", metavar="BATCHxTHREADS,...", default=",".join(map(str, _DEFAULTS.points)), show_default=True,
+    help="Examples per call and threads of one call.",
+)  # fmt: skip
+@click.option("--operations", metavar="NAME,...", default=",".join(OPERATIONS), show_default=True)
+@click.option("--competitors", metavar="NAME,...", help=f"{', '.join(COMPETITORS)}.  [all]")
+@click.option("--budget", default=_DEFAULTS.budget, show_default=True, help="Seconds to time each case for.")
+@click.option("--rounds", default=_DEFAULTS.rounds, show_default=True, help="At most.")
+@click.option("--tune/--no-tune", default=True, show_default=True, help="Run `vae-run tune` on each bundle first.")
+@click.option("--output", type=click.Path(), help=f"Folder for {JSON_FILE}, {MARKDOWN_FILE} and {PICTURE_FILE}.")
+@click.option("--resume", is_flag=True, help=f"Keep what {JSON_FILE} in --output has and race the rest.")
+@click.option("--force", is_flag=True, help="Race anew over what is in --output.")
+@click.option("--merge", "merging", is_flag=True, help=f"CASE... are {JSON_FILE} files of this machine: make one of them.")
+@json_option
+def race_command(
+    paths: tuple[str, ...],
+    output: str | None,
+    resume: bool,
+    force: bool,
+    merging: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Race each CASE against other engines on the same weights and inputs.
+
+    CASE is a folder that benchmarks/cases/build.py made, whose modules.py is run, or a bundle, which the torch
+    competitors cannot race with. Each competitor has a process of its own; its outputs are checked first; one that is
+    not installed is skipped by name. Progress goes to stderr.
+    """
+    if resume and (output is None or force or merging):
+        raise click.UsageError("--resume goes with --output, and not with --force or --merge")
+    settings = _settings(options)
+    folder = None if output is None else Path(output)
+    before = None if folder is None else _prepare(folder, resume, force)
+    if merging:
+        report = merge([RaceReport.load(path) for path in paths])
+        if folder is not None:
+            _write(folder, report)
+    else:
+        report = race(
+            paths,
+            settings,
+            lambda line: click.echo(line, err=True),
+            before=before,
+            after_point=None if folder is None else lambda found: found.save(folder / JSON_FILE),
+        )
+        if folder is not None:
+            _write(folder, report)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        click.echo(format_race(report))
+
+
+def _settings(options: dict[str, Any]) -> RaceSettings:
+    def items(text: str) -> tuple[str, ...]:
+        return tuple(item.strip() for item in text.split(",") if item.strip())
+
+    names = COMPETITORS if options["competitors"] is None else items(options["competitors"])
+    choose_competitors(tuple(names))
+    return RaceSettings(
+        points=tuple(Point.parse(point) for point in items(options["points"])),
+        operations=items(options["operations"]),
+        competitors=tuple(names),
+        budget=options["budget"],
+        rounds=options["rounds"],
+        tune=options["tune"],
+    )
+
+
+def _prepare(folder: Path, resume: bool, force: bool) -> RaceReport | None:
+    """Make the folder, or see that what stands there is a race's and may be continued or replaced."""
+    existing = folder / JSON_FILE
+    if not folder.exists():
+        try:
+            folder.mkdir()
+        except OSError as error:
+            raise OutputError(f"{folder} cannot be made: {error.strerror}") from None
+        return None
+    if not folder.is_dir() or (any(folder.iterdir()) and not existing.is_file()):
+        raise OutputError(f"{folder} exists and is not the folder of a race; choose a name that is not taken")
+    if not existing.is_file():
+        return None
+    if resume:
+        return RaceReport.load(existing)
+    if not force:
+        raise OutputError(f"{existing} exists; continue it with --resume, or replace it with --force")
+    with contextlib.suppress(ReportError):
+        RaceReport.load(existing)
+        return None
+    raise OutputError(f"{existing} is not a report of vae-bench race; --force replaces nothing else")
+
+
+def _write(folder: Path, report: RaceReport) -> None:
+    report.save(folder / JSON_FILE)
+    with atomic_file(folder / MARKDOWN_FILE) as stream:
+        stream.write(format_markdown(report).encode())
+    written = [JSON_FILE, MARKDOWN_FILE]
+    try:
+        draw_race(report, folder / PICTURE_FILE)
+        written.append(PICTURE_FILE)
+    except (MissingExtraError, InputError) as error:
+        click.echo(f"no picture: {error}", err=True)
+    click.echo(f"{folder}: {', '.join(written)} written", err=True)

@@ -1,0 +1,102 @@
+"""A race as one picture: latencies on a logarithmic scale, a panel for each operation and point."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from vae_runtime.atomic import atomic_file
+from vae_runtime.errors import InputError, MissingExtraError
+
+from .competitors import COMPETITORS, OURS
+from .report import OPERATIONS, Point, PointResult, RaceReport
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; ours in one hue, filled, with a heavier edge.
+_STYLES = {
+    "ours": ("#000000", "D"),
+    "ours-cpu": ("#555555", "D"),
+    "ours-fp32": ("#888888", "D"),
+    "ours-int8": ("#BBBBBB", "D"),
+    "onnxruntime": ("#0072B2", "o"),
+    "torch": ("#D55E00", "s"),
+    "torch-compile": ("#E69F00", "s"),
+    "openvino-f32": ("#009E73", "^"),
+    "openvino-bf16": ("#56B4E9", "^"),
+    "openvino-int8": ("#CC79A7", "^"),
+}
+_OTHER = ("#F0E442", "X")
+
+
+def draw_race(report: RaceReport, path: str | os.PathLike[str]) -> None:
+    """Write the picture as PNG. Lines through the marks are the 95% intervals; left is fast.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed. InputError: the report has no row. OutputError: see `atomic_file`.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtraError("matplotlib", "race", "the picture of a race") from None
+    points = sorted(
+        {one.point for case in report.cases for one in case.points if one.rows}, key=lambda p: (p.batch, p.threads)
+    )
+    rows = [row for case in report.cases for one in case.points for row in one.rows]
+    if not rows:
+        raise InputError("the race has no row to draw: nobody finished")
+    operations = [name for name in OPERATIONS if name in {row.operation for row in rows}]
+    present = {row.competitor for row in rows}
+    names = [*(name for name in COMPETITORS if name in present), *sorted(present - COMPETITORS.keys())]
+    cases = [case for case in report.cases if any(one.rows for one in case.points)]
+    height = 1.1 + len(operations) * (0.75 + max(len(cases), 2) * (0.16 * len(names) + 0.1))
+    figure = Figure(figsize=(5.2 * len(points) + 1.2, height), layout="constrained", dpi=130)
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(operations), len(points), squeeze=False, sharey=True, sharex="col")
+    for down, operation in enumerate(operations):
+        for across, point in enumerate(points):
+            _draw_panel(panels[down][across], cases, operation, point, names)
+            if down == len(operations) - 1:
+                panels[down][across].set_xlabel("milliseconds per call, logarithmic; left is fast")
+    handles = [_handle(name) for name in names]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(names), 5), frameon=False, fontsize=9)
+    with atomic_file(Path(path)) as stream:
+        figure.savefig(stream, format="png")
+
+
+def _draw_panel(panel: Any, cases: list[Any], operation: str, point: Point, names: list[str]) -> None:
+    for index, case in enumerate(cases):
+        if index % 2:
+            panel.axhspan(index - 0.5, index + 0.5, color="#F4F4F4", zorder=0)
+        for result in case.points:
+            if result.point == point:
+                _draw_case(panel, index, result, operation, names)
+    panel.set_xscale("log")
+    panel.set_ylim(len(cases) - 0.5, -0.5)
+    panel.set_yticks(range(len(cases)), [case.case.name for case in cases])
+    panel.set_title(f"{operation}, batch {point.batch}, {point.threads} thread{'s'[: point.threads - 1]}", fontsize=10)
+    panel.grid(axis="x", which="major", color="#CCCCCC", linewidth=0.7)
+    panel.grid(axis="x", which="minor", color="#E8E8E8", linewidth=0.4)
+    panel.set_axisbelow(True)
+    panel.tick_params(axis="y", length=0)
+    for side in ("top", "right", "left"):
+        panel.spines[side].set_visible(False)
+
+
+def _draw_case(panel: Any, index: int, result: PointResult, operation: str, names: list[str]) -> None:
+    for row in result.rows:
+        if row.operation != operation:
+            continue
+        place = index + 0.8 * ((names.index(row.competitor) + 0.5) / len(names) - 0.5)
+        colour, marker = _STYLES.get(row.competitor, _OTHER)
+        if row.low_ms is not None and row.high_ms is not None:
+            panel.plot([row.low_ms, row.high_ms], [place, place], color=colour, linewidth=1.2, zorder=2)
+        size = 7 if row.competitor == OURS else 5.5
+        panel.plot([row.p50_ms], [place], marker, color=colour, markersize=size, markeredgecolor="white", zorder=3)
+
+
+def _handle(name: str) -> Any:
+    from matplotlib.lines import Line2D
+
+    colour, marker = _STYLES.get(name, _OTHER)
+    return Line2D([], [], color=colour, marker=marker, linestyle="none", markersize=7, label=name)

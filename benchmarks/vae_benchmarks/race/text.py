@@ -1,0 +1,156 @@
+"""A race as text: aligned for a terminal, or as Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..table import align, describe_machine
+from .competitors import OURS
+from .report import CaseResult, PointResult, RaceReport, Ratio, Row
+
+_DASH = "–"
+_HEAD = ["operation", "competitor", "precision", "p50", "95% interval", "rounds", "calls", "× ours", "95% interval"]
+
+Table = Callable[[Sequence[Sequence[str]]], list[str]]
+
+
+def format_race(report: RaceReport) -> str:
+    """For a terminal: facts, one table per case and point, who did not take part, and the method."""
+    lines = [*_facts(report), ""]
+    for case in report.cases:
+        lines += [f"{case.case.name}: {_describe(case)}", *_remarks(case), ""]
+        for point in case.points:
+            lines += [_title(point), *align(_table(point), left=(0, 1, 2)), *_verdicts(point), *_absent(point), ""]
+    return "\n".join([*lines, *_method(report)])
+
+
+def format_markdown(report: RaceReport) -> str:
+    """The same as a Markdown document."""
+    lines = ["# Race", "", *(f"- {line}" for line in _facts(report)), ""]
+    for case in report.cases:
+        lines += [f"## {case.case.name}", "", f"{_describe(case)}.", "", *(f"- {line}" for line in _remarks(case)), ""]
+        for point in case.points:
+            notes = [*_verdicts(point), *_absent(point)]
+            lines += [f"### {_title(point)}", "", *_markdown_table(_table(point)), "", *(f"- {n}" for n in notes), ""]
+    return "\n".join([*lines, "## Method", "", *(f"- {line}" for line in _method(report))]) + "\n"
+
+
+def _facts(report: RaceReport) -> list[str]:
+    return [
+        f"machine: {describe_machine(report.machine)}",
+        f"system: {report.machine.system}",
+        "versions: " + ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        f"measured: {report.created}",
+    ]
+
+
+def _describe(case: CaseResult) -> str:
+    facts = case.case
+    parts = [facts.description, facts.kind, "×".join(map(str, facts.input_shape))]
+    if facts.parameters is not None:
+        parts.append(f"{facts.parameters:,} parameters")
+    if facts.macs is not None:
+        parts.append(f"{facts.macs['encode'] / 1e6:,.1f} + {facts.macs['decode'] / 1e6:,.1f} M MACs")
+    return ", ".join(parts)
+
+
+def _remarks(case: CaseResult) -> list[str]:
+    return [
+        f"tuned: {case.tuned}",
+        *(f"point {point} was skipped: {reason}" for point, reason in case.skipped_points.items()),
+    ]
+
+
+def _title(point: PointResult) -> str:
+    cores = f" on cores {', '.join(map(str, point.cores))}" if point.cores else ", not bound to cores"
+    fresh = ", a fresh process for every turn" if point.fresh else ""
+    load = "" if point.load_average_1min is None else f", load average {point.load_average_1min:.2f} before"
+    return f"batch {point.point.batch}, threads {point.point.threads}{cores}{fresh}{load}"
+
+
+def _table(point: PointResult) -> list[list[str]]:
+    ratios = {(ratio.operation, ratio.competitor): ratio for ratio in point.ratios}
+    precisions = {runner.name: "/".join(runner.precisions) for runner in point.runners}
+    rows = [_HEAD]
+    for row in point.rows:
+        ratio = ratios.get((row.operation, row.competitor))
+        star = "*" if ratio is not None and ratio.fastest_peer else ""
+        compared = [f"{ratio.ratio:.2f}{star}", _interval_of(ratio)] if ratio else ["1" if row.competitor == OURS else "", ""]
+        rows.append(
+            [
+                *(row.operation, row.competitor, precisions[row.competitor], format_ms(row.p50_ms), _spread(row)),
+                *(str(len(row.round_p50_ms)), str(row.calls), *compared),
+            ]
+        )
+    return rows
+
+
+def _spread(row: Row) -> str:
+    if row.low_ms is None or row.high_ms is None:
+        return _DASH
+    return f"{format_ms(row.low_ms)} to {format_ms(row.high_ms)}"
+
+
+def _interval_of(ratio: Ratio) -> str:
+    if ratio.low is None or ratio.high is None:
+        return _DASH
+    return f"{ratio.low:.2f}–{ratio.high:.2f}{' (t)' if ratio.interval_from == 't' else ''}"
+
+
+def _verdicts(point: PointResult) -> list[str]:
+    """One sentence per operation on the fastest peer, and what `ours` chose."""
+    lines = []
+    for ratio in point.ratios:
+        if ratio.fastest_peer:
+            lines.append(f"{ratio.operation}: {_sentence(ratio)}")
+    for runner in point.runners:
+        if runner.name == OURS:
+            lines.append(f"ours runs on: {format_plan(runner.plan)}")
+    return lines
+
+
+def _sentence(ratio: Ratio) -> str:
+    interval = f" ({_interval_of(ratio)})" if ratio.low is not None else ""
+    if ratio.low is not None and ratio.high is not None and ratio.low <= 1 <= ratio.high:
+        return f"no difference shown between ours and the fastest peer, {ratio.competitor}: {ratio.ratio:.2f}{interval}"
+    how = "faster" if ratio.ratio > 1 else "slower"
+    return f"ours is {how} than the fastest peer, {ratio.competitor}, which takes {ratio.ratio:.2f} times as long{interval}"
+
+
+def format_plan(plan: Any) -> str:
+    """What `VAE.plan` says, whatever its form, in one line."""
+    if isinstance(plan, dict):
+        nested = any(isinstance(value, (dict, list, tuple)) for value in plan.values())
+        return ("; " if nested else " ").join(
+            f"{name} {format_plan(value)}" if nested else f"{name}={value}" for name, value in plan.items()
+        )
+    if isinstance(plan, (list, tuple)):
+        return ", ".join(f"[{format_plan(value)}]" for value in plan)
+    return json.dumps(plan)
+
+
+def _absent(point: PointResult) -> list[str]:
+    kinds = {"skipped": point.skipped, "disqualified": point.disqualified, "failed": point.failed}
+    lines = [f"{name} {kind}: {reason}" for kind, out in kinds.items() for name, reason in out.items()]
+    restless = [runner for runner in point.runners if runner.idle_cpu_share > 0.02]
+    lines += [f"{one.name} used {one.idle_cpu_share:.0%} of a core while the others ran" for one in restless]
+    return lines
+
+
+def _method(report: RaceReport) -> list[str]:
+    star = "× ours: how many times longer than ours; *: the fastest peer; (t): fewer than 6 rounds"
+    return [star, *(f"{name}: {text}" for name, text in report.method.items())]
+
+
+def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
+
+
+def format_ms(milliseconds: float) -> str:
+    """Three significant digits, in the unit that suits."""
+    if milliseconds >= 1000:
+        return f"{milliseconds / 1000:.3g} s"
+    return f"{milliseconds:.3g} ms" if milliseconds >= 1 else f"{milliseconds * 1000:.3g} µs"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -53,10 +54,8 @@ def strided(side: int, widths: tuple[int, ...], latent: int) -> tuple[nn.Module,
     up = (*reversed(widths), widths[0])
     encoder = nn.Sequential(
         *(
-            nn.Sequential(
-                nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.LeakyReLU()
-            )
-            for inputs, outputs in zip((3, *widths), widths, strict=False)
+            nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.LeakyReLU())
+            for inputs, outputs in pairwise((3, *widths))
         ),
         nn.Flatten(),  # (N, widths[-1] · lowest²)
         nn.Linear(features, 2 * latent),
@@ -70,7 +69,7 @@ def strided(side: int, widths: tuple[int, ...], latent: int) -> tuple[nn.Module,
                 nn.BatchNorm2d(outputs),
                 nn.LeakyReLU(),
             )
-            for inputs, outputs in zip(up, up[1:], strict=False)
+            for inputs, outputs in pairwise(up)
         ),
         nn.Conv2d(widths[0], 3, 3, padding=1),
         nn.Sigmoid(),

@@ -60,7 +60,7 @@ def _revive(type: str, message: str) -> VAEError:
 
 
 def describe_exit(returncode: int, stderr: bytes) -> str:
-    """How a process ended that should not have, in words: the signal, or the exit code and the last line of its errors."""
+    """How a process ended that should not have, in words: by which signal, or its last line of errors."""
     if returncode < 0:
         try:
             name = signal.Signals(-returncode).name

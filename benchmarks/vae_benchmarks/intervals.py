@@ -45,8 +45,8 @@ _STUDENT_T = {3: 4.3027, 4: 3.1824, 5: 2.7764}
 
 
 def paired_ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float | None, float | None, str]:
-    """How many times larger the values of `b` are than those of `a`, pair by pair: the median ratio, and the two ends of
-    its 95% interval with where they come from.
+    """How many times larger the values of `b` are than those of `a`, pair by pair: the median ratio, and the two ends
+    of its 95% interval with where they come from.
 
     "rounds": order statistics, which assume no distribution; from 6 pairs on. "t": Student's t, which takes the
     logarithms for normally distributed; 3 to 5 pairs. "none": fewer pairs, no interval.

@@ -164,9 +164,7 @@ def drive(case: str, settings: dict[str, Any], folder: str) -> dict[str, Any]:
             for start in range(0, len(samples), size):
                 part = samples[start : start + size]
                 call(inputs[[one.index for one in part]])
-                mlperf_loadgen.QuerySamplesComplete(
-                    [mlperf_loadgen.QuerySampleResponse(one.id, 0, 0) for one in part]
-                )
+                mlperf_loadgen.QuerySamplesComplete([mlperf_loadgen.QuerySampleResponse(one.id, 0, 0) for one in part])
 
         seconds = _seconds_per_call(lambda: call(inputs[[index % len(inputs) for index in range(size)]]))
         _start(mlperf_loadgen, issue, len(inputs), wanted, seconds, size, folder)

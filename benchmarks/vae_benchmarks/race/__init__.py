@@ -1,9 +1,9 @@
 """Race a bundle against other engines on the same weights: `vae-bench race`.
 
-    from vae_benchmarks.race import RaceSettings, race
+from vae_benchmarks.race import RaceSettings, race
 
-    report = race(["cases/mlp"], RaceSettings(budget=60))
-    report.save("race.json")
+report = race(["cases/mlp"], RaceSettings(budget=60))
+report.save("race.json")
 """
 
 from .case import Case, CaseError, CaseFacts

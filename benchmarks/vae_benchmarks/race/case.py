@@ -145,4 +145,3 @@ def _facts_of_bundle(manifest: Manifest) -> CaseFacts:
         data=None,
         quality=None,
     )
-

@@ -37,7 +37,9 @@ _DEFAULTS = RaceSettings()
 @click.option("--output", type=click.Path(), help=f"Folder for {JSON_FILE}, {MARKDOWN_FILE} and {PICTURE_FILE}.")
 @click.option("--resume", is_flag=True, help=f"Keep what {JSON_FILE} in --output has and race the rest.")
 @click.option("--force", is_flag=True, help="Race anew over what is in --output.")
-@click.option("--merge", "merging", is_flag=True, help=f"CASE... are {JSON_FILE} files of this machine: make one of them.")
+@click.option(
+    "--merge", "merging", is_flag=True, help=f"CASE... are {JSON_FILE} files of this machine: make one of them."
+)
 @json_option
 def race_command(
     paths: tuple[str, ...],

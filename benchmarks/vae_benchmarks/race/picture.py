@@ -11,6 +11,7 @@ from vae_runtime.errors import InputError, MissingExtraError
 
 from .competitors import COMPETITORS, OURS
 from .report import OPERATIONS, Point, PointResult, RaceReport
+from .text import format_ms
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; ours in one hue, filled, with a heavier edge.
 _STYLES = {
@@ -32,7 +33,8 @@ def draw_race(report: RaceReport, path: str | os.PathLike[str]) -> None:
     """Write the picture as PNG. Lines through the marks are the 95% intervals; left is fast.
 
     Raises:
-        MissingExtraError: matplotlib is not installed. InputError: the report has no row. OutputError: see `atomic_file`.
+        MissingExtraError: matplotlib is not installed. InputError: the report has no row.
+        OutputError: the file cannot be written.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -57,7 +59,7 @@ def draw_race(report: RaceReport, path: str | os.PathLike[str]) -> None:
         for across, point in enumerate(points):
             _draw_panel(panels[down][across], cases, operation, point, names)
             if down == len(operations) - 1:
-                panels[down][across].set_xlabel("milliseconds per call, logarithmic; left is fast")
+                panels[down][across].set_xlabel("time per call, logarithmic; left is fast")
     handles = [_handle(name) for name in names]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(names), 5), frameon=False, fontsize=9)
     with atomic_file(Path(path)) as stream:
@@ -72,6 +74,8 @@ def _draw_panel(panel: Any, cases: list[Any], operation: str, point: Point, name
             if result.point == point:
                 _draw_case(panel, index, result, operation, names)
     panel.set_xscale("log")
+    panel.xaxis.set_major_formatter(lambda value, _: format_ms(value))
+    panel.xaxis.set_minor_formatter(lambda value, _: "")
     panel.set_ylim(len(cases) - 0.5, -0.5)
     panel.set_yticks(range(len(cases)), [case.case.name for case in cases])
     panel.set_title(f"{operation}, batch {point.batch}, {point.threads} thread{'s'[: point.threads - 1]}", fontsize=10)

@@ -15,7 +15,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-
 from vae_runtime import __version__
 from vae_runtime.errors import InputError
 
@@ -45,8 +44,8 @@ def race(
 ) -> RaceReport:
     """Race vae-edge against other engines on the same weights and inputs.
 
-    Each competitor of a case and point has a process of its own, bound to the same cores with the same thread count, and
-    is compared with PyTorch's outputs before it is timed. In every round each one has a turn for each operation.
+    Each competitor of a case and point has a process of its own, bound to the same cores with the same thread count,
+    and is compared with PyTorch's outputs before it is timed. In every round each one has a turn for each operation.
 
     cases: case folders, or bundles. progress: called with a line of text now and then. competitors: None takes those of
     `settings` by name. before: a report whose points are kept and not raced again. after_point: called with all results
@@ -312,15 +311,14 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 
 METHOD = {
-    "processes": "one for each competitor, case and point, idle while the others run; bound to the same cores, with the "
-    "same number of threads for every engine",
+    "processes": "one for each competitor, case and point, idle while the others run; bound to the same cores, with "
+    "the same number of threads for every engine",
     "checks": "before any timing, both outputs against PyTorch's in fp32 on the same inputs; a result must not change "
     "when the next one is computed",
     "calls": "host float32 arrays in, new host float32 arrays out; vae-edge through the public calls of VAE with all "
     "their checks on inputs; the garbage collector is off",
-    "rounds": "in each, everyone has one turn per operation, in an order that changes from round to round; a turn begins "
-    "with calls that are not timed",
+    "rounds": "in each, everyone has one turn per operation, in an order that changes from round to round; a turn "
+    "begins with calls that are not timed",
     "interval": "95%, of medians by order statistics of the rounds' medians; of ratios by those of the rounds' ratios, "
     "with fewer than 6 rounds by Student's t on their logarithms",
 }
-

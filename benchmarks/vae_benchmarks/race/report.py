@@ -153,8 +153,8 @@ class PointResult:
     """One case at one point.
 
     fresh: every turn had a process of its own, because all competitors together do not fit into memory.
-    cores: to which every process was bound; None where the system cannot. skipped: competitor -> why it is not to be had
-    here. disqualified: competitor -> what is wrong with its outputs. failed: competitor -> how it failed or died.
+    cores: to which every process was bound; None where the system cannot. skipped: competitor -> why it is not to be
+    had here. disqualified: competitor -> what is wrong with its outputs. failed: competitor -> how it failed or died.
     """
 
     point: Point
@@ -234,7 +234,7 @@ class RaceReport:
 
 
 def rank(rows: Sequence[Row], peers: Sequence[str]) -> tuple[Ratio, ...]:
-    """Everyone against "ours", operation by operation, from the rounds that both ran; empty where "ours" did not run."""
+    """Everyone against "ours", operation by operation, from paired rounds; empty where "ours" did not run."""
     ratios = []
     for ours in (row for row in rows if row.competitor == OURS):
         others = [row for row in rows if row.operation == ours.operation and row.competitor != OURS]

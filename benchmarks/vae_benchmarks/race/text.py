@@ -77,7 +77,9 @@ def _table(point: PointResult) -> list[list[str]]:
     for row in point.rows:
         ratio = ratios.get((row.operation, row.competitor))
         star = "*" if ratio is not None and ratio.fastest_peer else ""
-        compared = [f"{ratio.ratio:.2f}{star}", _interval_of(ratio)] if ratio else ["1" if row.competitor == OURS else "", ""]
+        compared = (
+            [f"{ratio.ratio:.2f}{star}", _interval_of(ratio)] if ratio else ["1" if row.competitor == OURS else "", ""]
+        )
         rows.append(
             [
                 *(row.operation, row.competitor, precisions[row.competitor], format_ms(row.p50_ms), _spread(row)),
@@ -116,7 +118,8 @@ def _sentence(ratio: Ratio) -> str:
     if ratio.low is not None and ratio.high is not None and ratio.low <= 1 <= ratio.high:
         return f"no difference shown between ours and the fastest peer, {ratio.competitor}: {ratio.ratio:.2f}{interval}"
     how = "faster" if ratio.ratio > 1 else "slower"
-    return f"ours is {how} than the fastest peer, {ratio.competitor}, which takes {ratio.ratio:.2f} times as long{interval}"
+    takes = f"which takes {ratio.ratio:.2f} times as long{interval}"
+    return f"ours is {how} than the fastest peer, {ratio.competitor}, {takes}"
 
 
 def format_plan(plan: Any) -> str:

@@ -1,4 +1,4 @@
-"""The process of one competitor: one JSON request per line on stdin, one JSON answer per line on stdout, until stdin ends.
+"""The process of one competitor: a JSON request per line on stdin, a JSON answer per line on stdout, until stdin ends.
 
 It answers only once it is idle: an engine whose threads still spin would slow down the one that runs next.
 """

@@ -63,7 +63,7 @@ def open_entrant(case: Case, batch: int, threads: int, compiled: bool) -> Entran
 
 
 def load_modules(folder: Path, name: str) -> tuple[Any, Any]:
-    """The encoder and the decoder of a case, with their weights, in evaluation mode. This runs the case's modules.py."""
+    """The encoder and the decoder of a case, with their weights, ready to run. This runs the case's modules.py."""
     import json
 
     import torch

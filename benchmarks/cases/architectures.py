@@ -167,6 +167,11 @@ class PlainBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(x + self.body(x))
 
+    @torch.no_grad()
+    def scale_down(self, factor: float) -> None:
+        """Make the last convolution's weights smaller, so that the block begins near the identity."""
+        self.body[-1].weight.mul_(factor)
+
 
 def _norm(width: int) -> tuple[nn.Module, nn.Module]:
     return nn.GroupNorm(math.gcd(width, 32), width), nn.SiLU()

@@ -205,13 +205,14 @@ def trained_conv(
 
 
 def plain256(options: Options) -> Model:
-    """Trained on 64×64 crops, which a network of convolutions alone allows, with the mean absolute error."""
+    """Trained on 32×32 crops, which a network of convolutions alone allows, with the mean absolute error."""
     torch.manual_seed(options.seed)
     arguments = {"width": 64, "levels": 4, "blocks": 3, "latent": 4}
     encoder, decoder = architectures.build("plain", **arguments)
+    keep_scale(encoder, decoder)
     parameters = [*encoder.parameters(), *decoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
-    data = torch.from_numpy(photographs.to_float(photographs.crops(4096, 64, held_out=False, seed=options.seed)))
+    data = torch.from_numpy(photographs.to_float(photographs.crops(8192, 32, held_out=False, seed=options.seed)))
     generator = torch.Generator().manual_seed(options.seed)
     begun, step, elapsed = time.perf_counter(), 0, 0.0
     while elapsed < options.seconds:
@@ -249,6 +250,19 @@ def plain256(options: Options) -> Model:
             "seconds": elapsed,
         },
     )
+
+
+def keep_scale(*modules: nn.Module) -> None:
+    """Weights with which activations keep their size, as there is no normalisation that would see to it: He et al.,
+    2015, and small last convolutions in residual blocks, as Zhang et al., 2019 (Fixup)."""
+    layers = [part for module in modules for part in module.modules()]
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    for block in (layer for layer in layers if isinstance(layer, architectures.PlainBlock)):
+        block.scale_down(0.1)
 
 
 def digits_28(mnist: Path | None) -> tuple[Float32, str]:

@@ -8,7 +8,7 @@ report.save("race.json")
 
 from .case import Case, CaseError, CaseFacts
 from .competitors import COMPETITORS, Competitor
-from .race import race
+from .course import race
 from .report import CaseResult, Point, PointResult, RaceReport, RaceSettings, Ratio, Row, Runner, merge
 
 __all__ = [

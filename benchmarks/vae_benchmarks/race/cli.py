@@ -14,8 +14,8 @@ from vae_runtime.errors import InputError, MissingExtraError, OutputError
 
 from ..errors import ReportError
 from .competitors import COMPETITORS, choose_competitors
+from .course import race
 from .picture import draw_race
-from .race import race
 from .report import OPERATIONS, Point, RaceReport, RaceSettings, merge
 from .text import format_markdown, format_race
 

@@ -126,12 +126,11 @@ def format_plan(plan: Any) -> str:
     """What `VAE.plan` says, whatever its form, in one line."""
     if isinstance(plan, dict):
         nested = any(isinstance(value, (dict, list, tuple)) for value in plan.values())
-        return ("; " if nested else " ").join(
-            f"{name} {format_plan(value)}" if nested else f"{name}={value}" for name, value in plan.items()
-        )
+        joint, between = ("; ", " ") if nested else (" ", "=")
+        return joint.join(f"{name}{between}{format_plan(value)}" for name, value in plan.items())
     if isinstance(plan, (list, tuple)):
         return ", ".join(f"[{format_plan(value)}]" for value in plan)
-    return json.dumps(plan)
+    return plan if isinstance(plan, str) else json.dumps(plan)
 
 
 def _absent(point: PointResult) -> list[str]:

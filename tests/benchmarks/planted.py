@@ -1,0 +1,49 @@
+"""A competitor for the race whose speed and faults the tests choose; a worker process loads it by its path."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import numpy as np
+
+from vae_benchmarks.race.case import Case
+from vae_benchmarks.race.entrant import CannotRunError, Entrant
+
+
+def open_entrant(
+    case: Case, batch: int, threads: int, milliseconds: float = 0.0, fault: str = "", precision: str = "fp32"
+) -> Entrant:
+    """Right answers for the case's own inputs after `milliseconds`, unless `fault` names something else."""
+    if fault == "absent":
+        raise CannotRunError("the planted engine is not installed")
+    if fault == "broken":
+        raise ValueError("the planted engine is broken\nand tells a long story")
+    reference = {name: array[np.arange(batch) % len(array)] for name, array in case.reference().items()}
+    buffer = np.empty_like(reference["reconstruction"])
+    calls = 0
+
+    def answer(array: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
+        nonlocal calls
+        calls += 1
+        if fault == "dies" and calls > 40:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(milliseconds / 1000)
+        if fault == "shape":
+            return tuple(reference[name][:, :1] for name in names)
+        if fault == "reuse" and "reconstruction" in names:
+            buffer[:] = reference["reconstruction"] if np.array_equal(array, reference["mean"]) else 0
+            return (buffer,)
+        scale = np.float32(1.2 if fault == "wrong" else 1)
+        return tuple(scale * reference[name] for name in names)
+
+    return Entrant(
+        encode=lambda x: answer(x, tuple(name for name in ("mean", "logvar") if name in reference)),
+        decode=lambda z: answer(z, ("reconstruction",)),
+        precisions=(precision,),
+        engine="planted 1.0",
+        configuration=f"{milliseconds:g} ms",
+        plan={"encode": [{"from_batch": 1, "precision": precision}]},
+    )

@@ -1,0 +1,490 @@
+"""The race: ratios that are right on planted speeds, faults that are found and named, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+import vae_benchmarks.cli as cli
+import vae_benchmarks.race.cli as race_cli
+import vae_benchmarks.race.course as course
+from vae_benchmarks import ReportError
+from vae_benchmarks.intervals import paired_ratio
+from vae_benchmarks.machine import choose_cores
+from vae_benchmarks.race import COMPETITORS, Case, CaseError, Competitor, Point, RaceReport, RaceSettings, merge, race
+from vae_benchmarks.race.entrant import Entrant, error_of, judge
+from vae_benchmarks.race.picture import draw_race
+from vae_benchmarks.race.report import Row, rank
+from vae_benchmarks.race.schedule import FEWEST_ROUNDS, order_of, plan_rounds
+from vae_benchmarks.race.text import format_markdown, format_plan, format_race
+from vae_runtime.errors import BundleError, InputError
+
+PLANTED = str(Path(__file__).with_name("planted.py"))
+ONE = (Point(1, 1),)
+
+
+def planted(name: str, is_peer: bool = True, **options: Any) -> Competitor:
+    return Competitor(name, PLANTED, options, is_peer)
+
+
+@pytest.fixture(scope="module")
+def report(tiny: Path) -> RaceReport:
+    """Ours at 4 ms, a peer at 12 and one at 6, and everything that can go wrong."""
+    field = (
+        planted("ours", is_peer=False, milliseconds=4),
+        planted("slow", milliseconds=12),
+        planted("quick", milliseconds=6),
+        *(planted(fault, fault=fault) for fault in ("absent", "broken", "wrong", "shape", "reuse", "dies")),
+    )
+    return race([tiny], RaceSettings(points=ONE, budget=2.5, rounds=12), competitors=field)
+
+
+def test_ratios_and_intervals_are_right_on_planted_speeds(report: RaceReport) -> None:
+    (point,) = report.cases[0].points
+    assert {(row.operation, row.competitor) for row in point.rows} == {
+        (operation, name) for operation in ("encode", "decode") for name in ("ours", "slow", "quick")
+    }
+    ratios = {(one.operation, one.competitor): one for one in point.ratios}
+    for operation in ("encode", "decode"):
+        slow, quick = ratios[operation, "slow"], ratios[operation, "quick"]
+        assert slow.ratio == pytest.approx(3, rel=0.15)
+        assert quick.ratio == pytest.approx(1.5, rel=0.15)
+        assert slow.low is not None
+        assert slow.high is not None
+        assert slow.low <= slow.ratio <= slow.high
+        assert slow.interval_from == "rounds"
+        assert (slow.fastest_peer, quick.fastest_peer) == (False, True)
+
+
+def test_every_competitor_had_as_many_rounds_and_was_idle_between_them(report: RaceReport) -> None:
+    (point,) = report.cases[0].points
+    assert point.rounds >= 6
+    assert {len(row.round_p50_ms) for row in point.rows} == {point.rounds}
+    assert all(row.calls >= point.rounds for row in point.rows)
+    assert all(runner.idle_cpu_share < 0.05 for runner in point.runners)
+    assert not point.fresh
+
+
+def test_who_is_absent_wrong_or_dead_is_named_with_the_reason(report: RaceReport) -> None:
+    (point,) = report.cases[0].points
+    assert point.skipped == {"absent": "the planted engine is not installed"}
+    assert set(point.disqualified) == {"wrong", "shape", "reuse"}
+    assert point.disqualified["wrong"].startswith("the largest error of ")
+    assert point.disqualified["wrong"].endswith("; fp32 may have 0.001")
+    assert point.disqualified["shape"].startswith("encode gives [((1, 1), 'float32')")
+    assert point.disqualified["reuse"] == "decode overwrites a result that it handed out before"
+    assert set(point.failed) == {"broken", "dies"}
+    assert point.failed["broken"] == "ValueError: the planted engine is broken"
+    assert point.failed["dies"] == "was ended by SIGKILL; it may have run out of memory"
+    assert {runner.name for runner in point.runners} == {"ours", "slow", "quick"}
+
+
+def test_the_text_tells_it_all(report: RaceReport) -> None:
+    for text in (format_race(report), format_markdown(report)):
+        for needed in (
+            "ours is faster than the fastest peer, quick, which takes 1.",
+            "absent skipped: the planted engine is not installed",
+            "reuse disqualified: decode overwrites",
+            "dies failed: was ended by SIGKILL",
+            "ours runs on: encode [from_batch=1 precision=fp32]",
+        ):
+            assert needed in text
+    table = [line for line in format_markdown(report).splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in table}) == 1
+    assert len(table) == 2 + 6
+
+
+def test_the_report_survives_json(report: RaceReport, tmp_path: Path) -> None:
+    report.save(tmp_path / "race.json")
+    loaded = RaceReport.load(tmp_path / "race.json")
+    assert json.dumps(loaded.to_dict(), sort_keys=True) == json.dumps(report.to_dict(), sort_keys=True)
+    assert (loaded.cases[0].points[0].rows, loaded.settings) == (report.cases[0].points[0].rows, report.settings)
+
+
+def test_the_picture_shows_every_competitor(report: RaceReport, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    draw_race(report, tmp_path / "race.png")
+    data = (tmp_path / "race.png").read_bytes()
+    assert data.startswith(b"\x89PNG")
+    assert len(data) > 10_000
+    empty = merge([RaceReport(**{**vars(report), "cases": ()})])
+    with pytest.raises(InputError, match="the race has no row to draw"):
+        draw_race(empty, tmp_path / "empty.png")
+    assert not (tmp_path / "empty.png").exists()
+
+
+def test_merging_adds_cases_and_points_and_refuses_other_machines(report: RaceReport) -> None:
+    (case,) = report.cases
+    (point,) = case.points
+
+    def changed(name: str, new: Point) -> RaceReport:
+        facts = type(case.case)(**{**vars(case.case), "name": name})
+        other = type(point)(**{**vars(point), "point": new})
+        result = type(case)(**{**vars(case), "case": facts, "points": (other,)})
+        return RaceReport(**{**vars(report), "cases": (result,)})
+
+    merged = merge([report, changed("other", Point(1, 1)), changed("tiny", Point(8, 1)), report])
+    assert {(one.case.name, str(p.point)) for one in merged.cases for p in one.points} == {
+        ("tiny", "1x1"),
+        ("tiny", "8x1"),
+        ("other", "1x1"),
+    }
+    machine = type(report.machine)(**{**vars(report.machine), "cpu": "another CPU"})
+    with pytest.raises(ReportError, match=r"from different machines \(.* and another CPU"):
+        merge([report, RaceReport(**{**vars(report), "machine": machine})])
+    with pytest.raises(ReportError, match="nothing to merge"):
+        merge([])
+
+
+def test_what_was_raced_before_is_kept(report: RaceReport, tiny: Path) -> None:
+    seen: list[RaceReport] = []
+    again = race(
+        [tiny],
+        RaceSettings(points=(Point(1, 1), Point(2, 1)), budget=0.2, rounds=3),
+        competitors=(planted("ours", is_peer=False), planted("slow", milliseconds=1)),
+        before=report,
+        after_point=seen.append,
+    )
+    first, second = again.cases[0].points
+    assert first == report.cases[0].points[0]
+    assert second.point == Point(2, 1)
+    assert [ratio.interval_from for ratio in second.ratios] == ["t", "t"]
+    assert seen == [again]
+
+
+def test_where_memory_is_short_every_turn_has_a_fresh_process(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(course, "available_bytes", lambda: 0)
+    field = (planted("ours", is_peer=False, milliseconds=4), planted("slow", milliseconds=12))
+    settings = RaceSettings(points=ONE, operations=("decode",), budget=0.3, rounds=3)
+    found = race([tiny], settings, competitors=field)
+    (point,) = found.cases[0].points
+    assert point.fresh
+    assert 1.5 < point.ratios[0].ratio < 6
+    assert "a fresh process for every turn" in format_race(found)
+
+
+def test_a_point_with_too_many_threads_is_skipped_by_name(tiny: Path) -> None:
+    result = race([tiny], RaceSettings(points=(Point(1, 4000),)), competitors=(planted("ours", is_peer=False),))
+    assert result.cases[0].points == ()
+    assert result.cases[0].skipped_points == {"1x4000": "this machine lets it use fewer than 4000 cores"}
+
+
+def test_order_changes_so_that_nobody_always_follows_the_same_one() -> None:
+    names = list("abcd")
+    rounds = [order_of(names, number) for number in range(8)]
+    assert all(sorted(one) == names for one in rounds)
+    assert {one[0] for one in rounds} == set(names)
+    followed = {(one[place], one[place + 1]) for one in rounds for place in range(3)}
+    assert all(len({before for before, after in followed if after == name}) >= 2 for name in names)
+
+
+@pytest.mark.parametrize(
+    ("calls", "budget", "rounds", "expected"),
+    [
+        ([0.001, 0.001], 10, 10, (10, 0.5)),
+        ([0.001, 0.3], 10, 10, (10, 0.4)),  # the slow one takes 0.6 of each second
+        ([1.0, 1.0], 20, 10, (5, 2.0)),
+        ([5.0], 1, 10, (FEWEST_ROUNDS, 0.0)),
+    ],
+)
+def test_rounds_and_turns_fit_into_the_budget(
+    calls: list[float], budget: float, rounds: int, expected: tuple[int, float]
+) -> None:
+    assert plan_rounds(calls, budget, rounds) == pytest.approx(expected)
+
+
+def test_paired_ratios() -> None:
+    level = np.exp(np.random.default_rng(0).normal(size=12))  # drift that both share
+    ratio, low, high, source = paired_ratio(level, 2 * level * (1 + 0.01 * np.sin(np.arange(12))))
+    assert (ratio, source) == (pytest.approx(2, rel=0.01), "rounds")
+    assert low is not None
+    assert high is not None
+    assert 1.97 < low <= ratio <= high < 2.03
+    assert paired_ratio([1, 1, 1, 1], [2, 2, 2, 2]) == (pytest.approx(2), pytest.approx(2), pytest.approx(2), "t")
+    # Logarithms 0, 1, 2: mean 1, standard error 1/√3, 4.3027 of which to each side.
+    _, low, high, source = paired_ratio([1, 1, 1], [1, np.e, np.e**2])
+    assert (np.log(low or 0), np.log(high or 0)) == (
+        pytest.approx(1 - 2.4842, abs=1e-3),
+        pytest.approx(1 + 2.4842, abs=1e-3),
+    )
+    assert paired_ratio([1, 1], [3, 3]) == (pytest.approx(3), None, None, "none")
+
+
+def test_nobody_is_ranked_without_ours() -> None:
+    assert rank([Row.of("encode", "onnxruntime", [1.0, 2.0, 3.0], 9)], ["onnxruntime"]) == ()
+
+
+def test_low_precisions_are_judged_by_their_root_mean_square(tiny: Path) -> None:
+    reference = Case.open(tiny).reference()
+    spike = reference["reconstruction"].copy()
+    spike[0, 0, 0, 0] += 0.5
+
+    def entrant(precisions: tuple[str, ...]) -> Entrant:
+        def encode(x: Any) -> Any:
+            return reference["mean"].copy(), reference["logvar"].copy()
+
+        return Entrant(encode, lambda z: (spike.copy(),), precisions, "", "")
+
+    assert judge(entrant(("fp32", "int8")), reference).fault is None
+    verdict = judge(entrant(("fp32",)), reference)
+    assert verdict.fault is not None
+    assert verdict.fault.startswith("the largest error of reconstruction is ")
+    assert error_of(reference["mean"], reference["mean"], "max", False) == 0
+
+
+def test_cores_are_as_many_as_asked_for() -> None:
+    found = choose_cores(1)
+    if sys.platform == "linux":
+        assert found is not None
+        assert set(found) <= os.sched_getaffinity(0)
+        assert len(found) == 1
+    assert choose_cores(100_000) is None
+
+
+@pytest.mark.parametrize(
+    ("plan", "text"),
+    [
+        ({"encode": {"device": "cpu"}, "decode": {"device": "cpu"}}, "encode device=cpu; decode device=cpu"),
+        ({"encode": [{"from_batch": 1, "x": None}, {"from_batch": 8}]}, "encode [from_batch=1 x=null], [from_batch=8]"),
+    ],
+)
+def test_a_plan_of_any_form_is_printed(plan: Any, text: str) -> None:
+    assert format_plan(plan) == text
+
+
+@pytest.fixture
+def case_folder(tiny: Path, tmp_path: Path) -> Path:
+    """A case made of the tiny bundle, without torch modules that could be loaded."""
+    folder = tmp_path / "case"
+    (folder / "plain").mkdir(parents=True)
+    (folder / "torch").mkdir()
+    shutil.copytree(tiny, folder / "bundle.vae")
+    for half in ("encoder", "decoder"):
+        shutil.copy(tiny / f"{half}.onnx", folder / "plain")
+    golden = Case.open(tiny).reference()
+    np.savez(folder / "inputs.npz", **golden)
+    manifest = Case.open(tiny).manifest
+    document = {
+        "format": "vae-case",
+        "format_version": 1,
+        "name": "a-case",
+        "description": "tiny",
+        "kind": manifest.kind,
+        "input_shape": list(manifest.input.shape),
+        "latent_shape": list(manifest.latent.shape),
+        "parameters": 7,
+        "macs": {"encode": 1, "decode": 2},
+        "data": None,
+        "quality": {"psnr_db": 20.5},
+    }
+    (folder / "case.json").write_text(json.dumps(document))
+    return folder
+
+
+def test_a_case_gives_its_own_inputs_and_graphs(case_folder: Path, tiny: Path) -> None:
+    case = Case.open(case_folder)
+    assert (case.name, case.facts.macs, case.facts.quality) == ("a-case", {"encode": 1, "decode": 2}, {"psnr_db": 20.5})
+    (case_folder / "plain" / "encoder.onnx").write_bytes(b"another export")
+    assert case.graph("encoder") == b"another export"
+    assert case.bundle_graph("encoder", "fp32") == (tiny / "encoder.onnx").read_bytes()
+    assert Case.open(tiny).graph("encoder") == (tiny / "encoder.onnx").read_bytes()
+    np.testing.assert_array_equal(case.reference()["x"], Case.open(tiny).reference()["x"])
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (
+            lambda f: (f / "case.json").write_text("{"),
+            CaseError,
+            "case.json is not JSON; expected what benchmarks/cases",
+        ),
+        (
+            lambda f: (f / "case.json").write_text("[]"),
+            CaseError,
+            'case.json is not the description of a case, whose "fo',
+        ),
+        (lambda f: (f / "case.json").unlink(), CaseError, "is neither a case nor a bundle: it has no case.json and no"),
+        (lambda f: shutil.rmtree(f / "plain"), CaseError, "lacks plain, which a case has beside case.json"),
+        (lambda f: (f / "bundle.vae" / "encoder.onnx").write_bytes(b"x"), BundleError, "encoder.onnx"),
+        (
+            lambda f: _edit(f, format_version=9),
+            CaseError,
+            "case.json has format_version 9; this vae-edge reads version 1",
+        ),
+        (lambda f: _edit(f, kind=3), CaseError, "case.json.kind is 3; expected a string"),
+        (lambda f: (f / "inputs.npz").write_bytes(b"x"), CaseError, "inputs.npz cannot be read: "),
+        (lambda f: np.savez(f / "inputs.npz", x=np.zeros(3)), CaseError, "inputs.npz has no float32 array x of shape"),
+    ],
+)
+def test_damaged_cases_are_refused(case_folder: Path, damage: Any, error: type[Exception], message: str) -> None:
+    damage(case_folder)
+    with pytest.raises(error, match=message):
+        Case.open(case_folder).reference()
+
+
+def _edit(folder: Path, **changes: Any) -> None:
+    document = json.loads((folder / "case.json").read_text())
+    (folder / "case.json").write_text(json.dumps({**document, **changes}))
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli.main, ["race", *map(str, arguments)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("/no/such",), 1, "/no/such is neither a case nor a bundle: it has no case.json and no manifest.json"),
+        (("EMPTY",), 1, "is neither a case nor a bundle"),
+        (("TINY", "TINY"), 1, "cases is tiny, tiny; expected at least one, each name once"),
+        (("TINY", "--competitors", "tensorflow"), 1, "competitor is 'tensorflow'; expected one of ours, ours-cpu, "),
+        (("TINY", "--competitors", "ours,ours"), 1, "competitor 'ours' is named twice"),
+        (("TINY", "--competitors", ""), 1, "competitors is empty; expected at least one"),
+        (("TINY", "--points", "1"), 1, "point is '1'; expected BATCHxTHREADS, such as 32x2"),
+        (("TINY", "--points", "0x1"), 1, "batch is 0; expected a whole number from 1 to 65536"),
+        (("TINY", "--points", "1x0"), 1, "threads is 0; expected a whole number from 1"),
+        (("TINY", "--operations", "sample"), 1, "operation is 'sample'; expected one of encode, decode"),
+        (("TINY", "--budget", "0"), 1, "budget is 0.0; expected a number between 0 and 1e+06, both excluded"),
+        (("TINY", "--rounds", "2"), 1, "rounds is 2; expected at least 3"),
+        (("TINY", "--output", "TINY"), 1, "tiny.vae exists and is not the folder of a race; choose a name that is not"),
+        (("TINY", "--output", "/no/folder/x"), 1, "/no/folder/x cannot be made: No such file or directory"),
+        (("--merge", "TINY/manifest.json"), 1, "manifest.json is not a report of vae-bench race, whose"),
+        (("--merge", "/no.json"), 1, "/no.json cannot be read: No such file or directory"),
+        (("TINY", "--resume"), 2, "--resume goes with --output, and not with --force or --merge"),
+        ((), 2, "Missing argument 'CASE...'."),
+    ],
+)
+def test_bad_input_is_answered_in_one_sentence(
+    tiny: Path, tmp_path: Path, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    result = run(*(one.replace("TINY", str(tiny)).replace("EMPTY", str(tmp_path)) for one in arguments))
+    last = result.stderr.strip().splitlines()[-1]
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert message in last
+    assert "Traceback" not in result.stderr
+
+
+def test_a_real_race_through_the_command_line(tiny: Path, case_folder: Path, tmp_path: Path) -> None:
+    """Ours against onnxruntime on the tiny bundle; the torch competitors are skipped by name; then resumed, refused,
+    merged and replaced."""
+    pytest.importorskip("matplotlib")
+    output = tmp_path / "race"
+    quick = ("--budget", "0.3", "--rounds", "3", "--points", "1x1", "--output", output)
+    first = run(tiny, *quick, "--competitors", "ours,ours-int8,onnxruntime,torch", "--json")
+    assert first.exit_code == 0, first.output
+    found = RaceReport.from_dict(json.loads(first.stdout))
+    (point,) = found.cases[0].points
+    assert {row.competitor for row in point.rows} == {"ours", "onnxruntime"}
+    assert point.skipped == {
+        "ours-int8": "the bundle has no int8, it has fp32",
+        "torch": "a bundle alone has no torch modules; build a case for it",
+    }
+    assert max(error for runner in point.runners for error in runner.errors.values()) < 1e-4
+    assert {path.name for path in output.iterdir()} == {"race.json", "race.md", "race.png"}
+    refused = run(tiny, *quick)
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "race.json exists; continue it with --resume, or replace it with --force" in refused.stderr
+    resumed = run(tiny, case_folder, *quick, "--competitors", "onnxruntime,openvino-int8", "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert "tiny 1x1" not in resumed.stderr
+    both = RaceReport.load(output / "race.json")
+    assert both.cases[0] == found.cases[0]
+    assert [case.case.name for case in both.cases] == ["tiny", "a-case"]
+    assert "openvino-int8" in both.cases[1].points[0].skipped
+    assert both.cases[1].points[0].ratios == ()
+    merged = run("--merge", output / "race.json", output / "race.json", "--output", tmp_path / "merged")
+    assert merged.exit_code == 0, merged.output
+    assert RaceReport.load(tmp_path / "merged" / "race.json").cases == both.cases
+
+
+def test_force_replaces_only_races(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "race.json").write_text('{"format": "something else"}')
+    result = run(tiny, "--output", tmp_path, "--force")
+    assert result.exit_code == 1
+    assert "race.json is not a report of vae-bench race; --force replaces nothing else" in result.stderr
+
+
+def test_without_matplotlib_the_rest_is_written(
+    report: RaceReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    race_cli._write(tmp_path, report)
+    assert {path.name for path in tmp_path.iterdir()} == {"race.json", "race.md"}
+    assert "no picture: " in capsys.readouterr().err
+
+
+def test_an_engine_that_is_not_installed_is_skipped_with_its_cure(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "openvino.py").write_text("raise ImportError")
+    code = (
+        "import sys; from vae_benchmarks.race.worker import Stall; "
+        f"print(Stall().answer(dict(request='open', case={str(tiny)!r}, module='native_openvino', "
+        "options={'precision': 'f32'}, batch=1, threads=1, check=True)))"
+    )
+    path = os.pathsep.join([str(tmp_path), *(part for part in sys.path if part)])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        check=False,
+    )
+    assert done.stdout.strip() == str({"skip": "openvino is not installed; pip install 'vae-edge[race]'"}), done.stderr
+
+
+def test_the_command_line_loads_no_engine() -> None:
+    heavy = {"torch", "openvino", "matplotlib", "onnxruntime", "mlperf_loadgen"}
+    code = f"import sys, vae_benchmarks.cli; print(sorted({heavy!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_names_of_competitors_are_those_promised() -> None:
+    assert list(COMPETITORS) == [
+        "ours", "ours-cpu", "ours-fp32", "ours-int8", "onnxruntime", "torch", "torch-compile",
+        "openvino-f32", "openvino-bf16", "openvino-int8",
+    ]  # fmt: skip
+    assert [name for name, one in COMPETITORS.items() if not one.is_peer] == [
+        "ours",
+        "ours-cpu",
+        "ours-fp32",
+        "ours-int8",
+    ]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_ctrl_c_leaves_no_process(tiny: Path) -> None:
+    psutil = pytest.importorskip("psutil")
+    command = [sys.executable, "-m", "vae_benchmarks.cli", "race", str(tiny), "--budget", "1000", "--points", "1x1"]
+    process = subprocess.Popen(
+        [*command, "--competitors", "ours,onnxruntime"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "round 1 of" in line:
+                break
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) == 2
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=20)
+        assert time.monotonic() - began < 10
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert stderr.strip().endswith("Aborted!")
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert alive == []

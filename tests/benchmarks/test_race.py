@@ -357,6 +357,7 @@ def run(*arguments: str | Path) -> Result:
         (("TINY", "--points", "1x0"), 1, "threads is 0; expected a whole number from 1"),
         (("TINY", "--operations", "sample"), 1, "operation is 'sample'; expected one of encode, decode"),
         (("TINY", "--budget", "0"), 1, "budget is 0.0; expected a number between 0 and 1e+06, both excluded"),
+        (("TINY", "--tune-seconds", "0"), 1, "tune_seconds is 0.0; expected a number between 0 and 3600"),
         (("TINY", "--rounds", "2"), 1, "rounds is 2; expected at least 3"),
         (("TINY", "--output", "TINY"), 1, "tiny.vae exists and is not the folder of a race; choose a name that is not"),
         (("TINY", "--output", "/no/folder/x"), 1, "/no/folder/x cannot be made: No such file or directory"),
@@ -376,17 +377,21 @@ def test_bad_input_is_answered_in_one_sentence(
     assert "Traceback" not in result.stderr
 
 
-def test_a_real_race_through_the_command_line(tiny: Path, case_folder: Path, tmp_path: Path) -> None:
-    """Ours against onnxruntime on the tiny bundle; the torch competitors are skipped by name; then resumed, refused,
-    merged and replaced."""
+def test_a_real_race_through_the_command_line(
+    tiny: Path, case_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ours, tuned, against onnxruntime on the tiny bundle; the torch competitors are skipped by name; then refused,
+    resumed and merged."""
     pytest.importorskip("matplotlib")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     output = tmp_path / "race"
-    quick = ("--budget", "0.3", "--rounds", "3", "--points", "1x1", "--output", output)
+    quick = ("--tune-seconds", "0.1", "--budget", "0.3", "--rounds", "3", "--points", "1x1", "--output", output)
     first = run(tiny, *quick, "--competitors", "ours,ours-int8,onnxruntime,torch", "--json")
     assert first.exit_code == 0, first.output
     found = RaceReport.from_dict(json.loads(first.stdout))
     (point,) = found.cases[0].points
     assert {row.competitor for row in point.rows} == {"ours", "onnxruntime"}
+    assert point.tuned == "yes, 0.1 s"
     assert point.skipped == {
         "ours-int8": "the bundle has no int8, it has fp32",
         "torch": "a bundle alone has no torch modules; build a case for it",
@@ -465,19 +470,24 @@ def test_names_of_competitors_are_those_promised() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-def test_ctrl_c_leaves_no_process(tiny: Path) -> None:
+@pytest.mark.parametrize("stage", ["round 1 of", "vae-run tune"])
+def test_ctrl_c_leaves_no_process(tiny: Path, tmp_path: Path, stage: str) -> None:
     psutil = pytest.importorskip("psutil")
     command = [sys.executable, "-m", "vae_benchmarks.cli", "race", str(tiny), "--budget", "1000", "--points", "1x1"]
+    tune = "--tune" if stage == "vae-run tune" else "--no-tune"
     process = subprocess.Popen(
-        [*command, "--competitors", "ours,onnxruntime"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "--competitors", "ours,onnxruntime", tune],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
     )
     try:
         assert process.stderr is not None
         for line in process.stderr:
-            if "round 1 of" in line:
+            if stage in line:
                 break
-        children = psutil.Process(process.pid).children(recursive=True)
-        assert len(children) == 2
+        children = _wait_for_children(psutil.Process(process.pid), 2)
         began = time.monotonic()
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=20)
@@ -488,3 +498,11 @@ def test_ctrl_c_leaves_no_process(tiny: Path) -> None:
     assert stderr.strip().endswith("Aborted!")
     _, alive = psutil.wait_procs(children, timeout=5)
     assert alive == []
+
+
+def _wait_for_children(process: Any, count: int) -> list[Any]:
+    for _ in range(200):
+        if len(children := process.children(recursive=True)) >= count:
+            return list(children)
+        time.sleep(0.05)
+    raise AssertionError(f"there were fewer than {count} children")

@@ -33,7 +33,8 @@ _DEFAULTS = RaceSettings()
 @click.option("--competitors", metavar="NAME,...", help=f"{', '.join(COMPETITORS)}.  [all]")
 @click.option("--budget", default=_DEFAULTS.budget, show_default=True, help="Seconds to time each case for.")
 @click.option("--rounds", default=_DEFAULTS.rounds, show_default=True, help="At most.")
-@click.option("--tune/--no-tune", default=True, show_default=True, help="Run `vae-run tune` on each bundle first.")
+@click.option("--tune/--no-tune", default=True, show_default=True, help="Run `vae-run tune` at each point first.")
+@click.option("--tune-seconds", default=_DEFAULTS.tune_seconds, show_default=True, help="For each of these.")
 @click.option("--output", type=click.Path(), help=f"Folder for {JSON_FILE}, {MARKDOWN_FILE} and {PICTURE_FILE}.")
 @click.option("--resume", is_flag=True, help=f"Keep what {JSON_FILE} in --output has and race the rest.")
 @click.option("--force", is_flag=True, help="Race anew over what is in --output.")
@@ -94,6 +95,7 @@ def _settings(options: dict[str, Any]) -> RaceSettings:
         budget=options["budget"],
         rounds=options["rounds"],
         tune=options["tune"],
+        tune_seconds=options["tune_seconds"],
     )
 
 

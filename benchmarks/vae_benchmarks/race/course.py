@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -23,12 +23,22 @@ from .case import Case
 from .competitors import Competitor, choose_competitors
 from .report import CaseResult, Point, PointResult, RaceReport, RaceSettings, Row, Runner, merge, rank
 from .runner import Runner as Process
-from .runner import RunnerError
+from .runner import RunnerError, run_group
 from .schedule import order_of, plan_rounds
 
 OPEN_TIMEOUT, CALL_TIMEOUT = 1800.0, 600.0  # seconds: compiling a large network takes minutes
 MEMORY_RESERVE = 512 * 2**20  # bytes that stay free beside the competitors
 _PACKAGES = ("numpy", "onnxruntime", "onnxruntime-ep-openvino", "openvino", "torch")
+
+# A measurement holds for the cores that a process may use, so it has to run on those of the race.
+_TUNE = """
+import json, os, sys
+from vae_runtime.cli import main
+cores = json.loads(sys.argv[1])
+if cores:
+    os.sched_setaffinity(0, cores)
+main(["tune", *sys.argv[2:]])
+"""
 
 Progress = Callable[[str], None]
 
@@ -93,29 +103,11 @@ def _race_case(
         if choose_cores(point.threads) is None:
             skipped[str(point)] = f"this machine lets it use fewer than {point.threads} cores"
     able = [point for point in points if str(point) not in skipped]
-    tuned = _tune(case, settings, tell) if able and any(one.module == "ours" for one in competitors) else "not needed"
     if not able and skipped:
-        yield CaseResult(case.facts, tuned, (), skipped)
+        yield CaseResult(case.facts, (), skipped)
     for point in able:
         course = Course(case, point, settings, competitors, tell)
-        yield CaseResult(case.facts, tuned, (course.run(settings.budget / len(settings.points)),), skipped)
-
-
-def _tune(case: Case, settings: RaceSettings, tell: Progress) -> str:
-    """Let `vae-run tune` measure what suits this machine, for "auto" to use; what became of it, in words."""
-    from vae_runtime.cli import main
-
-    if not settings.tune:
-        return "no, --no-tune"
-    if "tune" not in main.commands:
-        return "no, this vae-run has no command tune"
-    tell(f"{case.name}: vae-run tune")
-    command = [sys.executable, "-m", "vae_runtime.cli", "tune", str(case.bundle)]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    if finished.returncode:
-        lines = finished.stderr.strip().splitlines()
-        return f"no, vae-run tune ended with exit code {finished.returncode}: {lines[-1] if lines else 'no message'}"
-    return "yes"
+        yield CaseResult(case.facts, (course.run(settings.budget / len(settings.points)),), skipped)
 
 
 @dataclass
@@ -152,6 +144,7 @@ class Course:
     def run(self, budget: float) -> PointResult:
         """Race for about `budget` seconds. Whatever ends it, no process is left."""
         load = MachineFacts.read().load_average_1min
+        tuned = self._tune()
         with tempfile.TemporaryDirectory(prefix="vae-race-", ignore_cleanup_errors=True) as self._scratch:
             try:
                 self._prepare()
@@ -162,7 +155,19 @@ class Course:
             finally:
                 for lane in self._lanes.values():
                     self._close(lane)
-        return self._result(rounds, load)
+        return self._result(rounds, tuned, load)
+
+    def _tune(self) -> str:
+        """Let `vae-run tune` measure what suits these cores, for "auto" to use; what became of it, in words."""
+        if not self._settings.tune or all(lane.competitor.module != "ours" for lane in self._lanes.values()):
+            return "no"
+        self._tell(f"vae-run tune, about {self._settings.tune_seconds:g} s")
+        options = [str(self._case.bundle), "--seconds", str(self._settings.tune_seconds)]
+        finished = run_group([sys.executable, "-P", "-c", _TUNE, json.dumps(self._cores), *options])
+        if finished.returncode:
+            lines = finished.stderr.strip().splitlines()
+            return f"no, exit code {finished.returncode}: {lines[-1] if lines else 'no message'}"
+        return f"yes, {self._settings.tune_seconds:g} s"
 
     def _prepare(self) -> None:
         """Open, check and warm up everybody, and say who is out."""
@@ -253,7 +258,7 @@ class Course:
             lane.process.kill()
             lane.process = None
 
-    def _result(self, rounds: int, load: float | None) -> PointResult:
+    def _result(self, rounds: int, tuned: str, load: float | None) -> PointResult:
         lanes = list(self._lanes.values())
         rows = tuple(
             Row.of(operation, lane.name, lane.rounds[operation], lane.calls[operation])
@@ -265,6 +270,7 @@ class Course:
             rounds=rounds,
             fresh=self._fresh,
             cores=self._cores,
+            tuned=tuned,
             load_average_1min=load,
             runners=tuple(_runner(lane) for lane in lanes),
             **self._out,

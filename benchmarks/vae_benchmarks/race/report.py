@@ -60,8 +60,8 @@ class Point:
 class RaceSettings:
     """points: loads to race at. operations: of "encode" and "decode". competitors: names, see `COMPETITORS`.
     budget: seconds that one case is timed for, all its points and competitors together; opening, checking and warming
-    up come on top. rounds: at most; slow competitors get fewer, but at least FEWEST_ROUNDS. tune: run `vae-run tune` on
-    each bundle first, where this version has it.
+    up come on top. rounds: at most; slow competitors get fewer, but at least FEWEST_ROUNDS. tune: run `vae-run tune`
+    for tune_seconds at each point first, on the same cores, for "auto" to use.
     """
 
     points: tuple[Point, ...] = (Point(1, 1), Point(32, 2))
@@ -70,6 +70,7 @@ class RaceSettings:
     budget: float = 120.0
     rounds: int = 15
     tune: bool = True
+    tune_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         for name in ("points", "operations", "competitors"):
@@ -81,6 +82,7 @@ class RaceSettings:
             if operation not in OPERATIONS:
                 raise InputError(f"operation is {operation!r}; expected one of {', '.join(OPERATIONS)}")
         check_number("budget", self.budget, 0, 1e6)
+        check_number("tune_seconds", self.tune_seconds, 0, 3600)
         check_whole("rounds", self.rounds, MOST_ROUNDS)
         if self.rounds < FEWEST_ROUNDS:
             raise InputError(f"rounds is {self.rounds}; expected at least {FEWEST_ROUNDS}")
@@ -152,6 +154,7 @@ class Ratio:
 class PointResult:
     """One case at one point.
 
+    tuned: what became of `vae-run tune`.
     fresh: every turn had a process of its own, because all competitors together do not fit into memory.
     cores: to which every process was bound; None where the system cannot. skipped: competitor -> why it is not to be
     had here. disqualified: competitor -> what is wrong with its outputs. failed: competitor -> how it failed or died.
@@ -161,6 +164,7 @@ class PointResult:
     rounds: int
     fresh: bool
     cores: tuple[int, ...] | None
+    tuned: str
     load_average_1min: float | None
     runners: tuple[Runner, ...]
     skipped: dict[str, str]
@@ -172,11 +176,10 @@ class PointResult:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """tuned: what became of `vae-run tune`. points: in the order of time; a point that this machine has too few cores
-    for is in `skipped_points`, with the reason."""
+    """points: in the order of time; one that this machine has too few cores for is in `skipped_points`, with the
+    reason."""
 
     case: CaseFacts
-    tuned: str
     points: tuple[PointResult, ...]
     skipped_points: dict[str, str]
 

@@ -20,7 +20,7 @@ def format_race(report: RaceReport) -> str:
     """For a terminal: facts, one table per case and point, who did not take part, and the method."""
     lines = [*_facts(report), ""]
     for case in report.cases:
-        lines += [f"{case.case.name}: {_describe(case)}", *_remarks(case), ""]
+        lines += [f"{case.case.name}: {_describe(case)}", *_skipped_points(case), ""]
         for point in case.points:
             lines += [_title(point), *align(_table(point), left=(0, 1, 2)), *_verdicts(point), *_absent(point), ""]
     return "\n".join([*lines, *_method(report)])
@@ -30,7 +30,14 @@ def format_markdown(report: RaceReport) -> str:
     """The same as a Markdown document."""
     lines = ["# Race", "", *(f"- {line}" for line in _facts(report)), ""]
     for case in report.cases:
-        lines += [f"## {case.case.name}", "", f"{_describe(case)}.", "", *(f"- {line}" for line in _remarks(case)), ""]
+        lines += [
+            f"## {case.case.name}",
+            "",
+            f"{_describe(case)}.",
+            "",
+            *(f"- {line}" for line in _skipped_points(case)),
+            "",
+        ]
         for point in case.points:
             notes = [*_verdicts(point), *_absent(point)]
             lines += [f"### {_title(point)}", "", *_markdown_table(_table(point)), "", *(f"- {n}" for n in notes), ""]
@@ -56,11 +63,8 @@ def _describe(case: CaseResult) -> str:
     return ", ".join(parts)
 
 
-def _remarks(case: CaseResult) -> list[str]:
-    return [
-        f"tuned: {case.tuned}",
-        *(f"point {point} was skipped: {reason}" for point, reason in case.skipped_points.items()),
-    ]
+def _skipped_points(case: CaseResult) -> list[str]:
+    return [f"point {point} was skipped: {reason}" for point, reason in case.skipped_points.items()]
 
 
 def _title(point: PointResult) -> str:
@@ -109,7 +113,7 @@ def _verdicts(point: PointResult) -> list[str]:
             lines.append(f"{ratio.operation}: {_sentence(ratio)}")
     for runner in point.runners:
         if runner.name == OURS:
-            lines.append(f"ours runs on: {format_plan(runner.plan)}")
+            lines.append(f"ours runs on: {format_plan(runner.plan)} (tuned: {point.tuned})")
     return lines
 
 

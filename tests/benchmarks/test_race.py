@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -382,7 +383,6 @@ def test_a_real_race_through_the_command_line(
 ) -> None:
     """Ours, tuned, against onnxruntime on the tiny bundle; the torch competitors are skipped by name; then refused,
     resumed and merged."""
-    pytest.importorskip("matplotlib")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     output = tmp_path / "race"
     quick = ("--tune-seconds", "0.1", "--budget", "0.3", "--rounds", "3", "--points", "1x1", "--output", output)
@@ -397,7 +397,8 @@ def test_a_real_race_through_the_command_line(
         "torch": "a bundle alone has no torch modules; build a case for it",
     }
     assert max(error for runner in point.runners for error in runner.errors.values()) < 1e-4
-    assert {path.name for path in output.iterdir()} == {"race.json", "race.md", "race.png"}
+    drawn = {"race.png"} if importlib.util.find_spec("matplotlib") else set()
+    assert {path.name for path in output.iterdir()} == {"race.json", "race.md"} | drawn
     refused = run(tiny, *quick)
     assert (refused.exit_code, refused.stdout) == (1, "")
     assert "race.json exists; continue it with --resume, or replace it with --force" in refused.stderr

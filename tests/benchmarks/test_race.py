@@ -361,7 +361,7 @@ def run(*arguments: str | Path) -> Result:
         (("TINY", "--tune-seconds", "0"), 1, "tune_seconds is 0.0; expected a number between 0 and 3600"),
         (("TINY", "--rounds", "2"), 1, "rounds is 2; expected at least 3"),
         (("TINY", "--output", "TINY"), 1, "tiny.vae exists and is not the folder of a race; choose a name that is not"),
-        (("TINY", "--output", "/no/folder/x"), 1, "/no/folder/x cannot be made: No such file or directory"),
+        (("TINY", "--output", "/no/folder/x"), 1, "/no/folder/x cannot be made: the folder /no/folder does not exist"),
         (("--merge", "TINY/manifest.json"), 1, "manifest.json is not a report of vae-bench race, whose"),
         (("--merge", "/no.json"), 1, "/no.json cannot be read: No such file or directory"),
         (("TINY", "--resume"), 2, "--resume goes with --output, and not with --force or --merge"),
@@ -413,6 +413,12 @@ def test_a_real_race_through_the_command_line(
     merged = run("--merge", output / "race.json", output / "race.json", "--output", tmp_path / "merged")
     assert merged.exit_code == 0, merged.output
     assert RaceReport.load(tmp_path / "merged" / "race.json").cases == both.cases
+
+
+def test_nothing_is_left_where_nothing_was_raced(tiny: Path, tmp_path: Path) -> None:
+    for arguments in ((tmp_path,), ("--merge", tiny / "manifest.json")):
+        assert run(*arguments, "--output", tmp_path / "out").exit_code == 1
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_force_replaces_only_races(tiny: Path, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def race_command(
         raise click.UsageError("--resume goes with --output, and not with --force or --merge")
     settings = _settings(options)
     folder = None if output is None else Path(output)
-    before = None if folder is None else _prepare(folder, resume, force)
+    before = None if folder is None else _check(folder, resume, force)
     if merging:
         report = merge([RaceReport.load(path) for path in paths])
         if folder is not None:
@@ -72,7 +72,7 @@ def race_command(
             settings,
             lambda line: click.echo(line, err=True),
             before=before,
-            after_point=None if folder is None else lambda found: found.save(folder / JSON_FILE),
+            after_point=None if folder is None else lambda found: _save(folder, found),
         )
         if folder is not None:
             _write(folder, report)
@@ -99,14 +99,13 @@ def _settings(options: dict[str, Any]) -> RaceSettings:
     )
 
 
-def _prepare(folder: Path, resume: bool, force: bool) -> RaceReport | None:
-    """Make the folder, or see that what stands there is a race's and may be continued or replaced."""
+def _check(folder: Path, resume: bool, force: bool) -> RaceReport | None:
+    """See, before minutes are spent, that the folder can be made, or is a race's and may be continued or replaced; what
+    is to be continued."""
     existing = folder / JSON_FILE
     if not folder.exists():
-        try:
-            folder.mkdir()
-        except OSError as error:
-            raise OutputError(f"{folder} cannot be made: {error.strerror}") from None
+        if not folder.absolute().parent.is_dir():
+            raise OutputError(f"{folder} cannot be made: the folder {folder.parent} does not exist")
         return None
     if not folder.is_dir() or (any(folder.iterdir()) and not existing.is_file()):
         raise OutputError(f"{folder} exists and is not the folder of a race; choose a name that is not taken")
@@ -122,8 +121,16 @@ def _prepare(folder: Path, resume: bool, force: bool) -> RaceReport | None:
     raise OutputError(f"{existing} is not a report of vae-bench race; --force replaces nothing else")
 
 
-def _write(folder: Path, report: RaceReport) -> None:
+def _save(folder: Path, report: RaceReport) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be made: {error.strerror}") from None
     report.save(folder / JSON_FILE)
+
+
+def _write(folder: Path, report: RaceReport) -> None:
+    _save(folder, report)
     with atomic_file(folder / MARKDOWN_FILE) as stream:
         stream.write(format_markdown(report).encode())
     written = [JSON_FILE, MARKDOWN_FILE]

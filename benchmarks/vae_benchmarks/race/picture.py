@@ -60,6 +60,8 @@ def draw_race(report: RaceReport, path: str | os.PathLike[str]) -> None:
             _draw_panel(panels[down][across], cases, operation, point, names)
             if down == len(operations) - 1:
                 panels[down][across].set_xlabel("time per call, logarithmic; left is fast")
+    for across in range(len(points)):
+        _label_axis([panels[down][across] for down in range(len(operations))])
     handles = [_handle(name) for name in names]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(names), 5), frameon=False, fontsize=9)
     with atomic_file(Path(path)) as stream:
@@ -74,8 +76,6 @@ def _draw_panel(panel: Any, cases: list[Any], operation: str, point: Point, name
             if result.point == point:
                 _draw_case(panel, index, result, operation, names)
     panel.set_xscale("log")
-    panel.xaxis.set_major_formatter(lambda value, _: format_ms(value))
-    panel.xaxis.set_minor_formatter(lambda value, _: "")
     panel.set_ylim(len(cases) - 0.5, -0.5)
     panel.set_yticks(range(len(cases)), [case.case.name for case in cases])
     panel.set_title(f"{operation}, batch {point.batch}, {point.threads} thread{'s'[: point.threads - 1]}", fontsize=10)
@@ -85,6 +85,17 @@ def _draw_panel(panel: Any, cases: list[Any], operation: str, point: Point, name
     panel.tick_params(axis="y", length=0)
     for side in ("top", "right", "left"):
         panel.spines[side].set_visible(False)
+
+
+def _label_axis(column: list[Any]) -> None:
+    """Times in words at each power of ten, and between them where the axis is short."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = column[-1].get_xlim()
+    for panel in column:
+        panel.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high < 50 * low else (1,), numticks=99))
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_ms(value)))
+        panel.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_case(panel: Any, index: int, result: PointResult, operation: str, names: list[str]) -> None:

@@ -22,12 +22,13 @@ _TRIAL_CALLS, _TRIAL_SECONDS = 7, 1.0
 
 
 def open_entrant(case: Case, batch: int, threads: int, compiled: bool) -> Entrant:
-    """The modules in evaluation mode under `inference_mode`, `threads` intra-op threads and one inter-op thread.
+    """The modules in evaluation mode, `threads` intra-op threads and one inter-op thread.
 
-    Eager modules with images are tried in both memory layouts, and each half keeps the faster one. Compiled modules go
-    through `torch.compile` for exactly this batch size, as one graph each, with the weights frozen into it
-    (`torch._inductor.config.freezing`), so that BatchNorm folds away and weights are packed beforehand; the compiler
-    chooses the layout. Compiling needs a C++ compiler.
+    Eager modules run under `inference_mode`; those with images are tried in both memory layouts, and each half keeps the
+    faster one. Compiled modules go through `torch.compile` for exactly this batch size, as one graph each, with the
+    weights frozen into it (`torch._inductor.config.freezing`), so that BatchNorm folds away and weights are packed
+    beforehand; the compiler chooses the layout. They run under `no_grad`, since freezing silently does nothing under
+    `inference_mode`, which makes convolutions several times slower. Compiling needs a C++ compiler.
     """
     if case.torch is None:
         raise CannotRunError("a bundle alone has no torch modules; build a case for it")
@@ -39,7 +40,8 @@ def open_entrant(case: Case, batch: int, threads: int, compiled: bool) -> Entran
         raise CannotRunError("torch.compile needs a C++ compiler, and there is none")
     torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)
-    torch.inference_mode().__enter__()  # for the rest of this process: entering it in every call would cost time
+    # For the rest of this process: entering it in every call would cost time.
+    torch.set_grad_enabled(False) if compiled else torch.inference_mode().__enter__()
     encoder, decoder = load_modules(case.torch, case.facts.name)
     x = np.zeros((batch, *case.facts.input_shape), np.float32)
     z = np.zeros((batch, *case.facts.latent_shape), np.float32)
@@ -48,17 +50,17 @@ def open_entrant(case: Case, batch: int, threads: int, compiled: bool) -> Entran
 
         torch._inductor.config.freezing = True
         halves = [_call(torch.compile(half, dynamic=False, fullgraph=True)) for half in (encoder, decoder)]
-        words = "torch.compile, dynamic=False, fullgraph=True, freezing"
+        words = "torch.compile, dynamic=False, fullgraph=True, freezing, no_grad"
     else:
         chosen = [_in_faster_layout(half, example) for half, example in ((encoder, x), (decoder, z))]
         halves = [call for _, call in chosen]
-        words = f"eager, encoder {chosen[0][0]}, decoder {chosen[1][0]}"
+        words = f"eager, inference_mode, encoder {chosen[0][0]}, decoder {chosen[1][0]}"
     return Entrant(
         encode=halves[0],
         decode=halves[1],
         precisions=("fp32",),
         engine=f"torch {torch.__version__}",
-        configuration=f"{words}, inference_mode, {threads} threads",
+        configuration=f"{words}, {threads} threads",
     )
 
 

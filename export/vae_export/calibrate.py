@@ -24,6 +24,7 @@ from .verify import Reference
 METHODS: dict[str, tuple[CalibrationMethod, dict[str, Any]]] = {
     "minmax": (CalibrationMethod.MinMax, {}),
     "percentile 99.99": (CalibrationMethod.Percentile, {"percentile": 99.99, "symmetric": False}),
+    "percentile 99.9": (CalibrationMethod.Percentile, {"percentile": 99.9, "symmetric": False}),
     "entropy": (CalibrationMethod.Entropy, {"num_bins": 256}),
 }
 BATCH_SIZE = 32

@@ -158,8 +158,8 @@ def _describe(target: Path, manifest: Manifest) -> str:
 def _describe_quality(name: str, precision: Precision) -> str:
     quality = precision.quality
     losses = [f"PSNR {quality['psnr_db']:.2f} dB ({-quality['psnr_lost_db']:+.3f})"]
-    if "nats_lost_per_dimension" in quality:
-        elbo, lost = quality["negative_elbo_per_dimension"], quality["nats_lost_per_dimension"]
+    elbo, lost = quality["negative_elbo_per_dimension"], quality["nats_lost_per_dimension"]
+    if elbo is not None:
         losses.append(f"-ELBO {elbo:.4f} nats per dimension ({lost:+.5f})")
     kept = sum(map(len, quality["kept_fp32"].values()))
     layers = f"; {kept} layer{'s' if kept > 1 else ''} in fp32" if kept else ""

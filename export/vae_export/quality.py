@@ -82,16 +82,23 @@ class Measurement:
         return max(lost / max(allowed, 1e-6) for lost, allowed in pairs)
 
     def to_dict(self) -> dict[str, Any]:
-        """For the manifest's `quality`, rounded, so that equal exports give equal bytes; what is not finite is null."""
-        data: dict[str, Any] = {"examples": self.examples, "noise_seed": NOISE_SEED}
-        data |= {"psnr_db": self.found.psnr_db, "fp32_psnr_db": self.fp32.psnr_db, "psnr_lost_db": self.psnr_lost}
-        if self.fp32.negative_elbo is not None:
-            data["negative_elbo_per_dimension"] = self.found.negative_elbo
-            data["fp32_negative_elbo_per_dimension"] = self.fp32.negative_elbo
-            data["nats_lost_per_dimension"] = self.nats_lost
-        data |= {name: value for name, value in self.errors.items() if name.endswith("_relative_error")}
-        return {key: _rounded(value) if isinstance(value, float) else value for key, value in data.items()}
+        """For the manifest's `quality`, rounded; null where a figure is not finite or was not measured."""
+        scored = self.fp32.negative_elbo is not None
+        figures: dict[str, float | None] = {
+            "psnr_db": self.found.psnr_db,
+            "fp32_psnr_db": self.fp32.psnr_db,
+            "psnr_lost_db": self.psnr_lost,
+            "negative_elbo_per_dimension": self.found.negative_elbo,
+            "fp32_negative_elbo_per_dimension": self.fp32.negative_elbo,
+            "nats_lost_per_dimension": self.nats_lost if scored else None,
+            **{name: value for name, value in self.errors.items() if name.endswith("_relative_error")},
+        }
+        return {
+            "examples": self.examples,
+            "noise_seed": NOISE_SEED,
+            **{name: _rounded(value) for name, value in figures.items()},
+        }
 
 
-def _rounded(value: float) -> float | None:
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+def _rounded(value: float | None) -> float | None:
+    return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None

@@ -78,7 +78,9 @@ class Measurement:
         """The larger part of the budget that is used up; negative where nothing is lost, infinite beyond measure."""
         if not self.finite:
             return math.inf
-        pairs = ((self.psnr_lost, budget.psnr_db), (self.nats_lost, budget.nats_per_dimension))
+        pairs = [(self.psnr_lost, budget.psnr_db)]
+        if self.fp32.negative_elbo is not None:
+            pairs.append((self.nats_lost, budget.nats_per_dimension))
         return max(lost / max(allowed, 1e-6) for lost, allowed in pairs)
 
     def to_dict(self) -> dict[str, Any]:

@@ -141,3 +141,11 @@ def test_values_between_two_nodes_in_fp32_never_pass_through_float16() -> None:
     assert any(
         np.array_equal(numpy_helper.to_array(t), after.weight.detach().numpy().astype(np.float16)) for t in halves
     )
+
+
+def test_a_float16_value_that_two_nodes_in_fp32_read_is_cast_once() -> None:
+    torch.manual_seed(0)
+    graph = to_graph(nn.Conv2d(3, 2, 3), nn.SiLU())  # a sigmoid and a product, both after the last layer
+    result = to_half(graph, X)
+    onnx.checker.check_model(onnx.load_from_string(result.graph or b""), full_check=True)
+    assert np.abs(run(result.graph) - run(graph)).max() < 2e-3

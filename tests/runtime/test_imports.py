@@ -35,6 +35,9 @@ IN_ONE_MODULE = {
     "vae_runtime/devices.py": {"onnxruntime"},
     "vae_runtime/plugins.py": {"onnxruntime_ep_openvino"},
     "vae_runtime/images.py": {"PIL"},
+    "vae_export/calibrate.py": {"onnxruntime.quantization"},
+    "vae_export/quantize.py": {"onnxruntime.quantization"},
+    "vae_export/half.py": {"onnxruntime.quantization.onnx_model", "onnxruntime.transformers.float16"},
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ METHODS: dict[str, tuple[CalibrationMethod, dict[str, Any]]] = {
     "entropy": (CalibrationMethod.Entropy, {"num_bins": 256}),
 }
 BATCH_SIZE = 32
+BATCH_VALUES = 2**24  # activations held at once
+HISTOGRAM_VALUES = 2**28  # activations counted into histograms, half a minute's work; large models take fewer examples
 DRAW_SEED = 1
 
 
@@ -52,9 +55,19 @@ def activation_ranges(model: onnx.ModelProto, x: Float32, method: str = "minmax"
         onnx.save(model, source)
         target = str(Path(folder) / "calibrated.onnx")
         calibrator = create_calibrator(source, None, target, calibrate_method=way, extra_options=options)
-        for start in range(0, len(x), BATCH_SIZE):  # histograms keep every value of what they are given at once
-            calibrator.collect_data(_OneBatch({model.graph.input[0].name: x[start : start + BATCH_SIZE]}))
+        values = _values_per_example(model)
+        if way is not CalibrationMethod.MinMax:
+            x = x[:: max(1, len(x) * values // HISTOGRAM_VALUES)]
+        size = max(1, min(BATCH_SIZE, BATCH_VALUES // values))
+        for start in range(0, len(x), size):  # histograms keep every value of what they are given at once
+            calibrator.collect_data(_OneBatch({model.graph.input[0].name: x[start : start + size]}))
         return calibrator.compute_data()
+
+
+def _values_per_example(model: onnx.ModelProto) -> int:
+    """How many activations one example has, as far as their shapes are known."""
+    shapes = [value.type.tensor_type.shape.dim for value in (*model.graph.value_info, *model.graph.output)]
+    return max(1, sum(math.prod(max(1, side.dim_value) for side in shape) for shape in shapes))
 
 
 class _OneBatch(CalibrationDataReader):

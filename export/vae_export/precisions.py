@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from vae_runtime.devices import first_line
 from vae_runtime.manifest import INPUT, LATENT, InputSpec, LatentSpec, Likelihood, Precision
 from vae_runtime.preprocess import Float32
 
@@ -42,8 +43,11 @@ def make_precisions(
     inputs = calibration_inputs(reference, wanted.calibration)
     made = Made()
     for name in wanted.names:
-        found = _int8(graphs, inputs, trial, final, wanted) if name == "int8" else _fp16(graphs, inputs, final)
-        _decide(made, name, found, final, wanted, golden)
+        try:
+            found = _int8(graphs, inputs, trial, final, wanted) if name == "int8" else _fp16(graphs, inputs, final)
+            _decide(made, name, found, final, wanted, golden)
+        except Exception as error:  # the tools of onnxruntime raise what they like
+            made.refused[name] = {"reason": f"{name} cannot be made: {first_line(error)}", "quality": {}}
     return made
 
 

@@ -274,6 +274,35 @@ def identity_graphs() -> tuple[bytes, bytes]:
     return reshape("x", [1, 8, 8], "mean", [64]), reshape("z", [64], "reconstruction", [1, 8, 8])
 
 
+def test_where_the_tools_fail_the_other_precisions_are_still_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("no such operator\nand pages of advice")
+
+    monkeypatch.setattr("vae_export.quantize.quant_pre_process", lambda *arguments, **options: fail())
+    made = make_linear(exact_pair(), "int8", "fp16", budget=Budget(psnr_db=90))
+    assert made.refused == {"int8": {"reason": "int8 cannot be made: no such operator", "quality": {}}}
+    assert set(made.precisions) == {"fp16"}
+
+
+def test_nan_on_held_out_examples_is_refused_even_with_keep() -> None:
+    axes = principal(8)
+    bright = digits()
+    bright[1::2] *= 1e6  # what calibrates says nothing of these
+    made = make_linear(autoencoder(linear(axes), linear(axes.T)), "fp16", x=bright, keep=True)
+    assert made.precisions == {}
+    assert made.refused["fp16"]["reason"] == "fp16 gives NaN or infinite values on 80 held-out examples"
+    assert made.refused["fp16"]["quality"]["mean_relative_error"] is None
+
+
+def test_fp16_keeps_what_would_overflow_in_fp32_and_says_so() -> None:
+    axes = principal(8)
+    encoder = linear(axes, torch.eye(8) * 1e6, torch.eye(8) * 1e-6)
+    made = make_linear(autoencoder(encoder, linear(axes.T)), "fp16")
+    quality = made.precisions["fp16"].quality
+    assert quality["within_budget"]
+    assert quality["kept_fp32"] == {"encoder": ["layer1", "layer2"], "decoder": []}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -249,8 +249,8 @@ def test_a_half_with_nothing_in_int8_is_fp32s(tmp_path: Path) -> None:
     assert (entry.encoder, entry.decoder) == ("encoder.onnx", "decoder.int8.onnx")
     assert "encoder.int8.onnx" not in manifest.files
     with VAE.load(tmp_path / "a.vae", precision="int8", threads=1) as vae:
-        assert vae.plan["encode"]["precision"] == "fp32"
-        assert vae.plan["decode"]["precision"] == "int8"
+        assert vae.plan["encode"][0]["precision"] == "fp32"
+        assert vae.plan["decode"][0]["precision"] == "int8"
         assert vae.selftest().passed
 
 

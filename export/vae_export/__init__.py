@@ -3,6 +3,7 @@
 from vae_export import export_bundle
 
 export_bundle(encoder, decoder, "my.vae", examples=x)
+export_bundle(encoder, decoder, "my.vae", examples=x, precisions=["fp32", "int8"], budget=Budget(psnr_db=0.2))
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 from vae_runtime.errors import MissingExtraError
 from vae_runtime.version import __version__
 
+from .quality import Budget
+from .wanted import FewExamplesWarning
+
 if TYPE_CHECKING:
     from .export import export_bundle, export_checkpoint
 
-__all__ = ["__version__", "export_bundle", "export_checkpoint"]
+__all__ = ["Budget", "FewExamplesWarning", "__version__", "export_bundle", "export_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 import numpy as np
 
-from vae_runtime.console import Command, json_option, print_json
-from vae_runtime.errors import MissingExtraError
-from vae_runtime.manifest import InputSpec, Manifest
+from vae_runtime.console import NEGATIVE_VERDICT, Command, json_option, print_json
+from vae_runtime.errors import InputError, MissingExtraError
+from vae_runtime.manifest import PRECISIONS, InputSpec, Manifest, Precision
 from vae_runtime.sources import open_inputs
 from vae_runtime.version import __version__
 
 from .bundle import check_output
+from .quality import Budget
+from .wanted import FewExamplesWarning
 
 if TYPE_CHECKING:
     from vae_training.checkpoint import Checkpoint
@@ -39,6 +43,19 @@ EXAMPLES_LIMIT = 1024  # from --data; more inputs find no further error and only
     "--tolerance", type=float, default=1e-5, show_default=True,
     help="Largest error of a reconstruction, relative to the data's range; 10 times that for mean and logvar.",
 )  # fmt: skip
+@click.option(
+    "--precision", "precisions", default="fp32", show_default=True,
+    help="What to write: fp32, which always is, int8, fp16; several with commas.",
+)  # fmt: skip
+@click.option(
+    "--budget-psnr", type=float, default=Budget().psnr_db, show_default=True,
+    help="PSNR of the reconstruction, in dB, that a precision may lose against fp32.",
+)  # fmt: skip
+@click.option(
+    "--budget-nats", type=float, default=Budget().nats_per_dimension, show_default=True,
+    help="-ELBO, in nats per input dimension, that a precision may lose against fp32.",
+)  # fmt: skip
+@click.option("--keep", is_flag=True, help="Write a precision that misses the budget too, marked in the manifest.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle, once the new one is complete.")
 @json_option
 @click.version_option(__version__, prog_name="vae-export")
@@ -49,10 +66,18 @@ def main(
     data: tuple[str, ...],
     golden: str | None,
     tolerance: float,
+    precisions: str,
+    budget_psnr: float,
+    budget_nats: float,
+    keep: bool,
     force: bool,
     as_json: bool,
 ) -> None:
-    """Export SOURCE, a model.pt of vae-train, as a bundle: encoder and decoder as ONNX, verified against PyTorch."""
+    """Export SOURCE, a model.pt of vae-train, as a bundle: encoder and decoder as ONNX, verified against PyTorch.
+
+    Exit code 3: the bundle is written, but without a precision that missed the budget.
+    """
+    names, budget = _parse_precisions(precisions), Budget(budget_psnr, budget_nats)
     target = Path(output) if output else Path(source).with_suffix(".vae")
     check_output(target, force)
     try:
@@ -63,23 +88,51 @@ def main(
         raise MissingExtraError(error.name or "a package", "export", "vae-export") from None
     checkpoint = load_checkpoint(source)
     examples = _read_examples(data, checkpoint.input) if data else None
-    manifest = export_checkpoint(
-        checkpoint,
-        target,
-        name=name or _default_name(checkpoint, source),
-        examples=examples,
-        golden=golden,
-        tolerance=tolerance,
-        force=force,
-    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", FewExamplesWarning)
+        manifest = export_checkpoint(
+            checkpoint,
+            target,
+            name=name or _default_name(checkpoint, source),
+            examples=examples,
+            golden=golden,
+            tolerance=tolerance,
+            precisions=names,
+            budget=budget,
+            keep=keep,
+            force=force,
+        )
+    for warning in caught:
+        if issubclass(warning.category, FewExamplesWarning):
+            click.echo(f"Warning: {warning.message}", err=True)
     if as_json:
         print_json({"bundle": str(target), "manifest": manifest.to_dict()})
     else:
         click.echo(_describe(target, manifest))
+    _report_misses(manifest)
 
 
 def _read_examples(data: tuple[str, ...], spec: InputSpec) -> np.ndarray:
     return next(open_inputs(data, spec).batches(EXAMPLES_LIMIT))
+
+
+def _parse_precisions(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in PRECISIONS:
+            raise InputError(f"--precision has {name!r}; expected some of {', '.join(PRECISIONS)}, with commas between")
+    return names
+
+
+def _report_misses(manifest: Manifest) -> None:
+    """Say on stderr which precisions missed the budget; the exit code tells where one was not written."""
+    for name, precision in manifest.precisions.items():
+        if not precision.within_budget:
+            click.echo(f"Warning: {name} misses the budget; it is written and marked, as --keep asks", err=True)
+    for refusal in manifest.refused.values():
+        click.echo(f"Not written: {refusal['reason']}", err=True)
+    if manifest.refused:
+        sys.exit(NEGATIVE_VERDICT)
 
 
 def _default_name(checkpoint: Checkpoint, source: str) -> str:
@@ -96,6 +149,19 @@ def _describe(target: Path, manifest: Manifest) -> str:
         for name, value in fidelity.items()
         if name.endswith("_max_error")
     ]
+    lines += [_describe_quality(key, precision) for key, precision in manifest.precisions.items() if key != "fp32"]
     if manifest.golden.source != "synthetic":
         lines.append("  golden.npz holds 4 real inputs; --golden synthetic keeps them out")
     return "\n".join(lines)
+
+
+def _describe_quality(name: str, precision: Precision) -> str:
+    quality = precision.quality
+    losses = [f"PSNR {quality['psnr_db']:.2f} dB ({-quality['psnr_lost_db']:+.3f})"]
+    elbo, lost = quality["negative_elbo_per_dimension"], quality["nats_lost_per_dimension"]
+    if elbo is not None:
+        losses.append(f"-ELBO {elbo:.4f} nats per dimension ({lost:+.5f})")
+    kept = sum(map(len, quality["kept_fp32"].values()))
+    layers = f"; {kept} layer{'s' if kept > 1 else ''} in fp32" if kept else ""
+    verdict = "within the budget" if precision.within_budget else "MISSES the budget"
+    return f"  {name}: {', '.join(losses)} on {quality['examples']} held-out examples, {verdict}{layers}"

@@ -6,7 +6,7 @@ import contextlib
 import importlib.metadata
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,15 @@ from vae_training.checkpoint import Checkpoint
 
 from .bundle import check_output, write_bundle
 from .graphs import DecoderGraph, EncoderGraph, decoder_to_onnx, encoder_to_onnx
+from .quality import Budget
 from .verify import Reference, verify
+from .wanted import Made, Wanted, check_wanted
 
 GOLDEN_COUNT = 4
 GOLDEN_TOLERANCE = {"fp32": 1e-4}  # between machines and engine versions; the export's own tolerance is tighter
 GOLDEN_SOURCES = ("held-out", "examples", "synthetic")
 SYNTHETIC_SEED = 0
+DEFAULT_BUDGET = Budget()
 
 
 def export_checkpoint(
@@ -50,6 +53,9 @@ def export_checkpoint(
     examples: np.ndarray | None = None,
     golden: str | None = None,
     tolerance: float = 1e-5,
+    precisions: Sequence[str] = ("fp32",),
+    budget: Budget = DEFAULT_BUDGET,
+    keep: bool = False,
     force: bool = False,
 ) -> Manifest:
     """Write a trained checkpoint as a bundle.
@@ -57,6 +63,8 @@ def export_checkpoint(
     examples: what to verify with; None takes the checkpoint's own, held-out ones first.
     golden: where the 4 golden inputs come from: "held-out" (the checkpoint's), "examples" (the first of `examples`), or
         "synthetic" (seeded noise, no real input). None: "examples" if there are any, else "held-out".
+    precisions, budget, keep: see `export_bundle`. The checkpoint's training examples calibrate, its held-out ones
+        measure.
 
     Raises:
         ExportError, InputError, OutputError: see `export_bundle`.
@@ -70,6 +78,8 @@ def export_checkpoint(
             "golden is 'examples', but none were given; pass some (--data) or choose held-out or synthetic"
         )
     golden_inputs = to_model_input(held_out, checkpoint.input, "examples") if source == "held-out" else x
+    parts = None if examples is not None else (x[len(held_out) :], x[: len(held_out)])
+    wanted = check_wanted(precisions, budget, keep, x, parts)
     model = checkpoint.build_model()
     threshold = checkpoint.likelihood.binarize == "threshold"
     # The models of vae_training clamp logvar and end images in a sigmoid themselves.
@@ -84,6 +94,7 @@ def export_checkpoint(
         name=name,
         training={**checkpoint.dataset, "metrics": dict(checkpoint.metrics)},
         tolerance=tolerance,
+        wanted=wanted,
         force=force,
     )
 
@@ -103,6 +114,9 @@ def export_bundle(
     resize: str = "exact",
     golden: str = "examples",
     tolerance: float = 1e-5,
+    precisions: Sequence[str] = ("fp32",),
+    budget: Budget = DEFAULT_BUDGET,
+    keep: bool = False,
     force: bool = False,
 ) -> Manifest:
     """Export any two modules as a bundle, verified against PyTorch on `examples`.
@@ -120,6 +134,10 @@ def export_bundle(
     golden: "examples", whose first 4 then travel with the bundle, or "synthetic", seeded noise.
     tolerance: largest error of a reconstruction relative to the data's range; ten times that for mean and logvar,
         relative to max|reference|.
+    precisions: which to write beside "fp32", the reference, which always is: "int8", "fp16". Even rows of the examples
+        calibrate them, odd rows measure what they lose against fp32.
+    budget: how much that may be. A precision that loses more is not written, and the manifest's `refused` says why.
+    keep: write it nevertheless, marked in the manifest (`within_budget`); never one that gives NaN or infinity.
 
     Raises:
         ExportError: torch cannot export a half, it breaks the contract, or it differs by more than the tolerance.
@@ -136,6 +154,7 @@ def export_bundle(
     except BundleError as error:
         raise InputError(str(error)) from None
     threshold = parsed is not None and parsed.binarize == "threshold"
+    wanted = check_wanted(precisions, budget, keep, x)
     with _evaluation_mode(encoder, decoder):
         return _export(
             EncoderGraph(encoder, kind, float(latent_scale), float(latent_shift), threshold),
@@ -148,6 +167,7 @@ def export_bundle(
             name=name or Path(path).stem,
             training={},
             tolerance=tolerance,
+            wanted=wanted,
             force=force,
         )
 
@@ -164,6 +184,7 @@ def _export(
     name: str,
     training: Mapping[str, Any],
     tolerance: float,
+    wanted: Wanted,
     force: bool,
 ) -> Manifest:
     _check_choice("golden", golden[0], GOLDEN_SOURCES)
@@ -175,20 +196,29 @@ def _export(
     latents = reference.encode(pair)[MEAN]
     graphs = encoder_to_onnx(encoder, torch.from_numpy(pair)), decoder_to_onnx(decoder, torch.from_numpy(latents))
     fidelity = verify(graphs, reference, x, spec, tolerance)
+    latent = LatentSpec(latent_shape, {"type": "standard_normal"} if encoder.kind == "vae" else None)
+    golden_values = _golden_values(reference, golden, spec)
+    made = Made()
+    if wanted.names:
+        from .precisions import make_precisions  # late: what it needs of onnxruntime takes a second to import
+
+        made = make_precisions(wanted, graphs, reference, spec, latent, likelihood, golden_values)
     manifest = Manifest(
         kind=encoder.kind,
         name=name,
         input=spec,
-        latent=LatentSpec(latent_shape, {"type": "standard_normal"} if encoder.kind == "vae" else None),
+        latent=latent,
         likelihood=likelihood,
-        precisions={"fp32": Precision("encoder.onnx", "decoder.onnx", fidelity.to_dict())},
+        precisions={"fp32": Precision("encoder.onnx", "decoder.onnx", fidelity.to_dict()), **made.precisions},
         files={},
-        golden=Golden("golden.npz", golden[0], GOLDEN_TOLERANCE),
+        golden=Golden("golden.npz", golden[0], {**GOLDEN_TOLERANCE, **made.tolerance}),
         training=training,
         producer=_producer(),
+        budget=wanted.budget.to_dict(),
+        refused=made.refused,
     )
-    files = {"encoder.onnx": graphs[0], "decoder.onnx": graphs[1]}
-    return write_bundle(path, manifest, files, _golden_values(reference, golden, spec), force)
+    files = {"encoder.onnx": graphs[0], "decoder.onnx": graphs[1], **made.graphs}
+    return write_bundle(path, manifest, files, golden_values, force)
 
 
 def _try_out(reference: Reference, kind: str, x: Float32, spec: InputSpec) -> tuple[int, ...]:

@@ -114,13 +114,13 @@ def _to_onnx(module: nn.Module, example: Tensor, input_name: str, outputs: list[
     except Exception as error:
         raise ExportError(f"the {half} cannot be exported by torch.onnx: {_reason(error)}") from error
     assert program is not None  # with dynamo=True
-    model = _plain(program.model_proto)
+    model = plain(program.model_proto)
     data: bytes = model.SerializeToString(deterministic=True)
     _check_contract(model, data, half)
     return data
 
 
-def _plain(model: onnx.ModelProto) -> onnx.ModelProto:
+def plain(model: onnx.ModelProto) -> onnx.ModelProto:
     """The same graph without what the exporter leaves in it: stack traces with local paths, notes, inferred shapes."""
     model.ir_version = IR_VERSION
     model.doc_string = ""
@@ -130,6 +130,15 @@ def _plain(model: onnx.ModelProto) -> onnx.ModelProto:
     for part in (*graph.node, *graph.initializer, *graph.input, *graph.output):
         part.doc_string = ""
         del part.metadata_props[:]
+    return model
+
+
+def with_node_names(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph, in which every node has a name of its own; it is changed in place."""
+    names = {node.name for node in model.graph.node}
+    if len(names) < len(model.graph.node) or "" in names:
+        for position, node in enumerate(model.graph.node):
+            node.name = f"{node.op_type}_{position}"
     return model
 
 

@@ -158,9 +158,7 @@ class Precision:
         if not isinstance(within, bool):
             raise BundleError(f"precisions.{name}.quality.within_budget is {within!r}; expected true or false")
         if name == "fp32" and not within:
-            raise BundleError(
-                "precisions.fp32.quality.within_budget is false; fp32 is what the others are held against"
-            )
+            raise BundleError("precisions.fp32.quality.within_budget is false; fp32 is the reference of the budget")
         return cls(
             _file_name(data, f"precisions.{name}.encoder"),
             _file_name(data, f"precisions.{name}.decoder"),

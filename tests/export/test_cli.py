@@ -51,6 +51,11 @@ def test_data_replaces_the_examples_and_json_is_all_of_stdout(model_file: Path, 
         (["{model}", "--data", "absent.npy"], "absent.npy does not exist"),
         (["{model}", "--golden", "examples"], "golden is 'examples', but none were given"),
         (["{model}", "--output", "absent/a.vae"], "there is no folder absent"),
+        (
+            ["{model}", "--precision", "fp32,int4"],
+            "--precision has 'int4'; expected some of fp32, fp16, int8, with commas",
+        ),
+        (["{model}", "--budget-psnr", "-1"], "budget.psnr_db is -1.0; expected a finite number from 0"),
     ],
 )
 def test_a_failure_is_one_sentence_and_writes_nothing(model_file: Path, arguments: list[str], message: str) -> None:
@@ -81,3 +86,37 @@ def test_help_and_the_missing_extra_work_without_torch(model_file: Path) -> None
     assert refused.returncode == 1
     assert "pip install 'vae-edge[export]'" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_precisions_are_written_and_described(model_file: Path) -> None:
+    result = run(model_file, "--precision", "fp32,int8", "--budget-psnr", "3", "--budget-nats", "1", "--json")
+    assert result.exit_code == 0, result.output
+    manifest = json.loads(result.stdout)["manifest"]
+    assert set(manifest["precisions"]) == {"fp32", "int8"}
+    assert manifest["budget"] == {"psnr_db": 3, "nats_per_dimension": 1}
+    assert result.stderr == ""
+
+
+def test_a_precision_that_misses_the_budget_is_code_3_and_the_rest_is_written(model_file: Path, monkeypatch) -> None:
+    fail_the_budget(monkeypatch)
+    result = run(model_file, "--precision", "int8,fp16")
+    assert result.exit_code == 3
+    assert "Not written: int8 loses " in result.stderr
+    assert "Not written: fp16 loses " in result.stderr
+    assert set(Bundle.open(model_file.with_suffix(".vae")).manifest.precisions) == {"fp32"}
+
+
+def test_keep_writes_it_marked_and_says_so(model_file: Path, monkeypatch) -> None:
+    fail_the_budget(monkeypatch)
+    result = run(model_file, "--precision", "int8", "--keep")
+    assert result.exit_code == 0
+    assert "int8: PSNR " in result.stdout
+    assert "MISSES the budget" in result.stdout
+    assert result.stderr == "Warning: int8 misses the budget; it is written and marked, as --keep asks\n"
+    assert not Bundle.open(model_file.with_suffix(".vae")).manifest.precisions["int8"].within_budget
+
+
+def fail_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vae_export.quality import Measurement
+
+    monkeypatch.setattr(Measurement, "within", lambda self, budget: False)

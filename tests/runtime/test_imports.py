@@ -37,6 +37,9 @@ IN_ONE_MODULE = {
     "vae_runtime/images.py": {"PIL"},
     "vae_benchmarks/picture.py": {"matplotlib"},
     "vae_benchmarks/loadgen.py": {"mlperf_loadgen"},
+    "vae_export/calibrate.py": {"onnxruntime.quantization"},
+    "vae_export/quantize.py": {"onnxruntime.quantization"},
+    "vae_export/half.py": {"onnxruntime.quantization.onnx_model", "onnxruntime.transformers.float16"},
 }
 
 

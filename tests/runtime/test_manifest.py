@@ -24,7 +24,17 @@ def full_manifest() -> Manifest:
         latent=LatentSpec((8,), {"type": "standard_normal"}),
         likelihood=Likelihood("bernoulli", binarize="threshold"),
         precisions={
-            "int8": Precision("encoder.int8.onnx", "decoder.onnx", {"against": "fp32", "mean_max_error": 0.25}),
+            "int8": Precision(
+                "encoder.int8.onnx",
+                "decoder.onnx",
+                {"against": "fp32", "mean_max_error": 0.25},
+                {
+                    "within_budget": False,
+                    "psnr_lost_db": 0.3,
+                    "nats_lost_per_dimension": None,
+                    "kept_fp32": {"decoder": []},
+                },
+            ),
             "fp32": Precision("encoder.onnx", "decoder.onnx", {"against": "pytorch", "mean_max_error": 1.2e-06}),
         },
         files={
@@ -36,6 +46,8 @@ def full_manifest() -> Manifest:
         golden=Golden("golden.npz", "held-out", {"fp32": 0.0001, "int8": 0.5}),
         training={"dataset": "digits", "train": 1437, "metrics": {}, "note": 'a "manifest_sha256": inside a string'},
         producer={"vae-edge": "0.1.0"},
+        budget={"psnr_db": 0.1, "nats_per_dimension": 0.005},
+        refused={"fp16": {"reason": "fp16 gives NaN", "quality": {"within_budget": False, "psnr_db": None}}},
     )
 
 
@@ -73,6 +85,19 @@ def test_unknown_keys_are_ignored_wherever_they_stand(manifest_data: Any, sign: 
         part["from_the_future"] = {"nested": [1, None, True]}
     data["files"]["encoder.onnx"]["blake3"] = "abc"
     assert Manifest.from_json(sign(data)) == expected
+
+
+def test_a_bundle_from_before_there_was_a_budget_still_loads(tiny_path: Path) -> None:
+    manifest = Manifest.from_json((tiny_path / "manifest.json").read_bytes())
+    assert (manifest.budget, manifest.refused) == (None, {})
+    assert manifest.precisions["fp32"].quality == {}
+    assert manifest.precisions["fp32"].within_budget
+
+
+def test_a_precision_is_within_the_budget_unless_it_says_otherwise() -> None:
+    within = {name: precision.within_budget for name, precision in full_manifest().precisions.items()}
+    assert within == {"fp32": True, "int8": False}
+    assert Precision("e", "d", {}, {"within_budget": True}).within_budget
 
 
 def test_newer_version_is_refused_with_both_versions_even_if_nothing_else_is_understood(sign: Any) -> None:
@@ -144,6 +169,17 @@ WRONG_VALUES = [
     ("precisions.fp32.decoder", "manifest.json", "precisions.fp32.decoder is 'manifest.json'; expected the plain name"),
     ("precisions.fp32.decoder", "none.onnx", "precisions.fp32.decoder is 'none.onnx', which files does not list"),
     ("precisions.fp32.fidelity", [], r"precisions.fp32.fidelity is \[\]; expected a JSON object"),
+    ("precisions.fp32.quality", 1, "precisions.fp32.quality is 1; expected a JSON object"),
+    ("precisions.fp32.quality", {"within_budget": 1}, "quality.within_budget is 1; expected true or false"),
+    ("precisions.fp32.quality", {"within_budget": False}, "quality.within_budget is false; fp32 is the reference"),
+    ("budget", None, "budget is None; expected a JSON object"),
+    ("budget", {"psnr_db": 0.1}, "budget.nats_per_dimension is None; expected a finite number"),
+    ("budget", {"psnr_db": "1", "nats_per_dimension": 1}, "budget.psnr_db is '1'; expected a finite number"),
+    ("budget", {"psnr_db": -1, "nats_per_dimension": 1}, "budget.psnr_db is -1.0; a budget is 0 or more"),
+    ("refused", [], r"refused is \[\]; expected a JSON object"),
+    ("refused", {"int8": "bad"}, "refused.int8 is 'bad'; expected a JSON object"),
+    ("refused", {"int8": {}}, "refused.int8.reason is None; expected a string"),
+    ("refused", {"int8": {"reason": "bad", "quality": 3}}, "refused.int8.quality is 3; expected a JSON object"),
     ("files", MISSING, "files is None; expected a JSON object"),
     ("files", {}, "is '.*', which files does not list"),
     ("files.x", {"bytes": "1", "sha256": "0" * 64}, "files.x.bytes is '1'; expected a whole number"),

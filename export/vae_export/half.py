@@ -1,0 +1,147 @@
+"""fp16 for one half: float16 inside, float32 at the boundary and wherever float16 would overflow.
+
+onnxruntime has no float16 kernels for the CPU: it computes in float32 and would hide an overflow. So there are two
+graphs: the one that ships, and its twin for measuring, in float32, with every weight and every result rounded to
+float16 as a GPU rounds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization.onnx_model import ONNXModel
+from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+
+from vae_runtime.preprocess import Float32
+
+from .calibrate import activation_ranges
+from .graphs import plain, with_node_names
+
+MAX_HALF = float(np.finfo(np.float16).max)
+MARGIN = 4.0  # by which activations may exceed those of the calibration examples
+LOST_WEIGHT = 1e-2  # of a weight's norm; more is lost only where values lie below float16's smallest
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+FLOAT_OPERATORS = (*DEFAULT_OP_BLOCK_LIST, "Softmax", "Exp", "Pow", "ReduceSum", "ReduceMean", "ReduceL2")
+
+
+class HalfGraph(NamedTuple):
+    """One half in fp16.
+
+    graph: what ships. twin: what is measured in its place. Both are None where no layer can be in float16.
+    kept: nodes that stay in fp32 because float16 would overflow or lose their weights.
+    """
+
+    graph: bytes | None
+    twin: bytes | None
+    kept: list[str]
+
+
+def to_half(graph: bytes, x: Float32) -> HalfGraph:
+    """One half in fp16, with its activations over the inputs `x` measured."""
+    model = with_node_names(onnx.shape_inference.infer_shapes(onnx.load_from_string(graph)))
+    kept = _unsafe(model, x)
+    blocked = {*kept, *_tail(model.graph)}
+    if not any(node.op_type in WEIGHTED and node.name not in blocked for node in model.graph.node):
+        return HalfGraph(None, None, kept)
+    converted = _convert(model, blocked)
+    return HalfGraph(converted, _twin(converted), kept)
+
+
+def _unsafe(model: onnx.ModelProto, x: Float32) -> list[str]:
+    """Nodes that read or write values near float16's limit, or whose weights float16 does not hold."""
+    ranges = activation_ranges(model, x)
+    wide = {name for name in ranges.keys() if _largest(ranges[name]) * MARGIN > MAX_HALF}  # noqa: SIM118
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    wide |= {name for name, value in constants.items() if value.dtype == np.float32 and not _fits(value)}
+    return [node.name for node in model.graph.node if not wide.isdisjoint((*node.input, *node.output))]
+
+
+def _largest(data: object) -> float:
+    low, high = data.range_value  # type: ignore[attr-defined]
+    return float(max(abs(np.min(low)), abs(np.max(high))))
+
+
+def _fits(weight: Float32) -> bool:
+    with np.errstate(over="ignore"):
+        rounded = weight.astype(np.float16).astype(np.float32)
+    if not np.isfinite(rounded).all():
+        return False
+    return bool(np.linalg.norm(rounded - weight) <= LOST_WEIGHT * np.linalg.norm(weight))
+
+
+def _tail(graph: onnx.GraphProto) -> Iterable[str]:
+    """What comes after the last layer with weights: the sigmoid or clip that gives an image, the clip of logvar."""
+    made_by = {name: node for node in graph.node for name in node.output}
+    open_names = [value.name for value in graph.output]
+    tail = set()
+    while open_names:
+        node = made_by.get(open_names.pop())
+        if node is not None and node.op_type not in WEIGHTED and node.name not in tail:
+            tail.add(node.name)
+            open_names.extend(node.input)
+    return tail
+
+
+def _convert(model: onnx.ModelProto, blocked: Collection[str]) -> bytes:
+    converted = convert_float_to_float16(
+        model, keep_io_types=True, op_block_list=FLOAT_OPERATORS, node_block_list=sorted(blocked)
+    )
+    _drop_round_trips(converted.graph)
+    sorted_model = ONNXModel(converted)
+    sorted_model.topological_sort()
+    data: bytes = plain(sorted_model.model).SerializeToString(deterministic=True)
+    return data
+
+
+def _drop_round_trips(graph: onnx.GraphProto) -> None:
+    """Between two nodes in fp32 the converter goes through float16, where a value may overflow; once per reader."""
+    nodes = list({node.output[0]: node for node in graph.node}.values())
+    made_by = {name: node for node in nodes for name in node.output}
+    outputs = {value.name for value in graph.output}
+    names: dict[str, str] = {}
+    for node in nodes:
+        narrow = made_by.get(node.input[0]) if _casts_to(node, TensorProto.FLOAT) else None
+        if narrow is not None and _casts_to(narrow, TensorProto.FLOAT16):
+            source, result = narrow.input[0], node.output[0]
+            names |= {source: result} if result in outputs else {result: source}
+            node.output[0] = ""
+    nodes = [node for node in nodes if list(node.output) != [""]]
+    for node in nodes:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+    read = {name for node in nodes for name in node.input} | outputs
+    del graph.node[:]
+    graph.node.extend(node for node in nodes if not read.isdisjoint(node.output))
+
+
+def _casts_to(node: onnx.NodeProto, kind: int) -> bool:
+    return node.op_type == "Cast" and node.attribute[0].i == kind
+
+
+def _twin(converted: bytes) -> bytes:
+    """The same computation in float32, in which whatever was float16 is rounded to it."""
+    model = onnx.shape_inference.infer_shapes(onnx.load_from_string(converted), strict_mode=True)
+    graph = model.graph
+    half = {value.name for value in graph.value_info if value.type.tensor_type.elem_type == TensorProto.FLOAT16}
+    for tensor in graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT16:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+    nodes = []
+    for node in graph.node:
+        rounded = [name for name in node.output if name in half]
+        node.output[:] = [f"{name}_unrounded" if name in half else name for name in node.output]
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.i == TensorProto.FLOAT16:
+                attribute.i = TensorProto.FLOAT
+        nodes.append(node)
+        for name in rounded:
+            nodes.append(helper.make_node("Cast", [f"{name}_unrounded"], [f"{name}_half"], to=TensorProto.FLOAT16))
+            nodes.append(helper.make_node("Cast", [f"{name}_half"], [name], to=TensorProto.FLOAT))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    data: bytes = plain(model).SerializeToString(deterministic=True)
+    return data

@@ -1,0 +1,138 @@
+"""Graphs of another precision, run on the same real examples as fp32's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vae_runtime.devices import Device
+from vae_runtime.errors import BundleError, DeviceError, ExportError
+from vae_runtime.manifest import INPUT, LATENT, LOGVAR, MEAN, RECONSTRUCTION, InputSpec, LatentSpec, Likelihood
+from vae_runtime.posterior import Posterior
+from vae_runtime.preprocess import Float32
+from vae_runtime.session import GraphSession
+from vae_runtime.vae import data_range, relative_error
+
+from .quality import NOISE_SEED, Figures, Measurement
+
+Float64 = NDArray[np.float64]
+Pair = tuple[bytes | None, bytes | None]  # encoder and decoder; None is fp32's
+
+BATCH_SIZE = 32
+MAX_PSNR_DB = 100.0  # an error of 1e-5 of the peak; beyond that a difference is rounding
+SMALLEST_PROBABILITY = float(np.finfo(np.float32).tiny)
+LARGEST_PROBABILITY = 1 - 2.0**-24
+
+
+class Judge:
+    """fp32's outputs on `x`, computed once, and the measure of other graphs against them.
+
+    graphs: the fp32 encoder and decoder. x: real examples as the encoder takes them.
+    """
+
+    def __init__(
+        self,
+        graphs: tuple[bytes, bytes],
+        spec: InputSpec,
+        latent: LatentSpec,
+        likelihood: Likelihood | None,
+        x: Float32,
+    ) -> None:
+        self._graphs, self._spec, self._latent_shape, self._x = graphs, spec, latent.shape, x
+        self._outputs = [MEAN] if latent.prior is None else [MEAN, LOGVAR]
+        self._likelihood = None if latent.prior is None else likelihood
+        self._target = (x >= 0.5).astype(np.float32) if likelihood and likelihood.binarize == "threshold" else x
+        self._peak = 1.0 if spec.is_image else data_range(x)
+        self._fp32_decoder = self._open_decoder(None)
+        self._encoded = self._encode(self._open_encoder(None))
+        self._fp32 = self._figures(self._encoded, self._fp32_decoder)
+
+    def __len__(self) -> int:
+        return len(self._x)
+
+    def measure(self, graphs: Pair) -> Measurement:
+        """Another pair of graphs on the same examples and the same noise."""
+        encoder, decoder = graphs
+        encoded = self._encoded if encoder is None else self._encode(self._open_encoder(encoder))
+        found = self._figures(encoded, self._fp32_decoder if decoder is None else self._open_decoder(decoder))
+        errors = {}
+        for name, reference in self._encoded.items():
+            errors[f"{name}_max_error"] = float(np.abs(encoded[name] - reference).max())
+            errors[f"{name}_relative_error"] = relative_error(encoded[name], reference)
+        return Measurement(self._fp32, found, errors, len(self._x))
+
+    def fidelity(self, measured: Measurement, decoder: bytes | None) -> dict[str, Any]:
+        """The manifest's `fidelity`: max|Δ| from fp32, the reconstruction's with fp32's mean given to both decoders."""
+        mean = self._encoded[MEAN]
+        reference = self._decode(self._fp32_decoder, mean)
+        found = reference if decoder is None else self._decode(self._open_decoder(decoder), mean)
+        errors = {name: value for name, value in measured.errors.items() if name.endswith("_max_error")}
+        errors[f"{RECONSTRUCTION}_max_error"] = float(np.abs(found - reference).max())
+        return {"against": "fp32", "examples": len(mean), **{k: float(f"{v:.1e}") for k, v in errors.items()}}
+
+    def golden_error(self, golden: Mapping[str, Float32], graphs: Pair) -> float:
+        """The largest error on the golden values, measured as `VAE.selftest` measures it."""
+        encoder, decoder = graphs
+        outputs = self._open_encoder(encoder).run(golden[INPUT])
+        errors = [relative_error(output, golden[name]) for name, output in zip(self._outputs, outputs, strict=True)]
+        images = self._decode(self._open_decoder(decoder), golden[MEAN])
+        scale = 1.0 if self._spec.is_image else data_range(golden[INPUT])
+        return max(*errors, float(np.abs(images - golden[RECONSTRUCTION]).max()) / scale)
+
+    def _open_encoder(self, graph: bytes | None) -> GraphSession:
+        outputs = dict.fromkeys(self._outputs, self._latent_shape)
+        return _open(graph or self._graphs[0], "the encoder", (INPUT, self._spec.shape), outputs)
+
+    def _open_decoder(self, graph: bytes | None) -> GraphSession:
+        outputs = {RECONSTRUCTION: self._spec.shape}
+        return _open(graph or self._graphs[1], "the decoder", (LATENT, self._latent_shape), outputs)
+
+    def _encode(self, session: GraphSession) -> dict[str, Float32]:
+        parts = [session.run(self._x[i : i + BATCH_SIZE]) for i in range(0, len(self._x), BATCH_SIZE)]
+        return dict(zip(self._outputs, map(np.concatenate, zip(*parts, strict=True)), strict=True))
+
+    def _decode(self, session: GraphSession, z: Float32) -> Float32:
+        return np.concatenate([session.run(z[i : i + BATCH_SIZE])[0] for i in range(0, len(z), BATCH_SIZE)])
+
+    def _figures(self, encoded: Mapping[str, Float32], decoder: GraphSession) -> Figures:
+        posterior = Posterior(encoded[MEAN], encoded.get(LOGVAR))
+        with np.errstate(all="ignore"):  # an overflow is found in the figures
+            psnr = _psnr(self._decode(decoder, posterior.mode()), self._x, self._peak)
+            if self._likelihood is None:
+                return Figures(psnr, None)
+            drawn = self._decode(decoder, posterior.sample(NOISE_SEED))
+            nll = negative_log_likelihood(self._likelihood, drawn, self._target)
+            return Figures(psnr, float((nll + posterior.kl()).mean()) / math.prod(self._spec.shape))
+
+
+def _open(
+    graph: bytes, label: str, source: tuple[str, tuple[int, ...]], outputs: dict[str, tuple[int, ...]]
+) -> GraphSession:
+    try:
+        session = GraphSession(graph, label, Device("cpu", "CPUExecutionProvider"), threads=1)
+        session.require_boundary(*source, outputs)
+    except (BundleError, DeviceError) as error:
+        raise ExportError(str(error)) from error
+    return session
+
+
+def negative_log_likelihood(likelihood: Likelihood, mean: Float32, x: Float32) -> Float64:
+    """-log p(x|z) in nats per example; mean: of p(x|z), as the decoder gives it; both (N, ...) -> float64 (N,)."""
+    mean, x = mean.reshape(len(mean), -1).astype(np.float64), x.reshape(len(x), -1).astype(np.float64)
+    if likelihood.type == "bernoulli":
+        p = np.clip(mean, SMALLEST_PROBABILITY, LARGEST_PROBABILITY)
+        return np.asarray(-(x * np.log(p) + (1 - x) * np.log1p(-p)).sum(axis=1))
+    assert likelihood.scale is not None  # a Gaussian's
+    squared = ((x - mean) / likelihood.scale) ** 2
+    return np.asarray((0.5 * squared + math.log(likelihood.scale) + 0.5 * math.log(2 * math.pi)).sum(axis=1))
+
+
+def _psnr(reconstruction: Float32, x: Float32, peak: float) -> float:
+    """In dB, mean over the examples, each capped at `MAX_PSNR_DB`."""
+    difference = (reconstruction.astype(np.float64) - x) / peak
+    squared = (difference**2).reshape(len(x), -1).mean(axis=1)
+    return float((-10 * np.log10(np.maximum(squared, 10 ** (-MAX_PSNR_DB / 10)))).mean())

@@ -1,0 +1,111 @@
+"""Precisions beside fp32: made, measured on held-out examples, and held to the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from vae_runtime.devices import first_line
+from vae_runtime.manifest import INPUT, LATENT, InputSpec, LatentSpec, Likelihood, Precision
+from vae_runtime.preprocess import Float32
+
+from .calibrate import calibration_inputs
+from .half import to_half
+from .judge import Judge, Pair
+from .layers import HALVES, Candidate, LayerSearch
+from .quality import Budget, Measurement
+from .quantize import QuantizableGraph
+from .verify import Reference
+from .wanted import Made, Wanted
+
+TRIAL_EXAMPLES = 64  # of those that calibrate; the choices of a search are many, and need no more
+# A device passes its self-test with twice the error that this machine makes on the golden inputs. Another one rounds
+# some values the other way, which stays well below that; saturated or broken arithmetic is far above. The floor is for
+# models so exact that twice next to nothing would be left.
+GOLDEN_FACTOR, GOLDEN_FLOOR = 2.0, 0.01
+WITHOUT_LAYERS = {
+    "int8": "neither half has a convolution or product with constant weights, which int8 is for",
+    "fp16": "every layer's activations on the calibrating examples, or its weights, are beyond float16's range",
+}
+
+
+def make_precisions(
+    wanted: Wanted,
+    graphs: tuple[bytes, bytes],
+    reference: Reference,
+    spec: InputSpec,
+    latent: LatentSpec,
+    likelihood: Likelihood | None,
+    golden: Mapping[str, Float32],
+) -> Made:
+    """Make and measure every wanted precision of the two fp32 graphs."""
+    final = Judge(graphs, spec, latent, likelihood, wanted.held_out)
+    trial = Judge(graphs, spec, latent, likelihood, wanted.calibration[:TRIAL_EXAMPLES])
+    inputs = calibration_inputs(reference, wanted.calibration)
+    made = Made()
+    for name in wanted.names:
+        try:
+            found = _int8(graphs, inputs, trial, final, wanted) if name == "int8" else _fp16(graphs, inputs, final)
+            _decide(made, name, found, final, wanted, golden)
+        except Exception as error:  # the tools of onnxruntime raise what they like
+            made.refused[name] = {"reason": f"{name} cannot be made: {first_line(error)}", "quality": {}}
+    return made
+
+
+def _int8(
+    graphs: tuple[bytes, bytes], inputs: Mapping[str, Float32], trial: Judge, final: Judge, wanted: Wanted
+) -> tuple[Candidate, Measurement] | None:
+    halves = QuantizableGraph(graphs[0], inputs[INPUT]), QuantizableGraph(graphs[1], inputs[LATENT])
+    return LayerSearch(halves, trial, final, wanted.budget).run()
+
+
+def _fp16(
+    graphs: tuple[bytes, bytes], inputs: Mapping[str, Float32], final: Judge
+) -> tuple[Candidate, Measurement] | None:
+    encoder, decoder = to_half(graphs[0], inputs[INPUT]), to_half(graphs[1], inputs[LATENT])
+    if encoder.graph is None and decoder.graph is None:
+        return None
+    twins = encoder.twin, decoder.twin
+    kept = {name: half.kept for name, half in zip(HALVES, (encoder, decoder), strict=True)}
+    notes = {"calibration_examples": len(inputs[INPUT]), "kept_fp32": kept}
+    return Candidate((encoder.graph, decoder.graph), twins, notes), final.measure(twins)
+
+
+def _decide(
+    made: Made,
+    name: str,
+    found: tuple[Candidate, Measurement] | None,
+    final: Judge,
+    wanted: Wanted,
+    golden: Mapping[str, Float32],
+) -> None:
+    if found is None:
+        made.refused[name] = {"reason": f"{name}: {WITHOUT_LAYERS[name]}", "quality": {}}
+        return
+    candidate, measured = found
+    within = measured.within(wanted.budget)
+    quality = {"within_budget": within, **measured.to_dict(), **candidate.notes}
+    if not measured.finite or not (within or wanted.keep):
+        made.refused[name] = {"reason": _reason(name, measured, wanted.budget), "quality": quality}
+        return
+    files = []
+    for half, graph in zip(HALVES, candidate.graphs, strict=True):
+        files.append(f"{half}.{name}.onnx" if graph is not None else f"{half}.onnx")
+        if graph is not None:
+            made.graphs[files[-1]] = graph
+    made.precisions[name] = Precision(files[0], files[1], final.fidelity(measured, candidate.twins[1]), quality)
+    error = max(final.golden_error(golden, pair) for pair in _different(candidate.graphs, candidate.twins))
+    made.tolerance[name] = float(f"{max(GOLDEN_FACTOR * error, GOLDEN_FLOOR):.2g}")
+
+
+def _different(graphs: Pair, twins: Pair) -> list[Pair]:
+    return [graphs] if graphs == twins else [graphs, twins]
+
+
+def _reason(name: str, measured: Measurement, budget: Budget) -> str:
+    where = f"on {measured.examples} held-out examples"
+    if not measured.finite:
+        return f"{name} gives NaN or infinite values {where}"
+    return (
+        f"{name} loses {measured.psnr_lost:.3g} dB of PSNR and {measured.nats_lost:.2g} nats per input dimension"
+        f" {where}; the budget is {budget.psnr_db:g} dB and {budget.nats_per_dimension:g} nats"
+    )

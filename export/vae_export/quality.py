@@ -1,0 +1,106 @@
+"""What a precision costs against fp32 on real examples, and the budget for the loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vae_runtime.errors import InputError
+
+NOISE_SEED = 0  # of the one posterior draw per example that -ELBO is measured with, the same in every precision
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much worse than fp32 a precision may be, both 0 or more.
+
+    psnr_db: PSNR of the reconstruction that may be lost, in dB.
+    nats_per_dimension: -ELBO that may be lost, in nats per input dimension.
+    """
+
+    psnr_db: float = 0.1
+    nats_per_dimension: float = 0.005
+
+    def __post_init__(self) -> None:
+        for name, value in self.to_dict().items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise InputError(f"budget.{name} is {value!r}; expected a finite number from 0")
+
+    def to_dict(self) -> dict[str, float]:
+        return {"psnr_db": self.psnr_db, "nats_per_dimension": self.nats_per_dimension}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How well a pair of graphs models the examples.
+
+    psnr_db: of the reconstruction from the posterior's mode, mean over the examples. negative_elbo: nats per input
+        dimension, mean over the examples; None where there is no likelihood or no distribution.
+    """
+
+    psnr_db: float
+    negative_elbo: float | None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A precision against fp32 on the same examples.
+
+    errors: of mean and logvar, each as `_max_error` (max|Δ|) and `_relative_error` (of max|fp32|).
+    """
+
+    fp32: Figures
+    found: Figures
+    errors: Mapping[str, float]
+    examples: int
+
+    @property
+    def psnr_lost(self) -> float:
+        return self.fp32.psnr_db - self.found.psnr_db
+
+    @property
+    def nats_lost(self) -> float:
+        """In nats per input dimension; 0 where -ELBO is not measured."""
+        if self.fp32.negative_elbo is None or self.found.negative_elbo is None:
+            return 0.0
+        return self.found.negative_elbo - self.fp32.negative_elbo
+
+    @property
+    def finite(self) -> bool:
+        return all(map(math.isfinite, (self.psnr_lost, self.nats_lost, *self.errors.values())))
+
+    def within(self, budget: Budget) -> bool:
+        return self.finite and self.psnr_lost <= budget.psnr_db and self.nats_lost <= budget.nats_per_dimension
+
+    def share(self, budget: Budget) -> float:
+        """The larger part of the budget that is used up; negative where nothing is lost, infinite beyond measure."""
+        if not self.finite:
+            return math.inf
+        pairs = [(self.psnr_lost, budget.psnr_db)]
+        if self.fp32.negative_elbo is not None:
+            pairs.append((self.nats_lost, budget.nats_per_dimension))
+        return max(lost / max(allowed, 1e-6) for lost, allowed in pairs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the manifest's `quality`, rounded; null where a figure is not finite or was not measured."""
+        scored = self.fp32.negative_elbo is not None
+        figures: dict[str, float | None] = {
+            "psnr_db": self.found.psnr_db,
+            "fp32_psnr_db": self.fp32.psnr_db,
+            "psnr_lost_db": self.psnr_lost,
+            "negative_elbo_per_dimension": self.found.negative_elbo,
+            "fp32_negative_elbo_per_dimension": self.fp32.negative_elbo,
+            "nats_lost_per_dimension": self.nats_lost if scored else None,
+            **{name: value for name, value in self.errors.items() if name.endswith("_relative_error")},
+        }
+        return {
+            "examples": self.examples,
+            "noise_seed": NOISE_SEED,
+            **{name: _rounded(value) for name, value in figures.items()},
+        }
+
+
+def _rounded(value: float | None) -> float | None:
+    return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None

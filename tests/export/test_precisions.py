@@ -1,0 +1,329 @@
+"""Precisions in a bundle: measured on held-out examples, held to the budget, written, marked or refused."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from vae_export import Budget, FewExamplesWarning, export_bundle, export_checkpoint
+from vae_export.graphs import DecoderGraph, EncoderGraph
+from vae_export.precisions import make_precisions
+from vae_export.verify import Reference
+from vae_export.wanted import Made, Wanted, check_wanted
+from vae_runtime import VAE
+from vae_runtime.errors import InputError
+from vae_runtime.manifest import InputSpec, LatentSpec, Likelihood, Manifest
+
+datasets = pytest.importorskip("sklearn.datasets", reason="real examples come from scikit-learn")
+
+BERNOULLI = {"type": "bernoulli"}
+ALL = ["fp32", "int8", "fp16"]
+GREY = InputSpec("image", (1, 8, 8), "grey", "exact")
+
+
+def digits(count: int = 160) -> np.ndarray:
+    return (datasets.load_digits().images[:count] / 16).astype(np.float32)[:, None]
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 1, 1), nn.ReLU())
+        self.head = nn.Linear(256, 12)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.head(self.body(x).flatten(1)).chunk(2, dim=1)
+
+
+def make_decoder() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(6, 256), nn.ReLU(), nn.Unflatten(1, (16, 4, 4)), nn.Conv2d(16, 16, 3, 1, 1), nn.ReLU(),
+        nn.Conv2d(16, 4, 3, 1, 1), nn.PixelShuffle(2), nn.Sigmoid(),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def trained() -> tuple[nn.Module, nn.Module]:
+    """A small VAE after some seconds of training on the digits."""
+    torch.manual_seed(0)
+    encoder, decoder, x = Encoder(), make_decoder(), torch.from_numpy(digits(1000))
+    optimiser = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], 3e-3)
+    for step in range(150):
+        batch = x[step % 10 :: 10]
+        mean, logvar = encoder(batch)
+        output = decoder(mean + torch.exp(0.5 * logvar) * torch.randn_like(mean))
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum(1).mean()
+        loss = nn.functional.binary_cross_entropy(output, batch, reduction="sum") / len(batch) + kl
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return encoder.eval(), decoder.eval()
+
+
+@pytest.fixture(scope="session")
+def written(trained: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+    path = tmp_path_factory.mktemp("precisions") / "digits.vae"
+    return path, export_bundle(*trained, path, examples=digits(), likelihood=BERNOULLI, precisions=ALL)
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp16"])
+def test_a_precision_is_written_measured_and_runs(written: tuple[Path, Manifest], precision: str) -> None:
+    path, manifest = written
+    entry = manifest.precisions[precision]
+    assert (entry.encoder, entry.decoder) == (f"encoder.{precision}.onnx", f"decoder.{precision}.onnx")
+    assert entry.within_budget
+    assert manifest.refused == {}
+    assert manifest.budget == {"psnr_db": 0.1, "nats_per_dimension": 0.005}
+    assert (entry.quality["examples"], entry.quality["calibration_examples"]) == (80, 80)
+    with VAE.load(path, precision=precision, threads=1) as vae, VAE.load(path, threads=1) as reference:
+        assert vae.selftest().passed
+        assert manifest.files[entry.encoder].bytes < manifest.files["encoder.onnx"].bytes
+        held_out = digits()[1::2]
+        error = np.abs(vae.decode(reference.encode(held_out).mean) - reference.reconstruct(held_out)).max()
+        assert error == pytest.approx(entry.fidelity["reconstruction_max_error"], rel=0.06, abs=2e-3)
+        assert vae.sample(3, seed=0).dtype == np.float32
+
+
+def test_the_figures_are_those_of_the_bundle_as_it_runs(written: tuple[Path, Manifest]) -> None:
+    path, manifest = written
+    held_out, quality = digits()[1::2], manifest.precisions["int8"].quality
+    for precision, key in (("int8", "psnr_db"), ("fp32", "fp32_psnr_db")):
+        with VAE.load(path, precision=precision, threads=1) as vae:
+            errors = (vae.reconstruct(held_out) - held_out).reshape(80, -1).astype(np.float64)
+            assert (-10 * np.log10((errors**2).mean(1))).mean() == pytest.approx(quality[key], abs=1e-3)
+            posterior = vae.encode(held_out)
+            p = np.clip(vae.decode(posterior.sample(seed=0)).astype(np.float64), 1e-30, 1 - 2.0**-24)
+            likelihood = (held_out * np.log(p) + (1 - held_out) * np.log(1 - p)).reshape(80, -1).sum(1)
+            elbo = (posterior.kl() - likelihood).mean() / 64
+            name = key.replace("psnr_db", "negative_elbo_per_dimension")
+            assert elbo == pytest.approx(quality[name], abs=1e-4)
+    assert quality["psnr_lost_db"] == pytest.approx(quality["fp32_psnr_db"] - quality["psnr_db"], abs=1e-4)
+
+
+def test_making_them_again_gives_the_same_bytes(trained: Any, written: tuple[Path, Manifest]) -> None:
+    path, manifest = written
+    graphs = tuple((path / f"{half}.onnx").read_bytes() for half in ("encoder", "decoder"))
+    again = make(trained, graphs, "vae", "int8", "fp16", likelihood=Likelihood("bernoulli"))
+    assert again.precisions == {name: manifest.precisions[name] for name in ("int8", "fp16")}
+    assert again.tolerance == {name: manifest.golden.tolerance[name] for name in ("int8", "fp16")}
+    for file, data in again.graphs.items():
+        assert (path / file).read_bytes() == data, file
+
+
+def test_a_checkpoints_training_examples_calibrate_and_its_held_out_ones_measure(checkpoints, tmp_path: Path) -> None:
+    manifest = export_checkpoint(checkpoints["mlp-threshold"], tmp_path / "a.vae", name="a", precisions=["int8"])
+    quality = manifest.precisions["int8"].quality
+    x = (checkpoints["mlp-threshold"].examples["held_out"].numpy() / 255).astype(np.float32)[:, None]
+    with VAE.load(tmp_path / "a.vae", threads=1) as vae:
+        errors = (vae.reconstruct(x) - x).reshape(len(x), -1)
+    assert (-10 * np.log10((errors**2).mean(1))).mean() == pytest.approx(quality["fp32_psnr_db"], abs=1e-3)
+
+
+def make(
+    pair: Any, graphs: Any, kind: str, *names: str, likelihood: Likelihood | None = None, x: Any = None, **options: Any
+) -> Made:
+    """`make_precisions` on the digits: even rows calibrate, odd rows measure."""
+    x = digits() if x is None else x
+    reference = Reference(EncoderGraph(pair[0], kind), DecoderGraph(pair[1], clamp=True))
+    encoded = reference.encode(x[:4])
+    golden = {"x": x[:4], **encoded, "reconstruction": reference.decode(encoded["mean"])}
+    prior = {"type": "standard_normal"} if kind == "vae" else None
+    wanted = Wanted(names, options.get("budget", Budget()), options.get("keep", False), x[::2], x[1::2])
+    latent = LatentSpec(encoded["mean"].shape[1:], prior)
+    return make_precisions(wanted, graphs, reference, GREY, latent, likelihood, golden)
+
+
+def linear_graph(module: nn.Module, source: str, shape: list[int], result: str, target: list[int]) -> bytes:
+    """The ONNX graph of a chain of nn.Linear, without the seconds that torch's exporter takes."""
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    constants = [numpy_helper.from_array(np.array([-1, layers[0].in_features]), "flat")]
+    constants.append(numpy_helper.from_array(np.array([-1, *target]), "shaped"))
+    nodes, name = [helper.make_node("Reshape", [source, "flat"], ["h"], name="flatten")], "h"
+    for index, layer in enumerate(layers):
+        for kind, tensor in (("w", layer.weight), ("b", layer.bias)):
+            constants.append(numpy_helper.from_array(tensor.detach().numpy(), f"{kind}{index}"))
+        inputs, name = [name, f"w{index}", f"b{index}"], f"h{index}"
+        nodes.append(helper.make_node("Gemm", inputs, [name], name=f"layer{index}", transB=1))
+    nodes.append(helper.make_node("Reshape", [name, "shaped"], [result], name="shape"))
+    ends = [
+        helper.make_tensor_value_info(end, TensorProto.FLOAT, ["batch", *sides])
+        for end, sides in ((source, shape), (result, target))
+    ]
+    graph = helper.make_graph(nodes, "graph", ends[:1], ends[1:], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return model.SerializeToString()
+
+
+def make_linear(pair: Any, *names: str, **options: Any) -> Made:
+    encoder, decoder = pair
+    width = decoder[0].in_features
+    graphs = (
+        linear_graph(encoder, "x", [1, 8, 8], "mean", [width]),
+        linear_graph(decoder, "z", [width], "reconstruction", [1, 8, 8]),
+    )
+    return make(pair, graphs, "autoencoder", *names, **options)
+
+
+def linear(*weights: torch.Tensor) -> list[nn.Linear]:
+    """Layers with these weights, (outputs, inputs) each, and biases of 0."""
+    layers = [nn.Linear(weight.shape[1], weight.shape[0]) for weight in weights]
+    for layer, weight in zip(layers, weights, strict=True):
+        layer.weight.data, layer.bias.data = weight.clone(), torch.zeros(len(weight))
+    return layers
+
+
+def principal(count: int) -> torch.Tensor:
+    """The first principal axes of the digits, (count, 64): the best linear autoencoder of that width."""
+    return torch.linalg.svd(torch.from_numpy(digits().reshape(-1, 64)), full_matrices=False)[2][:count].contiguous()
+
+
+def autoencoder(into: list[nn.Linear], out: list[nn.Linear]) -> tuple[nn.Module, nn.Module]:
+    return nn.Sequential(nn.Flatten(), *into), nn.Sequential(*out, nn.Unflatten(1, (1, 8, 8)))
+
+
+def exact_pair() -> tuple[nn.Module, nn.Module]:
+    """Orthogonal, so that fp32 reconstructs exactly and int8 visibly does not."""
+    basis = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))[0]
+    return autoencoder(linear(basis), linear(basis.T))
+
+
+def export_codes(pair: tuple[nn.Module, nn.Module], path: Path, **options: Any) -> Manifest:
+    return export_bundle(*pair, path, examples=digits(), kind="autoencoder", tolerance=1e-4, **options)
+
+
+def test_what_misses_the_budget_is_refused_with_its_figures(tmp_path: Path) -> None:
+    manifest = export_codes(exact_pair(), tmp_path / "a.vae", precisions=["fp32", "int8"])
+    assert set(manifest.precisions) == {"fp32"}
+    assert sorted(path.name for path in (tmp_path / "a.vae").iterdir()) == [
+        "decoder.onnx", "encoder.onnx", "golden.npz", "manifest.json",
+    ]  # fmt: skip
+    refusal = VAE.load(tmp_path / "a.vae").manifest.refused["int8"]
+    quality = refusal["quality"]
+    assert quality["within_budget"] is False
+    assert quality["fp32_psnr_db"] > 99
+    assert 30 < quality["psnr_lost_db"] < 90
+    assert quality["negative_elbo_per_dimension"] is None  # an autoencoder has none
+    lost = f"{quality['psnr_lost_db']:.3g}"
+    assert refusal["reason"].startswith(f"int8 loses {lost} dB of PSNR and 0 nats per input dimension on 80 held-out")
+    assert refusal["reason"].endswith("the budget is 0.1 dB and 0.005 nats")
+
+
+def test_keep_makes_it_and_marks_it() -> None:
+    made = make_linear(exact_pair(), "int8", keep=True)
+    assert made.refused == {}
+    assert not made.precisions["int8"].within_budget
+    assert made.precisions["int8"].quality["kept_fp32"] == {"encoder": [], "decoder": []}
+    assert set(made.graphs) == {"encoder.int8.onnx", "decoder.int8.onnx"}
+
+
+def test_a_wider_budget_lets_it_in() -> None:
+    assert make_linear(exact_pair(), "int8").precisions == {}
+    assert make_linear(exact_pair(), "int8", budget=Budget(psnr_db=90)).precisions["int8"].within_budget
+
+
+def test_layers_stay_in_fp32_until_the_budget_holds() -> None:
+    axes = principal(12)
+    encoder = linear(axes, torch.eye(12), torch.eye(12))
+    encoder[1].weight.data[0] *= 1000  # one unit is a thousand times as large as those beside it,
+    encoder[2].weight.data[:, 0] /= 1000  # which changes nothing in fp32
+    made = make_linear(autoencoder(encoder, linear(axes.T)), "int8")
+    quality = made.precisions["int8"].quality
+    assert quality["within_budget"]
+    assert quality["kept_fp32"] == {"encoder": ["layer2"], "decoder": []}  # the one that reads it
+    assert quality["layers"] == {"encoder": 3, "decoder": 1}
+
+
+def test_a_half_with_nothing_in_int8_is_fp32s(tmp_path: Path) -> None:
+    axes = principal(8)
+    encoder = linear(axes)
+    encoder[0].weight.data[:, 0] = 1e4  # of a pixel that is 0 throughout; 7 bits leave nothing of the weights beside it
+    manifest = export_codes(autoencoder(encoder, linear(axes.T)), tmp_path / "a.vae", precisions=["int8"])
+    entry = manifest.precisions["int8"]
+    assert (entry.encoder, entry.decoder) == ("encoder.onnx", "decoder.int8.onnx")
+    assert "encoder.int8.onnx" not in manifest.files
+    with VAE.load(tmp_path / "a.vae", precision="int8", threads=1) as vae:
+        assert vae.plan["encode"][0]["precision"] == "fp32"
+        assert vae.plan["decode"][0]["precision"] == "int8"
+        assert vae.selftest().passed
+
+
+def test_a_model_without_layers_for_it_is_refused_in_words() -> None:
+    made = make((nn.Flatten(), nn.Unflatten(1, (1, 8, 8))), identity_graphs(), "autoencoder", "int8")
+    assert made.refused["int8"]["reason"].startswith("int8: neither half has a convolution or product")
+
+
+def identity_graphs() -> tuple[bytes, bytes]:
+    def reshape(source: str, shape: list[int], result: str, target: list[int]) -> bytes:
+        ends = [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *sides])
+            for name, sides in ((source, shape), (result, target))
+        ]
+        constant = numpy_helper.from_array(np.array([-1, *target]), "shape")
+        node = helper.make_node("Reshape", [source, "shape"], [result])
+        graph = helper.make_graph([node], "graph", ends[:1], ends[1:], [constant])
+        opsets = [helper.make_opsetid("", 20)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+
+    return reshape("x", [1, 8, 8], "mean", [64]), reshape("z", [64], "reconstruction", [1, 8, 8])
+
+
+def test_where_the_tools_fail_the_other_precisions_are_still_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("no such operator\nand pages of advice")
+
+    monkeypatch.setattr("vae_export.quantize.quant_pre_process", lambda *arguments, **options: fail())
+    made = make_linear(exact_pair(), "int8", "fp16", budget=Budget(psnr_db=90))
+    assert made.refused == {"int8": {"reason": "int8 cannot be made: no such operator", "quality": {}}}
+    assert set(made.precisions) == {"fp16"}
+
+
+def test_nan_on_held_out_examples_is_refused_even_with_keep() -> None:
+    axes = principal(8)
+    bright = digits()
+    bright[1::2] *= 1e6  # what calibrates says nothing of these
+    made = make_linear(autoencoder(linear(axes), linear(axes.T)), "fp16", x=bright, keep=True)
+    assert made.precisions == {}
+    assert made.refused["fp16"]["reason"] == "fp16 gives NaN or infinite values on 80 held-out examples"
+    assert made.refused["fp16"]["quality"]["mean_relative_error"] is None
+
+
+def test_fp16_keeps_what_would_overflow_in_fp32_and_says_so() -> None:
+    axes = principal(8)
+    encoder = linear(axes, torch.eye(8) * 1e6, torch.eye(8) * 1e-6)
+    made = make_linear(autoencoder(encoder, linear(axes.T)), "fp16")
+    quality = made.precisions["fp16"].quality
+    assert quality["within_budget"]
+    assert quality["kept_fp32"] == {"encoder": ["layer1", "layer2"], "decoder": []}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precisions": "int8"}, "precisions is 'int8'; expected a list of names"),
+        ({"precisions": ["int4"]}, "precisions has 'int4'; expected some of fp32, fp16, int8"),
+        ({"budget": 0.1}, "budget is 0.1; expected a vae_export.Budget"),
+        ({"precisions": ["int8"], "examples": digits(1)}, r"examples has 1 row\(s\); a precision beside fp32 is"),
+    ],
+)
+def test_a_wrong_request_is_named_before_any_work(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        export_bundle(*exact_pair(), tmp_path / "a.vae", **{"examples": digits(), "kind": "autoencoder", **options})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_few_examples_are_warned_of() -> None:
+    message = "int8 is calibrated on 5 and measured on 4 examples; with fewer than 32 of each"
+    with pytest.warns(FewExamplesWarning, match=message):
+        wanted = check_wanted(["int8", "fp32"], Budget(), False, digits(9))
+    assert (wanted.names, len(wanted.calibration), len(wanted.held_out)) == (("int8",), 5, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_wanted(["fp32"], Budget(), False, digits(9))
+        check_wanted(["int8"], Budget(), False, digits(64))

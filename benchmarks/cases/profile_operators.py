@@ -28,7 +28,7 @@ from vae_runtime.bundle import Bundle
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the import, as vae_runtime does
 
-import onnxruntime  # noqa: E402
+import onnxruntime
 
 HALVES = ("encoder", "decoder")
 CASES = ((1, 1), (32, 2))  # batch, threads
@@ -193,10 +193,7 @@ def row(node: Node, total: float) -> str:
         macs = f"{node.macs / 1e6:.2f} M"
         rate = f"{node.macs / node.median_us / 1e3:.1f}" if node.median_us else ""
     shape = "×".join(map(str, node.shape))
-    return (
-        f"| {node.operator} | {shape} | {node.median_us:.0f} | {node.median_us / total:.0%} "
-        f"| {macs} | {rate} |"
-    )
+    return f"| {node.operator} | {shape} | {node.median_us:.0f} | {node.median_us / total:.0%} | {macs} | {rate} |"
 
 
 if __name__ == "__main__":

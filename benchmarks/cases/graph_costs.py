@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ FAMILIES = {
 PROFILED = ("conv-28x28", "conv-64x64x3")
 REFERENCE = "ConvTranspose VAE, 32×32"
 REFERENCE_LATENT, REFERENCE_WIDTHS = 128, (32, 64, 128, 256, 512)
-ROUNDS, ROUND_SECONDS = 60, 0.002
+ROUNDS, TURN_SECONDS, RACE_SECONDS, LOADS = 60, 0.002, 25.0, 10
 Graphs = dict[str, bytes]  # by half
 
 
@@ -116,10 +117,7 @@ class ReferenceEncoder(nn.Module):
         super().__init__()
         widths = (1, *REFERENCE_WIDTHS)
         self.body = nn.Sequential(
-            *(
-                nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.LeakyReLU())
-                for a, b in zip(widths, widths[1:], strict=False)
-            ),
+            *(nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.LeakyReLU()) for a, b in pairwise(widths)),
             nn.Flatten(),
         )
         self.mean = nn.Linear(widths[-1], REFERENCE_LATENT)
@@ -137,7 +135,7 @@ def reference_decoder() -> nn.Sequential:
         nn.Unflatten(1, (widths[0], 1, 1)),
         *(
             nn.Sequential(nn.ConvTranspose2d(a, b, 3, 2, 1, output_padding=1), nn.BatchNorm2d(b), nn.LeakyReLU())
-            for a, b in zip(widths, widths[1:], strict=False)
+            for a, b in pairwise(widths)
         ),
         nn.Conv2d(widths[-1], 1, 3, padding=1),
         nn.Sigmoid(),
@@ -174,15 +172,18 @@ def races(now: Mapping[str, Graphs], before: Mapping[str, Graphs]) -> list[dict[
 
 
 def race(graphs: Mapping[str, bytes], batch: int, threads: int) -> dict[str, dict[str, float]]:
-    """{name: {"min": µs, "median": µs}} of one run: `ROUNDS` rounds in which every graph has a short turn."""
+    """{name: {"min": µs, "median": µs}} of one run: up to `ROUNDS` rounds, every graph has a short turn in each."""
     sessions = {name: open_session(graph, threads) for name, graph in graphs.items()}
     feeds = {name: feed(session, batch) for name, session in sessions.items()}
     times: dict[str, list[float]] = {name: [] for name in graphs}
+    end = time.perf_counter() + RACE_SECONDS
     for _ in range(ROUNDS):
+        if time.perf_counter() > end:
+            break
         for name, session in sessions.items():
             session.run(None, feeds[name])
             begun, runs = time.perf_counter(), 0
-            while runs < 2 or time.perf_counter() - begun < ROUND_SECONDS:
+            while runs < 2 or time.perf_counter() - begun < TURN_SECONDS:
                 session.run(None, feeds[name])
                 runs += 1
             times[name].append((time.perf_counter() - begun) / runs * 1e6)
@@ -200,7 +201,7 @@ def loads(now: Mapping[str, Graphs], before: Mapping[str, Graphs]) -> dict[str, 
     for name in now:
         field = {"now": now[name], **({"before": before[name]} if name in before else {})}
         times: dict[str, list[float]] = {key: [] for key in field}
-        for _ in range(20):
+        for _ in range(LOADS):
             for key, graphs in field.items():
                 begun = time.perf_counter()
                 for graph in graphs.values():
@@ -262,9 +263,10 @@ def render(report: Mapping[str, Any], profiles: list[Profile]) -> str:
             f"| {name} | {half} | {cost['parameters']:,} | {cost['macs'] / 1e6:.2f} M | {cost['bytes']:,} |"
             for name, halves in report["costs"].items() for half, cost in halves.items()
         ), "",
-        "## Races", "", f"Least of {ROUNDS} rounds (median), onnxruntime. ×: relative to the first row, by the least times.",
-        "", *(line for entry in report["races"] for line in race_table(entry)),
-        "## Loading", "", "Milliseconds to make both sessions, the least of 20 alternating trials.", "",
+        "## Races", "",
+        f"Least of up to {ROUNDS} rounds (median), onnxruntime. ×: relative to the first row, by the least times.", "",
+        *(line for entry in report["races"] for line in race_table(entry)),
+        "## Loading", "", f"Milliseconds to make both sessions, the least of {LOADS} alternating trials.", "",
         "| model | now | before |", "|---|--:|--:|",
         *(f"| {name} | {value['now']:.1f} | {value.get('before', float('nan')):.1f} |"
           for name, value in report["load_ms"].items()), "",
@@ -279,7 +281,8 @@ def race_table(entry: Mapping[str, Any]) -> list[str]:
     threads = "1 thread" if entry["threads"] == 1 else f"{entry['threads']} threads"
     first = entry["us"][REFERENCE]["min"]
     return [
-        f"### {entry['half'].capitalize()}, batch {entry['batch']}, {threads}", "", "| graph | µs | × |", "|---|--:|--:|",
+        f"### {entry['half'].capitalize()}, batch {entry['batch']}, {threads}", "",
+        "| graph | µs | × |", "|---|--:|--:|",
         *(f"| {name} | {us['min']:.0f} ({us['median']:.0f}) | {us['min'] / first:.2f} |"
           for name, us in entry["us"].items()), "",
     ]  # fmt: skip

@@ -54,8 +54,8 @@ Graphs = dict[str, bytes]  # by half
 # Measured once, on the machine of the report; "before" is the decoder with a shuffle of pixels at every doubling.
 TRIED = """## What was tried
 
-Decoders for MNIST: latency at batch 1 on one thread relative to the one before, and validation -ELBO after 8 epochs, where
-seeds and threads make half a nat of difference.
+Decoders for MNIST: latency at batch 1 on one thread relative to the one before, and validation -ELBO after 8 epochs; one
+run each, so that half a nat may be chance.
 
 | decoder | ÷ before | nats |
 |---|--:|--:|
@@ -80,8 +80,8 @@ Rewrites of whole graphs, latency relative to the graph without, batch 1 on one 
 | scale into the first Gemm, encoder of vectors | 0.96 | yes |
 | ConvTranspose of maps up to 4×4 as Conv + DepthToSpace, the reference decoder | 0.75 to 0.91 | yes |
 | ... batch 32, one and two threads | 0.67 to 1.1 | yes |
-| ... of all maps | 0.96 | no |
-| ... of all maps, batch 32 | 1.87 | no |
+| ... of all maps | 0.96 to 1.13 | no |
+| ... of all maps, batch 32 | 1.19 to 1.87 | no |
 | DepthToSpace in mode DCR for CRD | 1.00 | no |
 | DepthToSpace as Reshape, Transpose, Reshape | 1.08 | no |
 | Sigmoid before the last shuffle, fused with the convolution | 1.00 to 1.09 | no |
@@ -304,7 +304,7 @@ def render(report: Mapping[str, Any], profiles: list[Profile]) -> str:
         "# The graphs: what they cost, how fast they are, where their time goes", "",
         f"Default families, {LATENT} latents, random weights; {facts['cpu']} ({', '.join(facts['instructions'])}), "
         f"{facts['cores']} cores.", "Made by `benchmarks/cases/graph_costs.py`. "
-        
+
         "The machine was shared: compare ratios within one row, not microseconds between rows.", "",
         "## Costs", "", "| model | half | parameters | MACs of one example | bytes |", "|---|---|--:|--:|--:|",
         *(

@@ -28,7 +28,7 @@ RUNS = {
     "digits-mlp": (*DIGITS, *MLP),
     "digits-mlp-autoencoder": (*DIGITS, *MLP, *AUTOENCODER),
     "mnist-mlp": (*MNIST, *MLP, "--epochs", "40"),
-    "mnist-conv": (*MNIST, "--epochs", "40", "--learning-rate", "0.008"),
+    "mnist-conv": (*MNIST, "--epochs", "40", "--learning-rate", "0.008", "--weight-decay", "0.05"),
     "mnist-conv-autoencoder": (*MNIST, *AUTOENCODER),
 }
 # -ELBO in nats and seconds of training on two CPU cores.

@@ -22,6 +22,8 @@ from vae_runtime.errors import BundleError, ExportError
 from vae_runtime.graph_rules import check_graph
 from vae_runtime.manifest import INPUT, LATENT, LOGVAR, MEAN, RECONSTRUCTION
 
+from .rewrite import rewrite
+
 OPSET, IR_VERSION = 20, 10  # read by onnxruntime 1.18 and newer
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
 MAX_BYTES = 2**31 - 2**20  # of one protocol buffer message, with some room for its frame
@@ -115,6 +117,7 @@ def _to_onnx(module: nn.Module, example: Tensor, input_name: str, outputs: list[
         raise ExportError(f"the {half} cannot be exported by torch.onnx: {_reason(error)}") from error
     assert program is not None  # with dynamo=True
     model = plain(program.model_proto)
+    rewrite(model)
     data: bytes = model.SerializeToString(deterministic=True)
     _check_contract(model, data, half)
     return data

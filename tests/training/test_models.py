@@ -98,11 +98,16 @@ def test_gradients_reach_every_parameter(family: str) -> None:
 
 
 def test_conv_family_is_what_the_edge_wants() -> None:
-    """Only layers that fold or that every engine runs well: no transposed convolution, no upsampling."""
+    """Only layers that fold or that every engine runs well: no transposed convolution, one shuffle of pixels."""
     allowed = (nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.PixelShuffle, nn.Linear, nn.Flatten, nn.Unflatten)
-    allowed = (*allowed, nn.BatchNorm1d)
-    model = build_model(default_config("conv", "vae", (1, 28, 28), 20))
-    assert {type(layer) for layer in model.modules()} - {VAE} <= set(allowed)
+    allowed = (*allowed, nn.BatchNorm1d, nn.Upsample)
+    for side in (28, 64):
+        model = build_model(default_config("conv", "vae", (1, side, side), 20))
+        assert {type(layer) for layer in model.modules()} - {VAE} <= set(allowed)
+        assert sum(isinstance(layer, nn.PixelShuffle) for layer in model.modules()) == 1
+        blocked = [layer for layer in model.decoder.modules() if isinstance(layer, nn.Conv2d)]
+        assert all(layer.in_channels % 16 == 0 for layer in blocked)  # the widest blocks of onnxruntime's layout
+        assert all(layer.out_channels % 16 == 0 for layer in blocked[:-1])
 
 
 def test_size_and_cost_are_counted() -> None:

@@ -4,8 +4,10 @@ A model is a `ModelConfig` and a `state_dict`, nothing else. What goes in and co
 float32 (N, C, H, W) in [0, 1], vectors float32 (N, D) in the data's own units; normalisation happens inside.
 
 The conv family is made for small devices: convolution + BatchNorm + ReLU, so that normalisation folds away at export;
-strided convolutions down; most of the arithmetic at the lowest resolution; sub-pixel convolutions up (Shi et al., 2016,
-arXiv:1609.05158), because transposed convolutions are slow in inference engines.
+strided convolutions down; most of the arithmetic at the lowest resolution. Up by nearest neighbours and a convolution
+(Odena et al., 2016, doi:10.23915/distill.00003): onnxruntime keeps its blocked layout from the first convolution to the
+last, while transposed convolutions are slow there and shuffles of pixels leave that layout. One such shuffle makes the
+image (Shi et al., 2016, arXiv:1609.05158): no convolution runs at full resolution.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class ModelConfig:
     latent_dim: number of latent dimensions (a vae) or the code's length (an autoencoder).
     widths: "mlp": units of the hidden layers of the encoder, mirrored in the decoder. "conv": channels after each
         halving of the resolution; the last is the width at the lowest resolution.
-    depth: "conv": number of 3×3 convolutions at the lowest resolution in each half. "mlp": 0.
+    depth: "conv": number of 3×3 convolutions at the lowest resolution in each half; the decoder's last one gives twice
+        the channels of the next resolution, if that is fewer. "mlp": 0.
     """
 
     family: str
@@ -249,18 +252,20 @@ def _conv_encoder(config: ModelConfig, outputs: int) -> nn.Sequential:
 
 def _conv_decoder(config: ModelConfig) -> nn.Sequential:
     colours, height, width = config.input_shape
-    channels = tuple(reversed(config.widths))
+    first, *narrower = reversed(config.widths)
     lowest = config.lowest_size
-    features = channels[0] * math.prod(lowest)
-    exact = all(n * 2 ** len(channels) == side for n, side in zip(lowest, (height, width), strict=True))
+    features = first * math.prod(lowest)
+    last = min(first, 2 * narrower[0]) if narrower and config.depth else first
+    deep = (first,) * config.depth + (last,)
+    exact = all(n * 2 ** len(config.widths) == side for n, side in zip(lowest, (height, width), strict=True))
     return nn.Sequential(
         nn.Linear(config.latent_dim, features, bias=False),
         nn.BatchNorm1d(features),
         nn.ReLU(),
-        nn.Unflatten(1, (channels[0], *lowest)),  # (N, widths[-1], h, w)
-        *(_conv(channels[0], channels[0]) for _ in range(config.depth)),
-        *(_up(*pair) for pair in pairwise(channels)),  # doubles h and w each
-        nn.Conv2d(channels[-1], 4 * colours, 3, padding=1),
+        nn.Unflatten(1, (first, *lowest)),  # (N, widths[-1], h, w)
+        *(_conv(*pair) for pair in pairwise(deep)),
+        *(_up(*pair) for pair in pairwise((last, *narrower))),  # doubles h and w each
+        nn.Conv2d(config.widths[0], 4 * colours, 3, padding=1),
         nn.PixelShuffle(2),  # (N, C, H', W')
         *(() if exact else (Crop(height, width),)),
     )
@@ -274,4 +279,4 @@ def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 
 def _up(inputs: int, outputs: int) -> nn.Sequential:
     """(N, inputs, h, w) -> (N, outputs, 2h, 2w)."""
-    return nn.Sequential(*_conv(inputs, 4 * outputs), nn.PixelShuffle(2))
+    return nn.Sequential(nn.Upsample(scale_factor=2), *_conv(inputs, outputs))

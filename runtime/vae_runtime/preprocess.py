@@ -6,6 +6,7 @@ Training uses these functions too, so that a model sees at run time exactly what
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -101,7 +102,8 @@ def require_plain_array(array: Any, name: str) -> None:
     """Raise `InputError` for anything but a plain numpy array of at least one dimension."""
     if not isinstance(array, np.ndarray):
         raise InputError(f"{name} is a {type(array).__name__}; expected a numpy array")
-    if isinstance(array, np.ma.MaskedArray):
+    masked = sys.modules.get("numpy.ma")  # not loaded: no masked array exists, and loading it takes 10 ms
+    if masked is not None and isinstance(array, masked.MaskedArray):
         raise InputError(f"{name} is a masked array, whose mask would be lost; fill it first: {name}.filled(value)")
     if array.ndim == 0 or len(array) == 0:
         raise InputError(

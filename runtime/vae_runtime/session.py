@@ -6,6 +6,7 @@ import ctypes
 import math
 import os
 import weakref
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -17,7 +18,6 @@ from .preprocess import Float32, ValueRule
 
 # Up to so many values per call, copying into memory that is bound to the session costs less than binding the caller's.
 _BOUND_VALUES = 2**16
-_BOUND_BATCH_SIZES = 8
 
 
 class GraphSession:
@@ -39,7 +39,7 @@ class GraphSession:
         self.spinning = spinning
         self._process = os.getpid()
         self._session = _open(model, file, device, threads, spinning)
-        self._bound: dict[int, list[_BoundCall]] = {}
+        self.inherited = False  # through a fork
         _sessions.add(self)
 
     def require_boundary(
@@ -63,37 +63,15 @@ class GraphSession:
         if isinstance(self._session.get_inputs()[0].shape[0], int):
             raise BundleError(f"{self.file} has a fixed batch size; a bundle's graphs take any")
 
-    @property
-    def bound_batch_limit(self) -> int:
-        """The largest batch that `run_bound` takes; 0 on providers other than the CPU, where binding an input copies it
-        to the device and what is written to the array later is never seen."""
-        if self.device.provider != CPU:
-            return 0
-        return _BOUND_VALUES // max(math.prod(shape) for shape in (self._input_shape, *self._output_shapes))
-
-    def run_bound(self, array: Float32, rule: ValueRule) -> list[Float32] | None:
-        """`run` for a small batch, at the least cost: through memory that stays bound to the session.
-
-        array: (N, *input_shape) float32 with N from 1 to `bound_batch_limit`; its values are checked here, in the copy.
-        rule: None comes back where it does not hold, and where the engine fails: `run` then says what is wrong.
-        """
-        batch = len(array)
-        free = self._bound.get(batch)
-        # A call in another thread has popped what it uses; list.pop and append are atomic.
-        call = free.pop() if free else self._bind(batch, rule)
-        results = None
-        call.input[...] = array
-        if rule.holds(call.checked) and os.getpid() == self._process:
-            try:
-                self._session.run_with_iobinding(call.binding)
-            except Exception:
-                return None
-            results = [output.copy() for output in call.outputs]
-        if free is not None:
-            free.append(call)
-        elif len(self._bound) < _BOUND_BATCH_SIZES:
-            self._bound.setdefault(batch, []).append(call)
-        return results
+    def bind(self, batch: int, rule: ValueRule) -> BoundCall | None:
+        """Calls of so many rows at the least cost; None where they are too large, and on providers other than the CPU:
+        there, binding an input copies it to the device, and what is written to the array later is never seen."""
+        largest = max(math.prod(shape) for shape in (self._input_shape, *self._output_shapes))
+        if batch * largest > _BOUND_VALUES or self.device.provider != CPU:
+            return None
+        names = [self._input, *self._outputs]
+        shapes = [(batch, *shape) for shape in (self._input_shape, *self._output_shapes)]
+        return BoundCall(self, dict(zip(names, shapes, strict=True)), rule)
 
     def run(self, array: Float32) -> list[Float32]:
         """Run the graph on (N, ...) -> its outputs (N, ...), which belong to the caller.
@@ -121,35 +99,41 @@ class GraphSession:
                 )
         return results
 
-    def _bind(self, batch: int, rule: ValueRule) -> _BoundCall:
-        return _BoundCall(
-            self._session, self._input, self._outputs, batch, self._input_shape, self._output_shapes, rule
-        )
 
+class BoundCall:
+    """Memory for the input and the outputs of one batch size, bound to a session once and used again and again.
 
-class _BoundCall:
-    """Memory for the input and the outputs of one batch size, bound to a session once and used again and again."""
+    For one thread at a time. shapes: of the input, then of the outputs, by name.
+    """
 
-    __slots__ = ("binding", "checked", "input", "outputs")
-
-    def __init__(
-        self,
-        session: Any,
-        input_name: str,
-        output_names: list[str],
-        batch: int,
-        input_shape: tuple[int, ...],
-        output_shapes: list[tuple[int, ...]],
-        rule: ValueRule,
-    ) -> None:
+    def __init__(self, session: GraphSession, shapes: dict[str, tuple[int, ...]], rule: ValueRule) -> None:
         value = import_engine().OrtValue.ortvalue_from_numpy  # shares the array's memory
-        self.input: Float32 = np.empty((batch, *input_shape), np.float32)
-        self.checked = rule.view(self.input)
-        self.outputs: list[Float32] = [np.empty((batch, *shape), np.float32) for shape in output_shapes]
-        self.binding = session.io_binding()
-        self.binding.bind_ortvalue_input(input_name, value(self.input))
-        for name, output in zip(output_names, self.outputs, strict=True):
-            self.binding.bind_ortvalue_output(name, value(output))
+        arrays: dict[str, Float32] = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
+        (name, self._input), *outputs = arrays.items()
+        self._outputs = [output for _, output in outputs]
+        self._checked, self._holds = rule.view(self._input), rule.holds
+        binding = session._session.io_binding()
+        binding.bind_ortvalue_input(name, value(self._input))
+        for name, output in outputs:
+            binding.bind_ortvalue_output(name, value(output))
+        # What `InferenceSession.run_with_iobinding` calls in turn.
+        self._run = partial(session._session._sess.run_with_iobinding, binding._iobinding, None)
+        self._session, self._binding = session, binding
+
+    def __call__(self, array: Float32) -> list[Float32] | None:
+        """The outputs for an array of the input's shape, which belong to the caller.
+
+        None where the rule does not hold for its values, or the engine fails: `GraphSession.run` then says what is
+        wrong.
+        """
+        self._input[...] = array
+        if not self._holds(self._checked) or self._session.inherited:
+            return None
+        try:
+            self._run()
+        except Exception:
+            return None
+        return [output.copy() for output in self._outputs]
 
 
 _sessions: weakref.WeakSet[GraphSession] = weakref.WeakSet()
@@ -159,7 +143,8 @@ def _keep_inherited_sessions() -> None:
     """In a forked child: never free what it inherited. onnxruntime's threads are not there, and it would wait for them
     for ever, or crash, at the latest when the child exits."""
     for session in list(_sessions):
-        for held in (session._session, session._session._sess, session._bound):
+        session.inherited = True
+        for held in (session._session, session._session._sess):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
 
 

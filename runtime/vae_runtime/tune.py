@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,9 @@ from .bundle import Bundle
 from .devices import PROVIDER_PRECISIONS, usable_devices
 from .errors import DeviceError, InputError, VAEError
 from .manifest import INPUT, RECONSTRUCTION, Manifest
+from .operation import Candidate
 from .preprocess import Float32
-from .tuning import OPERATIONS, Candidate, Measured, usable_cores, write_tuning
+from .tuning import OPERATIONS, Measured, usable_cores, write_tuning
 from .vae import VAE
 
 BATCHES = (1, 8, 32)
@@ -136,7 +136,7 @@ def _medians(rounds: Sequence[dict[str, dict[int, float]]]) -> dict[str, dict[in
 
 def _in_child(path: str | os.PathLike[str], candidate: Candidate, seconds: float) -> dict[str, dict[int, float]] | str:
     """Seconds per call by operation and batch, or why there are none."""
-    task = json.dumps({"path": os.fspath(path), "candidate": asdict(candidate), "seconds": seconds})
+    task = json.dumps({"path": os.fspath(path), "candidate": candidate._asdict(), "seconds": seconds})
     try:
         child = subprocess.run(
             [sys.executable, "-m", "vae_runtime.tune"],

@@ -12,27 +12,18 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .devices import import_engine
 from .errors import OutputError
+from .operation import Candidate
 
 FORMAT, FORMAT_VERSION = "vae-tuning", 1
 OPERATIONS = ("encode", "decode")
 _GAIN = 0.97  # what is not at least 3% faster is not worth a less exact precision or another engine
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-openvino")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to run a bundle. threads, spinning: as `GraphSession` takes them."""
-
-    device: str
-    precision: str
-    threads: int | None = None
-    spinning: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +35,7 @@ class Measured:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            **asdict(self.candidate),
+            **self.candidate._asdict(),
             "seconds": {name: {str(batch): time for batch, time in row.items()} for name, row in self.seconds.items()},
         }
 

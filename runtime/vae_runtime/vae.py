@@ -15,12 +15,11 @@ from .devices import PROVIDER_PRECISIONS, check_device_name, find_device
 from .errors import ClosedError, DeviceError, InputError, KindError
 from .interpolation import interpolate_latents
 from .manifest import INPUT, LATENT, LOGVAR, MEAN, PRECISIONS, RECONSTRUCTION, Manifest
-from .operation import Operation, Route
+from .operation import Candidate, Operation, Route
 from .posterior import Posterior
 from .preprocess import FINITE, UNIT_INTERVAL, Float32, as_graph_input, require_plain_array, to_model_input
 from .sampling import NormalStream, check_count, check_temperature
 from .session import GraphSession, check_threads
-from .tuning import Candidate, choose, read_tuning
 
 # How far a precision that the manifest does not know may be from the fp32 reference in a self-test: bf16 keeps 8 bits
 # of a number, tf32 11, and errors add up over the layers.
@@ -326,6 +325,8 @@ def _tuned_plan(
     bundle: Bundle, device: str, precision: str, threads: int | None, options: Mapping[str, str] | None
 ) -> _Plan:
     """What was measured fastest; where nothing was, or it is not to be had any more, the stated rules."""
+    from .tuning import choose, read_tuning  # late: only "auto" needs it
+
     by_rule = Candidate(
         find_device(device, precision, options).name, "fp32" if precision == "auto" else precision, threads
     )

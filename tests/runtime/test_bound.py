@@ -11,24 +11,25 @@ import pytest
 
 from vae_runtime import VAE, BundleError, InputError
 from vae_runtime.preprocess import FINITE, UNIT_INTERVAL
-from vae_runtime.session import GraphSession
+from vae_runtime.session import BoundCall, GraphSession
 
 
 @pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> VAE:
+def plain(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> VAE:
     """The same bundle without bound memory: the reference."""
     vae = VAE.load(tiny_path, threads=1)
     for operation in vae._open_operations():
-        operation._bound_limit = 0
+        monkeypatch.setattr(operation, "_prepare", lambda batch: None)
     return vae
 
 
 def test_it_is_really_taken(tiny_path: Path, images: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    real = GraphSession.run_bound
-    monkeypatch.setattr(GraphSession, "run_bound", lambda self, *a: calls.append(len(a[0])) or real(self, *a))
-    monkeypatch.setattr(GraphSession, "run", lambda self, array: pytest.fail("went the slow way"))
+    real = BoundCall.__call__
+    monkeypatch.setattr(BoundCall, "__call__", lambda self, array: calls.append(len(array)) or real(self, array))
     with VAE.load(tiny_path, threads=1) as vae:
+        vae.decode(vae.encode(images[:3]).mean)
+        monkeypatch.setattr(GraphSession, "run", lambda self, array: pytest.fail("went the slow way"))
         vae.decode(vae.encode(images[:3]).mean)
     assert calls == [3, 3]
 
@@ -46,6 +47,7 @@ def test_results_belong_to_the_caller(tiny: VAE, images: np.ndarray) -> None:
     kept = first.mean.copy()
     second = tiny.encode(images[1:2])
     np.testing.assert_array_equal(first.mean, kept)
+    np.testing.assert_array_equal(tiny.encode(images[:1]).mean, kept)
     assert not np.array_equal(second.mean, kept)
     first.mean[:] = 7
     np.testing.assert_array_equal(tiny.encode(images[:1]).mean, kept)
@@ -114,9 +116,12 @@ def test_memory_kept_is_bounded(tiny_path: Path, images: np.ndarray) -> None:
     with VAE.load(tiny_path, threads=1) as vae:
         for size in range(1, 101):
             vae.encode(many[:size])
-        session = vae._open_operations()[0].routes[0].session
-        assert 1 <= len(session._bound) <= 8
-        assert all(len(calls) <= 1 for calls in session._bound.values())
+        free = vae._open_operations()[0]._free
+        assert 1 <= len(free) <= 8
+        assert all(len(calls) == 1 for calls in free.values())
+        big = np.resize(images, (2000, 1, 8, 8))
+        vae.encode(big)
+        assert big.shape not in free
 
 
 def test_threads_do_not_share_memory(tiny_path: Path, plain: VAE, images: np.ndarray) -> None:

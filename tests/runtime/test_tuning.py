@@ -16,8 +16,9 @@ from vae_runtime import tuning as module
 from vae_runtime.bundle import Bundle
 from vae_runtime.cli import main
 from vae_runtime.manifest import Manifest
+from vae_runtime.operation import Candidate
 from vae_runtime.tune import candidates, tune
-from vae_runtime.tuning import Candidate, Measured, choose, read_tuning, tuning_file, write_tuning
+from vae_runtime.tuning import Measured, choose, read_tuning, tuning_file, write_tuning
 
 
 @pytest.fixture(autouse=True)

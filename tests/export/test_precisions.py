@@ -74,6 +74,15 @@ def written(trained: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp16"])
+def test_openvino_runs_it_within_its_tolerance(openvino: None, written: tuple[Path, Manifest], precision: str) -> None:
+    with VAE.load(written[0], device="openvino", precision=precision) as vae:
+        assert vae.plan["decode"][0]["file"] == f"decoder.{precision}.onnx"
+        result = vae.selftest()
+    assert result.passed, result
+    assert max(result.errors.values()) > 1e-6  # really that precision
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp16"])
 def test_a_precision_is_written_measured_and_runs(written: tuple[Path, Manifest], precision: str) -> None:
     path, manifest = written
     entry = manifest.precisions[precision]

@@ -10,6 +10,7 @@ Start-up and memory are those of fresh processes, alternating. Linux only. Needs
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import statistics
@@ -64,7 +65,7 @@ def main() -> int:
     text = table(rows)
     print(text)
     if arguments.output:
-        facts = MachineFacts.read().to_dict()
+        facts = dataclasses.asdict(MachineFacts.read())
         document = {"machine": facts, "onnxruntime": onnxruntime.__version__, "rows": rows}
         arguments.output.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n")
         arguments.output.with_suffix(".md").write_text(
@@ -153,7 +154,7 @@ def row(bundle: Path, name: str, bare: list[float], ours: list[float], unit: str
     low = ratios[max(0, math.floor(len(ratios) / 2 - half))]
     high = ratios[min(len(ratios) - 1, math.ceil(len(ratios) / 2 + half))]
     return {
-        "bundle": bundle.name,
+        "bundle": bundle.parent.name if bundle.name == "bundle.vae" else bundle.stem,  # a case, or a bundle
         "what": name,
         "unit": unit,
         "bare": statistics.median(bare),

@@ -6,7 +6,6 @@ import hashlib
 import io
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +51,7 @@ def write_bundle(
     check_output(path, force)
     contents = {**graphs, GOLDEN_FILE: _npz(golden)}
     files = {name: FileEntry(len(data), hashlib.sha256(data).hexdigest()) for name, data in contents.items()}
-    manifest = replace(manifest, files=files)
+    manifest = manifest._replace(files=files)
     text = manifest.to_json()
     Manifest.from_json(text)  # what is written can be read
     with atomic_folder(path, lambda old: force and is_bundle_folder(old)) as folder:

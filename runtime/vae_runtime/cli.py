@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -74,7 +73,7 @@ def selftest(ctx: click.Context, /, bundle: str, as_json: bool, **engine: Any) -
         result = vae.selftest()
     if as_json:
         errors = {name: error if np.isfinite(error) else None for name, error in result.errors.items()}
-        print_json({**dataclasses.asdict(result), "errors": errors, "passed": result.passed})
+        print_json({**result._asdict(), "errors": errors, "passed": result.passed})
     else:
         for name, error in result.errors.items():
             click.echo(f"{name:15} error {error:.1e}   tolerance {result.tolerance:.0e}")

@@ -9,8 +9,8 @@ import io
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from .errors import DeviceError, InputError, MissingExtraError
 from .plugins import OPENVINO, find_plugin_device, openvino_device, openvino_options, why_not_openvino
@@ -22,8 +22,7 @@ PROVIDER_PRECISIONS: dict[str, tuple[str, ...]] = {"bf16": (OPENVINO,), "tf32": 
 _SHORT_NAMES = {CPU: "cpu", CUDA: "cuda", OPENVINO: "openvino"}
 
 
-@dataclass(frozen=True)
-class Device:
+class Device(NamedTuple):
     """name: as reported by `VAE.device`. provider: onnxruntime's name for it. options: that provider's own.
 
     plugin: the device as a plug-in offers it; None for a provider that is compiled into onnxruntime.
@@ -31,7 +30,7 @@ class Device:
 
     name: str
     provider: str
-    options: dict[str, str] = field(default_factory=dict)
+    options: Mapping[str, str] = MappingProxyType({})
     plugin: Any = None
     precision: str = "fp32"
 
@@ -39,7 +38,7 @@ class Device:
         """The provider's options for a session of so many threads."""
         if self.provider == OPENVINO:
             return openvino_options(self.precision, threads, self.options)
-        return self.options
+        return dict(self.options)
 
 
 def import_engine() -> Any:

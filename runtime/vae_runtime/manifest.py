@@ -12,8 +12,8 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from .errors import BundleError
 
@@ -34,9 +34,12 @@ MAX_MANIFEST_BYTES = 16 * 2**20
 MAX_ELEMENTS = 2**31  # of one example; more is no edge model but a damaged or hostile manifest
 BINARIZE_MODES = ("none", "dynamic", "threshold")
 
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
-@dataclass(frozen=True)
-class InputSpec:
+# Named tuples and not dataclasses: a frozen dataclass takes over a millisecond to make, at every start of a process.
+
+
+class InputSpec(NamedTuple):
     """What the encoder takes and the decoder gives, for one example.
 
     type: "image", float32 (C, H, W) in [0, 1], or "vector", float32 (D,) in the data's own units.
@@ -78,8 +81,7 @@ class InputSpec:
         return data
 
 
-@dataclass(frozen=True)
-class LatentSpec:
+class LatentSpec(NamedTuple):
     """shape: of one latent, without the batch. prior: None for a plain autoencoder, which has no distribution."""
 
     shape: tuple[int, ...]
@@ -99,8 +101,7 @@ class LatentSpec:
         return {"shape": list(self.shape), "prior": dict(self.prior) if self.prior is not None else None}
 
 
-@dataclass(frozen=True)
-class Likelihood:
+class Likelihood(NamedTuple):
     """p(x|z), whose mean the decoder gives.
 
     type: "bernoulli" or "gaussian".
@@ -131,8 +132,7 @@ class Likelihood:
         return {"type": self.type, "scale": self.scale}
 
 
-@dataclass(frozen=True)
-class Precision:
+class Precision(NamedTuple):
     """The two graphs of one precision and what was measured of them when the bundle was made.
 
     encoder, decoder: file names; fp32's where a half gained nothing from this precision.
@@ -142,8 +142,8 @@ class Precision:
 
     encoder: str
     decoder: str
-    fidelity: Mapping[str, Any] = field(default_factory=dict)
-    quality: Mapping[str, Any] = field(default_factory=dict)
+    fidelity: Mapping[str, Any] = _NONE
+    quality: Mapping[str, Any] = _NONE
 
     @property
     def within_budget(self) -> bool:
@@ -173,8 +173,7 @@ class Precision:
         return data
 
 
-@dataclass(frozen=True)
-class FileEntry:
+class FileEntry(NamedTuple):
     """Size in bytes and SHA-256, in hexadecimal, of one file of the bundle."""
 
     bytes: int
@@ -193,8 +192,7 @@ class FileEntry:
         return {"bytes": self.bytes, "sha256": self.sha256}
 
 
-@dataclass(frozen=True)
-class Golden:
+class Golden(NamedTuple):
     """Inputs with the reference's outputs, for `VAE.selftest`.
 
     source: "held-out" (real inputs the model was not trained on), "examples" or "synthetic".
@@ -225,8 +223,7 @@ class Golden:
         return {"file": self.file, "source": self.source, "tolerance": dict(self.tolerance)}
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(NamedTuple):
     """Everything `manifest.json` says about a bundle; the fields carry the format's own names.
 
     budget: how much worse than fp32 a precision may be on real examples: `psnr_db` of the reconstruction, and
@@ -243,11 +240,11 @@ class Manifest:
     files: Mapping[str, FileEntry]
     golden: Golden
     likelihood: Likelihood | None = None
-    training: Mapping[str, Any] = field(default_factory=dict)
-    producer: Mapping[str, str] = field(default_factory=dict)
+    training: Mapping[str, Any] = _NONE
+    producer: Mapping[str, str] = _NONE
     format_version: int = FORMAT_VERSION
     budget: Mapping[str, float] | None = None
-    refused: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    refused: Mapping[str, Mapping[str, Any]] = _NONE
 
     @classmethod
     def from_json(cls, text: bytes) -> Manifest:

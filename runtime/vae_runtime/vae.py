@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,8 +25,7 @@ from .session import GraphSession, check_threads
 _PROVIDER_TOLERANCE = {"bf16": 5e-2, "tf32": 2e-3}
 
 
-@dataclass(frozen=True)
-class SelfTest:
+class SelfTest(NamedTuple):
     """The outcome of `VAE.selftest`.
 
     errors: by tensor, max|Δ| from the reference, relative to the data's range (reconstruction) or to max|reference|

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +35,7 @@ def test_an_existing_bundle_is_replaced_only_with_force(tmp_path: Path) -> None:
     manifest, graphs, golden = contents()
     write_bundle(target, manifest, graphs, golden)
     before = snapshot(target)
-    renamed = dataclasses.replace(manifest, name="other")
+    renamed = manifest._replace(name="other")
     with pytest.raises(OutputError, match=r"a\.vae exists; pass --force \(force=True\) to replace that bundle"):
         write_bundle(target, renamed, graphs, golden)
     assert snapshot(target) == before
@@ -70,7 +69,7 @@ def test_a_missing_parent_folder_is_named(tmp_path: Path) -> None:
 def test_a_manifest_that_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
     manifest, graphs, golden = contents()
     with pytest.raises(BundleError, match="kind is 'gan'"):
-        write_bundle(tmp_path / "a.vae", dataclasses.replace(manifest, kind="gan"), graphs, golden)
+        write_bundle(tmp_path / "a.vae", manifest._replace(kind="gan"), graphs, golden)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -61,13 +61,13 @@ def test_committed_manifest_reads_back_as_the_same_object() -> None:
 
 def test_two_manifests_of_one_content_in_another_order_have_the_same_bytes() -> None:
     manifest = full_manifest()
-    shuffled = {**manifest.__dict__, "files": dict(reversed(manifest.files.items()))}
+    shuffled = {**manifest._asdict(), "files": dict(reversed(manifest.files.items()))}
     assert Manifest(**shuffled).to_json() == manifest.to_json()
 
 
 def test_nan_is_never_written(manifest_data: Any, sign: Any) -> None:
     manifest = Manifest.from_json(sign(manifest_data()))
-    broken = Manifest(**{**manifest.__dict__, "training": {"loss": float("nan")}})
+    broken = Manifest(**{**manifest._asdict(), "training": {"loss": float("nan")}})
     with pytest.raises(ValueError, match="not JSON compliant"):
         broken.to_json()
 

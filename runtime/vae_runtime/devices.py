@@ -37,7 +37,7 @@ class Device(NamedTuple):
     def session_options(self, threads: int | None) -> dict[str, str]:
         """The provider's options for a session of so many threads."""
         if self.provider == OPENVINO:
-            return openvino_options(self.precision, threads, self.options)
+            return openvino_options(self.precision, threads, self.options, compiled_in=self.plugin is None)
         return dict(self.options)
 
 

@@ -1,4 +1,8 @@
-"""Providers that come as plug-ins: shared libraries of their own, registered with an installed onnxruntime."""
+"""Providers that come as plug-ins: shared libraries of their own, registered with an installed onnxruntime.
+
+OpenVINO comes in two ways: as the plug-in `onnxruntime-ep-openvino`, which offers itself on Intel's processors, and
+compiled into a build of onnxruntime, `onnxruntime-openvino`, which runs on any x86-64.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,9 @@ def find_plugin_device(engine: Any, provider: str) -> Any | None:
 
 
 def why_not_openvino(engine: Any) -> str | None:
-    """Why the OpenVINO plug-in cannot be used, in words; None where it can. Registers it on first use."""
+    """Why OpenVINO cannot be used, in words; None where it can. Registers the plug-in on first use."""
+    if _is_compiled_in(engine.get_available_providers):
+        return None
     if importlib.util.find_spec(_OPENVINO_PACKAGE) is None:
         return "its plug-in is not installed; run: pip install 'vae-edge[openvino]'"
     if not hasattr(engine, "register_execution_provider_library"):
@@ -34,27 +40,32 @@ def why_not_openvino(engine: Any) -> str | None:
         if reason is not None:
             return reason
     if _openvino_cpu(engine) is None:
-        return "its plug-in offers no processor here; it takes Intel's only"
+        return (
+            "its plug-in offers no processor here; it takes Intel's only (the build onnxruntime-openvino takes others)"
+        )
     return None
 
 
-def openvino_device(engine: Any, precision: str) -> Any:
-    """The processor as the plug-in offers it.
+def openvino_device(engine: Any, precision: str) -> Any | None:
+    """The processor as the plug-in offers it; None for OpenVINO that is compiled in.
 
     Raises:
         DeviceError: bf16 was asked for, and the processor has none; OpenVINO would quietly run float32.
     """
     device = _openvino_cpu(engine)
-    able = str(_metadata(device).get("OPTIMIZATION_CAPABILITIES", "")).split()
+    able = str(_metadata(device).get("OPTIMIZATION_CAPABILITIES", "")).split() if device is not None else []
     if precision == "bf16" and "BF16" not in able:
-        raise DeviceError(
-            f"precision 'bf16' is not to be had on device 'openvino': this processor has {', '.join(able)}"
+        found = (
+            f"this processor has {', '.join(able)}" if able else "only the plug-in tells whether the processor has it"
         )
+        raise DeviceError(f"precision 'bf16' is not to be had on device 'openvino': {found}")
     return device
 
 
-def openvino_options(precision: str, threads: int | None, given: Mapping[str, str]) -> dict[str, str]:
-    """The plug-in's options for one session: its precision and threads pinned, `given` added.
+def openvino_options(
+    precision: str, threads: int | None, given: Mapping[str, str], compiled_in: bool = False
+) -> dict[str, str]:
+    """The provider's options for one session: its precision and threads pinned, `given` added.
 
     Raises:
         InputError: `given` holds a load_config that is no JSON, or that sets what precision and threads decide.
@@ -66,7 +77,8 @@ def openvino_options(precision: str, threads: int | None, given: Mapping[str, st
     for name in (_PRECISION, _THREADS):
         if name in config:
             raise InputError(f"load_config sets {name} to {config[name]!r}; pass precision or threads instead")
-    return {**given, "load_config": json.dumps({"CPU": {**config, **pinned}}, sort_keys=True)}
+    processor = {"device_type": "CPU"} if compiled_in else {}  # a plug-in's device is that already
+    return {**given, **processor, "load_config": json.dumps({"CPU": {**config, **pinned}}, sort_keys=True)}
 
 
 def _load_config(given: Mapping[str, str]) -> dict[str, Any]:
@@ -78,6 +90,12 @@ def _load_config(given: Mapping[str, str]) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError(f'load_config is {text!r}; expected JSON such as {{"CPU": {{"NAME": "value"}}}}')
     return config
+
+
+@functools.cache
+def _is_compiled_in(list_providers: Callable[[], list[str]]) -> bool:
+    """Asked once, before the plug-in is registered: from then on onnxruntime lists the provider in any case."""
+    return OPENVINO in list_providers()
 
 
 @functools.cache
@@ -94,7 +112,7 @@ def _register_openvino(register: Callable[[str, str], None]) -> str | None:
 
 def _openvino_cpu(engine: Any) -> Any | None:
     """Explicitly the processor: the plug-in also offers AUTO and, where there are any, GPUs and NPUs."""
-    for device in engine.get_ep_devices():
+    for device in engine.get_ep_devices() if hasattr(engine, "get_ep_devices") else ():
         if device.ep_name == OPENVINO and _metadata(device).get("ov_device") == "CPU":
             return device
     return None

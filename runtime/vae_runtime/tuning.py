@@ -23,7 +23,7 @@ from .operation import Candidate
 FORMAT, FORMAT_VERSION = "vae-tuning", 1
 OPERATIONS = ("encode", "decode")
 _GAIN = 0.97  # what is not at least 3% faster is not worth a less exact precision or another engine
-_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-openvino")
+_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-ep-openvino")
 
 
 @dataclass(frozen=True)

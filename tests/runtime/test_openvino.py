@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from vae_runtime import VAE, DeviceError, InputError
+from vae_runtime import VAE, DeviceError, InputError, devices
 from vae_runtime import plugins as module
-from vae_runtime.devices import find_device, import_engine, usable_devices
+from vae_runtime.devices import CPU, find_device, import_engine, usable_devices
 from vae_runtime.plugins import OPENVINO, openvino_options
 
 INTEL = 0x8086
@@ -123,6 +124,18 @@ def test_other_makers_processors_are_refused_in_words(python: Any, tiny_path: Pa
     result = python(f"from vae_runtime import VAE; VAE.load({str(tiny_path)!r}, device='openvino')")
     assert "DeviceError: device 'openvino' cannot be used: its plug-in offers no processor here" in result.stderr
     assert result.stdout == ""
+
+
+def test_build_with_openvino_compiled_in_needs_no_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = SimpleNamespace(get_available_providers=lambda: [OPENVINO, CPU])
+    monkeypatch.setattr(devices, "import_engine", lambda: engine)
+    device = find_device("openvino")
+    assert device.plugin is None
+    options = device.session_options(2)
+    assert options["device_type"] == "CPU"
+    assert json.loads(options["load_config"])["CPU"]["INFERENCE_PRECISION_HINT"] == "f32"
+    with pytest.raises(DeviceError, match="precision 'bf16' is not to be had on device 'openvino': only the plug-in"):
+        find_device("openvino", "bf16")
 
 
 def test_missing_plugin_is_answered_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

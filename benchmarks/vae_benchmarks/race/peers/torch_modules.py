@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import os
 import shutil
 import statistics
@@ -74,6 +75,7 @@ def load_modules(folder: Path, name: str) -> tuple[Any, Any]:
     if spec is None or spec.loader is None or not (folder / "modules.py").is_file():
         raise CannotRunError(f"{folder / 'modules.py'} cannot be loaded")
     modules = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = modules  # torch.compile looks a function's module up by its name
     spec.loader.exec_module(modules)
     architecture = json.loads((folder.parent / "case.json").read_bytes())["architecture"]
     halves = modules.build(architecture["name"], **architecture["arguments"])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 import os
 import shutil
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path

@@ -92,7 +92,8 @@ def test_nothing_of_the_machine_and_the_tools_is_left(convolutions: bytes) -> No
 def test_a_chain_is_quantised_once_and_ends_in_float(convolutions: bytes, tmp_path: Path) -> None:
     found = optimised(quantise(convolutions), tmp_path)
     assert (found["QLinearConv"], found["QGemm"]) == (2, 1)
-    assert (found["QuantizeLinear"], found["DequantizeLinear"]) == (1, 0)  # the product gives float32 itself
+    assert found["QuantizeLinear"] == 1
+    assert found["DequantizeLinear"] <= 1  # none, as the product gives float32 itself; onnxruntime 1.23 leaves one
     assert found["Relu"] == found["Conv"] == found["Gemm"] == 0
 
 

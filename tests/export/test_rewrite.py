@@ -73,9 +73,8 @@ FOLDED = {
     ),
     "channels after reshape": ([WIDE, RESHAPE, node("Mul", ["r", "channels"], ["y"])], ["Gemm", "Reshape"]),
     "transposed weights": (
-        [node("Transpose", ["x"], ["t"], perm=[0, 1]), node("Gemm", ["t", "b5"], ["h"], transB=1),
-         node("Mul", ["h", "five"], ["y"])],
-        ["Transpose", "Gemm"],
+        [node("Gemm", ["x", "b5"], ["h"], transB=1), node("Mul", ["h", "five"], ["y"])],
+        ["Gemm"],
     ),
     "scale before": ([node("Div", ["x", "six"], ["s"]), node("Gemm", ["s", "w", "b"], ["y"])], ["Gemm"]),
 }  # fmt: skip

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vae_runtime.atomic import atomic_file
-from vae_runtime.errors import InputError
-
+from .document import from_document, load_document, save_document
 from .errors import ReportError
 from .intervals import median_interval, smallest_count
 from .latency import Samples
 from .machine import MachineFacts
-from .plain import from_plain
 from .settings import Settings
 
 FORMAT = "vae-bench-report"
 FORMAT_VERSION = 1
-_MAX_BYTES = 256 * 2**20
 
 RowKey = tuple[str, int, int | None, str, str]
 
@@ -238,15 +232,7 @@ class Report:
         Raises:
             ReportError: it is not one, or of a version above this reader's.
         """
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise ReportError(f'{name} is not a report of vae-bench, whose "format" is {FORMAT!r}')
-        version = document.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ReportError(f"{name} has format_version {version!r}; this vae-edge reads version {FORMAT_VERSION}")
-        try:
-            report = from_plain(cls, document, name)
-        except InputError as error:
-            raise ReportError(f"{name} has settings that cannot be: {error}") from None
+        report = from_document(cls, document, name, FORMAT, FORMAT_VERSION, "vae-bench")
         keys = [row.key for row in report.latency]
         if len(set(keys)) < len(keys):
             raise ReportError(f"{name} has the same row of latency twice")
@@ -263,8 +249,7 @@ class Report:
         Raises:
             OutputError: the file cannot be written.
         """
-        with atomic_file(path) as stream:
-            stream.write((json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+        save_document(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Report:
@@ -273,13 +258,4 @@ class Report:
         Raises:
             ReportError: the file cannot be read, or is not a report.
         """
-        try:
-            with Path(path).open("rb") as stream:
-                data = stream.read(_MAX_BYTES)
-        except OSError as error:
-            raise ReportError(f"{path} cannot be read: {error.strerror or error}") from None
-        try:
-            document = json.loads(data)
-        except (ValueError, RecursionError):
-            raise ReportError(f"{path} is not JSON; expected a report that vae-bench wrote") from None
-        return cls.from_dict(document, str(path))
+        return cls.from_dict(load_document(path, "vae-bench"), str(path))

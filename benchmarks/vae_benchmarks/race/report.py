@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vae_runtime.atomic import atomic_file
 from vae_runtime.errors import InputError
 from vae_runtime.session import check_threads
 
+from ..document import from_document, load_document, save_document
 from ..errors import ReportError
 from ..intervals import median_interval, paired_ratio
 from ..machine import MachineFacts
-from ..plain import from_plain
 from ..settings import LARGEST_BATCH, MOST_ROUNDS, check_number, check_whole
 from .case import CaseFacts
 from .competitors import COMPETITORS, OURS
@@ -28,7 +25,6 @@ from .schedule import FEWEST_ROUNDS
 
 FORMAT, FORMAT_VERSION = "vae-bench-race", 1
 OPERATIONS = ("encode", "decode")
-_MAX_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -206,34 +202,16 @@ class RaceReport:
         Raises:
             ReportError: it is not a race's report, or of another version.
         """
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise ReportError(f'{name} is not a report of vae-bench race, whose "format" is {FORMAT!r}')
-        version = document.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ReportError(f"{name} has format_version {version!r}; this vae-edge reads version {FORMAT_VERSION}")
-        try:
-            return from_plain(cls, document, name)
-        except InputError as error:
-            raise ReportError(f"{name} has settings that cannot be: {error}") from None
+        return from_document(cls, document, name, FORMAT, FORMAT_VERSION, "vae-bench race")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON document, whole or not at all; raises `OutputError`."""
-        with atomic_file(path) as stream:
-            stream.write((json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+        save_document(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RaceReport:
         """Read what `save` or `vae-bench race --json` wrote; raises `ReportError`."""
-        try:
-            with Path(path).open("rb") as stream:
-                data = stream.read(_MAX_BYTES)
-        except OSError as error:
-            raise ReportError(f"{path} cannot be read: {error.strerror or error}") from None
-        try:
-            document = json.loads(data)
-        except (ValueError, RecursionError):
-            raise ReportError(f"{path} is not JSON; expected a report that vae-bench race wrote") from None
-        return cls.from_dict(document, str(path))
+        return cls.from_dict(load_document(path, "vae-bench race"), str(path))
 
 
 def rank(rows: Sequence[Row], peers: Sequence[str]) -> tuple[Ratio, ...]:

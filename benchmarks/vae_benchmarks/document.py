@@ -1,0 +1,57 @@
+"""Reports as JSON documents: a format's name and version first, then the dataclass as plain values."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vae_runtime.atomic import atomic_file
+from vae_runtime.errors import InputError
+
+from .errors import ReportError
+from .plain import from_plain
+
+_MAX_BYTES = 256 * 2**20
+_Kind = TypeVar("_Kind")
+
+
+def from_document(kind: type[_Kind], document: Any, name: str, form: str, version: int, program: str) -> _Kind:
+    """A report of type `kind` from its JSON document. name: what a message calls it. program: what writes such ones.
+
+    Raises:
+        ReportError: it is not one of format `form` in this version.
+    """
+    if not isinstance(document, dict) or document.get("format") != form:
+        raise ReportError(f'{name} is not a report of {program}, whose "format" is {form!r}')
+    found = document.get("format_version")
+    if found != version:
+        raise ReportError(f"{name} has format_version {found!r}; this vae-edge reads version {version}")
+    try:
+        return from_plain(kind, document, name)
+    except InputError as error:
+        raise ReportError(f"{name} has settings that cannot be: {error}") from None
+
+
+def save_document(path: str | os.PathLike[str], document: dict[str, Any]) -> None:
+    """Write it whole or not at all; raises `OutputError`."""
+    with atomic_file(path) as stream:
+        stream.write((json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def load_document(path: str | os.PathLike[str], program: str) -> Any:
+    """Read the JSON document in a file.
+
+    Raises:
+        ReportError: the file cannot be read, or is not JSON.
+    """
+    try:
+        with Path(path).open("rb") as stream:
+            data = stream.read(_MAX_BYTES)
+    except OSError as error:
+        raise ReportError(f"{path} cannot be read: {error.strerror or error}") from None
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        raise ReportError(f"{path} is not JSON; expected a report that {program} wrote") from None

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from vae_benchmarks.intervals import paired_ratio
 from vae_benchmarks.machine import MachineFacts
 from vae_runtime import VAE
 
@@ -149,17 +149,14 @@ def process(program: str, bundle: Path, shape: tuple[int, ...]) -> tuple[float, 
 
 
 def row(bundle: Path, name: str, bare: list[float], ours: list[float], unit: str = "seconds") -> dict[str, Any]:
-    ratios = sorted(b / a for a, b in zip(bare, ours, strict=True))
-    half = 0.98 * math.sqrt(len(ratios))  # the order statistics that enclose the median with 95%
-    low = ratios[max(0, math.floor(len(ratios) / 2 - half))]
-    high = ratios[min(len(ratios) - 1, math.ceil(len(ratios) / 2 + half))]
+    ratio, low, high, _ = paired_ratio(bare, ours)
     return {
         "bundle": bundle.parent.name if bundle.name == "bundle.vae" else bundle.stem,  # a case, or a bundle
         "what": name,
         "unit": unit,
         "bare": statistics.median(bare),
         "ours": statistics.median(ours),
-        "ratio": statistics.median(ratios),
+        "ratio": ratio,
         "interval": [low, high],
     }
 

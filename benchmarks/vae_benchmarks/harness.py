@@ -21,6 +21,7 @@ from vae_runtime.manifest import MANIFEST_FILE
 from .children import run_worker
 from .latency import CLOCK_SHARE, WARMUP_RULE, Samples, Warmup
 from .machine import MachineFacts
+from .plain import from_plain
 from .report import (
     BundleFacts,
     ClockFacts,
@@ -82,7 +83,10 @@ def benchmark(
         clock=ClockFacts(
             *(float(np.median([one["clock"][name] for _, one in workers])) for name in ("resolution_ns", "cost_ns"))
         ),
-        plan={name: tuple(PlannedRoute(**route) for route in routes) for name, routes in last["plan"].items()},
+        plan={
+            name: tuple(from_plain(PlannedRoute, route, "the plan") for route in routes)
+            for name, routes in last["plan"].items()
+        },
         method=describe_method(facts),
         skipped=skipped,
         startup=_startup_report(starts, measured),
@@ -177,7 +181,7 @@ def describe_method(facts: BundleFacts) -> dict[str, str]:
         "sample": "with seed=0",
         "calls": "the public ones of VAE, with their checks on inputs; the garbage collector is off",
         "clock": f"time.perf_counter_ns; calls are timed together where reading it takes more than {CLOCK_SHARE:.0%}",
-        "warmup": WARMUP_RULE,
+        "warmup": f"VAE.warmup with the batch sizes of the report; {WARMUP_RULE}",
         "interval": "order statistics (binomial) of the rounds' medians; of all samples where the rounds are too few",
         "startup": "one fresh process per round, files in the system's cache, without the interpreter's own start",
         "memory": "resident memory of the whole process as the system counts it",

@@ -14,16 +14,19 @@ _Kind = TypeVar("_Kind")
 
 
 def from_plain(kind: type[_Kind], value: Any, where: str) -> _Kind:
-    """A dataclass of type `kind` from a JSON object. Unknown keys are ignored, so that the format can grow.
+    """A dataclass of type `kind` from a JSON object. Unknown keys are ignored, and those with a default may be missing,
+    so that the format can grow.
 
     Raises:
-        ReportError: a key is missing or its value has another type; the message calls the object `where`.
+        ReportError: another key is missing or its value has another type; the message calls the object `where`.
     """
     if not isinstance(value, Mapping):
         raise ReportError(f"{where} is {_short(value)}; expected an object")
     hints = get_type_hints(kind)
     fields = {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if field.name not in value and field.default is not dataclasses.MISSING:
+            continue
         if field.name not in value:
             raise ReportError(f"{where} has no {field.name!r}")
         fields[field.name] = _convert(hints[field.name], value[field.name], f"{where}.{field.name}")

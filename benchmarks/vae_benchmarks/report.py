@@ -190,7 +190,10 @@ class ClockFacts:
 
 @dataclass(frozen=True)
 class PlannedRoute:
-    """What ran batches from `from_batch` on, as `VAE.plan` says; threads and spinning None: the engine's own choice."""
+    """What ran batches from `from_batch` on, as `VAE.plan` says; threads and spinning None: the engine's own choice.
+
+    fixed_batches: those that `VAE.warmup` made a session of their own for.
+    """
 
     from_batch: int
     device: str
@@ -199,6 +202,7 @@ class PlannedRoute:
     file: str
     threads: int | None
     spinning: bool | None
+    fixed_batches: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

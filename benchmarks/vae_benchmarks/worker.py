@@ -85,6 +85,7 @@ def measure_latency(
 
     clock = Clock.measure()
     with VAE.load(bundle, device=device, precision=precision, threads=threads) as vae:
+        vae.warmup(sorted({batch for _, batch in rows}))
         calls = [make_call(vae, operation, batch) for operation, batch in rows]
         results = [
             measure(call, seconds=seconds, wanted=wanted, confidence=confidence, width=width, clock=clock)

@@ -14,6 +14,7 @@ import numpy as np
 from .devices import CPU, Device, first_line, import_engine
 from .errors import BundleError, ClosedError, DeviceError, InputError
 from .graph_rules import check_graph
+from .plugins import OPENVINO
 from .preprocess import Float32, ValueRule
 
 # Up to so many values per call, copying into memory that is bound to the session costs less than binding the caller's.
@@ -27,18 +28,26 @@ class GraphSession:
 
     threads, spinning: of onnxruntime's own thread pool; None leaves each to onnxruntime. Other providers have their own
         pools: OpenVINO takes `threads` too, and none takes `spinning`.
+    batch: the only batch size that it takes, and is made for; None takes any.
     """
 
     def __init__(
-        self, model: bytes, file: str, device: Device, threads: int | None = None, spinning: bool | None = None
+        self,
+        model: bytes,
+        file: str,
+        device: Device,
+        threads: int | None = None,
+        spinning: bool | None = None,
+        batch: int | None = None,
     ) -> None:
         check_graph(model, file)
         self.file = file
         self.device = device
         self.threads = threads
         self.spinning = spinning
+        self.batch = batch
         self._process = os.getpid()
-        self._session = _open(model, file, device, threads, spinning)
+        self._session = _open(model, file, device, threads, spinning, batch)
         self.inherited = False  # through a fork
         _sessions.add(self)
 
@@ -60,14 +69,30 @@ class GraphSession:
         self._input_shape = input_shape
         self._outputs = list(outputs)
         self._output_shapes = list(outputs.values())
-        if isinstance(self._session.get_inputs()[0].shape[0], int):
+        if self.batch is None and isinstance(self._session.get_inputs()[0].shape[0], int):
             raise BundleError(f"{self.file} has a fixed batch size; a bundle's graphs take any")
+        largest = max(math.prod(shape) for shape in (input_shape, *outputs.values()))
+        # On other providers binding an input copies it to the device; what is written to the array later is never seen.
+        self._largest_bound = _BOUND_VALUES // largest if self.device.provider == CPU else 0
+
+    @property
+    def gains_from_fixed_batch(self) -> bool:
+        """Whether a session made for one batch size is faster than one for any. OpenVINO lays out its memory and
+        chooses its kernels by shape; the CPU provider takes the same time."""
+        return self.device.provider == OPENVINO
+
+    def for_batch(self, model: bytes, batch: int) -> GraphSession:
+        """A session of the same graph, whose file's bytes are `model`, in all as this one, but for one batch size."""
+        session = GraphSession(model, self.file, self.device, self.threads, self.spinning, batch)
+        session.require_boundary(
+            self._input, self._input_shape, dict(zip(self._outputs, self._output_shapes, strict=True))
+        )
+        return session
 
     def bind(self, batch: int, rule: ValueRule) -> BoundCall | None:
-        """Calls of so many rows at the least cost; None where they are too large, and on providers other than the CPU:
-        there, binding an input copies it to the device, and what is written to the array later is never seen."""
-        largest = max(math.prod(shape) for shape in (self._input_shape, *self._output_shapes))
-        if batch * largest > _BOUND_VALUES or self.device.provider != CPU:
+        """Calls of so many rows at the least cost; None where they are too large, and on other providers than the
+        CPU."""
+        if batch > self._largest_bound:
             return None
         names = [self._input, *self._outputs]
         shapes = [(batch, *shape) for shape in (self._input_shape, *self._output_shapes)]
@@ -163,7 +188,9 @@ def check_threads(threads: Any) -> int | None:
     return int(threads)
 
 
-def _open(model: bytes, file: str, device: Device, threads: int | None, spinning: bool | None) -> Any:
+def _open(
+    model: bytes, file: str, device: Device, threads: int | None, spinning: bool | None, batch: int | None
+) -> Any:
     onnxruntime = import_engine()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what fails is raised, not printed
@@ -172,6 +199,8 @@ def _open(model: bytes, file: str, device: Device, threads: int | None, spinning
         options.intra_op_num_threads = threads
     if spinning is not None:
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    if batch is not None:
+        options.add_free_dimension_override_by_name("batch", batch)
     options.add_session_config_entry("session.load_model_format", "ONNX")
     if device.provider != CPU:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")

@@ -169,7 +169,7 @@ def _measure(path: str, candidate: Candidate, seconds: float) -> dict[str, Any]:
         inputs = {"encode": golden[INPUT], "decode": vae.encode(golden[INPUT]).mode()}
         calls: dict[str, Callable[[Float32], Any]] = {"encode": vae.encode, "decode": vae.decode}
         cells = len(OPERATIONS) * len(BATCHES)
-        return {name: dict(_times(calls[name], inputs[name], seconds / cells)) for name in OPERATIONS}
+        return {name: dict(_times(vae, calls[name], inputs[name], seconds / cells)) for name in OPERATIONS}
 
 
 def _psnr_loss(vae: VAE, golden: dict[str, Float32]) -> float:
@@ -181,15 +181,15 @@ def _psnr_loss(vae: VAE, golden: dict[str, Float32]) -> float:
     return float(10 * np.log10(max(error, 1e-12) / max(reference, 1e-12)))
 
 
-def _times(call: Callable[[Float32], Any], inputs: Float32, seconds: float) -> Iterator[tuple[int, float]]:
-    """Batch size and the median seconds of one call, for each batch size that is not too slow."""
+def _times(vae: VAE, call: Callable[[Float32], Any], inputs: Float32, seconds: float) -> Iterator[tuple[int, float]]:
+    """Batch size and the median seconds of one call after `VAE.warmup`, for each batch size that is not too slow."""
     expected = 0.0
     for batch in BATCHES:
         if expected * batch > _CALL_LIMIT:
             return
         array = np.resize(inputs, (batch, *inputs.shape[1:]))
-        for _ in range(2):  # warm-up
-            call(array)
+        vae.warmup([batch])
+        call(array)
         taken: list[float] = []
         deadline = time.perf_counter() + seconds
         while len(taken) < 3 or (time.perf_counter() < deadline and len(taken) < 100_000):

@@ -167,9 +167,12 @@ def _cache_folder() -> Path:
 
 
 def _processor() -> str | None:
-    """The processor's name as Linux tells it."""
+    """The processor's name as Linux tells it: x86 by model name; ARM by the numbers of its maker and design, and boards
+    also in the device tree."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    names = ("model name", "Hardware", "Model", "CPU implementer", "CPU part", "CPU variant")
+    return ", ".join(fields[name] for name in names if fields.get(name)) or None

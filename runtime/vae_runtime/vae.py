@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -158,12 +158,27 @@ class VAE:
     @property
     def plan(self) -> dict[str, list[dict[str, Any]]]:
         """What runs for "encode" and "decode": per range of batch sizes its first (`from_batch`), the device,
-        onnxruntime's provider, the precision, the file, threads and spinning (None: the engine's own choice)."""
+        onnxruntime's provider, the precision, the file, threads and spinning (None: the engine's own choice), and the
+        batch sizes that have a session of their own since `warmup` (`fixed_batches`)."""
         encoder, decoder = self._open_operations()
-        return {
-            "encode": [route.describe() for route in encoder.routes],
-            "decode": [route.describe() for route in decoder.routes],
-        }
+        return {"encode": encoder.plan(), "decode": decoder.plan()}
+
+    def warmup(self, batch_sizes: Sequence[int] = (1,)) -> None:
+        """Do now what the first call with so many examples would do, and on OpenVINO also what makes every such call
+        faster: compile the graphs for just that batch size. Each costs memory and time there; results stay the same up
+        to rounding.
+
+        batch_sizes: numbers of examples that `encode` and `decode` will be given in one call.
+
+        Raises:
+            InputError: a batch size that is no whole number from 1. BundleError: the bundle has been altered or removed
+            since it was loaded. DeviceError: the device failed, for example for want of memory.
+        """
+        if isinstance(batch_sizes, (str, bytes)) or not isinstance(batch_sizes, Sequence):
+            raise InputError(f"batch_sizes is {batch_sizes!r}; expected a sequence such as (1, 32)")
+        for batch in [check_count(size, "a batch size") for size in batch_sizes]:
+            for operation in self._open_operations():
+                operation.warm(batch, self._bundle.read)
 
     def encode(self, inputs: Any, *, batch_size: int | None = None) -> Posterior:
         """Inputs -> the posterior q(z|x) of each; for a plain autoencoder, its code.

@@ -145,6 +145,13 @@ def test_unknown_keys_are_ignored(measured: Report) -> None:
     assert Report.from_dict(document) == measured
 
 
+def test_reports_from_before_a_key_was_added_are_read(measured: Report) -> None:
+    document = json.loads(json.dumps(measured.to_dict()))
+    for route in (*document["plan"]["encode"], *document["plan"]["decode"]):
+        assert route.pop("fixed_batches") == []
+    assert Report.from_dict(document) == measured
+
+
 def test_a_report_tells_nothing_about_the_user(measured: Report, tiny: Path) -> None:
     text = json.dumps(measured.to_dict())
     for private in (str(tiny.parent), f"{Path.home()}/", f'"{getpass.getuser()}"', socket.gethostname()):
@@ -252,7 +259,7 @@ def test_the_table_shows_every_row_and_its_units(make_report: Callable[..., Repo
     assert "MiB" in text
     assert "a CPU, x86_64, 8 of 8 logical cores (4 physical), 16.0 GiB memory, governor performance" in text
     assert "*" not in text
-    assert "Warm-up: in each round at least 10 calls and 50 ms" in text
+    assert "Warm-up: VAE.warmup with the batch sizes of the report; in each round at least 10 calls and 50 ms" in text
     slow = format_report(make_report(0, {("encode", 1, 1): 120.0}))
     assert "p50 ms" in slow
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vae_runtime import VAE, DeviceError, InputError, devices
+from vae_runtime import VAE, BundleError, DeviceError, InputError, devices
 from vae_runtime import plugins as module
 from vae_runtime.devices import CPU, find_device, import_engine, usable_devices
 from vae_runtime.plugins import OPENVINO, openvino_options
@@ -37,13 +37,54 @@ def test_fp32_is_fp32(openvino: None, name: str, request: pytest.FixtureRequest)
             np.testing.assert_allclose(vae.reconstruct(x), cpu.reconstruct(x), atol=2e-6)
 
 
-def test_its_session_runs_every_node_on_openvino(openvino: None, tiny_path: Path) -> None:
+def test_every_node_runs_on_openvino(openvino: None, tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = import_engine()
+    if not hasattr(engine.InferenceSession, "get_provider_graph_assignment_info"):
+        pytest.skip("this onnxruntime does not tell which provider runs which node")
+    plain = engine.SessionOptions
+
+    def recording() -> Any:
+        options = plain()
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        return options
+
+    monkeypatch.setattr(engine, "SessionOptions", recording)
     with VAE.load(tiny_path, device="openvino") as vae:
         for operation in vae._open_operations():
-            session = operation.routes[0].session._session
-            if not hasattr(session, "get_provider_graph_assignment_info"):
-                pytest.skip("this onnxruntime does not tell which provider runs which node")
-            assert session.get_session_options().get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
+            parts = operation.routes[0].session._session.get_provider_graph_assignment_info()
+            assert {part.ep_name for part in parts} == {OPENVINO}
+            assert sum(len(part.get_nodes()) for part in parts) > 1
+
+
+def test_warmup_makes_sessions_for_just_these_batch_sizes(openvino: None, tiny_path: Path) -> None:
+    with VAE.load(tiny_path, device="openvino") as vae, VAE.load(tiny_path) as cpu:
+        vae.warmup([3, 1])
+        vae.warmup([3])
+        for operation, routes in vae.plan.items():
+            assert [route["fixed_batches"] for route in routes] == [[1, 3]], operation
+        shapes = [vae._open_operations()[0].session(batch)._session.get_inputs()[0].shape for batch in (1, 2, 3)]
+        assert [shape[0] for shape in shapes] == [1, "batch", 3]
+        golden = vae.golden()["x"]
+        for batch in (1, 2, 3, 4, 300):
+            x = np.resize(golden, (batch, *golden.shape[1:]))
+            np.testing.assert_allclose(vae.encode(x).mean, cpu.encode(x).mean, atol=2e-6)
+            np.testing.assert_allclose(vae.reconstruct(x), cpu.reconstruct(x), atol=2e-6)
+
+
+def test_warmup_for_a_large_batch_takes_its_chunks(openvino: None, tiny_path: Path) -> None:
+    with VAE.load(tiny_path, device="openvino") as vae:
+        vae.warmup([256 + 44, 512])
+        assert vae.plan["encode"][0]["fixed_batches"] == [44, 256]
+
+
+def test_warmup_reads_the_graph_again_and_checks_it(openvino: None, bundle: Path) -> None:
+    with VAE.load(bundle, device="openvino") as vae:
+        data = bytearray((bundle / "decoder.onnx").read_bytes())
+        data[len(data) // 2] ^= 1
+        (bundle / "decoder.onnx").write_bytes(data)
+        with pytest.raises(BundleError, match=r"decoder\.onnx was altered"):
+            vae.warmup([2])
+        assert vae.decode(np.zeros((2, *vae.manifest.latent.shape), np.float32)).shape[0] == 2
 
 
 def test_graph_that_it_cannot_run_as_a_whole_is_refused(openvino: None, bundle: Path, resign: Any) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from vae_runtime import VAE, BundleError, ClosedError, DeviceError, InputError, KindError, Posterior, to_uint8
 from vae_runtime.sampling import NormalStream
+from vae_runtime.session import GraphSession
 
 # Chunks of another size may be multiplied by another kernel: equal but for the last bits.
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -287,6 +288,7 @@ def test_plan_tells_device_provider_precision_and_file(tiny_path: Path) -> None:
     with VAE.load(tiny_path, device="auto", precision="auto") as vae:
         assert vae.precision == "fp32"
         same = {"from_batch": 1, "device": vae.device, "precision": "fp32", "threads": None, "spinning": None}
+        same["fixed_batches"] = []
         same["provider"] = "CPUExecutionProvider" if vae.device == "cpu" else "CUDAExecutionProvider"
         assert vae.plan == {"encode": [{**same, "file": "encoder.onnx"}], "decode": [{**same, "file": "decoder.onnx"}]}
         assert repr(vae) == f"VAE('tiny', vae, fp32 on {vae.device})"
@@ -519,3 +521,43 @@ def test_sample_batches_are_the_same_examples_in_pieces(tiny: VAE) -> None:
 def test_sample_batches_checks_its_arguments_before_the_first_batch(tiny: VAE) -> None:
     with pytest.raises(InputError, match="n is 0; expected a whole number from 1"):
         tiny.sample_batches(0)
+
+
+def test_warmup_leaves_results_as_they_are(tiny_path: Path, images: np.ndarray) -> None:
+    with VAE.load(tiny_path) as vae:
+        before = [vae.encode(images[:size]).mean for size in (1, 2, 20)]
+        vae.warmup((1, np.int64(2), 300))
+        for size, expected in zip((1, 2, 20), before, strict=True):
+            np.testing.assert_array_equal(vae.encode(images[:size]).mean, expected)
+        assert vae.plan["encode"][0]["fixed_batches"] == []  # the CPU provider gains nothing from them
+
+
+def test_warmup_makes_the_first_call_take_bound_memory(
+    tiny_path: Path, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with VAE.load(tiny_path) as vae:
+        vae.warmup([2])
+        monkeypatch.setattr(GraphSession, "run", lambda self, array: pytest.fail("went the slow way"))
+        assert vae.decode(vae.encode(images[:2]).mean).shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ([0], "a batch size is 0; expected a whole number from 1"),
+        ([1, True], "a batch size is True"),
+        ([2.0], r"a batch size is 2\.0"),
+        (3, r"batch_sizes is 3; expected a sequence such as \(1, 32\)"),
+        ("12", "batch_sizes is '12'; expected a sequence"),
+    ],
+)
+def test_warmup_refuses_what_is_no_batch_size(tiny: VAE, sizes: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tiny.warmup(sizes)
+
+
+def test_warmup_of_a_closed_bundle_is_refused(tiny_path: Path) -> None:
+    vae = VAE.load(tiny_path)
+    vae.close()
+    with pytest.raises(ClosedError):
+        vae.warmup()

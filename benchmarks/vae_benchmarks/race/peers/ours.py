@@ -15,18 +15,21 @@ from ..entrant import TOLERANCES, CannotRunError, Entrant
 
 
 def open_entrant(case: Case, batch: int, threads: int, device: str, precision: str) -> Entrant:
-    """`VAE.load` and the public `encode` and `decode` with all their checks on inputs. The thread count is given,
-    nothing else; "auto" takes what `vae-run tune` found on this machine, where it was run."""
+    """`VAE.load`, `VAE.warmup` for the batch size, and the public `encode` and `decode` with all their input checks.
+
+    The thread count is given, nothing else; "auto" takes what `vae-run tune` found on this machine, where it was run.
+    """
     if precision not in ("auto", *case.manifest.precisions):
         raise CannotRunError(f"the bundle has no {precision}, it has {', '.join(sorted(case.manifest.precisions))}")
     vae = VAE.load(case.bundle, device=device, precision=precision, threads=threads)
+    vae.warmup([batch])
     used = {str(name) for name in _values(vae.plan, "precision")} & TOLERANCES.keys()
     return Entrant(
         encode=vae.encode,
         decode=vae.decode,
         precisions=tuple(sorted(used)) or (vae.precision,),
         engine=f"vae-edge on onnxruntime {import_engine().__version__}",
-        configuration=f"device={device!r}, precision={precision!r}, threads={threads}",
+        configuration=f"device={device!r}, precision={precision!r}, threads={threads}, warmup([{batch}])",
         arrays=_arrays,
         plan=vae.plan,
     )

@@ -31,7 +31,7 @@ from .errors import (
 from .manifest import Manifest
 from .posterior import Posterior
 from .preprocess import to_uint8
-from .vae import VAE, SelfTest
+from .vae import VAE, RouteTest, SelfTest
 from .version import __version__
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "MissingExtraError",
     "OutputError",
     "Posterior",
+    "RouteTest",
     "SelfTest",
     "TrainingError",
     "VAEError",

@@ -72,11 +72,16 @@ def selftest(ctx: click.Context, /, bundle: str, as_json: bool, **engine: Any) -
     with VAE.load(bundle, **engine) as vae:
         result = vae.selftest()
     if as_json:
-        errors = {name: error if np.isfinite(error) else None for name, error in result.errors.items()}
-        print_json({**result._asdict(), "errors": errors, "passed": result.passed})
+        routes = [
+            {**route._asdict(), "errors": _finite(route.errors), "passed": route.passed} for route in result.routes
+        ]
+        together = {"errors": _finite(result.errors), "tolerance": result.tolerance, "passed": result.passed}
+        print_json({**result._asdict(), "routes": routes, **together})
     else:
-        for name, error in result.errors.items():
-            click.echo(f"{name:15} error {error:.1e}   tolerance {result.tolerance:.0e}")
+        for route in result.routes:
+            for name, error in route.errors.items():
+                where = f"{route.precision} on {route.device}"
+                click.echo(f"{name:15} error {error:.1e}   tolerance {route.tolerance:.0e}   {where}")
         click.echo(f"{'passed' if result.passed else 'FAILED'} on {result.device} in {result.precision}")
     ctx.exit(0 if result.passed else NEGATIVE_VERDICT)
 
@@ -248,6 +253,10 @@ def _engine_facts() -> dict[str, Any]:
         return {"onnxruntime": import_engine().__version__, "devices": usable_devices()}
     except MissingExtraError as error:
         return {"onnxruntime": None, "devices": {"cpu": str(error)}}
+
+
+def _finite(errors: dict[str, float]) -> dict[str, float | None]:
+    return {name: error if np.isfinite(error) else None for name, error in errors.items()}
 
 
 def _describe(manifest: Manifest, engine: dict[str, Any]) -> str:

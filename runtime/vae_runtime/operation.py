@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,25 +28,39 @@ class Candidate(NamedTuple):
     spinning: bool | None = None
 
 
-class Route(NamedTuple):
-    """What runs batches of `from_batch` and more, up to the next route's. precision: the file's own, "fp32" for a half
-    that has no file in the precision asked for."""
+class Route:
+    """What runs calls with `from_batch` examples and more, up to the next route's.
 
-    from_batch: int
-    session: GraphSession
-    precision: str
+    precision: the file's own, "fp32" for a half that has no file in the precision asked for.
+    """
 
-    def describe(self, fixed_batches: Sequence[int]) -> dict[str, Any]:
+    def __init__(self, from_batch: int, session: GraphSession, precision: str) -> None:
+        self.from_batch = from_batch
+        self.precision = precision
+        self.any_batch = session
+        self._fixed: dict[int, GraphSession] = {}  # by batch size
+
+    def session(self, rows: int) -> GraphSession:
+        """What runs so many rows at once."""
+        return self._fixed.get(rows, self.any_batch)
+
+    def fix(self, rows: int, read: Callable[[str], bytes]) -> None:
+        """Make a session for just so many rows, where that is faster. read: a file of the bundle -> its bytes."""
+        if self.any_batch.gains_from_fixed_batch and rows not in self._fixed:
+            self._fixed[rows] = self.any_batch.for_batch(read(self.any_batch.file), rows)
+
+    def describe(self) -> dict[str, Any]:
         """One entry of `VAE.plan`."""
+        session = self.any_batch
         return {
             "from_batch": self.from_batch,
-            "device": self.session.device.name,
-            "provider": self.session.device.provider,
+            "device": session.device.name,
+            "provider": session.device.provider,
             "precision": self.precision,
-            "file": self.session.file,
-            "threads": self.session.threads,
-            "spinning": self.session.spinning,
-            "fixed_batches": list(fixed_batches),
+            "file": session.file,
+            "threads": session.threads,
+            "spinning": session.spinning,
+            "fixed_batches": sorted(self._fixed),
         }
 
 
@@ -56,7 +69,7 @@ class Operation:
 
     check: whatever the caller passed -> what the graph takes, or an `InputError`. rule: the same for the values alone,
         fast, for arrays of `shape` that are float32 already. image_values: numbers in one input image or vector.
-    routes: by rising `from_batch`, the first from 1.
+    routes: by rising `from_batch`, the first from 1; by the examples of a whole call, not of a chunk.
     """
 
     def __init__(
@@ -72,8 +85,6 @@ class Operation:
         self._check = check
         self._rule = rule
         self._chunk = max(1, min(_CHUNK_EXAMPLES, _CHUNK_VALUES // image_values))
-        self._sessions = [(route.from_batch, route.session) for route in reversed(self.routes)]
-        self._fixed: dict[int, GraphSession] = {}  # made by `warm`, by batch size
         self._free: dict[tuple[int, ...], list[BoundCall]] = {}
 
     def __call__(self, array: Any, batch_size: int | None = None) -> list[Float32]:
@@ -81,8 +92,11 @@ class Operation:
         # No subclass: masks and the like are for the check.
         if batch_size is None and type(array) is _ARRAY and array.dtype is _FLOAT32 and array.shape in self._free:
             free = self._free[array.shape]
-            call = free.pop() if free else None  # what is popped no other thread has; both are atomic
-            if call is not None:
+            try:
+                call = free.pop()  # atomic: what is popped no other thread has
+            except IndexError:
+                pass
+            else:
                 results = call(array)
                 free.append(call)
                 if results is not None:
@@ -98,44 +112,38 @@ class Operation:
         shape = (batch, *self._shape)
         free = self._free.get(shape)
         if not free and batch <= self._chunk and (free is not None or len(self._free) < _BOUND_BATCH_SIZES):
-            call = self.session(batch).bind(batch, self._rule)
+            call = self.route(batch).session(batch).bind(batch, self._rule)
             if call is not None:
                 self._free.setdefault(shape, []).append(call)
 
-    def warm(self, batch: int, read: Callable[[str], bytes]) -> None:
-        """Be ready for `batch` examples in one call: sessions for just the batch sizes that it takes, where they are
-        faster, and a first run of each. read: a file of the bundle -> its bytes."""
-        sizes = {min(batch, self._chunk), batch % self._chunk if batch > self._chunk else 0} - {0}
-        for size in sorted(sizes):
-            session = self.session(size)
-            if session.gains_from_fixed_batch and size not in self._fixed:
-                self._fixed[size] = session.for_batch(read(session.file), size)
-            self(np.zeros((size, *self._shape), np.float32))
+    def warm(self, examples: int, read: Callable[[str], bytes]) -> None:
+        """Be ready for calls with so many: `Route.fix` and a first run for each number of rows that they come to."""
+        route = self.route(examples)
+        for rows in {min(examples, self._chunk), examples % self._chunk if examples > self._chunk else 0} - {0}:
+            route.fix(rows, read)
+            zeros = np.zeros((rows, *self._shape), np.float32)
+            if rows == examples:
+                self(zeros)
+            else:
+                route.session(rows).run(zeros)
 
-    def plan(self) -> list[dict[str, Any]]:
-        """The routes, as `VAE.plan` tells them."""
-        fixed = sorted(self._fixed)
-        ends = [route.from_batch for route in self.routes[1:]] + [math.inf]
-        return [
-            route.describe([size for size in fixed if route.from_batch <= size < end])
-            for route, end in zip(self.routes, ends, strict=True)
-        ]
-
-    def run(self, checked: Float32, size: int) -> list[Float32]:
-        """What is known to be good, in chunks of `size`."""
+    def run(self, checked: Float32, size: int, examples: int | None = None) -> list[Float32]:
+        """What is known to be good, in chunks of `size`. examples: how many the whole call has, if these are a part."""
+        route = self.route(examples or len(checked))
         if len(checked) <= size:
-            return self.session(len(checked)).run(checked)
+            return route.session(len(checked)).run(checked)
         chunks = [checked[start : start + size] for start in range(0, len(checked), size)]
-        parts = [self.session(len(chunk)).run(chunk) for chunk in chunks]
+        parts = [route.session(len(chunk)).run(chunk) for chunk in chunks]
         return [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
 
-    def session(self, batch: int) -> GraphSession:
-        if batch in self._fixed:
-            return self._fixed[batch]
-        for from_batch, session in self._sessions:
-            if batch >= from_batch:
-                return session
-        return self._sessions[-1][1]
+    def run_each(self, array: Any) -> list[tuple[Route, list[Float32]]]:
+        """The outputs of every route for the same input."""
+        checked = self._check(array)
+        return [(route, route.any_batch.run(checked)) for route in self.routes]
+
+    def route(self, examples: int) -> Route:
+        """The whole call takes one route, so that chunks do not change the result."""
+        return next(route for route in reversed(self.routes) if examples >= route.from_batch)
 
     def chunk_size(self, asked: int | None) -> int:
         return self._chunk if asked is None else check_count(asked, "batch_size")

@@ -18,6 +18,8 @@ OPENVINO = "OpenVINOExecutionProvider"
 _OPENVINO_PACKAGE = "onnxruntime_ep_openvino"
 # OpenVINO's own names. What it would choose by itself on a processor with AMX is bf16, also where fp32 was promised.
 _PRECISION, _THREADS, _STREAMS = "INFERENCE_PRECISION_HINT", "INFERENCE_NUM_THREADS", "NUM_STREAMS"
+_PINNED = {_PRECISION, _THREADS, _STREAMS}
+_DECIDED = {"device_type", "precision", "num_of_threads", "num_streams"}  # the provider's older names for the same
 
 
 def find_plugin_device(engine: Any, provider: str) -> Any | None:
@@ -68,28 +70,30 @@ def openvino_options(
     """The provider's options for one session: its precision and threads pinned, `given` added.
 
     Raises:
-        InputError: `given` holds a load_config that is no JSON, or that sets what precision and threads decide.
+        InputError: `given` sets what device, precision and threads decide, or holds a load_config that is no JSON of
+            the processor's properties.
     """
     pinned = {_PRECISION: "bf16" if precision == "bf16" else "f32", _STREAMS: "1"}
     if threads is not None:
         pinned[_THREADS] = str(threads)
     config = _load_config(given)
-    for name in (_PRECISION, _THREADS):
-        if name in config:
-            raise InputError(f"load_config sets {name} to {config[name]!r}; pass precision or threads instead")
+    for where, names in (("provider_options", given.keys() & _DECIDED), ("load_config", config.keys() & _PINNED)):
+        for name in sorted(names):
+            value = given[name] if where == "provider_options" else config[name]
+            raise InputError(f"{where} sets {name} to {value!r}; device, precision and threads decide that")
     processor = {"device_type": "CPU"} if compiled_in else {}  # a plug-in's device is that already
     return {**given, **processor, "load_config": json.dumps({"CPU": {**config, **pinned}}, sort_keys=True)}
 
 
 def _load_config(given: Mapping[str, str]) -> dict[str, Any]:
-    text = given.get("load_config", "{}")
+    text = given.get("load_config", '{"CPU": {}}')
     try:
-        config = json.loads(text).get("CPU", {})
-    except (ValueError, AttributeError):
-        config = None
-    if not isinstance(config, dict):
+        document = json.loads(text)
+    except ValueError:
+        document = None
+    if not isinstance(document, dict) or [*document] != ["CPU"] or not isinstance(document["CPU"], dict):
         raise InputError(f'load_config is {text!r}; expected JSON such as {{"CPU": {{"NAME": "value"}}}}')
-    return config
+    return dict(document["CPU"])
 
 
 @functools.cache

@@ -228,4 +228,5 @@ def _open_error(error: Exception, file: str, device: Device) -> BundleError | De
     """A CPU session fails because of the graph; another device's may fail for its own reasons."""
     if device.provider == CPU or type(error).__name__ in ("InvalidGraph", "InvalidProtobuf"):
         return BundleError(f"{file} cannot be loaded by onnxruntime: {first_line(error)}")
-    return DeviceError(f"device {device.name!r} cannot run {file}: {first_line(error)}")
+    options = f" with the options {dict(device.options)}" if device.options else ""
+    return DeviceError(f"device {device.name!r} cannot run {file}{options}: {first_line(error)}")

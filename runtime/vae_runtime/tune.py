@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 from .bundle import Bundle
-from .devices import PROVIDER_PRECISIONS, usable_devices
+from .devices import PROVIDER_PRECISIONS, find_device, first_line, usable_devices
 from .errors import DeviceError, InputError, VAEError
-from .manifest import INPUT, RECONSTRUCTION, Manifest
+from .manifest import INPUT, PRECISIONS, RECONSTRUCTION, Manifest
 from .operation import Candidate
 from .preprocess import Float32
-from .tuning import OPERATIONS, Measured, usable_cores, write_tuning
+from .tuning import OPERATIONS, Measured, make_cache_folder, usable_cores, write_tuning
 from .vae import VAE
 
 BATCHES = (1, 8, 32)
@@ -59,6 +59,7 @@ def tune(
         raise InputError(f"seconds is {seconds!r}; expected a number above 0, at most 3600")
     tell = progress or (lambda line: None)
     bundle = Bundle.open(path)
+    make_cache_folder()  # a folder that cannot be written is found before anything is measured
     alive = candidates(bundle.manifest, _usable(devices))
     times: dict[Candidate, list[dict[str, dict[int, float]]]] = {candidate: [] for candidate in alive}
     start = time.monotonic()
@@ -86,8 +87,9 @@ def candidates(manifest: Manifest, devices: Sequence[str]) -> list[Candidate]:
     """What there is to measure, the plainest and most exact first."""
     cores = usable_cores()
     counts = sorted({1, max(1, cores // 2), cores})
-    own = [name for name, precision in manifest.precisions.items() if precision.within_budget]
-    precisions = sorted(own, key=["fp32", "fp16", "int8"].index)
+    precisions = [
+        name for name in PRECISIONS if name in manifest.precisions and manifest.precisions[name].within_budget
+    ]
     found = []
     for device in devices:
         for precision in [*precisions, *PROVIDER_PRECISIONS]:
@@ -108,13 +110,16 @@ def describe(candidate: Candidate) -> str:
 
 
 def _usable(devices: Sequence[str] | None) -> list[str]:
+    """By the names that `VAE.device` reports."""
     reasons = usable_devices()
     if devices is None:
-        return [name for name, reason in reasons.items() if reason is None]
+        devices = [name for name, reason in reasons.items() if reason is None]
+    if not devices:
+        raise InputError(f"devices is {devices!r}; expected at least one of {', '.join(reasons)}")
     for name in devices:
-        if reasons.get(name, "it is not one of " + ", ".join(reasons)) is not None:
-            raise InputError(f"device {name!r} cannot be measured: {reasons.get(name, 'there is no such device')}")
-    return list(devices)
+        if (reason := reasons.get(name, f"it is not one of {', '.join(reasons)}")) is not None:
+            raise InputError(f"device {name!r} cannot be measured: {reason}")
+    return [find_device(name).name for name in devices]
 
 
 def _worth_measuring(device: str, precision: str) -> bool:
@@ -139,7 +144,7 @@ def _in_child(path: str | os.PathLike[str], candidate: Candidate, seconds: float
     task = json.dumps({"path": os.fspath(path), "candidate": candidate._asdict(), "seconds": seconds})
     try:
         child = subprocess.run(
-            [sys.executable, "-m", "vae_runtime.tune"],
+            [sys.executable, "-P", "-m", "vae_runtime.tune"],  # -P: no module of the current folder
             input=task,
             capture_output=True,
             text=True,
@@ -149,8 +154,11 @@ def _in_child(path: str | os.PathLike[str], candidate: Candidate, seconds: float
         answer = json.loads(child.stdout)
     except subprocess.TimeoutExpired:
         return f"it did not finish within {_CHILD_LIMIT + seconds:.0f} s"
+    except OSError as error:
+        return f"its process could not be started: {error.strerror}"
     except ValueError:
-        return f"its process ended with status {child.returncode} and no result"
+        last = (child.stderr.strip().splitlines() or ["no result"])[-1]
+        return f"its process ended with status {child.returncode}: {last}"
     if "error" in answer:
         return str(answer["error"])
     return {name: {int(batch): time for batch, time in answer[name].items()} for name in OPERATIONS}
@@ -207,6 +215,8 @@ def _main() -> int:
         answer = _measure(task["path"], Candidate(**task["candidate"]), task["seconds"])
     except VAEError as error:
         answer = {"error": str(error)}
+    except Exception as error:
+        answer = {"error": f"{type(error).__name__}: {first_line(error)}"}
     json.dump(answer, sys.stdout)
     return 0
 

@@ -1,6 +1,7 @@
 """What was measured on this machine, and which engine, precision and threads it says to take.
 
-`vae-run tune` fills one small file per bundle, machine and set of engine versions in the user's cache folder;
+`vae-run tune` fills one small file per bundle, machine and set of engine versions in the user's cache folder (in the
+folder that the environment variable VAE_EDGE_CACHE names, where it is set);
 `VAE.load(..., device="auto")` and `precision="auto"` read it. Where any of the three has changed there is no file, and
 the stated rules apply: CUDA where it is usable, else the CPU; fp32.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,9 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .devices import import_engine
+from .devices import PROVIDER_PRECISIONS, check_device_name, import_engine
 from .errors import OutputError
+from .manifest import PRECISIONS
 from .operation import Candidate
+from .session import check_threads
 
 FORMAT, FORMAT_VERSION = "vae-tuning", 1
 OPERATIONS = ("encode", "decode")
@@ -41,11 +45,15 @@ class Measured:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Measured:
-        candidate = Candidate(data["device"], data["precision"], data["threads"], data["spinning"])
+        """Raises ValueError, KeyError, TypeError or AttributeError for anything but what `to_dict` makes."""
+        device, precision, threads, spinning = (data[name] for name in Candidate._fields)
+        check_device_name(device)
+        if precision not in (*PRECISIONS, *PROVIDER_PRECISIONS) or not (spinning is None or isinstance(spinning, bool)):
+            raise ValueError("no such precision, or no such spinning")
         seconds = {name: {int(b): float(t) for b, t in data["seconds"][name].items()} for name in OPERATIONS}
-        if not all(row and all(b >= 1 and t > 0 for b, t in row.items()) for row in seconds.values()):
+        if not all(row and all(b >= 1 and 0 < t < math.inf for b, t in row.items()) for row in seconds.values()):
             raise ValueError("a measurement needs batch sizes from 1 and times above 0")
-        return cls(candidate, seconds)
+        return cls(Candidate(device, precision, check_threads(threads), spinning), seconds)
 
 
 def machine_key() -> dict[str, Any]:
@@ -85,11 +93,11 @@ def read_tuning(bundle: str) -> list[Measured]:
     """The measurements for a bundle on this machine; empty where there are none, or none that can be read."""
     try:
         data = json.loads(tuning_file(bundle).read_text())
-        if data["format"] != FORMAT or data["format_version"] != FORMAT_VERSION or data["bundle"] != bundle:
-            return []
-        return [Measured.from_dict(entry) for entry in data["measured"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []  # a damaged cache is no cache
+        if _header(bundle).items() <= data.items():
+            return [Measured.from_dict(entry) for entry in data["measured"]]
+    except (OutputError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass  # a damaged cache is no cache
+    return []
 
 
 def write_tuning(bundle: str, measured: Sequence[Measured]) -> Path:
@@ -100,21 +108,27 @@ def write_tuning(bundle: str, measured: Sequence[Measured]) -> Path:
     """
     from .atomic import atomic_file  # late: running a bundle writes nothing
 
-    path = tuning_file(bundle)
-    document = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "bundle": bundle,
-        "machine": machine_key(),
-        "measured": [entry.to_dict() for entry in measured],
-    }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path.parent} cannot be made: {error.strerror}") from None
+    path = make_cache_folder() / tuning_file(bundle).name
+    document = {**_header(bundle), "measured": [entry.to_dict() for entry in measured]}
     with atomic_file(path) as stream:
         stream.write((json.dumps(document, indent=2, sort_keys=True) + "\n").encode())
     return path
+
+
+def make_cache_folder() -> Path:
+    """The folder for measurements, there and writable, or an `OutputError`."""
+    folder = _cache_folder() / "tuning"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be made: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"{folder} cannot be written to; set VAE_EDGE_CACHE to a folder that can")
+    return folder
+
+
+def _header(bundle: str) -> dict[str, Any]:
+    return {"format": FORMAT, "format_version": FORMAT_VERSION, "bundle": bundle, "machine": machine_key()}
 
 
 def choose(
@@ -148,22 +162,26 @@ def choose(
 
 
 def _fastest(entries: Sequence[Measured], operation: str, size: int) -> Candidate:
-    """The first of `entries`, most exact and plainest first, that none beats by more than `_GAIN`."""
-    best = entries[0]
-    for entry in entries[1:]:
-        if entry.seconds[operation][size] < _GAIN * best.seconds[operation][size]:
-            best = entry
-    return best.candidate
+    """The first of `entries`, the most exact and plainest first, that takes at most 1 / `_GAIN` of the least time."""
+    least = min(entry.seconds[operation][size] for entry in entries)
+    return next(entry.candidate for entry in entries if _GAIN * entry.seconds[operation][size] <= least)
 
 
 def _cache_folder() -> Path:
+    if folder := os.environ.get("VAE_EDGE_CACHE"):
+        return Path(folder)
+    try:
+        return _user_cache_folder() / "vae-edge"
+    except RuntimeError:  # as in a container, under a user that the system does not know
+        raise OutputError("this user has no home folder; set VAE_EDGE_CACHE to a folder for measurements") from None
+
+
+def _user_cache_folder() -> Path:
     if sys.platform == "win32":
-        root = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        root = str(Path.home() / "Library" / "Caches")
-    else:
-        root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(root) / "vae-edge"
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def _processor() -> str | None:

@@ -25,13 +25,14 @@ from .session import GraphSession, check_threads
 _PROVIDER_TOLERANCE = {"bf16": 5e-2, "tf32": 2e-3}
 
 
-class SelfTest(NamedTuple):
-    """The outcome of `VAE.selftest`.
+class RouteTest(NamedTuple):
+    """How one entry of `VAE.plan` came through: operation, device and precision as there.
 
     errors: by tensor, max|Δ| from the reference, relative to the data's range (reconstruction) or to max|reference|
         (mean, logvar). tolerance: what they were held against.
     """
 
+    operation: str
     device: str
     precision: str
     tolerance: float
@@ -40,6 +41,29 @@ class SelfTest(NamedTuple):
     @property
     def passed(self) -> bool:
         return all(error <= self.tolerance for error in self.errors.values())  # False for NaN
+
+
+class SelfTest(NamedTuple):
+    """The outcome of `VAE.selftest`: of every route by itself; together, the largest error by tensor, and the largest
+    tolerance."""
+
+    device: str
+    precision: str
+    routes: tuple[RouteTest, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(route.passed for route in self.routes)
+
+    @property
+    def errors(self) -> dict[str, float]:
+        pairs = [pair for route in self.routes for pair in route.errors.items()]
+        # NaN is the largest of all.
+        return {name: float(np.max([error for other, error in pairs if other == name])) for name, _ in pairs}
+
+    @property
+    def tolerance(self) -> float:
+        return max(route.tolerance for route in self.routes)
 
 
 class VAE:
@@ -51,7 +75,7 @@ class VAE:
     def __init__(self, bundle: Bundle, encoder: Operation, decoder: Operation, precision: str) -> None:
         self._bundle = bundle
         self._precision = precision
-        self._device = _joined(route.session.device.name for half in (encoder, decoder) for route in half.routes)
+        self._device = _joined(route.any_batch.device.name for half in (encoder, decoder) for route in half.routes)
         self._operations: tuple[Operation, Operation] | None = (encoder, decoder)
 
     @classmethod
@@ -71,7 +95,8 @@ class VAE:
             found fastest on this machine; where it was not run, CUDA where usable, else the CPU.
         precision: one that the bundle has files for ("fp32", "fp16", "int8"), "bf16" (OpenVINO) or "tf32" (CUDA), which
             run the fp32 graphs so, or "auto": what `vae-run tune` found fastest among those within the bundle's quality
-            budget; where it was not run, fp32.
+            budget; where it was not run, fp32. "auto" may take another precision for calls with another number of
+            examples, and results then differ by what the budget allows.
         threads: for the operators of one call on the CPU; None leaves it to the engine, which takes all cores.
         provider_options: the provider's own options, by its own names.
 
@@ -108,17 +133,19 @@ class VAE:
             bundle.verify(file)
 
         def open_routes(operation: str) -> list[Route]:
-            sessions: dict[tuple[str, Candidate], GraphSession] = {}
-            routes = []
-            for from_batch, candidate in plan[operation]:
-                file, precision = _file_of(manifest, operation, candidate.precision)
-                if (file, candidate) not in sessions:
+            sessions: dict[Candidate, GraphSession] = {}
+            routes: list[Route] = []
+            for from_batch, asked in plan[operation]:
+                file, precision = _file_of(manifest, operation, asked.precision)
+                candidate = asked._replace(precision=precision)
+                if candidate not in sessions:
                     found = find_device(candidate.device, precision, provider_options)
                     # One graph's bytes in memory at a time, and each session made from bytes that were just checked.
                     session = GraphSession(bundle.read(file), file, found, candidate.threads, candidate.spinning)
                     session.require_boundary(*boundaries[operation])
-                    sessions[file, candidate] = session
-                routes.append(Route(from_batch, sessions[file, candidate], precision))
+                    sessions[candidate] = session
+                if not routes or routes[-1].any_batch is not sessions[candidate]:
+                    routes.append(Route(from_batch, sessions[candidate], precision))
             return routes
 
         return cls(
@@ -161,7 +188,10 @@ class VAE:
         onnxruntime's provider, the precision, the file, threads and spinning (None: the engine's own choice), and the
         batch sizes that have a session of their own since `warmup` (`fixed_batches`)."""
         encoder, decoder = self._open_operations()
-        return {"encode": encoder.plan(), "decode": decoder.plan()}
+        return {
+            "encode": [route.describe() for route in encoder.routes],
+            "decode": [route.describe() for route in decoder.routes],
+        }
 
     def warmup(self, batch_sizes: Sequence[int] = (1,)) -> None:
         """Do now what the first call with so many examples would do, and on OpenVINO also what makes every such call
@@ -206,7 +236,8 @@ class VAE:
     ) -> Float32:
         """Draw `n` latents from the prior N(0, temperature²) and decode them -> like `decode`.
 
-        A larger `n` with the same seed begins with the same examples.
+        A larger `n` with the same seed begins with the same latents, and so with the same examples, unless precision
+        "auto" decodes so many in another precision.
 
         Raises:
             KindError: the bundle is a plain autoencoder, which has no prior. InputError: an argument out of range.
@@ -236,7 +267,7 @@ class VAE:
         count, scale, stream = check_count(n, "n"), check_temperature(temperature), NormalStream(seed)
         shape = self.manifest.latent.shape
         latents = (scale * stream.draw(min(size, count - start), shape) for start in range(0, count, size))
-        return (self._open_operations()[1].run(batch, size)[0] for batch in latents)
+        return (self._open_operations()[1].run(batch, size, count)[0] for batch in latents)
 
     def reconstruct(self, inputs: Any, *, batch_size: int | None = None) -> Float32:
         """Encode, take the mean, decode: float32 (N, C, H, W) in [0, 1] or (N, D). Deterministic."""
@@ -260,29 +291,40 @@ class VAE:
         return self.decode(interpolate_latents(start[0], end[0], steps, method))
 
     def selftest(self) -> SelfTest:
-        """Run the bundle's golden inputs here and compare with the reference's outputs of the day of export.
+        """Run the bundle's golden inputs through every route of `plan` and compare with the reference's outputs of the
+        day of export.
 
         The decoder gets the reference's mean, so that each half is held to its own error.
 
         Raises:
-            BundleError: the golden file is damaged. ClosedError: after `close()`.
+            BundleError: the golden file is damaged. DeviceError: the bundle states no tolerance for a precision in use.
+            ClosedError: after `close()`.
         """
+        encoder, decoder = self._open_operations()
         golden = self._bundle.golden()
-        posterior = self.encode(golden[INPUT])
-        errors = {
-            MEAN: relative_error(posterior.mean, golden[MEAN]),
-            RECONSTRUCTION: self._reconstruction_error(self.decode(golden[MEAN]), golden),
-        }
-        if posterior.logvar is not None:
-            errors[LOGVAR] = relative_error(posterior.logvar, golden[LOGVAR])
-        tolerances = self.manifest.golden.tolerance
-        found = {name: {**_PROVIDER_TOLERANCE, **tolerances}.get(name) for name in self._precision.split("+")}
-        for name, tolerance in found.items():
-            if tolerance is None:
+        outputs = [MEAN, LOGVAR] if LOGVAR in golden else [MEAN]
+        return SelfTest(
+            self.device,
+            self._precision,
+            (
+                *self._test_routes("encode", encoder, golden[INPUT], outputs, golden),
+                *self._test_routes("decode", decoder, golden[MEAN], [RECONSTRUCTION], golden),
+            ),
+        )
+
+    def _test_routes(
+        self, name: str, operation: Operation, inputs: Float32, outputs: list[str], golden: dict[str, Float32]
+    ) -> Iterator[RouteTest]:
+        tolerances = {**_PROVIDER_TOLERANCE, **self.manifest.golden.tolerance}
+        for route, found in operation.run_each(inputs):
+            if route.precision not in tolerances:
                 raise DeviceError(
-                    f"the bundle states no golden tolerance for {name}; it has {', '.join(sorted(tolerances))}"
+                    f"the bundle states no golden tolerance for {route.precision}; it has"
+                    f" {', '.join(sorted(self.manifest.golden.tolerance))}"
                 )
-        return SelfTest(self.device, self._precision, max(t for t in found.values() if t is not None), errors)
+            errors = {tensor: self._error(tensor, array, golden) for tensor, array in zip(outputs, found, strict=True)}
+            device = route.any_batch.device.name
+            yield RouteTest(name, device, route.precision, tolerances[route.precision], errors)
 
     def golden(self) -> dict[str, Float32]:
         """The bundle's golden inputs `x` with the reference's `mean`, `logvar` and `reconstruction`, new arrays."""
@@ -311,10 +353,11 @@ class VAE:
             raise ClosedError(f"{self.manifest.name} was closed; load the bundle again")
         return self._operations
 
-    def _reconstruction_error(self, found: Float32, golden: dict[str, Float32]) -> float:
-        if self.manifest.input.is_image:
-            return float(np.abs(found - golden[RECONSTRUCTION]).max())
-        return float(np.abs(found - golden[RECONSTRUCTION]).max() / data_range(golden[INPUT]))
+    def _error(self, tensor: str, found: Float32, golden: dict[str, Float32]) -> float:
+        if tensor != RECONSTRUCTION:
+            return relative_error(found, golden[tensor])
+        scale = 1.0 if self.manifest.input.is_image else data_range(golden[INPUT])
+        return float(np.abs(found - golden[tensor]).max() / scale)
 
 
 def relative_error(found: Float32, reference: Float32) -> float:
@@ -343,12 +386,22 @@ def _tuned_plan(
     by_rule = Candidate(
         find_device(device, precision, options).name, "fp32" if precision == "auto" else precision, threads
     )
-    measured = read_tuning(bundle.digest) if options is None else []
+    measured = [] if options else [one for one in read_tuning(bundle.digest) if _can_run(bundle, one.candidate)]
     plan = {
         name: choose(measured, name, by_rule.device if device != "auto" else device, precision, threads)
         for name in ("encode", "decode")
     }
     return plan if all(plan.values()) else _same_plan(by_rule)
+
+
+def _can_run(bundle: Bundle, candidate: Candidate) -> bool:
+    if candidate.precision not in {*bundle.manifest.precisions, *PROVIDER_PRECISIONS}:
+        return False
+    try:
+        find_device(candidate.device, candidate.precision)
+    except (DeviceError, InputError):
+        return False
+    return True
 
 
 def _check_precision(asked: Any, manifest: Manifest) -> None:

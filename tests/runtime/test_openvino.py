@@ -51,7 +51,7 @@ def test_every_node_runs_on_openvino(openvino: None, tiny_path: Path, monkeypatc
     monkeypatch.setattr(engine, "SessionOptions", recording)
     with VAE.load(tiny_path, device="openvino") as vae:
         for operation in vae._open_operations():
-            parts = operation.routes[0].session._session.get_provider_graph_assignment_info()
+            parts = operation.routes[0].any_batch._session.get_provider_graph_assignment_info()
             assert {part.ep_name for part in parts} == {OPENVINO}
             assert sum(len(part.get_nodes()) for part in parts) > 1
 
@@ -62,7 +62,9 @@ def test_warmup_makes_sessions_for_just_these_batch_sizes(openvino: None, tiny_p
         vae.warmup([3])
         for operation, routes in vae.plan.items():
             assert [route["fixed_batches"] for route in routes] == [[1, 3]], operation
-        shapes = [vae._open_operations()[0].session(batch)._session.get_inputs()[0].shape for batch in (1, 2, 3)]
+        shapes = [
+            vae._open_operations()[0].routes[0].session(batch)._session.get_inputs()[0].shape for batch in (1, 2, 3)
+        ]
         assert [shape[0] for shape in shapes] == [1, "batch", 3]
         golden = vae.golden()["x"]
         for batch in (1, 2, 3, 4, 300):
@@ -141,14 +143,22 @@ def test_options_reach_the_provider(openvino: None, tiny_path: Path) -> None:
         VAE.load(tiny_path, device="openvino", provider_options={"load_config": config}).close()
 
     load('{"CPU": {"ENABLE_CPU_PINNING": "NO"}}')
-    with pytest.raises(DeviceError, match=r"device 'openvino' cannot run encoder\.onnx: "):
+    with pytest.raises(
+        DeviceError, match=r"device 'openvino' cannot run encoder\.onnx with the options .*NO_SUCH_PROPERTY.*: "
+    ):
         load('{"CPU": {"NO_SUCH_PROPERTY": "1"}}')
-    for name in ("INFERENCE_PRECISION_HINT", "INFERENCE_NUM_THREADS"):
-        with pytest.raises(InputError, match=f"load_config sets {name} to '1'; pass precision or threads instead"):
+    for name in ("INFERENCE_PRECISION_HINT", "INFERENCE_NUM_THREADS", "NUM_STREAMS"):
+        with pytest.raises(InputError, match=f"load_config sets {name} to '1'; device, precision and threads decide"):
             load(json.dumps({"CPU": {name: "1"}}))
-    for text in ("no json", "[]", '{"CPU": 1}', "1"):
+    for text in ("no json", "[]", '{"CPU": 1}', "1", "{}", '{"GPU": {}}', '{"CPU": {}, "GPU": {}}'):
         with pytest.raises(InputError, match=r"load_config is .*; expected JSON such as"):
             load(text)
+
+
+@pytest.mark.parametrize("name", ["device_type", "precision", "num_of_threads", "num_streams"])
+def test_options_that_would_contradict_the_arguments_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match=f"provider_options sets {name} to 'GPU'; device, precision and threads"):
+        openvino_options("fp32", 2, {name: "GPU"}, compiled_in=True)
 
 
 def test_threads_are_what_was_asked_for(openvino: None, tiny_path: Path) -> None:

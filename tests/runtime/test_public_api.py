@@ -14,8 +14,8 @@ from vae_runtime import VAE, errors
 def test_exported_names_are_frozen() -> None:
     assert sorted(vae_runtime.__all__) == [
         "BundleError", "CheckpointError", "ClosedError", "DeviceError", "ExportError", "InputError", "KindError",
-        "Manifest", "MissingExtraError", "OutputError", "Posterior", "SelfTest", "TrainingError", "VAE", "VAEError",
-        "__version__", "to_uint8",
+        "Manifest", "MissingExtraError", "OutputError", "Posterior", "RouteTest", "SelfTest", "TrainingError", "VAE",
+        "VAEError", "__version__", "to_uint8",
     ]  # fmt: skip
     for name in vae_runtime.__all__:
         assert hasattr(vae_runtime, name)
@@ -32,7 +32,7 @@ def test_members_of_a_vae_are_frozen() -> None:
     assert {name for name in vars(VAE) if not name.startswith("_")} == {
         "load", "manifest", "device", "precision", "plan", "encode", "decode", "sample", "sample_batches",
         "reconstruct", "interpolate",
-        "selftest", "golden", "close",
+        "selftest", "golden", "warmup", "close",
     }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from vae_runtime import tune as tune_module
 from vae_runtime import tuning as module
 from vae_runtime.bundle import Bundle
 from vae_runtime.cli import main
+from vae_runtime.devices import Device
 from vae_runtime.manifest import Manifest
 from vae_runtime.operation import Candidate
 from vae_runtime.tune import candidates, tune
@@ -54,6 +55,11 @@ def test_fastest_per_operation_and_batch_range() -> None:
 def test_what_is_hardly_faster_is_not_worth_a_less_exact_precision() -> None:
     assert choose([TABLE[0], measured(INT8, {1: 9.8})], "encode", "auto", "auto", None)[0][1] == ONE
     assert choose([TABLE[0], measured(INT8, {1: 9.6})], "encode", "auto", "auto", None)[0][1] == INT8
+
+
+def test_gain_of_a_less_exact_precision_counts_against_the_best_of_the_more_exact_one() -> None:
+    table = [measured(ONE, {1: 100.0}), measured(TWO, {1: 98.0}), measured(INT8, {1: 96.5})]
+    assert choose(table, "encode", "auto", "auto", None) == [(1, TWO)]
 
 
 def test_what_was_asked_for_limits_the_choice() -> None:
@@ -103,12 +109,56 @@ def test_another_machine_or_engine_has_its_own_file(monkeypatch: pytest.MonkeyPa
         b'{"format": "vae-tuning", "format_version": 1, "bundle": "BUNDLE", "measured": [{"device": "cpu"}]}',
         b'{"format": "vae-tuning", "format_version": 1, "bundle": "BUNDLE", "measured": [{"device": "cpu", "precision":'
         b' "fp32", "threads": 1, "spinning": null, "seconds": {"encode": {"1": -1}, "decode": {"1": 1}}}]}',
+        b"[" * 100_000,
     ],
 )  # fmt: skip
 def test_damaged_cache_is_no_cache(damage: bytes) -> None:
     path = write_tuning("a" * 64, TABLE)
     path.write_bytes(damage.replace(b"BUNDLE", b"a" * 64))
     assert read_tuning("a" * 64) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("device", 5), ("precision", "fp8"), ("precision", ["int8"]), ("threads", "2"), ("threads", 10**9),
+        ("threads", -3), ("threads", True), ("spinning", "no"), ("spinning", 0), ("seconds", {"encode": {"1": 1.0}}),
+        ("seconds", {name: {"1": "Infinity"} for name in ("encode", "decode")}),
+    ],
+)  # fmt: skip
+def test_cache_with_a_value_that_cannot_be_is_no_cache(key: str, value: Any) -> None:
+    path = write_tuning("a" * 64, TABLE)
+    document = json.loads(path.read_bytes())
+    document["measured"][1][key] = value
+    path.write_text(json.dumps(document))
+    assert read_tuning("a" * 64) == []
+
+
+def test_cache_of_another_machine_under_this_ones_name_is_not_taken() -> None:
+    path = write_tuning("a" * 64, TABLE)
+    document = json.loads(path.read_bytes())
+    document["machine"]["processor"] = "another"
+    path.write_text(json.dumps(document))
+    assert read_tuning("a" * 64) == []
+
+
+def test_user_without_a_home_folder_has_no_cache(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(Path, "home", no_home)
+    with VAE.load(tiny_path, device="auto") as vae:
+        assert vae.plan["encode"][0]["threads"] is None
+    with pytest.raises(OutputError, match="this user has no home folder; set VAE_EDGE_CACHE to a folder"):
+        tune(tiny_path, devices=["cpu"], seconds=1)
+
+
+def test_cache_folder_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VAE_EDGE_CACHE", str(tmp_path / "named"))
+    assert write_tuning("a" * 64, TABLE).parent == tmp_path / "named" / "tuning"
+    assert read_tuning("a" * 64) == TABLE
 
 
 def test_file_of_another_bundle_is_not_taken() -> None:
@@ -134,13 +184,85 @@ def test_auto_runs_what_was_measured(tiny_path: Path, images: np.ndarray) -> Non
         assert routes == [(1, 1, None), (6, 2, False)]
         assert [route["threads"] for route in vae.plan["decode"]] == [2]
         operation = vae._open_operations()[0]
-        assert operation.session(5) is operation.routes[0].session
-        assert operation.session(6) is operation.routes[1].session
+        assert operation.route(5) is operation.routes[0]
+        assert operation.route(6) is operation.routes[1]
         for size in (1, 5, 6, 20):
             np.testing.assert_allclose(vae.encode(images[:size]).mean, plain.encode(images[:size]).mean, atol=1e-6)
         assert vae.selftest().passed
     with VAE.load(tiny_path, device="auto", threads=1) as vae:
         assert [route["threads"] for route in vae.plan["encode"]] == [1]
+
+
+MIXED = [
+    measured(ONE, {1: 1.0, 32: 9.0}),
+    measured(Candidate("cpu", "int8", 1), {1: 2.0, 32: 1.0}),
+]
+
+
+@pytest.fixture
+def mixed(bundle: Path, resign: Any) -> VAE:
+    """fp32 up to 5 examples, from 6 on what its manifest calls int8, whose mean is 0.01 larger."""
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(bundle / "encoder.onnx")
+    for tensor in model.graph.initializer:
+        if tensor.name == "mean.bias":
+            tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) + 0.01, tensor.name))
+
+    def add(data: dict[str, Any]) -> None:
+        data["precisions"]["int8"] = {"encoder": "encoder.int8.onnx", "decoder": "decoder.onnx", "fidelity": {}}
+        data["golden"]["tolerance"]["int8"] = 0.05
+
+    resign(bundle, add, **{"encoder.int8": model.SerializeToString()})
+    write_tuning(Bundle.open(bundle).digest, MIXED)
+    return VAE.load(bundle, device="auto", precision="auto")
+
+
+def test_chunks_take_the_route_of_the_whole_call(mixed: VAE, images: np.ndarray) -> None:
+    assert [route["precision"] for route in mixed.plan["encode"]] == ["fp32", "int8"]
+    whole = mixed.encode(images[:20]).mean
+    np.testing.assert_allclose(mixed.encode(images[:20], batch_size=3).mean, whole, atol=1e-6)
+    assert np.abs(mixed.encode(images[:3]).mean - whole[:3]).max() == pytest.approx(0.01, abs=1e-4)
+    many = np.resize(images, (257, *images.shape[1:]))
+    many[256] = many[0]
+    codes = mixed.encode(many).mean
+    np.testing.assert_allclose(codes[256], codes[0], atol=1e-6)
+
+
+def test_selftest_runs_every_route_against_its_own_tolerance(mixed: VAE) -> None:
+    result = mixed.selftest()
+    assert result.passed
+    assert [(route.operation, route.precision, route.tolerance) for route in result.routes] == [
+        ("encode", "fp32", 1e-4), ("encode", "int8", 0.05), ("decode", "fp32", 1e-4),
+    ]  # fmt: skip
+    small, large = (route.errors["mean"] for route in result.routes[:2])
+    assert small < 1e-5 < 1e-3 < large == result.errors["mean"]
+    altered = result.routes[1]._replace(tolerance=1e-4)
+    assert not result._replace(routes=(result.routes[0], altered, result.routes[2])).passed
+
+
+@pytest.mark.parametrize(
+    "gone", [Candidate("cuda:0", "fp32"), Candidate("openvino", "bf16", 1), Candidate("npu", "fp32")]
+)
+def test_device_that_is_gone_leaves_the_others(tiny_path: Path, gone: Candidate) -> None:
+    bundle = Bundle.open(tiny_path)
+    write_tuning(bundle.digest, [measured(ONE, {1: 2.0}), measured(gone, {1: 1.0})])
+    with VAE.load(tiny_path, device="auto", precision="auto") as vae:
+        assert vae.plan["encode"][0]["threads"] == 1
+    write_tuning(bundle.digest, [measured(gone, {1: 1.0})])
+    with VAE.load(tiny_path, device="auto", precision="auto") as vae:
+        assert vae.plan["encode"][0]["threads"] is None
+
+
+def test_precision_that_the_bundle_has_not_is_left_out(tiny_path: Path) -> None:
+    write_tuning(Bundle.open(tiny_path).digest, [measured(ONE, {1: 2.0}), measured(INT8, {1: 1.0})])
+    with VAE.load(tiny_path, device="auto", precision="auto") as vae:
+        assert vae.plan["encode"][0]["precision"] == "fp32"
+
+
+def test_devices_are_measured_under_the_names_by_which_they_are_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune_module, "usable_devices", lambda: {"cpu": None, "cuda": None})
+    monkeypatch.setattr(tune_module, "find_device", lambda name: Device({"cuda": "cuda:0"}.get(name, name), ""))
+    assert tune_module._usable(None) == tune_module._usable(["cpu", "cuda"]) == ["cpu", "cuda:0"]
 
 
 def test_defaults_stay_exact_where_a_tuning_exists(tiny_path: Path) -> None:
@@ -158,7 +280,9 @@ def test_without_a_tuning_the_stated_rules_choose(tiny_path: Path) -> None:
 def test_options_that_were_not_there_when_it_was_measured_set_it_aside(tiny_path: Path) -> None:
     write_tuning(Bundle.open(tiny_path).digest, [measured(ONE, {1: 1.0})])
     with VAE.load(tiny_path, device="auto", provider_options={}) as vae:
-        assert vae.plan["encode"][0]["threads"] is None
+        assert vae.plan["encode"][0]["threads"] == 1  # none at all
+    with pytest.raises(InputError, match="the CPU provider has none"):
+        VAE.load(tiny_path, device="auto", provider_options={"name": "value"})
 
 
 def test_another_bundle_is_not_concerned(tiny_path: Path, rgb_path: Path) -> None:
@@ -239,7 +363,7 @@ def test_child_that_dies_is_left_out(tiny_path: Path, monkeypatch: pytest.Monkey
     lines: list[str] = []
     with pytest.raises(DeviceError, match="tiny could not be measured on any of cpu"):
         tune(tiny_path, devices=["cpu"], seconds=1, progress=lines.append)
-    assert any("its process ended with status 1 and no result" in line for line in lines)
+    assert any("its process ended with status 1: no result" in line for line in lines)
 
 
 @pytest.mark.parametrize("seconds", [0, -1, 3601, float("nan"), "60", True, None])
@@ -249,8 +373,25 @@ def test_seconds_out_of_range_are_refused(tiny_path: Path, seconds: Any) -> None
 
 
 def test_device_that_is_not_usable_is_refused(tiny_path: Path) -> None:
-    with pytest.raises(InputError, match="device 'gpu' cannot be measured: there is no such device"):
+    with pytest.raises(InputError, match="device 'gpu' cannot be measured: it is not one of cpu, cuda, openvino"):
         tune(tiny_path, devices=["gpu"])
+    with pytest.raises(InputError, match=r"devices is \[\]; expected at least one of cpu"):
+        tune(tiny_path, devices=[])
+
+
+def test_no_module_of_the_current_folder_runs(tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "statistics.py").write_text("raise SystemExit('hijacked')")
+    monkeypatch.chdir(tmp_path)
+    _, result = tune(tiny_path.absolute(), devices=["cpu"], seconds=0.2)
+    assert result
+
+
+def test_child_that_cannot_start_is_left_out_in_words(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune_module.sys, "executable", str(tiny_path))
+    lines: list[str] = []
+    with pytest.raises(DeviceError, match="tiny could not be measured"):
+        tune(tiny_path, devices=["cpu"], seconds=1, progress=lines.append)
+    assert any("left out: its process could not be started: " in line for line in lines)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -165,7 +165,10 @@ def test_options_are_handed_to_the_provider(monkeypatch: pytest.MonkeyPatch, tin
 
     fake_engine(monkeypatch, [CPU, "CoreMLExecutionProvider"], 0)
     monkeypatch.setattr(engine, "InferenceSession", open_session)
-    with pytest.raises(DeviceError, match=r"device 'CoreMLExecutionProvider' cannot run encoder\.onnx with the options .*MLProgram.*: not here"):
+    with pytest.raises(
+        DeviceError,
+        match=r"device 'CoreMLExecutionProvider' cannot run encoder\.onnx with the options .*MLProgram.*: not",
+    ):
         VAE.load(tiny_path, device="CoreMLExecutionProvider", provider_options={"ModelFormat": "MLProgram"})
     assert seen == [[("CoreMLExecutionProvider", {"ModelFormat": "MLProgram"})]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -507,6 +508,51 @@ def test_ctrl_c_leaves_no_process(tiny: Path, tmp_path: Path, stage: str) -> Non
     assert stderr.strip().endswith("Aborted!")
     _, alive = psutil.wait_procs(children, timeout=5)
     assert alive == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+@pytest.mark.parametrize("stage", ["opening", "round 1 of", "vae-run tune"])
+def test_sigterm_leaves_no_process_and_no_folder(tiny: Path, case_folder: Path, tmp_path: Path, stage: str) -> None:
+    """Also where a competitor has started something itself, as torch.compile starts a C++ compiler."""
+    psutil = pytest.importorskip("psutil")
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    (folder / "torch.py").write_text(
+        "import subprocess, sys, tempfile\n"
+        "subprocess.run([sys.executable, '-c', 'import time; time.sleep(1000)'], cwd=tempfile.mkdtemp())\n"
+    )
+    options = {
+        "opening": (case_folder, "--competitors", "torch", "--no-tune"),
+        "round 1 of": (tiny, "--competitors", "ours,onnxruntime", "--no-tune"),
+        "vae-run tune": (tiny, "--competitors", "ours,onnxruntime", "--tune-seconds", "1000"),
+    }[stage]
+    path = os.pathsep.join([*([str(folder)] if stage == "opening" else []), *(part for part in sys.path if part)])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vae_benchmarks.cli", "race", *map(str, options), "--budget", "1000", "--points", "1x1"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), "TMPDIR": str(temporary), "PYTHONPATH": path},
+    )
+    children: list[Any] = []
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if stage in line:
+                break
+        children = _wait_for_children(psutil.Process(process.pid), 2)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)
+        _, alive = psutil.wait_procs(children, timeout=2)
+        assert alive == []
+    finally:
+        process.kill()
+        for one in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+    assert process.returncode == 143
+    assert list(temporary.iterdir()) == []
 
 
 def _wait_for_children(process: Any, count: int) -> list[Any]:

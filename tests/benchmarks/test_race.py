@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
@@ -27,7 +28,7 @@ from vae_benchmarks.machine import choose_cores
 from vae_benchmarks.race import COMPETITORS, Case, CaseError, Competitor, Point, RaceReport, RaceSettings, merge, race
 from vae_benchmarks.race.entrant import Entrant, error_of, judge
 from vae_benchmarks.race.picture import draw_race
-from vae_benchmarks.race.report import Row, rank
+from vae_benchmarks.race.report import Ratio, Row, rank
 from vae_benchmarks.race.schedule import FEWEST_ROUNDS, order_of, plan_rounds
 from vae_benchmarks.race.text import format_markdown, format_plan, format_race
 from vae_runtime.errors import BundleError, InputError
@@ -107,6 +108,50 @@ def test_the_text_tells_it_all(report: RaceReport) -> None:
     table = [line for line in format_markdown(report).splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1
     assert len(table) == 2 + 6
+
+
+def shown(report: RaceReport, low: float, high: float, batch: int, precisions: tuple[str, ...], plan: Any) -> list[str]:
+    """The row and the sentence on a peer in fp32, where ours has these precisions and this plan."""
+    (point,) = report.cases[0].points
+    ours, *others = point.runners
+    runners = (dataclasses.replace(ours, precisions=precisions, plan=plan), *others)
+    ratio = Ratio("encode", "quick", (low + high) / 2, low, high, "rounds", True)
+    changed = dataclasses.replace(point, point=Point(batch, 1), runners=runners, ratios=(ratio,))
+    case = dataclasses.replace(report.cases[0], points=(changed,))
+    text = format_race(dataclasses.replace(report, cases=(case,)))
+    return [line for line in text.splitlines() if line.startswith("encode: ") or line.startswith("encode     ours ")]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "sentence"),
+    [
+        (1.0002, 1.0118, "no difference shown between ours and the fastest peer, quick: 1.01 (1.00–1.01)"),
+        (0.9900, 0.9951, "no difference shown between ours and the fastest peer, quick: 0.99 (0.99–1.00)"),
+        (1.0051, 1.0098, "ours is faster than the fastest peer, quick, which takes 1.01 times as long (1.01–1.01)"),
+    ],
+)
+def test_an_interval_that_touches_one_as_printed_shows_no_difference(
+    report: RaceReport, low: float, high: float, sentence: str
+) -> None:
+    assert shown(report, low, high, 1, ("fp32",), None)[-1] == f"encode: {sentence}"
+
+
+def test_the_precision_is_that_of_the_operation_at_this_batch_size(report: RaceReport) -> None:
+    plan = {"encode": [{"from_batch": 1, "precision": "fp32"}, {"from_batch": 17, "precision": "int8"}]}
+    row, sentence = shown(report, 1.2, 1.3, 16, ("fp32", "int8"), plan)
+    assert row.split()[:3] == ["encode", "ours", "fp32"]
+    assert sentence.startswith("encode: ours is faster than the fastest peer, quick, which takes ")
+    row, sentence = shown(report, 1.2, 1.3, 17, ("fp32", "int8"), plan)
+    assert row.split()[:3] == ["encode", "ours", "int8"]
+    assert sentence.startswith("encode: ours in int8 is faster than the fastest peer, quick in fp32, which takes ")
+    for other in (None, {"encode": [7]}, {"encode": {"precision": "int8"}}, {"encode": [{"from_batch": "x"}]}):
+        assert shown(report, 0.9, 1.3, 1, ("fp32", "int8"), other)[-1].startswith(
+            "encode: no difference shown between ours in fp32/int8 and the fastest peer, quick in fp32: "
+        )
+
+
+def test_the_method_says_what_the_intervals_leave_out(report: RaceReport) -> None:
+    assert "- not in the interval: what differs from process to process" in format_markdown(report)
 
 
 def test_the_report_survives_json(report: RaceReport, tmp_path: Path) -> None:

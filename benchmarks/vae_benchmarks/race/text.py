@@ -8,7 +8,7 @@ from typing import Any
 
 from ..table import align, describe_machine
 from .competitors import OURS
-from .report import CaseResult, PointResult, RaceReport, Ratio, Row
+from .report import CaseResult, Point, PointResult, RaceReport, Ratio, Row, Runner
 
 _DASH = "–"
 _HEAD = ["operation", "competitor", "precision", "p50", "95% interval", "rounds", "calls", "× ours", "95% interval"]
@@ -76,7 +76,7 @@ def _title(point: PointResult) -> str:
 
 def _table(point: PointResult) -> list[list[str]]:
     ratios = {(ratio.operation, ratio.competitor): ratio for ratio in point.ratios}
-    precisions = {runner.name: "/".join(runner.precisions) for runner in point.runners}
+    runners = {runner.name: runner for runner in point.runners}
     rows = [_HEAD]
     for row in point.rows:
         ratio = ratios.get((row.operation, row.competitor))
@@ -86,8 +86,8 @@ def _table(point: PointResult) -> list[list[str]]:
         )
         rows.append(
             [
-                *(row.operation, row.competitor, precisions[row.competitor], format_ms(row.p50_ms), _spread(row)),
-                *(str(len(row.round_p50_ms)), str(row.calls), *compared),
+                *(row.operation, row.competitor, precision_of(runners[row.competitor], row.operation, point.point)),
+                *(format_ms(row.p50_ms), _spread(row), str(len(row.round_p50_ms)), str(row.calls), *compared),
             ]
         )
     return rows
@@ -108,22 +108,40 @@ def _interval_of(ratio: Ratio) -> str:
 def _verdicts(point: PointResult) -> list[str]:
     """One sentence per operation on the fastest peer, and what `ours` chose."""
     lines = []
+    runners = {runner.name: runner for runner in point.runners}
     for ratio in point.ratios:
         if ratio.fastest_peer:
-            lines.append(f"{ratio.operation}: {_sentence(ratio)}")
+            ours, peer = (
+                precision_of(runners[name], ratio.operation, point.point) for name in (OURS, ratio.competitor)
+            )
+            lines.append(f"{ratio.operation}: {_sentence(ratio, ours, peer)}")
     for runner in point.runners:
         if runner.name == OURS:
             lines.append(f"ours runs on: {format_plan(runner.plan)} (tuned: {point.tuned})")
     return lines
 
 
-def _sentence(ratio: Ratio) -> str:
+def _sentence(ratio: Ratio, ours: str, peer: str) -> str:
+    """ours, peer: their precisions, named where they differ."""
     interval = f" ({_interval_of(ratio)})" if ratio.low is not None else ""
-    if ratio.low is not None and ratio.high is not None and ratio.low <= 1 <= ratio.high:
-        return f"no difference shown between ours and the fastest peer, {ratio.competitor}: {ratio.ratio:.2f}{interval}"
+    us, them = (OURS, ratio.competitor) if ours == peer else (f"{OURS} in {ours}", f"{ratio.competitor} in {peer}")
+    ends = (ratio.ratio if end is None else end for end in (ratio.low, ratio.high))
+    low, high = (float(f"{end:.2f}") for end in ends)  # as printed: 1.00 times as long is no difference
+    if low <= 1 <= high:
+        return f"no difference shown between {us} and the fastest peer, {them}: {ratio.ratio:.2f}{interval}"
     how = "faster" if ratio.ratio > 1 else "slower"
-    takes = f"which takes {ratio.ratio:.2f} times as long{interval}"
-    return f"ours is {how} than the fastest peer, {ratio.competitor}, {takes}"
+    return f"{us} is {how} than the fastest peer, {them}, which takes {ratio.ratio:.2f} times as long{interval}"
+
+
+def precision_of(runner: Runner, operation: str, point: Point) -> str:
+    """In which an operation ran: what the plan says for this batch size, or else all that the competitor has open."""
+    routes = runner.plan.get(operation) if isinstance(runner.plan, dict) else None
+    precision = None
+    for route in routes if isinstance(routes, (list, tuple)) else ():
+        start = route.get("from_batch") if isinstance(route, dict) else None
+        if isinstance(start, int) and start <= point.batch:
+            precision = route.get("precision")
+    return str(precision) if precision in runner.precisions else "/".join(runner.precisions)
 
 
 def format_plan(plan: Any) -> str:

@@ -20,9 +20,9 @@ def format_race(report: RaceReport) -> str:
     """For a terminal: facts, one table per case and point, who did not take part, and the method."""
     lines = [*_facts(report), ""]
     for case in report.cases:
-        lines += [f"{case.case.name}: {_describe(case)}", *_skipped_points(case), ""]
+        lines += [f"{case.case.name}: {_describe(case)}", *skipped_lines(case), ""]
         for point in case.points:
-            lines += [_title(point), *align(_table(point), left=(0, 1, 2)), *_verdicts(point), *_absent(point), ""]
+            lines += [_title(point), *align(_table(point), left=(0, 1, 2)), *_verdicts(point), *absent_lines(point), ""]
     return "\n".join([*lines, *_method(report)])
 
 
@@ -35,11 +35,11 @@ def format_markdown(report: RaceReport) -> str:
             "",
             f"{_describe(case)}.",
             "",
-            *(f"- {line}" for line in _skipped_points(case)),
+            *(f"- {line}" for line in skipped_lines(case)),
             "",
         ]
         for point in case.points:
-            notes = [*_verdicts(point), *_absent(point)]
+            notes = [*_verdicts(point), *absent_lines(point)]
             lines += [f"### {_title(point)}", "", *_markdown_table(_table(point)), "", *(f"- {n}" for n in notes), ""]
     return "\n".join([*lines, "## Method", "", *(f"- {line}" for line in _method(report))]) + "\n"
 
@@ -63,7 +63,8 @@ def _describe(case: CaseResult) -> str:
     return ", ".join(parts)
 
 
-def _skipped_points(case: CaseResult) -> list[str]:
+def skipped_lines(case: CaseResult) -> list[str]:
+    """The points that were not raced, and why."""
     return [f"point {point} was skipped: {reason}" for point, reason in case.skipped_points.items()]
 
 
@@ -155,7 +156,8 @@ def format_plan(plan: Any) -> str:
     return plan if isinstance(plan, str) else json.dumps(plan)
 
 
-def _absent(point: PointResult) -> list[str]:
+def absent_lines(point: PointResult) -> list[str]:
+    """Who was not timed and why; then who was not idle while the others ran."""
     kinds = {"skipped": point.skipped, "disqualified": point.disqualified, "failed": point.failed}
     lines = [f"{name} {kind}: {reason}" for kind, out in kinds.items() for name, reason in out.items()]
     restless = [runner for runner in point.runners if runner.idle_cpu_share > 0.02]

@@ -306,6 +306,10 @@ def test_cores_are_as_many_as_asked_for() -> None:
     [
         ({"encode": {"device": "cpu"}, "decode": {"device": "cpu"}}, "encode device=cpu; decode device=cpu"),
         ({"encode": [{"from_batch": 1, "x": None}, {"from_batch": 8}]}, "encode [from_batch=1 x=null], [from_batch=8]"),
+        (
+            {"decode": [{"from_batch": 1, "fixed": []}, {"fixed": (1, 8)}]},
+            "decode [from_batch=1 fixed=[]], [fixed=[1, 8]]",
+        ),
     ],
 )
 def test_a_plan_of_any_form_is_printed(plan: Any, text: str) -> None:

@@ -148,12 +148,16 @@ def precision_of(runner: Runner, operation: str, point: Point) -> str:
 def format_plan(plan: Any) -> str:
     """What `VAE.plan` says, whatever its form, in one line."""
     if isinstance(plan, dict):
-        nested = any(isinstance(value, (dict, list, tuple)) for value in plan.values())
+        nested = any(isinstance(value, dict) or _has_parts(value) for value in plan.values())
         joint, between = ("; ", " ") if nested else (" ", "=")
         return joint.join(f"{name}{between}{format_plan(value)}" for name, value in plan.items())
-    if isinstance(plan, (list, tuple)):
+    if _has_parts(plan):
         return ", ".join(f"[{format_plan(value)}]" for value in plan)
     return plan if isinstance(plan, str) else json.dumps(plan)
+
+
+def _has_parts(plan: Any) -> bool:
+    return isinstance(plan, (list, tuple)) and any(isinstance(value, (dict, list, tuple)) for value in plan)
 
 
 def absent_lines(point: PointResult) -> list[str]:

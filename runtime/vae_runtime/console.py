@@ -1,9 +1,12 @@
-"""What the four command lines share: expected failures become one sentence on stderr and exit code 1."""
+"""What command lines share: expected failures become one sentence on stderr and exit code 1; SIGTERM is heard."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import click
@@ -16,11 +19,13 @@ NEGATIVE_VERDICT = 3  # the exit code of a command that ran and whose answer is 
 
 
 class Command(click.Command):
-    """A command whose `VAEError`s are printed as `Error: ...`; wrong usage exits with 2, as click has it."""
+    """A command whose `VAEError`s are printed as `Error: ...`; wrong usage exits with 2, as click has it, and SIGTERM
+    with 143, after all that the command has started and made for a time is gone."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with hear_sigterm():
+                return super().invoke(ctx)
         except VAEError as error:
             raise click.ClickException(str(error)) from error
 
@@ -29,6 +34,28 @@ class Group(click.Group):
     """A group of such commands."""
 
     command_class = Command
+
+
+@contextlib.contextmanager
+def hear_sigterm() -> Iterator[None]:
+    """SIGTERM raises `SystemExit` here, as Ctrl-C raises `KeyboardInterrupt`: `finally` and context managers run.
+
+    Nothing is changed outside of the main thread, and nothing where the signal is ignored or has a handler.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _exit(number: int, frame: object) -> None:
+    signal.signal(number, lambda number, frame: None)  # another one must not interrupt what the first one ends
+    raise SystemExit(128 + number)
 
 
 def engine_options(function: _Function) -> _Function:

@@ -14,9 +14,16 @@ from vae_benchmarks.race.entrant import CannotRunError, Entrant
 
 
 def open_entrant(
-    case: Case, batch: int, threads: int, milliseconds: float = 0.0, fault: str = "", precision: str = "fp32"
+    case: Case,
+    batch: int,
+    threads: int,
+    milliseconds: float = 0.0,
+    fault: str = "",
+    precision: str = "fp32",
+    variable: str = "",
 ) -> Entrant:
-    """Right answers for the case's own inputs after `milliseconds`, unless `fault` names something else."""
+    """Right answers for the case's own inputs after `milliseconds`, unless `fault` names something else. The
+    configuration tells that environment variable of the worker."""
     if fault == "absent":
         raise CannotRunError("the planted engine is not installed")
     if fault == "broken":
@@ -44,6 +51,6 @@ def open_entrant(
         decode=lambda z: answer(z, ("reconstruction",)),
         precisions=(precision,),
         engine="planted 1.0",
-        configuration=f"{milliseconds:g} ms",
+        configuration=os.environ.get(variable, f"{milliseconds:g} ms"),
         plan={"encode": [{"from_batch": 1, "precision": precision}]},
     )

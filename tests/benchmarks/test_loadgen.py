@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -110,6 +113,34 @@ def test_bad_input_is_answered_in_one_sentence(tiny: Path, arguments: tuple[str,
     assert (result.exit_code, result.stdout) == (code, "")
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_sigterm_leaves_no_process_and_no_folder(tiny: Path, tmp_path: Path) -> None:
+    psutil = pytest.importorskip("psutil")
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    (tmp_path / "mlperf_loadgen.py").write_text("import time; time.sleep(1000)")
+    path = os.pathsep.join([str(tmp_path), *(part for part in sys.path if part)])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vae_benchmarks.cli", "loadgen", str(tiny), "--scenario", "offline"],
+        env={**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": path},
+    )
+    children: list[Any] = []
+    try:
+        while not (children := psutil.Process(process.pid).children(recursive=True)):
+            assert process.poll() is None
+        assert len(list(temporary.iterdir())) == 1
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 143
+        _, alive = psutil.wait_procs(children, timeout=2)
+        assert alive == []
+    finally:
+        process.kill()
+        for one in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+    assert list(temporary.iterdir()) == []
 
 
 def test_without_the_library_the_cure_is_named(tiny: Path, tmp_path: Path) -> None:

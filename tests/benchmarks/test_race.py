@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
@@ -26,7 +28,7 @@ from vae_benchmarks.machine import choose_cores
 from vae_benchmarks.race import COMPETITORS, Case, CaseError, Competitor, Point, RaceReport, RaceSettings, merge, race
 from vae_benchmarks.race.entrant import Entrant, error_of, judge
 from vae_benchmarks.race.picture import draw_race
-from vae_benchmarks.race.report import Row, rank
+from vae_benchmarks.race.report import Ratio, Row, rank
 from vae_benchmarks.race.schedule import FEWEST_ROUNDS, order_of, plan_rounds
 from vae_benchmarks.race.text import format_markdown, format_plan, format_race
 from vae_runtime.errors import BundleError, InputError
@@ -106,6 +108,50 @@ def test_the_text_tells_it_all(report: RaceReport) -> None:
     table = [line for line in format_markdown(report).splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1
     assert len(table) == 2 + 6
+
+
+def shown(report: RaceReport, low: float, high: float, batch: int, precisions: tuple[str, ...], plan: Any) -> list[str]:
+    """The row and the sentence on a peer in fp32, where ours has these precisions and this plan."""
+    (point,) = report.cases[0].points
+    ours, *others = point.runners
+    runners = (dataclasses.replace(ours, precisions=precisions, plan=plan), *others)
+    ratio = Ratio("encode", "quick", (low + high) / 2, low, high, "rounds", True)
+    changed = dataclasses.replace(point, point=Point(batch, 1), runners=runners, ratios=(ratio,))
+    case = dataclasses.replace(report.cases[0], points=(changed,))
+    text = format_race(dataclasses.replace(report, cases=(case,)))
+    return [line for line in text.splitlines() if line.startswith("encode: ") or line.startswith("encode     ours ")]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "sentence"),
+    [
+        (1.0002, 1.0118, "no difference shown between ours and the fastest peer, quick: 1.01 (1.00–1.01)"),
+        (0.9900, 0.9951, "no difference shown between ours and the fastest peer, quick: 0.99 (0.99–1.00)"),
+        (1.0051, 1.0098, "ours is faster than the fastest peer, quick, which takes 1.01 times as long (1.01–1.01)"),
+    ],
+)
+def test_an_interval_that_touches_one_as_printed_shows_no_difference(
+    report: RaceReport, low: float, high: float, sentence: str
+) -> None:
+    assert shown(report, low, high, 1, ("fp32",), None)[-1] == f"encode: {sentence}"
+
+
+def test_the_precision_is_that_of_the_operation_at_this_batch_size(report: RaceReport) -> None:
+    plan = {"encode": [{"from_batch": 1, "precision": "fp32"}, {"from_batch": 17, "precision": "int8"}]}
+    row, sentence = shown(report, 1.2, 1.3, 16, ("fp32", "int8"), plan)
+    assert row.split()[:3] == ["encode", "ours", "fp32"]
+    assert sentence.startswith("encode: ours is faster than the fastest peer, quick, which takes ")
+    row, sentence = shown(report, 1.2, 1.3, 17, ("fp32", "int8"), plan)
+    assert row.split()[:3] == ["encode", "ours", "int8"]
+    assert sentence.startswith("encode: ours in int8 is faster than the fastest peer, quick in fp32, which takes ")
+    for other in (None, {"encode": [7]}, {"encode": {"precision": "int8"}}, {"encode": [{"from_batch": "x"}]}):
+        assert shown(report, 0.9, 1.3, 1, ("fp32", "int8"), other)[-1].startswith(
+            "encode: no difference shown between ours in fp32/int8 and the fastest peer, quick in fp32: "
+        )
+
+
+def test_the_method_says_what_the_intervals_leave_out(report: RaceReport) -> None:
+    assert "- not in the interval: what differs from process to process" in format_markdown(report)
 
 
 def test_the_report_survives_json(report: RaceReport, tmp_path: Path) -> None:
@@ -260,6 +306,10 @@ def test_cores_are_as_many_as_asked_for() -> None:
     [
         ({"encode": {"device": "cpu"}, "decode": {"device": "cpu"}}, "encode device=cpu; decode device=cpu"),
         ({"encode": [{"from_batch": 1, "x": None}, {"from_batch": 8}]}, "encode [from_batch=1 x=null], [from_batch=8]"),
+        (
+            {"decode": [{"from_batch": 1, "fixed": []}, {"fixed": (1, 8)}]},
+            "decode [from_batch=1 fixed=[]], [fixed=[1, 8]]",
+        ),
     ],
 )
 def test_a_plan_of_any_form_is_printed(plan: Any, text: str) -> None:
@@ -327,14 +377,85 @@ def test_a_case_gives_its_own_inputs_and_graphs(case_folder: Path, tiny: Path) -
             "case.json has format_version 9; this vae-edge reads version 1",
         ),
         (lambda f: _edit(f, kind=3), CaseError, "case.json.kind is 3; expected a string"),
-        (lambda f: (f / "inputs.npz").write_bytes(b"x"), CaseError, "inputs.npz cannot be read: "),
-        (lambda f: np.savez(f / "inputs.npz", x=np.zeros(3)), CaseError, "inputs.npz has no float32 array x of shape"),
+        (
+            lambda f: _edit(f, input_shape=[1, 9, 9]),
+            CaseError,
+            r"case.json has input_shape \(1, 9, 9\); expected \(1, 8, 8\), as the bundle has it$",
+        ),
+        (lambda f: _edit(f, kind="autoencoder"), CaseError, "case.json has kind autoencoder; expected vae, as the bun"),
+        *(
+            (damage, CaseError, "inputs.npz is not an .npz archive of plain arrays, or is damaged$")
+            for damage in (
+                lambda f: (f / "inputs.npz").write_bytes(b""),
+                lambda f: (f / "inputs.npz").write_bytes(b"garbage " * 99),
+                lambda f: (f / "inputs.npz").write_bytes((f / "inputs.npz").read_bytes()[:-700]),
+                lambda f: _flip(f / "inputs.npz"),
+                lambda f: shutil.copy(_npy(f), f / "inputs.npz"),
+                lambda f: _rewrite(f, x=np.array([{}], dtype=object)),
+            )
+        ),
+        (lambda f: shutil.rmtree(f / "bundle.vae"), CaseError, "lacks bundle.vae, which a case has beside case.json"),
+        (
+            lambda f: _rewrite(f, x=np.zeros(3)),
+            CaseError,
+            r"inputs.npz has no float32 array x of shape \(N, 1, 8, 8\)$",
+        ),
+        (lambda f: _rewrite(f, x=np.float32(0)), CaseError, r"inputs.npz has no float32 array x of shape \(N, 1, 8, 8"),
+        (lambda f: _rewrite(f, logvar=None), CaseError, r"inputs.npz has no float32 array logvar of shape \(N, 4\)$"),
+        (
+            lambda f: _rewrite(f, reconstruction=np.zeros((2, 1, 8, 8), np.float32)),
+            CaseError,
+            "inputs.npz has 4 of x, 4 of mean, 2 of reconstruction, 4 of logvar; expected as many of each, at least 1$",
+        ),
+        (
+            lambda f: _rewrite(
+                f,
+                **{name: np.zeros((0, 1, 8, 8), np.float32) for name in ("x", "reconstruction")},
+                **{name: np.zeros((0, 4), np.float32) for name in ("mean", "logvar")},
+            ),
+            CaseError,
+            "inputs.npz has 0 of x, 0 of mean, 0 of reconstruction, 0 of logvar; expected as many of each, at least 1$",
+        ),
+        (
+            lambda f: _rewrite(f, mean=np.full((4, 4), np.nan, np.float32)),
+            CaseError,
+            "inputs.npz has mean with NaN or infinite values; expected finite ones$",
+        ),
     ],
 )
-def test_damaged_cases_are_refused(case_folder: Path, damage: Any, error: type[Exception], message: str) -> None:
+def test_damaged_cases_are_refused(
+    case_folder: Path, damage: Any, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one sentence that names the file, before any competitor is opened."""
     damage(case_folder)
-    with pytest.raises(error, match=message):
-        Case.open(case_folder).reference()
+    monkeypatch.setattr(course, "Course", None)
+    with pytest.raises(error, match=message) as caught:
+        race([case_folder], RaceSettings(points=ONE))
+    assert "\n" not in str(caught.value)
+    assert str(case_folder) in str(caught.value)
+
+
+def test_arrays_that_are_not_of_the_model_are_left_out(case_folder: Path, tiny: Path) -> None:
+    _rewrite(case_folder, another=np.array([{}], dtype=object))
+    assert set(Case.open(case_folder).reference()) == {"x", "mean", "logvar", "reconstruction"}
+
+
+def _rewrite(folder: Path, **arrays: Any) -> None:
+    """The case's inputs with these in place of the same names; None takes one out."""
+    with np.load(folder / "inputs.npz") as before:
+        kept = {**before, **arrays}
+    np.savez(folder / "inputs.npz", **{name: array for name, array in kept.items() if array is not None})
+
+
+def _npy(folder: Path) -> Path:
+    np.save(folder / "one.npy", np.zeros(3))
+    return folder / "one.npy"
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[300] ^= 0xFF  # in the first array's values
+    path.write_bytes(data)
 
 
 def _edit(folder: Path, **changes: Any) -> None:
@@ -415,6 +536,51 @@ def test_a_real_race_through_the_command_line(
     merged = run("--merge", output / "race.json", output / "race.json", "--output", tmp_path / "merged")
     assert merged.exit_code == 0, merged.output
     assert RaceReport.load(tmp_path / "merged" / "race.json").cases == both.cases
+
+
+def test_where_nobody_was_timed_the_command_says_why_and_fails(tiny: Path, case_folder: Path, tmp_path: Path) -> None:
+    """And what it found is raced again, not kept as done."""
+    output = tmp_path / "race"
+    quick = ("--no-tune", "--budget", "0.2", "--rounds", "3", "--points", "1x1,2x1", "--output", output)
+    result = run(tiny, *quick, "--competitors", "torch,ours-int8")
+    assert (result.exit_code, result.stdout) == (1, "")
+    for point in ("1x1", "2x1"):
+        assert f"tiny {point}: ours-int8 skipped: the bundle has no int8, it has fp32\n" in result.stderr
+    assert result.stderr.endswith("Error: nobody was timed at any point; the lines above say why\n")
+    assert not output.exists()
+    none = run(tiny, "--points", "1x4000")
+    assert (none.exit_code, none.stdout) == (1, "")
+    assert "tiny: point 1x4000 was skipped: this machine lets it use fewer than 4000 cores\n" in none.stderr
+    assert run(tiny, *quick, "--competitors", "onnxruntime").exit_code == 0
+    resumed = run(tiny, case_folder, *quick, "--competitors", "ours-int8", "--resume")
+    assert (resumed.exit_code, "tiny" in resumed.stderr) == (1, False)
+    again = run(tiny, case_folder, *quick, "--competitors", "onnxruntime", "--resume")
+    assert (again.exit_code, "a-case 2x1: onnxruntime: opening" in again.stderr) == (0, True)
+    done = run(tiny, case_folder, *quick, "--competitors", "onnxruntime", "--resume")
+    assert (done.exit_code, "opening" in done.stderr) == (0, False)
+
+
+@pytest.mark.parametrize("tune", [True, False])
+def test_tuning_for_a_race_leaves_the_user_s_own_alone(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tune: bool
+) -> None:
+    monkeypatch.setenv("VAE_EDGE_CACHE", str(tmp_path))
+    tuned: list[str] = []
+
+    def run_group(command: Any, environment: Any) -> Any:
+        tuned.append(environment["VAE_EDGE_CACHE"])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(course, "run_group", run_group)
+    field = (
+        Competitor("ours", "ours", {"device": "auto", "precision": "auto"}, is_peer=False),
+        planted("peer", variable="VAE_EDGE_CACHE"),
+    )
+    found = race([tiny], RaceSettings(points=ONE, budget=0.2, rounds=3, tune=tune), competitors=field)
+    folder = found.cases[0].points[0].runners[1].configuration
+    assert tuned == ([folder] if tune else [])
+    assert (folder == str(tmp_path)) == (not tune)
+    assert Path(folder).exists() == (not tune)
 
 
 def test_nothing_is_left_where_nothing_was_raced(tiny: Path, tmp_path: Path) -> None:
@@ -507,6 +673,51 @@ def test_ctrl_c_leaves_no_process(tiny: Path, tmp_path: Path, stage: str) -> Non
     assert stderr.strip().endswith("Aborted!")
     _, alive = psutil.wait_procs(children, timeout=5)
     assert alive == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+@pytest.mark.parametrize("stage", ["opening", "round 1 of", "vae-run tune"])
+def test_sigterm_leaves_no_process_and_no_folder(tiny: Path, case_folder: Path, tmp_path: Path, stage: str) -> None:
+    """Also where a competitor has started something itself, as torch.compile starts a C++ compiler."""
+    psutil = pytest.importorskip("psutil")
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    (folder / "torch.py").write_text(
+        "import subprocess, sys, tempfile\n"
+        "subprocess.run([sys.executable, '-c', 'import time; time.sleep(1000)'], cwd=tempfile.mkdtemp())\n"
+    )
+    options = {
+        "opening": (case_folder, "--competitors", "torch", "--no-tune"),
+        "round 1 of": (tiny, "--competitors", "ours,onnxruntime", "--no-tune"),
+        "vae-run tune": (tiny, "--competitors", "ours,onnxruntime", "--tune-seconds", "1000"),
+    }[stage]
+    path = os.pathsep.join([*([str(folder)] if stage == "opening" else []), *(part for part in sys.path if part)])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vae_benchmarks.cli", "race", *map(str, options), "--budget", "1000", "--points", "1x1"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), "TMPDIR": str(temporary), "PYTHONPATH": path},
+    )
+    children: list[Any] = []
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if stage in line:
+                break
+        children = _wait_for_children(psutil.Process(process.pid), 2)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)
+        _, alive = psutil.wait_procs(children, timeout=2)
+        assert alive == []
+    finally:
+        process.kill()
+        for one in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+    assert process.returncode == 143
+    assert list(temporary.iterdir()) == []
 
 
 def _wait_for_children(process: Any, count: int) -> list[Any]:

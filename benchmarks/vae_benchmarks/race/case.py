@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 
 from vae_runtime.bundle import Bundle
-from vae_runtime.manifest import MANIFEST_FILE, MEAN, RECONSTRUCTION, Manifest
+from vae_runtime.manifest import INPUT, LOGVAR, MANIFEST_FILE, MEAN, RECONSTRUCTION, Manifest
 from vae_runtime.preprocess import Float32
 
 from ..errors import ReportError
@@ -61,7 +62,8 @@ class Case:
         """A case folder as `benchmarks/cases/build.py` writes it, or a bundle's folder.
 
         Raises:
-            CaseError: it is neither, or `case.json` is damaged. BundleError: the bundle is.
+            CaseError: it is neither, or `case.json` is damaged or of another model than the bundle. BundleError: the
+                bundle is damaged.
         """
         folder = Path(path)
         if (folder / CASE_FILE).is_file():
@@ -70,6 +72,7 @@ class Case:
             if missing:
                 raise CaseError(f"{folder} lacks {', '.join(missing)}, which a case has beside {CASE_FILE}")
             manifest = Bundle.open(folder / BUNDLE).manifest
+            _check_same_model(folder / CASE_FILE, facts, _facts_of_bundle(manifest))
             return cls(folder, facts, manifest, folder / BUNDLE, folder / PLAIN, folder / TORCH)
         if (folder / MANIFEST_FILE).is_file():
             manifest = Bundle.open(folder).manifest
@@ -95,24 +98,30 @@ class Case:
         return Bundle.open(self.bundle).read(files.encoder if half == "encoder" else files.decoder)
 
     def reference(self) -> dict[str, Float32]:
-        """Real inputs x and PyTorch's own mean, logvar (of a vae) and reconstruction, all (N, ...).
+        """Real inputs x and PyTorch's own mean, logvar (of a vae) and reconstruction, all finite, of shape (N, ...).
 
         Raises:
-            CaseError: the file of a case is damaged.
+            CaseError: the file with them is damaged. BundleError: that of a bundle is.
         """
+        shapes = {INPUT: self.facts.input_shape, MEAN: self.facts.latent_shape, RECONSTRUCTION: self.facts.input_shape}
+        if self.facts.kind == "vae":
+            shapes[LOGVAR] = self.facts.latent_shape
         if self.plain is None:
-            return Bundle.open(self.bundle).golden()
-        path = self.folder / INPUTS
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                found = {name: arrays[name] for name in arrays.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise CaseError(f"{path} cannot be read: {error}") from None
-        shapes = {"x": self.facts.input_shape, MEAN: self.facts.latent_shape, RECONSTRUCTION: self.facts.input_shape}
+            path, found = self.bundle / self.manifest.golden.file, Bundle.open(self.bundle).golden()
+        else:
+            path, found = self.folder / INPUTS, _read_arrays(self.folder / INPUTS, shapes)
         for name, shape in shapes.items():
-            if name not in found or found[name].dtype != np.float32 or found[name].shape[1:] != shape:
+            array = found.get(name)
+            if array is None or array.dtype != np.float32 or array.ndim == 0 or array.shape[1:] != shape:
                 raise CaseError(f"{path} has no float32 array {name} of shape (N, {', '.join(map(str, shape))})")
-        return found
+        counts = {name: len(found[name]) for name in shapes}
+        if len(set(counts.values())) > 1 or not all(counts.values()):
+            numbers = ", ".join(f"{count} of {name}" for name, count in counts.items())
+            raise CaseError(f"{path} has {numbers}; expected as many of each, at least 1")
+        for name in shapes:
+            if not np.isfinite(found[name]).all():
+                raise CaseError(f"{path} has {name} with NaN or infinite values; expected finite ones")
+        return {name: found[name] for name in shapes}
 
 
 def _read_facts(path: Path) -> CaseFacts:
@@ -131,6 +140,24 @@ def _read_facts(path: Path) -> CaseFacts:
         return from_plain(CaseFacts, document, str(path))
     except ReportError as error:
         raise CaseError(str(error)) from None
+
+
+def _check_same_model(path: Path, facts: CaseFacts, bundle: CaseFacts) -> None:
+    for name in ("kind", "input_shape", "latent_shape"):
+        told, found = getattr(facts, name), getattr(bundle, name)
+        if told != found:
+            raise CaseError(f"{path} has {name} {told}; expected {found}, as the bundle has it")
+
+
+def _read_arrays(path: Path, names: Iterable[str]) -> dict[str, Any]:
+    """Those of these names that are there."""
+    try:
+        with path.open("rb") as stream, NpzFile(stream, allow_pickle=False) as archive:
+            return {name: archive[name] for name in names if name in archive.files}
+    except OSError as error:
+        raise CaseError(f"{path} cannot be read: {error.strerror or error}") from None
+    except Exception:  # a damaged archive raises nearly anything: BadZipFile, zlib.error, TokenError, ...
+        raise CaseError(f"{path} is not an .npz archive of plain arrays, or is damaged") from None
 
 
 def _facts_of_bundle(manifest: Manifest) -> CaseFacts:

@@ -12,12 +12,12 @@ from vae_runtime.atomic import atomic_file
 from vae_runtime.console import Command, json_option, print_json
 from vae_runtime.errors import InputError, MissingExtraError, OutputError
 
-from ..errors import ReportError
+from ..errors import BenchmarkError, ReportError
 from .competitors import COMPETITORS, choose_competitors
 from .course import race
 from .picture import draw_race
 from .report import OPERATIONS, Point, RaceReport, RaceSettings, merge
-from .text import format_markdown, format_race
+from .text import absent_lines, format_markdown, format_race, skipped_lines
 
 JSON_FILE, MARKDOWN_FILE, PICTURE_FILE = "race.json", "race.md", "race.png"
 _DEFAULTS = RaceSettings()
@@ -33,7 +33,10 @@ _DEFAULTS = RaceSettings()
 @click.option("--competitors", metavar="NAME,...", help=f"{', '.join(COMPETITORS)}.  [all]")
 @click.option("--budget", default=_DEFAULTS.budget, show_default=True, help="Seconds to time each case for.")
 @click.option("--rounds", default=_DEFAULTS.rounds, show_default=True, help="At most.")
-@click.option("--tune/--no-tune", default=True, show_default=True, help="Run `vae-run tune` at each point first.")
+@click.option(
+    "--tune/--no-tune", default=True, show_default=True,
+    help="Run `vae-run tune` at each point first, for this race alone; else what you tuned yourself holds.",
+)  # fmt: skip
 @click.option("--tune-seconds", default=_DEFAULTS.tune_seconds, show_default=True, help="For each of these.")
 @click.option("--output", type=click.Path(), help=f"Folder for {JSON_FILE}, {MARKDOWN_FILE} and {PICTURE_FILE}.")
 @click.option("--resume", is_flag=True, help=f"Keep what {JSON_FILE} in --output has and race the rest.")
@@ -55,7 +58,7 @@ def race_command(
 
     CASE is a folder that benchmarks/cases/build.py made, whose modules.py is run, or a bundle, which the torch
     competitors cannot race with. Each competitor has a process of its own; its outputs are checked first; one that is
-    not installed is skipped by name. Progress goes to stderr.
+    not installed is skipped by name; where nobody can be timed, the exit code is 1. Progress goes to stderr.
     """
     if resume and (output is None or force or merging):
         raise click.UsageError("--resume goes with --output, and not with --force or --merge")
@@ -72,14 +75,38 @@ def race_command(
             settings,
             lambda line: click.echo(line, err=True),
             before=before,
-            after_point=None if folder is None else lambda found: _save(folder, found),
+            after_point=None if folder is None else lambda found: _save(folder, found) if _was_timed(found) else None,
         )
+        _require_rows(report, before)
         if folder is not None:
             _write(folder, report)
     if as_json:
         print_json(report.to_dict())
     else:
         click.echo(format_race(report))
+
+
+def _was_timed(report: RaceReport) -> bool:
+    return any(point.rows for case in report.cases for point in case.points)
+
+
+def _require_rows(report: RaceReport, before: RaceReport | None) -> None:
+    """Say why, line by line, where this race has timed nobody at all.
+
+    Raises:
+        BenchmarkError: so it is.
+    """
+    known = set() if before is None else {id(point) for case in before.cases for point in case.points}
+    raced = [(case.case.name, point) for case in report.cases for point in case.points if id(point) not in known]
+    if any(point.rows for _, point in raced) or (not raced and _was_timed(report)):
+        return
+    for name, point in raced:
+        for line in absent_lines(point):
+            click.echo(f"{name} {point.point}: {line}", err=True)
+    for case in report.cases:
+        for line in skipped_lines(case):
+            click.echo(f"{case.case.name}: {line}", err=True)
+    raise BenchmarkError("nobody was timed at any point; the lines above say why")
 
 
 def _settings(options: dict[str, Any]) -> RaceSettings:

@@ -57,7 +57,8 @@ class RaceSettings:
     """points: loads to race at. operations: of "encode" and "decode". competitors: names, see `COMPETITORS`.
     budget: seconds that one case is timed for, all its points and competitors together; opening, checking and warming
     up come on top. rounds: at most; slow competitors get fewer, but at least FEWEST_ROUNDS. tune: run `vae-run tune`
-    for tune_seconds at each point first, on the same cores, for "auto" to use.
+    for tune_seconds at each point first, on the same cores, for "auto" to use in this race alone; else "auto" uses what
+    the user's own cache folder has.
     """
 
     points: tuple[Point, ...] = (Point(1, 1), Point(32, 2))

@@ -11,12 +11,14 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..children import describe_exit
 from ..errors import BenchmarkError
 
+_GONE_SECONDS = 1.0  # to wait for what was killed; longer only where nobody collects orphans
 _WAIT_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # a user's own would change one engine only
 
 
@@ -28,10 +30,18 @@ class RunnerError(BenchmarkError):
         self.skipped = skipped
 
 
-def run_group(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end; whatever interrupts the wait also ends all that the command has started."""
+def run_group(command: Sequence[str], environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; whatever interrupts the wait also ends all that the command has started.
+
+    environment: variables beside those of this process.
+    """
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, **(environment or {})},
     )
     try:
         stdout, stderr = process.communicate()
@@ -43,22 +53,32 @@ def run_group(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 def _kill_group(process: subprocess.Popen[str]) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        if hasattr(os, "killpg"):
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
+        if not hasattr(os, "killpg"):
             process.kill()
+            process.wait()
+            return
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    # A compiler that is still dying could write into a folder that is being deleted.
+    deadline = time.monotonic() + _GONE_SECONDS
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.005)
 
 
 class Runner:
     """A worker process in a session of its own, so that it can be ended together with all that it started."""
 
-    def __init__(self, threads: int, cores: Sequence[int] | None, scratch: str) -> None:
-        """cores: to which it is bound; None where the system cannot. scratch: folder for what a compiler leaves."""
+    def __init__(
+        self, threads: int, cores: Sequence[int] | None, scratch: str, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """cores: to which it is bound; None where the system cannot. scratch: folder for what a compiler leaves.
+        environment: variables beside those of this process."""
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `kill`)
         self._ended = False
         self._lines: queue.Queue[str] = queue.Queue()
-        environment = {name: value for name, value in os.environ.items() if name not in _WAIT_SETTINGS}
+        kept = {name: value for name, value in os.environ.items() if name not in _WAIT_SETTINGS}
         counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", f"{__package__}.worker", json.dumps(cores)],
@@ -68,9 +88,11 @@ class Runner:
             text=True,
             start_new_session=True,
             env={
-                **environment,
+                **kept,
                 **counts,
+                **(environment or {}),
                 "ORT_DISABLE_TELEMETRY": "1",
+                "TMPDIR": scratch,  # a compiler that is killed leaves files there
                 "TORCHINDUCTOR_CACHE_DIR": scratch,
                 "TORCHINDUCTOR_COMPILE_THREADS": "1",
             },

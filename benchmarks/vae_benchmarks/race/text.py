@@ -8,7 +8,7 @@ from typing import Any
 
 from ..table import align, describe_machine
 from .competitors import OURS
-from .report import CaseResult, PointResult, RaceReport, Ratio, Row
+from .report import CaseResult, Point, PointResult, RaceReport, Ratio, Row, Runner
 
 _DASH = "–"
 _HEAD = ["operation", "competitor", "precision", "p50", "95% interval", "rounds", "calls", "× ours", "95% interval"]
@@ -20,9 +20,9 @@ def format_race(report: RaceReport) -> str:
     """For a terminal: facts, one table per case and point, who did not take part, and the method."""
     lines = [*_facts(report), ""]
     for case in report.cases:
-        lines += [f"{case.case.name}: {_describe(case)}", *_skipped_points(case), ""]
+        lines += [f"{case.case.name}: {_describe(case)}", *skipped_lines(case), ""]
         for point in case.points:
-            lines += [_title(point), *align(_table(point), left=(0, 1, 2)), *_verdicts(point), *_absent(point), ""]
+            lines += [_title(point), *align(_table(point), left=(0, 1, 2)), *_verdicts(point), *absent_lines(point), ""]
     return "\n".join([*lines, *_method(report)])
 
 
@@ -35,11 +35,11 @@ def format_markdown(report: RaceReport) -> str:
             "",
             f"{_describe(case)}.",
             "",
-            *(f"- {line}" for line in _skipped_points(case)),
+            *(f"- {line}" for line in skipped_lines(case)),
             "",
         ]
         for point in case.points:
-            notes = [*_verdicts(point), *_absent(point)]
+            notes = [*_verdicts(point), *absent_lines(point)]
             lines += [f"### {_title(point)}", "", *_markdown_table(_table(point)), "", *(f"- {n}" for n in notes), ""]
     return "\n".join([*lines, "## Method", "", *(f"- {line}" for line in _method(report))]) + "\n"
 
@@ -63,7 +63,8 @@ def _describe(case: CaseResult) -> str:
     return ", ".join(parts)
 
 
-def _skipped_points(case: CaseResult) -> list[str]:
+def skipped_lines(case: CaseResult) -> list[str]:
+    """The points that were not raced, and why."""
     return [f"point {point} was skipped: {reason}" for point, reason in case.skipped_points.items()]
 
 
@@ -76,7 +77,7 @@ def _title(point: PointResult) -> str:
 
 def _table(point: PointResult) -> list[list[str]]:
     ratios = {(ratio.operation, ratio.competitor): ratio for ratio in point.ratios}
-    precisions = {runner.name: "/".join(runner.precisions) for runner in point.runners}
+    runners = {runner.name: runner for runner in point.runners}
     rows = [_HEAD]
     for row in point.rows:
         ratio = ratios.get((row.operation, row.competitor))
@@ -86,8 +87,8 @@ def _table(point: PointResult) -> list[list[str]]:
         )
         rows.append(
             [
-                *(row.operation, row.competitor, precisions[row.competitor], format_ms(row.p50_ms), _spread(row)),
-                *(str(len(row.round_p50_ms)), str(row.calls), *compared),
+                *(row.operation, row.competitor, precision_of(runners[row.competitor], row.operation, point.point)),
+                *(format_ms(row.p50_ms), _spread(row), str(len(row.round_p50_ms)), str(row.calls), *compared),
             ]
         )
     return rows
@@ -108,36 +109,59 @@ def _interval_of(ratio: Ratio) -> str:
 def _verdicts(point: PointResult) -> list[str]:
     """One sentence per operation on the fastest peer, and what `ours` chose."""
     lines = []
+    runners = {runner.name: runner for runner in point.runners}
     for ratio in point.ratios:
         if ratio.fastest_peer:
-            lines.append(f"{ratio.operation}: {_sentence(ratio)}")
+            ours, peer = (
+                precision_of(runners[name], ratio.operation, point.point) for name in (OURS, ratio.competitor)
+            )
+            lines.append(f"{ratio.operation}: {_sentence(ratio, ours, peer)}")
     for runner in point.runners:
         if runner.name == OURS:
             lines.append(f"ours runs on: {format_plan(runner.plan)} (tuned: {point.tuned})")
     return lines
 
 
-def _sentence(ratio: Ratio) -> str:
+def _sentence(ratio: Ratio, ours: str, peer: str) -> str:
+    """ours, peer: their precisions, named where they differ."""
     interval = f" ({_interval_of(ratio)})" if ratio.low is not None else ""
-    if ratio.low is not None and ratio.high is not None and ratio.low <= 1 <= ratio.high:
-        return f"no difference shown between ours and the fastest peer, {ratio.competitor}: {ratio.ratio:.2f}{interval}"
+    us, them = (OURS, ratio.competitor) if ours == peer else (f"{OURS} in {ours}", f"{ratio.competitor} in {peer}")
+    ends = (ratio.ratio if end is None else end for end in (ratio.low, ratio.high))
+    low, high = (float(f"{end:.2f}") for end in ends)  # as printed: 1.00 times as long is no difference
+    if low <= 1 <= high:
+        return f"no difference shown between {us} and the fastest peer, {them}: {ratio.ratio:.2f}{interval}"
     how = "faster" if ratio.ratio > 1 else "slower"
-    takes = f"which takes {ratio.ratio:.2f} times as long{interval}"
-    return f"ours is {how} than the fastest peer, {ratio.competitor}, {takes}"
+    return f"{us} is {how} than the fastest peer, {them}, which takes {ratio.ratio:.2f} times as long{interval}"
+
+
+def precision_of(runner: Runner, operation: str, point: Point) -> str:
+    """In which an operation ran: what the plan says for this batch size, or else all that the competitor has open."""
+    routes = runner.plan.get(operation) if isinstance(runner.plan, dict) else None
+    precision = None
+    for route in routes if isinstance(routes, (list, tuple)) else ():
+        start = route.get("from_batch") if isinstance(route, dict) else None
+        if isinstance(start, int) and start <= point.batch:
+            precision = route.get("precision")
+    return str(precision) if precision in runner.precisions else "/".join(runner.precisions)
 
 
 def format_plan(plan: Any) -> str:
     """What `VAE.plan` says, whatever its form, in one line."""
     if isinstance(plan, dict):
-        nested = any(isinstance(value, (dict, list, tuple)) for value in plan.values())
+        nested = any(isinstance(value, dict) or _has_parts(value) for value in plan.values())
         joint, between = ("; ", " ") if nested else (" ", "=")
         return joint.join(f"{name}{between}{format_plan(value)}" for name, value in plan.items())
-    if isinstance(plan, (list, tuple)):
+    if _has_parts(plan):
         return ", ".join(f"[{format_plan(value)}]" for value in plan)
     return plan if isinstance(plan, str) else json.dumps(plan)
 
 
-def _absent(point: PointResult) -> list[str]:
+def _has_parts(plan: Any) -> bool:
+    return isinstance(plan, (list, tuple)) and any(isinstance(value, (dict, list, tuple)) for value in plan)
+
+
+def absent_lines(point: PointResult) -> list[str]:
+    """Who was not timed and why; then who was not idle while the others ran."""
     kinds = {"skipped": point.skipped, "disqualified": point.disqualified, "failed": point.failed}
     lines = [f"{name} {kind}: {reason}" for kind, out in kinds.items() for name, reason in out.items()]
     restless = [runner for runner in point.runners if runner.idle_cpu_share > 0.02]

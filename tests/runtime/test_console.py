@@ -1,0 +1,89 @@
+"""What the command lines share: SIGTERM ends a command as Ctrl-C does, and everything that it has started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from vae_runtime.console import Command
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+MAIN = "from vae_runtime.cli import main; main()"
+
+
+@pytest.fixture
+def default() -> Iterator[None]:
+    """SIGTERM as an interpreter finds it."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_sigterm_leaves_no_process_of_tune(tiny_path: Path, tmp_path: Path) -> None:
+    psutil = pytest.importorskip("psutil")
+    process = subprocess.Popen(
+        [sys.executable, "-c", MAIN, "tune", str(tiny_path), "--device", "cpu", "--seconds", "1000"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+    )
+    children: list[Any] = []
+    try:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("round 1 of ")
+        while not (children := psutil.Process(process.pid).children(recursive=True)):
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=20)
+        _, alive = psutil.wait_procs(children, timeout=5)
+        assert alive == []
+    finally:
+        process.kill()
+        for one in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+    assert (process.returncode, stderr) == (143, "")
+
+
+def test_sigterm_runs_what_cleans_up_once(default: None) -> None:
+    ended: list[str] = []
+
+    @click.command(cls=Command)
+    def command() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            ended.append("cleaned up")
+
+    result = CliRunner().invoke(command, [])
+    assert (result.exit_code, result.output, ended) == (143, "", ["cleaned up"])
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda number, frame: None])
+def test_what_was_decided_about_sigterm_stays(default: None, handler: Any) -> None:
+    signal.signal(signal.SIGTERM, handler)
+    seen: list[Any] = []
+    CliRunner().invoke(click.command(cls=Command)(lambda: seen.append(signal.getsignal(signal.SIGTERM))), [])
+    assert seen == [handler]
+
+
+def test_a_command_runs_outside_of_the_main_thread() -> None:
+    seen: list[str] = []
+    command = click.command(cls=Command)(lambda: seen.append(threading.current_thread().name))
+    thread = threading.Thread(target=command.main, args=([],), kwargs={"standalone_mode": False}, name="another")
+    thread.start()
+    thread.join()
+    assert seen == ["another"]

@@ -55,7 +55,7 @@ def check_wanted(
     Raises:
         InputError: another precision, no `Budget`, fewer than two examples.
     """
-    if isinstance(precisions, str):
+    if isinstance(precisions, str) or not isinstance(precisions, Sequence):
         raise InputError(f"precisions is {precisions!r}; expected a list of names, for example ['fp32', 'int8']")
     for name in precisions:
         if name not in PRECISIONS:

@@ -316,6 +316,8 @@ def test_fp16_keeps_what_would_overflow_in_fp32_and_says_so() -> None:
     ("options", "message"),
     [
         ({"precisions": "int8"}, "precisions is 'int8'; expected a list of names"),
+        ({"precisions": None}, "precisions is None; expected a list of names"),
+        ({"precisions": 5}, "precisions is 5; expected a list of names"),
         ({"precisions": ["int4"]}, "precisions has 'int4'; expected some of fp32, fp16, int8"),
         ({"budget": 0.1}, "budget is 0.1; expected a vae_export.Budget"),
         ({"precisions": ["int8"], "examples": digits(1)}, r"examples has 1 row\(s\); a precision beside fp32 is"),

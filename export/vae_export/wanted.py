@@ -25,7 +25,7 @@ class Wanted:
     """What is asked for.
 
     names: precisions beside fp32. keep: write what misses the budget too, marked. calibration, held_out: examples as
-        the encoder takes them; the latter are only measured on.
+        the encoder takes them; the latter measure, and by that decide how many layers of int8 stay in fp32.
     """
 
     names: tuple[str, ...]

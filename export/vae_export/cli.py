@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 
+from vae_runtime.bundle import Bundle
 from vae_runtime.console import NEGATIVE_VERDICT, Command, json_option, print_json
 from vae_runtime.errors import InputError, MissingExtraError
-from vae_runtime.manifest import PRECISIONS, InputSpec, Manifest, Precision
-from vae_runtime.sources import open_inputs
+from vae_runtime.manifest import INPUT, PRECISIONS, InputSpec, Manifest, Precision
+from vae_runtime.sources import PictureSource, open_inputs
 from vae_runtime.version import __version__
 
 from .bundle import check_output
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from vae_training.checkpoint import Checkpoint
 
 EXAMPLES_LIMIT = 1024  # from --data; more inputs find no further error and only take longer
+READ_ROWS = 256  # of an array file, held at once
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
@@ -32,7 +34,8 @@ EXAMPLES_LIMIT = 1024  # from --data; more inputs find no further error and only
 @click.option("--name", help="The bundle's name.  [default: the data set and family, or the file's name]")
 @click.option(
     "--data", "data", multiple=True, type=click.Path(),
-    help="Verify with these pictures, folders or one .npy/.npz instead of the examples in the checkpoint.",
+    help="Verify with these pictures, folders or one .npy/.npz instead of the examples in the checkpoint; of more than"
+    f" {EXAMPLES_LIMIT:,}, with that many, evenly spaced over all.",
 )  # fmt: skip
 @click.option(
     "--golden", type=click.Choice(["held-out", "examples", "synthetic"]),
@@ -113,7 +116,16 @@ def main(
 
 
 def _read_examples(data: tuple[str, ...], spec: InputSpec) -> np.ndarray:
-    return next(open_inputs(data, spec).batches(EXAMPLES_LIMIT))
+    """At most `EXAMPLES_LIMIT`, evenly spaced: the first ones of a sorted file would all be of one kind."""
+    source = open_inputs(data, spec)
+    count = min(len(source), EXAMPLES_LIMIT)
+    rows = np.arange(count) * len(source) // count
+    if isinstance(source, PictureSource):
+        source = PictureSource([Path(source.names[row]) for row in rows], spec)
+        return next(source.batches(count))
+    return np.concatenate(
+        [batch[rows[rows // READ_ROWS == n] % READ_ROWS] for n, batch in enumerate(source.batches(READ_ROWS))]
+    )
 
 
 def _parse_precisions(text: str) -> list[str]:
@@ -151,7 +163,8 @@ def _describe(target: Path, manifest: Manifest) -> str:
     ]
     lines += [_describe_quality(key, precision) for key, precision in manifest.precisions.items() if key != "fp32"]
     if manifest.golden.source != "synthetic":
-        lines.append("  golden.npz holds 4 real inputs; --golden synthetic keeps them out")
+        count = len(Bundle.open(target).golden()[INPUT])
+        lines.append(f"  golden.npz holds {count} real input{'s' * (count > 1)}; --golden synthetic keeps them out")
     return "\n".join(lines)
 
 

@@ -137,7 +137,8 @@ def export_bundle(
     precisions: which to write beside "fp32", the reference, which always is: "int8", "fp16". Even rows of the examples
         calibrate them, odd rows measure what they lose against fp32.
     budget: how much that may be. A precision that loses more is not written, and the manifest's `refused` says why.
-    keep: write it nevertheless, marked in the manifest (`within_budget`); never one that gives NaN or infinity.
+    keep: write it nevertheless, marked in the manifest (`within_budget`); never one that gives NaN or infinity, or is
+        so far off on the golden inputs that a self-test would tell nothing.
 
     Raises:
         ExportError: torch cannot export a half, it breaks the contract, or it differs by more than the tolerance.

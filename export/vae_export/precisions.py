@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 
 from vae_runtime.devices import first_line
 from vae_runtime.manifest import INPUT, LATENT, InputSpec, LatentSpec, Likelihood, Precision
@@ -20,8 +24,11 @@ from .wanted import Made, Wanted
 TRIAL_EXAMPLES = 64  # of those that calibrate; the choices of a search are many, and need no more
 # A device passes its self-test with twice the error that this machine makes on the golden inputs. Another one rounds
 # some values the other way, which stays well below that; saturated or broken arithmetic is far above. The floor is for
-# models so exact that twice next to nothing would be left.
+# models so exact that twice next to nothing would be left. Above the ceiling a self-test would tell nothing: a graph
+# that gives only zeros errs by 1. int8 needs room below that, as the largest error of very many values counts: 0.7 is
+# the tolerance of a 256x256 autoencoder that loses no PSNR at all.
 GOLDEN_FACTOR, GOLDEN_FLOOR = 2.0, 0.01
+GOLDEN_CEILING = {"int8": 0.9, "fp16": 0.25}
 WITHOUT_LAYERS = {
     "int8": "neither half has a convolution or product with constant weights, which int8 is for",
     "fp16": "every layer's activations on the calibrating examples, or its weights, are beyond float16's range",
@@ -87,18 +94,36 @@ def _decide(
     if not measured.finite or not (within or wanted.keep):
         made.refused[name] = {"reason": _reason(name, measured, wanted.budget), "quality": quality}
         return
-    files = []
-    for half, graph in zip(HALVES, candidate.graphs, strict=True):
-        files.append(f"{half}.{name}.onnx" if graph is not None else f"{half}.onnx")
-        if graph is not None:
-            made.graphs[files[-1]] = graph
-    made.precisions[name] = Precision(files[0], files[1], final.fidelity(measured, candidate.twins[1]), quality)
-    error = max(final.golden_error(golden, pair) for pair in _different(candidate.graphs, candidate.twins))
+    # fp16's graphs themselves run here for the first time, and may fail: only what went well is entered, at the end.
+    fidelity = final.fidelity(measured, candidate.twins[1])
+    error = float(np.max([final.golden_error(golden, pair) for pair in _different(candidate.graphs, candidate.twins)]))
+    if reason := _broken(name, error, fidelity):
+        made.refused[name] = {"reason": reason, "quality": quality}
+        return
+    files = [
+        f"{half}.{name}.onnx" if graph is not None else f"{half}.onnx"
+        for half, graph in zip(HALVES, candidate.graphs, strict=True)
+    ]
+    made.graphs |= {file: graph for file, graph in zip(files, candidate.graphs, strict=True) if graph is not None}
+    made.precisions[name] = Precision(files[0], files[1], fidelity, quality)
     made.tolerance[name] = float(f"{max(GOLDEN_FACTOR * error, GOLDEN_FLOOR):.2g}")
 
 
 def _different(graphs: Pair, twins: Pair) -> list[Pair]:
     return [graphs] if graphs == twins else [graphs, twins]
+
+
+def _broken(name: str, error: float, fidelity: Mapping[str, Any]) -> str | None:
+    """Why these graphs are never written, whatever the budget allows; None where nothing is wrong."""
+    if not all(math.isfinite(value) for key, value in fidelity.items() if key.endswith("_max_error")):
+        return f"{name} gives NaN or infinite values on {fidelity['examples']} held-out examples"
+    if not math.isfinite(error):
+        return f"{name} gives NaN or infinite values on the golden inputs"
+    largest = GOLDEN_CEILING[name] / GOLDEN_FACTOR
+    if error > largest:
+        rule = f"above {largest:g} a self-test could not tell it from broken arithmetic"
+        return f"{name} is off by {error:.2g} of the largest value on the golden inputs; {rule}"
+    return None
 
 
 def _reason(name: str, measured: Measurement, budget: Budget) -> str:

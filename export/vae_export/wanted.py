@@ -25,7 +25,7 @@ class Wanted:
     """What is asked for.
 
     names: precisions beside fp32. keep: write what misses the budget too, marked. calibration, held_out: examples as
-        the encoder takes them; the latter are only measured on.
+        the encoder takes them; the latter measure, and by that decide how many layers of int8 stay in fp32.
     """
 
     names: tuple[str, ...]
@@ -55,7 +55,7 @@ def check_wanted(
     Raises:
         InputError: another precision, no `Budget`, fewer than two examples.
     """
-    if isinstance(precisions, str):
+    if isinstance(precisions, str) or not isinstance(precisions, Sequence):
         raise InputError(f"precisions is {precisions!r}; expected a list of names, for example ['fp32', 'int8']")
     for name in precisions:
         if name not in PRECISIONS:

@@ -293,7 +293,9 @@ def _describe_quality(quality: Mapping[str, Any]) -> str:
     ]
     verdict = "within the budget" if quality.get("within_budget", True) else "MISSES the budget"
     kept = sum(map(len, quality.get("kept_fp32", {}).values()))
-    return f"loses {' and '.join(losses)} on {quality.get('examples')} examples, {verdict}; layers in fp32: {kept}"
+    loss = " and ".join(losses) or "an amount that is not stated"
+    where = f" on {quality['examples']} examples" if "examples" in quality else ""
+    return f"loses {loss}{where}, {verdict}; layers in fp32: {kept}"
 
 
 def _describe_tuning(measured: list[Measured]) -> str:

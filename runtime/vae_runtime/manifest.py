@@ -1,8 +1,8 @@
 """The bundle format, version 1: what `manifest.json` says and how it is written.
 
 The reader owns the format: export fills these dataclasses in, and `Manifest.to_json` is the one place that turns them
-into bytes (UTF-8, keys sorted, indent 2, final newline, no NaN). Unknown keys are ignored, so that the format can grow;
-a `format_version` above `FORMAT_VERSION` is refused.
+into bytes (UTF-8, keys sorted, indent 2, final newline, no NaN). Unknown keys and precisions are ignored, so that the
+format can grow; a `format_version` above `FORMAT_VERSION` is refused.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from .errors import BundleError
 
@@ -153,18 +153,11 @@ class Precision(NamedTuple):
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], name: str) -> Precision:
         fidelity = _mapping(data, f"precisions.{name}.fidelity") if "fidelity" in data else {}
-        quality = _mapping(data, f"precisions.{name}.quality") if "quality" in data else {}
-        within = quality.get("within_budget", True)
-        if not isinstance(within, bool):
-            raise BundleError(f"precisions.{name}.quality.within_budget is {within!r}; expected true or false")
-        if name == "fp32" and not within:
+        quality = _quality(data, f"precisions.{name}.quality")
+        if name == "fp32" and not quality.get("within_budget", True):
             raise BundleError("precisions.fp32.quality.within_budget is false; fp32 is the reference of the budget")
-        return cls(
-            _file_name(data, f"precisions.{name}.encoder"),
-            _file_name(data, f"precisions.{name}.decoder"),
-            dict(fidelity),
-            dict(quality),
-        )
+        encoder, decoder = (_file_name(data, f"precisions.{name}.{half}") for half in ("encoder", "decoder"))
+        return cls(encoder, decoder, dict(fidelity), quality)
 
     def to_dict(self) -> dict[str, Any]:
         data: dict[str, Any] = {"encoder": self.encoder, "decoder": self.decoder, "fidelity": dict(self.fidelity)}
@@ -182,7 +175,7 @@ class FileEntry(NamedTuple):
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], name: str) -> FileEntry:
         size, digest = data.get("bytes"), data.get("sha256")
-        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+        if not _is_count(size):
             raise BundleError(f"files.{name}.bytes is {size!r}; expected a whole number")
         if not isinstance(digest, str) or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
             raise BundleError(f"files.{name}.sha256 is {digest!r}; expected 64 hexadecimal digits")
@@ -213,11 +206,7 @@ class Golden(NamedTuple):
         source = data.get("source")
         if not isinstance(source, str):
             raise BundleError(f"golden.source is {source!r}; expected a string")
-        return cls(
-            _file_name(data, "golden.file"),
-            source,
-            tolerance,
-        )
+        return cls(_file_name(data, "golden.file"), source, tolerance)
 
     def to_dict(self) -> dict[str, Any]:
         return {"file": self.file, "source": self.source, "tolerance": dict(self.tolerance)}
@@ -287,7 +276,9 @@ class Manifest(NamedTuple):
             input=InputSpec.from_dict(_mapping(data, "input")),
             latent=LatentSpec.from_dict(_mapping(data, "latent"), kind),
             precisions={
-                key: Precision.from_dict(_mapping(precisions, f"precisions.{key}", key), key) for key in precisions
+                key: Precision.from_dict(_mapping(precisions, f"precisions.{key}", key), key)
+                for key in precisions
+                if key in PRECISIONS
             },
             files={key: FileEntry.from_dict(_mapping(files, f"files.{key}", key), key) for key in files},
             golden=Golden.from_dict(_mapping(data, "golden")),
@@ -400,9 +391,17 @@ def _one_of(data: Mapping[str, Any], path: str, allowed: tuple[str, ...]) -> str
 
 def _number(data: Mapping[str, Any], path: str, key: str | None = None) -> float:
     value = data.get(key if key is not None else _last(path))
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
+    if not _is_number(value):
         raise BundleError(f"{path} is {value!r}; expected a finite number")
     return float(value)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _budget(data: Mapping[str, Any]) -> dict[str, float]:
@@ -416,8 +415,33 @@ def _budget(data: Mapping[str, Any]) -> dict[str, float]:
 def _refusal(data: Mapping[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(data.get("reason"), str):
         raise BundleError(f"refused.{name}.reason is {data.get('reason')!r}; expected a string")
-    quality = _mapping(data, f"refused.{name}.quality") if "quality" in data else {}
-    return {"reason": data["reason"], "quality": dict(quality)}
+    return {"reason": data["reason"], "quality": _quality(data, f"refused.{name}.quality")}
+
+
+_FIGURES = (
+    "psnr_db", "fp32_psnr_db", "psnr_lost_db", "mean_relative_error", "logvar_relative_error",
+    "negative_elbo_per_dimension", "fp32_negative_elbo_per_dimension", "nats_lost_per_dimension",
+)  # fmt: skip
+# Each may be absent. A figure is null where it is not defined, and where a refused precision's was not finite.
+_QUALITY: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "within_budget": (lambda value: isinstance(value, bool), "true or false"),
+    **dict.fromkeys(("examples", "calibration_examples"), (_is_count, "a whole number")),
+    **dict.fromkeys(_FIGURES, (lambda value: value is None or _is_number(value), "a finite number or null")),
+    "calibration": (lambda value: _holds(value, str), "an object of strings"),
+    "kept_fp32": (lambda value: _holds(value, list), "an object of lists"),
+}
+
+
+def _quality(data: Mapping[str, Any], path: str) -> dict[str, Any]:
+    quality = dict(_mapping(data, path)) if "quality" in data else {}
+    for key, (fits, rule) in _QUALITY.items():
+        if key in quality and not fits(quality[key]):
+            raise BundleError(f"{path}.{key} is {quality[key]!r}; expected {rule}")
+    return quality
+
+
+def _holds(value: Any, kind: type) -> bool:
+    return isinstance(value, dict) and all(isinstance(entry, kind) for entry in value.values())
 
 
 def _shape(data: Mapping[str, Any], path: str, rank: int | None) -> tuple[int, ...]:

@@ -88,13 +88,14 @@ def check_range(array: Float32, spec: InputSpec, name: str) -> None:
     if spec.is_image:
         if low >= 0 and high <= 1:
             return
-        hint = "; divide by 255, or pass the uint8 array (N, H, W[, C])" if 1 < high <= 255 and low >= 0 else ""
+        hint = "; divide by 255, or pass the uint8 array (N, H, W[, C])" if 2 <= high <= 255 and low >= 0 else ""
         rule = f"float32 images lie in [0, 1]{hint}"
     else:
         if low > -np.inf and high < np.inf:
             return
         rule = "vectors are finite"
-    found = "NaN" if np.isnan(low) else f"values from {low:g} to {high:g}"
+    digits = 9 if f"{high:g}" == "1" else 6  # all of a float32's where fewer would show the 1 that it may be above
+    found = "NaN" if np.isnan(low) else f"values from {low:g} to {high:.{digits}g}"
     raise InputError(f"{name} has {found}; {rule}")
 
 

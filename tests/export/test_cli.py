@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from vae_export.cli import main
+from vae_export.bundle import write_bundle
+from vae_export.cli import _describe, _read_examples, main
 from vae_runtime.bundle import Bundle
+from vae_runtime.manifest import InputSpec
 
 
 def run(*arguments: object):
@@ -41,6 +44,39 @@ def test_data_replaces_the_examples_and_json_is_all_of_stdout(model_file: Path, 
     assert document["manifest"]["golden"]["source"] == "examples"
     assert document["manifest"]["name"] == "mine"
     np.testing.assert_array_equal(Bundle.open(target).golden()["x"][:, 0], (images[:4] / 255).astype(np.float32))
+
+
+@pytest.mark.parametrize(("rows", "said"), [(1, "1 real input;"), (2, "2 real inputs;"), (9, "4 real inputs;")])
+def test_the_number_of_real_inputs_in_the_bundle_is_told(
+    exported: dict[str, Path], tmp_path: Path, rows: int, said: str
+) -> None:
+    folder = Path(shutil.copytree(exported["conv"], tmp_path / "a.vae"))
+    manifest = Bundle.open(folder).manifest
+    golden = {name: value[:rows] for name, value in Bundle.open(folder).golden().items()}
+    graphs = {name: (folder / name).read_bytes() for name in ("encoder.onnx", "decoder.onnx")}
+    manifest = write_bundle(folder, manifest, graphs, golden, force=True)
+    assert f"golden.npz holds {said} --golden synthetic" in _describe(folder, manifest)
+
+
+def test_of_many_rows_those_evenly_spaced_over_all_are_taken(tmp_path: Path) -> None:
+    images = np.repeat(np.arange(3000) * 255 // 2999, 64).reshape(3000, 8, 8).astype(np.uint8)  # sorted by brightness
+    spec = InputSpec("image", (1, 8, 8), "grey", "exact")
+    for count, rows in ((3000, np.arange(1024) * 3000 // 1024), (1024, np.arange(1024)), (5, np.arange(5))):
+        np.save(tmp_path / "sorted.npy", images[:count])
+        taken = _read_examples((str(tmp_path / "sorted.npy"),), spec)
+        np.testing.assert_array_equal(taken, images[rows])
+    assert "evenly spaced over all" in " ".join(run("--help").stdout.split())
+
+
+def test_of_many_pictures_those_evenly_spaced_over_all_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for index in range(20):
+        image.fromarray(np.full((8, 8), index, np.uint8)).save(tmp_path / f"{index:02}.png")
+    monkeypatch.setattr("vae_export.cli.EXAMPLES_LIMIT", 6)
+    taken = _read_examples((str(tmp_path),), InputSpec("image", (1, 8, 8), "grey", "exact"))
+    assert taken[:, 0, 0].tolist() == [0, 3, 6, 10, 13, 16]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torch import nn
 
 from vae_export import Budget, FewExamplesWarning, export_bundle, export_checkpoint
 from vae_export.graphs import DecoderGraph, EncoderGraph
+from vae_export.judge import Judge
 from vae_export.precisions import make_precisions
 from vae_export.verify import Reference
 from vae_export.wanted import Made, Wanted, check_wanted
@@ -138,9 +139,9 @@ def test_a_checkpoints_training_examples_calibrate_and_its_held_out_ones_measure
 def make(
     pair: Any, graphs: Any, kind: str, *names: str, likelihood: Likelihood | None = None, x: Any = None, **options: Any
 ) -> Made:
-    """`make_precisions` on the digits: even rows calibrate, odd rows measure."""
+    """`make_precisions` on the digits: even rows calibrate, odd rows measure. clamp: of images, done by the graph."""
     x = digits() if x is None else x
-    reference = Reference(EncoderGraph(pair[0], kind), DecoderGraph(pair[1], clamp=True))
+    reference = Reference(EncoderGraph(pair[0], kind), DecoderGraph(pair[1], clamp=options.get("clamp", True)))
     encoded = reference.encode(x[:4])
     golden = {"x": x[:4], **encoded, "reconstruction": reference.decode(encoded["mean"])}
     prior = {"type": "standard_normal"} if kind == "vae" else None
@@ -177,7 +178,7 @@ def make_linear(pair: Any, *names: str, **options: Any) -> Made:
         linear_graph(encoder, "x", [1, 8, 8], "mean", [width]),
         linear_graph(decoder, "z", [width], "reconstruction", [1, 8, 8]),
     )
-    return make(pair, graphs, "autoencoder", *names, **options)
+    return make(pair, graphs, "autoencoder", *names, clamp=False, **options)
 
 
 def linear(*weights: torch.Tensor) -> list[nn.Linear]:
@@ -284,10 +285,7 @@ def identity_graphs() -> tuple[bytes, bytes]:
 
 
 def test_where_the_tools_fail_the_other_precisions_are_still_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: object) -> None:
-        raise RuntimeError("no such operator\nand pages of advice")
-
-    monkeypatch.setattr("vae_export.quantize.quant_pre_process", lambda *arguments, **options: fail())
+    monkeypatch.setattr("vae_export.quantize.quant_pre_process", lambda *arguments, **options: raise_error())
     made = make_linear(exact_pair(), "int8", "fp16", budget=Budget(psnr_db=90))
     assert made.refused == {"int8": {"reason": "int8 cannot be made: no such operator", "quality": {}}}
     assert set(made.precisions) == {"fp16"}
@@ -303,6 +301,65 @@ def test_nan_on_held_out_examples_is_refused_even_with_keep() -> None:
     assert made.refused["fp16"]["quality"]["mean_relative_error"] is None
 
 
+def raise_error(*arguments: object) -> float:
+    raise RuntimeError("no such operator\nand pages of advice")
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(
+    ("golden_error", "reason"),
+    [
+        (raise_error, "fp16 cannot be made: no such operator"),
+        (lambda *arguments: float("nan"), "fp16 gives NaN or infinite values on the golden inputs"),
+        (lambda *arguments: float("inf"), "fp16 gives NaN or infinite values on the golden inputs"),
+        (
+            lambda *arguments: 0.9,
+            "fp16 is off by 0.9 of the largest value on the golden inputs; above 0.125 a self-test could not tell it"
+            " from broken arithmetic",
+        ),
+    ],
+    ids=["raises", "nan", "inf", "far-off"],
+)
+def test_what_ships_broken_is_refused_alone_even_with_keep(
+    monkeypatch: pytest.MonkeyPatch, golden_error: Any, reason: str, keep: bool
+) -> None:
+    monkeypatch.setattr("vae_export.judge.Judge.golden_error", golden_error)
+    made = make_linear(exact_pair(), "fp16", budget=Budget(psnr_db=90), keep=keep)
+    assert (made.precisions, made.graphs, made.tolerance) == ({}, {}, {})
+    assert made.refused["fp16"]["reason"] == reason
+
+
+@pytest.mark.parametrize(("error", "tolerance"), [(0.001, 0.01), (0.35, 0.7), (0.46, None)])
+def test_the_golden_tolerance_of_int8_has_a_floor_and_a_ceiling(
+    monkeypatch: pytest.MonkeyPatch, error: float, tolerance: float | None
+) -> None:
+    monkeypatch.setattr("vae_export.judge.Judge.golden_error", lambda *arguments: error)
+    made = make_linear(exact_pair(), "int8", keep=True)
+    assert made.tolerance.get("int8") == tolerance
+    assert ("int8" in made.precisions, "int8" in made.refused) == (tolerance is not None, tolerance is None)
+
+
+def test_nan_in_the_manifests_fidelity_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    fidelity = {"against": "fp32", "examples": 80, "mean_max_error": 0.1, "reconstruction_max_error": float("nan")}
+    monkeypatch.setattr("vae_export.judge.Judge.fidelity", lambda *arguments: fidelity)
+    made = make_linear(exact_pair(), "fp16", budget=Budget(psnr_db=90), keep=True)
+    assert (made.precisions, made.graphs) == ({}, {})
+    assert made.refused["fp16"]["reason"] == "fp16 gives NaN or infinite values on 80 held-out examples"
+
+
+def test_nan_in_one_output_is_the_golden_error() -> None:
+    pair = exact_pair()
+    graphs = (
+        linear_graph(pair[0], "x", [1, 8, 8], "mean", [64]),
+        linear_graph(pair[1], "z", [64], "reconstruction", [1, 8, 8]),
+    )
+    x = digits(4)
+    judge = Judge(graphs, GREY, LatentSpec((64,), None), None, x)
+    mean = pair[0](torch.from_numpy(x)).detach().numpy()
+    golden = {"x": x, "mean": mean + 1, "reconstruction": np.full_like(x, np.nan)}
+    assert np.isnan(judge.golden_error(golden, (None, None)))
+
+
 def test_fp16_keeps_what_would_overflow_in_fp32_and_says_so() -> None:
     axes = principal(8)
     encoder = linear(axes, torch.eye(8) * 1e6, torch.eye(8) * 1e-6)
@@ -316,6 +373,8 @@ def test_fp16_keeps_what_would_overflow_in_fp32_and_says_so() -> None:
     ("options", "message"),
     [
         ({"precisions": "int8"}, "precisions is 'int8'; expected a list of names"),
+        ({"precisions": None}, "precisions is None; expected a list of names"),
+        ({"precisions": 5}, "precisions is 5; expected a list of names"),
         ({"precisions": ["int4"]}, "precisions has 'int4'; expected some of fp32, fp16, int8"),
         ({"budget": 0.1}, "budget is 0.1; expected a vae_export.Budget"),
         ({"precisions": ["int8"], "examples": digits(1)}, r"examples has 1 row\(s\); a precision beside fp32 is"),

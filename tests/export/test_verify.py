@@ -76,6 +76,22 @@ def test_every_batch_size_is_run(conv, monkeypatch: pytest.MonkeyPatch) -> None:
     assert BATCH_SIZES == (1, 2, 7, 32)
 
 
+@pytest.mark.parametrize(("half", "name"), [("encoder", "mean"), ("decoder", "reconstruction")])
+def test_nan_at_one_batch_size_alone_is_refused(conv, monkeypatch: pytest.MonkeyPatch, half: str, name: str) -> None:
+    from vae_runtime.session import GraphSession
+
+    run = GraphSession.run
+
+    def broken(session: GraphSession, array: np.ndarray) -> list[np.ndarray]:
+        outputs = run(session, array)
+        bad = len(array) == 7 and (array.ndim == 4) == (half == "encoder")
+        return [output * np.float32(np.nan) for output in outputs] if bad else outputs
+
+    monkeypatch.setattr(GraphSession, "run", broken)
+    with pytest.raises(ExportError, match=f"{name} differs from PyTorch by nan"):
+        verify(*conv, 1e-5)
+
+
 def test_few_examples_are_repeated_to_fill_the_largest_batch(conv) -> None:
     graphs, reference, x, spec = conv
     assert verify(graphs, reference, x[:3], spec, 1e-5).examples == 32

@@ -105,6 +105,32 @@ def test_info_checks_every_file(bundle: Path) -> None:
     refused(r"golden.npz was altered", "info", bundle, "--json")
 
 
+@pytest.mark.parametrize(
+    "quality",
+    [{"psnr_lost_db": "x"}, {"kept_fp32": []}, {"kept_fp32": None}, {"kept_fp32": {"encoder": 3}}, {"examples": [1]}],
+)
+def test_info_refuses_a_quality_of_nonsense_in_words(bundle: Path, resign: Any, quality: dict[str, Any]) -> None:
+    resign(bundle, lambda data: data["precisions"]["fp32"].update(quality=quality))
+    refused(rf"precisions.fp32.quality.{next(iter(quality))} is .*; expected", "info", bundle)
+
+
+def test_info_says_of_a_quality_what_there_is(bundle: Path, resign: Any) -> None:
+    def describe(quality: dict[str, Any]) -> str:
+        resign(bundle, lambda data: data["precisions"]["fp32"].update(quality=quality))
+        return run("info", bundle).stdout
+
+    full = {"psnr_lost_db": 0.01, "nats_lost_per_dimension": None, "examples": 8, "kept_fp32": {"encoder": ["a"]}}
+    assert "loses 0.01 dB of PSNR on 8 examples, within the budget; layers in fp32: 1\n" in describe(full)
+    little = {"psnr_lost_db": None, "calibration_examples": 3}
+    assert "loses an amount that is not stated, within the budget; layers in fp32: 0\n" in describe(little)
+
+
+def test_info_passes_over_a_precision_of_later_versions(bundle: Path, resign: Any) -> None:
+    before = run("info", bundle).stdout
+    resign(bundle, lambda data: data["precisions"].update(int4={"encoder": "encoder.onnx", "shards": []}))
+    assert run("info", bundle).stdout == before
+
+
 def test_selftest_passes_with_0_and_fails_with_3(bundle: Path, resign: Any) -> None:
     result = run("selftest", bundle)
     assert (result.exit_code, result.stderr) == (0, "")

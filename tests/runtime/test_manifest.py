@@ -87,6 +87,30 @@ def test_unknown_keys_are_ignored_wherever_they_stand(manifest_data: Any, sign: 
     assert Manifest.from_json(sign(data)) == expected
 
 
+@pytest.mark.parametrize("name", ["int4", "bf16", "tf32", ""])
+def test_precisions_that_this_version_does_not_know_are_ignored(manifest_data: Any, sign: Any, name: str) -> None:
+    data = manifest_data()
+    data["files"]["encoder.new.onnx"] = {"bytes": 1, "sha256": "0" * 64}
+    expected = Manifest.from_json(sign(data))
+    for entry in ({"encoder": "encoder.new.onnx", "decoder": "decoder.onnx"}, {"shards": ["a"]}, None):
+        data["precisions"][name] = entry
+        found = Manifest.from_json(sign(data))
+        assert found == expected
+        assert "encoder.new.onnx" in found.files
+
+
+def test_figures_that_are_not_defined_and_keys_that_are_not_known_are_fine(manifest_data: Any, sign: Any) -> None:
+    data = manifest_data()
+    data["precisions"]["fp32"]["quality"] = quality = {
+        **dict.fromkeys(("psnr_lost_db", "nats_lost_per_dimension", "logvar_relative_error")),
+        "psnr_db": 7,
+        "kept_fp32": {"encoder": ["a"], "decoder": []},
+        "calibration": {"encoder": "minmax"},
+        "noise_seed": "any",
+    }
+    assert Manifest.from_json(sign(data)).precisions["fp32"].quality == quality
+
+
 def test_a_bundle_from_before_there_was_a_budget_still_loads(tiny_path: Path) -> None:
     manifest = Manifest.from_json((tiny_path / "manifest.json").read_bytes())
     assert (manifest.budget, manifest.refused) == (None, {})
@@ -171,6 +195,42 @@ WRONG_VALUES = [
     ("precisions.fp32.fidelity", [], r"precisions.fp32.fidelity is \[\]; expected a JSON object"),
     ("precisions.fp32.quality", 1, "precisions.fp32.quality is 1; expected a JSON object"),
     ("precisions.fp32.quality", {"within_budget": 1}, "quality.within_budget is 1; expected true or false"),
+    ("precisions.fp32.quality", {"examples": "8"}, "quality.examples is '8'; expected a whole number"),
+    ("precisions.fp32.quality", {"examples": -1}, "quality.examples is -1; expected a whole number"),
+    (
+        "precisions.fp32.quality",
+        {"calibration_examples": True},
+        "quality.calibration_examples is True; expected a whole",
+    ),
+    ("precisions.fp32.quality", {"psnr_db": []}, r"quality.psnr_db is \[\]; expected a finite number or null"),
+    ("precisions.fp32.quality", {"fp32_psnr_db": "1"}, "quality.fp32_psnr_db is '1'; expected a finite number or null"),
+    ("precisions.fp32.quality", {"psnr_lost_db": "x"}, "quality.psnr_lost_db is 'x'; expected a finite number or null"),
+    ("precisions.fp32.quality", {"psnr_lost_db": 10**400}, "quality.psnr_lost_db is 10+; expected a finite number"),
+    (
+        "precisions.fp32.quality",
+        {"negative_elbo_per_dimension": True},
+        "negative_elbo_per_dimension is True; expected a",
+    ),
+    ("precisions.fp32.quality", {"fp32_negative_elbo_per_dimension": {}}, "_per_dimension is {}; expected a finite"),
+    ("precisions.fp32.quality", {"nats_lost_per_dimension": "0"}, "nats_lost_per_dimension is '0'; expected a finite"),
+    ("precisions.fp32.quality", {"mean_relative_error": "0"}, "mean_relative_error is '0'; expected a finite number"),
+    (
+        "precisions.fp32.quality",
+        {"logvar_relative_error": "0"},
+        "logvar_relative_error is '0'; expected a finite number",
+    ),
+    (
+        "precisions.fp32.quality",
+        {"calibration": {"encoder": 3}},
+        "quality.calibration is {.*}; expected an object of str",
+    ),
+    ("precisions.fp32.quality", {"kept_fp32": []}, r"quality.kept_fp32 is \[\]; expected an object of lists"),
+    ("precisions.fp32.quality", {"kept_fp32": None}, "quality.kept_fp32 is None; expected an object of lists"),
+    (
+        "precisions.fp32.quality",
+        {"kept_fp32": {"encoder": 3}},
+        "kept_fp32 is {'encoder': 3}; expected an object of lists",
+    ),
     ("precisions.fp32.quality", {"within_budget": False}, "quality.within_budget is false; fp32 is the reference"),
     ("budget", None, "budget is None; expected a JSON object"),
     ("budget", {"psnr_db": 0.1}, "budget.nats_per_dimension is None; expected a finite number"),
@@ -180,6 +240,11 @@ WRONG_VALUES = [
     ("refused", {"int8": "bad"}, "refused.int8 is 'bad'; expected a JSON object"),
     ("refused", {"int8": {}}, "refused.int8.reason is None; expected a string"),
     ("refused", {"int8": {"reason": "bad", "quality": 3}}, "refused.int8.quality is 3; expected a JSON object"),
+    (
+        "refused",
+        {"int8": {"reason": "bad", "quality": {"psnr_db": "?"}}},
+        r"refused.int8.quality.psnr_db is '\?'; expec",
+    ),
     ("files", MISSING, "files is None; expected a JSON object"),
     ("files", {}, "is '.*', which files does not list"),
     ("files.x", {"bytes": "1", "sha256": "0" * 64}, "files.x.bytes is '1'; expected a whole number"),

@@ -180,7 +180,7 @@ def test_ends_of_the_range_are_inside() -> None:
     array = np.array([[[[0.0, -0.0, 1.0]] * 4]], np.float32)
     assert np.array_equal(to_model_input(array, GREY), array)
     array[0, 0, 0, 0] = np.nextafter(np.float32(1), np.float32(2))
-    with pytest.raises(InputError, match="float32 images lie in"):
+    with pytest.raises(InputError, match=r"values from -0 to 1.00000012; float32 images lie in \[0, 1\]$"):
         to_model_input(array, GREY)
     array[0, 0, 0, 0] = np.nextafter(np.float32(0), np.float32(-1))
     with pytest.raises(InputError, match=r"values from -1.4013e-45 to 1; float32 images lie in"):
@@ -212,6 +212,9 @@ WRONG: list[tuple[InputSpec, Any, str]] = [
     (GREY, np.full((1, 1, 4, 3), np.nan, np.float32), r"images has NaN; float32 images lie in \[0, 1\]$"),
     (GREY, np.full((1, 1, 4, 3), np.inf, np.float32), r"values from inf to inf; float32 images lie in \[0, 1\]$"),
     (GREY, np.full((1, 1, 4, 3), 255, np.float32), r"values from 255 to 255; .*; divide by 255, or pass the uint8"),
+    (GREY, np.full((1, 1, 4, 3), 2, np.float32), r"values from 2 to 2; .*; divide by 255, or pass the uint8"),
+    (GREY, np.full((1, 1, 4, 3), 1.5, np.float32), r"values from 1.5 to 1.5; float32 images lie in \[0, 1\]$"),
+    (GREY, np.full((1, 1, 4, 3), 256, np.float32), r"values from 256 to 256; float32 images lie in \[0, 1\]$"),
     (GREY, np.full((1, 1, 4, 3), -0.5, np.float32), r"values from -0.5 to -0.5; float32 images lie in \[0, 1\]$"),
     (VECTOR, np.zeros((1, 6), np.uint8), r"dtype uint8; expected \(N, 6\) float32$"),
     (VECTOR, np.zeros((1, 6)), r"dtype float64; expected \(N, 6\) float32; convert with"),

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from vae_runtime.devices import Device
 from vae_runtime.errors import BundleError, DeviceError, ExportError
+from vae_runtime.fidelity import data_range, golden_error, relative_error
 from vae_runtime.manifest import INPUT, LATENT, LOGVAR, MEAN, RECONSTRUCTION, InputSpec, LatentSpec, Likelihood
 from vae_runtime.posterior import Posterior
 from vae_runtime.preprocess import Float32
 from vae_runtime.session import GraphSession
-from vae_runtime.vae import data_range, relative_error
 
 from .quality import NOISE_SEED, Figures, Measurement
 
@@ -74,14 +74,13 @@ class Judge:
         errors[f"{RECONSTRUCTION}_max_error"] = float(np.abs(found - reference).max())
         return {"against": "fp32", "examples": len(mean), **{k: float(f"{v:.1e}") for k, v in errors.items()}}
 
-    def golden_error(self, golden: Mapping[str, Float32], graphs: Pair) -> float:
-        """The largest error on the golden values, measured as `VAE.selftest` measures it."""
+    def golden_error(self, golden: Mapping[str, Float32], graphs: Pair, precision: str) -> float:
+        """The largest error of a tensor on the golden values, measured as `VAE.selftest` measures it."""
         encoder, decoder = graphs
-        outputs = self._open_encoder(encoder).run(golden[INPUT])
-        errors = [relative_error(output, golden[name]) for name, output in zip(self._outputs, outputs, strict=True)]
-        images = self._decode(self._open_decoder(decoder), golden[MEAN])
-        scale = 1.0 if self._spec.is_image else data_range(golden[INPUT])
-        errors.append(float(np.abs(images - golden[RECONSTRUCTION]).max()) / scale)
+        found = dict(zip(self._outputs, self._open_encoder(encoder).run(golden[INPUT]), strict=True))
+        found[RECONSTRUCTION] = self._decode(self._open_decoder(decoder), golden[MEAN])
+        is_image = self._spec.is_image
+        errors = [golden_error(name, array, golden, precision, is_image) for name, array in found.items()]
         return float(np.max(errors))  # NaN where one is, which max() may pass over
 
     def _open_encoder(self, graph: bytes | None) -> GraphSession:

@@ -12,10 +12,10 @@ import torch
 
 from vae_runtime.devices import Device
 from vae_runtime.errors import BundleError, ExportError
+from vae_runtime.fidelity import data_range, relative_error
 from vae_runtime.manifest import INPUT, LATENT, LOGVAR, MEAN, RECONSTRUCTION, InputSpec
 from vae_runtime.preprocess import Float32
 from vae_runtime.session import GraphSession
-from vae_runtime.vae import data_range, relative_error
 
 from .graphs import DecoderGraph, EncoderGraph
 

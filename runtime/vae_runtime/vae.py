@@ -12,6 +12,7 @@ import numpy as np
 from .bundle import Bundle
 from .devices import PROVIDER_PRECISIONS, check_device_name, find_device
 from .errors import ClosedError, DeviceError, InputError, KindError
+from .fidelity import golden_error
 from .interpolation import interpolate_latents
 from .manifest import INPUT, LATENT, LOGVAR, MEAN, PRECISIONS, RECONSTRUCTION, Manifest
 from .operation import Candidate, Operation, Route
@@ -28,8 +29,7 @@ _PROVIDER_TOLERANCE = {"bf16": 5e-2, "tf32": 2e-3}
 class RouteTest(NamedTuple):
     """How one entry of `VAE.plan` came through: operation, device and precision as there.
 
-    errors: by tensor, max|Δ| from the reference, relative to the data's range (reconstruction) or to max|reference|
-        (mean, logvar). tolerance: what they were held against.
+    errors: by tensor, as `vae_runtime.fidelity.golden_error` measures them. tolerance: what they were held against.
     """
 
     operation: str
@@ -322,7 +322,10 @@ class VAE:
                     f"the bundle states no golden tolerance for {route.precision}; it has"
                     f" {', '.join(sorted(self.manifest.golden.tolerance))}"
                 )
-            errors = {tensor: self._error(tensor, array, golden) for tensor, array in zip(outputs, found, strict=True)}
+            errors = {
+                tensor: golden_error(tensor, array, golden, route.precision, self.manifest.input.is_image)
+                for tensor, array in zip(outputs, found, strict=True)
+            }
             device = route.any_batch.device.name
             yield RouteTest(name, device, route.precision, tolerances[route.precision], errors)
 
@@ -352,22 +355,6 @@ class VAE:
         if self._operations is None:
             raise ClosedError(f"{self.manifest.name} was closed; load the bundle again")
         return self._operations
-
-    def _error(self, tensor: str, found: Float32, golden: dict[str, Float32]) -> float:
-        if tensor != RECONSTRUCTION:
-            return relative_error(found, golden[tensor])
-        scale = 1.0 if self.manifest.input.is_image else data_range(golden[INPUT])
-        return float(np.abs(found - golden[tensor]).max() / scale)
-
-
-def relative_error(found: Float32, reference: Float32) -> float:
-    """max|Δ| / max|reference|, the latter taken as at least 0.01: a collapsed posterior is zero but for rounding."""
-    return float(np.abs(found - reference).max() / max(np.abs(reference).max(), 0.01))
-
-
-def data_range(vectors: Float32) -> float:
-    """max − min of vector data, by which errors on it are measured; 1 where it is constant."""
-    return float(vectors.max() - vectors.min()) or 1.0
 
 
 _Plan = Mapping[str, list[tuple[int, Candidate]]]

@@ -87,6 +87,7 @@ def test_fp32_against_itself_loses_nothing_and_another_model_does(exported) -> N
     itself = judge.measure(graphs)
     assert (itself.psnr_lost, itself.nats_lost) == (0, 0)
     assert set(itself.errors.values()) == {0.0}
-    assert judge.golden_error(bundle.golden(), graphs) < 1e-5
+    assert judge.golden_error(bundle.golden(), graphs, "fp32") < 1e-5
+    assert judge.golden_error(bundle.golden(), graphs, "int8") < judge.golden_error(bundle.golden(), graphs, "fp32")
     with_threshold = Judge(graphs, manifest.input, manifest.latent, Likelihood("bernoulli", binarize="threshold"), x)
     assert with_threshold.measure(graphs).found != itself.found

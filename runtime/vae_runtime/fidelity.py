@@ -1,0 +1,42 @@
+"""How far outputs are from the reference: the one place where errors on golden values are defined."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from .manifest import INPUT, PRECISIONS, RECONSTRUCTION
+from .preprocess import Float32
+
+# In float32, and in what a provider makes of it, the largest error counts. A precision with files of its own is held to
+# the root mean square: a single value may be rounded far off while the picture is as good as before, and the largest of
+# thousands says little of the rest.
+_BY_MEAN_SQUARE = frozenset(PRECISIONS) - {"fp32"}
+
+
+def golden_error(tensor: str, found: Float32, golden: Mapping[str, Float32], precision: str, is_image: bool) -> float:
+    """The error of one tensor on the golden inputs, relative to max|reference| (mean, logvar) or to the data's range
+    (reconstruction)."""
+    reference = golden[tensor]
+    scale = scale_of(reference)
+    if tensor == RECONSTRUCTION:
+        scale = 1.0 if is_image else data_range(golden[INPUT])
+    difference = np.abs(np.subtract(found, reference, dtype=np.float64))
+    size = np.sqrt(np.square(difference).mean()) if precision in _BY_MEAN_SQUARE else difference.max()
+    return float(size) / scale
+
+
+def relative_error(found: Float32, reference: Float32) -> float:
+    """max|Δ| / max|reference|."""
+    return float(np.abs(found - reference).max()) / scale_of(reference)
+
+
+def scale_of(reference: Float32) -> float:
+    """max|reference|, taken as at least 0.01: a collapsed posterior is zero but for rounding."""
+    return max(float(np.abs(reference).max()), 0.01)
+
+
+def data_range(vectors: Float32) -> float:
+    """max − min of vector data, by which errors on it are measured; 1 where it is constant."""
+    return float(vectors.max() - vectors.min()) or 1.0

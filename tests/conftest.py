@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from vae_runtime import plugins
-from vae_runtime.devices import import_engine
+from vae_runtime.engine import import_engine
 
 # A shell's background job is started with SIGINT ignored, which children inherit; the tests of Ctrl-C need it heard.
 signal.signal(signal.SIGINT, signal.default_int_handler)

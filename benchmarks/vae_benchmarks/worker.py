@@ -38,7 +38,7 @@ def measure_startup(bundle: str, device: str, precision: str, threads: int | Non
     """Times in ms and memory in bytes from here to the first result, then the peak after one call with `batch`."""
     begin = time.perf_counter_ns()
     import vae_runtime
-    from vae_runtime.devices import import_engine
+    from vae_runtime.engine import import_engine
 
     import_engine()
     imported = time.perf_counter_ns()
@@ -81,7 +81,7 @@ def measure_latency(
 
     from vae_benchmarks.latency import Clock, measure
     from vae_runtime import VAE
-    from vae_runtime.devices import import_engine
+    from vae_runtime.engine import import_engine
 
     clock = Clock.measure()
     with VAE.load(bundle, device=device, precision=precision, threads=threads) as vae:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vae_runtime.devices import first_line
+from vae_runtime.engine import first_line
 from vae_runtime.manifest import INPUT, LATENT, InputSpec, LatentSpec, Likelihood, Precision
 from vae_runtime.preprocess import Float32
 

@@ -15,7 +15,8 @@ from . import sinks, sources
 from .atomic import refuse_existing
 from .bundle import Bundle
 from .console import NEGATIVE_VERDICT, Group, engine_options, json_option, print_json
-from .devices import import_engine, usable_devices
+from .devices import usable_devices
+from .engine import import_engine
 from .errors import InputError, MissingExtraError
 from .interpolation import METHODS
 from .manifest import INPUT, LOGVAR, MEAN, Manifest

@@ -4,6 +4,7 @@
     ├── BundleError       a bundle that is missing, incomplete, altered, or of an unknown version
     ├── CheckpointError   a model.pt that is no checkpoint of ours
     ├── DeviceError       a device or precision that was asked for and cannot be had
+    │   └── OutOfMemoryError  its memory did not suffice for one call
     ├── InputError        an argument that breaks a rule (also a ValueError)
     ├── KindError         a plain autoencoder was asked for what only a distribution has
     ├── ExportError       an export that failed or fell short of its tolerance
@@ -32,6 +33,10 @@ class CheckpointError(VAEError):
 
 class DeviceError(VAEError):
     """A device, provider or precision was asked for and is not really there."""
+
+
+class OutOfMemoryError(DeviceError):
+    """The memory of the device did not suffice for a call. Calls with fewer examples at a time go on working."""
 
 
 class InputError(VAEError, ValueError):

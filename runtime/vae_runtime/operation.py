@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .bound import BoundCall, DeviceCall
+from .device_array import DeviceArray, copy_to_device, from_dlpack
 from .preprocess import Float32, ValueRule
 from .sampling import check_count
-from .session import BoundCall, GraphSession
+from .session import GraphSession
 
 # At most this many values per input chunk unless the caller says otherwise: 64 images of 3×128×128, and about 50 times
 # as much in the activations of a usual convolutional network.
@@ -85,7 +87,7 @@ class Operation:
         self._check = check
         self._rule = rule
         self._chunk = max(1, min(_CHUNK_EXAMPLES, _CHUNK_VALUES // image_values))
-        self._free: dict[tuple[int, ...], list[BoundCall]] = {}
+        self._free: dict[tuple[int, ...], list[BoundCall | DeviceCall]] = {}
 
     def __call__(self, array: Any, batch_size: int | None = None) -> list[Float32]:
         """-> the graph's outputs, which belong to the caller."""
@@ -135,6 +137,16 @@ class Operation:
         chunks = [checked[start : start + size] for start in range(0, len(checked), size)]
         parts = [route.session(len(chunk)).run(chunk) for chunk in chunks]
         return [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
+
+    def run_on_device(self, array: Any, name: str) -> list[DeviceArray]:
+        """The same without leaving the device's memory, in one piece. array: what a call takes, or an array in that
+        memory, whose values are not looked at."""
+        if isinstance(array, np.ndarray):
+            checked = self._check(array)
+            session = self.route(len(checked)).any_batch
+            return session.run_on_device(copy_to_device(checked, session.device))
+        shared = from_dlpack(array, self._shape, self.routes[0].any_batch.device, name)
+        return self.route(len(shared)).any_batch.run_on_device(shared)
 
     def run_each(self, array: Any) -> list[tuple[Route, list[Float32]]]:
         """The outputs of every route for the same input."""

@@ -6,19 +6,34 @@ import ctypes
 import math
 import os
 import weakref
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
 import numpy as np
 
-from .devices import CPU, Device, first_line, import_engine
-from .errors import BundleError, ClosedError, DeviceError, InputError
+from .bound import BoundCall, DeviceCall
+from .cuda import CUDA, real_work_on_cpu
+from .device_array import DeviceArray
+from .devices import CPU, Device
+from .engine import first_line, import_engine
+from .errors import BundleError, ClosedError, DeviceError, InputError, OutOfMemoryError
 from .graph_rules import check_graph
 from .plugins import OPENVINO
 from .preprocess import Float32, ValueRule
 
 # Up to so many values per call, copying into memory that is bound to the session costs less than binding the caller's.
 _BOUND_VALUES = 2**16
+_RECORD_NODES = "session.record_ep_graph_assignment_info"
+# How engines and drivers say it; there is no status of its own for it.
+_NO_MEMORY = (
+    "failed to allocate memory",
+    "out of memory",
+    "bad_alloc",
+    "bad allocation",
+    "alloc_failed",
+    "cuda failure 2",
+)
 
 
 class GraphSession:
@@ -29,6 +44,7 @@ class GraphSession:
     threads, spinning: of onnxruntime's own thread pool; None leaves each to onnxruntime. Other providers have their own
         pools: OpenVINO takes `threads` too, and none takes `spinning`.
     batch: the only batch size that it takes, and is made for; None takes any.
+    bundle: the digest of the bundle that the graph is from; by it a device keeps what it builds for the graph.
     """
 
     def __init__(
@@ -39,6 +55,7 @@ class GraphSession:
         threads: int | None = None,
         spinning: bool | None = None,
         batch: int | None = None,
+        bundle: str = "",
     ) -> None:
         check_graph(model, file)
         self.file = file
@@ -46,8 +63,9 @@ class GraphSession:
         self.threads = threads
         self.spinning = spinning
         self.batch = batch
+        self.bundle = bundle
         self._process = os.getpid()
-        self._session = _open(model, file, device, threads, spinning, batch)
+        self._session = _open(model, file, device, threads, spinning, batch, bundle)
         self.inherited = False  # through a fork
         _sessions.add(self)
 
@@ -72,31 +90,40 @@ class GraphSession:
         if self.batch is None and isinstance(self._session.get_inputs()[0].shape[0], int):
             raise BundleError(f"{self.file} has a fixed batch size; a bundle's graphs take any")
         largest = max(math.prod(shape) for shape in (input_shape, *outputs.values()))
-        # On other providers binding an input copies it to the device; what is written to the array later is never seen.
-        self._largest_bound = _BOUND_VALUES // largest if self.device.provider == CPU else 0
+        self._largest_bound = _BOUND_VALUES // largest
 
     @property
     def gains_from_fixed_batch(self) -> bool:
         """Whether a session made for one batch size is faster than one for any. OpenVINO lays out its memory and
-        chooses its kernels by shape; the CPU provider takes the same time."""
-        return self.device.provider == OPENVINO
+        chooses its kernels by shape, CUDA replays a graph of launches; the CPU provider takes the same time."""
+        return self.device.provider in (OPENVINO, CUDA)
 
     def for_batch(self, model: bytes, batch: int) -> GraphSession:
         """A session of the same graph, whose file's bytes are `model`, in all as this one, but for one batch size."""
-        session = GraphSession(model, self.file, self.device, self.threads, self.spinning, batch)
+        session = GraphSession(model, self.file, self.device, self.threads, self.spinning, batch, self.bundle)
         session.require_boundary(
             self._input, self._input_shape, dict(zip(self._outputs, self._output_shapes, strict=True))
         )
         return session
 
-    def bind(self, batch: int, rule: ValueRule) -> BoundCall | None:
-        """Calls of so many rows at the least cost; None where they are too large, and on other providers than the
-        CPU."""
-        if batch > self._largest_bound:
-            return None
+    def bind(self, batch: int, rule: ValueRule) -> BoundCall | DeviceCall | None:
+        """Calls of so many rows at the least cost; None where there is nothing to gain."""
         names = [self._input, *self._outputs]
         shapes = [(batch, *shape) for shape in (self._input_shape, *self._output_shapes)]
-        return BoundCall(self, dict(zip(names, shapes, strict=True)), rule)
+        if self.device.is_gpu:
+            return DeviceCall(self, dict(zip(names, shapes, strict=True)), rule)
+        # On other providers binding an input copies it to the device; what is written to the array later is never seen.
+        if self.device.provider == CPU and batch <= self._largest_bound:
+            return BoundCall(self, dict(zip(names, shapes, strict=True)), rule)
+        return None
+
+    def io_binding(self) -> Any:
+        """onnxruntime's own."""
+        return self._session.io_binding()
+
+    def bound_run(self, binding: Any) -> Callable[[], None]:
+        """What `InferenceSession.run_with_iobinding` calls in turn."""
+        return partial(self._session._sess.run_with_iobinding, binding._iobinding, None)
 
     def run(self, array: Float32) -> list[Float32]:
         """Run the graph on (N, ...) -> its outputs (N, ...), which belong to the caller.
@@ -105,16 +132,11 @@ class GraphSession:
             DeviceError: onnxruntime failed, for example for want of memory.
             ClosedError: this process was forked after the session was made.
         """
-        if os.getpid() != self._process:
-            raise ClosedError(
-                f"{self.file} was loaded in process {self._process}, before this process was forked; load it again here"
-            )
+        self._require_own_process()
         try:
             results = cast("list[Float32]", self._session.run(self._outputs, {self._input: array}))
         except Exception as error:
-            raise DeviceError(
-                f"{self.file} failed on {self.device.name} at batch size {len(array)}: {first_line(error)}"
-            ) from error
+            raise self._run_error(error, len(array)) from error
         # onnxruntime does not hold a graph to the shapes that it declares.
         for name, result, shape in zip(self._outputs, results, self._output_shapes, strict=True):
             if result.shape != (len(array), *shape):
@@ -124,41 +146,36 @@ class GraphSession:
                 )
         return results
 
+    def run_on_device(self, array: DeviceArray) -> list[DeviceArray]:
+        """Run the graph on an array in the device's memory -> new ones there, which belong to the caller.
 
-class BoundCall:
-    """Memory for the input and the outputs of one batch size, bound to a session once and used again and again.
-
-    For one thread at a time. shapes: of the input, then of the outputs, by name.
-    """
-
-    def __init__(self, session: GraphSession, shapes: dict[str, tuple[int, ...]], rule: ValueRule) -> None:
-        value = import_engine().OrtValue.ortvalue_from_numpy  # shares the array's memory
-        arrays: dict[str, Float32] = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
-        (name, self._input), *outputs = arrays.items()
-        self._outputs = [output for _, output in outputs]
-        self._checked, self._holds = rule.view(self._input), rule.holds
-        binding = session._session.io_binding()
-        binding.bind_ortvalue_input(name, value(self._input))
-        for name, output in outputs:
-            binding.bind_ortvalue_output(name, value(output))
-        # What `InferenceSession.run_with_iobinding` calls in turn.
-        self._run = partial(session._session._sess.run_with_iobinding, binding._iobinding, None)
-        self._session, self._binding = session, binding
-
-    def __call__(self, array: Float32) -> list[Float32] | None:
-        """The outputs for an array of the input's shape, which belong to the caller.
-
-        None where the rule does not hold for its values, or the engine fails: `GraphSession.run` then says what is
-        wrong.
+        Raises:
+            As `run`.
         """
-        self._input[...] = array
-        if not self._holds(self._checked) or self._session.inherited:
-            return None
+        self._require_own_process()
+        binding = self.io_binding()
+        binding.bind_ortvalue_input(self._input, array._value)
+        for name in self._outputs:
+            binding.bind_output(name, *self.device.memory)
         try:
-            self._run()
-        except Exception:
-            return None
-        return [output.copy() for output in self._outputs]
+            self.bound_run(binding)()
+        except Exception as error:
+            raise self._run_error(error, len(array)) from error
+        return [DeviceArray(value, self.device.memory) for value in binding.get_outputs()]
+
+    def _require_own_process(self) -> None:
+        if os.getpid() != self._process:
+            raise ClosedError(
+                f"{self.file} was loaded in process {self._process}, before this process was forked; load it again here"
+            )
+
+    def _run_error(self, error: Exception, rows: int) -> DeviceError:
+        if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _NO_MEMORY):
+            return OutOfMemoryError(
+                f"{self.device.name} has not enough memory for {self.file} at batch size {rows};"
+                " pass a smaller batch_size"
+            )
+        return DeviceError(f"{self.file} failed on {self.device.name} at batch size {rows}: {first_line(error)}")
 
 
 _sessions: weakref.WeakSet[GraphSession] = weakref.WeakSet()
@@ -189,7 +206,13 @@ def check_threads(threads: Any) -> int | None:
 
 
 def _open(
-    model: bytes, file: str, device: Device, threads: int | None, spinning: bool | None, batch: int | None
+    model: bytes,
+    file: str,
+    device: Device,
+    threads: int | None,
+    spinning: bool | None,
+    batch: int | None,
+    bundle: str,
 ) -> Any:
     onnxruntime = import_engine()
     options = onnxruntime.SessionOptions()
@@ -202,9 +225,12 @@ def _open(
     if batch is not None:
         options.add_free_dimension_override_by_name("batch", batch)
     options.add_session_config_entry("session.load_model_format", "ONNX")
-    if device.provider != CPU:
+    records_nodes = device.is_gpu and hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info")
+    if records_nodes:  # arithmetic on shapes is the CPU's there, and the switch below would refuse it too
+        options.add_session_config_entry(_RECORD_NODES, "1")
+    elif device.provider != CPU:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    provider_options = device.session_options(threads)
+    provider_options = device.session_options(threads, batch is not None, bundle)
     try:
         if device.plugin is not None:
             options.add_provider_for_devices([device.plugin], provider_options)
@@ -220,6 +246,10 @@ def _open(
     if session.get_providers()[0] != device.provider:
         raise DeviceError(
             f"device {device.name!r} cannot be used: onnxruntime opened {file} on {session.get_providers()[0]} instead"
+        )
+    if records_nodes and (operators := real_work_on_cpu(session)):
+        raise DeviceError(
+            f"device {device.name!r} cannot run {file} as a whole: it leaves {', '.join(operators)} to the CPU"
         )
     return session
 

@@ -19,12 +19,14 @@ from typing import Any
 import numpy as np
 
 from .bundle import Bundle
-from .devices import PROVIDER_PRECISIONS, find_device, first_line, usable_devices
+from .cache import make_cache_folder
+from .devices import PROVIDER_PRECISIONS, find_device, usable_devices
+from .engine import first_line
 from .errors import DeviceError, InputError, VAEError
 from .manifest import INPUT, PRECISIONS, RECONSTRUCTION, Manifest
 from .operation import Candidate
 from .preprocess import Float32
-from .tuning import OPERATIONS, Measured, make_cache_folder, usable_cores, write_tuning
+from .tuning import OPERATIONS, Measured, usable_cores, write_tuning
 from .vae import VAE
 
 BATCHES = (1, 8, 32)
@@ -59,7 +61,7 @@ def tune(
         raise InputError(f"seconds is {seconds!r}; expected a number above 0, at most 3600")
     tell = progress or (lambda line: None)
     bundle = Bundle.open(path)
-    make_cache_folder()  # a folder that cannot be written is found before anything is measured
+    make_cache_folder("tuning")  # a folder that cannot be written is found before anything is measured
     alive = candidates(bundle.manifest, _usable(devices))
     times: dict[Candidate, list[dict[str, dict[int, float]]]] = {candidate: [] for candidate in alive}
     start = time.monotonic()

@@ -12,13 +12,15 @@ import hashlib
 import json
 import math
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .devices import PROVIDER_PRECISIONS, check_device_name, import_engine
+from .cache import cache_folder, make_cache_folder
+from .cuda import driver_version, find_gpus
+from .devices import PROVIDER_PRECISIONS, check_device_name
+from .engine import import_engine
 from .errors import OutputError
 from .manifest import PRECISIONS
 from .operation import Candidate
@@ -57,7 +59,7 @@ class Measured:
 
 
 def machine_key() -> dict[str, Any]:
-    """What a measurement holds for: processor, cores that this process may use, system, engine versions."""
+    """What a measurement holds for: processor, cores that this process may use, system, engine versions, GPUs."""
     import platform  # late, like importlib.metadata: `import vae_runtime` is to cost no more than it must
     from importlib import metadata
 
@@ -73,6 +75,8 @@ def machine_key() -> dict[str, Any]:
         "cores": usable_cores(),
         "system": f"{platform.system()} {platform.machine()}",
         "engines": versions,
+        "gpus": [gpu.name for gpu in find_gpus()[0]],
+        "driver": driver_version(),
     }
 
 
@@ -86,7 +90,7 @@ def usable_cores() -> int:
 def tuning_file(bundle: str) -> Path:
     """Where the measurements for the bundle with this manifest digest lie, or would lie."""
     key = json.dumps({"bundle": bundle, **machine_key()}, sort_keys=True)
-    return _cache_folder() / "tuning" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    return cache_folder() / "tuning" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
 def read_tuning(bundle: str) -> list[Measured]:
@@ -108,23 +112,11 @@ def write_tuning(bundle: str, measured: Sequence[Measured]) -> Path:
     """
     from .atomic import atomic_file  # late: running a bundle writes nothing
 
-    path = make_cache_folder() / tuning_file(bundle).name
+    path = make_cache_folder("tuning") / tuning_file(bundle).name
     document = {**_header(bundle), "measured": [entry.to_dict() for entry in measured]}
     with atomic_file(path) as stream:
         stream.write((json.dumps(document, indent=2, sort_keys=True) + "\n").encode())
     return path
-
-
-def make_cache_folder() -> Path:
-    """The folder for measurements, there and writable, or an `OutputError`."""
-    folder = _cache_folder() / "tuning"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be made: {error.strerror}") from None
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"{folder} cannot be written to; set VAE_EDGE_CACHE to a folder that can")
-    return folder
 
 
 def _header(bundle: str) -> dict[str, Any]:
@@ -165,23 +157,6 @@ def _fastest(entries: Sequence[Measured], operation: str, size: int) -> Candidat
     """The first of `entries`, the most exact and plainest first, that takes at most 1 / `_GAIN` of the least time."""
     least = min(entry.seconds[operation][size] for entry in entries)
     return next(entry.candidate for entry in entries if _GAIN * entry.seconds[operation][size] <= least)
-
-
-def _cache_folder() -> Path:
-    if folder := os.environ.get("VAE_EDGE_CACHE"):
-        return Path(folder)
-    try:
-        return _user_cache_folder() / "vae-edge"
-    except RuntimeError:  # as in a container, under a user that the system does not know
-        raise OutputError("this user has no home folder; set VAE_EDGE_CACHE to a folder for measurements") from None
-
-
-def _user_cache_folder() -> Path:
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def _processor() -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -10,7 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .bundle import Bundle
+from .device_array import DeviceArray
 from .devices import PROVIDER_PRECISIONS, check_device_name, find_device
+from .engine import engine_clash
 from .errors import ClosedError, DeviceError, InputError, KindError
 from .fidelity import golden_error
 from .interpolation import interpolate_latents
@@ -66,6 +69,13 @@ class SelfTest(NamedTuple):
         return max(route.tolerance for route in self.routes)
 
 
+class DevicePosterior(NamedTuple):
+    """q(z|x) in the device's memory, float32 (N, *latent_shape): mean and, of a VAE, the log of the variance."""
+
+    mean: DeviceArray
+    logvar: DeviceArray | None = None
+
+
 class VAE:
     """A bundle, ready to run. Made by `VAE.load`; may be shared between threads; a context manager.
 
@@ -108,6 +118,8 @@ class VAE:
         """
         check_device_name(device)
         threads = check_threads(threads)
+        if (clash := engine_clash()) is not None:
+            warnings.warn(clash, RuntimeWarning, stacklevel=2)
         bundle = Bundle.open(path)
         _check_precision(precision, bundle.manifest)
         if "auto" in (device, precision):
@@ -141,7 +153,9 @@ class VAE:
                 if candidate not in sessions:
                     found = find_device(candidate.device, precision, provider_options)
                     # One graph's bytes in memory at a time, and each session made from bytes that were just checked.
-                    session = GraphSession(bundle.read(file), file, found, candidate.threads, candidate.spinning)
+                    session = GraphSession(
+                        bundle.read(file), file, found, candidate.threads, candidate.spinning, None, bundle.digest
+                    )
                     session.require_boundary(*boundaries[operation])
                     sessions[candidate] = session
                 if not routes or routes[-1].any_batch is not sessions[candidate]:
@@ -272,6 +286,25 @@ class VAE:
     def reconstruct(self, inputs: Any, *, batch_size: int | None = None) -> Float32:
         """Encode, take the mean, decode: float32 (N, C, H, W) in [0, 1] or (N, D). Deterministic."""
         return self.decode(self.encode(inputs, batch_size=batch_size).mode(), batch_size=batch_size)
+
+    def encode_to_device(self, inputs: Any) -> DevicePosterior:
+        """`encode` with results that stay in the device's memory, for applications that keep their data there.
+
+        inputs: as `encode` takes them, or an array that is in that memory already, float32 (N, *input_shape), of any
+        library that speaks DLPack (torch, cupy, jax), without a copy. The values of such an array are not looked at:
+        reading them would cost what staying on the device saves. All examples run at once; the memory is the caller's
+        care.
+
+        Raises:
+            InputError: as `encode`, or an array on another device. OutOfMemoryError: too many examples for the device.
+        """
+        outputs = self._open_operations()[0].run_on_device(inputs, "inputs")
+        return DevicePosterior(*outputs)
+
+    def decode_to_device(self, latents: Any) -> DeviceArray:
+        """`decode` with a result that stays in the device's memory. latents: as `decode` takes them, or an array on the
+        device, such as `encode_to_device(...).mean`; see there."""
+        return self._open_operations()[1].run_on_device(latents, "latents")[0]
 
     def interpolate(self, a: Any, b: Any, steps: int = 8, method: str = "spherical") -> Float32:
         """The decoded path between two inputs, both ends' reconstructions included -> (steps, C, H, W) or (steps, D).

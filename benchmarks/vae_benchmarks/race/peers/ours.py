@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vae_runtime import VAE
-from vae_runtime.devices import import_engine
+from vae_runtime.engine import import_engine
 from vae_runtime.posterior import Posterior
 from vae_runtime.preprocess import Float32
 

@@ -1,0 +1,187 @@
+"""NVIDIA GPUs: what the driver shows, what keeps the CUDA and TensorRT providers from using it, and their options."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib.util
+import io
+import os
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from .engine import engine_clash, import_engine
+from .errors import DeviceError
+
+CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
+_COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76  # of CUdevice_attribute in cuda.h
+
+# Arithmetic on shapes, which the CUDA provider leaves to the CPU: a few integers per call.
+# fmt: off
+SHAPE_OPERATORS = {
+    "Add", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Expand", "Floor", "Gather", "Identity",
+    "Max", "Min", "Mod", "Mul", "Range", "ReduceProd", "Reshape", "Shape", "Size", "Slice", "Split", "Squeeze", "Sub",
+    "Unsqueeze", "Where",
+}
+# fmt: on
+
+
+class Gpu(NamedTuple):
+    """One GPU as the driver shows it. compute_capability: such as "9.0"."""
+
+    name: str
+    memory_bytes: int
+    compute_capability: str
+
+
+@functools.cache
+def find_gpus() -> tuple[tuple[Gpu, ...], str | None]:
+    """The GPUs in the driver's order, or why it shows none. Asked of the driver itself: onnxruntime only lists what it
+    was compiled with, and would print and fall back to the CPU."""
+    try:
+        driver = _driver()
+    except OSError:
+        return (), "no NVIDIA driver is installed on this machine (libcuda was not found)"
+    count = ctypes.c_int()
+    if (status := driver.cuInit(0)) != 0 or (status := driver.cuDeviceGetCount(ctypes.byref(count))) != 0:
+        return (), f"the NVIDIA driver shows no usable GPU (CUDA error {status})"
+    gpus = tuple(_read_gpu(driver, index) for index in range(count.value))
+    return gpus, None if gpus else "the NVIDIA driver shows no GPU"
+
+
+def driver_version() -> str | None:
+    """The newest CUDA that the driver runs, such as "13.0"; None without a driver."""
+    version = ctypes.c_int()
+    try:
+        status = _driver().cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return None
+    return f"{version.value // 1000}.{version.value % 1000 // 10}" if status == 0 else None
+
+
+def synchronize() -> None:
+    """Wait for all work on the GPU of this thread's context."""
+    if (status := _driver().cuCtxSynchronize()) != 0:
+        raise DeviceError(f"the GPU failed in work that was under way (CUDA error {status})")
+
+
+def why_not_cuda(index: int = 0) -> str | None:
+    """Why CUDA device `index` cannot be used, in words; None where nothing speaks against it."""
+    return _why_not(CUDA, index) or _missing_cuda_libraries()
+
+
+def why_not_tensorrt(index: int = 0) -> str | None:
+    """Why TensorRT cannot be used on GPU `index`, in words; None where nothing speaks against it."""
+    return _why_not(TENSORRT, index) or _missing_cuda_libraries() or _missing_tensorrt()
+
+
+def cuda_options(index: int, precision: str) -> dict[str, str]:
+    """What the device's name and the precision decide of the CUDA provider's options."""
+    return {"device_id": str(index), "use_tf32": "1" if precision == "tf32" else "0"}
+
+
+def tensorrt_options(index: int, precision: str) -> dict[str, str]:
+    """The same of TensorRT's, which also runs float16 graphs only where it is told to."""
+    return {"device_id": str(index), "trt_fp16_enable": "1" if precision == "fp16" else "0"}
+
+
+def require_tensorrt_precision(precision: str) -> None:
+    """Raise `DeviceError` for fp32 where TensorRT would compute in TF32: it has no option against that, only NVIDIA's
+    environment variable for all libraries."""
+    if precision == "fp32" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
+        raise DeviceError(
+            "precision 'fp32' is not to be had on device 'tensorrt', which takes TF32 for it unless the environment"
+            " has NVIDIA_TF32_OVERRIDE=0; ask for precision 'tf32' or set it"
+        )
+
+
+# What is taken unless the caller's provider_options say otherwise. An exhaustive search stalls for seconds at each new
+# shape; the heuristic picks from the same algorithms by shape alone.
+CUDA_DEFAULTS: Mapping[str, str] = {"cudnn_conv_algo_search": "HEURISTIC"}
+# For a session that takes one shape only: searched once, and replayed as one CUDA graph per call.
+CUDA_FIXED_SHAPE: Mapping[str, str] = {"cudnn_conv_algo_search": "EXHAUSTIVE", "enable_cuda_graph": "1"}
+
+
+def tensorrt_cache(folder: str) -> dict[str, str]:
+    """Options that keep the engines, which take seconds to minutes to build, in a folder."""
+    return {
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": folder,
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": folder,
+    }
+
+
+def real_work_on_cpu(session: Any) -> list[str]:
+    """Operators of an open session that run on the CPU and are more than arithmetic on shapes."""
+    return sorted(
+        {
+            node.op_type
+            for part in session.get_provider_graph_assignment_info()
+            if part.ep_name == "CPUExecutionProvider"
+            for node in part.get_nodes()
+            if node.op_type not in SHAPE_OPERATORS
+        }
+    )
+
+
+def _why_not(provider: str, index: int) -> str | None:
+    if provider not in import_engine().get_available_providers():
+        mend = engine_clash() or (
+            "in a fresh environment run: pip install 'vae-edge[gpu]' (onnxruntime and onnxruntime-gpu must not be"
+            " installed together)"
+        )
+        return f"this build of onnxruntime has no {provider.removesuffix('ExecutionProvider')} provider; {mend}"
+    gpus, reason = find_gpus()
+    if reason is not None:
+        return reason
+    if index >= len(gpus):
+        return f"there is no GPU {index}; this machine has {len(gpus)}, numbered from 0"
+    return None
+
+
+@functools.cache
+def _missing_cuda_libraries() -> str | None:
+    """Load the CUDA libraries that pip installed, so that the provider finds them; which ones are missing, if any."""
+    onnxruntime = import_engine()
+    if not hasattr(onnxruntime, "preload_dlls"):
+        return None
+    report = io.StringIO()
+    with contextlib.redirect_stdout(report):  # where onnxruntime prints what it could not load
+        onnxruntime.preload_dlls()
+    missing = re.findall(r"Failed to load ([^\s:]+)", report.getvalue())
+    if not missing:
+        return None
+    return f"{', '.join(missing)} could not be loaded; pip install 'vae-edge[gpu]' brings CUDA and cuDNN"
+
+
+@functools.cache
+def _missing_tensorrt() -> str | None:
+    """Load TensorRT's library, from its pip package or the system."""
+    name = "nvinfer_10.dll" if sys.platform == "win32" else "libnvinfer.so.10"
+    try:
+        if importlib.util.find_spec("tensorrt_libs") is not None:
+            importlib.import_module("tensorrt_libs")  # loads its libraries when it is imported
+        else:
+            ctypes.CDLL(name)
+    except (ImportError, OSError):
+        return f"{name} could not be loaded; run: pip install 'tensorrt-cu13<11'"
+    return None
+
+
+def _driver() -> Any:
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+
+def _read_gpu(driver: Any, index: int) -> Gpu:
+    device, memory, name = ctypes.c_int(), ctypes.c_size_t(), ctypes.create_string_buffer(256)
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    driver.cuDeviceGet(ctypes.byref(device), index)
+    driver.cuDeviceGetName(name, len(name), device)
+    driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+    driver.cuDeviceGetAttribute(ctypes.byref(major), _COMPUTE_CAPABILITY_MAJOR, device)
+    driver.cuDeviceGetAttribute(ctypes.byref(minor), _COMPUTE_CAPABILITY_MINOR, device)
+    return Gpu(name.value.decode(errors="replace"), memory.value, f"{major.value}.{minor.value}")

@@ -1,0 +1,86 @@
+"""Arrays in a device's memory, exchanged without a copy through DLPack (torch, cupy, jax and others speak it).
+
+The protocol: https://data-apis.org/array-api/latest/design_topics/data_interchange.html
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .cuda import synchronize
+from .devices import Device
+from .engine import import_engine, ort_value_from_dlpack
+from .errors import InputError
+from .preprocess import Float32
+
+_DLPACK_TYPES = {1: "cpu", 2: "cuda"}  # DLDeviceType of dlpack.h, for what onnxruntime calls by these names
+_LEGACY_STREAM = 1  # CUDA's default stream, in the protocol's numbering
+
+
+class DeviceArray:
+    """float32, in the memory of a `VAE`'s device. Belongs to the caller; torch and others take it without a copy, as in
+    `torch.from_dlpack(array)`.
+
+    shape: with the batch first. device: onnxruntime's name for the memory and its number, ("cuda", 0) or ("cpu", 0).
+    """
+
+    def __init__(self, value: Any, device: tuple[str, int]) -> None:
+        self._value = value
+        self.device = device
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self._value.shape())
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def numpy(self) -> Float32:
+        """A copy in host memory."""
+        return np.array(self._value.numpy(), np.float32)
+
+    def __dlpack__(self, *, stream: Any = None, **_: Any) -> Any:
+        """The protocol's capsule. What is in the array was finished before it was handed out, on every stream."""
+        return self._value._ortvalue.to_dlpack()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        kind, index = self.device
+        return next(number for number, name in _DLPACK_TYPES.items() if name == kind), index
+
+    def __repr__(self) -> str:
+        return f"DeviceArray(shape={self.shape}, device={':'.join(map(str, self.device))})"
+
+
+def copy_to_device(array: Float32, device: Device) -> DeviceArray:
+    """A host array, copied into the device's memory."""
+    kind, index = device.memory
+    value = import_engine().OrtValue.ortvalue_from_numpy(array.copy() if kind == "cpu" else array, kind, index)
+    return DeviceArray(value, device.memory)
+
+
+def from_dlpack(array: Any, shape: tuple[int, ...], device: Device, name: str) -> DeviceArray:
+    """An array of another library, in the device's memory, shared and not copied. Its values are not looked at.
+
+    shape: of one example.
+
+    Raises:
+        InputError: no DLPack, another device, dtype or shape, or memory that is not contiguous.
+    """
+    rule = f"expected float32 (N, {', '.join(map(str, shape))}), contiguous, on {':'.join(map(str, device.memory))}"
+    if not hasattr(array, "__dlpack__") or not hasattr(array, "__dlpack_device__"):
+        raise InputError(f"{name} is a {type(array).__name__}, which has no __dlpack__; {rule}")
+    kind, index = array.__dlpack_device__()
+    found = _DLPACK_TYPES.get(int(kind), f"DLPack device {int(kind)}"), int(index)
+    if found != device.memory:
+        raise InputError(f"{name} is on {found[0]}:{found[1]}; {rule}")
+    try:
+        value = ort_value_from_dlpack(array.__dlpack__(stream=_LEGACY_STREAM) if device.is_gpu else array.__dlpack__())
+    except Exception as error:
+        raise InputError(f"{name} cannot be taken through DLPack: {error}; {rule}") from None
+    if value.data_type() != "tensor(float)" or tuple(value.shape()[1:]) != shape or value.shape()[0] < 1:
+        raise InputError(f"{name} is a {value.data_type()} of shape {tuple(value.shape())}; {rule}")
+    if device.is_gpu:
+        synchronize()  # the producer's work is ordered before the default stream, and onnxruntime runs on another
+    return DeviceArray(value, device.memory)

@@ -1,0 +1,90 @@
+"""The installed onnxruntime: imported on first use, and looked at for other builds that have overwritten it."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from .errors import DeviceError, MissingExtraError
+
+# Builds that own the same Python module. Whichever was installed last has overwritten the others' files, and
+# uninstalling one takes files of the others along.
+_BUILDS = {
+    f"onnxruntime{suffix}"
+    for suffix in (
+        "",
+        "-gpu",
+        "-openvino",
+        "-directml",
+        "-qnn",
+        "-rocm",
+        "-migraphx",
+        "-vitisai",
+        "-training",
+        "-webgpu",
+    )
+}
+
+
+def import_engine() -> Any:
+    """onnxruntime, imported on first use.
+
+    Raises:
+        MissingExtraError: no build of it is installed. DeviceError: parts of it are missing.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        if getattr(error, "name", "onnxruntime") != "onnxruntime":
+            raise  # installed, but broken: its own message says more
+        raise MissingExtraError("onnxruntime", "cpu", "running a bundle") from None
+    if not hasattr(onnxruntime, "InferenceSession"):
+        folder = next(iter(onnxruntime.__path__), "its folder")
+        raise DeviceError(
+            f"the installed onnxruntime is incomplete: {folder} holds parts of it, as when one build was uninstalled"
+            f" beside another; run: {_cure(_installed(Path(folder).parent))}"
+        )
+    return onnxruntime
+
+
+def ort_value_from_dlpack(capsule: Any) -> Any:
+    """An `OrtValue` on the memory of a DLPack capsule, which it takes over."""
+    onnxruntime = import_engine()
+    return onnxruntime.OrtValue(onnxruntime.capi._pybind_state.OrtValue.from_dlpack(capsule, False))
+
+
+def engine_clash() -> str | None:
+    """Which builds of onnxruntime are installed over each other, and how to mend it; None for one alone."""
+    return _clash(Path(import_engine().__file__).parent.parent)
+
+
+@functools.cache
+def _clash(folder: Path) -> str | None:
+    builds = _installed(folder)
+    if len(builds) < 2:
+        return None
+    names = " and ".join(f"{name} {version}" for name, version in sorted(builds.items()))
+    return f"{names} are installed over each other, and only one of them works; run: {_cure(builds)}"
+
+
+def _installed(folder: Path) -> dict[str, str]:
+    """The builds in a folder of packages, with their versions. Reading the names in it takes a fraction of
+    a millisecond, importing `importlib.metadata` alone ten."""
+    found = {}
+    for entry in folder.glob("onnxruntime*.dist-info"):
+        name, _, version = entry.stem.partition("-")
+        if (name := name.replace("_", "-").lower()) in _BUILDS:
+            found[name] = version
+    return found
+
+
+def _cure(builds: dict[str, str]) -> str:
+    extra = "gpu" if "onnxruntime-gpu" in builds else "cpu"
+    return f"pip uninstall -y {' '.join(sorted(builds) or ['onnxruntime'])} && pip install 'vae-edge[{extra}]'"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an engine's error message, which may run to a page."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -15,6 +15,7 @@ import os as _os
 # at exit. Whoever wants it sets the variable first.
 _os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
+from .device_array import DeviceArray
 from .errors import (
     BundleError,
     CheckpointError,
@@ -24,6 +25,7 @@ from .errors import (
     InputError,
     KindError,
     MissingExtraError,
+    OutOfMemoryError,
     OutputError,
     TrainingError,
     VAEError,
@@ -31,7 +33,7 @@ from .errors import (
 from .manifest import Manifest
 from .posterior import Posterior
 from .preprocess import to_uint8
-from .vae import VAE, RouteTest, SelfTest
+from .vae import VAE, DevicePosterior, RouteTest, SelfTest
 from .version import __version__
 
 __all__ = [
@@ -39,12 +41,15 @@ __all__ = [
     "BundleError",
     "CheckpointError",
     "ClosedError",
+    "DeviceArray",
     "DeviceError",
+    "DevicePosterior",
     "ExportError",
     "InputError",
     "KindError",
     "Manifest",
     "MissingExtraError",
+    "OutOfMemoryError",
     "OutputError",
     "Posterior",
     "RouteTest",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,6 +11,12 @@ from .preprocess import Float32, ValueRule
 
 if TYPE_CHECKING:
     from .session import GraphSession
+
+
+def to_host(value: Any) -> Float32:
+    """A copy of an `OrtValue`, which belongs to the caller. Its own `numpy` gives a view of what is in host memory."""
+    array: Float32 = value.numpy()
+    return array if array.flags.owndata else array.copy()
 
 
 class BoundCall:
@@ -71,6 +77,6 @@ class DeviceCall:
         try:
             self._input.update_inplace(array)
             self._run()
-            return [np.asarray(output.numpy()) for output in self._outputs]
+            return [to_host(output) for output in self._outputs]
         except Exception:
             return None

@@ -15,9 +15,10 @@ from . import sinks, sources
 from .atomic import refuse_existing
 from .bundle import Bundle
 from .console import NEGATIVE_VERDICT, Group, engine_options, json_option, print_json
+from .cuda import driver_version, find_gpus
 from .devices import usable_devices
-from .engine import import_engine
-from .errors import InputError, MissingExtraError
+from .engine import engine_clash, import_engine
+from .errors import DeviceError, InputError, MissingExtraError
 from .interpolation import METHODS
 from .manifest import INPUT, LOGVAR, MEAN, Manifest
 from .preprocess import to_model_input
@@ -250,10 +251,14 @@ def _report(count: int, output: str, written: int | None = None) -> None:
 
 
 def _engine_facts() -> dict[str, Any]:
+    """What `info` says of this machine. gpus: as the driver shows them, usable or not."""
+    gpus = [gpu._asdict() for gpu in find_gpus()[0]]
+    facts: dict[str, Any] = {"onnxruntime": None, "clash": None, "driver": driver_version(), "gpus": gpus}
     try:
-        return {"onnxruntime": import_engine().__version__, "devices": usable_devices()}
-    except MissingExtraError as error:
-        return {"onnxruntime": None, "devices": {"cpu": str(error)}}
+        facts |= {"onnxruntime": import_engine().__version__, "clash": engine_clash(), "devices": usable_devices()}
+    except (MissingExtraError, DeviceError) as error:
+        facts["devices"] = {"cpu": str(error)}
+    return facts
 
 
 def _finite(errors: dict[str, float]) -> dict[str, float | None]:
@@ -280,6 +285,13 @@ def _describe(manifest: Manifest, engine: dict[str, Any]) -> str:
     for name, refusal in manifest.refused.items():
         lines.append(f"  {name:11} not there: {refusal['reason']}")
     lines.append(f"onnxruntime {engine['onnxruntime'] or 'not installed'}")
+    if engine["clash"]:
+        lines.append(f"  {'WARNING':11} {engine['clash']}")
+    for index, gpu in enumerate(engine["gpus"]):
+        lines.append(
+            f"  {f'GPU {index}':11} {gpu['name']}, {gpu['memory_bytes'] / 2**30:.0f} GiB, compute capability"
+            f" {gpu['compute_capability']}, driver for CUDA {engine['driver']}"
+        )
     for device, reason in engine["devices"].items():
         lines.append(f"  {device:11} {'usable' if reason is None else reason}")
     return "\n".join(lines)

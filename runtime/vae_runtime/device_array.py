@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
+from .bound import to_host
 from .cuda import synchronize
 from .devices import Device
-from .engine import import_engine, ort_value_from_dlpack
+from .engine import first_line, import_engine, ort_value_from_dlpack
 from .errors import InputError
 from .preprocess import Float32
 
@@ -39,7 +38,7 @@ class DeviceArray:
 
     def numpy(self) -> Float32:
         """A copy in host memory."""
-        return np.array(self._value.numpy(), np.float32)
+        return to_host(self._value)
 
     def __dlpack__(self, *, stream: Any = None, **_: Any) -> Any:
         """The protocol's capsule. What is in the array was finished before it was handed out, on every stream."""
@@ -78,7 +77,8 @@ def from_dlpack(array: Any, shape: tuple[int, ...], device: Device, name: str) -
     try:
         value = ort_value_from_dlpack(array.__dlpack__(stream=_LEGACY_STREAM) if device.is_gpu else array.__dlpack__())
     except Exception as error:
-        raise InputError(f"{name} cannot be taken through DLPack: {error}; {rule}") from None
+        reason = "its memory is not contiguous" if "contiguous" in str(error) else first_line(error)
+        raise InputError(f"{name} cannot be taken through DLPack: {reason}; {rule}") from None
     if value.data_type() != "tensor(float)" or tuple(value.shape()[1:]) != shape or value.shape()[0] < 1:
         raise InputError(f"{name} is a {value.data_type()} of shape {tuple(value.shape())}; {rule}")
     if device.is_gpu:

@@ -148,6 +148,19 @@ class Operation:
         shared = from_dlpack(array, self._shape, self.routes[0].any_batch.device, name)
         return self.route(len(shared)).any_batch.run_on_device(shared)
 
+    def then(self, decoder: Operation, array: Any, batch_size: int | None) -> Float32:
+        """Encode, take the mean, decode, without bringing the latents to host memory in between."""
+        checked = self._check(array)
+        size, route = self.chunk_size(batch_size), self.route(len(checked))
+        if batch_size is None and route.session(len(checked)) is not route.any_batch:
+            return decoder(self(checked)[0])[0]  # a graph of launches gains more than the copies of small latents cost
+        encode, decode = route.any_batch, decoder.route(len(checked)).any_batch
+        parts = []
+        for start in range(0, len(checked), size):
+            mean, *_ = encode.run_on_device(copy_to_device(checked[start : start + size], encode.device))
+            parts.append(decode.run_on_device(mean)[0].numpy())
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
     def run_each(self, array: Any) -> list[tuple[Route, list[Float32]]]:
         """The outputs of every route for the same input."""
         checked = self._check(array)

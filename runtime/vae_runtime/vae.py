@@ -87,6 +87,8 @@ class VAE:
         self._precision = precision
         self._device = _joined(route.any_batch.device.name for half in (encoder, decoder) for route in half.routes)
         self._operations: tuple[Operation, Operation] | None = (encoder, decoder)
+        devices = [route.any_batch.device for half in (encoder, decoder) for route in half.routes]
+        self._is_on_one_gpu = all(device.is_gpu and device.memory == devices[0].memory for device in devices)
 
     @classmethod
     def load(
@@ -284,7 +286,11 @@ class VAE:
         return (self._open_operations()[1].run(batch, size, count)[0] for batch in latents)
 
     def reconstruct(self, inputs: Any, *, batch_size: int | None = None) -> Float32:
-        """Encode, take the mean, decode: float32 (N, C, H, W) in [0, 1] or (N, D). Deterministic."""
+        """Encode, take the mean, decode: float32 (N, C, H, W) in [0, 1] or (N, D). Deterministic. On a GPU the latents
+        stay in its memory."""
+        encoder, decoder = self._open_operations()
+        if self._is_on_one_gpu:
+            return encoder.then(decoder, inputs, batch_size)
         return self.decode(self.encode(inputs, batch_size=batch_size).mode(), batch_size=batch_size)
 
     def encode_to_device(self, inputs: Any) -> DevicePosterior:

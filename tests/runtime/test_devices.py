@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vae_runtime import VAE, DeviceError, InputError, MissingExtraError
+from vae_runtime import VAE, DeviceError, InputError, MissingExtraError, cuda
 from vae_runtime import devices as module
-from vae_runtime.devices import CPU, CUDA, find_device, first_line, usable_devices, why_not_cuda
+from vae_runtime import engine as engine_module
+from vae_runtime.cuda import CUDA, Gpu, why_not_cuda
+from vae_runtime.devices import CPU, find_device, usable_devices
+from vae_runtime.engine import import_engine
 
 HAS_CUDA = why_not_cuda() is None
 without_gpu = pytest.mark.skipif(HAS_CUDA, reason="this machine has a usable GPU")
@@ -17,9 +20,14 @@ without_gpu = pytest.mark.skipif(HAS_CUDA, reason="this machine has a usable GPU
 
 def fake_engine(monkeypatch: pytest.MonkeyPatch, providers: list[str], gpus: int, reason: str | None = None) -> None:
     """An onnxruntime that was built with these providers, on a machine with so many GPUs."""
-    fake = SimpleNamespace(get_available_providers=lambda: providers, __version__="1.22.0")
-    monkeypatch.setattr(module, "import_engine", lambda: fake)
-    monkeypatch.setattr(module, "_cuda_devices", lambda: (gpus, reason))
+    fake = SimpleNamespace(
+        get_available_providers=lambda: providers, __version__="1.22.0", __file__="/nowhere/onnxruntime/__init__.py"
+    )
+    found = tuple(Gpu(f"number {index}", 2**30, "9.0") for index in range(gpus))
+    for where in (module, cuda, engine_module):
+        monkeypatch.setattr(where, "import_engine", lambda: fake)
+    monkeypatch.setattr(cuda, "find_gpus", lambda: (found, reason))
+    monkeypatch.setattr(cuda, "_missing_tensorrt", lambda: "not there")
 
 
 def test_cpu_by_either_name() -> None:
@@ -40,7 +48,7 @@ def test_cuda_without_a_gpu_build_is_refused_in_words(tiny_path: Path, device: s
     message = r"device 'cuda:?\d?.*' cannot be used: this build of onnxruntime has no CUDA provider; .*vae-edge\[gpu\]"
     if device == CUDA:
         message = message.replace("cuda:?\\d?.*", CUDA)
-    if CUDA in module.import_engine().get_available_providers():
+    if CUDA in import_engine().get_available_providers():
         message = "cannot be used: .*NVIDIA driver"
     with pytest.raises(DeviceError, match=message):
         VAE.load(tiny_path, device=device)
@@ -71,7 +79,7 @@ def test_session_that_opens_elsewhere_than_asked_is_an_error(
     monkeypatch: pytest.MonkeyPatch, tiny_path: Path, capfd: Any
 ) -> None:
     """The check after the session is open, with a provider that is listed and quietly not used."""
-    engine = module.import_engine()
+    engine = import_engine()
     real = engine.InferenceSession
     fake_engine(monkeypatch, [CUDA, CPU], 1)
     monkeypatch.setattr(engine, "InferenceSession", lambda m, o, **_: real(m, providers=[CPU]))
@@ -82,7 +90,7 @@ def test_session_that_opens_elsewhere_than_asked_is_an_error(
 
 def test_listed_provider_that_cannot_run_the_graph_is_an_error_and_prints_nothing(tiny_path: Path, capfd: Any) -> None:
     name = "AzureExecutionProvider"
-    if name not in module.import_engine().get_available_providers():
+    if name not in import_engine().get_available_providers():
         pytest.skip("this build of onnxruntime has no such provider")
     with pytest.raises(DeviceError, match=f"device '{name}' cannot"):
         VAE.load(tiny_path, device=name)
@@ -100,7 +108,7 @@ def test_provider_that_is_not_in_this_build_is_refused_with_those_that_are(capfd
 @pytest.mark.parametrize("name", ["gpu", "", "CPU", "cuda:", "cuda:-1", "cuda:1000", "cuda:x", "cpu ", "cuda:0\n"])
 def test_unknown_names_are_an_input_error(tiny_path: Path, name: str) -> None:
     with pytest.raises(
-        InputError, match=r"device is '.*'; expected 'cpu', 'cuda', 'cuda:N', 'openvino', 'auto' or an onnx"
+        InputError, match=r"device is '.*'; expected 'cpu', 'cuda', 'cuda:N', 'tensorrt', 'openvino', 'auto' or"
     ):
         VAE.load(tiny_path, device=name)
 
@@ -137,13 +145,8 @@ def test_broken_engine_shows_its_own_message(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delitem(__import__("sys").modules, "onnxruntime")
     monkeypatch.setattr("builtins.__import__", broken)
     with pytest.raises(ImportError, match="libstdc") as caught:
-        module.import_engine()
+        import_engine()
     assert not isinstance(caught.value, MissingExtraError)
-
-
-def test_first_line_of_a_message() -> None:
-    assert first_line(ValueError("\n one\ntwo")) == "one"
-    assert first_line(ValueError()) == "ValueError"
 
 
 def test_results_of_a_provider_by_name_are_those_of_its_short_name(tiny_path: Path, images: np.ndarray) -> None:
@@ -156,7 +159,7 @@ def test_results_of_a_provider_by_name_are_those_of_its_short_name(tiny_path: Pa
 
 
 def test_options_are_handed_to_the_provider(monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> None:
-    engine = module.import_engine()
+    engine = import_engine()
     seen: list[Any] = []
 
     def open_session(model: bytes, options: Any, **arguments: Any) -> Any:

@@ -13,8 +13,8 @@ from vae_runtime import VAE, errors
 
 def test_exported_names_are_frozen() -> None:
     assert sorted(vae_runtime.__all__) == [
-        "BundleError", "CheckpointError", "ClosedError", "DeviceError", "ExportError", "InputError", "KindError",
-        "Manifest", "MissingExtraError", "OutputError", "Posterior", "RouteTest", "SelfTest", "TrainingError", "VAE",
+        "BundleError", "CheckpointError", "ClosedError", "DeviceArray", "DeviceError", "DevicePosterior",
+        "ExportError", "InputError", "KindError", "Manifest", "MissingExtraError", "OutOfMemoryError", "OutputError", "Posterior", "RouteTest", "SelfTest", "TrainingError", "VAE",
         "VAEError", "__version__", "to_uint8",
     ]  # fmt: skip
     for name in vae_runtime.__all__:
@@ -31,7 +31,7 @@ def test_nothing_else_public_but_modules_is_in_the_package() -> None:
 def test_members_of_a_vae_are_frozen() -> None:
     assert {name for name in vars(VAE) if not name.startswith("_")} == {
         "load", "manifest", "device", "precision", "plan", "encode", "decode", "sample", "sample_batches",
-        "reconstruct", "interpolate",
+        "reconstruct", "interpolate", "encode_to_device", "decode_to_device",
         "selftest", "golden", "warmup", "close",
     }  # fmt: skip
 

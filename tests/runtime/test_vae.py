@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -561,3 +562,23 @@ def test_warmup_of_a_closed_bundle_is_refused(tiny_path: Path) -> None:
     vae.close()
     with pytest.raises(ClosedError):
         vae.warmup()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits its address space, as Linux does it")
+def test_too_little_memory_is_an_error_of_its_own_and_smaller_calls_go_on(tiny_path: Path, python: Any) -> None:
+    code = """
+import resource, sys
+import numpy as np
+from vae_runtime import VAE, OutOfMemoryError
+vae = VAE.load(sys.argv[1], threads=1)
+latents = np.zeros((3_000_000, *vae.manifest.latent.shape), np.float32)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20, -1))
+try: vae.decode(latents, batch_size=len(latents))
+except OutOfMemoryError as error: print(error)
+print(vae.decode(latents[:2]).shape[0])
+"""
+    result = python(code, tiny_path)
+    assert result.stdout == (
+        "cpu has not enough memory for decoder.onnx at batch size 3000000; pass a smaller batch_size\n2\n"
+    ), result.stderr

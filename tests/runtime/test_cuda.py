@@ -1,0 +1,283 @@
+"""What can be seen of CUDA and TensorRT without a GPU; the rest skips and says why."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vae_runtime import VAE, DeviceError, InputError
+from vae_runtime import cuda as module
+from vae_runtime.bound import DeviceCall
+from vae_runtime.cuda import CUDA, TENSORRT, Gpu, driver_version, find_gpus, real_work_on_cpu, why_not_cuda
+from vae_runtime.devices import CPU, Device, find_device, usable_devices
+from vae_runtime.session import GraphSession
+
+WHY_NOT = why_not_cuda()
+with_gpu = pytest.mark.skipif(WHY_NOT is not None, reason=f"no CUDA here: {WHY_NOT}")
+
+
+class Driver:
+    """libcuda as far as it is asked here: `gpus` cards of 80 GiB, `status` from cuInit."""
+
+    def __init__(self, gpus: int, status: int = 0) -> None:
+        self.gpus, self.status = gpus, status
+
+    def cuInit(self, flags: int) -> int:
+        return self.status
+
+    def cuDeviceGetCount(self, count: Any) -> int:
+        count._obj.value = self.gpus
+        return 0
+
+    def cuDriverGetVersion(self, version: Any) -> int:
+        version._obj.value = 13020
+        return 0
+
+    def cuDeviceGet(self, device: Any, index: int) -> int:
+        device._obj.value = index
+        return 0
+
+    def cuDeviceGetName(self, name: Any, size: int, device: ctypes.c_int) -> int:
+        name.value = f"GPU of 80 GiB, number {device.value}".encode()
+        return 0
+
+    def cuDeviceTotalMem_v2(self, memory: Any, device: ctypes.c_int) -> int:
+        memory._obj.value = 80 * 2**30
+        return 0
+
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: ctypes.c_int) -> int:
+        value._obj.value = {75: 9, 76: 0}[attribute]
+        return 0
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Another machine: its driver, and the providers of its onnxruntime."""
+
+    def become(driver: Driver | None, providers: tuple[str, ...] = (TENSORRT, CUDA, CPU)) -> None:
+        def load() -> Driver:
+            if driver is None:
+                raise OSError("libcuda.so.1: cannot open shared object file")
+            return driver
+
+        monkeypatch.setattr(module, "_driver", load)
+        engine = SimpleNamespace(get_available_providers=lambda: list(providers), __file__="/nowhere/onnxruntime/x.py")
+        monkeypatch.setattr(module, "import_engine", lambda: engine)
+        for function in cached:
+            function.cache_clear()
+
+    cached = (find_gpus, module._missing_cuda_libraries, module._missing_tensorrt)
+    yield become
+    for function in cached:
+        function.cache_clear()
+
+
+def test_gpus_are_read_from_the_driver(machine: Any) -> None:
+    machine(Driver(2))
+    gpus, reason = find_gpus()
+    assert reason is None
+    assert gpus[1] == Gpu("GPU of 80 GiB, number 1", 80 * 2**30, "9.0")
+    assert driver_version() == "13.2"
+    assert why_not_cuda(1) is None
+    assert why_not_cuda(2) == "there is no GPU 2; this machine has 2, numbered from 0"
+
+
+@pytest.mark.parametrize(
+    ("driver", "reason"),
+    [
+        (None, "no NVIDIA driver is installed on this machine (libcuda was not found)"),
+        (Driver(0), "the NVIDIA driver shows no GPU"),
+        (Driver(1, status=100), "the NVIDIA driver shows no usable GPU (CUDA error 100)"),
+    ],
+)
+def test_machines_without_a_gpu_are_told_apart(machine: Any, driver: Driver | None, reason: str) -> None:
+    machine(driver)
+    assert find_gpus() == ((), reason)
+    for name in ("cuda", "tensorrt"):
+        with pytest.raises(DeviceError) as caught:
+            find_device(name, "tf32")
+        assert str(caught.value) == f"device {name!r} cannot be used: {reason}"
+    assert find_device("auto").name == "cpu"
+
+
+def test_missing_libraries_are_named(machine: Any, capsys: Any) -> None:
+    machine(Driver(1))
+
+    def preload() -> None:
+        for name in ("libcublasLt.so.13", "libcudnn.so.9"):
+            sys.stdout.write(f"Failed to load {name}: {name}: cannot open shared object file\n")
+
+    module.import_engine().preload_dlls = preload
+    with pytest.raises(DeviceError, match=r"libcublasLt.so.13, libcudnn.so.9 could not be loaded; .*vae-edge\[gpu\]"):
+        find_device("cuda")
+    assert capsys.readouterr().out == ""
+
+
+def test_options_of_a_session_are_those_of_the_precision(machine: Any) -> None:
+    machine(Driver(2))
+    plain, tf32 = find_device("cuda:1"), find_device("cuda", "tf32")
+    assert plain.session_options(None, False, "") == {
+        "device_id": "1", "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC",
+    }  # fmt: skip
+    assert tf32.options["use_tf32"] == "1"
+    fixed = plain.session_options(None, True, "")
+    assert (fixed["cudnn_conv_algo_search"], fixed["enable_cuda_graph"]) == ("EXHAUSTIVE", "1")
+    given = find_device("cuda", options={"cudnn_conv_algo_search": "DEFAULT", "gpu_mem_limit": "1000000"})
+    assert given.session_options(None, True, "")["cudnn_conv_algo_search"] == "DEFAULT"
+    for name in ("use_tf32", "device_id"):
+        with pytest.raises(InputError, match=f"provider_options sets {name} to '1'; device and precision decide that"):
+            find_device("cuda", options={name: "1"})
+
+
+def test_tensorrt_runs_what_it_says(machine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    machine(Driver(1))
+    monkeypatch.setattr(module, "_missing_tensorrt", lambda: None)
+    monkeypatch.setenv("VAE_EDGE_CACHE", str(tmp_path))
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    with pytest.raises(DeviceError, match="precision 'fp32' is not to be had on device 'tensorrt', which takes TF32"):
+        find_device("tensorrt")
+    found = find_device("tensorrt", "tf32")
+    assert (found.name, found.provider) == ("tensorrt:0", TENSORRT)
+    options = found.session_options(None, False, "a" * 64)
+    folder = tmp_path / "tensorrt" / ("a" * 64)
+    assert folder.is_dir()
+    assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == str(folder)
+    assert (options["trt_engine_cache_enable"], options["trt_fp16_enable"]) == ("1", "0")
+    assert find_device("tensorrt:0", "fp16").options["trt_fp16_enable"] == "1"
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    assert find_device("tensorrt").precision == "fp32"
+
+
+def test_tensorrt_that_is_not_installed_is_refused_in_words(machine: Any, tiny_path: Path) -> None:
+    machine(Driver(1))
+    assert "libnvinfer.so.10 could not be loaded; run: pip install" in str(usable_devices()["tensorrt"])
+    with pytest.raises(DeviceError, match=r"device 'tensorrt' cannot be used: libnvinfer\.so\.10 could not be loaded"):
+        VAE.load(tiny_path, device="tensorrt", precision="tf32")
+
+
+def test_real_work_on_the_cpu_is_told_from_shapes() -> None:
+    def part(provider: str, *operators: str) -> Any:
+        return SimpleNamespace(
+            ep_name=provider, get_nodes=lambda: [SimpleNamespace(op_type=name) for name in operators]
+        )
+
+    parts = [part(CUDA, "Conv", "Resize"), part(CPU, "Shape", "Gather", "Concat"), part(CPU, "Resize", "Conv", "Cast")]
+    session = SimpleNamespace(get_provider_graph_assignment_info=lambda: parts)
+    assert real_work_on_cpu(session) == ["Conv", "Resize"]
+    parts.pop()
+    assert real_work_on_cpu(session) == []
+
+
+def test_sessions_that_leave_work_to_the_cpu_are_refused(
+    machine: Any, tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real session that runs on the CPU as a whole, opened as the GPU's."""
+    engine = module.import_engine()
+    if not hasattr(engine.InferenceSession, "get_provider_graph_assignment_info"):
+        pytest.skip("this onnxruntime does not tell which provider runs which node")
+    real = engine.InferenceSession
+
+    class OnCpu(real):  # type: ignore[misc, valid-type]
+        def __init__(self, model: bytes, options: Any, **_: Any) -> None:
+            super().__init__(model, options, providers=[CPU])
+
+        def get_providers(self) -> list[str]:
+            return [CUDA, CPU]
+
+    machine(Driver(1))
+    monkeypatch.setattr(engine, "InferenceSession", OnCpu)
+    with pytest.raises(
+        DeviceError, match=r"device 'cuda:0' cannot run encoder\.onnx as a whole: it leaves .* to the CPU"
+    ):
+        VAE.load(tiny_path, device="cuda")
+
+
+# --- calls with memory on the device, here in that of the CPU ---------------------------------------------------------
+
+
+@pytest.fixture
+def on_device(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> VAE:
+    """The way of a GPU, taken on the CPU: `DeviceCall` for every batch size that is bound."""
+    real = GraphSession.bind
+
+    def bind(self: GraphSession, batch: int, rule: Any) -> Any:
+        monkeypatch.setattr(Device, "is_gpu", True)
+        monkeypatch.setattr(Device, "memory", ("cpu", 0))
+        try:
+            return real(self, batch, rule)
+        finally:
+            monkeypatch.setattr(Device, "is_gpu", False)
+
+    monkeypatch.setattr(GraphSession, "bind", bind)
+    return VAE.load(tiny_path)
+
+
+def test_bound_device_memory_gives_the_same(on_device: VAE, tiny: VAE, images: np.ndarray) -> None:
+    for _ in range(3):
+        for size in (1, 3, 20):
+            found, expected = on_device.encode(images[:size]), tiny.encode(images[:size])
+            np.testing.assert_array_equal(found.mean, expected.mean)
+            np.testing.assert_array_equal(found.logvar, expected.logvar)
+    free = on_device._open_operations()[0]._free
+    assert {type(call) for calls in free.values() for call in calls} == {DeviceCall}
+
+
+def test_its_results_belong_to_the_caller(on_device: VAE, images: np.ndarray) -> None:
+    first = [on_device.encode(images[:3]).mean for _ in range(3)]
+    kept = [array.copy() for array in first]
+    on_device.encode(images[3:6])
+    first[0][:] = 7
+    assert not any(np.shares_memory(first[0], other) for other in first[1:])
+    np.testing.assert_array_equal(first[1:], kept[1:])
+
+
+def test_its_inputs_are_checked(on_device: VAE, images: np.ndarray) -> None:
+    on_device.encode(images[:3])
+    wrong = images[:3].copy()
+    wrong[2, 0, 0, 0] = np.nan
+    with pytest.raises(InputError, match="images has NaN"):
+        on_device.encode(wrong)
+    strided = np.repeat(images[:3], 2, axis=0)[::2]
+    np.testing.assert_array_equal(on_device.encode(strided).mean, on_device.encode(images[:3]).mean)
+
+
+def test_reconstruction_that_stays_on_the_device_is_the_same(tiny: VAE, images: np.ndarray) -> None:
+    encoder, decoder = tiny._open_operations()
+    many = np.resize(images, (300, *images.shape[1:]))
+    for batch_size in (None, 7):
+        found = encoder.then(decoder, many, batch_size)
+        np.testing.assert_allclose(found, tiny.reconstruct(many), atol=1e-6)
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@with_gpu
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_selftest_on_the_gpu(tiny_path: Path, precision: str) -> None:
+    with VAE.load(tiny_path, device="cuda", precision=precision) as vae:
+        assert (vae.device, vae.plan["encode"][0]["provider"]) == ("cuda:0", CUDA)
+        assert vae.selftest().passed
+
+
+@with_gpu
+def test_warm_calls_on_the_gpu_are_those_of_the_cpu(tiny_path: Path, tiny: VAE, images: np.ndarray) -> None:
+    with VAE.load(tiny_path, device="cuda") as vae:
+        vae.warmup([1, 20])
+        assert vae.plan["encode"][0]["fixed_batches"] == [1, 20]
+        for _ in range(3):
+            for size in (1, 2, 20):
+                np.testing.assert_allclose(vae.encode(images[:size]).mean, tiny.encode(images[:size]).mean, atol=1e-5)
+                np.testing.assert_allclose(vae.reconstruct(images[:size]), tiny.reconstruct(images[:size]), atol=1e-5)
+
+
+def test_gpu_tests_are_not_skipped_where_they_are_wanted() -> None:
+    if os.environ.get("VAE_TEST_GPU"):
+        assert WHY_NOT is None

@@ -1,0 +1,105 @@
+"""Arrays that stay in the device's memory, here in that of the CPU, exchanged through DLPack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vae_runtime import VAE, ClosedError, InputError
+
+
+def test_results_on_the_device_are_those_of_the_host(tiny: VAE, images: np.ndarray) -> None:
+    x = np.ascontiguousarray(images[:5])
+    posterior, expected = tiny.encode_to_device(x), tiny.encode(x)
+    assert posterior.mean.shape == expected.mean.shape
+    assert posterior.mean.device == ("cpu", 0)
+    assert posterior.logvar is not None
+    np.testing.assert_allclose(posterior.mean.numpy(), expected.mean, atol=1e-6)
+    np.testing.assert_allclose(posterior.logvar.numpy(), expected.logvar, atol=1e-6)
+    np.testing.assert_allclose(tiny.decode_to_device(posterior.mean).numpy(), tiny.decode(expected.mean), atol=1e-6)
+    assert repr(posterior.mean) == f"DeviceArray(shape={expected.mean.shape}, device=cpu:0)"
+
+
+def test_autoencoders_have_no_logvar(vectors: VAE) -> None:
+    posterior = vectors.encode_to_device(vectors.golden()["x"])
+    assert posterior.logvar is None
+
+
+def test_arrays_are_shared_with_torch_both_ways(tiny: VAE, images: np.ndarray) -> None:
+    torch = pytest.importorskip("torch")
+    x = torch.from_numpy(images[:4].copy())
+    mean = tiny.encode_to_device(x).mean
+    np.testing.assert_allclose(mean.numpy(), tiny.encode(images[:4]).mean, atol=1e-6)
+    shared = torch.from_dlpack(mean)
+    before = shared.clone()
+    assert tuple(shared.shape) == mean.shape
+    shared += 1  # the same memory
+    np.testing.assert_allclose(mean.numpy(), (before + 1).numpy(), atol=1e-6)
+    image = tiny.decode_to_device(before)
+    np.testing.assert_allclose(torch.from_dlpack(image).numpy(), tiny.decode(before.numpy()), atol=1e-6)
+
+
+def test_they_outlive_the_bundle(tiny_path: Path, images: np.ndarray) -> None:
+    vae = VAE.load(tiny_path)
+    mean = vae.encode_to_device(images[:4]).mean
+    expected = vae.encode(images[:4]).mean
+    vae.close()
+    np.testing.assert_allclose(mean.numpy(), expected, atol=1e-6)
+    with pytest.raises(ClosedError):
+        vae.encode_to_device(images[:4])
+    with pytest.raises(ClosedError):
+        vae.decode_to_device(mean)
+
+
+def test_results_do_not_share_memory_with_later_ones(tiny: VAE, images: np.ndarray) -> None:
+    first = tiny.encode_to_device(images[:4]).mean
+    kept = first.numpy()
+    for _ in range(5):
+        tiny.encode_to_device(images[4:8])
+    np.testing.assert_array_equal(first.numpy(), kept)
+
+
+def test_what_is_on_the_host_is_checked_as_ever(tiny: VAE, images: np.ndarray) -> None:
+    wrong = images[:2].copy()
+    wrong[0, 0, 0, 0] = 2
+    with pytest.raises(InputError, match="images lie in"):
+        tiny.encode_to_device(wrong)
+    with pytest.raises(InputError, match="latents has shape"):
+        tiny.decode_to_device(np.zeros((2, 99), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda torch, x: x.double(), r"inputs is a tensor\(double\) of shape .*; expected float32 \(N, 1, 8, 8\)"),
+        (
+            lambda torch, x: x[:, :, :4],
+            "inputs cannot be taken through DLPack: its memory is not contiguous",
+        ),
+        (lambda torch, x: x.permute(0, 1, 3, 2), "inputs cannot be taken through DLPack: its memory is not contiguous"),
+        (lambda torch, x: x[:0], r"inputs is a tensor\(float\) of shape \(0, 1, 8, 8\)"),
+        (lambda torch, x: x.requires_grad_(), "inputs cannot be taken through DLPack: .*grad"),
+        (lambda torch, x: [1.0], "inputs is a list, which has no __dlpack__; expected float32"),
+        (lambda torch, x: x.reshape(-1), r"inputs is a tensor\(float\) of shape \(\d+,\); expected"),
+    ],
+)
+def test_other_arrays_are_refused_in_words(tiny: VAE, images: np.ndarray, make: Any, message: str) -> None:
+    torch = pytest.importorskip("torch")
+    x = torch.from_numpy(images[:4].copy())
+    with pytest.raises(InputError, match=message):
+        tiny.encode_to_device(make(torch, x))
+
+
+def test_arrays_on_another_device_are_refused(tiny: VAE) -> None:
+    class Elsewhere:
+        def __dlpack__(self, **_: Any) -> Any:
+            raise AssertionError("not asked for")
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return 2, 1
+
+    with pytest.raises(InputError, match=r"inputs is on cuda:1; expected float32 .* on cpu:0"):
+        tiny.encode_to_device(Elsewhere())

@@ -1,0 +1,96 @@
+"""Builds of onnxruntime that are installed over each other."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from vae_runtime import VAE, DeviceError
+from vae_runtime import cuda as cuda_module
+from vae_runtime import engine as module
+from vae_runtime.cli import main
+from vae_runtime.cuda import CUDA
+from vae_runtime.devices import CPU, find_device
+from vae_runtime.engine import engine_clash, first_line
+
+
+def site(folder: Path, *names: str) -> Path:
+    """A folder of packages with an onnxruntime in it, and what says that these were installed."""
+    (folder / "onnxruntime").mkdir()
+    (folder / "onnxruntime" / "__init__.py").write_text("")
+    for name in names:
+        (folder / f"{name}.dist-info").mkdir()
+    return folder
+
+
+def engine_in(folder: Path, monkeypatch: pytest.MonkeyPatch, providers: list[str]) -> None:
+    fake = SimpleNamespace(
+        __file__=str(folder / "onnxruntime" / "__init__.py"), get_available_providers=lambda: providers
+    )
+    for where in (module, cuda_module):
+        monkeypatch.setattr(where, "import_engine", lambda: fake)
+
+
+def test_one_build_is_no_clash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("onnxruntime-1.31.1", "onnxruntime_ep_openvino-1.8.1", "onnxruntime_extensions-0.14.0", "numpy-2.4.0")
+    engine_in(site(tmp_path, *names), monkeypatch, [CPU])
+    assert engine_clash() is None
+
+
+def test_two_builds_are_named_with_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine_in(site(tmp_path, "onnxruntime-1.31.1", "onnxruntime_gpu-1.30.0"), monkeypatch, [CPU])
+    assert engine_clash() == (
+        "onnxruntime 1.31.1 and onnxruntime-gpu 1.30.0 are installed over each other, and only one of them works; run:"
+        " pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'vae-edge[gpu]'"
+    )
+    monkeypatch.setattr(cuda_module, "find_gpus", lambda: ((), "there is none"))
+    with pytest.raises(DeviceError, match=r"has no CUDA provider; onnxruntime 1\.31\.1 and onnxruntime-gpu 1\.30"):
+        find_device("cuda")
+
+
+def test_loading_warns_of_a_clash(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vae_runtime.vae.engine_clash", lambda: "two of them")
+    with pytest.warns(RuntimeWarning, match="two of them"):
+        VAE.load(tiny_path).close()
+
+
+def test_info_tells_of_a_clash(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vae_runtime.cli.engine_clash", lambda: "two of them")
+    assert "WARNING     two of them" in CliRunner().invoke(main, ["info", str(tiny_path)]).stdout
+
+
+def test_the_real_engine_is_found(python: Any) -> None:
+    """In its folder of packages, not in a copy of this test's making."""
+    found = module._installed(Path(module.import_engine().__file__).parent.parent)
+    assert list(found.values()) == [module.import_engine().__version__]
+
+
+def test_engine_whose_files_another_took_along_is_refused_with_the_cure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left then is a folder without `__init__.py`, which Python imports as an empty package."""
+    (tmp_path / "onnxruntime" / "capi").mkdir(parents=True)
+    (tmp_path / "onnxruntime_gpu-1.31.1.dist-info").mkdir()
+    left = ModuleType("onnxruntime")
+    left.__path__ = [str(tmp_path / "onnxruntime")]
+    monkeypatch.setitem(sys.modules, "onnxruntime", left)
+    with pytest.raises(DeviceError) as caught:
+        module.import_engine()
+    assert str(caught.value).startswith(f"the installed onnxruntime is incomplete: {tmp_path / 'onnxruntime'} holds")
+    assert str(caught.value).endswith("run: pip uninstall -y onnxruntime-gpu && pip install 'vae-edge[gpu]'")
+
+
+def test_first_line_of_a_message() -> None:
+    assert first_line(ValueError("\n one\ntwo")) == "one"
+    assert first_line(ValueError()) == "ValueError"
+
+
+def test_cuda_is_asked_for_where_the_other_build_won(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine_in(site(tmp_path, "onnxruntime-1.31.1"), monkeypatch, [CPU])
+    with pytest.raises(DeviceError, match=r"has no CUDA provider; in a fresh environment run: pip install 'vae"):
+        find_device(CUDA)

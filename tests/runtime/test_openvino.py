@@ -182,7 +182,7 @@ def test_build_with_openvino_compiled_in_needs_no_plugin(monkeypatch: pytest.Mon
     monkeypatch.setattr(devices, "import_engine", lambda: engine)
     device = find_device("openvino")
     assert device.plugin is None
-    options = device.session_options(2)
+    options = device.session_options(2, False, "")
     assert options["device_type"] == "CPU"
     assert json.loads(options["load_config"])["CPU"]["INFERENCE_PRECISION_HINT"] == "f32"
     with pytest.raises(DeviceError, match="precision 'bf16' is not to be had on device 'openvino': only the plug-in"):

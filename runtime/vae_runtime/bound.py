@@ -52,10 +52,11 @@ class BoundCall:
 
 
 class DeviceCall:
-    """The same with the input and the outputs in the memory of the session's device, always at the same addresses, as a
-    CUDA graph needs them."""
+    """The same with the input and the outputs in the memory of the session's device, always at the same addresses."""
 
-    def __init__(self, session: GraphSession, shapes: dict[str, tuple[int, ...]], rule: ValueRule) -> None:
+    def __init__(
+        self, session: GraphSession, shapes: dict[str, tuple[int, ...]], rule: ValueRule | None = None
+    ) -> None:
         kind, index = session.device.memory
         make = import_engine().OrtValue.ortvalue_from_shape_and_type
         values = {name: make(shape, np.float32, kind, index) for name, shape in shapes.items()}
@@ -72,11 +73,15 @@ class DeviceCall:
     def __call__(self, array: Float32) -> list[Float32] | None:
         """As `BoundCall`."""
         array = np.ascontiguousarray(array)
-        if not self._rule.holds(self._rule.view(array)) or self._session.inherited:
+        if self._rule is None or not self._rule.holds(self._rule.view(array)) or self._session.inherited:
             return None
         try:
-            self._input.update_inplace(array)
-            self._run()
-            return [to_host(output) for output in self._outputs]
+            return self.run(array)
         except Exception:
             return None
+
+    def run(self, array: Float32) -> list[Float32]:
+        """For a contiguous array that is known to be good; raises what the engine raises."""
+        self._input.update_inplace(array)
+        self._run()
+        return [to_host(output) for output in self._outputs]

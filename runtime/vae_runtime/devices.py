@@ -53,6 +53,10 @@ class Device(NamedTuple):
         """Where its tensors are, by onnxruntime's name and number."""
         return ("cuda", int(self.options["device_id"])) if self.is_gpu else ("cpu", 0)
 
+    def without_launch_graph(self) -> Device:
+        """The same, but for launching each kernel by itself where a session takes one shape only."""
+        return self._replace(options={**self.options, "enable_cuda_graph": "0"})
+
     def session_options(self, threads: int | None, is_fixed: bool, bundle: str) -> dict[str, str]:
         """The provider's options for a session of so many threads. is_fixed: it takes one shape only. bundle: the
         digest, under which TensorRT's engines are kept."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import threading
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -26,14 +27,11 @@ from .preprocess import Float32, ValueRule
 _BOUND_VALUES = 2**16
 _RECORD_NODES = "session.record_ep_graph_assignment_info"
 # How engines and drivers say it; there is no status of its own for it.
+# fmt: off
 _NO_MEMORY = (
-    "failed to allocate memory",
-    "out of memory",
-    "bad_alloc",
-    "bad allocation",
-    "alloc_failed",
-    "cuda failure 2",
+    "failed to allocate memory", "out of memory", "bad_alloc", "bad allocation", "alloc_failed", "cuda failure 2",
 )
+# fmt: on
 
 
 class GraphSession:
@@ -67,6 +65,9 @@ class GraphSession:
         self._process = os.getpid()
         self._session = _open(model, file, device, threads, spinning, batch, bundle)
         self.inherited = False  # through a fork
+        # A CUDA graph reads and writes the addresses that it was captured with, whatever a later run is given.
+        self._only_call: DeviceCall | None = None
+        self._turn = threading.Lock()
         _sessions.add(self)
 
     def require_boundary(
@@ -91,6 +92,8 @@ class GraphSession:
             raise BundleError(f"{self.file} has a fixed batch size; a bundle's graphs take any")
         largest = max(math.prod(shape) for shape in (input_shape, *outputs.values()))
         self._largest_bound = _BOUND_VALUES // largest
+        if self.batch is not None and self.device.is_gpu:
+            self._only_call = DeviceCall(self, self._shapes(self.batch))
 
     @property
     def gains_from_fixed_batch(self) -> bool:
@@ -100,22 +103,34 @@ class GraphSession:
 
     def for_batch(self, model: bytes, batch: int) -> GraphSession:
         """A session of the same graph, whose file's bytes are `model`, in all as this one, but for one batch size."""
-        session = GraphSession(model, self.file, self.device, self.threads, self.spinning, batch, self.bundle)
+        try:
+            return self._for_batch(model, batch, self.device)
+        except DeviceError:
+            if self.device.provider != CUDA:
+                raise
+            # A graph with arithmetic on shapes on the CPU cannot be captured.
+            return self._for_batch(model, batch, self.device.without_launch_graph())
+
+    def _for_batch(self, model: bytes, batch: int, device: Device) -> GraphSession:
+        session = GraphSession(model, self.file, device, self.threads, self.spinning, batch, self.bundle)
         session.require_boundary(
             self._input, self._input_shape, dict(zip(self._outputs, self._output_shapes, strict=True))
         )
+        session.run(np.zeros((batch, *self._input_shape), np.float32))  # what cannot be captured fails here
         return session
 
     def bind(self, batch: int, rule: ValueRule) -> BoundCall | DeviceCall | None:
         """Calls of so many rows at the least cost; None where there is nothing to gain."""
-        names = [self._input, *self._outputs]
-        shapes = [(batch, *shape) for shape in (self._input_shape, *self._output_shapes)]
         if self.device.is_gpu:
-            return DeviceCall(self, dict(zip(names, shapes, strict=True)), rule)
+            return DeviceCall(self, self._shapes(batch), rule) if self._only_call is None else None
         # On other providers binding an input copies it to the device; what is written to the array later is never seen.
         if self.device.provider == CPU and batch <= self._largest_bound:
-            return BoundCall(self, dict(zip(names, shapes, strict=True)), rule)
+            return BoundCall(self, self._shapes(batch), rule)
         return None
+
+    def _shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        names, shapes = [self._input, *self._outputs], (self._input_shape, *self._output_shapes)
+        return {name: (batch, *shape) for name, shape in zip(names, shapes, strict=True)}
 
     def io_binding(self) -> Any:
         """onnxruntime's own."""
@@ -134,6 +149,9 @@ class GraphSession:
         """
         self._require_own_process()
         try:
+            if self._only_call is not None:
+                with self._turn:
+                    return self._only_call.run(array)
             results = cast("list[Float32]", self._session.run(self._outputs, {self._input: array}))
         except Exception as error:
             raise self._run_error(error, len(array)) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from vae_runtime import cuda as module
 from vae_runtime.bound import DeviceCall
 from vae_runtime.cuda import CUDA, TENSORRT, Gpu, driver_version, find_gpus, real_work_on_cpu, why_not_cuda
 from vae_runtime.devices import CPU, Device, find_device, usable_devices
+from vae_runtime.preprocess import UNIT_INTERVAL
 from vae_runtime.session import GraphSession
 
 WHY_NOT = why_not_cuda()
@@ -246,6 +248,64 @@ def test_its_inputs_are_checked(on_device: VAE, images: np.ndarray) -> None:
         on_device.encode(wrong)
     strided = np.repeat(images[:3], 2, axis=0)[::2]
     np.testing.assert_array_equal(on_device.encode(strided).mean, on_device.encode(images[:3]).mean)
+
+
+@pytest.fixture
+def with_fixed_sessions(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> VAE:
+    """The sessions for one batch size that a GPU has, on the CPU."""
+    monkeypatch.setattr(Device, "is_gpu", True)
+    monkeypatch.setattr(Device, "memory", ("cpu", 0))
+    monkeypatch.setattr(GraphSession, "gains_from_fixed_batch", True)
+    monkeypatch.setattr("vae_runtime.session.real_work_on_cpu", lambda session: [])
+    vae = VAE.load(tiny_path)
+    vae.warmup([3, 5])
+    return vae
+
+
+def test_sessions_for_one_batch_size_have_one_set_of_buffers(with_fixed_sessions: VAE, images: np.ndarray) -> None:
+    route = with_fixed_sessions._open_operations()[0].routes[0]
+    fixed = route.session(3)
+    assert (fixed.batch, route.session(4).batch) == (3, None)
+    assert fixed.bind(3, UNIT_INTERVAL) is None
+    first = fixed.run(images[:3])
+    kept = [array.copy() for array in first]
+    second = fixed.run(images[3:6])
+    assert not any(np.shares_memory(one, other) for one in first for other in second)
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_sessions_for_one_batch_size_serve_many_threads(
+    with_fixed_sessions: VAE, tiny_path: Path, images: np.ndarray
+) -> None:
+    with VAE.load(tiny_path, device="cpu") as plain:
+        parts = [images[start : start + size] for start in range(12) for size in (3, 4, 5)]
+        expected = [plain.encode(part).mean for part in parts]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            found = pool.map(lambda x: with_fixed_sessions.encode(x).mean, parts)
+            for mean, wanted in zip(found, expected, strict=True):
+                np.testing.assert_allclose(mean, wanted, atol=1e-6)
+
+
+def test_graph_that_cannot_be_captured_runs_without(
+    machine: Any, tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime refuses to capture what it has not put onto the GPU as a whole."""
+    seen: list[str] = []
+    session = VAE.load(tiny_path)._open_operations()[0].routes[0].any_batch
+    real = GraphSession._for_batch
+
+    def make(self: GraphSession, model: bytes, batch: int, device: Device) -> GraphSession:
+        seen.append(device.session_options(None, True, "")["enable_cuda_graph"])
+        if seen[-1] == "1":
+            raise DeviceError("this session cannot use the graph capture feature")
+        return real(self, model, batch, Device("cpu", CPU))
+
+    monkeypatch.setattr(GraphSession, "_for_batch", make)
+    machine(Driver(1))
+    session.device = find_device("cuda")
+    assert session.for_batch((tiny_path / "encoder.onnx").read_bytes(), 3).batch == 3
+    assert seen == ["1", "0"]
 
 
 def test_reconstruction_that_stays_on_the_device_is_the_same(tiny: VAE, images: np.ndarray) -> None:

@@ -373,7 +373,9 @@ def test_seconds_out_of_range_are_refused(tiny_path: Path, seconds: Any) -> None
 
 
 def test_device_that_is_not_usable_is_refused(tiny_path: Path) -> None:
-    with pytest.raises(InputError, match="device 'gpu' cannot be measured: it is not one of cpu, cuda, openvino"):
+    with pytest.raises(
+        InputError, match="device 'gpu' cannot be measured: it is not one of cpu, cuda, tensorrt, openvino"
+    ):
         tune(tiny_path, devices=["gpu"])
     with pytest.raises(InputError, match=r"devices is \[\]; expected at least one of cpu"):
         tune(tiny_path, devices=[])

@@ -20,7 +20,7 @@ import numpy as np
 
 from .bundle import Bundle
 from .cache import make_cache_folder
-from .devices import PROVIDER_PRECISIONS, find_device, usable_devices
+from .devices import PROVIDER_PRECISIONS, usable_devices
 from .engine import first_line
 from .errors import DeviceError, InputError, VAEError
 from .manifest import INPUT, PRECISIONS, RECONSTRUCTION, Manifest
@@ -33,6 +33,7 @@ BATCHES = (1, 8, 32)
 ROUNDS = 3
 DEFAULT_SECONDS = 60.0
 _CALL_LIMIT = 0.5  # seconds; a batch whose call would take longer is left to the figures of the one before
+_GPUS = ("cuda", "tensorrt")
 _DEFAULT_BUDGET = {"psnr_db": 0.1}  # for a bundle from before there was one
 _CHILD_LIMIT = 120.0  # seconds after which a child is given up
 
@@ -97,9 +98,9 @@ def candidates(manifest: Manifest, devices: Sequence[str]) -> list[Candidate]:
         for precision in [*precisions, *PROVIDER_PRECISIONS]:
             if not _worth_measuring(device, precision):
                 continue
-            if device.startswith("cuda"):
+            if _is_gpu(device):
                 found.append(Candidate(device, precision))
-            for threads in counts if not device.startswith("cuda") else ():
+            for threads in counts if not _is_gpu(device) else ():
                 spinnings = (None, False) if device == "cpu" and threads > 1 else (None,)
                 found += [Candidate(device, precision, threads, spinning) for spinning in spinnings]
     return found
@@ -114,21 +115,25 @@ def describe(candidate: Candidate) -> str:
 def _usable(devices: Sequence[str] | None) -> list[str]:
     """By the names that `VAE.device` reports."""
     reasons = usable_devices()
-    if devices is None:
-        devices = [name for name, reason in reasons.items() if reason is None]
+    if devices is None:  # TensorRT only where it is named: building its engines takes minutes
+        devices = [name for name, reason in reasons.items() if reason is None and name != "tensorrt"]
     if not devices:
         raise InputError(f"devices is {devices!r}; expected at least one of {', '.join(reasons)}")
     for name in devices:
         if (reason := reasons.get(name, f"it is not one of {', '.join(reasons)}")) is not None:
             raise InputError(f"device {name!r} cannot be measured: {reason}")
-    return [find_device(name).name for name in devices]
+    return [f"{name}:0" if name in _GPUS else name for name in devices]
 
 
 def _worth_measuring(device: str, precision: str) -> bool:
-    """fp16 gains nothing on a CPU; bf16 and tf32 only exist on their providers."""
-    return {"fp16": device.startswith("cuda"), "tf32": device.startswith("cuda"), "bf16": device == "openvino"}.get(
-        precision, True
-    )
+    """fp16 gains nothing on a CPU, and int8 as it is written here nothing on a GPU; bf16 and tf32 only exist on their
+    providers."""
+    own = {"fp16": _is_gpu(device), "tf32": _is_gpu(device), "bf16": device == "openvino", "int8": not _is_gpu(device)}
+    return own.get(precision, True)
+
+
+def _is_gpu(device: str) -> bool:
+    return device.partition(":")[0] in _GPUS
 
 
 def _medians(rounds: Sequence[dict[str, dict[int, float]]]) -> dict[str, dict[int, float]]:

@@ -15,7 +15,6 @@ from vae_runtime import tune as tune_module
 from vae_runtime import tuning as module
 from vae_runtime.bundle import Bundle
 from vae_runtime.cli import main
-from vae_runtime.devices import Device
 from vae_runtime.manifest import Manifest
 from vae_runtime.operation import Candidate
 from vae_runtime.tune import candidates, tune
@@ -260,9 +259,10 @@ def test_precision_that_the_bundle_has_not_is_left_out(tiny_path: Path) -> None:
 
 
 def test_devices_are_measured_under_the_names_by_which_they_are_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune_module, "usable_devices", lambda: {"cpu": None, "cuda": None})
-    monkeypatch.setattr(tune_module, "find_device", lambda name: Device({"cuda": "cuda:0"}.get(name, name), ""))
+    usable = {"cpu": None, "cuda": None, "tensorrt": None, "openvino": "it is not installed"}
+    monkeypatch.setattr(tune_module, "usable_devices", lambda: usable)
     assert tune_module._usable(None) == tune_module._usable(["cpu", "cuda"]) == ["cpu", "cuda:0"]
+    assert tune_module._usable(["tensorrt"]) == ["tensorrt:0"]  # only where it is named
 
 
 def test_defaults_stay_exact_where_a_tuning_exists(tiny_path: Path) -> None:
@@ -315,14 +315,14 @@ def test_candidates_are_within_the_budget(tiny_path: Path) -> None:
     data["precisions"]["int8"] = {**entry, "quality": {"within_budget": False}}
     data["precisions"]["fp16"] = entry
     manifest = Manifest._from_dict(data, 1)
-    found = {(c.device, c.precision) for c in candidates(manifest, ["cpu", "openvino", "cuda"])}
+    found = {(c.device, c.precision) for c in candidates(manifest, ["cpu", "openvino", "cuda:0"])}
     assert found == {
         ("cpu", "fp32"),
         ("openvino", "fp32"),
         ("openvino", "bf16"),
-        ("cuda", "fp32"),
-        ("cuda", "fp16"),
-        ("cuda", "tf32"),
+        ("cuda:0", "fp32"),
+        ("cuda:0", "fp16"),
+        ("cuda:0", "tf32"),
     }
     data["precisions"]["int8"]["quality"]["within_budget"] = True
     assert ("cpu", "int8") in {(c.device, c.precision) for c in candidates(Manifest._from_dict(data, 1), ["cpu"])}

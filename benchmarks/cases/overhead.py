@@ -17,8 +17,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,10 +25,10 @@ import numpy as np
 import onnxruntime
 
 from vae_benchmarks.intervals import paired_ratio
+from vae_benchmarks.latency import alternate
 from vae_benchmarks.machine import MachineFacts
 from vae_runtime import VAE
 
-BLOCK_SECONDS = 0.01
 ROUNDS = 25
 BARE = """
 import onnxruntime, numpy
@@ -97,26 +95,6 @@ def calls(bundle: Path, batches: list[int], blocks: int) -> list[dict[str, Any]]
             rows.append(row(bundle, f"encode, batch {batch}", *alternate(*encode, blocks)))
             rows.append(row(bundle, f"decode, batch {batch}", *alternate(*decode, blocks)))
     return rows
-
-
-def alternate(
-    first: Callable[[], object], second: Callable[[], object], blocks: int
-) -> tuple[list[float], list[float]]:
-    """Seconds per call of either, one entry per pair of blocks; who begins changes every time."""
-    count = max(1, int(BLOCK_SECONDS / min(block(first, 3), block(first, 3))))
-    times: tuple[list[float], list[float]] = ([], [])
-    for index in range(blocks if count > 1 else max(5, blocks // 10)):
-        order = (0, 1) if index % 2 else (1, 0)
-        for which in order:
-            times[which].append(block((first, second)[which], count))
-    return times
-
-
-def block(call: Callable[[], object], count: int) -> float:
-    start = time.perf_counter()
-    for _ in range(count):
-        call()
-    return (time.perf_counter() - start) / count
 
 
 def start_up(bundle: Path) -> list[dict[str, Any]]:

@@ -11,10 +11,21 @@ Latencies in milliseconds, memory in bytes, throughput in examples per second; e
 
 from .compare import Comparison, ComparisonRow, compare
 from .errors import BenchmarkError, ReportError
+from .gpu import GpuFacts
 from .harness import benchmark
 from .intervals import median_interval, shift_interval
 from .machine import MachineFacts
-from .report import BundleFacts, ClockFacts, LatencyReport, Repeated, Report, StartupReport, Versions
+from .report import (
+    BundleFacts,
+    ClockFacts,
+    LatencyReport,
+    PartReport,
+    Repeated,
+    Report,
+    SplitReport,
+    StartupReport,
+    Versions,
+)
 from .settings import OPERATIONS, Settings
 
 __all__ = [
@@ -24,12 +35,15 @@ __all__ = [
     "ClockFacts",
     "Comparison",
     "ComparisonRow",
+    "GpuFacts",
     "LatencyReport",
     "MachineFacts",
+    "PartReport",
     "Repeated",
     "Report",
     "ReportError",
     "Settings",
+    "SplitReport",
     "StartupReport",
     "Versions",
     "benchmark",

@@ -104,6 +104,11 @@ def main() -> None:
 @click.option(
     "--width", default=_DEFAULTS.width, show_default=True, help="Stop a row early once its interval is so narrow."
 )
+@click.option(
+    "--split/--no-split",
+    default=None,
+    help="Time encode's and decode's way to the device, work there and way back, too.  [on GPUs]",
+)
 @click.option("--output", type=click.Path(), help="Also write the report to this file, as JSON.")
 @click.option("--force", is_flag=True, help="Replace an existing report.")
 @json_option

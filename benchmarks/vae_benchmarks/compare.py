@@ -146,6 +146,7 @@ def _differences(a: Report, b: Report) -> Iterator[str]:
     """What makes the comparison one of more than the software under test."""
     compared = {
         "the machines differ": ("machine", ("load_average_1min",)),
+        "the GPUs differ": ("gpu", ("sm_clock_mhz", "memory_clock_mhz", "memory_used_bytes")),
         "the versions differ": ("versions", ()),
         "the bundles differ": ("bundle", ("folder",)),
         # Which rows there are shows in the rows themselves.
@@ -153,14 +154,18 @@ def _differences(a: Report, b: Report) -> Iterator[str]:
         "the conditions of the start-up differ": ("startup", StartupReport.FIGURES),
     }
     for what, (part, ignored) in compared.items():
-        one, other = (dataclasses.asdict(getattr(report, part)) for report in (a, b))
+        one, other = (_plain(getattr(report, part)) for report in (a, b))
         changed = [
-            f"{name} {_show(one[name])} -> {_show(other[name])}"
-            for name in one
-            if name not in ignored and one[name] != other[name]
+            f"{name} {_show(one.get(name))} -> {_show(other.get(name))}"
+            for name in {**one, **other}
+            if name not in ignored and one.get(name) != other.get(name)
         ]
         if changed:
             yield f"{what}: {'; '.join(changed)}"
+
+
+def _plain(part: Any) -> dict[str, Any]:
+    return {} if part is None else dataclasses.asdict(part)
 
 
 def _busy(a: Report, b: Report) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 import math
@@ -19,6 +20,7 @@ from vae_runtime.errors import BundleError, InputError
 from vae_runtime.manifest import MANIFEST_FILE
 
 from .children import run_worker
+from .gpu import GpuFacts
 from .latency import CLOCK_SHARE, WARMUP_RULE, Samples, Warmup
 from .machine import MachineFacts
 from .plain import from_plain
@@ -91,6 +93,7 @@ def benchmark(
         skipped=skipped,
         startup=_startup_report(starts, measured),
         latency=_latency_reports(workers, measured),
+        gpu=_gpu_facts([answer["gpu"] for _, answer in workers]),
     )
 
 
@@ -151,9 +154,19 @@ def _measure_round(path: str, settings: Settings, threads: int | None, number: i
         wanted=math.ceil(WANTED_SAMPLES / settings.rounds),
         confidence=settings.confidence,
         width=settings.width / 2,  # the other half is left to the differences between rounds
+        split=settings.split,
     )
-    samples = [Samples(**{**row, "warmup": Warmup(**row["warmup"])}) for row in answer["rows"]]
-    return {**answer, "rows": dict(zip(rows, samples, strict=True))}
+    samples = [_samples(row) for row in answer["rows"]]
+    splits = [parts and {name: _samples(part) for name, part in parts.items()} for parts in answer["splits"]]
+    return {
+        **answer,
+        "rows": dict(zip(rows, samples, strict=True)),
+        "splits": dict(zip(rows, splits, strict=True)),
+    }
+
+
+def _samples(plain: dict[str, Any]) -> Samples:
+    return Samples(**{**plain, "warmup": Warmup(**plain["warmup"])})
 
 
 def _latency_reports(workers: list[tuple[int | None, dict[str, Any]]], settings: Settings) -> tuple[LatencyReport, ...]:
@@ -164,8 +177,18 @@ def _latency_reports(workers: list[tuple[int | None, dict[str, Any]]], settings:
         for operation in settings.operations:
             for batch in settings.batches:
                 key: RowKey = (operation, batch, threads, device, precision)
-                reports.append(summarize(key, [one["rows"][operation, batch] for one in rounds], settings))
+                splits = [parts for one in rounds if (parts := one["splits"][operation, batch]) is not None]
+                reports.append(summarize(key, [one["rows"][operation, batch] for one in rounds], settings, splits))
     return tuple(reports)
+
+
+def _gpu_facts(found: list[dict[str, Any] | None]) -> GpuFacts | None:
+    """The last process's, with the clocks that each has seen."""
+    seen = [from_plain(GpuFacts, one, "the GPU") for one in found if one is not None]
+    if not seen:
+        return None
+    clocks = {name: sum((getattr(one, name) for one in seen), ()) for name in ("sm_clock_mhz", "memory_clock_mhz")}
+    return dataclasses.replace(seen[-1], **clocks)
 
 
 def _startup_report(starts: list[dict[str, float]], settings: Settings) -> StartupReport:
@@ -183,6 +206,8 @@ def describe_method(facts: BundleFacts) -> dict[str, str]:
         "clock": f"time.perf_counter_ns; calls are timed together where reading it takes more than {CLOCK_SHARE:.0%}",
         "warmup": f"VAE.warmup with the batch sizes of the report; {WARMUP_RULE}",
         "interval": "order statistics (binomial) of the rounds' medians; of all samples where the rounds are too few",
+        "split": "each part alone, until the device is done; a warm call on a GPU replays a graph of launches, what "
+        "stays on the device does not, so that the parts may sum up to more than the call",
         "startup": "one fresh process per round, files in the system's cache, without the interpreter's own start",
         "memory": "resident memory of the whole process as the system counts it",
     }

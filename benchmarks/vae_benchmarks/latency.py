@@ -19,6 +19,7 @@ WARMUP_AGREEMENT = 0.1  # then until the medians of the last two windows differ 
 WARMUP_LIMIT_SECONDS = 0.1  # but no longer than this, or than measuring takes where that is longer
 LEAST_WARMUP_CALLS = 2  # which very slow calls get in any case
 CLOCK_SHARE = 0.01  # of a sample's duration that reading the clock may take
+BLOCK_SECONDS = 0.01  # of calls of one side in a row, where two are compared
 
 WARMUP_RULE = (
     f"in each round at least {2 * WARMUP_WINDOW} calls and {WARMUP_SECONDS * 1000:g} ms, then until the medians of the "
@@ -131,6 +132,21 @@ def calls_per_sample(call_ns: float, clock: Clock) -> int:
     show. 1 for all but the fastest calls: only single calls have percentiles."""
     shortest = max(clock.cost_ns, clock.resolution_ns) / CLOCK_SHARE
     return max(1, math.ceil(shortest / max(call_ns, 1)))
+
+
+def alternate(
+    first: Callable[[], object], second: Callable[[], object], blocks: int
+) -> tuple[list[float], list[float]]:
+    """Seconds per call of either, in short blocks by turns, so that the machine's drift meets both alike: one entry per
+    pair of blocks, for `intervals.paired_ratio`. Who begins changes every time; calls of over half a block get a tenth
+    of the blocks, at least 5."""
+    now = time.perf_counter_ns
+    count = max(1, int(BLOCK_SECONDS * 1e9 / min(_time_calls(first, 3, now), _time_calls(first, 3, now))))
+    times: tuple[list[float], list[float]] = ([], [])
+    for index in range(blocks if count > 1 else max(5, blocks // 10)):
+        for which in (0, 1) if index % 2 else (1, 0):
+            times[which].append(_time_calls((first, second)[which], count, now) / 1e9)
+    return times
 
 
 def _time_calls(call: Callable[[], object], count: int, now_ns: Callable[[], int]) -> float:

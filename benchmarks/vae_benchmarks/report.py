@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .document import from_document, load_document, save_document
 from .errors import ReportError
+from .gpu import GpuFacts
 from .intervals import median_interval, smallest_count
 from .latency import Samples
 from .machine import MachineFacts
@@ -21,6 +23,33 @@ FORMAT = "vae-bench-report"
 FORMAT_VERSION = 1
 
 RowKey = tuple[str, int, int | None, str, str]
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """One part of a call in milliseconds; the fields are those of `LatencyReport`."""
+
+    p50_ms: float
+    p50_low_ms: float | None
+    p50_high_ms: float | None
+    interval_from: str
+    count: int
+    round_p50_ms: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """The parts of encode or decode, each timed alone and to its end on the device.
+
+    host_to_device: `copy_to_device` of the input. compute: `encode_to_device` or `decode_to_device` of what is there
+    already. device_to_host: `DeviceArray.numpy` of all outputs.
+    """
+
+    host_to_device: PartReport
+    compute: PartReport
+    device_to_host: PartReport
+
+    PARTS = ("host_to_device", "compute", "device_to_host")
 
 
 @dataclass(frozen=True)
@@ -38,6 +67,7 @@ class LatencyReport:
     width: of the interval, relative to the median. width_reached: whether it is as narrow as was asked for.
     warmup_calls, warmup_seconds: in all rounds, not part of the figures above; warmup_stable: in every round.
     round_p50_ms: the median of each round, each in a process of its own, in the order of time.
+    split: its parts, as `Settings.split` says; None where they were not measured.
     """
 
     operation: str
@@ -64,6 +94,7 @@ class LatencyReport:
     warmup_stable: bool
     measured_seconds: float
     round_p50_ms: tuple[float, ...]
+    split: SplitReport | None = None
 
     @property
     def key(self) -> RowKey:
@@ -71,17 +102,16 @@ class LatencyReport:
         return (self.operation, self.batch, self.threads, self.device, self.precision)
 
 
-def summarize(key: RowKey, rounds: Sequence[Samples], settings: Settings) -> LatencyReport:
-    """All rounds of one row -> its figures."""
+def summarize(
+    key: RowKey, rounds: Sequence[Samples], settings: Settings, splits: Sequence[dict[str, Samples]] = ()
+) -> LatencyReport:
+    """All rounds of one row -> its figures. splits: the parts of each round, where they were measured."""
     operation, batch, threads, device, precision = key
-    pooled = np.concatenate([np.asarray(one.samples_ns, np.float64) for one in rounds]) / 1e6
+    pooled = _pool(rounds)
     grouped = max(one.calls_per_sample for one in rounds)
-    medians = tuple(float(np.median(one.samples_ns)) / 1e6 for one in rounds)
-    p50, mean = float(np.median(pooled)), float(pooled.mean())
-    interval, interval_from = median_interval(medians, settings.confidence), "rounds"
-    if interval is None:
-        interval, interval_from = median_interval(pooled, settings.confidence), "samples"
-    width = None if interval is None or not p50 else (interval[1] - interval[0]) / p50
+    median, mean = summarize_part(rounds, settings.confidence), float(pooled.mean())
+    p50, low, high = median.p50_ms, median.p50_low_ms, median.p50_high_ms
+    width = None if low is None or high is None or not p50 else (high - low) / p50
 
     def quantile(q: float) -> float | None:
         enough = len(pooled) >= smallest_count(q, settings.confidence)
@@ -96,9 +126,9 @@ def summarize(key: RowKey, rounds: Sequence[Samples], settings: Settings) -> Lat
         count=len(pooled),
         calls_per_sample=grouped,
         p50_ms=p50,
-        p50_low_ms=interval[0] if interval else None,
-        p50_high_ms=interval[1] if interval else None,
-        interval_from=interval_from,
+        p50_low_ms=low,
+        p50_high_ms=high,
+        interval_from=median.interval_from,
         p90_ms=quantile(0.90),
         p99_ms=quantile(0.99),
         mean_ms=mean,
@@ -111,8 +141,29 @@ def summarize(key: RowKey, rounds: Sequence[Samples], settings: Settings) -> Lat
         warmup_seconds=sum(one.warmup.seconds for one in rounds),
         warmup_stable=all(one.warmup.stable for one in rounds),
         measured_seconds=sum(one.seconds for one in rounds),
-        round_p50_ms=medians,
+        round_p50_ms=median.round_p50_ms,
+        split=SplitReport(
+            *(summarize_part([one[part] for one in splits], settings.confidence) for part in SplitReport.PARTS)
+        )
+        if splits
+        else None,
     )
+
+
+def summarize_part(rounds: Sequence[Samples], confidence: float) -> PartReport:
+    """The median over all rounds, and its interval."""
+    pooled = _pool(rounds)
+    medians = tuple(float(np.median(one.samples_ns)) / 1e6 for one in rounds)
+    interval, interval_from = median_interval(medians, confidence), "rounds"
+    if interval is None:
+        interval, interval_from = median_interval(pooled, confidence), "samples"
+    low, high = interval or (None, None)
+    return PartReport(float(np.median(pooled)), low, high, interval_from, len(pooled), medians)
+
+
+def _pool(rounds: Sequence[Samples]) -> NDArray[np.float64]:
+    """Every sample of every round, in milliseconds."""
+    return np.concatenate([np.asarray(one.samples_ns, np.float64) for one in rounds]) / 1e6
 
 
 @dataclass(frozen=True)
@@ -210,7 +261,7 @@ class Report:
     """The whole result of `benchmark`.
 
     created: UTC, ISO 8601. plan: what really ran, as `VAE.plan` says. skipped: operation -> why it was not measured.
-    method: how the figures came about, in words.
+    method: how the figures came about, in words. gpu: what ran it; None on other devices.
     """
 
     created: str
@@ -224,6 +275,7 @@ class Report:
     skipped: dict[str, str]
     startup: StartupReport
     latency: tuple[LatencyReport, ...]
+    gpu: GpuFacts | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document, as plain values."""

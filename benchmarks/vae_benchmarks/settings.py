@@ -25,6 +25,8 @@ class Settings:
         be taken from the rounds' medians; 8 leave `compare` room for 300 rows.
     confidence: of every interval, 0.95 for 95%.
     width: measuring a row may stop once the interval of its median is narrower than this, relative to the median.
+    split: whether to time the parts of encode and decode too: the way to the device, the work there, the way back. None
+        does so on GPUs.
     """
 
     operations: tuple[str, ...] = OPERATIONS
@@ -36,6 +38,7 @@ class Settings:
     rounds: int = 8
     confidence: float = 0.95
     width: float = 0.05
+    split: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("operations", "batches", "threads"):

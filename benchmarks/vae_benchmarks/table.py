@@ -6,12 +6,13 @@ import textwrap
 from collections.abc import Sequence
 
 from .compare import SAME, UNDECIDED, Comparison, ComparisonRow
+from .gpu import GpuFacts
 from .machine import MachineFacts
-from .report import PlannedRoute, Report, StartupReport
+from .report import PartReport, PlannedRoute, Report, SplitReport, StartupReport
 
 _DASH = "–"
 _WIDTH = 112
-_METHOD = {"Calls": "calls", "Warm-up": "warmup", "Intervals": "interval", "Start-up": "startup"}
+_METHOD = {"Calls": "calls", "Parts": "split", "Warm-up": "warmup", "Intervals": "interval", "Start-up": "startup"}
 _FIGURES = {
     "import_ms": "import vae_runtime and onnxruntime",
     "load_ms": "load and verify the bundle",
@@ -25,7 +26,7 @@ _FIGURES = {
 
 def format_report(report: Report) -> str:
     """The facts, the start-up, the latencies, and footnotes on what they do not hold."""
-    parts = [_facts(report), _startup(report.startup), _latency(report), _footnotes(report)]
+    parts = [_facts(report), _startup(report.startup), _latency(report), _split(report), _footnotes(report)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -47,6 +48,7 @@ def _facts(report: Report) -> str:
         "bundle": f"{bundle.folder} ({bundle.name}, {bundle.kind}), manifest {bundle.manifest_file_sha256[:12]}",
         "runs on": _plan(report.plan),
         "machine": describe_machine(machine),
+        **({"GPU": describe_gpu(report.gpu)} if report.gpu else {}),
         "system": f"{machine.system}, load average {_or_dash(machine.load_average_1min, '{:.2f}')} at the start",
         "versions": f"vae-edge {versions.vae_edge}, onnxruntime {versions.onnxruntime}, numpy {versions.numpy}, "
         f"Python {versions.python}",
@@ -74,6 +76,18 @@ def describe_machine(machine: MachineFacts) -> str:
     memory = f"{_gib(machine.memory_limit_bytes or machine.memory_bytes)} memory"
     governor = f", governor {'/'.join(machine.governors)}" if machine.governors else ""
     return f"{machine.cpu}, {machine.architecture}, {cores}{physical}{quota}, {memory}{governor}"
+
+
+def describe_gpu(gpu: GpuFacts) -> str:
+    """In one line, clocks from the least to the most that was found."""
+    clocks = [
+        f"{name} {'–'.join(str(clock) for clock in sorted({min(found), max(found)}))} MHz"
+        for name, found in (("SM", gpu.sm_clock_mhz), ("memory", gpu.memory_clock_mhz))
+        if found
+    ]
+    used = "" if gpu.memory_used_bytes is None else f" ({_gib(gpu.memory_used_bytes)} used)"
+    driver = f"driver {_or_dash(gpu.driver, '{}')} for CUDA {_or_dash(gpu.cuda, '{}')}"
+    return ", ".join([gpu.name, f"{_gib(gpu.memory_bytes)}{used}", driver, *clocks])
 
 
 def _startup(startup: StartupReport) -> str:
@@ -108,6 +122,29 @@ def _latency(report: Report) -> str:
     return "\n".join(align(lines, left=(0,)))
 
 
+def _split(report: Report) -> str:
+    """The parts of the calls beside the whole ones; nothing where they were not measured."""
+    rows = [(row, row.split) for row in report.latency if row.split is not None]
+    if not rows:
+        return ""
+    digits, scale, unit = (1, 1000.0, "µs") if max(row.p50_ms for row, _ in rows) < 10 else (3, 1.0, "ms")
+
+    def show(part: PartReport) -> list[str]:
+        low, high = (
+            _DASH if end is None else f"{end * scale:.{digits}f}" for end in (part.p50_low_ms, part.p50_high_ms)
+        )
+        return [f"{part.p50_ms * scale:.{digits}f}", f"{low}–{high}"]
+
+    interval = f"{report.settings.confidence:.0%} interval"
+    head = ["p50 of parts", "batch", "threads", f"call {unit}"]
+    lines = [[*head, *(cell for part in SplitReport.PARTS for cell in (part.replace("_", " "), interval))]]
+    for row, split in rows:
+        threads = "auto" if row.threads is None else str(row.threads)
+        parts = [cell for part in SplitReport.PARTS for cell in show(getattr(split, part))]
+        lines.append([row.operation, str(row.batch), threads, f"{row.p50_ms * scale:.{digits}f}", *parts])
+    return "\n".join(align(lines, left=(0,)))
+
+
 def _footnotes(report: Report) -> str:
     rows, machine, lines = report.latency, report.machine, []
     if not all(row.width_reached for row in rows):
@@ -126,7 +163,8 @@ def _footnotes(report: Report) -> str:
     lines += [f"{operation} was skipped: {reason}." for operation, reason in report.skipped.items()]
     if machine.is_busy:
         lines.append("The machine was busy with other work when this began: expect slower and less stable figures.")
-    lines += [f"{title}: {report.method[name]}." for title, name in _METHOD.items()]
+    shown = {title: name for title, name in _METHOD.items() if title != "Parts" or any(row.split for row in rows)}
+    lines += [f"{title}: {report.method[name]}." for title, name in shown.items()]
     return "\n".join(textwrap.fill(line, _WIDTH, subsequent_indent="   ") for line in lines)
 
 
@@ -180,5 +218,5 @@ def _gib(count: int | None) -> str:
     return _DASH if count is None else f"{count / 2**30:.1f} GiB"
 
 
-def _or_dash(value: float | None, form: str) -> str:
+def _or_dash(value: float | str | None, form: str) -> str:
     return _DASH if value is None else form.format(value)

@@ -75,22 +75,35 @@ def measure_latency(
     wanted: int,
     confidence: float,
     width: float,
+    split: bool | None = None,
 ) -> dict[str, Any]:
-    """One round: every row, [operation, batch], one after the other in this process."""
-    import dataclasses
+    """One round: every row, [operation, batch], one after the other in this process.
 
+    split: whether to time the parts of a call too, each for a third of `seconds`; None does so on GPUs.
+    """
+    import dataclasses
+    from functools import partial
+
+    from vae_benchmarks.gpu import read_gpu
     from vae_benchmarks.latency import Clock, measure
     from vae_runtime import VAE
     from vae_runtime.engine import import_engine
 
     clock = Clock.measure()
+    timed = partial(measure, wanted=wanted, confidence=confidence, width=width, clock=clock)
     with VAE.load(bundle, device=device, precision=precision, threads=threads) as vae:
         vae.warmup(sorted({batch for _, batch in rows}))
         calls = [make_call(vae, operation, batch) for operation, batch in rows]
-        results = [
-            measure(call, seconds=seconds, wanted=wanted, confidence=confidence, width=width, clock=clock)
-            for call in calls
-        ]
+        results = [timed(call, seconds=seconds) for call in calls]
+        kind, index = target(vae, "encode", 1).memory
+        splits: list[dict[str, Any] | None] = [None] * len(rows)
+        for number, (operation, batch) in enumerate(rows):
+            if operation in ("encode", "decode") and (kind == "cuda" if split is None else split):
+                parts = make_parts(vae, operation, batch)
+                splits[number] = {
+                    name: dataclasses.asdict(timed(part, seconds=seconds / len(parts))) for name, part in parts.items()
+                }
+        gpu = read_gpu(index) if kind == "cuda" else None
         return {
             "device": vae.device,
             "precision": vae.precision,
@@ -98,6 +111,8 @@ def measure_latency(
             "onnxruntime": import_engine().__version__,
             "clock": {"resolution_ns": clock.resolution_ns, "cost_ns": clock.cost_ns},
             "rows": [dataclasses.asdict(result) for result in results],
+            "splits": splits,
+            "gpu": gpu and dataclasses.asdict(gpu),
         }
 
 
@@ -114,6 +129,46 @@ def make_call(vae: Any, operation: str, batch: int) -> Any:
     if operation == "decode":
         return partial(vae.decode, vae.encode(inputs).mode())
     return partial(getattr(vae, operation), inputs)
+
+
+def make_parts(vae: Any, operation: str, batch: int) -> dict[str, Callable[[], object]]:
+    """The parts of "encode" or "decode", each a call without arguments that is over when its work on the device is.
+
+    Their sum need not be the whole: a warm call replays a graph of launches, and what stays on the device does not.
+    """
+    from functools import partial
+
+    from vae_runtime.cuda import synchronize
+    from vae_runtime.device_array import copy_to_device
+
+    inputs = tile(vae.golden()["x"], batch)
+    if operation == "decode":
+        inputs = vae.encode(inputs).mode()
+    run = vae.encode_to_device if operation == "encode" else vae.decode_to_device
+    device = target(vae, operation, batch)
+    there = copy_to_device(inputs, device)
+    results = run(there)
+    arrays = [array for array in (results if isinstance(results, tuple) else (results,)) if array is not None]
+
+    def and_wait(call: Callable[[], object]) -> object:
+        result = call()
+        synchronize()
+        return result
+
+    copy, compute = partial(copy_to_device, inputs, device), partial(run, there)
+    return {
+        "host_to_device": partial(and_wait, copy) if device.is_gpu else copy,
+        "compute": partial(and_wait, compute) if device.is_gpu else compute,
+        "device_to_host": lambda: [array.numpy() for array in arrays],  # in host memory when it returns
+    }
+
+
+def target(vae: Any, operation: str, batch: int) -> Any:
+    """The `vae_runtime.devices.Device` that runs so many examples."""
+    from vae_runtime.devices import find_device
+
+    route = next(route for route in reversed(vae.plan[operation]) if batch >= route["from_batch"])
+    return find_device(route["device"], route["precision"])
 
 
 def tile(examples: Any, batch: int) -> Any:

@@ -187,8 +187,11 @@ def _gpu_facts(found: list[dict[str, Any] | None]) -> GpuFacts | None:
     seen = [from_plain(GpuFacts, one, "the GPU") for one in found if one is not None]
     if not seen:
         return None
-    clocks = {name: sum((getattr(one, name) for one in seen), ()) for name in ("sm_clock_mhz", "memory_clock_mhz")}
-    return dataclasses.replace(seen[-1], **clocks)
+    return dataclasses.replace(
+        seen[-1],
+        sm_clock_mhz=tuple(clock for one in seen for clock in one.sm_clock_mhz),
+        memory_clock_mhz=tuple(clock for one in seen for clock in one.memory_clock_mhz),
+    )
 
 
 def _startup_report(starts: list[dict[str, float]], settings: Settings) -> StartupReport:

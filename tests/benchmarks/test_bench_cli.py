@@ -49,6 +49,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch, measured: Report) -> list[Settings
         (("--operation", "decode,encode"), {"operations": ("decode", "encode")}),
         (("--seconds", "2.5", "--rounds", "6", "--confidence", "0.9", "--width", "0.1"), None),
         (("--device", "auto", "--precision", "int8"), {"device": "auto", "precision": "int8"}),
+        (("--split",), {"split": True}),
+        (("--no-split",), {"split": False}),
     ],
 )
 def test_options_become_settings(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from vae_benchmarks import Comparison, ComparisonRow, Report, Settings, StartupReport, compare
+from vae_benchmarks import Comparison, ComparisonRow, GpuFacts, Report, Settings, StartupReport, compare
 from vae_benchmarks.latency import Clock, measure
 from vae_benchmarks.report import summarize
 from vae_benchmarks.table import format_comparison
@@ -137,6 +137,17 @@ def test_rows_of_one_report_only_are_listed(make_report: MakeReport) -> None:
     text = format_comparison(comparison, "a.json", "b.json")
     assert "only in A: decode, batch 32" in text
     assert "only in B: encode, batch 32" in text
+
+
+def test_another_gpu_is_warned_of_and_other_clocks_are_not(make_report: MakeReport) -> None:
+    gpu = GpuFacts("GPU large", 2**37, "9.0", "13.0", "580.95", (1980,), (3201,), 2**31)
+    a = dataclasses.replace(make_report(0), gpu=gpu)
+    b = dataclasses.replace(a, gpu=dataclasses.replace(gpu, sm_clock_mhz=(1200,), memory_used_bytes=1))
+    assert compare(a, b).warnings == ()
+    c = dataclasses.replace(a, gpu=dataclasses.replace(gpu, driver="590.1"))
+    assert compare(a, c).warnings == ("the GPUs differ: driver 580.95 -> 590.1",)
+    (warning,) = compare(make_report(0), a).warnings
+    assert warning.startswith("the GPUs differ: name None -> GPU large; ")
 
 
 def test_differences_of_machine_versions_bundle_and_settings_are_warned_of(make_report: MakeReport) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import itertools
+import time
 from collections.abc import Callable, Iterable
 
 import pytest
 
-from vae_benchmarks.latency import Clock, Samples, calls_per_sample, collector_off, measure, warm_up
+from vae_benchmarks.intervals import paired_ratio
+from vae_benchmarks.latency import Clock, Samples, alternate, calls_per_sample, collector_off, measure, warm_up
 
 MS = 1_000_000
 
@@ -188,3 +190,18 @@ def test_garbage_is_collected_before_measuring() -> None:
             assert collections[-2:] == ["start", "stop"]
     finally:
         gc.callbacks.remove(note)
+
+
+def test_two_sides_take_turns_in_blocks() -> None:
+    order: list[str] = []
+
+    def side(name: str, seconds: float) -> Callable[[], None]:
+        return lambda: (order.append(name), time.sleep(seconds))[1]
+
+    times = alternate(side("a", 0.002), side("b", 0.004), 12)
+    assert [len(one) for one in times] == [12, 12]
+    assert paired_ratio(*times)[0] == pytest.approx(2, rel=0.15)
+    turns = [name for name, before in zip(order[6:], order[5:], strict=False) if name != before]
+    assert len(turns) <= 13  # each begins every second pair, so that two blocks of the same side follow each other
+    slow = alternate(side("a", 0.02), side("b", 0.02), 12)
+    assert [len(one) for one in slow] == [5, 5]

@@ -16,7 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vae_benchmarks import OPERATIONS, Report, ReportError, Settings, StartupReport, benchmark
+from vae_benchmarks import (
+    OPERATIONS,
+    GpuFacts,
+    Report,
+    ReportError,
+    Settings,
+    SplitReport,
+    StartupReport,
+    benchmark,
+)
+from vae_benchmarks.harness import _gpu_facts
 from vae_benchmarks.latency import Samples, Warmup
 from vae_benchmarks.report import summarize
 from vae_benchmarks.table import format_report
@@ -25,21 +35,21 @@ from vae_runtime.errors import BundleError, InputError, OutputError
 KEY = ("encode", 4, 1, "cpu", "fp32")
 
 DOCUMENT_KEYS = {
-    "": "bundle clock created format format_version latency machine method plan settings skipped startup versions",
+    "": "bundle clock created format format_version gpu latency machine method plan settings skipped startup versions",
     "bundle": "folder golden golden_source kind manifest_file_sha256 name",
     "clock": "cost_ns resolution_ns",
     "machine": "architecture cores_logical cores_physical cores_usable cpu cpu_quota governors load_average_1min "
     "memory_bytes memory_limit_bytes system",
-    "method": "calls clock inputs interval latents memory sample startup warmup",
+    "method": "calls clock inputs interval latents memory sample split startup warmup",
     "plan": "decode encode",
-    "settings": "batches confidence device operations precision rounds seconds threads width",
+    "settings": "batches confidence device operations precision rounds seconds split threads width",
     "startup": "first_call_ms import_ms load_ms peak_batch peak_rss_bytes rss_after_import_bytes rss_after_load_bytes "
     "threads to_first_result_ms",
     "versions": "numpy onnxruntime python vae_edge",
 }
 ROW_KEYS = (
     "batch calls_per_sample count device interval_from mean_ms measured_seconds min_ms operation p50_high_ms "
-    "p50_low_ms p50_ms p90_ms p99_ms precision round_p50_ms stdev_ms threads throughput_per_second warmup_calls "
+    "p50_low_ms p50_ms p90_ms p99_ms precision round_p50_ms split stdev_ms threads throughput_per_second warmup_calls "
     "warmup_seconds warmup_stable width width_reached"
 )
 
@@ -149,7 +159,70 @@ def test_reports_from_before_a_key_was_added_are_read(measured: Report) -> None:
     document = json.loads(json.dumps(measured.to_dict()))
     for route in (*document["plan"]["encode"], *document["plan"]["decode"]):
         assert route.pop("fixed_batches") == []
+    assert document.pop("gpu") is None
+    assert document["settings"].pop("split") is None
+    assert document["method"].pop("split")
+    assert [row.pop("split") for row in document["latency"]] == [None] * 4
+    older = Report.from_dict(document)
+    assert "Parts:" not in format_report(older)
+    measured = dataclasses.replace(measured, method=older.method)
     assert Report.from_dict(document) == measured
+
+
+@pytest.fixture(scope="module")
+def split(tiny: Path) -> Report:
+    """Really measured, on the CPU."""
+    settings = Settings(("encode", "decode", "sample"), (2,), (1,), seconds=0.03, rounds=2, split=True)
+    return benchmark(tiny, settings)
+
+
+def test_the_parts_of_a_call(split: Report, tmp_path: Path) -> None:
+    rows = {row.operation: row for row in split.latency}
+    assert rows["sample"].split is None
+    for operation in ("encode", "decode"):
+        parts = rows[operation].split
+        assert parts is not None
+        for name in SplitReport.PARTS:
+            part = getattr(parts, name)
+            assert 0 < min(part.round_p50_ms) <= part.p50_ms <= max(part.round_p50_ms)
+            assert (len(part.round_p50_ms), part.interval_from) == (2, "samples")
+            assert part.count >= 2
+    split.save(tmp_path / "split.json")
+    assert Report.load(tmp_path / "split.json") == split
+
+
+def test_the_parts_are_shown_beside_the_call(split: Report, measured: Report) -> None:
+    lines = format_report(split).splitlines()
+    head = next(index for index, line in enumerate(lines) if line.startswith("p50 of parts"))
+    assert "host to device" in lines[head]
+    assert [line.split()[:1] for line in lines[head + 1 : head + 4]] == [["encode"], ["decode"], []]
+    assert len(lines[head + 1].split()) == 3 + 1 + 2 * 3
+    assert any(line.startswith("Parts: each part alone") for line in lines)
+    assert "p50 of parts" not in format_report(measured)
+
+
+def test_the_figures_of_a_part() -> None:
+    rounds = [{name: rounds_of([[level] * 9])[0] for name in SplitReport.PARTS} for level in range(1, 9)]
+    row = summarize(KEY, rounds_of([[9.0]] * 8), Settings(), rounds)
+    assert row.split is not None
+    part = row.split.compute
+    assert (part.p50_ms, part.p50_low_ms, part.p50_high_ms, part.interval_from) == (4.5, 1, 8, "rounds")
+    assert (part.count, part.round_p50_ms) == (72, (1, 2, 3, 4, 5, 6, 7, 8))
+
+
+def test_the_gpu_is_in_the_report(measured: Report, tmp_path: Path) -> None:
+    gpu = GpuFacts("GPU large", 2**37, "9.0", "13.0", "580.95", (1980, 1755), (3201, 3201), 2**31)
+    dataclasses.replace(measured, gpu=gpu).save(tmp_path / "gpu.json")
+    report = Report.load(tmp_path / "gpu.json")
+    assert report.gpu == gpu
+    assert "GPU       GPU large, 128.0 GiB (2.0 GiB used)" in format_report(report)
+
+
+def test_the_clocks_of_every_process_are_kept() -> None:
+    one = dataclasses.asdict(GpuFacts("GPU large", 2**37, "9.0", "13.0", "580.95", (1980,), (3201,), 2**31))
+    found = _gpu_facts([one, {**one, "sm_clock_mhz": [1755], "memory_used_bytes": 2**32}, {**one, "sm_clock_mhz": []}])
+    assert found == GpuFacts("GPU large", 2**37, "9.0", "13.0", "580.95", (1980, 1755), (3201,) * 3, 2**31)
+    assert _gpu_facts([None, None]) is None
 
 
 def test_a_report_tells_nothing_about_the_user(measured: Report, tiny: Path) -> None:

@@ -6,6 +6,7 @@ import inspect
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,45 @@ def test_one_round_measures_every_row(tiny: Path) -> None:
     assert len(answer["rows"]) == 2
     assert all(len(row["samples_ns"]) >= 1 and min(row["samples_ns"]) > 0 for row in answer["rows"])
     assert answer["clock"]["cost_ns"] > 0
+    assert answer["splits"] == [None, None]  # only on GPUs, unless it is asked for
+    assert answer["gpu"] is None
+
+
+def test_the_parts_of_a_call_are_those_of_the_call(tiny: Path) -> None:
+    with VAE.load(tiny, threads=1) as vae:
+        x = vae.golden()["x"][[0, 1, 2, 3, 0, 1]]
+        z = vae.encode(x).mode()
+        for operation, given, results in (
+            ("encode", x, [z, vae.encode(x).logvar]),
+            ("decode", z, [vae.decode(z)]),
+        ):
+            parts = worker.make_parts(vae, operation, 6)
+            np.testing.assert_array_equal(parts["host_to_device"]().numpy(), given)
+            computed = parts["compute"]()
+            for found in (computed if operation == "encode" else [computed]), parts["device_to_host"]():
+                arrays = [getattr(array, "numpy", lambda array=array: array)() for array in found]
+                for array, expected in zip(arrays, results, strict=True):
+                    np.testing.assert_allclose(array, expected, atol=1e-6)
+
+
+def test_an_autoencoder_brings_only_its_code_back(autoencoder: Path) -> None:
+    with VAE.load(autoencoder, threads=1) as vae:
+        (code,) = worker.make_parts(vae, "encode", 3)["device_to_host"]()
+        assert code.shape == (3, 2)
+
+
+def test_every_part_on_a_gpu_waits_for_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of a GPU, taken on the CPU."""
+    waited: list[None] = []
+    monkeypatch.setattr("vae_runtime.cuda.synchronize", lambda: waited.append(None))
+    with VAE.load(tiny, threads=1) as vae:
+        device = worker.target(vae, "encode", 2)
+        stand_in = types.SimpleNamespace(is_gpu=True, memory=device.memory)
+        monkeypatch.setattr(worker, "target", lambda *_: stand_in)
+        parts = worker.make_parts(vae, "encode", 2)
+        for name, count in (("host_to_device", 1), ("compute", 2), ("device_to_host", 2)):
+            parts[name]()
+            assert len(waited) == count
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems count a new process's peak from zero")

@@ -1,0 +1,161 @@
+"""The report for people, from the document that `run.py` writes."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from vae_benchmarks.gpu import GpuFacts
+from vae_benchmarks.machine import MachineFacts
+from vae_benchmarks.plain import from_plain
+from vae_benchmarks.report import Report
+from vae_benchmarks.table import describe_gpu, describe_machine, format_report
+
+_ENVIRONMENT = "environment"
+_ERRORS = ("golden", "fidelity")  # every error of which is shown
+_DASH = "–"
+
+
+def render(document: dict[str, Any], name: str) -> str:
+    units = [unit for unit in document["units"] if unit["step"] != _ENVIRONMENT]
+    sections = [
+        f"# {name}: the bundles on device {document['device']}\n\nMade by `benchmarks/gpu/run.py`, begun"
+        f" {document['created']}, parts: {document['parts']}."
+        + (" Few repetitions: only the steps themselves were tried.\n" if document["quick"] else "\n"),
+        environment(document),
+        verdicts(document["cases"], units),
+        failures(document["units"]),
+        errors(units),
+        overhead(units),
+        bench(units, document["torch_loaded_first"]),
+        race(units),
+        skipped(units),
+    ]
+    return "\n".join(section for section in sections if section)
+
+
+def environment(document: dict[str, Any]) -> str:
+    """Of the first part, and of every other one that is not the same."""
+    lines: list[str] = []
+    seen: list[list[str]] = []
+    for unit in document["units"]:
+        if unit["step"] != _ENVIRONMENT:
+            continue
+        found = describe_environment(unit["figures"])
+        if unit["status"] == "crashed":
+            found = [f"{unit['reason']}"]
+        if found not in seen:
+            seen.append(found)
+            lines += [f"{unit['case']}: {line}" for line in found]
+    return "\n".join(["## Machine\n", *(f"- {line}" for line in lines), ""])
+
+
+def describe_environment(figures: dict[str, Any]) -> list[str]:
+    """One line each; without what changes from minute to minute."""
+    found = []
+    if figures.get("gpu"):
+        found.append(describe_gpu(from_plain(GpuFacts, {**figures["gpu"], **_IDLE}, "the GPU")))
+    if figures.get("machine"):
+        found.append(describe_machine(from_plain(MachineFacts, figures["machine"], "the machine")))
+    found.append(", ".join(f"{name} {version}" for name, version in figures.get("versions", {}).items()))
+    if "onnxruntime" in figures:
+        found.append(
+            f"onnxruntime {figures['onnxruntime']['version']}: {', '.join(figures['onnxruntime']['providers'])}"
+        )
+    found += [f"{name}={value}" for name, value in figures.get("variables", {}).items()]
+    return found
+
+
+_IDLE: dict[str, Any] = {"sm_clock_mhz": [], "memory_clock_mhz": [], "memory_used_bytes": None}
+
+
+def verdicts(cases: list[str], units: list[dict[str, Any]]) -> str:
+    found = {(unit["step"], unit["case"]): unit for unit in units}
+    steps = dict.fromkeys(unit["step"] for unit in units)
+    rows = [[step, *(verdict(found.get((step, case))) for case in cases)] for step in steps]
+    return section("Verdicts", ["step", *cases], rows)
+
+
+def verdict(unit: dict[str, Any] | None) -> str:
+    if unit is None:
+        return _DASH
+    passed, count = sum(check["passed"] for check in unit["checks"]), len(unit["checks"])
+    if unit["status"] == "passed":
+        return f"{passed} of {count}" if count else "measured"
+    return unit["status"] if not count else f"**{unit['status']}**, {passed} of {count}"
+
+
+def failures(units: list[dict[str, Any]]) -> str:
+    lines = []
+    for unit in units:
+        where = f"{unit['step']}, {unit['case']}"
+        if unit["reason"]:
+            lines.append(f"- **{where}**: {one_line(unit['reason'])}")
+        for check in unit["checks"]:
+            if not check["passed"]:
+                found = one_line(check["text"]) or f"{check['found']:.3g}, at most {check['limit']:g}"
+                lines.append(f"- **{where}**: {check['check']}: {found}")
+    return "\n".join(["## What failed\n", *(lines or ["Nothing."]), ""])
+
+
+def errors(units: list[dict[str, Any]]) -> str:
+    """Every single one of the golden values and of the fidelity; the largest of the other checks."""
+    rows = []
+    for unit in units:
+        measured = [check for check in unit["checks"] if check["found"] is not None]
+        if unit["step"] not in _ERRORS and measured:
+            worst = max(measured, key=lambda check: check["found"] / check["limit"])
+            measured = [{**worst, "check": f"{worst['check']}, the largest of {len(measured)}"}]
+        for check in measured:
+            rows.append([unit["step"], unit["case"], check["check"], f"{check['found']:.2e}", f"{check['limit']:.0e}"])
+    return section("Errors", ["step", "case", "what", "error", "at most"], rows)
+
+
+def overhead(units: list[dict[str, Any]]) -> str:
+    rows = []
+    for unit in units:
+        for row in unit["figures"].get("rows", []) if unit["step"] == "overhead" else []:
+            interval = _DASH if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
+            times = [f"{row[side] * 1000:.1f} µs" for side in ("bare_ms", "ours_ms")]
+            rows.append([unit["case"], row["what"], *times, f"{row['ratio']:.3f}", interval])
+    head = ["case", "what", "onnxruntime with IO binding", "vae_runtime", "ratio", "95% interval"]
+    return section("The runtime's own cost", head, rows)
+
+
+def bench(units: list[dict[str, Any]], torch_loaded_first: bool) -> str:
+    parts = []
+    for unit in units:
+        if "bench" in unit["figures"]:
+            report = Report.from_dict(unit["figures"]["bench"], f"{unit['step']}, {unit['case']}")
+            parts.append(f"### {unit['case']}, {report.settings.precision}\n\n```text\n{format_report(report)}\n```\n")
+    if not parts:
+        return ""
+    note = "Every process had loaded torch before: importing is faster and memory larger than without it.\n"
+    return "\n".join(["## Latency\n", *([note] if torch_loaded_first else []), *parts])
+
+
+def race(units: list[dict[str, Any]]) -> str:
+    texts = [unit["figures"]["race_text"] for unit in units if "race_text" in unit["figures"]]
+    return "\n".join(["## Race\n", *(re.sub(r"^(#+) ", r"##\1 ", text, flags=re.M) for text in texts)]) if texts else ""
+
+
+def skipped(units: list[dict[str, Any]]) -> str:
+    lines = {
+        f"- {unit['step']}, {unit['case']}: {name}: {one_line(reason)}"
+        for unit in units
+        for name, reason in unit["skipped"].items()
+    }
+    return "\n".join(["## What was skipped\n", *sorted(lines), ""]) if lines else ""
+
+
+def section(title: str, head: list[str], rows: list[list[str]]) -> str:
+    """A heading and a table; nothing without rows."""
+    if not rows:
+        return ""
+    lines = [head, ["---"] * len(head), *rows]
+    table = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    return f"## {title}\n\n{table}\n"
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,163 @@
+"""How fast it is: beside bare onnxruntime with IO binding, by `vae-bench`, and in the race."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from findings import Findings, Job
+
+from vae_benchmarks.intervals import paired_ratio
+from vae_benchmarks.latency import alternate, collector_off
+from vae_benchmarks.worker import tile
+from vae_runtime import VAE
+from vae_runtime.bound import to_host
+from vae_runtime.device_array import DeviceArray, copy_to_device
+from vae_runtime.devices import Device, find_device
+from vae_runtime.engine import import_engine
+from vae_runtime.manifest import INPUT, LATENT, LOGVAR, MEAN, RECONSTRUCTION
+from vae_runtime.preprocess import Float32
+
+BATCHES = (1, 32)
+BLOCKS, WARM_CALLS = 200, 10
+BENCH_OPTIONS = ("--batch", "1,32", "--threads", "1", "--rounds", "6", "--seconds", "2")
+QUICK_BENCH = ("--batch", "2", "--threads", "1", "--rounds", "1", "--seconds", "0.01", "--operation", "encode,sample")
+QUICK_RACE = ("--points", "1x1", "--competitors", "ours,onnxruntime", "--no-tune", "--rounds", "3")
+
+
+def overhead(findings: Findings, job: Job) -> None:
+    """`VAE` against the same sessions, bound once, with the same options: from host to host, and on the device."""
+    x = job.case.reference()[INPUT]
+    device = find_device(job.device)
+    rows = []
+    with VAE.load(job.case.bundle, job.device, threads=1) as vae:
+        mean = vae.encode(x).mean
+        for batch in (2,) if job.quick else BATCHES:
+            vae.warmup([batch])
+            for operation, array in (("encode", tile(x, batch)), ("decode", tile(mean, batch))):
+                for place, sides in (
+                    ("host", host_sides(job, vae, device, operation, array)),
+                    ("device", device_sides(job, vae, device, operation, array)),
+                ):
+                    with findings.guard(f"{operation} {batch} {place}"):
+                        rows.append(row(f"{operation}, batch {batch}, {place}", *sides, 10 if job.quick else BLOCKS))
+    findings.figure("rows", rows)
+
+
+Sides = tuple[Callable[[], object], Callable[[], object]]
+
+
+def host_sides(job: Job, vae: VAE, device: Device, operation: str, array: Float32) -> Sides:
+    """Bare onnxruntime and `VAE` from a host array to host arrays, by a session for this batch size on a GPU."""
+    session = bare_session(job, device, operation, len(array), is_fixed=device.is_gpu)
+    make = import_engine().OrtValue.ortvalue_from_shape_and_type
+    given, binding = make(array.shape, np.float32, *device.memory), session.io_binding()
+    binding.bind_ortvalue_input(INPUT if operation == "encode" else LATENT, given)
+    outputs = [make((len(array), *shape), np.float32, *device.memory) for shape in outputs_of(job, operation).values()]
+    for name, output in zip(outputs_of(job, operation), outputs, strict=True):
+        binding.bind_ortvalue_output(name, output)
+
+    def bare() -> object:
+        given.update_inplace(array)
+        session.run_with_iobinding(binding)
+        return [to_host(output) for output in outputs]
+
+    return bare, partial(getattr(vae, operation), array)
+
+
+def device_sides(job: Job, vae: VAE, device: Device, operation: str, array: Float32) -> Sides:
+    """The same from an array on the device to new ones there, by a session for any batch size."""
+    session = bare_session(job, device, operation, len(array), is_fixed=False)
+    there = copy_to_device(array, device)
+
+    def bare() -> object:
+        binding = session.io_binding()
+        binding.bind_ortvalue_input(INPUT if operation == "encode" else LATENT, there._value)
+        for name in outputs_of(job, operation):
+            binding.bind_output(name, *device.memory)
+        session.run_with_iobinding(binding)
+        return [DeviceArray(value, device.memory) for value in binding.get_outputs()]
+
+    return bare, partial(vae.encode_to_device if operation == "encode" else vae.decode_to_device, there)
+
+
+def bare_session(job: Job, device: Device, operation: str, batch: int, is_fixed: bool) -> Any:
+    """onnxruntime on the bundle's fp32 graph with the options that `VAE` takes."""
+    engine = import_engine()
+    options = engine.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    if is_fixed:
+        options.add_free_dimension_override_by_name("batch", batch)
+    graph = job.case.bundle_graph("encoder" if operation == "encode" else "decoder", "fp32")
+    provider = device.provider, device.session_options(1, is_fixed, "")
+    return engine.InferenceSession(graph, options, providers=[provider])
+
+
+def outputs_of(job: Job, operation: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of one example's outputs, by name."""
+    manifest = job.case.manifest
+    if operation == "decode":
+        return {RECONSTRUCTION: manifest.input.shape}
+    names = (MEAN, LOGVAR) if manifest.kind == "vae" else (MEAN,)
+    return dict.fromkeys(names, manifest.latent.shape)
+
+
+def row(what: str, bare: Callable[[], object], ours: Callable[[], object], blocks: int) -> dict[str, Any]:
+    """ratio: ours relative to bare, with its 95% interval."""
+    for call in (bare, ours):
+        for _ in range(WARM_CALLS):
+            call()
+    with collector_off():
+        seconds = alternate(bare, ours, blocks)
+    ratio, low, high, source = paired_ratio(*seconds)
+    bare_ms, ours_ms = (statistics.median(side) * 1000 for side in seconds)
+    return {
+        **{"what": what, "bare_ms": bare_ms, "ours_ms": ours_ms, "blocks": len(seconds[0])},
+        **{"ratio": ratio, "low": low, "high": high, "interval_from": source},
+    }
+
+
+def bench(findings: Findings, job: Job, precision: str) -> None:
+    """`vae-bench` with the parts of each call."""
+    if (reason := job.why_not(precision)) is not None:
+        findings.skip(precision, reason)
+        return
+    options = ("--device", job.device, "--precision", precision, "--split", "--json")
+    answer = run_command(str(job.case.bundle), *(QUICK_BENCH if job.quick else BENCH_OPTIONS), *options)
+    findings.figure("bench", json.loads(answer))
+
+
+def race(findings: Findings, job: Job) -> None:
+    """`vae-bench race` on the device; on the CPU the race is as it always is."""
+    options = ("--device", job.device) if job.is_gpu else ()
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "race"
+        budget = ("--budget", str(job.budget), "--output", str(output))
+        run_command("race", str(job.case.folder), *options, *budget, *(QUICK_RACE if job.quick else ()))
+        findings.figure("race", json.loads((output / "race.json").read_bytes()))
+        findings.figure("race_text", (output / "race.md").read_text("utf-8"))
+
+
+def run_command(*arguments: str) -> str:
+    """What `vae-bench` prints.
+
+    Raises:
+        RuntimeError: it failed; with its last line.
+    """
+    command = [sys.executable, "-m", "vae_benchmarks.cli", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    print(done.stderr, file=sys.stderr)
+    if done.returncode != 0:
+        last = ([line.strip() for line in done.stderr.splitlines() if line.strip()] or ["it says nothing"])[-1]
+        name = "vae-bench race" if arguments[0] == "race" else "vae-bench"
+        raise RuntimeError(f"{name} ended with exit code {done.returncode}: {last}")
+    return done.stdout

@@ -1,0 +1,587 @@
+"""`benchmarks/gpu/run.py` on the CPU: each check finds what it is there for, and the run survives what goes wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vae_benchmarks.race import Case
+from vae_runtime import VAE, DeviceError, OutOfMemoryError
+from vae_runtime.cuda import why_not_cuda
+from vae_runtime.device_array import DeviceArray, copy_to_device
+from vae_runtime.devices import find_device
+
+GPU = Path(__file__).parents[2] / "benchmarks" / "gpu"
+with pytest.MonkeyPatch.context() as _path:
+    _path.syspath_prepend(GPU)
+    import checks
+    import child
+    import report_text
+    import run
+    import steps
+    import timings
+    from findings import Findings, Job
+
+EVERY_STEP_BUT_THE_RACE = ",".join(name for name in run.STEPS if name != "race")
+
+
+def gpu_run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, GPU / "run.py", *arguments]
+    environment = {
+        name: value for name, value in os.environ.items() if name != "PYTHONPATH"
+    }  # as from a fresh checkout
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, check=False, env=environment, cwd="/"
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    folder = tmp_path_factory.mktemp("gpu")
+    options = ("--device", "cpu", "--quick", "--steps", EVERY_STEP_BUT_THE_RACE)
+    done = gpu_run("--case", tiny, *options, "--output", folder / "found" / "cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads((folder / "found" / "cpu.json").read_text())
+    return SimpleNamespace(
+        document=document,
+        units={unit["step"]: unit for unit in document["units"]},
+        markdown=(folder / "found" / "cpu.md").read_text(),
+        stdout=done.stdout,
+        folder=folder,
+    )
+
+
+def test_every_step_passes_on_the_cpu(whole: SimpleNamespace) -> None:
+    status = {step: unit["status"] for step, unit in whole.units.items()}
+    skipped = ("memory", "bench-tf32", "bench-fp16")
+    assert status == {
+        "environment": "passed",
+        **{step: "skipped" if step in skipped else "passed" for step in run.STEPS if step != "race"},
+    }
+    counts = {step: len(unit["checks"]) for step, unit in whole.units.items()}
+    assert (counts["golden"], counts["fidelity"], counts["concurrency"]) == (3, 4, 2)
+    assert counts["calls"] == 2 * 4 * (5 + 4 + 2 + 1) + 5
+    names = {check["check"] for check in whole.units["calls"]["checks"]}
+    assert {"cold batch 1 host sample", "warm batch 32 device reconstruct", "torch shares the memory"} <= names
+
+
+def test_what_the_cpu_has_not_is_skipped_with_the_reason(whole: SimpleNamespace) -> None:
+    assert whole.units["golden"]["skipped"] == {
+        "tf32": "tf32 is arithmetic of NVIDIA GPUs, which the CPU has not",
+        "fp16": "the bundle has no fp16; it has fp32",
+    }
+    assert "memory" in whole.units["memory"]["skipped"]
+    assert "- memory, tiny: memory: the CPU has no memory of its own, and no limit for it" in whole.markdown
+
+
+def test_the_figures_are_there(whole: SimpleNamespace) -> None:
+    rows = whole.units["overhead"]["figures"]["rows"]
+    assert [row["what"] for row in rows] == [
+        f"{operation}, batch 2, {place}" for operation in ("encode", "decode") for place in ("host", "device")
+    ]
+    assert all(row["low"] <= row["ratio"] <= row["high"] for row in rows)
+    report = whole.units["bench-fp32"]["figures"]["bench"]
+    assert [row["operation"] for row in report["latency"] if row["split"]] == ["encode"]
+
+
+def test_the_report_for_people(whole: SimpleNamespace) -> None:
+    for heading in ("Machine", "Verdicts", "What failed", "Errors", "The runtime's own cost", "Latency"):
+        assert f"## {heading}\n" in whole.markdown
+    assert "| golden | 3 of 3 |" in whole.markdown
+    assert "| calls | 101 of 101 |" in whole.markdown
+    assert "| bench-tf32 | skipped |" in whole.markdown
+    assert "Nothing.\n" in whole.markdown
+    assert "host to device" in whole.markdown
+    assert "golden tiny: passed, 3 checks" in whole.stdout
+
+
+def test_it_tells_nothing_about_the_user(whole: SimpleNamespace) -> None:
+    text = json.dumps(whole.document) + whole.markdown
+    for private in (str(GPU.parents[1]), str(whole.folder), f'"{getpass.getuser()}"', sys.prefix):
+        assert private not in text
+
+
+# --- each check finds what it is there for ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def job(tiny: Path) -> Job:
+    return Job("cpu", Case.open(tiny), True, 1.0)
+
+
+def found_by(step: Callable[..., None], *arguments: Any) -> dict[str, bool]:
+    """Which checks passed."""
+    stream = io.StringIO()
+    step(Findings(stream), *arguments)
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    return {line["check"]: line["passed"] for line in lines if "check" in line}
+
+
+def failed_by(step: Callable[..., None], *arguments: Any) -> set[str]:
+    return {name for name, passed in found_by(step, *arguments).items() if not passed}
+
+
+class Device(VAE):
+    """The `VAE` that is under test; the one that it is compared with is loaded without a device."""
+
+    change: Callable[[str, np.ndarray], np.ndarray]
+
+    @classmethod
+    def load(cls, path: Any, device: str | None = None, *arguments: Any, **options: Any) -> VAE:
+        return super().load(path, device, *arguments, **options) if device else VAE.load(path)
+
+    def decode(self, latents: Any, **options: Any) -> Any:
+        return Device.change("decode", super().decode(latents, **options))
+
+    def decode_to_device(self, latents: Any) -> DeviceArray:
+        array = super().decode_to_device(latents).numpy()
+        return copy_to_device(Device.change("decode_to_device", array), find_device("cpu"))
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Change what one operation of the device under test gives."""
+
+    def plant(operation: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+        monkeypatch.setattr(checks, "VAE", Device)
+        monkeypatch.setattr(
+            Device, "change", lambda name, array: change(array) if name == operation else array, raising=False
+        )
+
+    return plant
+
+
+def test_golden_values_that_are_missed(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = VAE._error
+    monkeypatch.setattr(VAE, "_error", lambda *arguments: real(*arguments) + 2e-4)
+    assert failed_by(checks.golden, job) == {"fp32 encode mean", "fp32 encode logvar", "fp32 decode reconstruction"}
+
+
+@pytest.mark.parametrize(("error", "fails"), [(9e-5, False), (1.1e-4, True), (float("nan"), True)])
+def test_fidelity_by_its_limit(job: Job, planted: Any, error: float, fails: bool) -> None:
+    planted("decode", lambda array: array + np.float32(error))
+    failed = failed_by(checks.fidelity, job)
+    assert ({"fp32 cold decode", "fp32 warm decode"} <= failed) == fails
+    assert bool(failed) == fails
+
+
+def test_the_limits_are_those_that_were_promised() -> None:
+    assert checks.LIMITS == {"fp32": 1e-4, "tf32": 2e-3, "fp16": 5e-3}
+
+
+def test_errors_of_vectors_are_relative_to_their_range(autoencoder: Path, planted: Any) -> None:
+    job = Job("cpu", Case.open(autoencoder), True, 1.0)
+    assert failed_by(checks.fidelity, job) == set()
+    assert failed_by(checks.calls, job) == set()
+    planted("decode", lambda array: array + np.float32(1.1e-4 * job.scale))
+    assert "fp32 cold decode" in failed_by(checks.fidelity, job)
+    planted("decode", lambda array: array + np.float32(0.9e-4 * job.scale))
+    assert failed_by(checks.fidelity, job) == set()
+
+
+def test_one_wrong_batch_size(job: Job, planted: Any) -> None:
+    def last_is_first(array: np.ndarray) -> np.ndarray:
+        return np.concatenate([array[:-1], array[:1]]) if len(array) == 7 else array
+
+    planted("decode", last_is_first)
+    failed = failed_by(checks.calls, job)
+    assert {"cold batch 7 host decode", "warm batch 7 host decode"} <= failed
+    assert all(" batch 7 host" in name for name in failed)
+
+
+def test_wrong_arrays_on_the_device(job: Job, planted: Any) -> None:
+    planted("decode_to_device", lambda array: array * np.float32(0.99))
+    failed = failed_by(checks.calls, job)
+    assert {
+        "cold batch 1 device decode",
+        "warm batch 32 device reconstruct",
+        "cold batch 2 host to device decode",
+    } <= failed
+    assert not any(" host decode" in name or "repeats" in name for name in failed)
+
+
+@pytest.mark.parametrize("change", [lambda array: array.astype(np.float64), lambda array: array[..., :4]])
+def test_another_dtype_or_shape(job: Job, planted: Any, change: Any) -> None:
+    planted("decode", change)
+    failed = failed_by(checks.calls, job)
+    assert "cold batch 1 host decode" in failed
+
+
+def test_results_that_do_not_repeat(job: Job, planted: Any) -> None:
+    numbers = iter(range(10**9))
+    planted("decode", lambda array: array + np.float32(1e-6) * next(numbers) % 3)
+    failed = failed_by(checks.calls, job)
+    assert "cold batch 2 repeats" in failed
+    assert "cold batch 2 host decode" not in failed
+
+
+def test_an_exception_is_one_failed_check(job: Job, planted: Any) -> None:
+    def breaks(array: np.ndarray) -> np.ndarray:
+        if len(array) == 2:
+            raise DeviceError("decoder.onnx failed on cuda:0")
+        return array
+
+    planted("decode", breaks)
+    passed = found_by(checks.calls, job)
+    assert not passed["cold batch 2 host"]
+    assert passed["warm batch 32 host decode"]
+
+
+def test_an_exchange_with_torch_that_copies(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    real = torch.from_dlpack
+    monkeypatch.setattr(torch, "from_dlpack", lambda array: real(array).clone())
+    assert failed_by(checks.calls, job) == {"torch shares the memory"}
+
+
+def test_threads_that_get_something_else() -> None:
+    calls = {"right": lambda: np.zeros(3), "racy": lambda: np.full(3, busy[0])}
+    busy = [0.0]
+    assert checks.run_threads(calls, 2) == (checks.THREADS * 2 * 2, [])
+
+    def racy() -> np.ndarray:
+        busy[0] += 1
+        return np.full(3, busy[0])
+
+    count, differing = checks.run_threads({"right": calls["right"], "racy": racy}, 2)
+    assert (count, set(differing)) == (checks.THREADS * 2 * 2, {"racy"})
+
+
+def test_concurrency_says_who_differs(job: Job, planted: Any) -> None:
+    numbers = iter(range(10**9))
+    planted("decode", lambda array: array + np.float32(next(numbers) % 7))
+    assert len(failed_by(checks.concurrency, job)) == 2
+
+
+class Exhausted:
+    """A device on which more than 4 examples do not fit, with faults to choose."""
+
+    def __init__(self, vae: VAE, error: Exception | None, breaks: bool = False) -> None:
+        self._vae, self._error, self._breaks, self._broken = vae, error, breaks, False
+
+    def encode(self, x: np.ndarray, **options: Any) -> Any:
+        self._look_at(x)
+        return self._vae.encode(x[:4])
+
+    def decode(self, z: np.ndarray, **options: Any) -> Any:
+        self._look_at(z)
+        return self._vae.decode(z[:4]) + np.float32(self._broken)
+
+    def _look_at(self, array: np.ndarray) -> None:
+        if len(array) > 4 and self._error is not None:
+            self._broken = self._breaks
+            raise self._error
+
+
+@pytest.mark.parametrize(
+    ("error", "breaks", "failed"),
+    [
+        (OutOfMemoryError("too many"), False, set()),
+        (DeviceError("CUDA failure 700"), False, {"full: encode 5", "full: decode 5"}),
+        (None, False, {"full: encode 5", "full: decode 5"}),
+        (OutOfMemoryError("too many"), True, {"full: the next decode"}),
+    ],
+)
+def test_memory_that_runs_out(job: Job, error: Any, breaks: bool, failed: set[str]) -> None:
+    with VAE.load(job.case.bundle) as vae:
+        size = 4 * job.case.reference()["x"][0].nbytes
+        found = found_by(checks.run_out, job, "full", Exhausted(vae, error, breaks), size)
+    assert {name for name, passed in found.items() if not passed} == failed
+    assert len(found) == 4
+
+
+@pytest.mark.skipif(why_not_cuda() is not None, reason=f"no usable GPU: {why_not_cuda()}")
+def test_memory_that_runs_out_on_the_gpu(tiny: Path) -> None:
+    found = found_by(checks.memory, Job("cuda", Case.open(tiny), True, 1.0))
+    assert found
+    assert all(found.values())
+
+
+def test_the_runtime_s_own_cost_on_planted_speeds() -> None:
+    row = timings.row("planted", lambda: time.sleep(0.002), lambda: time.sleep(0.004), 20)
+    assert row["ratio"] == pytest.approx(2, abs=0.25)
+    assert row["low"] <= row["ratio"] <= row["high"]
+    assert row["ours_ms"] > row["bare_ms"] > 1.9
+
+
+def test_both_sides_of_the_cost_give_the_same(job: Job) -> None:
+    device = find_device("cpu")
+    with VAE.load(job.case.bundle) as vae:
+        x = job.case.reference()["x"][:3]
+        for operation, array in (("encode", x), ("decode", vae.encode(x).mean)):
+            bare, ours = timings.host_sides(job, vae, device, operation, array)
+            expected = ours().mean if operation == "encode" else ours()
+            np.testing.assert_allclose(bare()[0], expected, atol=1e-6)
+            bare, ours = timings.device_sides(job, vae, device, operation, array)
+            results = ours().mean if operation == "encode" else ours()
+            np.testing.assert_allclose(bare()[0].numpy(), results.numpy(), atol=1e-6)
+
+
+# --- the run survives what goes wrong ---------------------------------------------------------------------------------
+
+REQUEST = {"step": "golden", "case": "/cases/my", "device": "cpu", "quick": True, "budget": 1, "preload": False}
+
+
+@pytest.fixture
+def children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Run a program in place of a step; `say(line)` writes a finding."""
+
+    def start(program: str, seconds: float = 20.0) -> dict[str, Any]:
+        script = tmp_path / "step.py"
+        script.write_text(
+            "import json, os, signal, subprocess, sys, time\n"
+            "stream = open(json.loads(sys.argv[1])['findings'], 'w')\n"
+            "def say(**line):\n    stream.write(json.dumps(line) + chr(10)); stream.flush()\n" + program
+        )
+        monkeypatch.setattr(child, "STEPS_FILE", script)
+        with child.Children(preload_torch=False) as running:
+            return running.run(REQUEST, seconds)
+
+    return start
+
+
+PASSED = "say(check='a', passed=True, found=None, limit=None, text='')\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "status", "reason"),
+    [
+        (PASSED + "say(done=True)", "passed", ""),
+        (PASSED.replace("True", "False") + "say(done=True)", "failed", ""),
+        ("say(skipped='a', reason='b'); say(done=True)", "skipped", ""),
+        ("say(figure='a', value=1); say(done=True)", "passed", ""),
+        (PASSED + "os.kill(os.getpid(), signal.SIGSEGV)", "crashed", "the step was ended by SIGSEGV"),
+        (PASSED + "raise RuntimeError('in /cases/my')", "crashed", "exit code 1 and no answer: RuntimeError: in my"),
+        (PASSED, "crashed", "the step ended with exit code 0 and no answer"),
+        (PASSED + 'stream.write(\'{"check": "b\')', "crashed", "the step ended with exit code 0"),
+    ],
+)
+def test_how_a_step_ended(children: Any, program: str, status: str, reason: str) -> None:
+    unit = children(program)
+    assert (unit["status"], unit["reason"][-len(reason) :] if reason else unit["reason"]) == (status, reason) or (
+        unit["status"] == status and reason and reason in unit["reason"]
+    )
+    assert len(unit["checks"]) == ("check" in program)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_a_step_that_hangs_is_ended_with_what_it_started(children: Any, tmp_path: Path) -> None:
+    began = time.monotonic()
+    program = (
+        PASSED + "other = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(other.pid))\ntime.sleep(60)"
+    )
+    unit = children(program, seconds=2.0)
+    assert (unit["status"], len(unit["checks"])) == ("crashed", 1)
+    assert unit["reason"] == "was ended after 2 s, when the time of this part was over"
+    assert time.monotonic() - began < 20
+    assert ended(int((tmp_path / "pid").read_text()))
+
+
+def ended(number: int) -> bool:
+    """Whether a process is gone, or only waits to be collected by whoever adopted it."""
+    for _ in range(100):
+        try:
+            os.kill(number, 0)
+        except ProcessLookupError:
+            return True
+        with contextlib.suppress(FileNotFoundError):
+            if Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        time.sleep(0.05)
+    return False
+
+
+def test_torch_comes_first_in_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for torch; and another sitecustomize still has its turn."""
+    (tmp_path / "torch.py").write_text("")
+    (tmp_path / "sitecustomize.py").write_text("import string as other\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    show = "import sys; print('torch' in sys.modules, 'string' in sys.modules)"
+    nested = f"import subprocess, sys; subprocess.run([sys.executable, '-P', '-c', {show!r}], check=True)"
+    with child.Children(preload_torch=True) as running:
+        for code in (show, nested):
+            done = subprocess.run(
+                [sys.executable, "-c", code], env=running.environment, capture_output=True, text=True, check=True
+            )
+            assert done.stdout.split() == ["True", "True"], done.stderr
+    with child.Children(preload_torch=False) as running:
+        done = subprocess.run(
+            [sys.executable, "-c", show], env=running.environment, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.split() == ["False", "True"]
+
+
+def test_the_environment_says_whether_torch_came_first() -> None:
+    assert found_by(steps.environment, "cpu", False) == {"device cpu": True}
+    code = (
+        f"import sys; sys.path.insert(0, {str(GPU)!r}); sys.modules['torch'] = sys\n"
+        "import io, steps; from findings import Findings\n"
+        "stream = io.StringIO(); steps.environment(Findings(stream), 'cpu', True); print(stream.getvalue())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    line = next(json.loads(line) for line in done.stdout.splitlines() if "torch was loaded first" in line)
+    assert line["passed"]
+
+
+class Scripted:
+    """Steps that end as `outcomes` says, by step and case; "passed" without an entry."""
+
+    outcomes: dict[tuple[str, str], str]
+    ran: list[tuple[str, str]]
+
+    def __init__(self, preload_torch: bool) -> None:
+        pass
+
+    def __enter__(self) -> Scripted:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+    def run(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+        key = request["step"], Path(request["case"]).stem
+        Scripted.ran.append(key)
+        status = Scripted.outcomes.get(key, "passed")
+        check = {"check": "c", "passed": status != "failed", "found": None, "limit": None, "text": "3 differ"}
+        reason = "was ended by SIGSEGV" if status == "crashed" else ""
+        return {
+            **{"status": status, "reason": reason, "checks": [check], "skipped": {}, "figures": {}, "printed": ""},
+            "seconds": 1.0,
+        }
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch, tiny: Path, autoencoder: Path, tmp_path: Path) -> Callable[..., int]:
+    monkeypatch.setattr(run, "Children", Scripted)
+
+    def start(*arguments: str, **outcomes: str) -> int:
+        Scripted.ran, Scripted.outcomes = [], {("golden", name): status for name, status in outcomes.items()}
+        paths = ["--case", str(tiny), "--case", str(autoencoder), "--output", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", ["run.py", *paths, "--device", "cpu", "--steps", "golden,calls", *arguments])
+        return run.main()
+
+    return start
+
+
+ALL = [("golden", "tiny"), ("golden", "tiny-vectors"), ("calls", "tiny"), ("calls", "tiny-vectors")]
+
+
+def test_a_failed_check_makes_the_exit_code_3(scripted: Any, capsys: Any, tmp_path: Path) -> None:
+    assert scripted(tiny="failed") == 3
+    assert Scripted.ran == [("environment", ""), *ALL]
+    assert "FAILED c: 3 differ" in capsys.readouterr().out
+    text = (tmp_path / "out.md").read_text()
+    assert "- **golden, tiny**: c: 3 differ" in text
+    assert "| golden | **failed**, 0 of 1 | 1 of 1 |" in text
+    assert scripted("--resume") == 0  # what failed is kept and shown; nothing is left to run
+    assert Scripted.ran == [("environment", "")]
+    assert "- **golden, tiny**: c: 3 differ" in (tmp_path / "out.md").read_text()
+    assert scripted("--resume", "--retry") == 0
+    assert Scripted.ran == [("environment", ""), ALL[0]]
+    assert "Nothing.\n" in (tmp_path / "out.md").read_text()
+
+
+def test_a_crashed_step_is_recorded_and_runs_again(scripted: Any, tmp_path: Path) -> None:
+    assert scripted(tiny="crashed") == 3
+    assert Scripted.ran == [("environment", ""), *ALL]
+    assert "- **golden, tiny**: was ended by SIGSEGV" in (tmp_path / "out.md").read_text()
+    assert scripted("--resume") == 0
+    assert Scripted.ran == [("environment", ""), ALL[0]]
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert [(unit["step"], unit["case"]) for unit in document["units"]] == [
+        ("environment", "part 1"),
+        ("environment", "part 2"),
+        *sorted(ALL, key=lambda key: (key[0] != "golden", key == ALL[0])),
+    ]
+
+
+def test_parts_end_in_time_and_merge(scripted: Any, capsys: Any, tmp_path: Path) -> None:
+    assert scripted("--minutes", "0.001") == 0
+    assert Scripted.ran == [("environment", ""), ALL[0]]  # one step in any case
+    assert "3 steps are left: the same command with --resume goes on" in capsys.readouterr().out
+    assert scripted("--minutes", "0.001", "--resume") == 0
+    assert Scripted.ran == [("environment", ""), ALL[1]]
+    assert scripted("--resume") == 0
+    assert Scripted.ran == [("environment", ""), *ALL[2:]]
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert {(unit["step"], unit["case"]) for unit in document["units"]} >= set(ALL)
+    assert document["parts"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ((), 1, "out.json exists; go on with --resume, or begin anew with --force"),
+        (("--resume", "--device", "cuda"), 1, "--device is 'cuda'; "),
+        (("--case", "/no/case"), 1, "/no/case is neither a case nor a bundle"),
+        (("--steps", "fly"), 2, "--steps has 'fly'; expected some of golden, "),
+        (("--resume", "--force"), 2, "--resume and --force exclude each other"),
+    ],
+)
+def test_bad_input_is_answered_in_one_sentence(
+    scripted: Any, capsys: Any, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    assert scripted() == 0
+    before = Scripted.ran
+    try:
+        found = scripted(*arguments)
+    except SystemExit as error:
+        found = error.code
+    assert (found, Scripted.ran, len(before)) == (code, [], 5)
+    assert message in capsys.readouterr().err
+
+
+def test_force_begins_anew(scripted: Any, tmp_path: Path) -> None:
+    assert scripted(tiny="failed") == 3
+    assert scripted("--force") == 0
+    assert json.loads((tmp_path / "out.json").read_text())["parts"] == 1
+
+
+def test_other_files_are_not_continued(scripted: Any, capsys: Any, tmp_path: Path) -> None:
+    (tmp_path / "out.json").write_text("[]")
+    assert scripted("--resume") == 1
+    assert "out.json was not written by run.py of this version" in capsys.readouterr().err
+
+
+def test_every_step_has_its_time() -> None:
+    assert list(run.STEPS) == list(steps.STEPS)
+
+
+@pytest.mark.skipif(why_not_cuda() is None, reason="this machine has a usable GPU")
+def test_a_device_that_is_not_there_is_recorded(tiny: Path, tmp_path: Path) -> None:
+    done = gpu_run("--case", tiny, "--quick", "--steps", "golden,race", "--output", tmp_path / "none")
+    assert done.returncode == 3, done.stdout + done.stderr
+    units = {unit["step"]: unit for unit in json.loads((tmp_path / "none.json").read_text())["units"]}
+    assert {step: unit["status"] for step, unit in units.items()} == {
+        "environment": "failed",
+        "golden": "failed",
+        "race": "crashed",
+    }
+    assert "device 'cuda' cannot be used" in units["environment"]["checks"][0]["text"]
+    assert [check["check"] for check in units["golden"]["checks"]] == ["fp32", "tf32"]
+    assert "RuntimeError: vae-bench race ended with exit code" in units["race"]["reason"]
+
+
+def test_the_race_is_in_the_report(job: Job) -> None:
+    stream = io.StringIO()
+    timings.race(Findings(stream), job)
+    figures = {line["figure"]: line["value"] for line in map(json.loads, stream.getvalue().splitlines())}
+    assert figures["race"]["format"] == "vae-bench-race"
+    unit = {"step": "race", "case": "tiny", "figures": figures}
+    text = report_text.race([unit])
+    assert text.startswith("## Race\n")
+    assert all(line.startswith(("## Race", "###")) for line in text.splitlines() if line.startswith("#"))

@@ -27,6 +27,7 @@ SEED = 7
 THREADS, ROUNDS = 16, 20
 MOST_VALUES = 32 * 3 * 128 * 128  # of one input, where 16 calls run at once
 GPU_LIMIT_BYTES = 2**30  # for everything that a session takes
+BUSY_SIDE, BUSY_PRODUCTS = 8192, 20  # half a second of matrix products, or less
 LEFT_BYTES = 2**31  # of a GPU that is filled up otherwise
 
 
@@ -152,10 +153,10 @@ def exchange(findings: Findings, job: Job, vae: VAE, x: Float32, expected: dict[
 
 def encode_late(torch: Any, vae: VAE, given: Any) -> Float32:
     """The means of a tensor whose values are there only after long work on a stream that is not the default one."""
-    with torch.cuda.stream(torch.cuda.Stream()):
-        busy = torch.ones(8192, 8192, device=given.device)
-        for _ in range(20):
-            busy = busy @ busy / 8192  # of ones: ones again
+    with torch.cuda.stream(torch.cuda.Stream(given.device)):
+        busy = torch.ones(BUSY_SIDE, BUSY_SIDE, device=given.device)
+        for _ in range(BUSY_PRODUCTS):
+            busy = busy @ busy / BUSY_SIDE  # of ones: ones again
         late = torch.zeros_like(given)
         late.copy_(given * busy[0, 0])
         return vae.encode_to_device(late).mean.numpy()

@@ -20,12 +20,13 @@ PRECISIONS = ("fp32", "tf32", "fp16")  # those of GPUs
 
 @dataclass(frozen=True)
 class Job:
-    """quick: only as much as shows that the step itself works. budget: seconds of a race."""
+    """quick: only as much as shows that the step itself works. rounds: of vae-bench. budget: seconds of a race."""
 
     device: str
     case: Case
     quick: bool
-    budget: float
+    rounds: int = 6
+    budget: float = 60.0
 
     @property
     def is_gpu(self) -> bool:

@@ -52,7 +52,7 @@ def main() -> None:
             environment(findings, request["device"], request["preload"])
         else:
             case = Case.open(request["case"])
-            job = Job(request["device"], case, request["quick"], request["budget"])
+            job = Job(request["device"], case, request["quick"], request["rounds"], request["budget"])
             STEPS[request["step"]](findings, job)
         findings.done()
 

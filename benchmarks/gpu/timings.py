@@ -28,7 +28,7 @@ from vae_runtime.preprocess import Float32
 
 BATCHES = (1, 32)
 BLOCKS, WARM_CALLS = 200, 10
-BENCH_OPTIONS = ("--batch", "1,32", "--threads", "1", "--rounds", "6", "--seconds", "2")
+BENCH_OPTIONS = ("--batch", "1,32", "--threads", "1", "--seconds", "2", "--operation", "encode,decode,reconstruct")
 QUICK_BENCH = ("--batch", "2", "--threads", "1", "--rounds", "1", "--seconds", "0.01", "--operation", "encode,sample")
 QUICK_RACE = ("--points", "1x1", "--competitors", "ours,onnxruntime", "--no-tune", "--rounds", "3")
 
@@ -131,8 +131,9 @@ def bench(findings: Findings, job: Job, precision: str) -> None:
     if (reason := job.why_not(precision)) is not None:
         findings.skip(precision, reason)
         return
+    chosen = QUICK_BENCH if job.quick else (*BENCH_OPTIONS, "--rounds", str(job.rounds))
     options = ("--device", job.device, "--precision", precision, "--split", "--json")
-    answer = run_command(str(job.case.bundle), *(QUICK_BENCH if job.quick else BENCH_OPTIONS), *options)
+    answer = run_command(str(job.case.bundle), *chosen, *options)
     findings.figure("bench", json.loads(answer))
 
 

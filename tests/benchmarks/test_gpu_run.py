@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import vae_runtime.devices
 from vae_benchmarks.race import Case
 from vae_runtime import VAE, DeviceError, OutOfMemoryError
 from vae_runtime.cuda import why_not_cuda
@@ -119,7 +120,7 @@ def test_it_tells_nothing_about_the_user(whole: SimpleNamespace) -> None:
 
 @pytest.fixture
 def job(tiny: Path) -> Job:
-    return Job("cpu", Case.open(tiny), True, 1.0)
+    return Job("cpu", Case.open(tiny), True, budget=1.0)
 
 
 def found_by(step: Callable[..., None], *arguments: Any) -> dict[str, bool]:
@@ -178,12 +179,20 @@ def test_fidelity_by_its_limit(job: Job, planted: Any, error: float, fails: bool
     assert bool(failed) == fails
 
 
+def test_fidelity_is_looked_at_after_warming_up_too(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = VAE.decode
+    warm: list[VAE] = []
+    monkeypatch.setattr(VAE, "warmup", lambda vae, batch_sizes: warm.append(vae))
+    monkeypatch.setattr(VAE, "decode", lambda vae, z, **options: real(vae, z, **options) + np.float32(vae in warm))
+    assert failed_by(checks.fidelity, job) == {"fp32 warm decode", "fp32 warm reconstruct"}
+
+
 def test_the_limits_are_those_that_were_promised() -> None:
     assert checks.LIMITS == {"fp32": 1e-4, "tf32": 2e-3, "fp16": 5e-3}
 
 
 def test_errors_of_vectors_are_relative_to_their_range(autoencoder: Path, planted: Any) -> None:
-    job = Job("cpu", Case.open(autoencoder), True, 1.0)
+    job = Job("cpu", Case.open(autoencoder), True, budget=1.0)
     assert failed_by(checks.fidelity, job) == set()
     assert failed_by(checks.calls, job) == set()
     planted("decode", lambda array: array + np.float32(1.1e-4 * job.scale))
@@ -303,9 +312,60 @@ def test_memory_that_runs_out(job: Job, error: Any, breaks: bool, failed: set[st
     assert len(found) == 4
 
 
+@pytest.fixture
+def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Job:
+    """torch that takes the CPU for its GPU."""
+    torch = pytest.importorskip("torch")
+    for name, stand_in in (
+        ("is_available", lambda: True),
+        ("mem_get_info", lambda device: (checks.LEFT_BYTES + 1000, 2**40)),
+        ("Stream", lambda device: None),
+        ("stream", lambda stream: contextlib.nullcontext()),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(checks, "BUSY_SIDE", 8)
+    return Job("cuda", Case.open(GPU.parents[1] / "tests" / "data" / "tiny.vae"), True)
+
+
+def test_both_ways_of_running_out(as_if_on_a_gpu: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[dict[str, Any]] = []
+
+    class Full(Exhausted):
+        device = "cpu"
+
+        @classmethod
+        @contextlib.contextmanager
+        def load(cls, path: Path, device: str, **options: Any) -> Any:
+            loaded.append(options)
+            yield cls(VAE.load(path), OutOfMemoryError("too many"))
+
+        def reconstruct(self, x: np.ndarray) -> np.ndarray:
+            return self._vae.reconstruct(x)
+
+    monkeypatch.setattr(checks, "VAE", Full)
+    monkeypatch.setattr(checks, "GPU_LIMIT_BYTES", 2**16)
+    monkeypatch.setattr(checks, "LEFT_BYTES", 2**17)
+    found = found_by(checks.memory, as_if_on_a_gpu)
+    assert loaded == [{"provider_options": {"gpu_mem_limit": str(2**16)}}, {}]
+    assert len(found) == 8
+    assert all(found.values())
+    assert {"gpu_mem_limit: encode 513", "a full GPU: decode 1025"} <= found.keys()
+
+
+def test_torch_on_another_stream(as_if_on_a_gpu: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    with VAE.load(as_if_on_a_gpu.case.bundle) as vae:
+        x = as_if_on_a_gpu.case.reference()["x"][:3]
+        exchange = (checks.exchange, as_if_on_a_gpu, vae, x, checks.results_on_host(vae, x))
+        assert found_by(*exchange)["torch on another stream mean"]
+        monkeypatch.setattr(checks, "BUSY_PRODUCTS", 0)
+        real = checks.encode_late
+        monkeypatch.setattr(checks, "encode_late", lambda torch, vae, given: real(torch, vae, given * 0))
+        assert failed_by(*exchange) == {"torch on another stream mean"}
+
+
 @pytest.mark.skipif(why_not_cuda() is not None, reason=f"no usable GPU: {why_not_cuda()}")
 def test_memory_that_runs_out_on_the_gpu(tiny: Path) -> None:
-    found = found_by(checks.memory, Job("cuda", Case.open(tiny), True, 1.0))
+    found = found_by(checks.memory, Job("cuda", Case.open(tiny), True, budget=1.0))
     assert found
     assert all(found.values())
 
@@ -317,13 +377,18 @@ def test_the_runtime_s_own_cost_on_planted_speeds() -> None:
     assert row["ours_ms"] > row["bare_ms"] > 1.9
 
 
-def test_both_sides_of_the_cost_give_the_same(job: Job) -> None:
+def test_both_sides_of_the_cost_give_the_same(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     device = find_device("cpu")
     with VAE.load(job.case.bundle) as vae:
         x = job.case.reference()["x"][:3]
         for operation, array in (("encode", x), ("decode", vae.encode(x).mean)):
             bare, ours = timings.host_sides(job, vae, device, operation, array)
             expected = ours().mean if operation == "encode" else ours()
+            np.testing.assert_allclose(bare()[0], expected, atol=1e-6)
+            with monkeypatch.context() as patch:  # as on a GPU: a session for this batch size
+                patch.setattr(vae_runtime.devices.Device, "is_gpu", True)
+                patch.setattr(vae_runtime.devices.Device, "memory", ("cpu", 0))
+                bare, _ = timings.host_sides(job, vae, device, operation, array)
             np.testing.assert_allclose(bare()[0], expected, atol=1e-6)
             bare, ours = timings.device_sides(job, vae, device, operation, array)
             results = ours().mean if operation == "encode" else ours()
@@ -332,7 +397,15 @@ def test_both_sides_of_the_cost_give_the_same(job: Job) -> None:
 
 # --- the run survives what goes wrong ---------------------------------------------------------------------------------
 
-REQUEST = {"step": "golden", "case": "/cases/my", "device": "cpu", "quick": True, "budget": 1, "preload": False}
+REQUEST = {
+    "step": "golden",
+    "case": "/cases/my",
+    "device": "cpu",
+    "quick": True,
+    "rounds": 1,
+    "budget": 1,
+    "preload": False,
+}
 
 
 @pytest.fixture
@@ -366,6 +439,7 @@ PASSED = "say(check='a', passed=True, found=None, limit=None, text='')\n"
         (PASSED + "os.kill(os.getpid(), signal.SIGSEGV)", "crashed", "the step was ended by SIGSEGV"),
         (PASSED + "raise RuntimeError('in /cases/my')", "crashed", "exit code 1 and no answer: RuntimeError: in my"),
         (PASSED, "crashed", "the step ended with exit code 0 and no answer"),
+        (PASSED + "say(done=True); os.abort()", "crashed", "the step was ended by SIGABRT"),
         (PASSED + 'stream.write(\'{"check": "b\')', "crashed", "the step ended with exit code 0"),
     ],
 )
@@ -559,6 +633,8 @@ def test_other_files_are_not_continued(scripted: Any, capsys: Any, tmp_path: Pat
 
 def test_every_step_has_its_time() -> None:
     assert list(run.STEPS) == list(steps.STEPS)
+    arguments = SimpleNamespace(budget=60, rounds=6)
+    assert [run.seconds_of(step, arguments) for step in ("golden", "bench-tf32", "race")] == [60, 140, 180]
 
 
 @pytest.mark.skipif(why_not_cuda() is None, reason="this machine has a usable GPU")

@@ -14,7 +14,7 @@ import pytest
 
 import vae_runtime.errors as errors
 from vae_benchmarks import BenchmarkError, children, worker
-from vae_runtime import VAE
+from vae_runtime import VAE, DeviceArray, DevicePosterior
 from vae_runtime.errors import MissingExtraError, VAEError
 
 STARTUP = {"device": "cpu", "precision": "fp32", "threads": 1, "batch": 8}
@@ -95,8 +95,12 @@ def test_every_part_on_a_gpu_waits_for_it(tiny: Path, monkeypatch: pytest.Monkey
         stand_in = types.SimpleNamespace(is_gpu=True, memory=device.memory)
         monkeypatch.setattr(worker, "target", lambda *_: stand_in)
         parts = worker.make_parts(vae, "encode", 2)
-        for name, count in (("host_to_device", 1), ("compute", 2), ("device_to_host", 2)):
-            parts[name]()
+        for name, count, kind in (
+            ("host_to_device", 1, DeviceArray),
+            ("compute", 2, DevicePosterior),
+            ("device_to_host", 2, list),
+        ):
+            assert isinstance(parts[name](), kind)
             assert len(waited) == count
 
 

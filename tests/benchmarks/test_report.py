@@ -202,12 +202,14 @@ def test_the_parts_are_shown_beside_the_call(split: Report, measured: Report) ->
 
 
 def test_the_figures_of_a_part() -> None:
-    rounds = [{name: rounds_of([[level] * 9])[0] for name in SplitReport.PARTS} for level in range(1, 9)]
+    factors = {"host_to_device": 10, "compute": 1, "device_to_host": 100}
+    rounds = [{name: rounds_of([[level * factor] * 9])[0] for name, factor in factors.items()} for level in range(1, 9)]
     row = summarize(KEY, rounds_of([[9.0]] * 8), Settings(), rounds)
     assert row.split is not None
     part = row.split.compute
     assert (part.p50_ms, part.p50_low_ms, part.p50_high_ms, part.interval_from) == (4.5, 1, 8, "rounds")
     assert (part.count, part.round_p50_ms) == (72, (1, 2, 3, 4, 5, 6, 7, 8))
+    assert (row.split.host_to_device.p50_ms, row.split.device_to_host.p50_ms) == (45, 450)
 
 
 def test_the_gpu_is_in_the_report(measured: Report, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from vae_benchmarks.gpu import GpuFacts
 from vae_benchmarks.machine import MachineFacts
 from vae_benchmarks.plain import from_plain
 from vae_benchmarks.report import Report
-from vae_benchmarks.table import describe_gpu, describe_machine, format_report
+from vae_benchmarks.table import describe_gpus, describe_machine, format_report
 
 _ENVIRONMENT = "environment"
 _ERRORS = ("golden", "fidelity")  # every error of which is shown
@@ -54,7 +54,7 @@ def describe_environment(figures: dict[str, Any]) -> list[str]:
     """One line each; without what changes from minute to minute."""
     found = []
     if figures.get("gpu"):
-        found.append(describe_gpu(from_plain(GpuFacts, {**figures["gpu"], **_IDLE}, "the GPU")))
+        found.append(describe_gpus([from_plain(GpuFacts, {**figures["gpu"], **_IDLE}, "the GPU")]))
     if figures.get("machine"):
         found.append(describe_machine(from_plain(MachineFacts, figures["machine"], "the machine")))
     found.append(", ".join(f"{name} {version}" for name, version in figures.get("versions", {}).items()))
@@ -66,7 +66,7 @@ def describe_environment(figures: dict[str, Any]) -> list[str]:
     return found
 
 
-_IDLE: dict[str, Any] = {"sm_clock_mhz": [], "memory_clock_mhz": [], "memory_used_bytes": None}
+_IDLE = dict.fromkeys(("sm_clock_mhz", "memory_clock_mhz", "memory_used_bytes"))
 
 
 def verdicts(cases: list[str], units: list[dict[str, Any]]) -> str:

@@ -21,7 +21,7 @@ import checks
 import timings
 from findings import PRECISIONS, Findings, Job
 
-from vae_benchmarks.gpu import read_gpu
+from vae_benchmarks.gpu import GpuFacts
 from vae_benchmarks.machine import MachineFacts
 from vae_benchmarks.race import Case
 from vae_runtime import __version__
@@ -77,7 +77,7 @@ def environment(findings: Findings, device: str, preload: bool) -> None:
             findings.verdict(f"device {device}", False, str(error))
         else:
             findings.verdict(f"device {device}", True)
-            gpu = read_gpu(index) if device != "cpu" else None
+            gpu = GpuFacts.read(index) if device != "cpu" else None
             findings.figure("gpu", gpu and dataclasses.asdict(gpu))
 
 

@@ -146,7 +146,7 @@ def _differences(a: Report, b: Report) -> Iterator[str]:
     """What makes the comparison one of more than the software under test."""
     compared = {
         "the machines differ": ("machine", ("load_average_1min",)),
-        "the GPUs differ": ("gpu", ("sm_clock_mhz", "memory_clock_mhz", "memory_used_bytes")),
+        "the GPUs differ": ("gpus", ("sm_clock_mhz", "memory_clock_mhz", "utilization_percent", "memory_used_bytes")),
         "the versions differ": ("versions", ()),
         "the bundles differ": ("bundle", ("folder",)),
         # Which rows there are shows in the rows themselves.
@@ -165,7 +165,10 @@ def _differences(a: Report, b: Report) -> Iterator[str]:
 
 
 def _plain(part: Any) -> dict[str, Any]:
-    return {} if part is None else dataclasses.asdict(part)
+    """Of a GPU that was looked at several times, the first look; nothing where there is none."""
+    if isinstance(part, tuple):
+        return dataclasses.asdict(part[0]) if part else {}
+    return dataclasses.asdict(part)
 
 
 def _busy(a: Report, b: Report) -> Iterator[str]:

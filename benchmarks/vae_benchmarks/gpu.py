@@ -11,15 +11,19 @@ from dataclasses import dataclass
 from vae_runtime.cuda import driver_version, find_gpus
 
 _SMI_SECONDS = 20.0  # a driver that is not kept loaded takes seconds to answer
-_FIELDS = ("pci.bus_id", "driver_version", "clocks.sm", "clocks.mem", "memory.used")
+_BUS = "pci.bus_id"
+_FIELDS = (
+    *(_BUS, "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem"),
+    *("power.limit", "utilization.gpu", "memory.used"),
+)
 
 
 @dataclass(frozen=True)
 class GpuFacts:
-    """cuda: the newest that the driver runs. None, or no entry: nvidia-smi is not there or does not tell.
+    """A GPU; None stands for what only nvidia-smi tells, where that is not there or does not tell.
 
-    sm_clock_mhz, memory_clock_mhz: as found right after the last timed call, one entry per process that measured.
-    memory_used_bytes: of the whole GPU, by all processes on it, then, in the last of them.
+    cuda: the newest that the driver runs. The rest is as found when it was read: clocks in MHz, the power limit in
+    watts, in how many percent of the time just before something ran, and the memory that all processes together took.
     """
 
     name: str
@@ -27,26 +31,32 @@ class GpuFacts:
     compute_capability: str
     cuda: str | None
     driver: str | None = None
-    sm_clock_mhz: tuple[int, ...] = ()
-    memory_clock_mhz: tuple[int, ...] = ()
+    sm_clock_mhz: float | None = None
+    sm_clock_max_mhz: float | None = None
+    memory_clock_mhz: float | None = None
+    power_limit_watts: float | None = None
+    utilization_percent: float | None = None
     memory_used_bytes: int | None = None
 
-
-def read_gpu(index: int) -> GpuFacts | None:
-    """GPU `index` in CUDA's order, now; None where the driver shows no such one."""
-    gpus, _ = find_gpus()
-    if index >= len(gpus):
-        return None
-    shown = _ask_smi(_bus_id(index))
-    used = _whole(shown.get("memory.used"))
-    return GpuFacts(
-        **gpus[index]._asdict(),
-        cuda=driver_version(),
-        driver=shown.get("driver_version"),
-        sm_clock_mhz=_found(shown.get("clocks.sm")),
-        memory_clock_mhz=_found(shown.get("clocks.mem")),
-        memory_used_bytes=None if used is None else used * 2**20,
-    )
+    @classmethod
+    def read(cls, index: int = 0) -> GpuFacts | None:
+        """Of GPU `index` in CUDA's order, now; None where the driver shows no such one."""
+        gpus, _ = find_gpus()
+        if index >= len(gpus):
+            return None
+        shown = _ask_smi(_bus_id(index))
+        used = _number(shown.get("memory.used"))
+        return cls(
+            *gpus[index],
+            cuda=driver_version(),
+            driver=shown.get("driver_version"),
+            sm_clock_mhz=_number(shown.get("clocks.sm")),
+            sm_clock_max_mhz=_number(shown.get("clocks.max.sm")),
+            memory_clock_mhz=_number(shown.get("clocks.mem")),
+            power_limit_watts=_number(shown.get("power.limit")),
+            utilization_percent=_number(shown.get("utilization.gpu")),
+            memory_used_bytes=None if used is None else round(used * 2**20),
+        )
 
 
 def _ask_smi(bus_id: str | None) -> dict[str, str]:
@@ -60,7 +70,7 @@ def _ask_smi(bus_id: str | None) -> dict[str, str]:
         rows = [[cell.strip() for cell in line.split(",")] for line in answer.splitlines()]
         gpus = [dict(zip(_FIELDS, row, strict=True)) for row in rows if len(row) == len(_FIELDS)]
         for gpu in gpus:
-            if bus_id is not None and _same_bus(gpu["pci.bus_id"], bus_id):
+            if bus_id is not None and _same_bus(gpu[_BUS], bus_id):
                 return gpu
         if len(gpus) == 1:
             return gpus[0]
@@ -82,11 +92,9 @@ def _bus_id(index: int) -> str | None:
     return name.value.decode("ascii", "replace") or None
 
 
-def _found(text: str | None) -> tuple[int, ...]:
-    value = _whole(text)
-    return () if value is None else (value,)
-
-
-def _whole(text: str | None) -> int | None:
-    """ "1980" -> 1980; "[N/A]" -> None."""
-    return int(text) if text is not None and text.isdigit() else None
+def _number(text: str | None) -> float | None:
+    """ "1980" -> 1980.0; "[N/A]" -> None."""
+    try:
+        return float(text or "")
+    except ValueError:
+        return None

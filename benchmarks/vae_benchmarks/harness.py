@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import hashlib
 import math
@@ -93,7 +92,7 @@ def benchmark(
         skipped=skipped,
         startup=_startup_report(starts, measured),
         latency=_latency_reports(workers, measured),
-        gpu=_gpu_facts([answer["gpu"] for _, answer in workers]),
+        gpus=tuple(from_plain(GpuFacts, answer["gpu"], "the GPU") for _, answer in workers if answer["gpu"]),
     )
 
 
@@ -180,18 +179,6 @@ def _latency_reports(workers: list[tuple[int | None, dict[str, Any]]], settings:
                 splits = [parts for one in rounds if (parts := one["splits"][operation, batch]) is not None]
                 reports.append(summarize(key, [one["rows"][operation, batch] for one in rounds], settings, splits))
     return tuple(reports)
-
-
-def _gpu_facts(found: list[dict[str, Any] | None]) -> GpuFacts | None:
-    """The last process's, with the clocks that each has seen."""
-    seen = [from_plain(GpuFacts, one, "the GPU") for one in found if one is not None]
-    if not seen:
-        return None
-    return dataclasses.replace(
-        seen[-1],
-        sm_clock_mhz=tuple(clock for one in seen for clock in one.sm_clock_mhz),
-        memory_clock_mhz=tuple(clock for one in seen for clock in one.memory_clock_mhz),
-    )
 
 
 def _startup_report(starts: list[dict[str, float]], settings: Settings) -> StartupReport:

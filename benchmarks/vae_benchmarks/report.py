@@ -261,7 +261,8 @@ class Report:
     """The whole result of `benchmark`.
 
     created: UTC, ISO 8601. plan: what really ran, as `VAE.plan` says. skipped: operation -> why it was not measured.
-    method: how the figures came about, in words. gpu: what ran it; None on other devices.
+    method: how the figures came about, in words. gpus: on a GPU, what each measuring process found right after its last
+        timed call; empty on other devices.
     """
 
     created: str
@@ -275,7 +276,7 @@ class Report:
     skipped: dict[str, str]
     startup: StartupReport
     latency: tuple[LatencyReport, ...]
-    gpu: GpuFacts | None = None
+    gpus: tuple[GpuFacts, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document, as plain values."""

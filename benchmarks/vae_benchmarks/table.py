@@ -48,7 +48,7 @@ def _facts(report: Report) -> str:
         "bundle": f"{bundle.folder} ({bundle.name}, {bundle.kind}), manifest {bundle.manifest_file_sha256[:12]}",
         "runs on": _plan(report.plan),
         "machine": describe_machine(machine),
-        **({"GPU": describe_gpu(report.gpu)} if report.gpu else {}),
+        **({"GPU": describe_gpus(report.gpus)} if report.gpus else {}),
         "system": f"{machine.system}, load average {_or_dash(machine.load_average_1min, '{:.2f}')} at the start",
         "versions": f"vae-edge {versions.vae_edge}, onnxruntime {versions.onnxruntime}, numpy {versions.numpy}, "
         f"Python {versions.python}",
@@ -78,16 +78,17 @@ def describe_machine(machine: MachineFacts) -> str:
     return f"{machine.cpu}, {machine.architecture}, {cores}{physical}{quota}, {memory}{governor}"
 
 
-def describe_gpu(gpu: GpuFacts) -> str:
-    """In one line, clocks from the least to the most that was found."""
-    clocks = [
-        f"{name} {'–'.join(str(clock) for clock in sorted({min(found), max(found)}))} MHz"
-        for name, found in (("SM", gpu.sm_clock_mhz), ("memory", gpu.memory_clock_mhz))
-        if found
-    ]
-    used = "" if gpu.memory_used_bytes is None else f" ({_gib(gpu.memory_used_bytes)} used)"
-    driver = f"driver {_or_dash(gpu.driver, '{}')} for CUDA {_or_dash(gpu.cuda, '{}')}"
-    return ", ".join([gpu.name, f"{_gib(gpu.memory_bytes)}{used}", driver, *clocks])
+def describe_gpus(gpus: Sequence[GpuFacts]) -> str:
+    """One GPU, looked at several times: clocks from the lowest to the highest, the memory in use at the last."""
+    last = gpus[-1]
+    used = "" if last.memory_used_bytes is None else f" ({_gib(last.memory_used_bytes)} used)"
+    driver = f"driver {last.driver or _DASH} for CUDA {last.cuda or _DASH}"
+    text = f"{last.name}, {_gib(last.memory_bytes)} memory{used}, {driver}"
+    for name, found in (("SM", [gpu.sm_clock_mhz for gpu in gpus]), ("memory", [gpu.memory_clock_mhz for gpu in gpus])):
+        clocks = [clock for clock in found if clock is not None]
+        if clocks:
+            text += f", {name} clock {'–'.join(f'{clock:.0f}' for clock in sorted({min(clocks), max(clocks)}))} MHz"
+    return text
 
 
 def _startup(startup: StartupReport) -> str:
@@ -218,5 +219,5 @@ def _gib(count: int | None) -> str:
     return _DASH if count is None else f"{count / 2**30:.1f} GiB"
 
 
-def _or_dash(value: float | str | None, form: str) -> str:
+def _or_dash(value: float | None, form: str) -> str:
     return _DASH if value is None else form.format(value)

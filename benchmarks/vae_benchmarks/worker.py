@@ -84,7 +84,7 @@ def measure_latency(
     import dataclasses
     from functools import partial
 
-    from vae_benchmarks.gpu import read_gpu
+    from vae_benchmarks.gpu import GpuFacts
     from vae_benchmarks.latency import Clock, measure
     from vae_runtime import VAE
     from vae_runtime.engine import import_engine
@@ -103,7 +103,7 @@ def measure_latency(
                 splits[number] = {
                     name: dataclasses.asdict(timed(part, seconds=seconds / len(parts))) for name, part in parts.items()
                 }
-        gpu = read_gpu(index) if kind == "cuda" else None
+        gpu = GpuFacts.read(index) if kind == "cuda" else None
         return {
             "device": vae.device,
             "precision": vae.precision,

@@ -140,11 +140,11 @@ def test_rows_of_one_report_only_are_listed(make_report: MakeReport) -> None:
 
 
 def test_another_gpu_is_warned_of_and_other_clocks_are_not(make_report: MakeReport) -> None:
-    gpu = GpuFacts("GPU large", 2**37, "9.0", "13.0", "580.95", (1980,), (3201,), 2**31)
-    a = dataclasses.replace(make_report(0), gpu=gpu)
-    b = dataclasses.replace(a, gpu=dataclasses.replace(gpu, sm_clock_mhz=(1200,), memory_used_bytes=1))
+    gpu = GpuFacts("GPU large", 2**37, "9.0", "13.0", "580.95", 1980, 1980, 3201, 700, 97, 2**31)
+    a = dataclasses.replace(make_report(0), gpus=(gpu,))
+    b = dataclasses.replace(a, gpus=(dataclasses.replace(gpu, sm_clock_mhz=1200, memory_used_bytes=1),))
     assert compare(a, b).warnings == ()
-    c = dataclasses.replace(a, gpu=dataclasses.replace(gpu, driver="590.1"))
+    c = dataclasses.replace(a, gpus=(dataclasses.replace(gpu, driver="590.1"),))
     assert compare(a, c).warnings == ("the GPUs differ: driver 580.95 -> 590.1",)
     (warning,) = compare(make_report(0), a).warnings
     assert warning.startswith("the GPUs differ: name None -> GPU large; ")

@@ -26,7 +26,6 @@ from vae_benchmarks import (
     StartupReport,
     benchmark,
 )
-from vae_benchmarks.harness import _gpu_facts
 from vae_benchmarks.latency import Samples, Warmup
 from vae_benchmarks.report import summarize
 from vae_benchmarks.table import format_report
@@ -35,7 +34,7 @@ from vae_runtime.errors import BundleError, InputError, OutputError
 KEY = ("encode", 4, 1, "cpu", "fp32")
 
 DOCUMENT_KEYS = {
-    "": "bundle clock created format format_version gpu latency machine method plan settings skipped startup versions",
+    "": "bundle clock created format format_version gpus latency machine method plan settings skipped startup versions",
     "bundle": "folder golden golden_source kind manifest_file_sha256 name",
     "clock": "cost_ns resolution_ns",
     "machine": "architecture cores_logical cores_physical cores_usable cpu cpu_quota governors load_average_1min "
@@ -159,7 +158,7 @@ def test_reports_from_before_a_key_was_added_are_read(measured: Report) -> None:
     document = json.loads(json.dumps(measured.to_dict()))
     for route in (*document["plan"]["encode"], *document["plan"]["decode"]):
         assert route.pop("fixed_batches") == []
-    assert document.pop("gpu") is None
+    assert document.pop("gpus") == []
     assert document["settings"].pop("split") is None
     assert document["method"].pop("split")
     assert [row.pop("split") for row in document["latency"]] == [None] * 4
@@ -213,18 +212,12 @@ def test_the_figures_of_a_part() -> None:
 
 
 def test_the_gpu_is_in_the_report(measured: Report, tmp_path: Path) -> None:
-    gpu = GpuFacts("GPU large", 2**37, "9.0", "13.0", "580.95", (1980, 1755), (3201, 3201), 2**31)
-    dataclasses.replace(measured, gpu=gpu).save(tmp_path / "gpu.json")
+    gpu = GpuFacts("GPU large", 2**37, "9.0", "13.0", "580.95", 1980, 1980, 3201, 700, 97, 2**31)
+    gpus = (dataclasses.replace(gpu, sm_clock_mhz=None), gpu)
+    dataclasses.replace(measured, gpus=gpus).save(tmp_path / "gpu.json")
     report = Report.load(tmp_path / "gpu.json")
-    assert report.gpu == gpu
-    assert "GPU       GPU large, 128.0 GiB (2.0 GiB used)" in format_report(report)
-
-
-def test_the_clocks_of_every_process_are_kept() -> None:
-    one = dataclasses.asdict(GpuFacts("GPU large", 2**37, "9.0", "13.0", "580.95", (1980,), (3201,), 2**31))
-    found = _gpu_facts([one, {**one, "sm_clock_mhz": [1755], "memory_used_bytes": 2**32}, {**one, "sm_clock_mhz": []}])
-    assert found == GpuFacts("GPU large", 2**37, "9.0", "13.0", "580.95", (1980, 1755), (3201,) * 3, 2**31)
-    assert _gpu_facts([None, None]) is None
+    assert report.gpus == gpus
+    assert "GPU       GPU large, 128.0 GiB memory (2.0 GiB used)" in format_report(report)
 
 
 def test_a_report_tells_nothing_about_the_user(measured: Report, tiny: Path) -> None:

@@ -30,7 +30,7 @@ BATCHES = (1, 32)
 BLOCKS, WARM_CALLS = 200, 10
 BENCH_OPTIONS = ("--batch", "1,32", "--threads", "1", "--seconds", "2", "--operation", "encode,decode,reconstruct")
 QUICK_BENCH = ("--batch", "2", "--threads", "1", "--rounds", "1", "--seconds", "0.01", "--operation", "encode,sample")
-QUICK_RACE = ("--points", "1x1", "--competitors", "ours,onnxruntime", "--no-tune", "--rounds", "3")
+QUICK_RACE = ("--points", "1x1", "--no-tune", "--rounds", "3")
 
 
 def overhead(findings: Findings, job: Job) -> None:
@@ -139,7 +139,7 @@ def bench(findings: Findings, job: Job, precision: str) -> None:
 
 def race(findings: Findings, job: Job) -> None:
     """`vae-bench race` on the device; on the CPU the race is as it always is."""
-    options = ("--device", job.device) if job.is_gpu else ()
+    options = ("--device", job.device) if job.is_gpu else ("--competitors", "ours,onnxruntime") if job.quick else ()
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "race"
         budget = ("--budget", str(job.budget), "--output", str(output))

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import inspect
 import io
 import json
 import math
@@ -47,7 +46,7 @@ from vae_runtime.atomic import atomic_file
 INPUTS = 32  # in inputs.npz, at most; fewer of the largest images
 EXAMPLES = 256  # for export, at most, likewise
 MNIST_SPLIT, CROPS_SPLIT = "8000,1000,1000", "4096,512,512"
-PRECISIONS = ("fp32", "int8")  # of the bundle, as far as `export_bundle` can make them
+PRECISIONS = ("fp32", "int8")  # of the bundle, unless asked for others
 
 Float32 = NDArray[np.float32]
 
@@ -74,6 +73,7 @@ class Options:
     mnist: Path | None
     epochs: int | None
     seconds: float
+    precisions: tuple[str, ...] = PRECISIONS
 
 
 def main() -> None:
@@ -84,11 +84,15 @@ def main() -> None:
     parser.add_argument("--mnist", type=Path, help="MNIST's test images as IDX; without it, digits enlarged to 28×28")
     parser.add_argument("--epochs", type=int, help="of training conv28 and conv64  [12 and 10]")
     parser.add_argument("--seconds", type=float, default=100.0, help="of training plain256  [100]")
+    parser.add_argument(
+        "--precisions", default=",".join(PRECISIONS), help="of the bundle, with commas; a race on a GPU takes fp32,fp16"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--force", action="store_true", help="replace cases that are there")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    options = Options(arguments.seed, arguments.mnist, arguments.epochs, arguments.seconds)
+    precisions = tuple(arguments.precisions.split(","))
+    options = Options(arguments.seed, arguments.mnist, arguments.epochs, arguments.seconds, precisions)
     for name in CASES if "all" in arguments.cases else arguments.cases:
         begun = time.perf_counter()
         folder = arguments.output / name
@@ -96,7 +100,7 @@ def main() -> None:
             if not arguments.force or not (folder / "case.json").is_file():
                 sys.exit(f"{folder} exists; --force replaces it where it is a case")
             shutil.rmtree(folder)
-        write_case(folder, name, CASES[name](options), options.seed)
+        write_case(folder, name, CASES[name](options), options)
         print(f"{folder}: built in {time.perf_counter() - begun:.0f} s")
 
 
@@ -278,12 +282,10 @@ def digits_28(mnist: Path | None) -> tuple[Float32, str]:
     return large.numpy(), "digits enlarged to 28×28"
 
 
-def write_case(folder: Path, name: str, model: Model, seed: int) -> None:
+def write_case(folder: Path, name: str, model: Model, options: Options) -> None:
     """Write all forms of the model, `case.json` last."""
     for part in ("plain", "torch"):
         (folder / part).mkdir(parents=True)
-    # The one place that asks for more than fp32: taken where this version of `export_bundle` knows the argument.
-    options = {"precisions": PRECISIONS} if "precisions" in inspect.signature(export_bundle).parameters else {}
     export_bundle(
         model.encoder,
         model.decoder,
@@ -292,7 +294,7 @@ def write_case(folder: Path, name: str, model: Model, seed: int) -> None:
         kind=model.kind,
         name=name,
         likelihood=model.likelihood,
-        **options,
+        precisions=options.precisions,
     )
     x = torch.from_numpy(np.ascontiguousarray(model.examples[:INPUTS]))
     reference = run(model, x)
@@ -316,7 +318,7 @@ def write_case(folder: Path, name: str, model: Model, seed: int) -> None:
         "data": model.data,
         "likelihood": model.likelihood,
         "quality": model.quality,
-        "seed": seed,
+        "seed": options.seed,
     }
     with atomic_file(folder / "case.json") as stream:
         stream.write((json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())

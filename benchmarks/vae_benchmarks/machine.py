@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from .gpu import GpuFacts
+
 _CPUS = Path("/sys/devices/system/cpu")
 
 
@@ -21,6 +23,7 @@ class MachineFacts:
     cores_usable: logical cores that this process may run on. cpu_quota: the cgroup's limit, in cores.
     memory_bytes, memory_limit_bytes: of the machine, and the cgroup's limit.
     governors: the CPU's frequency governors in use. load_average_1min: when the measuring began.
+    gpu: of what was measured on one.
     """
 
     system: str
@@ -34,10 +37,11 @@ class MachineFacts:
     memory_limit_bytes: int | None
     governors: tuple[str, ...]
     load_average_1min: float | None
+    gpu: GpuFacts | None = None
 
     @classmethod
-    def read(cls) -> MachineFacts:
-        """Of this machine, now."""
+    def read(cls, gpu: bool = False) -> MachineFacts:
+        """Of this machine, now. gpu: also of its GPU, which wakes the driver."""
         return cls(
             system=_system(),
             architecture=platform.machine(),
@@ -50,6 +54,7 @@ class MachineFacts:
             memory_limit_bytes=memory_limit(),
             governors=_governors(),
             load_average_1min=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+            gpu=GpuFacts.read() if gpu else None,
         )
 
     @property

@@ -91,6 +91,18 @@ def describe_gpus(gpus: Sequence[GpuFacts]) -> str:
     return text
 
 
+def describe_gpu(gpu: GpuFacts) -> str:
+    maximum = f" of at most {gpu.sm_clock_max_mhz:.0f}" if gpu.sm_clock_max_mhz is not None else ""
+    return (
+        f"{gpu.name}, {_gib(gpu.memory_bytes)} memory, compute capability {gpu.compute_capability},"
+        f" driver {gpu.driver or _DASH} for CUDA up to {gpu.cuda or _DASH}; before the race:"
+        f" SM clock {_or_dash(gpu.sm_clock_mhz, '{:.0f}')}{maximum} MHz,"
+        f" memory clock {_or_dash(gpu.memory_clock_mhz, '{:.0f}')} MHz,"
+        f" power limit {_or_dash(gpu.power_limit_watts, '{:.0f}')} W,"
+        f" busy {_or_dash(gpu.utilization_percent, '{:.0f}')}% of the time"
+    )
+
+
 def _startup(startup: StartupReport) -> str:
     lines = [["start-up", "median", "min", "max", "unit"]]
     for figure, label in _FIGURES.items():

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vae_benchmarks.race.case import Case
-from vae_benchmarks.race.entrant import CannotRunError, Entrant
+from vae_benchmarks.race.entrant import CannotRunError, Entrant, Resident
 
 
 def open_entrant(
@@ -21,9 +21,11 @@ def open_entrant(
     fault: str = "",
     precision: str = "fp32",
     variable: str = "",
+    resident: float = 0.0,
 ) -> Entrant:
     """Right answers for the case's own inputs after `milliseconds`, unless `fault` names something else. The
-    configuration tells that environment variable of the worker."""
+    configuration tells that environment variable of the worker. resident: milliseconds of the calls for data that stay
+    on its device, which keeps arrays as lists of one; 0 for none."""
     if fault == "absent":
         raise CannotRunError("the planted engine is not installed")
     if fault == "broken":
@@ -46,6 +48,16 @@ def open_entrant(
         scale = np.float32(1.2 if fault == "wrong" else 1)
         return tuple(scale * reference[name] for name in names)
 
+    shared = [np.zeros_like(reference["reconstruction"])]
+
+    def answer_on_device(given: list[Any], half: str) -> list[list[Any]]:
+        time.sleep(resident / 1000)
+        names = ("reconstruction",) if half == "decode" else tuple(n for n in ("mean", "logvar") if n in reference)
+        if fault == "reuse-on-device" and half == "decode":
+            shared[0] = reference["reconstruction"] * np.array_equal(given[0], reference["mean"])
+            return [shared]
+        return [[np.float32(1.2 if fault == "wrong-on-device" else 1) * reference[name]] for name in names]
+
     return Entrant(
         encode=lambda x: answer(x, tuple(name for name in ("mean", "logvar") if name in reference)),
         decode=lambda z: answer(z, ("reconstruction",)),
@@ -53,4 +65,12 @@ def open_entrant(
         engine="planted 1.0",
         configuration=os.environ.get(variable, f"{milliseconds:g} ms"),
         plan={"encode": [{"from_batch": 1, "precision": precision}]},
+        resident=None
+        if not resident
+        else Resident(
+            put=lambda array: [array],
+            encode=lambda given: answer_on_device(given, "encode"),
+            decode=lambda given: answer_on_device(given, "decode"),
+            arrays=lambda result: tuple(held[0].copy() for held in result),
+        ),
     )

@@ -37,7 +37,7 @@ DOCUMENT_KEYS = {
     "": "bundle clock created format format_version gpus latency machine method plan settings skipped startup versions",
     "bundle": "folder golden golden_source kind manifest_file_sha256 name",
     "clock": "cost_ns resolution_ns",
-    "machine": "architecture cores_logical cores_physical cores_usable cpu cpu_quota governors load_average_1min "
+    "machine": "architecture cores_logical cores_physical cores_usable cpu cpu_quota governors gpu load_average_1min "
     "memory_bytes memory_limit_bytes system",
     "method": "calls clock inputs interval latents memory sample split startup warmup",
     "plan": "decode encode",

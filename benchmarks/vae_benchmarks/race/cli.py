@@ -13,10 +13,10 @@ from vae_runtime.console import Command, json_option, print_json
 from vae_runtime.errors import InputError, MissingExtraError, OutputError
 
 from ..errors import BenchmarkError, ReportError
-from .competitors import COMPETITORS, choose_competitors
+from .competitors import COMPETITORS, CUDA_COMPETITORS, choose_competitors
 from .course import race
 from .picture import draw_race
-from .report import OPERATIONS, Point, RaceReport, RaceSettings, merge
+from .report import CUDA_POINTS, OPERATIONS, Point, RaceReport, RaceSettings, merge
 from .text import absent_lines, format_markdown, format_race, skipped_lines
 
 JSON_FILE, MARKDOWN_FILE, PICTURE_FILE = "race.json", "race.md", "race.png"
@@ -26,11 +26,22 @@ _DEFAULTS = RaceSettings()
 @click.command("race", cls=Command)
 @click.argument("paths", nargs=-1, required=True, type=click.Path(), metavar="CASE...")
 @click.option(
-    "--points", metavar="BATCHxTHREADS,...", default=",".join(map(str, _DEFAULTS.points)), show_default=True,
-    help="Examples per call and threads of one call.",
+    "--device", default=_DEFAULTS.device, show_default=True,
+    help="cpu or cuda; on the latter all competitors run on the GPU, in fp32, tf32 and fp16.",
 )  # fmt: skip
-@click.option("--operations", metavar="NAME,...", default=",".join(OPERATIONS), show_default=True)
-@click.option("--competitors", metavar="NAME,...", help=f"{', '.join(COMPETITORS)}.  [all]")
+@click.option(
+    "--points", metavar="BATCHxTHREADS,...",
+    help="Examples per call and threads of one call, on a GPU of its host."
+    f"  [{','.join(map(str, _DEFAULTS.points))}; cuda: {','.join(f'{p.batch}x{p.threads}' for p in CUDA_POINTS)}]",
+)  # fmt: skip
+@click.option(
+    "--operations", metavar="NAME,...",
+    help=f"{', '.join(OPERATIONS)}; the last two on a GPU only, where the data stay.  [all]",
+)  # fmt: skip
+@click.option(
+    "--competitors", metavar="NAME,...",
+    help=f"{', '.join(COMPETITORS)}; with --device cuda: {', '.join(CUDA_COMPETITORS)}.  [all]",
+)  # fmt: skip
 @click.option("--budget", default=_DEFAULTS.budget, show_default=True, help="Seconds to time each case for.")
 @click.option("--rounds", default=_DEFAULTS.rounds, show_default=True, help="At most.")
 @click.option(
@@ -113,17 +124,12 @@ def _settings(options: dict[str, Any]) -> RaceSettings:
     def items(text: str) -> tuple[str, ...]:
         return tuple(item.strip() for item in text.split(",") if item.strip())
 
-    names = COMPETITORS if options["competitors"] is None else items(options["competitors"])
-    choose_competitors(tuple(names))
-    return RaceSettings(
-        points=tuple(Point.parse(point) for point in items(options["points"])),
-        operations=items(options["operations"]),
-        competitors=tuple(names),
-        budget=options["budget"],
-        rounds=options["rounds"],
-        tune=options["tune"],
-        tune_seconds=options["tune_seconds"],
-    )
+    lists = {name: items(options[name]) for name in ("operations", "competitors") if options[name] is not None}
+    points = {} if options["points"] is None else {"points": tuple(map(Point.parse, items(options["points"])))}
+    others = {name: options[name] for name in ("budget", "rounds", "tune", "tune_seconds")}
+    settings = RaceSettings.on(options["device"], **points, **lists, **others)
+    choose_competitors(settings.competitors, settings.device)
+    return settings
 
 
 def _check(folder: Path, resume: bool, force: bool) -> RaceReport | None:

@@ -16,13 +16,15 @@ class Competitor:
     """One competitor.
 
     module: of `vae_benchmarks.race.peers`, or the path of a Python file; it has a function `open_entrant`.
-    options: its further arguments. is_peer: not vae-edge itself.
+    options: its further arguments. is_peer: not vae-edge itself. group: whom it is compared with, those of the same
+    group: on a GPU the precision, "" for all on the CPU.
     """
 
     name: str
     module: str
     options: dict[str, Any] = field(default_factory=dict)
     is_peer: bool = True
+    group: str = ""
 
 
 COMPETITORS: dict[str, Competitor] = {
@@ -42,15 +44,53 @@ COMPETITORS: dict[str, Competitor] = {
 }
 
 
-def choose_competitors(names: Sequence[str]) -> tuple[Competitor, ...]:
-    """The competitors of these names, in this order.
+TORCH = "torch"
+_TORCH_VARIANTS = {
+    TORCH: "eager",
+    "torch-compile": "compile",
+    "torch-reduce-overhead": "reduce-overhead",
+    "torch-graph": "graph",
+}
+_BETWEEN = "-cuda-"
+
+
+def competitors_on(device: str) -> dict[str, Competitor]:
+    """Those of a race on a GPU, by name, each on `device`: there "cuda"; "cpu" runs the same code without a GPU."""
+    found = {}
+    for precision in ("fp32", "tf32", "fp16"):
+        engines: dict[str, tuple[str, dict[str, Any]]] = {OURS: ("ours", {"resident": True})}
+        engines |= {engine: ("torch_device", {"variant": variant}) for engine, variant in _TORCH_VARIANTS.items()}
+        if precision != "fp16":  # the plain export is float32
+            engines["onnxruntime"] = "onnxruntime_device", {}
+        for engine, (module, more) in engines.items():
+            name, options = f"{engine}{_BETWEEN}{precision}", {"device": device, "precision": precision, **more}
+            found[name] = Competitor(name, module, options, engine != OURS, precision)
+    return found
+
+
+CUDA_COMPETITORS = competitors_on("cuda")
+
+
+def ours_of(group: str) -> str:
+    """Who stands for vae-edge in a group."""
+    return f"{OURS}{_BETWEEN}{group}" if group else OURS
+
+
+def engine_of(name: str) -> str:
+    """A competitor's name without the device and the precision: "torch-graph-cuda-fp32" -> "torch-graph"."""
+    return name.partition(_BETWEEN)[0]
+
+
+def choose_competitors(names: Sequence[str], device: str = "cpu") -> tuple[Competitor, ...]:
+    """The competitors of these names, in this order, from those of a race on `device`.
 
     Raises:
         InputError: an unknown name, or the same one twice.
     """
+    known = COMPETITORS if device == "cpu" else CUDA_COMPETITORS
     for name in names:
-        if name not in COMPETITORS:
-            raise InputError(f"competitor is {name!r}; expected one of {', '.join(COMPETITORS)}")
+        if name not in known:
+            raise InputError(f"competitor is {name!r}; expected one of {', '.join(known)}")
         if list(names).count(name) > 1:
             raise InputError(f"competitor {name!r} is named twice")
-    return tuple(COMPETITORS[name] for name in names)
+    return tuple(known[name] for name in names)

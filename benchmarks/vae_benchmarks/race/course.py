@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from vae_runtime import __version__
-from vae_runtime.errors import InputError
+from vae_runtime.cuda import why_not_cuda
+from vae_runtime.errors import DeviceError, InputError
 
 from ..machine import MachineFacts, choose_cores
 from .case import Case
@@ -28,7 +29,10 @@ from .schedule import order_of, plan_rounds
 
 OPEN_TIMEOUT, CALL_TIMEOUT = 1800.0, 600.0  # seconds: compiling a large network takes minutes
 MEMORY_RESERVE = 512 * 2**20  # bytes that stay free beside the competitors
-_PACKAGES = ("numpy", "onnxruntime", "onnxruntime-ep-openvino", "openvino", "torch")
+_PACKAGES = (
+    *("numpy", "onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-openvino", "openvino", "torch", "triton"),
+    "nvidia-cudnn-cu13",
+)
 
 # A measurement holds for the cores that a process may use, so it has to run on those of the race.
 _TUNE = """
@@ -66,10 +70,15 @@ def race(
 
     Raises:
         CaseError, BundleError: a folder is not what it should be. InputError: two cases have the same name, or a
-            competitor is unknown. ReportError: `before` is of another machine.
+            competitor is unknown. ReportError: `before` is of another machine. DeviceError: a race on a GPU that
+            vae-edge itself cannot use here.
     """
     settings = settings or RaceSettings()
-    field_of_race = competitors if competitors is not None else choose_competitors(settings.competitors)
+    field_of_race = (
+        competitors if competitors is not None else choose_competitors(settings.competitors, settings.device)
+    )
+    if settings.device == "cuda" and (reason := why_not_cuda()) is not None:
+        raise DeviceError(f"device 'cuda' cannot be used: {reason}")
     opened = [Case.open(path) for path in cases]
     names = [case.name for case in opened]
     if not names or len(set(names)) < len(names):
@@ -78,10 +87,10 @@ def race(
         case.reference()  # the workers read it; what is damaged is said before hours are spent
     blank = RaceReport(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        machine=MachineFacts.read(),
+        machine=MachineFacts.read(gpu=settings.device == "cuda"),
         versions=dict(_versions()),
         settings=settings,
-        method=METHOD,
+        method=METHOD if settings.device == "cpu" else CUDA_METHOD,
         cases=(),
     )
     report = blank if before is None else merge((before, blank))
@@ -167,7 +176,8 @@ class Course:
 
     def _tune(self) -> str:
         """Let `vae-run tune` measure what suits these cores, for "auto" to use; what became of it, in words."""
-        if not self._settings.tune or all(lane.competitor.module != "ours" for lane in self._lanes.values()):
+        ours = [lane.competitor.options for lane in self._lanes.values() if lane.competitor.module == "ours"]
+        if not self._settings.tune or not any("auto" in options.values() for options in ours):
             return "no"
         self._tell(f"vae-run tune, about {self._settings.tune_seconds:g} s")
         options = [str(self._case.bundle), "--seconds", str(self._settings.tune_seconds)]
@@ -283,7 +293,11 @@ class Course:
             runners=tuple(_runner(lane) for lane in lanes),
             **self._out,
             rows=rows,
-            ratios=rank(rows, [lane.name for lane in lanes if lane.competitor.is_peer]),
+            ratios=rank(
+                rows,
+                [lane.name for lane in lanes if lane.competitor.is_peer],
+                {lane.name: lane.competitor.group for lane in lanes},
+            ),
         )
 
 
@@ -301,6 +315,7 @@ def _runner(lane: Lane) -> Runner:
         open_seconds=opened["seconds"],
         idle_cpu_share=lane.finished["idle_cpu_share"],
         peak_rss_bytes=lane.finished["peak_rss_bytes"],
+        group=lane.competitor.group,
     )
 
 
@@ -337,4 +352,21 @@ METHOD = {
     "with fewer than 6 rounds by Student's t on their logarithms",
     "not in the interval": "what differs from process to process, such as the layout in memory, as a competitor has "
     "one process per point unless every turn had a fresh one: of 44 ratios between identical plans, 5 excluded 1",
+}
+
+CUDA_METHOD = {
+    **METHOD,
+    "calls": "encode and decode: a float32 array in host memory in, a new one out, with both copies and the wait for "
+    "the GPU; vae-edge through the public calls of VAE with all their checks on inputs; torch stages its copies in the "
+    "way that was fastest in a trial; the garbage collector is off",
+    "checks": "before any timing, all outputs of both kinds of calls against PyTorch's on the CPU in fp32 on the same "
+    "inputs; a result must not change when the next one is computed",
+    "calls on the device": "encode-on-device and decode-on-device: the input is in the GPU's memory before the clock "
+    "starts; new results, which belong to the caller, are there and finished when it stops: torch's stream is "
+    "synchronised, onnxruntime returns when the work is done, and what the next CUDA graph would overwrite is cloned "
+    "within the timed call",
+    "precisions": "each one apart, × ours within it: fp32 with TF32 off, tf32 with it on, fp16 with half the bits in "
+    "weights and arithmetic, from float32 and to it; the checks allow tf32 and fp16 a root mean square error of 0.01",
+    "choices": "where there are several ways to set an engine up, such as memory layouts, each half and each kind of "
+    "call keeps what was fastest in a trial before the race, and the report says which",
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,8 +24,40 @@ TOLERANCES: dict[str, tuple[str, float]] = {
 }
 
 
+# From host memory to host memory; and from the memory of the device to the same.
+HOST_OPERATIONS = ("encode", "decode")
+DEVICE_OPERATIONS = ("encode-on-device", "decode-on-device")
+
+
+def half_of(operation: str) -> str:
+    """ "encode-on-device" -> "encode"; "encode" as it is."""
+    return operation.removesuffix("-on-device")
+
+
 class CannotRunError(BenchmarkError):
     """A competitor is not to be had here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Resident:
+    """The calls of an entrant for data that stay in the device's memory.
+
+    put: a host array -> what `encode` and `decode` take; it is not timed. encode, decode: -> results there, new ones
+    that belong to the caller, and finished when the call returns. arrays: of a result, in host memory, as it is now.
+    """
+
+    put: Callable[[Float32], Any]
+    encode: Callable[[Any], Any]
+    decode: Callable[[Any], Any]
+    arrays: Callable[[Any], tuple[Float32, ...]]
+
+
+class Timed(NamedTuple):
+    """One operation: `call(put(array))`, of which only the call is timed."""
+
+    call: Callable[[Any], Any]
+    put: Callable[[Float32], Any]
+    arrays: Callable[[Any], tuple[Float32, ...]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +68,7 @@ class Entrant:
     decode: z, float32 (N, *latent_shape), -> a result of which `arrays` makes (reconstruction,).
     Both give new arrays in host memory that belong to the caller. Only these two calls are timed, not `arrays`.
     precisions: in which it computes. engine: with its version. configuration: how it is set up, in words.
-    plan: what an engine that chooses says about its choice.
+    plan: what an engine that chooses says about its choice. resident: on the device; None where that is not raced.
     """
 
     encode: Callable[[Float32], Any]
@@ -46,6 +78,16 @@ class Entrant:
     configuration: str
     arrays: Callable[[Any], tuple[Float32, ...]] = tuple
     plan: Any = None
+    resident: Resident | None = None
+
+    @property
+    def operations(self) -> dict[str, Timed]:
+        """What may be timed, by name."""
+        found = {name: Timed(getattr(self, name), lambda array: array, self.arrays) for name in HOST_OPERATIONS}
+        if (on_device := self.resident) is not None:
+            for name in DEVICE_OPERATIONS:
+                found[name] = Timed(getattr(on_device, half_of(name)), on_device.put, on_device.arrays)
+        return found
 
     @property
     def precision(self) -> str:
@@ -65,25 +107,28 @@ class Verdict:
 
 
 def judge(entrant: Entrant, reference: dict[str, Float32]) -> Verdict:
-    """Compare both operations with the reference's outputs, and see that results stay as they were handed out."""
+    """Compare all operations with the reference's outputs, and see that results stay as they were handed out."""
     measure, tolerance = TOLERANCES[entrant.precision]
     errors: dict[str, float] = {}
     outputs = {"encode": [name for name in (MEAN, LOGVAR) if name in reference], "decode": [RECONSTRUCTION]}
     inputs = {"encode": reference["x"], "decode": reference[MEAN]}
-    for operation, names in outputs.items():
-        call = getattr(entrant, operation)
-        found = entrant.arrays(call(inputs[operation]))
+    for operation, (call, put, arrays) in entrant.operations.items():
+        half = half_of(operation)
+        names, where = outputs[half], "" if operation == half else " on the device"
+        result = call(put(inputs[half]))
+        found = arrays(result)
         fault = _fault_of_shape(operation, found, [reference[name] for name in names])
         if fault:
             return Verdict(measure, tolerance, errors, fault)
         kept = [array.copy() for array in found]
-        again = entrant.arrays(call(1 - inputs[operation]))  # images stay in [0, 1]
-        if not all(np.array_equal(array, copy) for array, copy in zip(found, kept, strict=True)) or any(
-            np.shares_memory(one, other) for one, other in zip(found, again, strict=True)
+        again = arrays(call(put(1 - inputs[half])))  # images stay in [0, 1]
+        now = arrays(result)  # read once more: what `arrays` copied from a device would not change with it
+        if not all(np.array_equal(array, copy) for array, copy in zip(now, kept, strict=True)) or any(
+            np.shares_memory(one, other) for one, other in zip(now, again, strict=True)
         ):
             return Verdict(measure, tolerance, errors, f"{operation} overwrites a result that it handed out before")
         for name, array in zip(names, found, strict=True):
-            errors[name] = error_of(array, reference[name], measure, name == RECONSTRUCTION)
+            errors[name + where] = error_of(array, reference[name], measure, name == RECONSTRUCTION)
     wrong = {name: error for name, error in errors.items() if not error <= tolerance}
     worst = max(wrong, key=lambda name: wrong[name], default=None)
     fault = None if worst is None else _fault_of_value(worst, wrong[worst], measure, tolerance, entrant.precision)

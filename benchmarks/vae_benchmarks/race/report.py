@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,23 +16,27 @@ from vae_runtime.session import check_threads
 
 from ..document import from_document, load_document, save_document
 from ..errors import ReportError
+from ..gpu import GpuFacts
 from ..intervals import median_interval, paired_ratio
 from ..machine import MachineFacts
 from ..settings import LARGEST_BATCH, MOST_ROUNDS, check_number, check_whole
 from .case import CaseFacts
-from .competitors import COMPETITORS, OURS
+from .competitors import COMPETITORS, CUDA_COMPETITORS, OURS, ours_of
+from .entrant import DEVICE_OPERATIONS, HOST_OPERATIONS
 from .schedule import FEWEST_ROUNDS
 
 FORMAT, FORMAT_VERSION = "vae-bench-race", 1
-OPERATIONS = ("encode", "decode")
+DEVICES = ("cpu", "cuda")
+OPERATIONS = (*HOST_OPERATIONS, *DEVICE_OPERATIONS)  # the latter on a GPU only
 
 
 @dataclass(frozen=True)
 class Point:
-    """One load: `batch` examples per call on `threads` threads."""
+    """One load: `batch` examples per call on `threads` threads of the host. device: "cpu" or "cuda"."""
 
     batch: int
     threads: int
+    device: str = "cpu"
 
     @classmethod
     def parse(cls, text: str) -> Point:
@@ -49,35 +53,51 @@ class Point:
         return cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
-        return f"{self.batch}x{self.threads}"
+        return f"{self.batch}x{self.threads}" + ("" if self.device == "cpu" else f" on {self.device}")
+
+
+CUDA_POINTS = (Point(1, 1, "cuda"), Point(32, 1, "cuda"))
 
 
 @dataclass(frozen=True)
 class RaceSettings:
-    """points: loads to race at. operations: of "encode" and "decode". competitors: names, see `COMPETITORS`.
+    """points: loads to race at, on `device`. operations: of OPERATIONS. competitors: names, see `COMPETITORS` and
+    `CUDA_COMPETITORS`.
     budget: seconds that one case is timed for, all its points and competitors together; opening, checking and warming
     up come on top. rounds: at most; slow competitors get fewer, but at least FEWEST_ROUNDS. tune: run `vae-run tune`
     for tune_seconds at each point first, on the same cores, for "auto" to use in this race alone; else "auto" uses what
-    the user's own cache folder has.
+    the user's own cache folder has. device: "cpu" or "cuda"; the defaults here are the CPU's, `on` has the others.
     """
 
     points: tuple[Point, ...] = (Point(1, 1), Point(32, 2))
-    operations: tuple[str, ...] = OPERATIONS
+    operations: tuple[str, ...] = HOST_OPERATIONS
     competitors: tuple[str, ...] = tuple(COMPETITORS)
     budget: float = 120.0
     rounds: int = 15
     tune: bool = True
     tune_seconds: float = 60.0
+    device: str = "cpu"
+
+    @classmethod
+    def on(cls, device: str, **given: Any) -> RaceSettings:
+        """What is given, and for the rest the defaults of a race on this device."""
+        cuda = {"points": CUDA_POINTS, "operations": OPERATIONS, "competitors": tuple(CUDA_COMPETITORS)}
+        return cls(**{**(cuda if device == "cuda" else {}), **given, "device": device})
 
     def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise InputError(f"device is {self.device!r}; expected {' or '.join(DEVICES)}")
         for name in ("points", "operations", "competitors"):
             given = tuple(dict.fromkeys(getattr(self, name)))
             if not given:
                 raise InputError(f"{name} is empty; expected at least one")
             object.__setattr__(self, name, given)
+        points = tuple(dataclasses.replace(point, device=self.device) for point in self.points)
+        object.__setattr__(self, "points", points)
+        able = HOST_OPERATIONS if self.device == "cpu" else OPERATIONS
         for operation in self.operations:
-            if operation not in OPERATIONS:
-                raise InputError(f"operation is {operation!r}; expected one of {', '.join(OPERATIONS)}")
+            if operation not in able:
+                raise InputError(f"operation is {operation!r}; expected one of {', '.join(able)} on {self.device}")
         check_number("budget", self.budget, 0, 1e6)
         check_number("tune_seconds", self.tune_seconds, 0, 3600)
         check_whole("rounds", self.rounds, MOST_ROUNDS)
@@ -92,6 +112,7 @@ class Runner:
     precisions: in which it computed. plan: what an engine that chooses says about its choice. errors: of its outputs
     against PyTorch's in fp32, by output, as `error_measure` ("max" or "rms") says. open_seconds: to open and check.
     idle_cpu_share: of one core that its process used while the others ran. peak_rss_bytes: of its whole process.
+    group: whom it is compared with, see `Competitor`.
     """
 
     name: str
@@ -105,6 +126,7 @@ class Runner:
     open_seconds: float
     idle_cpu_share: float
     peak_rss_bytes: int
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -132,10 +154,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times longer `competitor` takes than "ours": above 1, ours is faster.
+    """How many times longer `competitor` takes than `against`, which is ours of its group: above 1, ours is faster.
 
     low, high: 95% interval over the rounds, whose runs were close in time; interval_from: "rounds", "t" or "none", see
-    `intervals.paired_ratio`. fastest_peer: whether it is the fastest of the peers in this operation.
+    `intervals.paired_ratio`. fastest_peer: whether it is the fastest of its group's peers in this operation.
     """
 
     operation: str
@@ -145,6 +167,7 @@ class Ratio:
     high: float | None
     interval_from: str
     fastest_peer: bool
+    against: str = OURS
 
 
 @dataclass(frozen=True)
@@ -215,15 +238,25 @@ class RaceReport:
         return cls.from_dict(load_document(path, "vae-bench race"), str(path))
 
 
-def rank(rows: Sequence[Row], peers: Sequence[str]) -> tuple[Ratio, ...]:
-    """Everyone against "ours", operation by operation, from paired rounds; empty where "ours" did not run."""
+def rank(rows: Sequence[Row], peers: Sequence[str], groups: Mapping[str, str] | None = None) -> tuple[Ratio, ...]:
+    """Everyone against ours, operation by operation, from paired rounds; none where ours did not run.
+
+    groups: competitor -> its group, within which it is compared; None is one group for all.
+    """
+    groups = groups or {}
     ratios = []
-    for ours in (row for row in rows if row.competitor == OURS):
-        others = [row for row in rows if row.operation == ours.operation and row.competitor != OURS]
+    for ours in rows:
+        name, group = ours.competitor, groups.get(ours.competitor, "")
+        if name != ours_of(group):
+            continue
+        others = [
+            row for row in rows
+            if row.operation == ours.operation and row.competitor != name and groups.get(row.competitor, "") == group
+        ]  # fmt: skip
         fastest = min((row for row in others if row.competitor in peers), key=lambda row: row.p50_ms, default=None)
         for row in others:
             ratio, low, high, source = paired_ratio(ours.round_p50_ms, row.round_p50_ms)
-            ratios.append(Ratio(ours.operation, row.competitor, ratio, low, high, source, row is fastest))
+            ratios.append(Ratio(ours.operation, row.competitor, ratio, low, high, source, row is fastest, name))
     return tuple(ratios)
 
 
@@ -239,6 +272,10 @@ def merge(reports: Sequence[RaceReport]) -> RaceReport:
     if any(_identity(report.machine) != _identity(first.machine) for report in reports):
         cpus = " and ".join(dict.fromkeys(f"{r.machine.cpu} with {r.machine.cores_usable} cores" for r in reports))
         raise ReportError(f"the reports are from different machines ({cpus}); only those of one machine can be merged")
+    gpus = {_gpu_identity(gpu): gpu for report in reports if (gpu := report.machine.gpu) is not None}
+    if len(gpus) > 1:
+        names = " and ".join(f"{gpu.name} with driver {gpu.driver}" for gpu in gpus.values())
+        raise ReportError(f"the reports are from different GPUs ({names}); only those of one can be merged")
     cases: dict[str, CaseResult] = {}
     for result in (case for report in reports for case in report.cases):
         before = cases.get(result.case.name)
@@ -248,7 +285,13 @@ def merge(reports: Sequence[RaceReport]) -> RaceReport:
         for name, version in report.versions.items():
             known = versions.get(name, version)
             versions[name] = known if version in known.split(" and ") else f"{known} and {version}"
-    return dataclasses.replace(last, versions=versions, cases=tuple(cases.values()))
+    return dataclasses.replace(
+        last,
+        machine=dataclasses.replace(last.machine, gpu=next(iter(gpus.values()), None)),
+        versions=versions,
+        method={name: text for report in reports for name, text in report.method.items()},
+        cases=tuple(cases.values()),
+    )
 
 
 def _merge_case(before: CaseResult, after: CaseResult) -> CaseResult:
@@ -257,10 +300,15 @@ def _merge_case(before: CaseResult, after: CaseResult) -> CaseResult:
     points = {one.point: one for one in (*before.points, *after.points)}
     skipped = {
         name: reason for name, reason in {**before.skipped_points, **after.skipped_points}.items()
-        if Point.parse(name) not in points
+        if name not in map(str, points)
     }  # fmt: skip
     return dataclasses.replace(after, points=tuple(points.values()), skipped_points=skipped)
 
 
 def _identity(machine: MachineFacts) -> MachineFacts:
-    return dataclasses.replace(machine, load_average_1min=None, governors=())
+    return dataclasses.replace(machine, load_average_1min=None, governors=(), gpu=None)
+
+
+def _gpu_identity(gpu: GpuFacts) -> tuple[Any, ...]:
+    """Clocks and the like are as found, and change by themselves."""
+    return gpu.name, gpu.memory_bytes, gpu.driver, gpu.cuda

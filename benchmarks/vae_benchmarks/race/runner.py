@@ -19,6 +19,8 @@ from ..children import describe_exit
 from ..errors import BenchmarkError
 
 _GONE_SECONDS = 1.0  # to wait for what was killed; longer only where nobody collects orphans
+# A user's own would put another precision under the name of the one that is raced.
+_TF32_SETTINGS = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
 _WAIT_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # a user's own would change one engine only
 
 
@@ -78,7 +80,7 @@ class Runner:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `kill`)
         self._ended = False
         self._lines: queue.Queue[str] = queue.Queue()
-        kept = {name: value for name, value in os.environ.items() if name not in _WAIT_SETTINGS}
+        kept = {name: value for name, value in os.environ.items() if name not in (*_WAIT_SETTINGS, *_TF32_SETTINGS)}
         counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", f"{__package__}.worker", json.dumps(cores)],

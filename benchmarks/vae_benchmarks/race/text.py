@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ..table import align, describe_machine
-from .competitors import OURS
+from ..table import align, describe_gpu, describe_machine
+from .competitors import TORCH, engine_of, ours_of
+from .entrant import half_of
 from .report import CaseResult, Point, PointResult, RaceReport, Ratio, Row, Runner
 
 _DASH = "–"
@@ -22,7 +23,11 @@ def format_race(report: RaceReport) -> str:
     for case in report.cases:
         lines += [f"{case.case.name}: {_describe(case)}", *skipped_lines(case), ""]
         for point in case.points:
-            lines += [_title(point), *align(_table(point), left=(0, 1, 2)), *_verdicts(point), *absent_lines(point), ""]
+            lines.append(_title(point))
+            for group in _groups(point):
+                lines += [f"in {group}:"] if group else []
+                lines += [*align(_table(point, group), left=(0, 1, 2)), *_verdicts(point, group)]
+            lines += [*absent_lines(point), ""]
     return "\n".join([*lines, *_method(report)])
 
 
@@ -39,14 +44,20 @@ def format_markdown(report: RaceReport) -> str:
             "",
         ]
         for point in case.points:
-            notes = [*_verdicts(point), *absent_lines(point)]
-            lines += [f"### {_title(point)}", "", *_markdown_table(_table(point)), "", *(f"- {n}" for n in notes), ""]
+            lines += [f"### {_title(point)}", ""]
+            groups = _groups(point)
+            for group in groups:
+                notes = [*_verdicts(point, group), *(absent_lines(point) if group == groups[-1] else [])]
+                lines += [f"#### {group}", ""] if group else []
+                lines += [*_markdown_table(_table(point, group)), "", *(f"- {note}" for note in notes), ""]
     return "\n".join([*lines, "## Method", "", *(f"- {line}" for line in _method(report))]) + "\n"
 
 
 def _facts(report: RaceReport) -> list[str]:
+    gpu = report.machine.gpu
     return [
         f"machine: {describe_machine(report.machine)}",
+        *([] if gpu is None else [f"GPU: {describe_gpu(gpu)}"]),
         f"system: {report.machine.system}",
         "versions: " + ", ".join(f"{name} {version}" for name, version in report.versions.items()),
         f"measured: {report.created}",
@@ -72,18 +83,32 @@ def _title(point: PointResult) -> str:
     cores = f" on cores {', '.join(map(str, point.cores))}" if point.cores else ", not bound to cores"
     fresh = ", a fresh process for every turn" if point.fresh else ""
     load = "" if point.load_average_1min is None else f", load average {point.load_average_1min:.2f} before"
-    return f"batch {point.point.batch}, threads {point.point.threads}{cores}{fresh}{load}"
+    threads = f"threads {point.point.threads}" if point.point.device == "cpu" else _on_device(point.point)
+    return f"batch {point.point.batch}, {threads}{cores}{fresh}{load}"
 
 
-def _table(point: PointResult) -> list[list[str]]:
+def _on_device(point: Point) -> str:
+    return f"{point.device}, host threads {point.threads}"
+
+
+def _groups(point: PointResult) -> list[str]:
+    """Those who are compared with each other: on a GPU by precision, else all together."""
+    return list(dict.fromkeys(runner.group for runner in point.runners)) or [""]
+
+
+def _table(point: PointResult, group: str) -> list[list[str]]:
     ratios = {(ratio.operation, ratio.competitor): ratio for ratio in point.ratios}
     runners = {runner.name: runner for runner in point.runners}
     rows = [_HEAD]
     for row in point.rows:
+        if runners[row.competitor].group != group:
+            continue
         ratio = ratios.get((row.operation, row.competitor))
         star = "*" if ratio is not None and ratio.fastest_peer else ""
         compared = (
-            [f"{ratio.ratio:.2f}{star}", _interval_of(ratio)] if ratio else ["1" if row.competitor == OURS else "", ""]
+            [f"{ratio.ratio:.2f}{star}", _interval_of(ratio)]
+            if ratio
+            else ["1" if row.competitor == ours_of(group) else "", ""]
         )
         rows.append(
             [
@@ -106,37 +131,59 @@ def _interval_of(ratio: Ratio) -> str:
     return f"{ratio.low:.2f}–{ratio.high:.2f}{' (t)' if ratio.interval_from == 't' else ''}"
 
 
-def _verdicts(point: PointResult) -> list[str]:
-    """One sentence per operation on the fastest peer, and what `ours` chose."""
+def _verdicts(point: PointResult, group: str) -> list[str]:
+    """One sentence per operation on the fastest peer, on a GPU also on torch, and what ours chose."""
     lines = []
     runners = {runner.name: runner for runner in point.runners}
-    for ratio in point.ratios:
-        if ratio.fastest_peer:
-            ours, peer = (
-                precision_of(runners[name], ratio.operation, point.point) for name in (OURS, ratio.competitor)
-            )
-            lines.append(f"{ratio.operation}: {_sentence(ratio, ours, peer)}")
+    for ratio, what in _compared(point, group):
+        ours, peer = (
+            precision_of(runners[name], ratio.operation, point.point) for name in (ratio.against, ratio.competitor)
+        )
+        lines.append(f"{ratio.operation}: {_sentence(ratio, ours, peer, what)}")
     for runner in point.runners:
-        if runner.name == OURS:
-            lines.append(f"ours runs on: {format_plan(runner.plan)} (tuned: {point.tuned})")
+        if runner.name == ours_of(group):
+            lines.append(f"{runner.name} runs on: {format_plan(runner.plan)} (tuned: {point.tuned})")
+        elif group and runner.group == group:
+            lines.append(f"{runner.name} runs on: {runner.engine}, {runner.configuration}")
     return lines
 
 
-def _sentence(ratio: Ratio, ours: str, peer: str) -> str:
-    """ours, peer: their precisions, named where they differ."""
+def _compared(point: PointResult, group: str) -> Iterator[tuple[Ratio, str]]:
+    """The ratios that get a sentence, and what the competitor is: on a GPU eager torch, the fastest torch and, where
+    that is another, the fastest peer."""
+    for operation in dict.fromkeys(ratio.operation for ratio in point.ratios):
+        ratios = [one for one in point.ratios if one.operation == operation and one.against == ours_of(group)]
+        fastest = [one for one in ratios if one.fastest_peer]
+        if group:
+            times = {row.competitor: row.p50_ms for row in point.rows if row.operation == operation}
+            torch = [one for one in ratios if engine_of(one.competitor).startswith(TORCH)]
+            best = min(torch, key=lambda one: times[one.competitor], default=None)
+            eager = next((one for one in torch if engine_of(one.competitor) == TORCH), None)
+            if eager is not None and eager is not best:
+                yield eager, "eager torch"
+            if best is not None:
+                yield best, f"the fastest torch in {group}{' (eager)' if best is eager else ''}"
+            fastest = [one for one in fastest if one is not best]
+        yield from ((one, "the fastest peer") for one in fastest)
+
+
+def _sentence(ratio: Ratio, ours: str, peer: str, what: str) -> str:
+    """ours, peer: their precisions, named where they differ. what: the peer is, in words."""
     interval = f" ({_interval_of(ratio)})" if ratio.low is not None else ""
-    us, them = (OURS, ratio.competitor) if ours == peer else (f"{OURS} in {ours}", f"{ratio.competitor} in {peer}")
+    us, them = ratio.against, ratio.competitor
+    if ours != peer:
+        us, them = f"{us} in {ours}", f"{them} in {peer}"
     ends = (ratio.ratio if end is None else end for end in (ratio.low, ratio.high))
     low, high = (float(f"{end:.2f}") for end in ends)  # as printed: 1.00 times as long is no difference
     if low <= 1 <= high:
-        return f"no difference shown between {us} and the fastest peer, {them}: {ratio.ratio:.2f}{interval}"
+        return f"no difference shown between {us} and {what}, {them}: {ratio.ratio:.2f}{interval}"
     how = "faster" if ratio.ratio > 1 else "slower"
-    return f"{us} is {how} than the fastest peer, {them}, which takes {ratio.ratio:.2f} times as long{interval}"
+    return f"{us} is {how} than {what}, {them}, which takes {ratio.ratio:.2f} times as long{interval}"
 
 
 def precision_of(runner: Runner, operation: str, point: Point) -> str:
     """In which an operation ran: what the plan says for this batch size, or else all that the competitor has open."""
-    routes = runner.plan.get(operation) if isinstance(runner.plan, dict) else None
+    routes = runner.plan.get(half_of(operation)) if isinstance(runner.plan, dict) else None
     precision = None
     for route in routes if isinstance(routes, (list, tuple)) else ():
         start = route.get("from_batch") if isinstance(route, dict) else None

@@ -24,7 +24,7 @@ from vae_runtime.manifest import MEAN
 from ..latency import Clock, Warmup, collector_off, warm_up
 from ..worker import resident_bytes, tile
 from .case import Case
-from .entrant import CannotRunError, judge
+from .entrant import CannotRunError, half_of, judge
 
 WARMUP_SECONDS = 3.0  # at most, beside the two calls that very slow competitors get
 AGAIN_SHARE = 0.1  # of a turn's time, but at least one call, to warm the caches that others have used in between
@@ -48,10 +48,8 @@ class Stall:
         opened = Case.open(case)
         reference = {name: tile(array, batch) for name, array in opened.reference().items()}
         entrant = _peer(module).open_entrant(opened, batch, threads, **options)
-        self._calls = {
-            "encode": (entrant.encode, reference["x"]),
-            "decode": (entrant.decode, reference[MEAN]),
-        }
+        inputs = {"encode": reference["x"], "decode": reference[MEAN]}
+        self._calls = {name: (call, put(inputs[half_of(name)])) for name, (call, put, _) in entrant.operations.items()}
         answer: dict[str, Any] = {
             "precisions": entrant.precisions,
             "engine": entrant.engine,
@@ -65,6 +63,8 @@ class Stall:
 
     def warm(self, operation: str) -> dict[str, Any]:
         """Call until it is as fast as it stays; the time of one call."""
+        if operation not in self._calls:
+            raise CannotRunError(f"it has no {operation}, it has {', '.join(self._calls)}")
         call, array = self._calls[operation]
         with collector_off():
             warmup: Warmup = warm_up(lambda: call(array), WARMUP_SECONDS, self._clock)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,9 @@ from vae_runtime.preprocess import Float32
 from ...worker import tile
 from ..case import Case
 from ..entrant import CannotRunError, Entrant
+from .choice import typical_seconds
 
-_TRIAL_CALLS, _TRIAL_SECONDS = 7, 1.0
+_TRIAL_CALLS = 7
 
 
 def open_entrant(case: Case, batch: int, threads: int, compiled: bool) -> Entrant:
@@ -115,7 +114,7 @@ def _in_faster_layout(module: Any, example: Float32) -> tuple[str, Callable[[Flo
     if any(part.ndim == 4 for part in module.parameters()):
         turned = copy.deepcopy(module).to(memory_format=torch.channels_last)
         candidates["channels_last"] = _call(turned, channels_last=example.ndim == 4)
-    seconds = {name: _typical_seconds(call, example) for name, call in candidates.items()}
+    seconds = {name: typical_seconds(call, example, _TRIAL_CALLS) for name, call in candidates.items()}
     fastest = min(seconds, key=lambda name: seconds[name])
     return fastest, candidates[fastest]
 
@@ -136,13 +135,3 @@ def _compile(module: Any, example: Float32) -> tuple[str, Callable[[Float32], tu
         if all(np.allclose(one, other, rtol=1e-3, atol=1e-4) for one, other in zip(found, expected, strict=True)):
             break
     return words, call
-
-
-def _typical_seconds(call: Callable[[Float32], object], example: Float32) -> float:
-    durations: list[float] = []
-    begun = time.perf_counter()
-    while len(durations) < 2 or (len(durations) < _TRIAL_CALLS and time.perf_counter() - begun < _TRIAL_SECONDS):
-        start = time.perf_counter()
-        call(example)
-        durations.append(time.perf_counter() - start)
-    return statistics.median(durations[1:])

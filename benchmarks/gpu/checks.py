@@ -16,9 +16,9 @@ from vae_benchmarks.worker import tile
 from vae_runtime import VAE, OutOfMemoryError
 from vae_runtime.device_array import copy_to_device
 from vae_runtime.devices import find_device
+from vae_runtime.fidelity import relative_error
 from vae_runtime.manifest import INPUT, LOGVAR, MEAN
 from vae_runtime.preprocess import Float32
-from vae_runtime.vae import relative_error
 
 LIMITS = {"fp32": 1e-4, "tf32": 2e-3, "fp16": 5e-3}  # max|Δ| of outputs in [0, 1] from the CPU's in fp32
 BATCHES = (1, 2, 7, 32)

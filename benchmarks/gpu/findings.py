@@ -12,8 +12,8 @@ from typing import IO, Any
 import numpy as np
 
 from vae_benchmarks.race import Case
+from vae_runtime.fidelity import data_range
 from vae_runtime.manifest import INPUT
-from vae_runtime.vae import data_range
 
 PRECISIONS = ("fp32", "tf32", "fp16")  # those of GPUs
 

@@ -27,7 +27,7 @@ from vae_benchmarks.race.competitors import COMPETITORS, CUDA_COMPETITORS, compe
 from vae_benchmarks.race.entrant import DEVICE_OPERATIONS, HOST_OPERATIONS, judge
 from vae_benchmarks.race.peers import onnxruntime_device
 from vae_benchmarks.race.peers.choice import fastest
-from vae_benchmarks.race.picture import draw_race
+from vae_benchmarks.race.picture import _draw_case, draw_race
 from vae_benchmarks.race.report import OPERATIONS
 from vae_benchmarks.race.text import format_markdown, format_race
 from vae_runtime.cuda import why_not_cuda
@@ -146,6 +146,11 @@ def test_the_report_survives_json_and_the_picture_shows_each_precision(report: R
     draw_race(report, tmp_path / "race.png")
     width, height = np.frombuffer((tmp_path / "race.png").read_bytes()[16:24], ">u4")
     assert (width, height) > (900, 900)  # two columns of four panels
+    marks: list[float] = []
+    panel = SimpleNamespace(plot=lambda values, places, *style, **more: marks.extend(values if style else ()))
+    (point,) = report.cases[0].points
+    _draw_case(panel, 0, point, "encode", "fp16", ["ours", "onnxruntime", "torch", "torch-graph"])
+    assert marks == [row.p50_ms for row in point.rows if row.operation == "encode" and "fp16" in row.competitor]
 
 
 def test_older_reports_stay_readable_and_take_races_on_a_gpu(report: RaceReport, tiny: Path) -> None:
@@ -393,16 +398,15 @@ def test_the_real_competitors_race_without_a_gpu(tiny: Path, with_gpu: None) -> 
 
 
 def test_torch_races_without_a_gpu(torch_case: Path, with_gpu: None) -> None:
-    """Eager in two precisions and compiled; a CUDA graph is skipped by name."""
+    """Eager in two precisions; a CUDA graph is skipped by name."""
     names = ("torch-cuda-fp32", "torch-cuda-fp16", "torch-graph-cuda-fp32")
-    compiled = ("torch-reduce-overhead-cuda-fp32",) if shutil.which("g++") is not None else ()
-    field = tuple(competitors_on("cpu")[name] for name in (*names, *compiled))
+    field = tuple(competitors_on("cpu")[name] for name in names)
     found = race([torch_case], on_cuda(points=(Point(3, 1),)), competitors=field)
     (point,) = found.cases[0].points
     assert (point.disqualified, point.failed) == ({}, {})
     assert point.skipped == {"torch-graph-cuda-fp32": "a CUDA graph needs a GPU"}
     assert {(row.operation, row.competitor) for row in point.rows} == {
-        (operation, name) for operation in OPERATIONS for name in (*names[:2], *compiled)
+        (operation, name) for operation in OPERATIONS for name in names[:2]
     }
     runners = {runner.name: runner for runner in point.runners}
     exact, half = (max(runners[f"torch-cuda-{name}"].errors.values()) for name in ("fp32", "fp16"))

@@ -16,7 +16,7 @@ from ..errors import BenchmarkError, ReportError
 from .competitors import COMPETITORS, CUDA_COMPETITORS, choose_competitors
 from .course import race
 from .picture import draw_race
-from .report import CUDA_POINTS, OPERATIONS, Point, RaceReport, RaceSettings, merge
+from .report import CUDA_POINTS, DEVICES, OPERATIONS, Point, RaceReport, RaceSettings, merge
 from .text import absent_lines, format_markdown, format_race, skipped_lines
 
 JSON_FILE, MARKDOWN_FILE, PICTURE_FILE = "race.json", "race.md", "race.png"
@@ -127,9 +127,9 @@ def _settings(options: dict[str, Any]) -> RaceSettings:
     lists = {name: items(options[name]) for name in ("operations", "competitors") if options[name] is not None}
     points = {} if options["points"] is None else {"points": tuple(map(Point.parse, items(options["points"])))}
     others = {name: options[name] for name in ("budget", "rounds", "tune", "tune_seconds")}
-    settings = RaceSettings.on(options["device"], **points, **lists, **others)
-    choose_competitors(settings.competitors, settings.device)
-    return settings
+    if options["device"] in DEVICES:
+        choose_competitors(lists.get("competitors", ()), options["device"])
+    return RaceSettings.on(options["device"], **points, **lists, **others)
 
 
 def _check(folder: Path, resume: bool, force: bool) -> RaceReport | None:

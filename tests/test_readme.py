@@ -27,7 +27,7 @@ def test_every_fenced_block_has_a_language_that_this_test_knows() -> None:
 
 
 def test_the_examples_are_as_short_as_promised() -> None:
-    embedding, _, bare = (
+    embedding, _, _, bare = (
         code for _, language, code in blocks() if language == "python" and "export_bundle" not in code
     )
     assert len(embedding.strip().splitlines()) < 15

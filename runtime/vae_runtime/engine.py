@@ -51,7 +51,7 @@ def import_engine() -> Any:
 def ort_value_from_dlpack(capsule: Any) -> Any:
     """An `OrtValue` on the memory of a DLPack capsule, which it takes over."""
     onnxruntime = import_engine()
-    return onnxruntime.OrtValue(onnxruntime.capi._pybind_state.OrtValue.from_dlpack(capsule, False))
+    return onnxruntime.OrtValue(onnxruntime.capi._pybind_state.OrtValue.from_dlpack(capsule))
 
 
 def engine_clash() -> str | None:

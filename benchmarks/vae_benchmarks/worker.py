@@ -152,7 +152,7 @@ def make_parts(vae: Any, operation: str, batch: int) -> dict[str, Callable[[], o
 
     def and_wait(call: Callable[[], object]) -> object:
         result = call()
-        synchronize()
+        synchronize(device.memory[1])
         return result
 
     copy, compute = partial(copy_to_device, inputs, device), partial(run, there)

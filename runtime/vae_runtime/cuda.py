@@ -29,6 +29,9 @@ SHAPE_OPERATORS = {
 # fmt: on
 
 
+_asked_in = [0]  # the process that started the driver, 0 for none; a forked child cannot use what it inherits
+
+
 class Gpu(NamedTuple):
     """One GPU as the driver shows it. compute_capability: such as "9.0"."""
 
@@ -45,6 +48,7 @@ def find_gpus() -> tuple[tuple[Gpu, ...], str | None]:
         driver = _driver()
     except OSError:
         return (), "no NVIDIA driver is installed on this machine (libcuda was not found)"
+    _asked_in[:] = [os.getpid()]
     count = ctypes.c_int()
     if (status := driver.cuInit(0)) != 0 or (status := driver.cuDeviceGetCount(ctypes.byref(count))) != 0:
         return (), f"the NVIDIA driver shows no usable GPU (CUDA error {status})"
@@ -62,10 +66,14 @@ def driver_version() -> str | None:
     return f"{version.value // 1000}.{version.value % 1000 // 10}" if status == 0 else None
 
 
-def synchronize() -> None:
-    """Wait for all work on the GPU of this thread's context."""
-    if (status := _driver().cuCtxSynchronize()) != 0:
-        raise DeviceError(f"the GPU failed in work that was under way (CUDA error {status})")
+def synchronize(index: int) -> None:
+    """Wait for all work on GPU `index`, whichever context is this thread's, or none."""
+    driver, context = _driver(), _primary_context(index)
+    driver.cuCtxPushCurrent_v2(context)
+    status = driver.cuCtxSynchronize()
+    driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+    if status != 0:
+        raise DeviceError(f"GPU {index} failed in work that was under way (CUDA error {status})")
 
 
 def why_not_cuda(index: int = 0) -> str | None:
@@ -79,8 +87,12 @@ def why_not_tensorrt(index: int = 0) -> str | None:
 
 
 def cuda_options(index: int, precision: str) -> dict[str, str]:
-    """What the device's name and the precision decide of the CUDA provider's options."""
-    return {"device_id": str(index), "use_tf32": "1" if precision == "tf32" else "0"}
+    """What the device's name and the precision decide of the CUDA provider's options.
+
+    For fp16 TF32 is on: without it the provider takes cuDNN's tensor cores from convolutions in float16 too, and what
+    is kept in float32 beside them is held to float16's tolerance.
+    """
+    return {"device_id": str(index), "use_tf32": "0" if precision == "fp32" else "1"}
 
 
 def tensorrt_options(index: int, precision: str) -> dict[str, str]:
@@ -98,10 +110,10 @@ def require_tensorrt_precision(precision: str) -> None:
         )
 
 
-# What is taken unless the caller's provider_options say otherwise. An exhaustive search stalls for seconds at each new
-# shape; the heuristic picks from the same algorithms by shape alone.
+# What is taken unless the caller's provider_options say otherwise. An exhaustive search may stall at each new shape;
+# the heuristic picks from the same algorithms by shape alone.
 CUDA_DEFAULTS: Mapping[str, str] = {"cudnn_conv_algo_search": "HEURISTIC"}
-# For a session that takes one shape only: searched once, and replayed as one CUDA graph per call.
+# For a session that takes one shape only: chosen once, with more care, and replayed as one CUDA graph per call.
 CUDA_FIXED_SHAPE: Mapping[str, str] = {"cudnn_conv_algo_search": "EXHAUSTIVE", "enable_cuda_graph": "1"}
 
 
@@ -138,6 +150,10 @@ def _why_not(provider: str, index: int) -> str | None:
     gpus, reason = find_gpus()
     if reason is not None:
         return reason
+    if _asked_in[0] not in (0, os.getpid()):
+        return (
+            "this process was forked after CUDA was started, and cannot use it; start it by itself, or ask here first"
+        )
     if index >= len(gpus):
         return f"there is no GPU {index}; this machine has {len(gpus)}, numbered from 0"
     return None
@@ -153,6 +169,9 @@ def _missing_cuda_libraries() -> str | None:
     with contextlib.redirect_stdout(report):  # where onnxruntime prints what it could not load
         onnxruntime.preload_dlls()
     missing = re.findall(r"Failed to load ([^\s:]+)", report.getvalue())
+    cudnn = "cudnn64_9.dll" if sys.platform == "win32" else "libcudnn.so.9"
+    if not any("cudnn" in name for name in missing) and not _can_load(cudnn):  # which it counts as optional
+        missing.append(cudnn)
     if not missing:
         return None
     return f"{', '.join(missing)} could not be loaded; pip install 'vae-edge[gpu]' brings CUDA and cuDNN"
@@ -162,14 +181,31 @@ def _missing_cuda_libraries() -> str | None:
 def _missing_tensorrt() -> str | None:
     """Load TensorRT's library, from its pip package or the system."""
     name = "nvinfer_10.dll" if sys.platform == "win32" else "libnvinfer.so.10"
-    try:
-        if importlib.util.find_spec("tensorrt_libs") is not None:
+    if importlib.util.find_spec("tensorrt_libs") is not None:
+        with contextlib.suppress(ImportError, OSError):
             importlib.import_module("tensorrt_libs")  # loads its libraries when it is imported
-        else:
-            ctypes.CDLL(name)
-    except (ImportError, OSError):
-        return f"{name} could not be loaded; run: pip install 'tensorrt-cu13<11'"
-    return None
+    return None if _can_load(name) else f"{name} could not be loaded; run: pip install 'tensorrt-cu13<11'"
+
+
+def _can_load(library: str) -> bool:
+    """By its name, which is also how one is found that the process has loaded already."""
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+@functools.cache
+def _primary_context(index: int) -> ctypes.c_void_p:
+    """The context that CUDA's runtime, and so every library here, uses on a GPU."""
+    driver, device, context = _driver(), ctypes.c_int(), ctypes.c_void_p()
+    status = driver.cuDeviceGet(ctypes.byref(device), index) or driver.cuDevicePrimaryCtxRetain(
+        ctypes.byref(context), device
+    )
+    if status != 0:
+        raise DeviceError(f"GPU {index} cannot be used (CUDA error {status})")
+    return context
 
 
 def _driver() -> Any:

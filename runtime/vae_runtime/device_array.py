@@ -20,7 +20,8 @@ _LEGACY_STREAM = 1  # CUDA's default stream, in the protocol's numbering
 
 class DeviceArray:
     """float32, in the memory of a `VAE`'s device. Belongs to the caller; torch and others take it without a copy, as in
-    `torch.from_dlpack(array)`.
+    `torch.from_dlpack(array)`. Who reads it on a stream of its own finishes that work before it lets go of the array:
+    the memory is free for the next call then.
 
     shape: with the batch first. device: onnxruntime's name for the memory and its number, ("cuda", 0) or ("cpu", 0).
     """
@@ -82,5 +83,7 @@ def from_dlpack(array: Any, shape: tuple[int, ...], device: Device, name: str) -
     if value.data_type() != "tensor(float)" or tuple(value.shape()[1:]) != shape or value.shape()[0] < 1:
         raise InputError(f"{name} is a {value.data_type()} of shape {tuple(value.shape())}; {rule}")
     if device.is_gpu:
-        synchronize()  # the producer's work is ordered before the default stream, and onnxruntime runs on another
+        synchronize(
+            device.memory[1]
+        )  # the producer's work is ordered before the default stream, and onnxruntime runs on another
     return DeviceArray(value, device.memory)

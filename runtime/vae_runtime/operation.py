@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .bound import BoundCall, DeviceCall
-from .device_array import DeviceArray, copy_to_device, from_dlpack
+from .device_array import DeviceArray, from_dlpack
+from .errors import InputError
 from .preprocess import Float32, ValueRule
 from .sampling import check_count
 from .session import GraphSession
@@ -43,12 +44,22 @@ class Route:
         self._fixed: dict[int, GraphSession] = {}  # by batch size
 
     def session(self, rows: int) -> GraphSession:
-        """What runs so many rows at once."""
-        return self._fixed.get(rows, self.any_batch)
+        """What runs so many rows at once, in this thread."""
+        fixed = self._fixed.get(rows)
+        return fixed if fixed is not None and fixed.serves_this_thread else self.any_batch
+
+    def is_fixed(self, rows: int) -> bool:
+        """Whether so many rows have a session of their own, be it another thread's."""
+        return rows in self._fixed
 
     def fix(self, rows: int, read: Callable[[str], bytes]) -> None:
         """Make a session for just so many rows, where that is faster. read: a file of the bundle -> its bytes."""
         if self.any_batch.gains_from_fixed_batch and rows not in self._fixed:
+            if len(self._fixed) >= _BOUND_BATCH_SIZES:
+                raise InputError(
+                    f"batch size {rows} would be number {len(self._fixed) + 1} with a session of its own, which takes"
+                    f" memory; at most {_BOUND_BATCH_SIZES} are made"
+                )
             self._fixed[rows] = self.any_batch.for_batch(read(self.any_batch.file), rows)
 
     def describe(self) -> dict[str, Any]:
@@ -111,10 +122,12 @@ class Operation:
 
     def _prepare(self, batch: int) -> None:
         """Have one more call of this batch size ready: this one found none, or was odd."""
-        shape = (batch, *self._shape)
+        shape, route = (batch, *self._shape), self.route(batch)
         free = self._free.get(shape)
+        if route.is_fixed(batch):
+            return
         if not free and batch <= self._chunk and (free is not None or len(self._free) < _BOUND_BATCH_SIZES):
-            call = self.route(batch).session(batch).bind(batch, self._rule)
+            call = route.any_batch.bind(batch, self._rule)
             if call is not None:
                 self._free.setdefault(shape, []).append(call)
 
@@ -144,7 +157,7 @@ class Operation:
         if isinstance(array, np.ndarray):
             checked = self._check(array)
             session = self.route(len(checked)).any_batch
-            return session.run_on_device(copy_to_device(checked, session.device))
+            return session.run_on_device(session.to_device(checked))
         shared = from_dlpack(array, self._shape, self.routes[0].any_batch.device, name)
         return self.route(len(shared)).any_batch.run_on_device(shared)
 
@@ -157,7 +170,7 @@ class Operation:
         encode, decode = route.any_batch, decoder.route(len(checked)).any_batch
         parts = []
         for start in range(0, len(checked), size):
-            mean, *_ = encode.run_on_device(copy_to_device(checked[start : start + size], encode.device))
+            mean, *_ = encode.run_on_device(encode.to_device(checked[start : start + size]))
             parts.append(decode.run_on_device(mean)[0].numpy())
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, cast
 
@@ -15,10 +16,10 @@ import numpy as np
 
 from .bound import BoundCall, DeviceCall
 from .cuda import CUDA, real_work_on_cpu
-from .device_array import DeviceArray
+from .device_array import DeviceArray, copy_to_device
 from .devices import CPU, Device
 from .engine import first_line, import_engine
-from .errors import BundleError, ClosedError, DeviceError, InputError, OutOfMemoryError
+from .errors import BundleError, ClosedError, DeviceError, InputError, OutOfMemoryError, VAEError
 from .graph_rules import check_graph
 from .plugins import OPENVINO
 from .preprocess import Float32, ValueRule
@@ -29,7 +30,8 @@ _RECORD_NODES = "session.record_ep_graph_assignment_info"
 # How engines and drivers say it; there is no status of its own for it.
 # fmt: off
 _NO_MEMORY = (
-    "failed to allocate memory", "out of memory", "bad_alloc", "bad allocation", "alloc_failed", "cuda failure 2",
+    "failed to allocate memory", "smaller than requested bytes", "out of memory", "bad_alloc", "bad allocation",
+    "alloc_failed", "allocation_failed", "cuda failure 2:",
 )
 # fmt: on
 
@@ -65,9 +67,11 @@ class GraphSession:
         self._process = os.getpid()
         self._session = _open(model, file, device, threads, spinning, batch, bundle)
         self.inherited = False  # through a fork
-        # A CUDA graph reads and writes the addresses that it was captured with, whatever a later run is given.
+        # A CUDA graph reads and writes the addresses that it was captured with, whatever a later run is given; and
+        # onnxruntime keeps one per thread, so that another thread's first call would capture anew.
         self._only_call: DeviceCall | None = None
-        self._turn = threading.Lock()
+        self._own = threading.local()
+        self._own.thread = True
         _sessions.add(self)
 
     def require_boundary(
@@ -93,7 +97,12 @@ class GraphSession:
         largest = max(math.prod(shape) for shape in (input_shape, *outputs.values()))
         self._largest_bound = _BOUND_VALUES // largest
         if self.batch is not None and self.device.is_gpu:
-            self._only_call = DeviceCall(self, self._shapes(self.batch))
+            with self._naming_errors(self.batch):
+                self._only_call = DeviceCall(self, self._shapes(self.batch))
+
+    @property
+    def serves_this_thread(self) -> bool:
+        return self._only_call is None or getattr(self._own, "thread", False)
 
     @property
     def gains_from_fixed_batch(self) -> bool:
@@ -105,8 +114,8 @@ class GraphSession:
         """A session of the same graph, whose file's bytes are `model`, in all as this one, but for one batch size."""
         try:
             return self._for_batch(model, batch, self.device)
-        except DeviceError:
-            if self.device.provider != CUDA:
+        except DeviceError as error:
+            if self.device.provider != CUDA or isinstance(error, OutOfMemoryError):
                 raise
             # A graph with arithmetic on shapes on the CPU cannot be captured.
             return self._for_batch(model, batch, self.device.without_launch_graph())
@@ -122,7 +131,8 @@ class GraphSession:
     def bind(self, batch: int, rule: ValueRule) -> BoundCall | DeviceCall | None:
         """Calls of so many rows at the least cost; None where there is nothing to gain."""
         if self.device.is_gpu:
-            return DeviceCall(self, self._shapes(batch), rule) if self._only_call is None else None
+            with contextlib.suppress(Exception):  # no memory left for more buffers: calls do without
+                return DeviceCall(self, self._shapes(batch), rule) if self._only_call is None else None
         # On other providers binding an input copies it to the device; what is written to the array later is never seen.
         if self.device.provider == CPU and batch <= self._largest_bound:
             return BoundCall(self, self._shapes(batch), rule)
@@ -148,13 +158,10 @@ class GraphSession:
             ClosedError: this process was forked after the session was made.
         """
         self._require_own_process()
-        try:
+        with self._naming_errors(len(array)):
             if self._only_call is not None:
-                with self._turn:
-                    return self._only_call.run(array)
+                return self._only_call.run(array)
             results = cast("list[Float32]", self._session.run(self._outputs, {self._input: array}))
-        except Exception as error:
-            raise self._run_error(error, len(array)) from error
         # onnxruntime does not hold a graph to the shapes that it declares.
         for name, result, shape in zip(self._outputs, results, self._output_shapes, strict=True):
             if result.shape != (len(array), *shape):
@@ -171,21 +178,35 @@ class GraphSession:
             As `run`.
         """
         self._require_own_process()
-        binding = self.io_binding()
-        binding.bind_ortvalue_input(self._input, array._value)
-        for name in self._outputs:
-            binding.bind_output(name, *self.device.memory)
-        try:
+        with self._naming_errors(len(array)):
+            binding = self.io_binding()
+            binding.bind_ortvalue_input(self._input, array._value)
+            for name in self._outputs:
+                binding.bind_output(name, *self.device.memory)
             self.bound_run(binding)()
-        except Exception as error:
-            raise self._run_error(error, len(array)) from error
-        return [DeviceArray(value, self.device.memory) for value in binding.get_outputs()]
+            return [DeviceArray(value, self.device.memory) for value in binding.get_outputs()]
+
+    def to_device(self, array: Float32) -> DeviceArray:
+        """A copy in the device's memory. Raises as `run`."""
+        self._require_own_process()
+        with self._naming_errors(len(array)):
+            return copy_to_device(array, self.device)
 
     def _require_own_process(self) -> None:
         if os.getpid() != self._process:
             raise ClosedError(
                 f"{self.file} was loaded in process {self._process}, before this process was forked; load it again here"
             )
+
+    @contextlib.contextmanager
+    def _naming_errors(self, rows: int) -> Iterator[None]:
+        """The engine's errors as ours, with the file, the device and the batch size."""
+        try:
+            yield
+        except VAEError:
+            raise
+        except Exception as error:
+            raise self._run_error(error, rows) from error
 
     def _run_error(self, error: Exception, rows: int) -> DeviceError:
         if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _NO_MEMORY):

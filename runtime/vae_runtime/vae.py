@@ -212,7 +212,8 @@ class VAE:
     def warmup(self, batch_sizes: Sequence[int] = (1,)) -> None:
         """Do now what the first call with so many examples would do, and on OpenVINO also what makes every such call
         faster: compile the graphs for just that batch size. Each costs memory and time there; results stay the same up
-        to rounding.
+        to rounding. On CUDA each becomes a graph of launches, which belongs to the thread that calls this, before other
+        threads use the GPU; calls in other threads run without it.
 
         batch_sizes: numbers of examples that `encode` and `decode` will be given in one call.
 

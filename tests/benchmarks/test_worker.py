@@ -89,7 +89,7 @@ def test_an_autoencoder_brings_only_its_code_back(autoencoder: Path) -> None:
 def test_every_part_on_a_gpu_waits_for_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of a GPU, taken on the CPU."""
     waited: list[None] = []
-    monkeypatch.setattr("vae_runtime.cuda.synchronize", lambda: waited.append(None))
+    monkeypatch.setattr("vae_runtime.cuda.synchronize", lambda index: waited.append(None))
     with VAE.load(tiny, threads=1) as vae:
         device = worker.target(vae, "encode", 2)
         stand_in = types.SimpleNamespace(is_gpu=True, memory=device.memory)

@@ -13,10 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vae_runtime import VAE, DeviceError, InputError
+from vae_runtime import VAE, DeviceError, InputError, OutOfMemoryError
 from vae_runtime import cuda as module
 from vae_runtime.bound import DeviceCall
-from vae_runtime.cuda import CUDA, TENSORRT, Gpu, driver_version, find_gpus, real_work_on_cpu, why_not_cuda
+from vae_runtime.cuda import (
+    CUDA,
+    TENSORRT,
+    Gpu,
+    driver_version,
+    find_gpus,
+    real_work_on_cpu,
+    synchronize,
+    why_not_cuda,
+)
 from vae_runtime.devices import CPU, Device, find_device, usable_devices
 from vae_runtime.preprocess import UNIT_INTERVAL
 from vae_runtime.session import GraphSession
@@ -30,6 +39,8 @@ class Driver:
 
     def __init__(self, gpus: int, status: int = 0) -> None:
         self.gpus, self.status = gpus, status
+        self.stack: list[int | None] = []
+        self.waited: list[int | None] = []
 
     def cuInit(self, flags: int) -> int:
         return self.status
@@ -54,6 +65,22 @@ class Driver:
         memory._obj.value = 80 * 2**30
         return 0
 
+    def cuDevicePrimaryCtxRetain(self, context: Any, device: ctypes.c_int) -> int:
+        context._obj.value = 1000 + device.value
+        return 0
+
+    def cuCtxPushCurrent_v2(self, context: ctypes.c_void_p) -> int:
+        self.stack.append(context.value)
+        return 0
+
+    def cuCtxSynchronize(self) -> int:
+        self.waited.append(self.stack[-1] if self.stack else None)
+        return 700 if self.status == 700 else 0
+
+    def cuCtxPopCurrent_v2(self, context: Any) -> int:
+        self.stack.pop()
+        return 0
+
     def cuDeviceGetAttribute(self, value: Any, attribute: int, device: ctypes.c_int) -> int:
         value._obj.value = {75: 9, 76: 0}[attribute]
         return 0
@@ -75,7 +102,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
         for function in cached:
             function.cache_clear()
 
-    cached = (find_gpus, module._missing_cuda_libraries, module._missing_tensorrt)
+    cached = (find_gpus, module._missing_cuda_libraries, module._missing_tensorrt, module._primary_context)
     yield become
     for function in cached:
         function.cache_clear()
@@ -122,13 +149,58 @@ def test_missing_libraries_are_named(machine: Any, capsys: Any) -> None:
     assert capsys.readouterr().out == ""
 
 
+def test_waiting_is_for_the_gpu_that_is_named(machine: Any) -> None:
+    """Whatever this thread has current: nothing at all, or another GPU's context."""
+    driver = Driver(2)
+    machine(driver)
+    synchronize(1)
+    driver.stack.append(1000)
+    synchronize(1)
+    synchronize(0)
+    assert (driver.waited, driver.stack) == ([1001, 1001, 1000], [1000])
+    driver.status = 700
+    with pytest.raises(DeviceError, match=r"GPU 1 failed in work that was under way \(CUDA error 700\)"):
+        synchronize(1)
+
+
+def test_cudnn_that_is_missing_is_named_though_onnxruntime_calls_it_optional(
+    machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(Driver(1))
+    module.import_engine().preload_dlls = lambda: None
+    monkeypatch.setattr(module, "_can_load", lambda library: library != "libcudnn.so.9")
+    assert str(why_not_cuda()).startswith("libcudnn.so.9 could not be loaded; pip install 'vae-edge[gpu]'")
+
+
+def test_processes_forked_after_the_driver_was_started_are_told(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(Driver(1))
+    assert why_not_cuda() is None
+    monkeypatch.setattr(module, "_asked_in", [os.getpid() + 1])
+    assert "this process was forked after CUDA was started" in str(why_not_cuda())
+
+
+@pytest.mark.parametrize(
+    ("words", "is_memory"),
+    [
+        ("BFCArena::AllocateRawInternal Available memory of 10 is smaller than requested bytes of 20", True),
+        ("CUDA failure 2: out of memory ; GPU=0", True),
+        ("CUDNN failure 4002: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", True),
+        ("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED", True),
+        ("CUDA failure 209: no kernel image is available for execution on the device", False),
+    ],
+)
+def test_errors_of_memory_are_told_from_others(tiny: VAE, words: str, is_memory: bool) -> None:
+    session = tiny._open_operations()[0].routes[0].any_batch
+    assert isinstance(session._run_error(RuntimeError(words), 8), OutOfMemoryError) == is_memory
+
+
 def test_options_of_a_session_are_those_of_the_precision(machine: Any) -> None:
     machine(Driver(2))
     plain, tf32 = find_device("cuda:1"), find_device("cuda", "tf32")
     assert plain.session_options(None, False, "") == {
         "device_id": "1", "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC",
     }  # fmt: skip
-    assert tf32.options["use_tf32"] == "1"
+    assert tf32.options["use_tf32"] == find_device("cuda", "fp16").options["use_tf32"] == "1"
     fixed = plain.session_options(None, True, "")
     assert (fixed["cudnn_conv_algo_search"], fixed["enable_cuda_graph"]) == ("EXHAUSTIVE", "1")
     given = find_device("cuda", options={"cudnn_conv_algo_search": "DEFAULT", "gpu_mem_limit": "1000000"})
@@ -285,6 +357,38 @@ def test_sessions_for_one_batch_size_serve_many_threads(
             found = pool.map(lambda x: with_fixed_sessions.encode(x).mean, parts)
             for mean, wanted in zip(found, expected, strict=True):
                 np.testing.assert_allclose(mean, wanted, atol=1e-6)
+
+
+def test_a_graph_of_launches_belongs_to_the_thread_that_made_it(with_fixed_sessions: VAE, images: np.ndarray) -> None:
+    route = with_fixed_sessions._open_operations()[0].routes[0]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(route.session, 3).result() is route.any_batch
+        pool.submit(with_fixed_sessions.encode, images[:3]).result()
+    assert route.session(3) is not route.any_batch
+    assert with_fixed_sessions._open_operations()[0]._free == {}  # nothing that this thread would take in its place
+
+
+def test_sessions_of_their_own_are_bounded(with_fixed_sessions: VAE) -> None:
+    with pytest.raises(InputError, match=r"batch size \d+ would be number 9 with a session of its own"):
+        with_fixed_sessions.warmup(range(10, 20))
+    assert len(with_fixed_sessions.plan["encode"][0]["fixed_batches"]) == 8
+
+
+def test_memory_that_lacks_for_more_buffers_costs_no_result(
+    tiny_path: Path, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise RuntimeError("CUDA failure 2: out of memory")
+
+    with VAE.load(tiny_path) as vae:
+        expected = vae.encode(images[:3]).mean
+        monkeypatch.setattr(Device, "is_gpu", True)
+        monkeypatch.setattr("vae_runtime.session.DeviceCall", fail)
+        vae._open_operations()[0]._free.clear()
+        np.testing.assert_array_equal(vae.encode(images[:3]).mean, expected)
+        monkeypatch.setattr("vae_runtime.session.copy_to_device", fail)
+        with pytest.raises(OutOfMemoryError, match=r"has not enough memory for encoder\.onnx at batch size 3; pass"):
+            vae.encode_to_device(images[:3])
 
 
 def test_graph_that_cannot_be_captured_runs_without(

@@ -30,8 +30,8 @@ class Half(NamedTuple):
 
 
 def open_entrant(case: Case, batch: int, threads: int, device: str, precision: str) -> Entrant:
-    """One session per half on the CUDA provider, strictly there: all graph optimisations, onnxruntime's exhaustive
-    search for convolutions, TF32 off for "fp32" and on for "tf32".
+    """One session per half on the CUDA provider, strictly there: all graph optimisations, its option "EXHAUSTIVE" for
+    convolutions, TF32 off for "fp32" and on for "tf32".
 
     From host memory, `session.run`, an IO binding of fixed memory on the device, and the same in a CUDA graph are
     tried; on the device, an IO binding with new outputs in each call, and the CUDA graph between copies to and from its
@@ -159,7 +159,7 @@ class Bound:
         self._x = make.ortvalue_from_numpy(example.copy(), device, 0)
         self._outputs = [make.ortvalue_from_shape_and_type(shape, np.float32, device, 0) for shape in shapes]
         self._new = lambda: [make.ortvalue_from_shape_and_type(shape, np.float32, device, 0) for shape in shapes]
-        self._engine, self._wait = onnxruntime, synchronize if device == "cuda" else lambda: None
+        self._engine, self._wait = onnxruntime, (lambda: synchronize(0)) if device == "cuda" else (lambda: None)
         self._session, self._binding = session, session.io_binding()
         self._binding.bind_ortvalue_input(session.get_inputs()[0].name, self._x)
         for output, value in zip(session.get_outputs(), self._outputs, strict=True):

@@ -151,9 +151,7 @@ def _why_not(provider: str, index: int) -> str | None:
     if reason is not None:
         return reason
     if _asked_in[0] not in (0, os.getpid()):
-        return (
-            "this process was forked after CUDA was started, and cannot use it; start it by itself, or ask here first"
-        )
+        return "this process was forked after CUDA was started, and cannot use it; a freshly started one can"
     if index >= len(gpus):
         return f"there is no GPU {index}; this machine has {len(gpus)}, numbered from 0"
     return None

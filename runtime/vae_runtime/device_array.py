@@ -83,7 +83,6 @@ def from_dlpack(array: Any, shape: tuple[int, ...], device: Device, name: str) -
     if value.data_type() != "tensor(float)" or tuple(value.shape()[1:]) != shape or value.shape()[0] < 1:
         raise InputError(f"{name} is a {value.data_type()} of shape {tuple(value.shape())}; {rule}")
     if device.is_gpu:
-        synchronize(
-            device.memory[1]
-        )  # the producer's work is ordered before the default stream, and onnxruntime runs on another
+        # The producer's work is ordered before the default stream, and onnxruntime runs on another one.
+        synchronize(device.memory[1])
     return DeviceArray(value, device.memory)

@@ -1,9 +1,13 @@
 """What holds for every test, and OpenVINO as a second real provider."""
 
+import contextlib
 import ctypes
 import importlib.util
 import platform
 import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -39,3 +43,29 @@ def present_the_processor_as_intel() -> None:
     if plugins._register_openvino.cache_info().currsize:  # an earlier test registered the plug-in, which saw no device
         import_engine().unregister_execution_provider_library(plugins.OPENVINO)
         plugins._register_openvino.cache_clear()
+
+
+@pytest.fixture
+def terminate() -> Iterator[Callable[..., str]]:
+    """Send a command SIGTERM once so many processes run below it: it has to end soon, and they with it.
+
+    -> what is left of its stderr.
+    """
+    psutil = pytest.importorskip("psutil")
+    started: list[Any] = []
+
+    def end(process: subprocess.Popen[str], least: int = 1) -> str:
+        started.append(psutil.Process(process.pid))
+        while len(below := started[0].children(recursive=True)) < least:
+            assert process.poll() is None
+        started.extend(below)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=20)
+        _, alive = psutil.wait_procs(below, timeout=5)
+        assert alive == []
+        return stderr or ""
+
+    yield end
+    for one in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,21 +20,26 @@ def to_host(value: Any) -> Float32:
     return array if array.flags.owndata else array.copy()
 
 
+def _bind(session: GraphSession, values: dict[str, Any]) -> tuple[Any, Callable[[], None]]:
+    """Values for the input, then the outputs, bound by name -> what has to stay alive, and what runs the graph."""
+    binding = session.io_binding()
+    (name, value), *outputs = values.items()
+    binding.bind_ortvalue_input(name, value)
+    for name, value in outputs:
+        binding.bind_ortvalue_output(name, value)
+    return binding, session.bound_run(binding)
+
+
 class BoundCall:
     """On the CPU. For one thread at a time. shapes: of the input, then of the outputs, by name."""
 
     def __init__(self, session: GraphSession, shapes: dict[str, tuple[int, ...]], rule: ValueRule) -> None:
         value = import_engine().OrtValue.ortvalue_from_numpy  # shares the array's memory
         arrays: dict[str, Float32] = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
-        (name, self._input), *outputs = arrays.items()
-        self._outputs = [output for _, output in outputs]
+        self._input, *self._outputs = arrays.values()
         self._checked, self._holds = rule.view(self._input), rule.holds
-        binding = session.io_binding()
-        binding.bind_ortvalue_input(name, value(self._input))
-        for name, output in outputs:
-            binding.bind_ortvalue_output(name, value(output))
-        self._run = session.bound_run(binding)
-        self._session, self._binding = session, binding
+        self._session = session
+        self._binding, self._run = _bind(session, {name: value(array) for name, array in arrays.items()})
 
     def __call__(self, array: Float32) -> list[Float32] | None:
         """The outputs for an array of the input's shape, which belong to the caller.
@@ -60,15 +66,9 @@ class DeviceCall:
         kind, index = session.device.memory
         make = import_engine().OrtValue.ortvalue_from_shape_and_type
         values = {name: make(shape, np.float32, kind, index) for name, shape in shapes.items()}
-        (name, self._input), *outputs = values.items()
-        self._outputs = [output for _, output in outputs]
-        self._rule = rule
-        binding = session.io_binding()
-        binding.bind_ortvalue_input(name, self._input)
-        for name, output in outputs:
-            binding.bind_ortvalue_output(name, output)
-        self._run = session.bound_run(binding)
-        self._session, self._binding = session, binding
+        self._input, *self._outputs = values.values()
+        self._session, self._rule = session, rule
+        self._binding, self._run = _bind(session, values)
 
     def __call__(self, array: Float32) -> list[Float32] | None:
         """As `BoundCall`."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -116,8 +114,7 @@ def test_bad_input_is_answered_in_one_sentence(tiny: Path, arguments: tuple[str,
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-def test_sigterm_leaves_no_process_and_no_folder(tiny: Path, tmp_path: Path) -> None:
-    psutil = pytest.importorskip("psutil")
+def test_sigterm_leaves_no_process_and_no_folder(tiny: Path, tmp_path: Path, terminate: Callable[..., str]) -> None:
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     (tmp_path / "mlperf_loadgen.py").write_text("import time; time.sleep(1000)")
@@ -126,20 +123,10 @@ def test_sigterm_leaves_no_process_and_no_folder(tiny: Path, tmp_path: Path) -> 
         [sys.executable, "-m", "vae_benchmarks.cli", "loadgen", str(tiny), "--scenario", "offline"],
         env={**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": path},
     )
-    children: list[Any] = []
-    try:
-        while not (children := psutil.Process(process.pid).children(recursive=True)):
-            assert process.poll() is None
-        assert len(list(temporary.iterdir())) == 1
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=20) == 143
-        _, alive = psutil.wait_procs(children, timeout=2)
-        assert alive == []
-    finally:
-        process.kill()
-        for one in children:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
+    while not list(temporary.iterdir()):
+        assert process.poll() is None
+    terminate(process)
+    assert process.returncode == 143
     assert list(temporary.iterdir()) == []
 
 

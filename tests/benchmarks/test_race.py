@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -12,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -677,9 +677,10 @@ def test_ctrl_c_leaves_no_process(tiny: Path, tmp_path: Path, stage: str) -> Non
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 @pytest.mark.parametrize("stage", ["opening", "round 1 of", "vae-run tune"])
-def test_sigterm_leaves_no_process_and_no_folder(tiny: Path, case_folder: Path, tmp_path: Path, stage: str) -> None:
+def test_sigterm_leaves_no_process_and_no_folder(
+    tiny: Path, case_folder: Path, tmp_path: Path, stage: str, terminate: Callable[..., str]
+) -> None:
     """Also where a competitor has started something itself, as torch.compile starts a C++ compiler."""
-    psutil = pytest.importorskip("psutil")
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     folder = tmp_path / "modules"
@@ -700,22 +701,11 @@ def test_sigterm_leaves_no_process_and_no_folder(tiny: Path, case_folder: Path, 
         text=True,
         env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), "TMPDIR": str(temporary), "PYTHONPATH": path},
     )
-    children: list[Any] = []
-    try:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if stage in line:
-                break
-        children = _wait_for_children(psutil.Process(process.pid), 2)
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=20)
-        _, alive = psutil.wait_procs(children, timeout=2)
-        assert alive == []
-    finally:
-        process.kill()
-        for one in children:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
+    assert process.stderr is not None
+    for line in process.stderr:
+        if stage in line:
+            break
+    terminate(process, 2)
     assert process.returncode == 143
     assert list(temporary.iterdir()) == []
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,30 +29,16 @@ def default() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-def test_sigterm_leaves_no_process_of_tune(tiny_path: Path, tmp_path: Path) -> None:
-    psutil = pytest.importorskip("psutil")
+def test_sigterm_leaves_no_process_of_tune(tiny_path: Path, tmp_path: Path, terminate: Callable[..., str]) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", MAIN, "tune", str(tiny_path), "--device", "cpu", "--seconds", "1000"],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
     )
-    children: list[Any] = []
-    try:
-        assert process.stderr is not None
-        assert process.stderr.readline().startswith("round 1 of ")
-        while not (children := psutil.Process(process.pid).children(recursive=True)):
-            assert process.poll() is None
-        process.send_signal(signal.SIGTERM)
-        _, stderr = process.communicate(timeout=20)
-        _, alive = psutil.wait_procs(children, timeout=5)
-        assert alive == []
-    finally:
-        process.kill()
-        for one in children:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
-    assert (process.returncode, stderr) == (143, "")
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("round 1 of ")
+    assert (terminate(process), process.returncode) == ("", 143)
 
 
 def test_sigterm_runs_what_cleans_up_once(default: None) -> None:

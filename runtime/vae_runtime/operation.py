@@ -103,13 +103,13 @@ class Operation:
     def __call__(self, array: Any, batch_size: int | None = None) -> list[Float32]:
         """-> the graph's outputs, which belong to the caller."""
         # No subclass: masks and the like are for the check.
-        if batch_size is None and type(array) is _ARRAY and array.dtype is _FLOAT32 and array.shape in self._free:
-            free = self._free[array.shape]
+        if batch_size is None and type(array) is _ARRAY and array.dtype is _FLOAT32:
+            free = self._free.get(array.shape)
             try:
-                call = free.pop()  # atomic: what is popped no other thread has
-            except IndexError:
-                pass
-            else:
+                call = free.pop() if free else None  # what is popped no other thread has
+            except IndexError:  # another thread took the last one in between
+                call = None
+            if call is not None and free is not None:
                 results = call(array)
                 free.append(call)
                 if results is not None:
@@ -136,6 +136,8 @@ class Operation:
         route = self.route(examples)
         for rows in {min(examples, self._chunk), examples % self._chunk if examples > self._chunk else 0} - {0}:
             route.fix(rows, read)
+            if route.is_fixed(rows):
+                self._free.pop((rows, *self._shape), None)  # calls that would be taken in its place
             zeros = np.zeros((rows, *self._shape), np.float32)
             if rows == examples:
                 self(zeros)

@@ -368,6 +368,14 @@ def test_a_graph_of_launches_belongs_to_the_thread_that_made_it(with_fixed_sessi
     assert with_fixed_sessions._open_operations()[0]._free == {}  # nothing that this thread would take in its place
 
 
+def test_calls_from_before_do_not_take_its_place(with_fixed_sessions: VAE, images: np.ndarray) -> None:
+    operation = with_fixed_sessions._open_operations()[0]
+    with_fixed_sessions.encode(images[:4])
+    assert [shape[0] for shape in operation._free] == [4]
+    with_fixed_sessions.warmup([4])
+    assert operation._free == {}
+
+
 def test_sessions_of_their_own_are_bounded(with_fixed_sessions: VAE) -> None:
     with pytest.raises(InputError, match=r"batch size \d+ would be number 9 with a session of its own"):
         with_fixed_sessions.warmup(range(10, 20))

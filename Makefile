@@ -20,7 +20,7 @@ demo: .venv/installed .venv-edge/installed
 
 # Two processes with one thread each: as fast as one with two, and steadier.
 test: .venv/installed
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed
 	.venv/bin/ruff check .

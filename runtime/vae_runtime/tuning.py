@@ -89,15 +89,15 @@ def usable_cores() -> int:
 
 def tuning_file(bundle: str) -> Path:
     """Where the measurements for the bundle with this manifest digest lie, or would lie."""
-    key = json.dumps({"bundle": bundle, **machine_key()}, sort_keys=True)
-    return cache_folder() / "tuning" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    return _file_of(_header(bundle))
 
 
 def read_tuning(bundle: str) -> list[Measured]:
     """The measurements for a bundle on this machine; empty where there are none, or none that can be read."""
     try:
-        data = json.loads(tuning_file(bundle).read_text())
-        if _header(bundle).items() <= data.items():
+        header = _header(bundle)
+        data = json.loads(_file_of(header).read_text())
+        if header.items() <= data.items():
             return [Measured.from_dict(entry) for entry in data["measured"]]
     except (OutputError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass  # a damaged cache is no cache
@@ -112,11 +112,17 @@ def write_tuning(bundle: str, measured: Sequence[Measured]) -> Path:
     """
     from .atomic import atomic_file  # late: running a bundle writes nothing
 
-    path = make_cache_folder("tuning") / tuning_file(bundle).name
-    document = {**_header(bundle), "measured": [entry.to_dict() for entry in measured]}
+    header = _header(bundle)
+    path = make_cache_folder("tuning") / _file_of(header).name
+    document = {**header, "measured": [entry.to_dict() for entry in measured]}
     with atomic_file(path) as stream:
         stream.write((json.dumps(document, indent=2, sort_keys=True) + "\n").encode())
     return path
+
+
+def _file_of(header: Mapping[str, Any]) -> Path:
+    key = json.dumps({"bundle": header["bundle"], **header["machine"]}, sort_keys=True)
+    return cache_folder() / "tuning" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
 def _header(bundle: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -133,6 +133,21 @@ def judge(entrant: Entrant, reference: dict[str, Float32]) -> Verdict:
     worst = max(wrong, key=lambda name: wrong[name], default=None)
     fault = None if worst is None else _fault_of_value(worst, wrong[worst], measure, tolerance, entrant.precision)
     return Verdict(measure, tolerance, errors, fault)
+
+
+def within_tolerance(
+    reference: dict[str, Float32], names: list[str], precision: str
+) -> Callable[[Sequence[Float32]], bool]:
+    """Tells whether the outputs of these names are as near to the reference as the race asks for."""
+    measure, tolerance = TOLERANCES[precision]
+
+    def is_right(found: Sequence[Float32]) -> bool:
+        return all(
+            error_of(array, reference[name], measure, name == RECONSTRUCTION) <= tolerance
+            for name, array in zip(names, found, strict=True)
+        )
+
+    return is_right
 
 
 def error_of(found: Float32, reference: Float32, measure: str, is_data: bool) -> float:

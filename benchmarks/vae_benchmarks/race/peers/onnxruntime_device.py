@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from vae_runtime.preprocess import Float32
 
 from ...worker import tile
 from ..case import Case
-from ..entrant import TOLERANCES, CannotRunError, Entrant, Resident, error_of
+from ..entrant import CannotRunError, Entrant, Resident, within_tolerance
 from .choice import Call, fastest
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -49,7 +49,7 @@ def open_entrant(case: Case, batch: int, threads: int, device: str, precision: s
     encoder, decoder = (
         _open_half(
             onnxruntime, case.graph(half), reference[given], threads, device, precision,
-            [reference[name] for name in names], half == "decoder",
+            [reference[name].shape for name in names], within_tolerance(reference, names, precision),
         )
         for half, given, names in (("encoder", "x", latents), ("decoder", MEAN, [RECONSTRUCTION]))
     )  # fmt: skip
@@ -75,20 +75,13 @@ def _open_half(
     threads: int,
     device: str,
     precision: str,
-    expected: list[Float32],
-    is_data: bool,
+    shapes: list[tuple[int, ...]],
+    is_right: Callable[[Sequence[Float32]], bool],
 ) -> Half:
-    measure, tolerance = TOLERANCES[precision]
-
-    def is_right(found: list[Float32]) -> bool:
-        pairs = zip(found, expected, strict=True)
-        return all(error_of(array, wanted, measure, is_data) <= tolerance for array, wanted in pairs)
-
     def open_session(captures: bool) -> Any:
         return _open_session(onnxruntime, graph, threads, device, precision, len(example) if captures else None)
 
     plain = open_session(False)
-    shapes = [one.shape for one in expected]
     captured = functools.cache(lambda: Bound(onnxruntime, open_session(True), example, shapes, device))
     host: dict[str, Callable[[], Call]] = {
         "session.run": lambda: _run(plain),
@@ -102,7 +95,7 @@ def _open_half(
         resident["CUDA graph"] = lambda: captured().on_device
     host_word, from_host = fastest(host, example, is_right)
     value = onnxruntime.OrtValue.ortvalue_from_numpy(example.copy(), device, 0)
-    word, on_device = fastest(resident, value, lambda outputs: is_right(list(_to_arrays(outputs))))
+    word, on_device = fastest(resident, value, lambda outputs: is_right(_to_arrays(outputs)))
     return Half(from_host, on_device, f"{word} on the device; {host_word} from the host")
 
 

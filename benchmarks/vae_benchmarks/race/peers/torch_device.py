@@ -5,15 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
 from typing import Any
 
 from vae_runtime.manifest import LOGVAR, MEAN, RECONSTRUCTION
-from vae_runtime.preprocess import Float32
 
 from ...worker import tile
 from ..case import Case
-from ..entrant import TOLERANCES, CannotRunError, Entrant, Resident, error_of
+from ..entrant import CannotRunError, Entrant, Resident, within_tolerance
 from .torch_modules import load_modules
 
 MODES = {"compile": None, "reduce-overhead": "reduce-overhead"}  # of torch.compile
@@ -55,7 +53,7 @@ def open_entrant(case: Case, batch: int, threads: int, device: str, precision: s
     modules = load_modules(case.torch, case.facts.name)
     encoder, decoder = (
         torch_halves.open_half(
-            module, reference[given], device, precision, variant, _check(reference, names, precision)
+            module, reference[given], device, precision, variant, within_tolerance(reference, names, precision)
         )
         for module, given, names in zip(modules, ("x", MEAN), (latents, [RECONSTRUCTION]), strict=True)
     )
@@ -93,16 +91,3 @@ def _why_not(torch: Any, device: str, variant: str) -> str | None:
     if not any(map(shutil.which, (os.environ.get(asked, names[0]), *names))):
         return f"torch.compile needs a {language} compiler, and there is none"
     return None
-
-
-def _check(reference: dict[str, Float32], names: list[str], precision: str) -> Callable[[tuple[Float32, ...]], bool]:
-    """Whether outputs are as near to the reference as the race asks for."""
-    measure, tolerance = TOLERANCES[precision]
-
-    def is_right(found: tuple[Float32, ...]) -> bool:
-        return all(
-            error_of(array, reference[name], measure, name == RECONSTRUCTION) <= tolerance
-            for name, array in zip(names, found, strict=True)
-        )
-
-    return is_right

@@ -1,0 +1,82 @@
+"""A model from elsewhere, as the export takes it, and what its user says about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from vae_runtime.preprocess import Float32
+
+INPUT_RANGES = ("unit", "signed")
+
+
+class Halves(Protocol):
+    """Runs both halves where they come from, and makes their ONNX graphs. Everything is in the bundle's units.
+
+    kind: "vae" or "autoencoder". against: what computes the reference, for the manifest: "pytorch", "onnxruntime", ...
+    """
+
+    kind: str
+    against: str
+
+    def encode(self, x: Float32) -> dict[str, Float32]:
+        """x (N, *input_shape) -> {"mean", "logvar"}, each (N, *latent_shape); of an autoencoder {"mean"}, its code."""
+        ...
+
+    def decode(self, z: Float32) -> Float32:
+        """z (N, *latent_shape) -> reconstruction (N, *input_shape), for images in [0, 1]."""
+        ...
+
+    def to_onnx(self, x: Float32, z: Float32, free: bool) -> tuple[bytes, bytes]:
+        """The encoder's and the decoder's ONNX file under the contract of a bundle.
+
+        x, z: batches of two or more rows, which show shapes. free: height and width are dynamic, not those of `x`.
+
+        Raises:
+            ExportError: it cannot be exported, or the result breaks the contract.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A model that another library or program made, as the two halves of a bundle.
+
+    name: of the bundle, unless the user gives one.
+    input_shape: (C, H, W), H and W None where the network takes any multiples of `multiple_of`; or (D,).
+    default_size: (H, W) of golden inputs where there are no examples; None where the shape is fixed.
+    likelihood: as the manifest has it, where the source tells it.
+    origin: where it is from, for the manifest: {"library": "diffusers", "version": "...", "class": "..."}; no paths.
+    refused: by precision, why it must not be made of this model.
+    """
+
+    halves: Halves
+    name: str
+    input_shape: tuple[int | None, ...]
+    multiple_of: int = 1
+    default_size: tuple[int, int] | None = None
+    likelihood: Mapping[str, Any] | None = None
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """What the user says about a source that does not say it itself; None: nothing was said.
+
+    weights: a file of weights for a factory. trust_pickle: unpickle networks, which runs whatever code is in them.
+    kind: "vae" or "autoencoder".
+    input_shape: (C, H, W) or (D,); H and W None: free. multiple_of: what they are multiples of, where free.
+    input_range: of the images that the model itself takes and gives: "unit", [0, 1], or "signed", [-1, 1].
+    latent_scale, latent_shift: the bundle's latents are (z - shift) · scale of the model's z.
+    """
+
+    weights: str | None = None
+    trust_pickle: bool = False
+    kind: str | None = None
+    input_shape: tuple[int | None, ...] | None = None
+    multiple_of: int | None = None
+    input_range: str | None = None
+    latent_scale: float | None = None
+    latent_shift: float | None = None

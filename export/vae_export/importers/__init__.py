@@ -65,7 +65,7 @@ def load(source: str, kind: str | None, options: ImportOptions) -> Imported:
     if kind is None:
         return recognise(source).load(source, options)
     for importer in IMPORTERS:
-        if importer.KIND == kind:
+        if kind == importer.KIND:
             return importer.load(source, options)
     raise InputError(f"--from is {kind!r}; expected one of {', '.join(importer.KIND for importer in IMPORTERS)}")
 

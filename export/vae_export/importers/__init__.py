@@ -13,6 +13,7 @@ from typing import Protocol
 from vae_runtime.errors import InputError
 
 from ..imported import Imported, ImportOptions
+from . import diffusers_folder
 
 
 class Importer(Protocol):
@@ -36,7 +37,7 @@ class Importer(Protocol):
         ...
 
 
-IMPORTERS: tuple[Importer, ...] = ()
+IMPORTERS: tuple[Importer, ...] = (diffusers_folder,)
 MODEL = "a model.pt of vae-train"
 
 

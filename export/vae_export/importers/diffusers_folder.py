@@ -1,4 +1,4 @@
-"""Folders of Hugging Face diffusers: config.json beside diffusion_pytorch_model.safetensors, or in a pipeline's `vae`."""
+"""Folders of diffusers: config.json beside diffusion_pytorch_model.safetensors, or in the `vae` of a pipeline."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def recognises(source: str) -> bool:
 
 
 def load(source: str, options: ImportOptions) -> Imported:
-    """An AutoencoderKL as a vae, an AutoencoderTiny as an autoencoder; of any height and width, unless one is asked for.
+    """An AutoencoderKL as a vae, an AutoencoderTiny as an autoencoder; height and width are free unless asked for.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the weights do not fit the config.

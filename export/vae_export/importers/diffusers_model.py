@@ -121,7 +121,8 @@ def _library() -> Any:
     try:
         import diffusers
     except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or "diffusers", "diffusers", "importing from diffusers") from None
+        missing = (error.name or "diffusers").split(".")[0]
+        raise MissingExtraError(missing, "diffusers", "importing from diffusers") from None
     return diffusers
 
 

@@ -79,7 +79,8 @@ def _library() -> Any:
     try:
         import pythae.models
     except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or "pythae", "pythae", "importing from pythae") from None
+        missing = (error.name or "pythae").split(".")[0]
+        raise MissingExtraError(missing, "pythae", "importing from pythae") from None
     return pythae.models
 
 

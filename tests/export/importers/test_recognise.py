@@ -11,7 +11,7 @@ import pytest
 
 from vae_export.imported import ImportOptions
 from vae_export.importers import IMPORTERS, load, recognise
-from vae_runtime.errors import InputError
+from vae_runtime.errors import InputError, MissingExtraError
 
 DIFFUSERS = {"_class_name": "AutoencoderKL", "_diffusers_version": "0.42.1"}
 PYTHAE = {"name": "VAEConfig", "input_dim": [1, 8, 8], "latent_dim": 2}
@@ -38,8 +38,8 @@ def test_a_folder_is_recognised_by_its_content(
     tmp_path: Path, path: str, name: str, content: object, kind: str
 ) -> None:
     folder = write(tmp_path / path, name, content)
-    assert recognise(folder).KIND == kind
-    assert recognise(folder.removesuffix("/final_model")).KIND == kind
+    assert kind == recognise(folder).KIND
+    assert kind == recognise(folder.removesuffix("/final_model")).KIND
 
 
 @pytest.mark.parametrize(
@@ -112,14 +112,23 @@ print(recognise(sys.argv[1]).KIND, sorted({'torch', 'onnx', 'diffusers', 'pythae
 
 
 @pytest.mark.parametrize(
-    ("missing", "extra"), [("diffusers", "diffusers"), ("pythae", "pythae"), ("torch", "export"), ("onnx", "export")]
+    ("library", "name", "content"),
+    [("diffusers", "config.json", DIFFUSERS), ("pythae", "model_config.json", PYTHAE)],
 )
-def test_a_missing_library_is_named_with_the_command_that_installs_it(tmp_path: Path, missing: str, extra: str) -> None:
-    content = PYTHAE if missing == "pythae" else DIFFUSERS
-    folder = write(tmp_path, "model_config.json" if missing == "pythae" else "config.json", content)
-    code = f"""
+def test_a_missing_library_is_named_with_the_command_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str, name: str, content: object
+) -> None:
+    for module in [module for module in sys.modules if module.split(".")[0] == library]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(MissingExtraError, match=rf"needs {library}, .* pip install 'vae-edge\[{library}\]'"):
+        load(write(tmp_path, name, content), None, ImportOptions())
+
+
+def test_torch_is_needed_only_to_load(tmp_path: Path) -> None:
+    code = """
 import sys
-sys.modules[{missing!r}] = None
+sys.modules["torch"] = None
 from vae_export.imported import ImportOptions
 from vae_export.importers import load
 from vae_runtime.errors import MissingExtraError
@@ -128,5 +137,6 @@ try:
 except MissingExtraError as error:
     print(error)
 """
+    folder = write(tmp_path, "config.json", DIFFUSERS)
     result = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=False)
-    assert f"needs {missing}, which is not installed; run: pip install 'vae-edge[{extra}]'" in result.stdout
+    assert "needs torch, which is not installed; run: pip install 'vae-edge[export]'" in result.stdout

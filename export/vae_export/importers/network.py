@@ -42,11 +42,13 @@ class _Parts(nn.Module):
 
 
 class _Half(nn.Module):
-    """One method or network of a model, with the model's weights."""
+    """One network, or one method of a model with all the model's weights."""
 
     def __init__(self, whole: nn.Module, call: Any) -> None:
         super().__init__()
-        self.whole, self.call = whole, call
+        self.call = call
+        if not isinstance(call, nn.Module):
+            self.whole = whole
 
     def forward(self, x: Tensor) -> Any:
         return self.call(x)

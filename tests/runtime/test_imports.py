@@ -40,6 +40,9 @@ IN_ONE_MODULE = {
     "vae_benchmarks/loadgen.py": {"mlperf_loadgen"},
     "vae_export/calibrate.py": {"onnxruntime.quantization"},
     "vae_export/quantize.py": {"onnxruntime.quantization"},
+    "vae_export/diffusers_model.py": {"diffusers"},
+    "vae_export/pythae_model.py": {"pythae"},
+    "vae_export/weights.py": {"safetensors"},
     "vae_export/half.py": {"onnxruntime.quantization.onnx_model", "onnxruntime.transformers.float16"},
 }
 

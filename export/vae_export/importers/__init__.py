@@ -10,9 +10,10 @@ import itertools
 from pathlib import Path
 from typing import Protocol
 
-from vae_runtime.errors import InputError
+from vae_runtime.errors import InputError, MissingExtraError
 
 from ..imported import Imported, ImportOptions
+from . import diffusers_folder, pythae_folder
 
 
 class Importer(Protocol):
@@ -36,7 +37,7 @@ class Importer(Protocol):
         ...
 
 
-IMPORTERS: tuple[Importer, ...] = ()
+IMPORTERS: tuple[Importer, ...] = (diffusers_folder, pythae_folder)
 MODEL = "a model.pt of vae-train"
 
 
@@ -62,12 +63,14 @@ def load(source: str, kind: str | None, options: ImportOptions) -> Imported:
         InputError: there is no such kind, nothing is recognised, or what the importer says.
         CheckpointError, ExportError, MissingExtraError: see `Importer.load`.
     """
-    if kind is None:
-        return recognise(source).load(source, options)
-    for importer in IMPORTERS:
-        if kind == importer.KIND:
-            return importer.load(source, options)
-    raise InputError(f"--from is {kind!r}; expected one of {', '.join(importer.KIND for importer in IMPORTERS)}")
+    importers = {importer.KIND: importer for importer in IMPORTERS}
+    if kind is not None and kind not in importers:
+        raise InputError(f"--from is {kind!r}; expected one of {', '.join(importers)}")
+    importer = recognise(source) if kind is None else importers[kind]
+    try:
+        return importer.load(source, options)
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "a package", "export", "exporting") from None
 
 
 def _describe(source: str) -> str:

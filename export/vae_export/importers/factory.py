@@ -56,7 +56,7 @@ def load(source: str, options: ImportOptions) -> Imported:
     with _importing_from_here():
         network = Network(_call(_find(*match.groups()), source))
         if options.weights is not None:
-            load_weights(network.whole, options.weights)
+            load_weights(network.whole, Path(options.weights))
         network.whole.cpu().float()  # what bundles compute in
         reference = Reference(*make_graphs(network.encoder, network.decoder, shape, options))
         sizes = try_out(reference, shape, options)

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from vae_runtime.errors import ExportError
 
-SPREADS = ("logvar", "log_std", "std", "variance")
 MEANS = ("mean", "mu", "loc", "embedding")
 CODES = ("embedding", "latents", "latent", "code", "z")
 NAMED_SPREADS = {  # in the order in which they are looked for: an object may have several, which agree
@@ -33,7 +32,7 @@ RULE = "expected (mean, logvar), one tensor, or a distribution with .mean and .l
 
 
 class Encoded(NamedTuple):
-    """mean: or the only tensor. spread: None where there is one tensor. meaning: of the spread, one of `SPREADS`; None
+    """mean: or the only tensor. spread: None where there is one tensor. meaning: of the spread, one of `meaning.SPREADS`; None
     where it is the second of two without names."""
 
     mean: Tensor
@@ -86,13 +85,6 @@ def read_reconstruction(output: Any) -> Tensor:
     if len(found) != 1:
         raise ExportError(f"the decoder returns {_say(output)}; {rule}")
     return found[0]
-
-
-def to_logvar(spread: Tensor, meaning: str) -> Tensor:
-    """The log-variance of what `meaning`, one of `SPREADS`, says that `spread` is."""
-    if meaning == "logvar":
-        return spread
-    return {"log_std": lambda: 2 * spread, "std": lambda: 2 * spread.log(), "variance": spread.log}[meaning]()
 
 
 def _fields(output: Any) -> dict[Any, Any] | None:

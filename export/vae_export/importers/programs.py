@@ -162,7 +162,9 @@ def _input_shape(program: Any, path: Path) -> Shape:
     if len(inputs) != 1 or not isinstance(inputs[0], torch.Tensor):
         raise ExportError(f"{path} takes {len(inputs)} inputs; a bundle's halves take one")
     if inputs[0].dtype != torch.float32:
-        raise ExportError(f"{path} takes {inputs[0].dtype}; expected float32: convert it with .float() and export again")
+        raise ExportError(
+            f"{path} takes {inputs[0].dtype}; expected float32: convert it with .float() and export again"
+        )
     batch, *sizes = inputs[0].shape
     if isinstance(batch, int):
         raise ExportError(
@@ -181,9 +183,7 @@ def _check_types(module: nn.Module, path: Path) -> None:
             )
 
 
-def _set_sides(
-    model: onnx.ModelProto, example: torch.Tensor, outputs: list[str], graph: nn.Module, free: bool
-) -> None:
+def _set_sides(model: onnx.ModelProto, example: torch.Tensor, outputs: list[str], graph: nn.Module, free: bool) -> None:
     """The numbers of the sides that are fixed, which the older exporter leaves open where it cannot infer them."""
     with torch.no_grad():
         results = graph(example)

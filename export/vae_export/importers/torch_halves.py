@@ -16,7 +16,8 @@ from vae_runtime.preprocess import Float32
 
 from ..graphs import DecoderGraph, EncoderGraph
 from ..imported import ImportOptions
-from .outputs import SPREADS, read_encoded, read_reconstruction, to_logvar
+from .meaning import require_kind, settle_meaning, to_logvar
+from .outputs import read_encoded, read_reconstruction
 from .trial import noise, run
 
 PROBES = 8  # inputs that show whether a second output may be negative
@@ -27,7 +28,7 @@ class Reading(NamedTuple):
 
     kind: str
     split: bool = False
-    meaning: str | None = None
+    meaning: str = "logvar"
 
 
 class Encoder(nn.Module):
@@ -44,7 +45,7 @@ class Encoder(nn.Module):
             return encoded.mean
         mean, spread = encoded.mean.chunk(2, dim=1) if self.reading.split else encoded[:2]
         assert spread is not None
-        return mean, to_logvar(spread, self.reading.meaning or "logvar")
+        return mean, to_logvar(spread, self.reading.meaning, torch.log)
 
 
 class Decoder(nn.Module):
@@ -85,8 +86,6 @@ def make_graphs(
 
 def read(encoder: nn.Module, decoder: nn.Module, x: Float32, options: ImportOptions) -> Reading:
     """Find out by trying how the encoder's output is to be read."""
-    if options.spread is not None and options.spread not in SPREADS:
-        raise InputError(f"--spread is {options.spread!r}; expected one of {', '.join(SPREADS)}")
     inputs = torch.from_numpy(x)
     with torch.no_grad(), without_validation():
         mean, spread, meaning = read_encoded(
@@ -96,33 +95,10 @@ def read(encoder: nn.Module, decoder: nn.Module, x: Float32, options: ImportOpti
     if split:
         mean, spread = mean.chunk(2, dim=1)
     kind = "autoencoder" if spread is None else "vae"
-    if options.kind not in (None, kind):
-        found = "one tensor, which the decoder takes" if kind == "autoencoder" else "a mean and a spread"
-        raise InputError(f"--kind is {options.kind!r}, but the encoder returns {found}: it is of kind {kind!r}")
+    require_kind(kind, options)
     if spread is None:
-        if options.spread is not None:
-            raise InputError(f"--spread is {options.spread!r}, but an autoencoder's code has none")
         return Reading(kind)
     return Reading(kind, split, settle_meaning(meaning, float(spread.min()), options))
-
-
-def settle_meaning(named: str | None, least: float, options: ImportOptions) -> str:
-    """What the spread is, of `SPREADS`; named: by the source itself. least: its smallest value for several inputs.
-
-    Raises:
-        InputError: it may as well be a standard deviation, or is not what the options say.
-    """
-    if named is not None and options.spread not in (None, named):
-        raise InputError(f"--spread is {options.spread!r}, but the encoder names it {named}")
-    meaning = named or options.spread
-    if meaning is None and least >= 0:
-        raise InputError(
-            f"the second of the encoder's outputs is never negative (at least {least:.2g}), which a log-variance rarely"
-            f" is; say what it is with --spread {', '.join(SPREADS)}"
-        )
-    if meaning in ("std", "variance") and least < 0:
-        raise InputError(f"--spread is {meaning!r}, but the encoder gives {least:.2g}; it is never negative")
-    return meaning or "logvar"
 
 
 def _is_split(decoder: nn.Module, output: Tensor, x: Tensor, options: ImportOptions) -> bool:

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+from torch import Tensor
+
 from vae_runtime.errors import InputError
+from vae_runtime.preprocess import Float32
 
 from ..imported import ImportOptions
 
 SPREADS = ("logvar", "log_std", "std", "variance")
-_Array = TypeVar("_Array")
+_Array = TypeVar("_Array", Tensor, Float32)
 
 
 def to_logvar(spread: _Array, meaning: str, log: Callable[[_Array], _Array]) -> _Array:
     """The log-variance of what `meaning`, one of `SPREADS`, says that `spread` is. log: the natural logarithm."""
     spread = log(spread) if meaning in ("std", "variance") else spread
-    return spread * 2 if meaning in ("log_std", "std") else spread  # type: ignore[operator, no-any-return]
+    return spread * 2 if meaning in ("log_std", "std") else spread
 
 
 def settle_meaning(named: str | None, least: float, options: ImportOptions) -> str:

@@ -62,7 +62,7 @@ class OnnxHalves:
             mean, spread = np.split(mean, 2, axis=1)
         encoded = {MEAN: (mean - self._shift) * self._scale}
         if spread is not None:
-            logvar = np.clip(to_logvar(spread, self._reading.meaning, np.log), LOGVAR_MIN, LOGVAR_MAX)
+            logvar = to_logvar(spread, self._reading.meaning, np.log).clip(LOGVAR_MIN, LOGVAR_MAX)
             encoded[LOGVAR] = logvar + np.float32(2 * math.log(self._scale))
         return encoded
 
@@ -125,8 +125,8 @@ class OnnxHalves:
         half = output.ndim > 1 and output.shape[1] % 2 == 0 and self._takes(np.split(output, 2, axis=1)[0], x)[0]
         if whole and half and options.kind is None:
             raise InputError(
-                f"the encoder gives one tensor of shape {output.shape}, and the decoder takes it both whole and by half;"
-                " pass --kind autoencoder (a code) or --kind vae (mean and log-variance)"
+                f"the encoder gives one tensor of shape {output.shape}, and the decoder takes it both whole and by"
+                " half; pass --kind autoencoder (a code) or --kind vae (mean and log-variance)"
             )
         if not whole and not half:
             raise ExportError(f"the decoder does not take what the encoder gives, {output.shape}: {problem}")

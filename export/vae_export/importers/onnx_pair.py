@@ -1,8 +1,8 @@
 """An existing pair of ONNX files, encoder and decoder, such as other exporters write.
 
-A folder that holds both, or 'ENCODER,DECODER'. The encoder gives mean and logvar by name or in this order, one tensor that is
-both, or a code. The bundle's graphs are these graphs with the contract around them; the reference is onnxruntime on the
-files as they are.
+A folder that holds both, or 'ENCODER,DECODER'. The encoder gives mean and logvar by name or in this order, one tensor
+that is both, or a code. The bundle's graphs are these graphs with the contract around them; the reference is
+onnxruntime on the files as they are.
 """
 
 from __future__ import annotations

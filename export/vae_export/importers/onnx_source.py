@@ -18,7 +18,7 @@ from ..graphs import MAX_BYTES, OPSET
 from .trial import reason
 
 Shape = tuple[int | None, ...]
-TYPES = {TensorProto.FLOAT: np.dtype(np.float32), TensorProto.FLOAT16: np.dtype(np.float16)}
+TYPES: dict[int, np.dtype[Any]] = {TensorProto.FLOAT: np.dtype(np.float32), TensorProto.FLOAT16: np.dtype(np.float16)}
 CONTROL_FLOW = ("If", "Loop", "Scan", "SequenceMap")
 
 
@@ -48,8 +48,8 @@ class OnnxSource:
         self.input = self.inputs[0]
         if self.input.shape and self.input.shape[0] is not None:
             raise ExportError(
-                f"the {half} was exported for a batch of {self.input.shape[0]}; a bundle takes any: export it again with a"
-                " dynamic batch (dynamic_axes or dynamic_shapes of torch.onnx.export)"
+                f"the {half} was exported for a batch of {self.input.shape[0]}; a bundle takes any: export it"
+                " again with a dynamic batch (dynamic_axes or dynamic_shapes of torch.onnx.export)"
             )
 
 
@@ -144,8 +144,8 @@ def _port(value: onnx.ValueInfoProto, half: str) -> Port:
 
 
 def _split_group_norm(model: onnx.ModelProto) -> None:
-    """GroupNormalization as older operators; from operator set 21 on, where it scales by channel, it has no older form."""
-    nodes = []
+    """GroupNormalization as older operators; that of operator set 21 on, which scales by channel, has no older form."""
+    nodes: list[onnx.NodeProto] = []
     for position, node in enumerate(model.graph.node):
         nodes += _older_group_norm(model, node, position) if node.op_type == "GroupNormalization" else [node]
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]

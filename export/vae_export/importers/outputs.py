@@ -32,8 +32,8 @@ RULE = "expected (mean, logvar), one tensor, or a distribution with .mean and .l
 
 
 class Encoded(NamedTuple):
-    """mean: or the only tensor. spread: None where there is one tensor. meaning: of the spread, one of `meaning.SPREADS`; None
-    where it is the second of two without names."""
+    """mean: or the only tensor. spread: None where there is one tensor alone. meaning: of the spread, one of
+    `meaning.SPREADS`; None where it is the second of two without names."""
 
     mean: Tensor
     spread: Tensor | None = None

@@ -1,8 +1,8 @@
 """Programs of PyTorch: opened, and made into ONNX by the exporter that keeps what they compute.
 
-TorchScript goes through torch.onnx's older exporter, which translates its graph operator by operator. The newer one does not
-take it; the converter to torch.export (torch._export.converter) fails on loops, which a scripted GroupNorm has, and
-made a graph of negative sizes of a scripted nearest upsampling.
+TorchScript goes through torch.onnx's older exporter, which translates its graph operator by operator. The newer one
+does not take it; the converter to torch.export (torch._export.converter) fails on loops, which a scripted GroupNorm
+has, and made a graph of negative sizes of a scripted nearest upsampling.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def script_to_onnx(
             torch.onnx.export(
                 torch.jit.trace(graph, (example,), check_trace=False),  # with the program inside as it is
                 (example,),
-                file,
+                file,  # type: ignore[arg-type]
                 dynamo=False,
                 opset_version=OPSET,
                 input_names=[input_name],

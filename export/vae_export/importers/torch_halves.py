@@ -131,7 +131,7 @@ def _takes(decoder: nn.Module, z: Tensor, x: Tensor) -> tuple[bool, str]:
 @contextlib.contextmanager
 def without_validation() -> Iterator[None]:
     """torch's distributions check their arguments' values, which no exporter can trace."""
-    validate = Distribution._validate_args  # type: ignore[attr-defined]
+    validate = Distribution._validate_args
     Distribution.set_default_validate_args(False)
     try:
         yield

@@ -7,12 +7,13 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from vae_runtime.errors import InputError
+from vae_runtime.errors import ExportError, InputError
 from vae_runtime.preprocess import Float32
 
 from ..imported import ImportOptions
 
 SPREADS = ("logvar", "log_std", "std", "variance")
+Trial = tuple[bool, str]  # whether a decoder takes a latent and gives inputs of the right shape; if not, why
 _Array = TypeVar("_Array", Tensor, Float32)
 
 
@@ -50,3 +51,25 @@ def require_kind(kind: str, options: ImportOptions) -> None:
         raise InputError(f"--kind is {options.kind!r}, but the encoder returns {found}: it is of kind {kind!r}")
     if kind == "autoencoder" and options.spread is not None:
         raise InputError(f"--spread is {options.spread!r}, but an autoencoder's code has none")
+
+
+def is_split(shape: tuple[int, ...], whole: Trial, half: Trial, options: ImportOptions) -> bool:
+    """Whether an encoder's one output, of this shape, is mean and log-variance one after the other along the channels.
+
+    whole, half: what the decoder made of the output, and of the first half of its channels.
+
+    Raises:
+        ExportError: it takes neither. InputError: it takes both, and the options do not say which it is.
+    """
+    if len(shape) < 2 or shape[1] % 2:
+        half = False, "the number of channels is odd"
+    if whole[0] and half[0] and options.kind is None:
+        raise InputError(
+            f"the encoder returns one tensor of shape {tuple(shape)}, and the decoder takes it both whole and by half;"
+            " pass --kind autoencoder (a code) or --kind vae (mean and log-variance)"
+        )
+    if not whole[0] and not half[0]:
+        raise ExportError(
+            f"the decoder does not take what the encoder returns, {tuple(shape)}: whole, {whole[1]}; by half, {half[1]}"
+        )
+    return half[0] and (not whole[0] or options.kind == "vae")

@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vae_runtime.errors import ExportError, InputError
+from vae_runtime.errors import ExportError
 from vae_runtime.manifest import INPUT, LATENT, LOGVAR, MEAN, RECONSTRUCTION
 from vae_runtime.preprocess import Float32
 
 from ..graphs import LOGVAR_MAX, LOGVAR_MIN
 from ..imported import ImportOptions
-from .meaning import require_kind, settle_meaning, to_logvar
+from .meaning import Trial, is_split, require_kind, settle_meaning, to_logvar
 from .onnx_source import OnnxSource
 from .outputs import MEANS, NAMED_SPREADS
 from .trial import noise, run
@@ -59,11 +59,12 @@ class OnnxHalves:
         mean = outputs[self._reading.mean]
         spread = outputs.get(self._reading.spread or "")
         if self._reading.spread == MOMENTS:
-            mean, spread = np.split(mean, 2, axis=1)
-        encoded = {MEAN: (mean - self._shift) * self._scale}
+            channels = mean.shape[1] // 2
+            mean, spread = mean[:, :channels], mean[:, channels:]
+        encoded: dict[str, Float32] = {MEAN: (mean - self._shift) * self._scale}
         if spread is not None:
-            logvar = to_logvar(spread, self._reading.meaning, np.log).clip(LOGVAR_MIN, LOGVAR_MAX)
-            encoded[LOGVAR] = logvar + np.float32(2 * math.log(self._scale))
+            encoded[LOGVAR] = to_logvar(spread, self._reading.meaning, np.log).clip(LOGVAR_MIN, LOGVAR_MAX)
+            encoded[LOGVAR] += np.float32(2 * math.log(self._scale))
         return encoded
 
     def decode(self, z: Float32) -> Float32:
@@ -109,7 +110,11 @@ class OnnxHalves:
         if named is None and len(names) == 2:
             mean, spread = names
         elif named is None and len(names) == 1:
-            mean, spread = names[0], MOMENTS if self._is_split(outputs[names[0]], x, options) else None
+            mean, spread = names[0], None
+            output = outputs[mean]
+            halves = np.array_split(output, 2, axis=1)
+            if is_split(output.shape, self._takes(output, x), self._takes(halves[0], x), options):
+                spread = MOMENTS
         if mean is None or (spread is None and len(names) > 1):
             raise ExportError(
                 f"the encoder gives {len(names)} outputs ({', '.join(names)}); expected mean and logvar, or one"
@@ -120,19 +125,7 @@ class OnnxHalves:
         values = np.split(outputs[mean], 2, axis=1)[1] if spread == MOMENTS else outputs[spread]
         return Reading(mean, spread, settle_meaning(named, float(values.min()), options))
 
-    def _is_split(self, output: Float32, x: Float32, options: ImportOptions) -> bool:
-        whole, problem = self._takes(output, x)
-        half = output.ndim > 1 and output.shape[1] % 2 == 0 and self._takes(np.split(output, 2, axis=1)[0], x)[0]
-        if whole and half and options.kind is None:
-            raise InputError(
-                f"the encoder gives one tensor of shape {output.shape}, and the decoder takes it both whole and by"
-                " half; pass --kind autoencoder (a code) or --kind vae (mean and log-variance)"
-            )
-        if not whole and not half:
-            raise ExportError(f"the decoder does not take what the encoder gives, {output.shape}: {problem}")
-        return half and (not whole or options.kind == "vae")
-
-    def _takes(self, z: Float32, x: Float32) -> tuple[bool, str]:
+    def _takes(self, z: Float32, x: Float32) -> Trial:
         try:
             shape = run(self._decode, np.ascontiguousarray(z), "decoder").shape
         except ExportError as error:

@@ -103,7 +103,10 @@ def script_to_onnx(
             # Loops that only check sizes are left over from scripted functions; nothing uses what they compute.
             model = onnxscript.optimizer.optimize(onnx.load_from_string(file.getvalue()))
     except Exception as error:
-        raise ExportError(f"the {half} cannot be exported by torch.onnx: {reason(error)}") from error
+        raise ExportError(
+            f"the {half} cannot be exported by torch.onnx: {reason(error)}; a program saved from torch.jit.trace, not"
+            " frozen, most likely can"
+        ) from error
     _set_sides(model, example, outputs, graph, free)
     return finish(model, half)
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from vae_runtime.errors import ExportError, InputError
+from vae_runtime.errors import ExportError
 from vae_runtime.preprocess import Float32
 
 from ..graphs import DecoderGraph, EncoderGraph
 from ..imported import ImportOptions
-from .meaning import require_kind, settle_meaning, to_logvar
+from .meaning import Trial, is_split, require_kind, settle_meaning, to_logvar
 from .outputs import read_encoded, read_reconstruction
 from .trial import noise, run
 
@@ -91,7 +91,7 @@ def read(encoder: nn.Module, decoder: nn.Module, x: Float32, options: ImportOpti
         mean, spread, meaning = read_encoded(
             run(encoder, 2 * inputs - 1 if options.input_range == "signed" else inputs, "encoder")
         )
-        split = spread is None and _is_split(decoder, mean, inputs, options)
+        split = spread is None and is_split(mean.shape, *_trials(decoder, mean, inputs), options)
     if split:
         mean, spread = mean.chunk(2, dim=1)
     kind = "autoencoder" if spread is None else "vae"
@@ -101,23 +101,12 @@ def read(encoder: nn.Module, decoder: nn.Module, x: Float32, options: ImportOpti
     return Reading(kind, split, settle_meaning(meaning, float(spread.min()), options))
 
 
-def _is_split(decoder: nn.Module, output: Tensor, x: Tensor, options: ImportOptions) -> bool:
-    """Whether one output is mean and log-variance one after the other, told by what the decoder takes."""
-    whole, problem = _takes(decoder, output, x)
-    half = False
-    if output.ndim > 1 and output.shape[1] % 2 == 0:
-        half, _ = _takes(decoder, output.chunk(2, dim=1)[0], x)
-    if whole and half and options.kind is None:
-        raise InputError(
-            f"the encoder returns one tensor of shape {tuple(output.shape)}, and the decoder takes it both whole and by"
-            " half; pass --kind autoencoder (a code) or --kind vae (mean and log-variance)"
-        )
-    if not whole and not half:
-        raise ExportError(f"the decoder does not take what the encoder returns, {tuple(output.shape)}: {problem}")
-    return half and (not whole or options.kind == "vae")
+def _trials(decoder: nn.Module, output: Tensor, x: Tensor) -> tuple[Trial, Trial]:
+    """Whether the decoder takes the encoder's output whole, and its first half."""
+    return _takes(decoder, output, x), _takes(decoder, output.chunk(2, dim=1)[0], x)
 
 
-def _takes(decoder: nn.Module, z: Tensor, x: Tensor) -> tuple[bool, str]:
+def _takes(decoder: nn.Module, z: Tensor, x: Tensor) -> Trial:
     """Whether the decoder makes of z something like x, and if not, why."""
     try:
         output = read_reconstruction(run(decoder, z.contiguous(), "decoder"))

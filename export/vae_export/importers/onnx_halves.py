@@ -16,7 +16,7 @@ from ..imported import ImportOptions
 from .meaning import Trial, is_split, require_kind, settle_meaning, to_logvar
 from .onnx_source import OnnxSource
 from .outputs import MEANS, NAMED_SPREADS
-from .trial import noise, run
+from .trial import noise, require_batch, run
 from .wrapping import Wrapped
 
 PROBES = 4
@@ -69,7 +69,8 @@ class OnnxHalves:
 
     def decode(self, z: Float32) -> Float32:
         output = self._decode(z / self._scale + self._shift)
-        output = (output + 1) / 2 if self._signed else output
+        if self._signed:
+            output = output * np.float32(0.5) + np.float32(0.5)
         return np.clip(output, 0, 1) if self._image else output
 
     def to_onnx(self, x: Float32, z: Float32, free: bool) -> tuple[bytes, bytes]:
@@ -112,8 +113,9 @@ class OnnxHalves:
         elif named is None and len(names) == 1:
             mean, spread = names[0], None
             output = outputs[mean]
-            halves = np.array_split(output, 2, axis=1)
-            if is_split(output.shape, self._takes(output, x), self._takes(halves[0], x), options):
+            require_batch(output.shape, len(x))
+            first = np.array_split(output, 2, axis=1)[0]
+            if is_split(output.shape, self._takes(output, x), self._takes(first, x), options):
                 spread = MOMENTS
         if mean is None or (spread is None and len(names) > 1):
             raise ExportError(

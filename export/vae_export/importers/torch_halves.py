@@ -18,7 +18,7 @@ from ..graphs import DecoderGraph, EncoderGraph
 from ..imported import ImportOptions
 from .meaning import Trial, is_split, require_kind, settle_meaning, to_logvar
 from .outputs import read_encoded, read_reconstruction
-from .trial import noise, run
+from .trial import noise, require_batch, run
 
 PROBES = 8  # inputs that show whether a second output may be negative
 
@@ -103,6 +103,7 @@ def read(encoder: nn.Module, decoder: nn.Module, x: Float32, options: ImportOpti
 
 def _trials(decoder: nn.Module, output: Tensor, x: Tensor) -> tuple[Trial, Trial]:
     """Whether the decoder takes the encoder's output whole, and its first half."""
+    require_batch(output.shape, len(x))
     return _takes(decoder, output, x), _takes(decoder, output.chunk(2, dim=1)[0], x)
 
 

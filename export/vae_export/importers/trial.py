@@ -87,8 +87,7 @@ def try_out(halves: Halves, shape: tuple[int | None, ...], options: ImportOption
     """
     x = noise(shape, 3, options.multiple_of)
     mean = _encode(halves, x)[MEAN]
-    if mean.ndim < 2 or len(mean) != len(x):
-        raise ExportError(f"the encoder returns shape {mean.shape} for 3 inputs; expected (3, ...)")
+    require_batch(mean.shape, len(x))
     if None not in shape:
         _check_halves(halves, x, mean.shape[1:])
         check_range(halves, x, options)
@@ -100,6 +99,12 @@ def try_out(halves: Halves, shape: tuple[int | None, ...], options: ImportOption
         _check_halves(halves, x, (mean.shape[1], *size))
     check_range(halves, x, options)
     return Sizes(shape, factor, (side * factor, side * factor), (mean.shape[1], None, None))
+
+
+def require_batch(shape: tuple[int, ...], rows: int) -> None:
+    """Raises: ExportError: an encoder's output for so many rows has not the shape of as many latents."""
+    if len(shape) < 2 or shape[0] != rows:
+        raise ExportError(f"the encoder returns shape {tuple(shape)} for {rows} inputs; expected ({rows}, ...)")
 
 
 def check_range(halves: Halves, x: Float32, options: ImportOptions) -> None:

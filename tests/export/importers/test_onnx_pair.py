@@ -187,7 +187,7 @@ def test_a_whole_bundle(networks: tuple[Any, Any], tmp_path: Path) -> None:
 
 def test_a_second_output_that_is_never_negative_is_asked_about(networks: tuple[Any, Any], tmp_path: Path) -> None:
     source = write(tmp_path, networks, "std")
-    with pytest.raises(InputError, match="never negative.*--spread"):
+    with pytest.raises(InputError, match=r"never negative.*--spread"):
         load(source)
     x = np.random.default_rng(0).random((2, 3, 16, 16), dtype=np.float32)
     for spread, factor in (("std", 2), ("variance", 1)):
@@ -253,7 +253,8 @@ GOOD = "(float[N, 4] x) => (float[N, 4] y) { y = Tanh(x) }"
         ("(float[1, 4] x) => (float[1, 4] y) { y = Tanh(x) }", "exported for a batch of 1; .*again with a dynamic"),
         ("(float[N, 4] x) => (float[N, 4] a, float[N, 4] b, float[N, 4] c) { a = Tanh(x)\n b = Tanh(x)\n c = Tanh(x) }",
          r"gives 3 outputs \(a, b, c\)"),
-        ("(float[N, 4] x) => (float[N, 2] y) { s = ReduceMean<keepdims=0>(x)\n y = Add(s, s) }", "onnxruntime|decoder"),
+        ("(float[N, 4] x) => (float[N, 2] y) { s = ReduceMean<keepdims=0>(x)\n y = Add(s, s) }",
+         r"returns shape \(\) for 4 inputs; "),
         ("(float[N, 4] x) => (float[N, 4] y) { m = ReduceMean<keepdims=1>(x)\n y = Sub(x, m) }",
          "the encoder gives values that differ by .* mixes the rows of a batch"),
     ],

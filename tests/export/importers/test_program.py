@@ -142,7 +142,7 @@ def test_torch_export_of_one_batch_size_is_refused(networks: tuple[Any, Any], tm
 def test_what_the_exporter_cannot_take_is_refused_with_a_cure(networks: tuple[Any, Any], tmp_path: Path) -> None:
     decoder = torch.jit.freeze(torch.jit.script(networks[1]))  # nearest upsampling, of which a loop is left
     imported = load(save(tmp_path, torch.jit.script(networks[0]), decoder))
-    with pytest.raises(ExportError, match="the decoder cannot be exported .*; a program saved from torch.jit.trace"):
+    with pytest.raises(ExportError, match=r"the decoder cannot be exported .*; a program saved from torch.jit.trace"):
         imported.halves.to_onnx(X.numpy(), Z.numpy(), True)
 
 
@@ -164,7 +164,7 @@ def test_two_files_by_name(networks: tuple[Any, Any], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected the encoder first, then the decoder"):
         load(f"{decoder},{encoder}")
     (tmp_path / "text").write_text("text")
-    with pytest.raises(InputError, match="text is not a TorchScript or torch.export program"):
+    with pytest.raises(InputError, match=r"text is not a TorchScript or torch.export program"):
         load(f"{encoder},{tmp_path / 'text'}")
 
 

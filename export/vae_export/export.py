@@ -140,7 +140,7 @@ def export_imported(
     return _export(
         imported.halves,
         path,
-        spec=spec._replace(shape=imported.input_shape, default_size=x.shape[2:]) if imported.is_free else spec,
+        spec=_free_size(spec, imported.multiple_of, always=True) if imported.is_free else spec,
         x=x,
         golden=(source, x),
         likelihood=likelihood,

@@ -301,7 +301,7 @@ class _Canary:
 
 def test_a_malicious_pickle_runs_nothing() -> None:
     torch.save({"state_dict": {"a": _Canary()}}, "zip.pt")
-    Path("bare.pt").write_bytes(pickle.dumps(_Canary()))
+    Path("bare.pt").write_bytes(pickle.dumps(_Canary(), protocol=2))
     for file in ("zip.pt", "bare.pt"):
         with pytest.raises(CheckpointError, match=file):
             load("Networks", weights=file, trust_pickle=True)

@@ -89,7 +89,12 @@ def load(source: str, options: ImportOptions) -> Imported:
         sizes.input_shape,
         sizes.multiple_of,
         sizes.default_size,
-        origin={"library": encoder.producer or "onnx", "version": onnx.__version__, "opset": encoder.opset},
+        origin={
+            "library": "onnx",
+            "version": onnx.__version__,
+            "opset": encoder.opset,
+            **({"producer": encoder.producer} if encoder.producer else {}),
+        },
     )
 
 

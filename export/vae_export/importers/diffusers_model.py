@@ -121,7 +121,8 @@ def _library() -> Any:
     try:
         import diffusers
     except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or "diffusers", "diffusers", "importing from diffusers") from None
+        missing = (error.name or "diffusers").split(".")[0]
+        raise MissingExtraError(missing, "diffusers", "importing from diffusers") from None
     return diffusers
 
 
@@ -130,22 +131,24 @@ def _build(name: str, config: dict[str, Any], file: Path) -> Any:
     model_class = getattr(_library(), name)
     if config.get("quantization_config") is not None:
         raise ExportError(f"{file} says that the weights are quantized; expected them in floating point")
-    _require_known_keys(model_class, config, file)
+    known = _known(model_class, config, file)
     try:
         with torch.device("meta"):
-            model = model_class.from_config(config)
+            model = model_class.from_config(known)
     except Exception as error:  # the config's values reach every layer unchecked
         raise CheckpointError(f"{file} describes no {name}: {first_line(error)}") from None
     return model.eval().requires_grad_(False)
 
 
-def _require_known_keys(model_class: type, config: dict[str, Any], file: Path) -> None:
+def _known(model_class: type, config: dict[str, Any], file: Path) -> dict[str, Any]:
     """The library passes over keys that it does not know; those of a newer version may change what is computed."""
     written, installed = str(config.get("_diffusers_version", "0")), _library().__version__
-    known = {*inspect.signature(model_class).parameters, "block_out_channels"}  # AutoencoderTiny writes this one too
-    unknown = sorted(key for key in config if key not in known and not key.startswith("_"))
+    parameters = inspect.signature(model_class).parameters
+    known = {key: value for key, value in config.items() if key in parameters or key.startswith("_")}
+    unknown = sorted(set(config) - set(known) - {"block_out_channels"})  # AutoencoderTiny writes this one too
     if unknown and _release(written) > _release(installed):
         raise ExportError(f"{file}, of diffusers {written}, has {', '.join(unknown)}; {installed} does not know that")
+    return known
 
 
 def _release(version: str) -> tuple[int, ...]:

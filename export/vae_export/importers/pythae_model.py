@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -16,7 +17,7 @@ from vae_runtime.errors import CheckpointError, ExportError, MissingExtraError
 from ..graphs import DecoderGraph, EncoderGraph
 from ..imported import Imported
 from ..verify import Reference
-from .pythae_folder import class_name
+from .pythae_folder import CONFIG, class_name
 from .weights import assign, first_line, read_pickled
 
 WEIGHTS, STATE = "model.pt", "model_state_dict"
@@ -78,19 +79,24 @@ def _library() -> Any:
     try:
         import pythae.models
     except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or "pythae", "pythae", "importing from pythae") from None
+        missing = (error.name or "pythae").split(".")[0]
+        raise MissingExtraError(missing, "pythae", "importing from pythae") from None
     return pythae.models
 
 
 def _build(folder: Path, config: dict[str, Any]) -> Any:
     """The model with pythae's default networks, in no memory until the weights are known to fit."""
     library, name = _library(), class_name(config["name"])
+    config_class = getattr(library, config["name"])
+    unknown = sorted(set(config) - {field.name for field in dataclasses.fields(config_class)})
+    if unknown:  # which pydantic passes over
+        raise CheckpointError(f"{folder / CONFIG} has {', '.join(unknown)}, which {config_class.__name__} has not")
     try:
-        settings = getattr(library, config["name"])(**{key: value for key, value in config.items() if key != "name"})
+        settings = config_class(**{key: value for key, value in config.items() if key != "name"})
         with torch.device("meta"):
             model = getattr(library, name)(settings)
     except Exception as error:  # pydantic's, or any that a value leads to
-        raise CheckpointError(f"{folder / 'model_config.json'} describes no {name}: {first_line(error)}") from None
+        raise CheckpointError(f"{folder / CONFIG} describes no {name}: {first_line(error)}") from None
     content = read_pickled(folder / WEIGHTS)
     if not isinstance(content.get(STATE), dict):
         raise CheckpointError(f"{folder / WEIGHTS} has no {STATE}, which pythae's save writes")

@@ -19,7 +19,7 @@ from vae_runtime.sources import PictureSource, open_inputs
 from vae_runtime.version import __version__
 
 from .bundle import check_output
-from .imported import INPUT_RANGES, ImportOptions
+from .imported import INPUT_RANGES, SPREADS, ImportOptions
 from .quality import Budget
 from .wanted import FewExamplesWarning
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 EXAMPLES_LIMIT = 1024  # from --data; more inputs find no further error and only take longer
 IMPORTED_EXAMPLES, IMPORTED_EXAMPLES_FP32 = 128, 16  # of models from elsewhere, which may take a minute for one image
 OURS = "model"  # what --from calls a model.pt
-_OPTION_NAMES = {"input_shape": "input"}
 READ_ROWS = 256  # of an array file, held at once
 
 
@@ -66,6 +65,7 @@ class InputShape(click.ParamType):
 @click.option(
     "--input-range", type=click.Choice(INPUT_RANGES), help="Of SOURCE's images: unit, [0, 1]; signed, [-1, 1]."
 )
+@click.option("--spread", type=click.Choice(SPREADS), help="What SOURCE's encoder gives beside the mean.")
 @click.option("--latent-scale", type=float, help="The bundle's latents are (z - shift) * scale of SOURCE's.")
 @click.option("--latent-shift", type=float, help="See --latent-scale.")
 @click.option(
@@ -170,11 +170,11 @@ def _export_ours(
     from vae_training.checkpoint import load_checkpoint
 
     from .export import export_checkpoint
+    from .importers.options import FLAGS
 
     if options != ImportOptions():
         given = next(one.name for one in fields(options) if getattr(options, one.name) != one.default)
-        option = _OPTION_NAMES.get(given, given.replace("_", "-"))
-        raise InputError(f"--{option} is for models from elsewhere; {source} says all itself")
+        raise InputError(f"{FLAGS[given]} is for models from elsewhere; {source} says all itself")
     checkpoint = load_checkpoint(source)
     examples = _read_examples(data, checkpoint.input, EXAMPLES_LIMIT) if data else None
     return export_checkpoint(

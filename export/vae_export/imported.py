@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from vae_runtime.preprocess import Float32
 
 INPUT_RANGES = ("unit", "signed")
+SPREADS = ("logvar", "log_std", "std", "variance")
 
 
 class Halves(Protocol):

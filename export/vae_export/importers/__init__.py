@@ -10,10 +10,11 @@ import itertools
 from pathlib import Path
 from typing import Protocol
 
+from vae_runtime.bundle import is_bundle_folder
 from vae_runtime.errors import InputError, MissingExtraError
 
 from ..imported import Imported, ImportOptions
-from . import diffusers_folder, pythae_folder
+from . import diffusers_folder, factory, onnx_pair, pythae_folder, torch_program
 
 
 class Importer(Protocol):
@@ -37,7 +38,7 @@ class Importer(Protocol):
         ...
 
 
-IMPORTERS: tuple[Importer, ...] = (diffusers_folder, pythae_folder)
+IMPORTERS: tuple[Importer, ...] = (diffusers_folder, pythae_folder, factory, torch_program, onnx_pair)
 MODEL = "a model.pt of vae-train"
 
 
@@ -82,6 +83,8 @@ def _describe(source: str) -> str:
     """What is there, for an error, in a few words."""
     path = Path(source)
     try:
+        if is_bundle_folder(path):
+            return "a bundle already, which needs no export"
         if path.is_dir():
             names = sorted(entry.name for entry in itertools.islice(path.iterdir(), 1000))
             shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")

@@ -10,9 +10,8 @@ from torch import Tensor
 from vae_runtime.errors import ExportError, InputError
 from vae_runtime.preprocess import Float32
 
-from ..imported import ImportOptions
+from ..imported import SPREADS, ImportOptions
 
-SPREADS = ("logvar", "log_std", "std", "variance")
 Trial = tuple[bool, str]  # whether a decoder takes a latent and gives inputs of the right shape; if not, why
 _Array = TypeVar("_Array", Tensor, Float32)
 

@@ -10,7 +10,7 @@ from vae_runtime.errors import CheckpointError, InputError
 
 from ..imported import ImportOptions
 
-_FLAGS = {
+FLAGS = {  # by field of ImportOptions
     "weights": "--weights",
     "trust_pickle": "--trust-pickle",
     "kind": "--kind",
@@ -19,6 +19,7 @@ _FLAGS = {
     "input_range": "--input-range",
     "latent_scale": "--latent-scale",
     "latent_shift": "--latent-shift",
+    "spread": "--spread",
 }
 _MAX_JSON = 2**20
 
@@ -28,14 +29,14 @@ def refuse_options(options: ImportOptions, why: str, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
         if value is not None and value is not False:
-            raise InputError(f"{_FLAGS[name]} is of no use here: {why}")
+            raise InputError(f"{FLAGS[name]} is of no use here: {why}")
 
 
 def require_agreement(options: ImportOptions, name: str, told: Any, source: str) -> None:
     """Raises: InputError: the option `name` was given and is not what the source tells."""
     value = getattr(options, name)
     if value is not None and value != told:
-        raise InputError(f"{_FLAGS[name]} is {value!r}, but {source} says {told!r}")
+        raise InputError(f"{FLAGS[name]} is {value!r}, but {source} says {told!r}")
 
 
 def peek_json(path: Path) -> dict[str, Any] | None:

@@ -33,7 +33,7 @@ RULE = "expected (mean, logvar), one tensor, or a distribution with .mean and .l
 
 class Encoded(NamedTuple):
     """mean: or the only tensor. spread: None where there is one tensor alone. meaning: of the spread, one of
-    `meaning.SPREADS`; None where it is the second of two without names."""
+    `imported.SPREADS`; None where it is the second of two without names."""
 
     mean: Tensor
     spread: Tensor | None = None

@@ -26,7 +26,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
         MissingExtraError: it is a safetensors file and safetensors is not installed.
     """
     try:
-        content = read_safetensors(path, "diffusers") if _is_safetensors(path) else read_pickled(path)
+        content = read_safetensors(path, "safetensors") if _is_safetensors(path) else read_pickled(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     assign(module, _without_prefix(_find_tensors(content, path), module.state_dict()), path)

@@ -48,8 +48,8 @@ def load(source: str, options: ImportOptions) -> Imported:
     from .programs import ProgramHalves, open_program
     from .torch_halves import make_graphs
 
-    check_options(options)
     paths = find_pair(source, lambda path: sort_of(path) is not None, "a TorchScript or torch.export program")
+    check_options(options, pickles=EXPORTED in map(sort_of, paths))
     encoder, decoder = (open_program(path, sort_of(path), options.trust_pickle) for path in paths)
     shape = require_shape(encoder.agree(options.input_shape), options)
     halves = ProgramHalves(encoder, decoder, make_graphs(encoder.module, decoder.module, shape, options))

@@ -31,10 +31,12 @@ class Sizes(NamedTuple):
     latent_shape: tuple[int | None, ...]
 
 
-def check_options(options: ImportOptions, factory: bool = False) -> None:
+def check_options(options: ImportOptions, factory: bool = False, pickles: bool = False) -> None:
     """Raise `InputError` for an option with an impossible value, or one that only a factory takes."""
     if options.weights is not None and not factory:
         raise InputError("--weights is for a factory; this source has its weights in it")
+    if options.trust_pickle and not pickles:
+        raise InputError("--trust-pickle is of no use here: nothing in this source is unpickled")
     for name, value, allowed in (
         ("--kind", options.kind, KINDS), ("--input-range", options.input_range, INPUT_RANGES),
     ):  # fmt: skip

@@ -104,8 +104,9 @@ class LatentSpec(NamedTuple):
 class Likelihood(NamedTuple):
     """p(x|z), whose mean the decoder gives.
 
-    type: "bernoulli" or "gaussian".
-    scale: the Gaussian's one standard deviation, in the data's units.
+    type: "bernoulli", "gaussian" or "laplace".
+    scale: the Gaussian's one standard deviation, or b of the Laplace density exp(-|x - mean| / b) / 2b, in the data's
+        units.
     binarize: how the Bernoulli's data became binary in training: "none" (grey values taken as probabilities),
         "dynamic" (drawn anew each time), or "threshold" (x >= 0.5, done inside the encoder graph).
     """
@@ -116,14 +117,15 @@ class Likelihood(NamedTuple):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Likelihood:
-        kind = _one_of(data, "likelihood.type", ("bernoulli", "gaussian"))
+        kind = _one_of(data, "likelihood.type", ("bernoulli", "gaussian", "laplace"))
         if kind == "bernoulli":
             return cls(
                 kind, binarize=_one_of(data, "likelihood.binarize", BINARIZE_MODES) if "binarize" in data else "none"
             )
         scale = _number(data, "likelihood.scale")
         if not scale > 0:
-            raise BundleError(f"likelihood.scale is {scale}; a standard deviation is above 0")
+            named = "standard deviation" if kind == "gaussian" else "Laplace scale"
+            raise BundleError(f"likelihood.scale is {scale}; a {named} is above 0")
         return cls(kind, scale=scale)
 
     def to_dict(self) -> dict[str, Any]:

@@ -221,13 +221,14 @@ def test_more_than_the_memory_is_refused_before_it_is_read(two: Path, monkeypatc
         load(two)
 
 
-def test_when_a_folder_is_cropped(two: Path) -> None:
+def test_when_a_folder_is_cropped(two: Path, tmp_path: Path) -> None:
     data = str(two)
     assert open_source(TrainConfig(data, family="resnet")).data.spec.shape == (3, 28, 28)
     assert open_source(TrainConfig(data, family="conv", crop=(9, 12))).data.spec.shape == (3, 9, 12)
-    fixed = open_source(TrainConfig(data, family="resnet", size=(16, 16), resize="crop", split="0.3,0.3,0.4"))
+    three = write(tmp_path / "three", (40, 50), (30, 36), (90, 36))
+    fixed = open_source(TrainConfig(str(three), family="resnet", size=(16, 16), resize="crop"))
     assert fixed.photographs is None
-    assert fixed.data.examples.shape == (2, 16, 16, 3)
+    assert fixed.data.examples.shape == (3, 16, 16, 3)
 
 
 def vae_train(*args: object) -> int:

@@ -215,10 +215,10 @@ def test_onnx_runs_other_sizes_and_batches() -> None:
     """Height, width and batch stay free in plain ONNX, with GroupNorm and attention too."""
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model = tiny(**LARGE).eval()
+    model = _Both(tiny(**LARGE)).eval()
     dimensions = {0: torch.export.Dim("batch"), **{axis: 4 * torch.export.Dim(f"n{axis}") for axis in (2, 3)}}
     program = torch.onnx.export(
-        _Both(model), (torch.rand(2, 3, 8, 12),), dynamo=True, opset_version=20, dynamic_shapes=(dimensions,),
+        model, (torch.rand(2, 3, 8, 12),), dynamo=True, opset_version=20, dynamic_shapes=(dimensions,),
         verbose=False,
     )  # fmt: skip
     assert program is not None
@@ -227,7 +227,7 @@ def test_onnx_runs_other_sizes_and_batches() -> None:
     for shape in ((1, 3, 4, 4), (3, 3, 20, 12), (2, 3, 16, 28)):
         x = torch.rand(shape)
         with torch.no_grad():
-            expected = _Both(model)(x)
+            expected = model(x)
         given = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         for one, other in zip(given, expected, strict=True):
             np.testing.assert_allclose(one, other.numpy(), rtol=0, atol=1e-5)

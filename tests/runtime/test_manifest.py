@@ -178,6 +178,7 @@ WRONG_VALUES = [
     ("likelihood", {"type": "gaussian"}, "likelihood.scale is None; expected a finite number"),
     ("likelihood", {"type": "gaussian", "scale": 0}, "likelihood.scale is 0.0; a standard deviation is above 0"),
     ("likelihood", {"type": "gaussian", "scale": -0.1}, "likelihood.scale is -0.1; a standard deviation is above 0"),
+    ("likelihood", {"type": "laplace", "scale": 0}, "likelihood.scale is 0.0; a Laplace scale is above 0"),
     ("likelihood", {"type": "gaussian", "scale": 10**400}, "likelihood.scale is 10+; expected a finite number"),
     ("likelihood", {"type": "gaussian", "scale": True}, "likelihood.scale is True; expected a finite number"),
     ("precisions", MISSING, "precisions is None; expected a JSON object"),

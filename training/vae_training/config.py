@@ -119,17 +119,17 @@ class TrainConfig:
 
         spatial = self.family == "resnet"
         likelihood = self.likelihood or (
-            "bernoulli" if spec.is_image and spec.shape[0] == 1 and not spatial else "gaussian"
+            "bernoulli" if spec.is_image and spec.example_shape[0] == 1 and not spatial else "gaussian"
         )
         if self.binarize != "none" and likelihood != "bernoulli":
             raise InputError(
                 f"binarize is {self.binarize!r}, but likelihood is {likelihood!r}; binary data are Bernoulli's"
             )
-        latent = self.latent or (4 if spatial else min(20, math.prod(spec.shape)))
-        model = default_config(self.family, self.kind, spec.shape, latent)
+        latent = self.latent or (4 if spatial else min(20, math.prod(spec.example_shape)))
+        model = default_config(self.family, self.kind, spec.example_shape, latent)
         return replace(
             self,
-            crop=spec.shape[1:] if crops else None,
+            crop=spec.example_shape[1:] if crops else None,
             flip=self.flip is not False if crops else None,
             latent=latent,
             likelihood=likelihood,
@@ -153,8 +153,8 @@ class TrainConfig:
             raise InputError(f"gradient_weight is {self.gradient_weight:g}, but {self.data} holds vectors, not images")
         if self.flip and not crops:
             raise InputError(f"flip is for crops of photographs; {self.data} is trained without crops")
-        if self.shift and (not spec.is_image or self.shift >= min(spec.shape[1:])):
-            raise InputError(f"shift is {self.shift}; {self.data} has examples of shape {list(spec.shape)}")
+        if self.shift and (not spec.is_image or self.shift >= min(spec.example_shape[1:])):
+            raise InputError(f"shift is {self.shift}; {self.data} has examples of shape {list(spec.example_shape)}")
         if self.shift and crops:
             raise InputError(f"shift is {self.shift}; crops of photographs lie anywhere and are not shifted")
         if train_examples < 2 and not crops:
@@ -170,8 +170,8 @@ class TrainConfig:
         assert self.norm is not None
         assert self.activation is not None
         return ModelConfig(
-            self.family, self.kind, spec.shape, self.latent, self.widths, self.depth, self.norm, self.activation,
-            self.attention,
+            self.family, self.kind, spec.example_shape, self.latent, self.widths, self.depth, self.norm,
+            self.activation, self.attention,
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:

@@ -26,13 +26,13 @@ class CropFeed:
         self.rank, self.processes = rank, processes
         self.steps_per_epoch = steps_per_epoch(photographs.epoch_crops, batch_size)
         self._regions = photographs.regions["train"]
-        height, width = photographs.spec.shape[1:]
+        height, width = photographs.spec.example_shape[1:]
         self._columns = [region.width - width + 1 for region in self._regions]
         counts = [(region.height - height + 1) * n for region, n in zip(self._regions, self._columns, strict=True)]
         self._ends = np.cumsum(counts)
 
     def batch(self, step: int) -> Float32:
-        """The crops of `step`, counted from 0 over all epochs -> float32 (n, *spec.shape)."""
+        """The crops of `step`, counted from 0 over all epochs -> float32 (n, *spec.example_shape)."""
         share = self.batch_size // self.processes
         mine = slice(self.rank * share, (self.rank + 1) * share)
         crops = self.photographs.cut(self.places(step)[mine])
@@ -56,4 +56,4 @@ class CropFeed:
         index = int(np.searchsorted(self._ends, number, side="right"))
         region = self._regions[index]
         row, column = divmod(number - int(self._ends[index - 1] if index else 0), self._columns[index])
-        return Region(region.picture, region.top + row, region.left + column, *self.photographs.spec.shape[1:])
+        return Region(region.picture, region.top + row, region.left + column, *self.photographs.spec.example_shape[1:])

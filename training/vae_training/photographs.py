@@ -79,7 +79,7 @@ class Photographs:
         grids = [self.grid(part) for part in PARTS]
         ends = np.cumsum([0, *(len(grid) for grid in grids)])
         train, validation, test = (np.arange(*pair, dtype=np.int64) for pair in pairwise(ends))
-        facts = {"crop": list(self.spec.shape[1:]), "pictures": len(self.pictures), "split_by": self.split_by}
+        facts = {"crop": list(self.spec.example_shape[1:]), "pictures": len(self.pictures), "split_by": self.split_by}
         examples = self.cut([place for grid in grids for place in grid])
         return Dataset(self.name, examples, self.spec, facts), Parts(train, validation, test)
 
@@ -130,7 +130,7 @@ def load_photographs(
 
 def grid_of(region: Region, spec: InputSpec) -> list[Region]:
     """Crops side by side from the region's top left."""
-    height, width = spec.shape[1:]
+    height, width = spec.example_shape[1:]
     return [
         Region(region.picture, region.top + row * height, region.left + column * width, height, width)
         for row in range(region.height // height)

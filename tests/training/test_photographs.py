@@ -134,7 +134,7 @@ def test_many_pictures_are_divided_as_such(tmp_path: Path) -> None:
 
 def test_long_grids_are_thinned_evenly(monkeypatch: pytest.MonkeyPatch, two: Path) -> None:
     everything = load(two, (4, 4)).grid("train")
-    monkeypatch.setattr(module, "MAX_GRID", 5)
+    monkeypatch.setattr(module, "MAX_GRID_BYTES", 5 * 4 * 4 * 3)
     kept = load(two, (4, 4)).grid("train")
     assert (len(kept), kept[0], kept[-1]) == (5, everything[0], everything[-1])
     assert load(two, (4, 4)).epoch_crops == len(everything)
@@ -229,6 +229,17 @@ def test_when_a_folder_is_cropped(two: Path, tmp_path: Path) -> None:
     fixed = open_source(TrainConfig(str(three), family="resnet", size=(16, 16), resize="crop"))
     assert fixed.photographs is None
     assert fixed.data.examples.shape == (3, 16, 16, 3)
+
+
+def test_the_widths_decide_what_a_crop_is_a_multiple_of(two: Path) -> None:
+    config = TrainConfig(str(two), family="resnet", crop=(14, 10), widths=(8,))
+    source = open_source(config)
+    resolved = config.resolve(source.data.spec, source.train_examples, crops=True)
+    assert resolved.model_config(source.data.spec).latent_shape == (4, 7, 5)
+    with pytest.raises(InputError, match="crop is 14x10; this model takes .* multiples of 4"):
+        open_source(TrainConfig(str(two), family="resnet", crop=(14, 10)))
+    with pytest.raises(InputError, match="the train part has 1 example; expected at least 2"):
+        config.resolve(source.data.spec, 1, crops=True)
 
 
 def vae_train(*args: object) -> int:

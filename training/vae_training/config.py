@@ -20,6 +20,8 @@ FAMILIES = ("mlp", "conv", "resnet")
 NORMS = ("batch", "group")
 ACTIVATIONS = ("relu", "silu")
 LIKELIHOODS = ("bernoulli", "gaussian", "laplace")
+RESNET_WIDTHS: tuple[int, ...] = (32, 64)
+RESNET_DEPTH = 1
 MAX_WIDTH = 65536
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
 MIN_EPOCHS, MIN_STEPS = 20, 800  # of the default number of epochs
@@ -100,11 +102,7 @@ class TrainConfig:
     @property
     def crop_multiple(self) -> int:
         """What the sides of a crop have to be multiples of for the model."""
-        from .models import default_config
-
-        if self.family != "resnet":
-            return 1
-        return 2 ** len(self.widths) if self.widths else default_config("resnet", self.kind, (3, 64, 64), 1).multiple_of
+        return 2 ** len(self.widths or RESNET_WIDTHS) if self.family == "resnet" else 1
 
     def resolve(self, spec: InputSpec, train_examples: int, crops: bool = False) -> TrainConfig:
         """The same with every None that depends on the data filled in.
@@ -126,7 +124,10 @@ class TrainConfig:
                 f"binarize is {self.binarize!r}, but likelihood is {likelihood!r}; binary data are Bernoulli's"
             )
         latent = self.latent or (4 if spatial else min(20, math.prod(spec.example_shape)))
-        model = default_config(self.family, self.kind, spec.example_shape, latent)
+        widths, depth = RESNET_WIDTHS, RESNET_DEPTH
+        if not spatial:
+            model = default_config(self.family, self.kind, spec.example_shape, latent)
+            widths, depth = model.widths, model.depth
         return replace(
             self,
             crop=spec.example_shape[1:] if crops else None,
@@ -134,10 +135,10 @@ class TrainConfig:
             latent=latent,
             likelihood=likelihood,
             beta=(1e-5 if spatial else 1.0) if self.beta is None else self.beta,
-            widths=self.widths or model.widths,
-            depth=model.depth if self.depth is None else self.depth,
-            norm=self.norm or model.norm,
-            activation=self.activation or model.activation,
+            widths=self.widths or widths,
+            depth=depth if self.depth is None else self.depth,
+            norm=self.norm or "batch",
+            activation=self.activation or "relu",
             epochs=self.epochs
             or max(MIN_EPOCHS, math.ceil(MIN_STEPS / steps_per_epoch(train_examples, self.batch_size))),
         )
@@ -157,7 +158,7 @@ class TrainConfig:
             raise InputError(f"shift is {self.shift}; {self.data} has examples of shape {list(spec.example_shape)}")
         if self.shift and crops:
             raise InputError(f"shift is {self.shift}; crops of photographs lie anywhere and are not shifted")
-        if train_examples < 2 and not crops:
+        if train_examples < 2:
             raise InputError(f"the train part has {train_examples} example; expected at least 2")
 
     def model_config(self, spec: InputSpec) -> ModelConfig:

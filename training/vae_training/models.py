@@ -25,7 +25,7 @@ from vae_runtime.errors import InputError
 from vae_runtime.manifest import KINDS, MAX_ELEMENTS
 
 from . import resnet, strict
-from .config import ACTIVATIONS, FAMILIES, MAX_WIDTH, NORMS
+from .config import ACTIVATIONS, FAMILIES, MAX_WIDTH, NORMS, RESNET_DEPTH, RESNET_WIDTHS
 
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0  # exp() stays finite in float32, and in float16 after a square root
 MAX_LAYERS, MAX_SIDE = 16, 8192
@@ -141,7 +141,7 @@ def default_config(family: str, kind: str, input_shape: tuple[int, ...], latent_
     The lowest resolution of the conv family is at most 8×8; the resnet family's is a quarter of the image's.
     """
     if family == "resnet":
-        return ModelConfig(family, kind, input_shape, latent_dim, widths=(32, 64), depth=1)
+        return ModelConfig(family, kind, input_shape, latent_dim, RESNET_WIDTHS, RESNET_DEPTH)
     if family == "mlp" or len(input_shape) != 3:
         return ModelConfig(family, kind, input_shape, latent_dim, widths=(400,))
     halvings = max(1, math.ceil(math.log2(max(input_shape[1:]) / 8)))

@@ -7,6 +7,7 @@ on a fixed grid without overlap; training crops are drawn anywhere in their part
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,7 +27,7 @@ from .split import PARTS, Parts, parse_split, split_indices
 MANY = 10  # from so many pictures on fractions divide the pictures, below they divide each picture
 DEFAULT_CROP = 64
 MAX_BYTES = 4 * 2**30  # of all pictures together in memory
-MAX_GRID = 2048  # crops of one part
+MAX_GRID, MAX_GRID_BYTES = 2048, 2**27  # crops of one part
 
 
 class Region(NamedTuple):
@@ -69,9 +70,10 @@ class Photographs:
         )
 
     def grid(self, part: str) -> list[Region]:
-        """The places of a part's crops side by side; where they are more than 2,048, as many evenly spread."""
+        """The places of a part's crops side by side; of more than 2,048, or 128 MiB, as many evenly spread."""
         places = [place for region in self.regions[part] for place in grid_of(region, self.spec)]
-        kept = np.linspace(0, len(places) - 1, min(len(places), MAX_GRID)).round().astype(int)
+        most = min(len(places), MAX_GRID, max(2, MAX_GRID_BYTES // math.prod(self.spec.example_shape)))
+        kept = np.linspace(0, len(places) - 1, most).round().astype(int)
         return [places[index] for index in kept]
 
     def to_dataset(self) -> tuple[Dataset, Parts]:

@@ -236,7 +236,7 @@ def test_the_widths_decide_what_a_crop_is_a_multiple_of(two: Path) -> None:
     source = open_source(config)
     resolved = config.resolve(source.data.spec, source.train_examples, crops=True)
     assert resolved.model_config(source.data.spec).latent_shape == (4, 7, 5)
-    with pytest.raises(InputError, match="crop is 14x10; this model takes .* multiples of 4"):
+    with pytest.raises(InputError, match=r"crop is 14x10; this model takes .* multiples of 4"):
         open_source(TrainConfig(str(two), family="resnet", crop=(14, 10)))
     with pytest.raises(InputError, match="the train part has 1 example; expected at least 2"):
         config.resolve(source.data.spec, 1, crops=True)

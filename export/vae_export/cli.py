@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import warnings
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
@@ -13,11 +14,12 @@ import numpy as np
 from vae_runtime.bundle import Bundle
 from vae_runtime.console import NEGATIVE_VERDICT, Command, json_option, print_json
 from vae_runtime.errors import InputError, MissingExtraError
-from vae_runtime.manifest import INPUT, PRECISIONS, InputSpec, Manifest, Precision
+from vae_runtime.manifest import INPUT, KINDS, PRECISIONS, InputSpec, Manifest, Precision
 from vae_runtime.sources import PictureSource, open_inputs
 from vae_runtime.version import __version__
 
 from .bundle import check_output
+from .imported import INPUT_RANGES, ImportOptions
 from .quality import Budget
 from .wanted import FewExamplesWarning
 
@@ -25,26 +27,62 @@ if TYPE_CHECKING:
     from vae_training.checkpoint import Checkpoint
 
 EXAMPLES_LIMIT = 1024  # from --data; more inputs find no further error and only take longer
+IMPORTED_EXAMPLES, IMPORTED_EXAMPLES_FP32 = 128, 16  # of models from elsewhere, which may take a minute for one image
+OURS = "model"  # what --from calls a model.pt
+_OPTION_NAMES = {"input_shape": "input"}
 READ_ROWS = 256  # of an array file, held at once
+
+
+class InputShape(click.ParamType):
+    """ "3x64x64" -> (3, 64, 64); "3xHxW" -> (3, None, None); "784" -> (784,)."""
+
+    name = "SHAPE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int | None, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = value.lower().split("x")
+        free = parts[1:] == ["h", "w"]
+        sides = parts[:1] if free else parts
+        if len(parts) not in (1, 3) or not all(side.isdecimal() and int(side) > 0 for side in sides):
+            self.fail(f"{value!r} is not of the form 3x64x64 (channels, height, width), 3xHxW or 784", param, ctx)
+        return (*map(int, sides), *((None, None) if free else ()))
 
 
 @click.command(cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("source", type=click.Path())
-@click.option("--output", type=click.Path(), help="The bundle's folder.  [default: model.vae beside model.pt]")
-@click.option("--name", help="The bundle's name.  [default: the data set and family, or the file's name]")
+@click.option("--output", type=click.Path(), help="The bundle's folder.  [default: SOURCE.vae beside SOURCE]")
+@click.option("--name", help="The bundle's name.  [default: the data set and family, or the source's name]")
+@click.option("--from", "origin", help="What SOURCE is, where its content leaves a choice.")
+@click.option(
+    "--weights", type=click.Path(), help="Of a factory's network: .safetensors, or .pt, .pth with tensors only."
+)
+@click.option(
+    "--trust-pickle", is_flag=True, help="Unpickle what SOURCE has pickled; that runs whatever code is in it."
+)
+@click.option("--kind", type=click.Choice(KINDS), help="Where SOURCE leaves it open.")
+@click.option("--input", "input_shape", type=InputShape(), help="Of one example: 3x64x64, 3xHxW (free), or a length.")
+@click.option("--multiple-of", type=click.IntRange(1), help="What free heights and widths are multiples of.")
+@click.option(
+    "--input-range", type=click.Choice(INPUT_RANGES), help="Of SOURCE's images: unit, [0, 1]; signed, [-1, 1]."
+)
+@click.option("--latent-scale", type=float, help="The bundle's latents are (z - shift) * scale of SOURCE's.")
+@click.option("--latent-shift", type=float, help="See --latent-scale.")
 @click.option(
     "--data", "data", multiple=True, type=click.Path(),
-    help="Verify with these pictures, folders or one .npy/.npz instead of the examples in the checkpoint; of more than"
-    f" {EXAMPLES_LIMIT:,}, with that many, evenly spaced over all.",
+    help="Verify with these pictures, folders or one .npy/.npz instead of the examples in the checkpoint, or seeded"
+    f" noise for other sources; with at most {EXAMPLES_LIMIT:,}, for other sources {IMPORTED_EXAMPLES_FP32} or for more"
+    f" than fp32 {IMPORTED_EXAMPLES}, evenly spaced over all.",
 )  # fmt: skip
 @click.option(
     "--golden", type=click.Choice(["held-out", "examples", "synthetic"]),
     help="Inputs that travel in the bundle: the checkpoint's held-out ones, those of --data, or seeded noise."
-    "  [default: held-out; with --data examples]",
+    "  [default: held-out; with --data examples; for other sources synthetic]",
 )  # fmt: skip
 @click.option(
-    "--tolerance", type=float, default=1e-5, show_default=True,
-    help="Largest error of a reconstruction, relative to the data's range; 10 times that for mean and logvar.",
+    "--tolerance", type=float,
+    help="Largest error of a reconstruction, relative to the data's range; 10 times that for mean and logvar."
+    "  [default: 1e-5; for other sources 1e-4]",
 )  # fmt: skip
 @click.option(
     "--precision", "precisions", default="fp32", show_default=True,
@@ -66,45 +104,38 @@ def main(
     source: str,
     output: str | None,
     name: str | None,
+    origin: str | None,
     data: tuple[str, ...],
     golden: str | None,
-    tolerance: float,
+    tolerance: float | None,
     precisions: str,
     budget_psnr: float,
     budget_nats: float,
     keep: bool,
     force: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
-    """Export SOURCE, a model.pt of vae-train, as a bundle: encoder and decoder as ONNX, verified against PyTorch.
+    """Export SOURCE as a bundle: encoder and decoder as ONNX, verified against what made it.
+
+    SOURCE is a model.pt of vae-train; a folder of diffusers (AutoencoderKL, AutoencoderTiny; also a pipeline's) or of
+    pythae; package.module:factory, which returns a PyTorch network; a folder with two TorchScript or torch.export
+    programs, encoder and decoder, or with two ONNX files. What it is, its content tells.
 
     Exit code 3: the bundle is written, but without a precision that missed the budget.
     """
     names, budget = _parse_precisions(precisions), Budget(budget_psnr, budget_nats)
-    target = Path(output) if output else Path(source).with_suffix(".vae")
+    target = Path(output) if output else _default_output(source)
     check_output(target, force)
-    try:
-        from vae_training.checkpoint import load_checkpoint
-
-        from .export import export_checkpoint
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or "a package", "export", "vae-export") from None
-    checkpoint = load_checkpoint(source)
-    examples = _read_examples(data, checkpoint.input) if data else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", FewExamplesWarning)
-        manifest = export_checkpoint(
-            checkpoint,
-            target,
-            name=name or _default_name(checkpoint, source),
-            examples=examples,
-            golden=golden,
-            tolerance=tolerance,
-            precisions=names,
-            budget=budget,
-            keep=keep,
-            force=force,
-        )
+        settings: dict[str, Any] = {"golden": golden, "precisions": names, "budget": budget, "keep": keep}
+        settings |= {"force": force} | ({} if tolerance is None else {"tolerance": tolerance})
+        try:
+            export = _export_ours if _is_ours(source, origin) else _export_imported
+            manifest = export(source, target, name, origin, data, ImportOptions(**options), settings)
+        except ModuleNotFoundError as error:
+            raise MissingExtraError(error.name or "a package", "export", "vae-export") from None
     for warning in caught:
         if issubclass(warning.category, FewExamplesWarning):
             click.echo(f"Warning: {warning.message}", err=True)
@@ -115,10 +146,76 @@ def main(
     _report_misses(manifest)
 
 
-def _read_examples(data: tuple[str, ...], spec: InputSpec) -> np.ndarray:
-    """At most `EXAMPLES_LIMIT`, evenly spaced: the first ones of a sorted file would all be of one kind."""
+def _is_ours(source: str, origin: str | None) -> bool:
+    """Whether SOURCE is read as a model.pt: one by its content, or what cannot be anything else."""
+    if origin is not None:
+        return origin == OURS
+    path = Path(source)
+    if path.is_dir() or (not path.exists() and set(source) & set(":,")):
+        return False
+    from .importers import recognised
+
+    return not recognised(source)
+
+
+def _export_ours(
+    source: str,
+    target: Path,
+    name: str | None,
+    origin: str | None,
+    data: tuple[str, ...],
+    options: ImportOptions,
+    settings: dict[str, Any],
+) -> Manifest:
+    from vae_training.checkpoint import load_checkpoint
+
+    from .export import export_checkpoint
+
+    if options != ImportOptions():
+        given = next(one.name for one in fields(options) if getattr(options, one.name) != one.default)
+        option = _OPTION_NAMES.get(given, given.replace("_", "-"))
+        raise InputError(f"--{option} is for models from elsewhere; {source} says all itself")
+    checkpoint = load_checkpoint(source)
+    examples = _read_examples(data, checkpoint.input, EXAMPLES_LIMIT) if data else None
+    return export_checkpoint(
+        checkpoint, target, name=name or _default_name(checkpoint, source), examples=examples, **settings
+    )
+
+
+def _export_imported(
+    source: str,
+    target: Path,
+    name: str | None,
+    origin: str | None,
+    data: tuple[str, ...],
+    options: ImportOptions,
+    settings: dict[str, Any],
+) -> Manifest:
+    from . import importers
+    from .export import example_spec, export_imported
+
+    if settings["golden"] == "held-out":
+        raise InputError(
+            f"--golden is 'held-out', which a model.pt has; {source} is none, choose examples or synthetic"
+        )
+    imported = importers.load(source, origin, options)
+    limit = IMPORTED_EXAMPLES_FP32 if settings["precisions"] == ["fp32"] else IMPORTED_EXAMPLES
+    examples = _read_examples(data, example_spec(imported), limit) if data else None
+    return export_imported(imported, target, name=name, examples=examples, **settings)
+
+
+def _default_output(source: str) -> Path:
+    """`digits/model.pt` -> `digits/model.vae`; `package.module:factory` -> `factory.vae`; of two files, `model.vae`."""
+    if Path(source).exists():
+        return Path(source).resolve().with_suffix(".vae") if source in (".", "..") else Path(source).with_suffix(".vae")
+    first, comma, _ = source.partition(",")
+    return Path(first).parent / "model.vae" if comma else Path(source.rpartition(":")[2]).with_suffix(".vae")
+
+
+def _read_examples(data: tuple[str, ...], spec: InputSpec, limit: int) -> np.ndarray:
+    """At most `limit`, evenly spaced: the first ones of a sorted file would all be of one kind."""
     source = open_inputs(data, spec)
-    count = min(len(source), EXAMPLES_LIMIT)
+    count = min(len(source), limit)
     rows = np.arange(count) * len(source) // count
     if isinstance(source, PictureSource):
         source = PictureSource([Path(source.names[row]) for row in rows], spec)
@@ -154,7 +251,10 @@ def _default_name(checkpoint: Checkpoint, source: str) -> str:
 
 def _describe(target: Path, manifest: Manifest) -> str:
     fidelity = manifest.precisions["fp32"].fidelity
-    lines = [f"{target}: {manifest.kind} {manifest.name!r}, verified against PyTorch on {fidelity['examples']} inputs"]
+    against = "PyTorch" if fidelity["against"] == "pytorch" else fidelity["against"]
+    lines = [
+        f"{target}: {manifest.kind} {manifest.name!r}, verified against {against} on {fidelity['examples']} inputs"
+    ]
     lines += [f"  {file:14} {entry.bytes:>10,} bytes" for file, entry in sorted(manifest.files.items())]
     lines += [
         f"  max error of {name.removesuffix('_max_error'):15} {value:.1e}"

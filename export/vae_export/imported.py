@@ -75,6 +75,7 @@ class ImportOptions:
     input_shape: (C, H, W) or (D,); H and W None: free. multiple_of: what they are multiples of, where free.
     input_range: of the images that the model itself takes and gives: "unit", [0, 1], or "signed", [-1, 1].
     latent_scale, latent_shift: the bundle's latents are (z - shift) · scale of the model's z.
+    spread: what the second of an encoder's outputs is, where it has no name: "logvar", "log_std", "std" or "variance".
     """
 
     weights: str | None = None
@@ -85,3 +86,4 @@ class ImportOptions:
     input_range: str | None = None
     latent_scale: float | None = None
     latent_shift: float | None = None
+    spread: str | None = None

@@ -378,6 +378,8 @@ def _describe(manifest: Manifest, engine: dict[str, Any]) -> str:
         f"  made with   {_pairs(manifest.producer)}",
         f"  golden      {manifest.golden.source} inputs",
     ]
+    if manifest.origin:
+        lines.append(f"  from        {_pairs(manifest.origin)}")
     for name, precision in manifest.precisions.items():
         for half, file in (("encoder", precision.encoder), ("decoder", precision.decoder)):
             lines.append(f"  {name:11} {half}  {file}  {manifest.files[file].bytes:,} bytes")
@@ -440,4 +442,8 @@ def _pairs(data: Any) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, dict):
         return "/".join(map(str, value.values()))
-    return "x".join(map(str, value)) if isinstance(value, list) else str(value)
+    if not isinstance(value, list):
+        return str(value)
+    if value[1:] == [None, None]:
+        return f"{value[0]}xHxW"
+    return ", ".join(map(_value, value)) if any(isinstance(one, list) for one in value) else "x".join(map(str, value))

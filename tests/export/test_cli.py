@@ -63,19 +63,16 @@ def test_of_many_rows_those_evenly_spaced_over_all_are_taken(tmp_path: Path) -> 
     spec = InputSpec("image", (1, 8, 8), "grey", "exact")
     for count, rows in ((3000, np.arange(1024) * 3000 // 1024), (1024, np.arange(1024)), (5, np.arange(5))):
         np.save(tmp_path / "sorted.npy", images[:count])
-        taken = _read_examples((str(tmp_path / "sorted.npy"),), spec)
+        taken = _read_examples((str(tmp_path / "sorted.npy"),), spec, 1024)
         np.testing.assert_array_equal(taken, images[rows])
     assert "evenly spaced over all" in " ".join(run("--help").stdout.split())
 
 
-def test_of_many_pictures_those_evenly_spaced_over_all_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_many_pictures_those_evenly_spaced_over_all_are_read(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     for index in range(20):
         image.fromarray(np.full((8, 8), index, np.uint8)).save(tmp_path / f"{index:02}.png")
-    monkeypatch.setattr("vae_export.cli.EXAMPLES_LIMIT", 6)
-    taken = _read_examples((str(tmp_path),), InputSpec("image", (1, 8, 8), "grey", "exact"))
+    taken = _read_examples((str(tmp_path),), InputSpec("image", (1, 8, 8), "grey", "exact"), 6)
     assert taken[:, 0, 0].tolist() == [0, 3, 6, 10, 13, 16]
 
 

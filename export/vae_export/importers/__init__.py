@@ -41,13 +41,18 @@ IMPORTERS: tuple[Importer, ...] = (diffusers_folder, pythae_folder)
 MODEL = "a model.pt of vae-train"
 
 
+def recognised(source: str) -> list[Importer]:
+    """Every importer whose kind `source` may be of."""
+    return [importer for importer in IMPORTERS if importer.recognises(source)]
+
+
 def recognise(source: str) -> Importer:
     """The importer whose kind `source` is of, told by its content alone.
 
     Raises:
         InputError: it is of no kind that is known, or of several.
     """
-    found = [importer for importer in IMPORTERS if importer.recognises(source)]
+    found = recognised(source)
     if len(found) == 1:
         return found[0]
     kinds = ", ".join(importer.KIND for importer in found or IMPORTERS)

@@ -48,9 +48,8 @@ def import_model(
     units = LatentUnits(model.config)
     shape = _shape(model.config, multiple, input_shape)
     assign(model, read_weights(folder), folder)
-    halves = Reference(
-        EncoderGraph(Encoder(model, units), kind, clamp=False), DecoderGraph(Decoder(model, units), clamp=True)
-    )
+    encoder = EncoderGraph(Encoder(model, units), kind, clamp=False)
+    halves = Reference(encoder, DecoderGraph(Decoder(model, units), clamp=True), against="diffusers")
     origin = {"library": "diffusers", "version": _library().__version__, "class": name}
     return Imported(halves, bundle_name, *shape, origin=origin, refused=_refused(model.config))
 

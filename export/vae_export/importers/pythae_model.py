@@ -43,7 +43,7 @@ def import_model(
     if custom:
         _try(encoder, decoder, torch.rand(2, *input_shape, generator=torch.Generator().manual_seed(0)))
     clamp = len(input_shape) == 3 and "decoder" in custom
-    halves = Reference(EncoderGraph(encoder, kind), DecoderGraph(decoder, clamp))
+    halves = Reference(EncoderGraph(encoder, kind), DecoderGraph(decoder, clamp), against="pythae")
     origin = {"library": "pythae", "version": version("pythae"), "class": class_name(config["name"])}
     return Imported(halves, bundle_name, input_shape, likelihood=likelihood, origin=origin)
 

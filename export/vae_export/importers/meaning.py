@@ -1,0 +1,75 @@
+"""What the spread of a posterior is: a log-variance, a standard deviation, ..."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import Tensor
+
+from vae_runtime.errors import ExportError, InputError
+from vae_runtime.preprocess import Float32
+
+from ..imported import ImportOptions
+
+SPREADS = ("logvar", "log_std", "std", "variance")
+Trial = tuple[bool, str]  # whether a decoder takes a latent and gives inputs of the right shape; if not, why
+_Array = TypeVar("_Array", Tensor, Float32)
+
+
+def to_logvar(spread: _Array, meaning: str, log: Callable[[_Array], _Array]) -> _Array:
+    """The log-variance of what `meaning`, one of `SPREADS`, says that `spread` is. log: the natural logarithm."""
+    spread = log(spread) if meaning in ("std", "variance") else spread
+    return spread * 2 if meaning in ("log_std", "std") else spread
+
+
+def settle_meaning(named: str | None, least: float, options: ImportOptions) -> str:
+    """What the spread is, of `SPREADS`; named: by the source itself. least: its smallest value for several inputs.
+
+    Raises:
+        InputError: it may as well be a standard deviation, or is not what the options say.
+    """
+    if options.spread not in (None, *SPREADS):
+        raise InputError(f"--spread is {options.spread!r}; expected one of {', '.join(SPREADS)}")
+    if named is not None and options.spread not in (None, named):
+        raise InputError(f"--spread is {options.spread!r}, but the encoder names it {named}")
+    meaning = named or options.spread
+    if meaning is None and least >= 0:
+        raise InputError(
+            f"the second of the encoder's outputs is never negative (at least {least:.2g}), which a log-variance rarely"
+            f" is; say what it is with --spread {', '.join(SPREADS)}"
+        )
+    if meaning in ("std", "variance") and least < 0:
+        raise InputError(f"--spread is {meaning!r}, but the encoder gives {least:.2g}; it is never negative")
+    return meaning or "logvar"
+
+
+def require_kind(kind: str, options: ImportOptions) -> None:
+    """Raises: InputError: the options say another kind than was found, or what a code's spread is."""
+    if options.kind not in (None, kind):
+        found = "one tensor, which the decoder takes" if kind == "autoencoder" else "a mean and a spread"
+        raise InputError(f"--kind is {options.kind!r}, but the encoder returns {found}: it is of kind {kind!r}")
+    if kind == "autoencoder" and options.spread is not None:
+        raise InputError(f"--spread is {options.spread!r}, but an autoencoder's code has none")
+
+
+def is_split(shape: tuple[int, ...], whole: Trial, half: Trial, options: ImportOptions) -> bool:
+    """Whether an encoder's one output, of this shape, is mean and log-variance one after the other along the channels.
+
+    whole, half: what the decoder made of the output, and of the first half of its channels.
+
+    Raises:
+        ExportError: it takes neither. InputError: it takes both, and the options do not say which it is.
+    """
+    if len(shape) < 2 or shape[1] % 2:
+        half = False, "the number of channels is odd"
+    if whole[0] and half[0] and options.kind is None:
+        raise InputError(
+            f"the encoder returns one tensor of shape {tuple(shape)}, and the decoder takes it both whole and by half;"
+            " pass --kind autoencoder (a code) or --kind vae (mean and log-variance)"
+        )
+    if not whole[0] and not half[0]:
+        raise ExportError(
+            f"the decoder does not take what the encoder returns, {tuple(shape)}: whole, {whole[1]}; by half, {half[1]}"
+        )
+    return half[0] and (not whole[0] or options.kind == "vae")

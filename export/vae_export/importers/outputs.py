@@ -1,0 +1,149 @@
+"""What encoders and decoders of others return, brought to tensors.
+
+An encoder's output is understood as
+
+- one tensor: a code, or mean and log-variance one after the other along the channels (the caller tells which),
+- two tensors: (mean, logvar), unless `spread` says what else the second is,
+- a dict, a named tuple or an object with `mean`, `mu`, ... and `logvar`, `log_var`, `std`, `scale`, `variance`, ...:
+  torch's Normal, diffusers' DiagonalGaussianDistribution, pythae's ModelOutput,
+- an object that holds one of these as `latent_dist`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vae_runtime.errors import ExportError
+
+MEANS = ("mean", "mu", "loc", "embedding")
+CODES = ("embedding", "latents", "latent", "code", "z")
+NAMED_SPREADS = {  # in the order in which they are looked for: an object may have several, which agree
+    "logvar": "logvar", "log_var": "logvar", "log_variance": "logvar", "log_covariance": "logvar",
+    "log_std": "log_std", "logstd": "log_std",
+    "std": "std", "stddev": "std", "scale": "std",
+    "variance": "variance", "var": "variance",
+}  # fmt: skip
+RECONSTRUCTIONS = ("reconstruction", "sample", "recon_x", "recon")
+RULE = "expected (mean, logvar), one tensor, or a distribution with .mean and .logvar or .stddev"
+
+
+class Encoded(NamedTuple):
+    """mean: or the only tensor. spread: None where there is one tensor alone. meaning: of the spread, one of
+    `meaning.SPREADS`; None where it is the second of two without names."""
+
+    mean: Tensor
+    spread: Tensor | None = None
+    meaning: str | None = None
+
+
+def read_encoded(output: Any) -> Encoded:
+    """What an encoder returned, as one or two tensors.
+
+    Raises:
+        ExportError: it has a form that is not understood.
+    """
+    if isinstance(output, Tensor):
+        return Encoded(output)
+    if isinstance(output, torch.distributions.Distribution):
+        return _read_distribution(output)
+    fields = _fields(output)
+    if fields is None:
+        return _read_sequence(output) if isinstance(output, (tuple, list)) else _read_object(output)
+    if "latent_dist" in fields:
+        return read_encoded(fields["latent_dist"])
+    named = _read_named(fields)
+    if named is not None:
+        return named
+    if len(fields) == 1:
+        return read_encoded(next(iter(fields.values())))
+    raise ExportError(f"the encoder returns {type(output).__name__} with {', '.join(map(str, fields))}; {RULE}")
+
+
+def read_reconstruction(output: Any) -> Tensor:
+    """What a decoder returned, as one tensor; of a distribution its mean.
+
+    Raises:
+        ExportError: it has a form that is not understood.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, torch.distributions.Distribution):
+        return output.mean
+    rule = "expected one tensor, or an object or dict with 'sample' or 'reconstruction'"
+    fields = _fields(output)
+    if fields is None and isinstance(output, (tuple, list)):
+        fields = dict(enumerate(output))
+    if fields is None:
+        fields = {name: getattr(output, name, None) for name in RECONSTRUCTIONS}
+    found = [fields[name] for name in RECONSTRUCTIONS if isinstance(fields.get(name), Tensor)]
+    if not found and len(fields) == 1:
+        found = [value for value in fields.values() if isinstance(value, Tensor)]
+    if len(found) != 1:
+        raise ExportError(f"the decoder returns {_say(output)}; {rule}")
+    return found[0]
+
+
+def _fields(output: Any) -> dict[Any, Any] | None:
+    """The named parts of a dict, a named tuple or an output object of a library; None where there are no names."""
+    if isinstance(output, Mapping):
+        return dict(output)
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return dict(zip(output._fields, output, strict=True))
+    return {"latent_dist": output.latent_dist} if hasattr(output, "latent_dist") else None
+
+
+def _read_named(fields: Mapping[Any, Any]) -> Encoded | None:
+    tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+    spread = next((name for name in NAMED_SPREADS if name in tensors), None)
+    if spread is None:
+        code = [name for name in CODES if name in tensors]
+        return Encoded(tensors[code[0]]) if len(code) == 1 and not set(MEANS[:3]) & set(tensors) else None
+    mean = next((name for name in MEANS if name in tensors), None)
+    return None if mean is None else Encoded(tensors[mean], tensors[spread], NAMED_SPREADS[spread])
+
+
+def _read_distribution(distribution: torch.distributions.Distribution) -> Encoded:
+    base = distribution
+    while isinstance(base, torch.distributions.Independent):
+        base = base.base_dist
+    if not isinstance(base, torch.distributions.Normal):
+        raise ExportError(
+            f"the encoder returns the distribution {type(base).__name__}; a bundle's posterior is a diagonal normal one"
+        )
+    return Encoded(base.loc, base.scale, "std")
+
+
+def _read_object(output: Any) -> Encoded:
+    names = (*MEANS, *CODES, *NAMED_SPREADS)
+    fields = {name: getattr(output, name) for name in names if isinstance(getattr(output, name, None), Tensor)}
+    named = _read_named(fields)
+    if named is None:
+        raise ExportError(f"the encoder returns {_say(output)}; {RULE}")
+    return named
+
+
+def _read_sequence(output: tuple[Any, ...] | list[Any]) -> Encoded:
+    if len(output) == 1:
+        return read_encoded(output[0])
+    if len(output) != 2 or not all(isinstance(part, Tensor) for part in output):
+        raise ExportError(
+            f"the encoder returns {_say(output)}; {RULE} (an encoder of a bundle does not sample: leave z out)"
+        )
+    if output[0].shape != output[1].shape:
+        raise ExportError(f"the encoder returns {_say(output)}; mean and logvar have the same shape")
+    return Encoded(output[0], output[1])
+
+
+def _say(output: Any) -> str:
+    if isinstance(output, Tensor):
+        return f"a tensor of shape {tuple(output.shape)}"
+    if isinstance(output, Mapping):
+        return f"{type(output).__name__} with {', '.join(map(str, output))}"
+    if isinstance(output, (tuple, list)):
+        parts = [str(tuple(part.shape)) if isinstance(part, Tensor) else type(part).__name__ for part in output]
+        return f"{len(output)} values of shapes {', '.join(parts)}"
+    return type(output).__name__

@@ -1,0 +1,204 @@
+"""Programs of PyTorch: opened, and made into ONNX by the exporter that keeps what they compute.
+
+TorchScript goes through torch.onnx's older exporter, which translates its graph operator by operator. The newer one
+does not take it; the converter to torch.export (torch._export.converter) fails on loops, which a scripted GroupNorm
+has, and made a graph of negative sizes of a scripted nearest upsampling.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxscript.optimizer
+import torch
+from torch import nn
+
+from vae_runtime.errors import CheckpointError, ExportError, InputError
+from vae_runtime.manifest import INPUT, LATENT, LOGVAR, MEAN, RECONSTRUCTION
+from vae_runtime.preprocess import Float32
+
+from ..graphs import OPSET, DecoderGraph, EncoderGraph, decoder_to_onnx, encoder_to_onnx, finish
+from ..verify import Reference
+from .torch_program import EXPORTED, SCRIPT
+from .trial import reason
+
+Shape = tuple[int | None, ...]
+# Operators of TorchScript that read or write files, as its archives spell them.
+_FILE_OPERATORS = re.compile(rb"\b(?:torch|ops\.aten)\.(save|from_file)\(")
+
+
+class Program:
+    """One half. module: runs it. shape: of its inputs without the batch, where the program says it."""
+
+    def __init__(self, sort: str, module: nn.Module, shape: Shape | None) -> None:
+        self.sort, self.module, self.shape = sort, module, shape
+
+    def agree(self, asked: Shape | None) -> Shape | None:
+        """The shape of inputs that the program and the user agree on.
+
+        Raises:
+            InputError: they do not.
+        """
+        if self.shape is None or asked is None:
+            return asked or self.shape
+        fits = len(asked) == len(self.shape) and all(
+            own in (None, size) for own, size in zip(self.shape, asked, strict=True)
+        )
+        if not fits:
+            raise InputError(f"--input is {asked}, but the encoder was exported for {self.shape}")
+        return asked
+
+
+class ProgramHalves(Reference):
+    """Both programs, wrapped to the contract, and each one's way into ONNX."""
+
+    def __init__(self, encoder: Program, decoder: Program, graphs: tuple[EncoderGraph, DecoderGraph]) -> None:
+        super().__init__(*graphs)
+        self._sorts = encoder.sort, decoder.sort
+
+    def to_onnx(self, x: Float32, z: Float32, free: bool) -> tuple[bytes, bytes]:
+        inputs, latents = torch.from_numpy(x), torch.from_numpy(z)
+        outputs = [MEAN, LOGVAR] if self.kind == "vae" else [MEAN]
+        return (
+            script_to_onnx(self._encoder, inputs, INPUT, outputs, free)
+            if self._sorts[0] == SCRIPT
+            else encoder_to_onnx(self._encoder, inputs, free),
+            script_to_onnx(self._decoder, latents, LATENT, [RECONSTRUCTION], free)
+            if self._sorts[1] == SCRIPT
+            else decoder_to_onnx(self._decoder, latents, free),
+        )
+
+
+def script_to_onnx(
+    graph: EncoderGraph | DecoderGraph, example: torch.Tensor, input_name: str, outputs: list[str], free: bool
+) -> bytes:
+    """The ONNX file of a half with TorchScript in it.
+
+    Raises:
+        ExportError: it cannot be exported, or the result breaks the contract.
+    """
+    half = "encoder" if isinstance(graph, EncoderGraph) else "decoder"
+    file = io.BytesIO()
+    axes = {axis: f"axis{axis}" for axis in ((0, 2, 3) if free else (0,))}
+    inner = {0: "axis0"} if not free else axes
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # that this exporter is the older one, and of its own calls
+            torch.onnx.export(
+                torch.jit.trace(graph, (example,), check_trace=False),  # with the program inside as it is
+                (example,),
+                file,  # type: ignore[arg-type]
+                dynamo=False,
+                opset_version=OPSET,
+                input_names=[input_name],
+                output_names=outputs,
+                dynamic_axes={input_name: axes, **dict.fromkeys(outputs, inner)},
+            )
+            # Loops that only check sizes are left over from scripted functions; nothing uses what they compute.
+            model = onnxscript.optimizer.optimize(onnx.load_from_string(file.getvalue()))
+    except Exception as error:
+        raise ExportError(
+            f"the {half} cannot be exported by torch.onnx: {reason(error)}; a program saved from torch.jit.trace, not"
+            " frozen, most likely can"
+        ) from error
+    _set_sides(model, example, outputs, graph, free)
+    return finish(model, half)
+
+
+def open_program(path: Path, sort: str | None, trusted: bool) -> Program:
+    """The program in a file.
+
+    Raises:
+        CheckpointError: it is damaged. ExportError: it is not of float32, or made for one batch size.
+        InputError: it may run code while it is read, and is not trusted.
+    """
+    return _open_exported(path, trusted) if sort == EXPORTED else _open_script(path)
+
+
+def _open_script(path: Path) -> Program:
+    _check_code(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript itself
+            module = torch.jit.load(str(path), map_location="cpu").eval()
+    except Exception as error:
+        raise CheckpointError(f"{path} is not a TorchScript program that can be loaded: {reason(error)}") from error
+    _check_types(module, path)
+    return Program(SCRIPT, module, None)
+
+
+def _check_code(path: Path) -> None:
+    """TorchScript has no access to Python, but two of its operators to files."""
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if name.endswith(".py") and (found := _FILE_OPERATORS.search(archive.read(name))):
+                raise ExportError(f"{path} calls {found[1].decode()!r}, which reaches files; a network needs none")
+
+
+def _open_exported(path: Path, trusted: bool) -> Program:
+    if not trusted:
+        raise InputError(
+            f"{path} is a torch.export program, and reading one runs code that may be hidden in it; pass"
+            " --trust-pickle if you know where it comes from, or save TorchScript or ONNX instead"
+        )
+    try:
+        with path.open("rb") as file:
+            program = torch.export.load(file)
+        module = program.module()
+    except Exception as error:
+        raise CheckpointError(f"{path} is not a torch.export program that can be loaded: {reason(error)}") from error
+    for name in ("train", "eval"):  # they refuse to be called, by the wrappers around the program too
+        module.__dict__.pop(name, None)
+    _check_types(module, path)
+    return Program(EXPORTED, module, _input_shape(program, path))
+
+
+def _input_shape(program: Any, path: Path) -> Shape:
+    names = set(program.graph_signature.user_inputs)
+    inputs = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+    if len(inputs) != 1 or not isinstance(inputs[0], torch.Tensor):
+        raise ExportError(f"{path} takes {len(inputs)} inputs; a bundle's halves take one")
+    if inputs[0].dtype != torch.float32:
+        raise ExportError(
+            f"{path} takes {inputs[0].dtype}; expected float32: convert it with .float() and export again"
+        )
+    batch, *sizes = inputs[0].shape
+    if isinstance(batch, int):
+        raise ExportError(
+            f"{path} was exported for a batch of {batch}; a bundle takes any: export it again with"
+            " dynamic_shapes=({0: torch.export.Dim('batch')},)"
+        )
+    return tuple(size if isinstance(size, int) else None for size in sizes)
+
+
+def _check_types(module: nn.Module, path: Path) -> None:
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        if value.is_floating_point() and value.dtype != torch.float32:
+            raise ExportError(
+                f"{path} has the weights {name!r} in {value.dtype}; expected float32: convert it with .float() and save"
+                " it again"
+            )
+
+
+def _set_sides(model: onnx.ModelProto, example: torch.Tensor, outputs: list[str], graph: nn.Module, free: bool) -> None:
+    """The numbers of the sides that are fixed, which the older exporter leaves open where it cannot infer them."""
+    with torch.no_grad():
+        results = graph(example)
+    results = results if isinstance(results, tuple) else (results,)
+    shapes = dict(zip(outputs, (result.shape for result in results), strict=True))
+    for value in model.graph.output:
+        shape: list[int | None] = list(shapes[value.name])
+        shape[0] = None
+        if free:
+            shape[2:] = [None] * (len(shape) - 2)
+        value.type.tensor_type.ClearField("shape")
+        for size in shape:
+            side = value.type.tensor_type.shape.dim.add()
+            if size is not None:
+                side.dim_value = size

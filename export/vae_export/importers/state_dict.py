@@ -1,0 +1,71 @@
+"""A factory's file of weights: its dict of tensors found, wrappers' prefixes taken away."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from vae_runtime.errors import CheckpointError
+
+from .weights import assign, read_pickled, read_safetensors
+
+HOLDERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "module", "vae")
+PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
+MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, by its specification
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Fill `module` with the weights in a file: .safetensors, or what torch.save wrote of tensors and plain data alone.
+
+    Raises:
+        CheckpointError: it cannot be read, holds anything else, or does not fit; what is wrong is named.
+        MissingExtraError: it is a safetensors file and safetensors is not installed.
+    """
+    try:
+        content = read_safetensors(path, "diffusers") if _is_safetensors(path) else read_pickled(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    assign(module, _without_prefix(_find_tensors(content, path), module.state_dict()), path)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Its first 8 bytes are the size of a JSON object that follows."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        start = stream.read(9)
+    return len(start) == 9 and struct.unpack("<Q", start[:8])[0] <= MAX_HEADER_BYTES and start[8:] == b"{"
+
+
+def _find_tensors(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """The dict of tensors in what was read: itself, or under one of the usual keys."""
+    if _is_state_dict(content):
+        return dict(content)
+    found = [key for key in HOLDERS if _is_state_dict(content.get(key))]
+    if len(found) == 1:
+        return dict(content[found[0]])
+    keys = ", ".join(map(str, list(content)[:8]))
+    if found:
+        raise CheckpointError(f"{path} holds weights under {', '.join(found)}; save one of them in a file of its own")
+    raise CheckpointError(f"{path} holds no tensors under {', '.join(HOLDERS)}; its keys are {keys}")
+
+
+def _is_state_dict(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(isinstance(key, str) and isinstance(entry, Tensor) for key, entry in value.items())
+    )
+
+
+def _without_prefix(weights: dict[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
+    """The names without what a wrapper put before all of them, unless the network has it too."""
+    for prefix in PREFIXES * 2:
+        ours = all(name.startswith(prefix) for name in wanted)
+        if not ours and all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights

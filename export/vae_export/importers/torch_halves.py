@@ -1,0 +1,129 @@
+"""Two networks of PyTorch as the halves of a bundle: what they return is read, their range and latents are brought to
+the bundle's units."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from vae_runtime.errors import ExportError
+from vae_runtime.preprocess import Float32
+
+from ..graphs import DecoderGraph, EncoderGraph
+from ..imported import ImportOptions
+from .meaning import Trial, is_split, require_kind, settle_meaning, to_logvar
+from .outputs import read_encoded, read_reconstruction
+from .trial import noise, require_batch, run
+
+PROBES = 8  # inputs that show whether a second output may be negative
+
+
+class Reading(NamedTuple):
+    """How an encoder's output is read: kind, whether one tensor is cut in two, and what the second part is."""
+
+    kind: str
+    split: bool = False
+    meaning: str = "logvar"
+
+
+class Encoder(nn.Module):
+    """x (N, *input_shape), images in [0, 1] -> (mean, logvar), or the code of an autoencoder."""
+
+    def __init__(self, network: nn.Module, signed: bool, reading: Reading) -> None:
+        super().__init__()
+        self.network, self.signed, self.reading = network, signed, reading
+
+    def forward(self, x: Tensor) -> Any:
+        with without_validation():
+            encoded = read_encoded(self.network(2 * x - 1 if self.signed else x))
+        if self.reading.kind == "autoencoder":
+            return encoded.mean
+        mean, spread = encoded.mean.chunk(2, dim=1) if self.reading.split else encoded[:2]
+        assert spread is not None
+        return mean, to_logvar(spread, self.reading.meaning, torch.log)
+
+
+class Decoder(nn.Module):
+    """z (N, *latent_shape) -> reconstruction (N, *input_shape), images around [0, 1]."""
+
+    def __init__(self, network: nn.Module, signed: bool) -> None:
+        super().__init__()
+        self.network, self.signed = network, signed
+
+    def forward(self, z: Tensor) -> Tensor:
+        with without_validation():
+            output = read_reconstruction(self.network(z))
+        return (output + 1) / 2 if self.signed else output
+
+
+def make_graphs(
+    encoder: nn.Module, decoder: nn.Module, shape: tuple[int | None, ...], options: ImportOptions
+) -> tuple[EncoderGraph, DecoderGraph]:
+    """Both networks under the contract of a bundle, in evaluation mode.
+
+    encoder: takes (N, *shape) in the options' range; decoder gives it. See `outputs` for the forms of what they return.
+
+    Raises:
+        ExportError: a network does not run, or returns what is not understood.
+        InputError: an option is missing or contradicts the networks.
+    """
+    signed = options.input_range == "signed"
+    scale = 1.0 if options.latent_scale is None else float(options.latent_scale)
+    shift = 0.0 if options.latent_shift is None else float(options.latent_shift)
+    encoder, decoder = encoder.eval(), decoder.eval()
+    reading = read(encoder, decoder, noise(shape, PROBES, options.multiple_of), options)
+    graphs = (
+        EncoderGraph(Encoder(encoder, signed, reading), reading.kind, scale, shift),
+        DecoderGraph(Decoder(decoder, signed), len(shape) == 3, scale, shift),
+    )
+    return graphs[0].eval(), graphs[1].eval()
+
+
+def read(encoder: nn.Module, decoder: nn.Module, x: Float32, options: ImportOptions) -> Reading:
+    """Find out by trying how the encoder's output is to be read."""
+    inputs = torch.from_numpy(x)
+    with torch.no_grad(), without_validation():
+        mean, spread, meaning = read_encoded(
+            run(encoder, 2 * inputs - 1 if options.input_range == "signed" else inputs, "encoder")
+        )
+        split = spread is None and is_split(mean.shape, *_trials(decoder, mean, inputs), options)
+    if split:
+        mean, spread = mean.chunk(2, dim=1)
+    kind = "autoencoder" if spread is None else "vae"
+    require_kind(kind, options)
+    if spread is None:
+        return Reading(kind)
+    return Reading(kind, split, settle_meaning(meaning, float(spread.min()), options))
+
+
+def _trials(decoder: nn.Module, output: Tensor, x: Tensor) -> tuple[Trial, Trial]:
+    """Whether the decoder takes the encoder's output whole, and its first half."""
+    require_batch(output.shape, len(x))
+    return _takes(decoder, output, x), _takes(decoder, output.chunk(2, dim=1)[0], x)
+
+
+def _takes(decoder: nn.Module, z: Tensor, x: Tensor) -> Trial:
+    """Whether the decoder makes of z something like x, and if not, why."""
+    try:
+        output = read_reconstruction(run(decoder, z.contiguous(), "decoder"))
+    except ExportError as error:
+        return False, str(error)
+    if output.shape != x.shape:
+        return False, f"it returns shape {tuple(output.shape)} for inputs of shape {tuple(x.shape)}"
+    return True, ""
+
+
+@contextlib.contextmanager
+def without_validation() -> Iterator[None]:
+    """torch's distributions check their arguments' values, which no exporter can trace."""
+    validate = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(validate)

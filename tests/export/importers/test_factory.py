@@ -1,0 +1,411 @@
+"""Factories: `package.module:callable`, in every form that networks of others have."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import sys
+from collections import OrderedDict, namedtuple
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.distributions import Independent, MultivariateNormal, Normal
+
+from vae_export.imported import ImportOptions
+from vae_export.importers import factory
+from vae_export.importers.outputs import read_encoded, read_reconstruction
+from vae_export.importers.trial import SIDE
+from vae_runtime.errors import CheckpointError, ExportError, InputError
+
+MODULE = "networks_of_the_factory_tests"
+SOURCE = '''
+import torch
+from torch import nn
+from torch.distributions import Independent, Normal
+
+class Networks(nn.Module):
+    """mean and log-variance in one tensor; images in [-1, 1]."""
+    def __init__(self, last=nn.Tanh):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.SiLU(), nn.Dropout(0.5),
+                                     nn.Conv2d(6, 4, 3, 2, 1))
+        self.decoder = nn.Sequential(nn.Conv2d(2, 6, 3, 1, 1), nn.SiLU(), nn.Upsample(scale_factor=2.0),
+                                     nn.ConvTranspose2d(6, 3, 4, 2, 1), last())
+
+class Methods(Networks):
+    def encode(self, x):
+        mean, logvar = self.encoder(x).chunk(2, 1)
+        return Independent(Normal(mean, (logvar / 2).exp()), 3)
+    def decode(self, z):
+        return {"sample": self.decoder(z)}
+
+class Random(Networks):
+    def encode(self, x):
+        mean, logvar = self.encoder(x).chunk(2, 1)
+        return mean + torch.randn_like(mean), logvar
+    def decode(self, z):
+        return self.decoder(z)
+
+class Triple(Random):
+    def encode(self, x):
+        mean, logvar = super().encode(x)
+        return mean, mean, logvar
+
+class Std(Random):
+    def encode(self, x):
+        mean, logvar = self.encoder(x).chunk(2, 1)
+        return mean, logvar.exp()
+
+class Mixing(Random):
+    def encode(self, x):
+        mean, logvar = self.encoder(x).chunk(2, 1)
+        return mean - mean.mean(0, keepdim=True), logvar
+
+class Holder:
+    """No module itself, but with methods and networks."""
+    def __init__(self):
+        self.network = Networks()
+    def encode(self, x):
+        return self.network.encoder(x)
+    def decode(self, z):
+        return self.network.decoder(z)
+
+class Odd(Random):
+    def encode(self, x):
+        return "moments"
+
+def pair():
+    networks = Networks()
+    return networks.encoder, networks.decoder
+
+def vectors():
+    return nn.Sequential(nn.Linear(6, 3), nn.Tanh()), nn.Linear(3, 6)
+
+class Grey(nn.Module):
+    def forward(self, z):
+        return z.mean(1, keepdim=True).expand(-1, 4, -1, -1)
+
+def any_latent():
+    return nn.Identity(), Grey()
+
+def sigmoid():
+    return Networks(nn.Sigmoid)
+
+def needs(width):
+    return Networks()
+
+def number():
+    return 3
+
+not_callable = 3
+'''
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("factory")
+    (folder / f"{MODULE}.py").write_text(SOURCE)
+    (folder / "needs_more.py").write_text("import a_package_that_is_not_there")
+    yield folder
+    sys.modules.pop(MODULE, None)
+
+
+@pytest.fixture(autouse=True)
+def _here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    torch.manual_seed(0)
+
+
+def load(name: str, shape: tuple[int | None, ...] | None = (3, 16, 16), **options: Any) -> Any:
+    if shape is not None and len(shape) == 3:
+        options.setdefault("input_range", "signed")
+    return factory.load(f"{MODULE}:{name}", ImportOptions(input_shape=shape, **options))
+
+
+def noise(rows: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(rows).random((rows, *shape), dtype=np.float32)
+
+
+def networks(seed: int = 1) -> Any:
+    """Our own instance, with running statistics that are not those of a new one."""
+    torch.manual_seed(seed)
+    model = sys.modules[MODULE].Networks()
+    model.encoder[1].running_mean.uniform_(-0.5, 0.5)
+    model.encoder[1].running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+def expected(model: Any, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """mean, logvar and reconstruction in the bundle's units, written out."""
+    with torch.no_grad():
+        moments = model.encoder(torch.from_numpy(x) * 2 - 1)
+        image = model.decoder(moments[:, :2])
+    return moments[:, :2].numpy(), moments[:, 2:].numpy(), np.clip((image.numpy() + 1) / 2, 0, 1)
+
+
+def test_recognised_by_its_form(folder: Path) -> None:
+    assert factory.recognises("package.module:make")
+    assert factory.recognises(f"{MODULE}:Networks")
+    for other in ("model.pt", "C:\\model", "module", "a-b:c", "a:", ":b", "a:b:c", "a b:c", "\0:a"):
+        assert not factory.recognises(other)
+
+
+def test_exported_graphs_agree_with_the_factorys_network_at_two_sizes(folder: Path) -> None:
+    load("Networks")  # imports the module
+    model = networks()
+    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, "checkpoint.pth")
+    path = list(sys.path)
+    imported = load("Methods", (3, None, None), weights="checkpoint.pth", latent_scale=0.5, latent_shift=0.1)
+    assert sys.path == path
+    assert (imported.name, imported.input_shape, imported.multiple_of) == ("Methods", (3, None, None), 4)
+    assert imported.default_size == (SIDE, SIDE)
+    assert imported.origin["factory"] == f"{MODULE}:Methods"
+    x = noise(2, 3, 16, 16)
+    graphs = imported.halves.to_onnx(x, imported.halves.encode(x)["mean"], free=True)
+    encoder, decoder = map(onnxruntime.InferenceSession, graphs)
+    for rows, height, width in ((1, 16, 24), (3, 32, 20)):
+        x = noise(rows, 3, height, width)
+        mean, logvar, image = expected(model, x)
+        got = encoder.run(["mean", "logvar"], {"x": x})
+        np.testing.assert_allclose(got[0], (mean - 0.1) * 0.5, atol=1e-5)
+        np.testing.assert_allclose(got[1], logvar + 2 * math.log(0.5), atol=1e-5)
+        np.testing.assert_allclose(decoder.run(["reconstruction"], {"z": (mean - 0.1) * 0.5})[0], image, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Networks", "Methods", "Holder", "pair"])
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_every_product_gives_the_values_of_its_weights(name: str, kind: str) -> None:
+    imported = load(name)
+    model = networks()
+    prefix = "network." if name == "Holder" else ""
+    weights = {f"{prefix}{key}": value for key, value in model.state_dict().items()}
+    save_file(weights, "weights.bin") if kind == "safetensors" else torch.save(weights, "weights.bin")
+    imported = load(name, weights="weights.bin")
+    x = noise(3, 3, 16, 16)
+    mean, logvar, image = expected(model, x)
+    encoded = imported.halves.encode(x)
+    np.testing.assert_allclose(encoded["mean"], mean, atol=1e-5)
+    np.testing.assert_allclose(encoded["logvar"], logvar, atol=1e-5)
+    np.testing.assert_allclose(imported.halves.decode(mean), image, atol=1e-5)
+
+
+def test_vectors_and_codes() -> None:
+    imported = load("vectors", (6,))
+    assert imported.halves.kind == "autoencoder"
+    x = 9 * noise(3, 6)
+    code = imported.halves.encode(x)
+    assert list(code) == ["mean"]
+    assert code["mean"].shape == (3, 3)
+    assert imported.halves.decode(code["mean"] * 100).max() > 1  # vectors are not cut to [0, 1]
+
+
+def test_a_second_output_that_is_never_negative_is_asked_about() -> None:
+    with pytest.raises(InputError, match=r"never negative.*--spread logvar, log_std, std, variance"):
+        load("Std")
+    x = noise(2, 3, 16, 16)
+    torch.manual_seed(0)
+    logvar = load("Std", spread="logvar").halves.encode(x)["logvar"]
+    for spread, transform in (
+        ("std", lambda s: 2 * np.log(s)), ("variance", np.log), ("log_std", lambda s: 2 * s),
+    ):  # fmt: skip
+        torch.manual_seed(0)
+        np.testing.assert_allclose(load("Std", spread=spread).halves.encode(x)["logvar"], transform(logvar), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        ("Random", {}, ExportError, "the encoder gives other values for the same input in a second run"),
+        ("Triple", {}, ExportError, "the encoder returns 3 values.*leave z out"),
+        ("Mixing", {}, ExportError, "mixes the rows of a batch"),
+        ("Odd", {}, ExportError, "the encoder returns str; expected"),
+        ("Networks", {"kind": "autoencoder"}, InputError, "--kind is 'autoencoder', but the encoder returns a mean"),
+        ("Networks", {"spread": "std"}, InputError, "--spread is 'std', but the encoder gives -"),
+        ("Networks", {"spread": "sigma"}, InputError, "--spread is 'sigma'; expected one of"),
+        ("Methods", {"spread": "logvar"}, InputError, "--spread is 'logvar', but the encoder names it std"),
+        ("vectors", {"shape": (6,), "kind": "vae"}, InputError, "--kind is 'vae', but the encoder returns one tensor"),
+        ("vectors", {"shape": (6,), "spread": "std"}, InputError, "--spread is 'std', but an autoencoder's code"),
+        ("vectors", {"shape": (6,), "input_range": "unit"}, InputError, "inputs are vectors, which have no range"),
+        ("vectors", {"shape": (7,)}, ExportError, r"the encoder does not run on a batch of shape \(8, 7\)"),
+        ("any_latent", {"shape": (4, 8, 8)}, InputError, "takes it both whole and by half; pass --kind"),
+        ("Networks", {"shape": None}, InputError, "does not say what its inputs are; pass --input"),
+        ("Networks", {"input_range": None}, InputError, "pass --input-range unit or signed"),
+        ("Networks", {"input_range": "0-1"}, InputError, "--input-range is '0-1'; expected one of unit, signed"),
+        ("sigmoid", {}, InputError, "the decoder gives no value below 0, as one for images in"),
+        ("Networks", {"shape": (3, None, 16)}, InputError, "expected .C, H, W., .C, None, None. for free sizes"),
+        ("Networks", {"shape": (3, None, None), "multiple_of": 8}, InputError, "latents are 4 times smaller"),
+        ("Networks", {"multiple_of": 4}, InputError, "have no free size"),
+        ("Networks", {"shape": (3, 18, 18)}, ExportError, r"the decoder does not take.*returns shape \(8, 3, 20, 20\)"),
+        ("Networks", {"latent_scale": 0.0}, InputError, "--latent-scale is 0.0; expected a finite number above 0"),
+        ("Networks", {"latent_shift": math.nan}, InputError, "--latent-shift is nan; expected a finite number"),
+        ("number", {}, ExportError, "the factory returns int; expected an object with encode and decode"),
+        ("needs", {}, ExportError, "fails when it is called without arguments: TypeError"),
+        ("not_callable", {}, InputError, "is int; expected something to call"),
+        ("Absent", {}, InputError, "has no 'Absent'"),
+        ("Networks", {"weights": "absent.pt"}, CheckpointError, "absent.pt is missing"),
+    ],
+)
+def test_refused_in_words(name: str, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        load(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ("no_such_module:make", InputError, "there is no module 'no_such_module'"),
+        ("needs_more:make", ExportError, "needs a_package_that_is_not_there, which is not installed"),
+        ("module", InputError, "expected package.module:callable"),
+    ],
+)
+def test_modules_that_cannot_be_imported(source: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        factory.load(source, ImportOptions(input_shape=(3,)))
+
+
+def test_weights_that_do_not_fit_are_named() -> None:
+    load("Networks")
+    weights = networks().state_dict()
+    weights["decoder.0.weight"] = torch.zeros(6, 2, 5, 5)
+    weights["head.weight"] = weights.pop("encoder.0.bias")
+    torch.save(weights, "wrong.pt")
+    with pytest.raises(CheckpointError, match=r"encoder.0.bias.*head.weight.*decoder.0.weight \(6×2×5×5"):
+        load("Networks", weights="wrong.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"state_dict": {"a": torch.zeros(1)}, "model": {"a": torch.ones(1)}}, "holds weights under state_dict, model"),
+        ({"epoch": 3, "ema": {"a": torch.zeros(1)}}, "holds no tensors under state_dict.*its keys are epoch, ema"),
+        ([torch.zeros(1)], "holds a list"),
+    ],
+)
+def test_files_whose_weights_are_not_found(content: Any, message: str) -> None:
+    torch.save(content, "odd.pt")
+    with pytest.raises(CheckpointError, match=message):
+        load("Networks", weights="odd.pt")
+
+
+class _Canary:
+    def __reduce__(self) -> Any:
+        return Path("canary").touch, ()
+
+
+def test_a_malicious_pickle_runs_nothing() -> None:
+    torch.save({"state_dict": {"a": _Canary()}}, "zip.pt")
+    Path("bare.pt").write_bytes(pickle.dumps(_Canary(), protocol=2))
+    for file in ("zip.pt", "bare.pt"):
+        with pytest.raises(CheckpointError, match=file):
+            load("Networks", weights=file, trust_pickle=True)
+    assert not Path("canary").exists()
+    torch.load("zip.pt", weights_only=False)  # it would have
+    assert Path("canary").exists()
+
+
+MEAN, LOGVAR = torch.tensor([[1.0, -2.0]]), torch.tensor([[0.5, -1.0]])
+STD = (LOGVAR / 2).exp()
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        (MEAN, LOGVAR),
+        [MEAN, LOGVAR],
+        {"mean": MEAN, "logvar": LOGVAR, "z": MEAN + 1},
+        {"mu": MEAN, "log_var": LOGVAR},
+        OrderedDict(embedding=MEAN, log_covariance=LOGVAR),
+        {"mean": MEAN, "std": STD},
+        {"mean": MEAN, "log_std": LOGVAR / 2},
+        {"mean": MEAN, "variance": LOGVAR.exp()},
+        namedtuple("Posterior", "mu logvar")(MEAN, LOGVAR),
+        namedtuple("Output", "latent_dist")(SimpleNamespace(mean=MEAN, logvar=LOGVAR)),
+        SimpleNamespace(latent_dist=Normal(MEAN, STD)),
+        SimpleNamespace(mean=MEAN, scale=STD),
+        SimpleNamespace(mean=MEAN, logvar=LOGVAR, std=STD, var=STD**2),
+        Normal(MEAN, STD),
+        Independent(Normal(MEAN, STD), 1),
+        ((MEAN, LOGVAR),),
+    ],
+)
+def test_forms_of_a_posterior(output: Any) -> None:
+    from vae_export.importers.meaning import to_logvar
+
+    encoded = read_encoded(output)
+    assert encoded.spread is not None
+    torch.testing.assert_close(encoded.mean, MEAN)
+    torch.testing.assert_close(to_logvar(encoded.spread, encoded.meaning or "logvar", torch.log), LOGVAR)
+
+
+def test_the_objects_of_diffusers_and_pythae() -> None:
+    vae = pytest.importorskip("diffusers.models.autoencoders.vae")
+    outputs = pytest.importorskip("diffusers.models.modeling_outputs")
+    posterior = vae.DiagonalGaussianDistribution(torch.cat([MEAN, LOGVAR], 1)[..., None, None])
+    encoded = read_encoded(outputs.AutoencoderKLOutput(latent_dist=posterior))
+    assert encoded.meaning == "logvar"
+    torch.testing.assert_close(encoded.mean.flatten(), MEAN.flatten())
+    torch.testing.assert_close(encoded.spread.flatten(), LOGVAR.flatten())
+    torch.testing.assert_close(read_reconstruction(vae.DecoderOutput(sample=MEAN)), MEAN)
+    pythae = pytest.importorskip("pythae.models.base.base_utils")
+    encoded = read_encoded(pythae.ModelOutput(embedding=MEAN, log_covariance=LOGVAR))
+    assert (encoded.mean is MEAN, encoded.spread is LOGVAR, encoded.meaning) == (True, True, "logvar")
+    assert read_reconstruction(pythae.ModelOutput(reconstruction=MEAN)) is MEAN
+
+
+@pytest.mark.parametrize("output", [MEAN, (MEAN,), {"embedding": MEAN}, {"latents": MEAN}, SimpleNamespace(z=MEAN)])
+def test_forms_of_a_code(output: Any) -> None:
+    assert read_encoded(output) == (MEAN, None, None)
+
+
+@pytest.mark.parametrize(
+    "output",
+    [MEAN, (MEAN,), {"sample": MEAN}, {"reconstruction": MEAN, "z": LOGVAR}, SimpleNamespace(sample=MEAN),
+     Normal(MEAN, 1.0)],
+)  # fmt: skip
+def test_forms_of_a_reconstruction(output: Any) -> None:
+    torch.testing.assert_close(read_reconstruction(output), MEAN)
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ((MEAN, LOGVAR, MEAN), "3 values of shapes .1, 2., .1, 2., .1, 2.; expected .mean, logvar."),
+        ((MEAN, LOGVAR[:, :1]), "mean and logvar have the same shape"),
+        ((MEAN, "x"), "2 values of shapes .1, 2., str"),
+        ({"a": MEAN, "b": LOGVAR}, "dict with a, b"),
+        ({"mean": MEAN, "z": MEAN}, "dict with mean, z"),
+        (None, "returns NoneType"),
+        (MultivariateNormal(MEAN[0], torch.eye(2)), "MultivariateNormal; a bundle's posterior is a diagonal normal"),
+    ],
+)
+def test_forms_that_are_not_understood(output: Any, message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        read_encoded(output)
+
+
+@pytest.mark.parametrize("output", [(MEAN, LOGVAR), {"a": MEAN, "b": MEAN}, None, SimpleNamespace(image=MEAN)])
+def test_reconstructions_that_are_not_understood(output: Any) -> None:
+    with pytest.raises(ExportError, match=r"the decoder returns .*; expected one tensor"):
+        read_reconstruction(output)
+
+
+def test_validation_of_distributions_is_as_it_was() -> None:
+    load("Methods")
+    with pytest.raises(ValueError, match="scale"):
+        Normal(0.0, -1.0)
+
+
+def test_networks_of_half_precision_are_read_in_float32() -> None:
+    load("Networks")
+    model = networks()
+    torch.save(model.half().state_dict(), "half.pt")
+    imported = load("Networks", weights="half.pt")
+    x = noise(1, 3, 16, 16)
+    np.testing.assert_allclose(imported.halves.encode(x)["mean"], expected(model.float(), x)[0], atol=1e-5)

@@ -1,0 +1,229 @@
+"""Pairs of TorchScript and torch.export programs."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from vae_export.imported import ImportOptions
+from vae_export.importers import torch_program
+from vae_export.importers.torch_program import EXPORTED, SCRIPT, sort_of
+from vae_runtime.errors import CheckpointError, ExportError, InputError
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 8, 3, 2, 1), nn.GroupNorm(2, 8), nn.SiLU(), nn.Dropout(0.5), nn.Conv2d(8, 4, 3, 2, 1)
+        )
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, logvar = self.net(x).chunk(2, dim=1)
+        return mean, logvar
+
+
+class Named(Encoder):
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        mean, logvar = self.net(x).chunk(2, dim=1)
+        return {"logvar": logvar, "mean": mean}
+
+
+class Flat(Encoder):
+    """Its batch is written into the program where it is traced."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return self.net(x).reshape(int(x.shape[0]), -1)
+
+
+class Saves(Encoder):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.save(x, "canary")
+        mean, logvar = self.net(x).chunk(2, dim=1)
+        return mean, logvar
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(2, 8, 3, 1, 1), nn.GroupNorm(2, 8), nn.SiLU())
+        self.up = nn.Upsample(scale_factor=2.0)
+        self.last = nn.ConvTranspose2d(8, 3, 4, 2, 1)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(self.last(self.up(self.first(z))))
+
+
+@pytest.fixture(scope="module")
+def networks() -> tuple[Encoder, Decoder]:
+    torch.manual_seed(0)
+    return Encoder().eval(), Decoder().eval()
+
+
+X, Z = torch.rand(2, 3, 16, 16), torch.rand(2, 2, 4, 4)
+
+
+def save(folder: Path, encoder: Any, decoder: Any) -> str:
+    folder.mkdir(exist_ok=True)
+    for name, program in (("my_encoder", encoder), ("decoder", decoder)):
+        with (folder / name).open("wb") as file:
+            is_script = isinstance(program, torch.jit.ScriptModule)
+            torch.jit.save(program, file) if is_script else torch.export.save(program, file)
+    return str(folder)
+
+
+def load(source: str, shape: tuple[int | None, ...] | None = (3, None, None), **options: Any) -> Any:
+    return torch_program.load(source, ImportOptions(input_shape=shape, **{"input_range": "unit", **options}))
+
+
+def check_graphs(imported: Any, networks: tuple[Any, Any], sizes: tuple[tuple[int, int, int], ...]) -> None:
+    """Exported graphs against the modules that the programs were made of."""
+    free = imported.is_free
+    x = np.random.default_rng(0).random((2, 3, 16, 16), dtype=np.float32)
+    graphs = imported.halves.to_onnx(x, imported.halves.encode(x)["mean"], free)
+    encoder, decoder = map(onnxruntime.InferenceSession, graphs)
+    for rows, height, width in sizes:
+        x = np.random.default_rng(rows).random((rows, 3, height, width), dtype=np.float32)
+        with torch.no_grad():
+            mean, logvar = networks[0](torch.from_numpy(x))
+            image = networks[1](mean)
+        got = encoder.run(["mean", "logvar"], {"x": x})
+        np.testing.assert_allclose(got[0], mean, atol=1e-5)
+        np.testing.assert_allclose(got[1], logvar, atol=1e-5)
+        np.testing.assert_allclose(decoder.run(["reconstruction"], {"z": mean.numpy()})[0], image, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["script", "trace", "freeze"])
+def test_torchscript_at_two_sizes(networks: tuple[Any, Any], way: str, tmp_path: Path) -> None:
+    if way == "trace":
+        programs = torch.jit.trace(networks[0], X), torch.jit.trace(networks[1], Z)
+    else:
+        programs = torch.jit.script(networks[0]), torch.jit.script(networks[1])
+    if way == "freeze":
+        programs = torch.jit.freeze(programs[0]), torch.jit.freeze(torch.jit.trace(networks[1], Z))
+    source = save(tmp_path / "pair", *programs)
+    assert torch_program.recognises(source)
+    imported = load(source)
+    assert (imported.name, imported.input_shape, imported.multiple_of) == ("pair", (3, None, None), 4)
+    assert imported.origin["program"] == SCRIPT
+    check_graphs(imported, networks, ((1, 16, 24), (3, 32, 20)))
+
+
+def test_torch_export_with_its_own_shape(networks: tuple[Any, Any], tmp_path: Path) -> None:
+    batch, height, width = (torch.export.Dim(name) for name in ("batch", "height", "width"))
+    encoder = torch.export.export(networks[0], (X,), dynamic_shapes=({0: batch, 2: 4 * height, 3: 4 * width},))
+    source = save(tmp_path / "pair", encoder, torch.jit.script(networks[1]))
+    assert torch_program.recognises(source)
+    with pytest.raises(InputError, match=r"my_encoder is a torch.export program.*pass --trust-pickle"):
+        load(source)
+    with pytest.raises(InputError, match=r"--input is \(1, 16, 16\), but the encoder was exported for \(3, None"):
+        load(source, (1, 16, 16), trust_pickle=True)
+    imported = load(source, None, trust_pickle=True)
+    assert (imported.input_shape, imported.multiple_of) == ((3, None, None), 4)
+    assert imported.origin["program"] == f"{EXPORTED}, {SCRIPT}"
+    check_graphs(imported, networks, ((1, 16, 24), (3, 32, 20)))
+
+
+def test_torch_export_of_one_batch_size_is_refused(networks: tuple[Any, Any], tmp_path: Path) -> None:
+    source = save(tmp_path, torch.export.export(networks[0], (X,)), torch.jit.script(networks[1]))
+    with pytest.raises(ExportError, match=r"was exported for a batch of 2; .*dynamic_shapes=\({0: torch.export.Dim"):
+        load(source, None, trust_pickle=True)
+
+
+def test_what_the_exporter_cannot_take_is_refused_with_a_cure(networks: tuple[Any, Any], tmp_path: Path) -> None:
+    decoder = torch.jit.freeze(torch.jit.script(networks[1]))  # nearest upsampling, of which a loop is left
+    imported = load(save(tmp_path, torch.jit.script(networks[0]), decoder))
+    with pytest.raises(ExportError, match=r"the decoder cannot be exported .*; a program saved from torch.jit.trace"):
+        imported.halves.to_onnx(X.numpy(), Z.numpy(), True)
+
+
+def test_named_outputs_and_one_tensor(networks: tuple[Any, Any], tmp_path: Path) -> None:
+    named = Named().eval()
+    named.load_state_dict(networks[0].state_dict())
+    decoder = torch.jit.script(networks[1])
+    imported = load(save(tmp_path / "named", torch.jit.script(named), decoder), (3, 16, 16))
+    check_graphs(imported, networks, ((1, 16, 16), (3, 16, 16)))
+    imported = load(save(tmp_path / "moments", torch.jit.script(named.net), decoder), (3, 16, 16))
+    check_graphs(imported, networks, ((1, 16, 16), (3, 16, 16)))
+
+
+def test_two_files_by_name(networks: tuple[Any, Any], tmp_path: Path) -> None:
+    save(tmp_path, torch.jit.script(networks[0]), torch.jit.script(networks[1]))
+    encoder, decoder = tmp_path / "my_encoder", tmp_path / "decoder"
+    assert torch_program.recognises(f"{encoder},{decoder}")
+    assert load(f"{encoder},{decoder}").name == "my_encoder"
+    with pytest.raises(InputError, match="expected the encoder first, then the decoder"):
+        load(f"{decoder},{encoder}")
+    (tmp_path / "text").write_text("text")
+    with pytest.raises(InputError, match=r"text is not a TorchScript or torch.export program"):
+        load(f"{encoder},{tmp_path / 'text'}")
+
+
+def test_recognised_by_the_archives_entries(networks: tuple[Any, Any], tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.script(networks[1]), tmp_path / "decoder.onnx")
+    assert sort_of(tmp_path / "decoder.onnx") == SCRIPT
+    torch.save(networks[0].state_dict(), tmp_path / "encoder.pt")
+    assert sort_of(tmp_path / "encoder.pt") is None
+    (tmp_path / "text").write_text("text")
+    assert sort_of(tmp_path / "text") is None
+    assert not torch_program.recognises(str(tmp_path))  # no encoder
+    for other in ("", "absent", str(tmp_path / "text"), "a,b", "\0"):
+        assert not torch_program.recognises(other)
+    with pytest.raises(InputError, match=r"should have one encoder, .*; it has none"):
+        load(str(tmp_path))
+    for name in ("encoder", "encoder2"):
+        torch.jit.save(torch.jit.script(networks[0]), tmp_path / name)
+    with pytest.raises(InputError, match=r"it has 2 of them \(encoder, encoder2\); name both files as ENCODER,DECODER"):
+        load(str(tmp_path))
+
+
+def test_refused_in_words(networks: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    decoder = torch.jit.script(networks[1])
+    training = torch.jit.trace(Encoder().train(), X, check_trace=False)
+    half = torch.jit.script(Encoder().half())
+    fixed = torch.jit.trace(nn.Sequential(Flat().eval(), nn.Unflatten(1, (4, 4, 4))), X)
+    for name, encoder, error, message in (
+        ("training", training, ExportError, "the encoder gives other values for the same input in a second run"),
+        ("half", half, ExportError, "has the weights .* in torch.float16; expected float32"),
+        ("fixed", fixed, ExportError, r"the encoder does not run on a batch of shape|mixes the rows"),
+        ("saves", torch.jit.script(Saves()), ExportError, "calls 'save', which reaches files"),
+    ):
+        source = save(tmp_path / name, encoder, decoder)
+        with pytest.raises(error, match=message):
+            load(source, (3, 16, 16))
+    assert not Path("canary").exists()
+    for options, message in (
+        ({"weights": "w.pt"}, "--weights is for a factory"),
+        ({"input_range": None}, "pass --input-range"),
+        ({"shape": None}, "pass --input"),
+        ({"kind": "autoencoder"}, "--kind is 'autoencoder'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load(str(tmp_path / "half") if "weights" in options else _good(tmp_path, networks), **options)
+
+
+def _good(folder: Path, networks: tuple[Any, Any]) -> str:
+    return save(folder / "good", torch.jit.script(networks[0]), torch.jit.script(networks[1]))
+
+
+def test_damaged_archives(networks: tuple[Any, Any], tmp_path: Path) -> None:
+    source = _good(tmp_path, networks)
+    path = Path(source) / "my_encoder"
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content[:-7] if name.endswith(".pkl") else content)
+    assert torch_program.recognises(source)
+    with pytest.raises(CheckpointError, match="my_encoder is not a TorchScript program that can be loaded"):
+        load(source)

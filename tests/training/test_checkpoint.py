@@ -145,7 +145,7 @@ LOOP.append(LOOP)
         (change("state_dict", WEIGHT, value=torch.zeros(960, 3).to_sparse()), "expected a contiguous"),
         (change("input", "type", value="sound"), "input.type is 'sound'"),
         (change("input", "shape", value=[1, 9, -8]), "input.shape is"),
-        (change("likelihood", "type", value="laplace"), "likelihood.type is 'laplace'"),
+        (change("likelihood", "type", value="cauchy"), "likelihood.type is 'cauchy'"),
         (change("likelihood", value={"type": "gaussian", "scale": 0.0}), "likelihood.scale is 0.0"),
         (change("examples", "train", value=...), r"examples\['train'\] is NoneType; expected a contiguous"),
         (change("examples", "train", value=torch.zeros(2, 8, 8, dtype=torch.uint8)), r"examples\['train'\] has shape"),

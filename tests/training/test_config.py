@@ -22,6 +22,13 @@ def test_defaults_follow_the_data() -> None:
     assert TrainConfig("x", latent=3, epochs=2, widths=(7,), depth=1).resolve(GREY, 9).model_config(GREY).widths == (7,)
 
 
+def test_spatial_latents_have_defaults_of_their_own() -> None:
+    spatial = TrainConfig("x", family="resnet").resolve(GREY, 100)
+    assert (spatial.likelihood, spatial.beta, spatial.latent, spatial.norm) == ("gaussian", 1e-5, 4, "batch")
+    assert TrainConfig("x").resolve(GREY, 100).beta == 1
+    assert TrainConfig("x", family="resnet", beta=0.5).resolve(GREY, 100).beta == 0.5
+
+
 def test_round_trip() -> None:
     config = TrainConfig("pictures", size=(8, 9), beta=2)
     assert TrainConfig.from_dict(config.to_dict()) == config
@@ -41,7 +48,9 @@ def test_round_trip() -> None:
         ({"ema": 1.0}, "ema is 1.0"),
         ({"size": [8]}, r"size is \[8\]; expected height and width"),
         ({"binarize": "otsu"}, "binarize is 'otsu'; expected one of none, dynamic, threshold"),
-        ({"likelihood": "laplace"}, "likelihood is 'laplace'; expected one of bernoulli, gaussian"),
+        ({"likelihood": "cauchy"}, "likelihood is 'cauchy'; expected one of bernoulli, gaussian, laplace"),
+        ({"gradient_weight": -1}, "gradient_weight is -1.0; expected from 0 to"),
+        ({"crop": [8, 0]}, r"crop is \[8, 0\]; expected height and width"),
         ({"mixed_precision": "fp8"}, "mixed_precision is 'fp8'"),
     ],
 )
@@ -58,6 +67,9 @@ def test_bad_settings_are_named(change: dict[str, object], message: str) -> None
         ({"binarize": "dynamic"}, COLOUR, 100, "binarize is 'dynamic', but likelihood is 'gaussian'"),
         ({"shift": 8}, GREY, 100, "shift is 8; x has examples of shape"),
         ({"family": "mlp", "shift": 1}, VECTOR, 100, "shift is 1"),
+        ({"family": "resnet"}, VECTOR, 100, "family is 'resnet', but x holds vectors"),
+        ({"family": "mlp", "gradient_weight": 1}, VECTOR, 100, "gradient_weight is 1, but x holds vectors"),
+        ({"flip": True}, COLOUR, 100, "flip is for crops of photographs; x is trained without crops"),
         ({}, GREY, 1, "the train part has 1 example; expected at least 2"),
     ],
 )

@@ -45,6 +45,12 @@ def test_figures_against_a_computation_in_float64(x: np.ndarray) -> None:
     assert figures["active_units"] == int((mean.var(0) > 0.01).sum())
 
 
+def test_a_small_beta_counts_where_the_best_weights_are_chosen() -> None:
+    figures = {"reconstruction_nats": -100.0, "kl_nats": 40.0, "negative_elbo_nats": -60.0}
+    assert figure_of_merit(figures) == figure_of_merit(figures, 4.0) == -60
+    assert figure_of_merit(figures, 0.1) == -96
+
+
 def test_the_same_seed_measures_the_same(x: np.ndarray) -> None:
     assert measure(objective(), x, 1) == measure(objective(), x, 1)
     assert measure(objective(), x, 1) != measure(objective(), x, 2)

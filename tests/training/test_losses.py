@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.distributions import Bernoulli, Normal
+from torch.distributions import Bernoulli, Laplace, Normal
 from torch.distributions import kl_divergence as torch_kl
 
 from vae_training.losses import (
@@ -12,9 +12,11 @@ from vae_training.losses import (
     elbo,
     free_bits_kl,
     gaussian_nll,
+    gradient_difference,
     kl_divergence,
     kl_per_dimension,
     kl_weight,
+    laplace_nll,
 )
 from vae_training.models import build_model, default_config
 
@@ -49,6 +51,29 @@ def test_gaussian_against_torch_distributions(rng: np.random.Generator) -> None:
     mean, x = (torch.from_numpy(rng.standard_normal((6, 3, 2))) for _ in range(2))
     expected = -Normal(mean, 0.3).log_prob(x).sum((1, 2))
     torch.testing.assert_close(gaussian_nll(mean, x, torch.tensor(math.log(0.3)).double()), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("scale", [0.003, 0.3, 40.0])
+def test_laplace_against_numpy_in_float64(rng: np.random.Generator, scale: float) -> None:
+    mean, x = (rng.standard_normal((6, 3, 2)).astype(np.float32) for _ in range(2))
+    wide = np.abs(x.astype(np.float64) - mean) / scale + np.log(2 * scale)
+    given = laplace_nll(torch.from_numpy(mean), torch.from_numpy(x), torch.tensor(math.log(scale)))
+    np.testing.assert_allclose(given.numpy(), wide.sum((1, 2)), rtol=1e-5)
+    torch.testing.assert_close(
+        given.double(), -Laplace(torch.from_numpy(mean).double(), scale).log_prob(torch.from_numpy(x)).sum((1, 2)),
+        rtol=1e-5, atol=0,
+    )  # fmt: skip
+
+
+def test_gradient_difference_against_a_loop(rng: np.random.Generator) -> None:
+    mean, x = rng.random((2, 3, 4, 5)), rng.random((2, 3, 4, 5))
+    expected = np.zeros(2)
+    for n, c, i, j in np.ndindex(2, 3, 4, 5):
+        for before in ((i - 1, j), (i, j - 1)):
+            if min(before) >= 0:
+                expected[n] += abs(abs(x[n, c, i, j] - x[n, c, *before]) - abs(mean[n, c, i, j] - mean[n, c, *before]))
+    given = gradient_difference(torch.from_numpy(mean), torch.from_numpy(x))
+    np.testing.assert_allclose(given.numpy(), expected, rtol=1e-12)
 
 
 def test_kl_against_torch_distributions(rng: np.random.Generator) -> None:
@@ -116,10 +141,41 @@ def test_the_gaussian_learns_the_scale_of_what_is_left() -> None:
     assert model.to_likelihood("none").scale == pytest.approx(float(expected), rel=1e-3)
 
 
-def test_the_scale_cannot_vanish() -> None:
-    model = objective("autoencoder", "gaussian", scale=2.0)
+def test_the_laplace_learns_the_mean_absolute_error() -> None:
+    torch.manual_seed(0)
+    model = objective("autoencoder", "laplace", scale=10.0)
+    x = torch.randn(200, 6) * 3
+    with torch.no_grad():
+        expected = (model.model(x) - x).abs().mean()
+    optimizer = torch.optim.Adam([model.log_scale], lr=0.05)
+    for _ in range(400):
+        optimizer.zero_grad()
+        model(x, torch.zeros(200, 3)).loss.backward()
+        optimizer.step()
+    recorded = model.to_likelihood("none")
+    assert (recorded.type, recorded.scale) == ("laplace", pytest.approx(float(expected), rel=1e-3))
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "laplace"])
+def test_the_scale_cannot_vanish(likelihood: str) -> None:
+    model = objective("autoencoder", likelihood, scale=2.0)
     with torch.no_grad():
         model.log_scale.fill_(-100.0)
     x = torch.zeros(2, 6)
     assert torch.isfinite(model(x, torch.zeros(2, 3)).loss)
     assert model.to_likelihood("none").scale == pytest.approx(2e-4)
+
+
+def test_edges_weigh_in_the_loss_alone_in_units_of_the_scale() -> None:
+    torch.manual_seed(1)
+    model = build_model(default_config("mlp", "autoencoder", (1, 8, 8), 3))
+    x, noise = torch.rand(5, 1, 8, 8), torch.zeros(5, 3)
+    plain, weighted = (Objective(model, "laplace", 0.1, gradient_weight=weight) for weight in (0.0, 0.5))
+    expected = 0.5 * gradient_difference(model(x), x).mean() / 0.1
+    torch.testing.assert_close(weighted(x, noise).loss - plain(x, noise).loss, expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(weighted(x, noise).reconstruction, plain(x, noise).reconstruction)
+    scales = []
+    for made in (plain, weighted):
+        made(x, noise).loss.backward()
+        scales.append(made.log_scale.grad)
+    torch.testing.assert_close(*scales)  # the scale is learned as it is without them

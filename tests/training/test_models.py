@@ -140,7 +140,7 @@ GOOD = {
         ({"latent_dim": 4.0}, "config.latent_dim is 4.0; expected a whole number"),
         ({"latent_dim": 0}, "latent_dim is 0; expected from 1 to 65536"),
         ({"latent_dim": 10**9}, "latent_dim is 1000000000; expected from 1 to 65536"),
-        ({"family": "resnet"}, "family is 'resnet'; expected one of mlp, conv"),
+        ({"family": "unet"}, "family is 'unet'; expected one of mlp, conv, resnet"),
         ({"kind": "gan"}, "kind is 'gan'; expected one of vae, autoencoder"),
         ({"kind": 3}, "config.kind is 3; expected a string"),
         ({"input_shape": 8}, "config.input_shape is 8; expected a list"),

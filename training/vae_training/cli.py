@@ -16,7 +16,7 @@ from click.core import ParameterSource
 from vae_runtime.errors import MissingExtraError, VAEError
 from vae_runtime.manifest import BINARIZE_MODES, COLOURS, KINDS, RESIZE_MODES
 
-from .config import FAMILIES, LIKELIHOODS, MIXED_PRECISIONS, TrainConfig
+from .config import ACTIVATIONS, FAMILIES, LIKELIHOODS, MIXED_PRECISIONS, NORMS, TrainConfig
 from .folder import recorded_config
 from .split import ORDERS
 
@@ -52,6 +52,17 @@ class _Numbers(click.ParamType):
             self.fail(f"{value!r} is not of the form {self.name}", param, ctx)
 
 
+class _Sides(_Numbers):
+    """ "64x48" -> (64, 48); "64" -> (64, 64)."""
+
+    def __init__(self) -> None:
+        super().__init__("x")
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        sides = super().convert(value, param, ctx)
+        return sides * 2 if len(sides) == 1 else sides
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option(
     "--data", required=False, help="'digits', a folder of IDX files, a folder of pictures, an .npy or .npz file."
@@ -68,18 +79,30 @@ class _Numbers(click.ParamType):
 @_choice("colour", "Of a folder of pictures; default: rgb.", COLOURS)
 @_choice("binarize", "Make images binary: drawn anew each time, or x >= 0.5.", BINARIZE_MODES)
 @_option("shift", "Move each training image by up to this many pixels.", type=int)
-@_choice("family", "Of models; vectors take mlp.", FAMILIES)
+@_option(
+    "crop",
+    "HEIGHTxWIDTH, or one number: train on crops of a folder of photographs of any sizes; default: 64 for resnet.",
+    type=_Sides(),
+)
+@click.option("--flip/--no-flip", default=None, help="Mirror half of the crops left to right; default: yes.")
+@_choice("family", "Of models; vectors take mlp, resnet takes images of any size when it is trained.", FAMILIES)
 @_choice("kind", "Variational, or the plain autoencoder to compare with.", KINDS)
-@_option("latent", "Latent dimensions; default: 20.", type=int)
+@_option("latent", "Latent dimensions, or channels (resnet); default: 20, resnet: 4.", type=int)
 @_option(
     "widths",
-    "Channels after each halving (conv) or hidden units (mlp), '32,64'; default: by the image's size.",
+    "Channels after each halving (conv, resnet) or hidden units (mlp), '32,64'; default: by the image's size.",
     type=_Numbers(","),
 )
-@_option("depth", "Convolutions at the lowest resolution in each half (conv).", type=int)
+@_option(
+    "depth", "Convolutions at the lowest resolution (conv) or residual blocks at each (resnet), per half.", type=int
+)
+@_choice("norm", "Normalisation (resnet); default: batch, which folds away at export.", NORMS)
+@_choice("activation", "Of resnet; default: relu.", ACTIVATIONS)
+@_option("attention", "Attention at the lowest resolution (resnet); each output then sees all.", is_flag=True)
 @_choice("likelihood", "Default: bernoulli for grey images, gaussian with a learned scale for all else.", LIKELIHOODS)
-@_option("beta", "Weight of the KL.", type=float)
+@_option("beta", "Weight of the KL; default: 1, resnet: 1e-5.", type=float)
 @_option("free_bits", "Nats per latent dimension that the KL leaves alone.", type=float)
+@_option("gradient_weight", "Weight of wrong differences of neighbouring pixels in the loss.", type=float)
 @_option("kl_warmup", "Part of all steps over which the KL's weight rises.", type=float)
 @_option("epochs", "Passes over the train part; default: 20, or more to reach 800 steps.", type=int)
 @_option("batch_size", "Examples per step.", type=int)
@@ -150,7 +173,8 @@ def _summary(metrics: dict[str, Any], output: Path) -> str:
             f"-ELBO {test['negative_elbo_nats']:.2f} ± {error:.2f} nats = "
             f"{test['reconstruction_nats']:.2f} reconstruction "
             f"+ {test['kl_nats']:.2f} KL, {likelihood}; "
-            f"{test['active_units']} of {model['latent_dim']} dimensions active"
+            f"{test['active_units']} of {model['latent_dim']} "
+            f"{'channels' if model['family'] == 'resnet' else 'dimensions'} active"
         )
     psnr = f", PSNR {test['psnr_db']:.2f} dB" if "psnr_db" in test else ""
     lines = (

@@ -16,8 +16,12 @@ if TYPE_CHECKING:
     from .models import ModelConfig
 
 # torch is imported by what needs it, so that `vae-train --help` does not.
-FAMILIES = ("mlp", "conv")
-LIKELIHOODS = ("bernoulli", "gaussian")
+FAMILIES = ("mlp", "conv", "resnet")
+NORMS = ("batch", "group")
+ACTIVATIONS = ("relu", "silu")
+LIKELIHOODS = ("bernoulli", "gaussian", "laplace")
+RESNET_WIDTHS: tuple[int, ...] = (32, 64)
+RESNET_DEPTH = 1
 MAX_WIDTH = 65536
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
 MIN_EPOCHS, MIN_STEPS = 20, 800  # of the default number of epochs
@@ -28,11 +32,21 @@ class TrainConfig:
     """The settings of a run. None means "as fits the data": `resolve` fills it in.
 
     data, size, resize, colour: see `data.load_dataset`. split, order: see `split.split_indices`.
+    crop: (H, W) of the crops that a folder of photographs of any sizes is trained on, see `photographs.py`; None: 64×64
+        for the resnet family, where neither size nor resize is given, and no crops for the others.
+    flip: half of the crops are mirrored left to right; None: yes.
     binarize: how images become binary, in inputs and targets alike: "none", "dynamic" or "threshold".
     shift: each training image is moved by up to this many pixels, zeros moving in; 0: not at all.
-    family, kind, latent, widths, depth: see `models.ModelConfig`.
-    likelihood: "bernoulli" (the default for grey images) or "gaussian" (for colour images and vectors).
-    beta: weight of the KL (Higgins et al., 2017: β-VAE). free_bits: nats per latent dimension.
+    family, kind, latent, widths, depth, norm, activation, attention: see `models.ModelConfig`; latent: its latent_dim.
+    likelihood: "bernoulli" (the default for grey images, unless of the resnet family), "gaussian" (for all else) or
+        "laplace".
+    beta: weight of the KL (Higgins et al., 2017: β-VAE); None: 1, and 1e-5 for the resnet family. Spatial latents are
+        mostly made for a second model that learns their distribution, and their KL is then kept from growing without
+        end and no more: Rombach et al., 2022, arXiv:2112.10752, give it the weight 1e-6 against absolute errors in
+        [-1, 1]; against a Laplace density of scale b in [0, 1], in nats, that is 1e-6 / 2b: 1e-5 at b = 0.05. Samples
+        from the prior mean something only with a β near 1.
+    free_bits: nats per latent dimension.
+    gradient_weight: of the differences of neighbouring pixels, see `losses.Objective`; 0: not in the loss.
     kl_warmup: the part of all steps over which the KL's weight rises from 0 to beta.
     batch_size: examples per step, over all processes together; an epoch divides evenly into batches of at least this.
     learning_rate: the highest; it rises over `lr_warmup` of all steps and falls to 0 on a cosine.
@@ -48,14 +62,20 @@ class TrainConfig:
     colour: str | None = None
     binarize: str = "none"
     shift: int = 0
+    crop: tuple[int, ...] | None = None
+    flip: bool | None = None
     family: str = "conv"
     kind: str = "vae"
     latent: int | None = None
     widths: tuple[int, ...] | None = None
     depth: int | None = None
+    norm: str | None = None
+    activation: str | None = None
+    attention: bool = False
     likelihood: str | None = None
-    beta: float = 1.0
+    beta: float | None = None
     free_bits: float = 0.0
+    gradient_weight: float = 0.0
     kl_warmup: float = 0.1
     epochs: int | None = None
     batch_size: int = 128
@@ -74,42 +94,72 @@ class TrainConfig:
                 strict.one_of(getattr(self, name), allowed, name)
         for name, (low, high) in _RANGES.items():
             strict.within(getattr(self, name), low, high, name)
-        if self.size is not None and (len(self.size) != 2 or not all(1 <= side <= 8192 for side in self.size)):
-            raise InputError(f"size is {list(self.size)}; expected height and width, from 1 to 8192")
+        for name in ("size", "crop"):
+            sides = getattr(self, name)
+            if sides is not None and (len(sides) != 2 or not all(1 <= side <= 8192 for side in sides)):
+                raise InputError(f"{name} is {list(sides)}; expected height and width, from 1 to 8192")
 
-    def resolve(self, spec: InputSpec, train_examples: int) -> TrainConfig:
+    @property
+    def crop_multiple(self) -> int:
+        """What the sides of a crop have to be multiples of for the model."""
+        return 2 ** len(self.widths or RESNET_WIDTHS) if self.family == "resnet" else 1
+
+    def resolve(self, spec: InputSpec, train_examples: int, crops: bool = False) -> TrainConfig:
         """The same with every None that depends on the data filled in.
+
+        spec: of one example. train_examples: in an epoch. crops: the examples are crops of photographs.
 
         Raises:
             InputError: settings that do not go with the data.
         """
-        if not spec.is_image and (self.family == "conv" or self.likelihood == "bernoulli"):
-            wrong = "family is 'conv'" if self.family == "conv" else "likelihood is 'bernoulli'"
-            raise InputError(
-                f"{wrong}, but {self.data} holds vectors; they take family 'mlp' and likelihood 'gaussian'"
-            )
-        likelihood = self.likelihood or ("bernoulli" if spec.is_image and spec.shape[0] == 1 else "gaussian")
+        self._check_against(spec, train_examples, crops)
+        from .models import default_config
+
+        spatial = self.family == "resnet"
+        likelihood = self.likelihood or (
+            "bernoulli" if spec.is_image and spec.example_shape[0] == 1 and not spatial else "gaussian"
+        )
         if self.binarize != "none" and likelihood != "bernoulli":
             raise InputError(
                 f"binarize is {self.binarize!r}, but likelihood is {likelihood!r}; binary data are Bernoulli's"
             )
-        if self.shift and (not spec.is_image or self.shift >= min(spec.example_shape[1:])):
-            raise InputError(f"shift is {self.shift}; {self.data} has examples of shape {list(spec.example_shape)}")
-        if train_examples < 2:
-            raise InputError(f"the train part has {train_examples} example; expected at least 2")
-        latent = self.latent or min(20, math.prod(spec.example_shape))
-        from .models import default_config
-
-        model = default_config(self.family, self.kind, spec.example_shape, latent)
+        latent = self.latent or (4 if spatial else min(20, math.prod(spec.example_shape)))
+        widths, depth = RESNET_WIDTHS, RESNET_DEPTH
+        if not spatial:
+            model = default_config(self.family, self.kind, spec.example_shape, latent)
+            widths, depth = model.widths, model.depth
         return replace(
             self,
+            crop=spec.example_shape[1:] if crops else None,
+            flip=self.flip is not False if crops else None,
             latent=latent,
             likelihood=likelihood,
-            widths=self.widths or model.widths,
-            depth=model.depth if self.depth is None else self.depth,
+            beta=(1e-5 if spatial else 1.0) if self.beta is None else self.beta,
+            widths=self.widths or widths,
+            depth=depth if self.depth is None else self.depth,
+            norm=self.norm or "batch",
+            activation=self.activation or "relu",
             epochs=self.epochs
             or max(MIN_EPOCHS, math.ceil(MIN_STEPS / steps_per_epoch(train_examples, self.batch_size))),
         )
+
+    def _check_against(self, spec: InputSpec, train_examples: int, crops: bool) -> None:
+        """Raise `InputError` for settings that do not go with the data."""
+        if not spec.is_image and (self.family != "mlp" or self.likelihood == "bernoulli"):
+            wrong = f"family is {self.family!r}" if self.family != "mlp" else "likelihood is 'bernoulli'"
+            raise InputError(
+                f"{wrong}, but {self.data} holds vectors; they take family 'mlp' and likelihood 'gaussian' or 'laplace'"
+            )
+        if self.gradient_weight and not spec.is_image:
+            raise InputError(f"gradient_weight is {self.gradient_weight:g}, but {self.data} holds vectors, not images")
+        if self.flip and not crops:
+            raise InputError(f"flip is for crops of photographs; {self.data} is trained without crops")
+        if self.shift and (not spec.is_image or self.shift >= min(spec.example_shape[1:])):
+            raise InputError(f"shift is {self.shift}; {self.data} has examples of shape {list(spec.example_shape)}")
+        if self.shift and crops:
+            raise InputError(f"shift is {self.shift}; crops of photographs lie anywhere and are not shifted")
+        if train_examples < 2:
+            raise InputError(f"the train part has {train_examples} example; expected at least 2")
 
     def model_config(self, spec: InputSpec) -> ModelConfig:
         """The model of a resolved configuration."""
@@ -118,7 +168,12 @@ class TrainConfig:
         assert self.latent is not None, "resolve first"
         assert self.widths is not None
         assert self.depth is not None
-        return ModelConfig(self.family, self.kind, spec.example_shape, self.latent, self.widths, self.depth)
+        assert self.norm is not None
+        assert self.activation is not None
+        return ModelConfig(
+            self.family, self.kind, spec.example_shape, self.latent, self.widths, self.depth, self.norm,
+            self.activation, self.attention,
+        )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         return strict.to_dict(self)
@@ -142,6 +197,8 @@ _CHOICES = {
     "family": FAMILIES,
     "kind": KINDS,
     "likelihood": LIKELIHOODS,
+    "norm": NORMS,
+    "activation": ACTIVATIONS,
     "mixed_precision": MIXED_PRECISIONS,
 }
 _RANGES = {
@@ -149,6 +206,7 @@ _RANGES = {
     "latent": (1, MAX_WIDTH),
     "beta": (0, 1e6),
     "free_bits": (0, 1e3),
+    "gradient_weight": (0, 1e3),
     "kl_warmup": (0, 1),
     "epochs": (1, 1_000_000),
     "batch_size": (2, 1_000_000),

@@ -7,7 +7,8 @@ so that a model sees at run time exactly what it saw in training.
 from __future__ import annotations
 
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,13 @@ class Dataset:
     """All examples of one source, not yet split.
 
     examples: uint8 images (N, H, W) or (N, H, W, 3), float32 images (N, C, H, W) in [0, 1], or float32 vectors (N, D).
+    facts: how they were made, where that matters, for the records of a run.
     """
 
     name: str
     examples: NDArray[Any]
     spec: InputSpec
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -65,7 +68,7 @@ def load_dataset(
     strict.one_of(resize or "exact", RESIZE_MODES, "resize")
     strict.one_of(colour or "rgb", tuple(COLOURS), "colour")
     path = Path(source)
-    if source != DIGITS and path.is_dir() and not idx.find_images(path):
+    if is_folder_of_pictures(source):
         return _load_pictures(path, size, resize or "exact", colour or "rgb")
     if size is not None or colour is not None:
         raise InputError(f"size and colour are for folders of pictures; {source} has its own")
@@ -74,6 +77,19 @@ def load_dataset(
     if path.is_dir():
         return _from_images(path.resolve().name, idx.read_folder(path), resize)
     return _from_array(path, _read_array(path), resize)
+
+
+def is_folder_of_pictures(source: str) -> bool:
+    """Whether `source` is a folder that is read as pictures: one without IDX files."""
+    return source not in ("", DIGITS) and Path(source).is_dir() and not idx.find_images(Path(source))
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """Every picture file below `folder`, sorted; raises `InputError` where there is none."""
+    paths = list_pictures(folder)
+    if not paths:
+        raise InputError(f"{folder} has neither IDX files (train-images-idx3-ubyte) nor pictures in it")
+    return paths
 
 
 def _digits() -> NDArray[np.uint8]:
@@ -153,10 +169,8 @@ def _image_spec(shape: tuple[int, ...], resize: str | None, name: str) -> InputS
 
 
 def _load_pictures(folder: Path, size: tuple[int, int] | None, resize: str, colour: str) -> Dataset:
-    paths = list_pictures(folder)
-    if not paths:
-        raise InputError(f"{folder} has neither IDX files (train-images-idx3-ubyte) nor pictures in it")
-    height, width = size or _picture_size(paths[0])
+    paths = find_pictures(folder)
+    height, width = size or picture_size(paths[0])
     spec = InputSpec("image", (COLOURS[colour], height, width), colour, resize)
     trailing = () if colour == "grey" else (3,)
     examples = np.empty((len(paths), height, width, *trailing), np.uint8)
@@ -165,15 +179,20 @@ def _load_pictures(folder: Path, size: tuple[int, int] | None, resize: str, colo
     return Dataset(folder.resolve().name, examples, spec)
 
 
-def _picture_size(path: Path) -> tuple[int, int]:
-    """(H, W) as it is seen, after EXIF orientation."""
+def picture_size(path: Path) -> tuple[int, int]:
+    """(H, W) as it is seen, after EXIF orientation; the pixels are mostly not read.
+
+    Raises:
+        InputError: the file is no picture.
+        MissingExtraError: Pillow is not installed.
+    """
     try:
-        from PIL import Image, ImageOps
+        from PIL import ExifTags, Image
     except ImportError:
         raise MissingExtraError("Pillow", "images", f"reading {path}") from None
     try:
         with Image.open(path) as picture:
-            turned = ImageOps.exif_transpose(picture)
-            return turned.height, turned.width
+            on_its_side = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return picture.size if on_its_side else picture.size[::-1]
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} cannot be read as a picture: {error}") from None

@@ -15,7 +15,8 @@ from .feed import EVALUATE, RECALIBRATE, standard_normal
 from .losses import Objective, kl_divergence
 from .models import VAE, reparameterize
 
-BATCH = 500
+BATCH = 500  # examples, or fewer where they are large
+BATCH_ELEMENTS = 2**23
 ACTIVE_VARIANCE = 0.01  # a latent dimension is active where Var(mean) is above (Burda et al., 2016, arXiv:1509.00519)
 _LEAST_MSE = 1e-10  # a perfect reconstruction counts as 100 dB
 
@@ -25,7 +26,9 @@ def measure(objective: Objective, x: Float32, seed: int, draws: int = 5) -> dict
     """Measure `objective` in evaluation mode on x, float32 (N, *input_shape).
 
     Returns for a vae: `negative_elbo_nats` = `reconstruction_nats` + `kl_nats` as means over the examples and over
-    `draws` posterior draws each, with the standard error over the examples, and `active_units`; for both kinds: the
+    `draws` posterior draws each, with the standard error over the examples, and `active_units`; where latents are
+    (C, h, w), their KL is the sum over all elements, and units are the channels, each over all examples and positions,
+    which share their weights. For both kinds: the
     `mse` of the reconstruction from the posterior's mean or the code, and for images `psnr_db`, the mean over images
     of 10·log10(1 / mse). The Bernoulli with grey values and the Gaussian have different zeros: a figure is comparable
     only under the same likelihood.
@@ -54,7 +57,7 @@ def measure(objective: Objective, x: Float32, seed: int, draws: int = 5) -> dict
 def _measure_batch(
     objective: Objective, x: Tensor, seed: int, draws: int, index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(N, ...) -> nll (N,), kl (N,), mse (N,), mean or code (N, latent_dim)."""
+    """(N, ...) -> nll (N,), kl (N,), mse (N,), mean or code (N · positions, latent_dim)."""
     model = objective.model
     if isinstance(model, VAE):
         mean, logvar = model.encode(x)
@@ -67,11 +70,17 @@ def _measure_batch(
         nll = objective.negative_log_likelihood(model.decode_logits(mean), x)
         kl = torch.zeros_like(nll)
     mse = (model.decode(mean) - x).square().flatten(1).mean(1)
-    return nll, kl, mse, mean
+    return nll, kl, mse, mean.movedim(1, -1).flatten(0, -2)
 
 
-def figure_of_merit(figures: dict[str, Any]) -> float:
-    """What early stopping and the choice of the best weights go by, the lower the better."""
+def figure_of_merit(figures: dict[str, Any], beta: float = 1.0) -> float:
+    """What early stopping and the choice of the best weights go by, the lower the better.
+
+    -ELBO with the KL's weight at most 1: with the β of a millionth of spatial latents -ELBO itself would call the
+    first weights the best, whose KL is least.
+    """
+    if beta < 1 and "kl_nats" in figures:
+        return float(figures["reconstruction_nats"] + beta * figures["kl_nats"])
     return figures.get("negative_elbo_nats", figures["reconstruction_nats"])
 
 
@@ -89,9 +98,9 @@ def recalibrate(objective: Objective, x: Float32, seed: int) -> None:
             layer.reset_running_stats()
             layer.momentum = None  # a plain average over the batches
         objective.train()
-        latent = objective.model.config.latent_dim
+        latent = objective.model.config.latent_shape
         for index, batch in enumerate(_batches(x, objective)):
-            objective(batch, standard_normal((len(batch), latent), seed, RECALIBRATE, index, 0, batch.device))
+            objective(batch, standard_normal((len(batch), *latent), seed, RECALIBRATE, index, 0, batch.device))
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
     objective.eval()
@@ -99,4 +108,5 @@ def recalibrate(objective: Objective, x: Float32, seed: int) -> None:
 
 def _batches(x: Float32, objective: Objective) -> list[Tensor]:
     device = next(objective.parameters()).device
-    return [torch.from_numpy(part).to(device) for part in np.array_split(x, -(-len(x) // BATCH))]
+    size = max(4, min(BATCH, BATCH_ELEMENTS // int(np.prod(x.shape[1:]))))
+    return [torch.from_numpy(part).to(device) for part in np.array_split(x, -(-len(x) // size))]

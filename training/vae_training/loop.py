@@ -27,15 +27,16 @@ from vae_runtime.preprocess import Float32, binarize
 
 from . import report
 from .config import TrainConfig
-from .data import Dataset, load_dataset
+from .data import Dataset
 from .devices import make_accelerator
 from .evaluate import figure_of_merit, measure, recalibrate
-from .feed import BINARIZE, NOISE, WEIGHTS, Feed, standard_normal
+from .feed import BINARIZE, NOISE, WEIGHTS, standard_normal
 from .folder import RunFolder, open_run
 from .losses import Objective, kl_weight
 from .models import build_model, count_parameters
 from .optimise import learning_rate, make_optimizer, moving_average, set_learning_rate
-from .split import Parts, split_indices
+from .source import Source, open_source
+from .split import Parts
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -62,17 +63,14 @@ def train(
         TrainingError: the loss is not finite, or the state in `output` cannot be continued.
         DeviceError, MissingExtraError: what was asked for is not there.
     """
-    data = load_dataset(
-        config.data, (config.size[0], config.size[1]) if config.size else None, config.resize, config.colour
-    )
-    parts = split_indices(len(data), config.split, config.order, config.seed)
-    config = config.resolve(data.spec, len(parts.train))
-    check_size(config, data)
+    source = open_source(config)
+    config = config.resolve(source.data.spec, source.train_examples, crops=source.photographs is not None)
+    check_size(config, source.data)
     accelerator = make_accelerator(device, config.mixed_precision)
     folder = _open_folder(Path(output), config, resume, force, accelerator)
     if (finished := folder.finished()) is not None:
         return finished
-    run = Run(config, data, parts, accelerator, folder)
+    run = Run(config, source, accelerator, folder)
     if resume and folder.state.is_dir():
         run.load()
     with _summary_writer(folder.path, tensorboard and accelerator.is_main_process) as writer:
@@ -104,31 +102,28 @@ class State:
 class Run:
     """One training run in memory."""
 
-    def __init__(
-        self, config: TrainConfig, data: Dataset, parts: Parts, accelerator: Accelerator, folder: RunFolder
-    ) -> None:
-        self.config, self.data, self.parts, self.accelerator, self.folder = config, data, parts, accelerator, folder
+    def __init__(self, config: TrainConfig, source: Source, accelerator: Accelerator, folder: RunFolder) -> None:
+        self.config, self.accelerator, self.folder = config, accelerator, folder
+        self.data, self.parts, self.train_examples = source.data, source.parts, source.train_examples
         assert config.epochs is not None, "resolve first"
         if config.batch_size < 2 * accelerator.num_processes:
             raise InputError(
                 f"batch_size is {config.batch_size}; {accelerator.num_processes} processes need 2 examples each"
             )
-        self.feed = Feed(
-            data, parts.train, config.batch_size, config.seed, config.binarize, config.shift,
-            accelerator.process_index, accelerator.num_processes,
-        )  # fmt: skip
+        self.feed = source.make_feed(config, accelerator.process_index, accelerator.num_processes)
         self.steps = config.epochs * self.feed.steps_per_epoch
-        objective = initial_objective(config, data, parts).to(accelerator.device)
-        if config.family == "conv":
+        objective = initial_objective(config, self.data, self.parts).to(accelerator.device)
+        if config.family != "mlp":
             # A sixth faster on CPU.
             objective = objective.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.latent_shape = objective.model.config.latent_shape
         self.ema = moving_average(objective, config.ema)
         fused = accelerator.device.type in ("cpu", "cuda")
         optimizer = make_optimizer(objective, config.learning_rate, config.weight_decay, fused)
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
-        self.validation = self.examples(parts.validation, 1)
+        self.validation = self.examples(self.parts.validation, 1)
         # Drawn, not the first: in file order these may be unlike the rest.
-        drawn = standard_rng(config.seed, 0).permutation(parts.train)[:RECALIBRATION_EXAMPLES]
+        drawn = standard_rng(config.seed, 0).permutation(self.parts.train)[:RECALIBRATION_EXAMPLES]
         self.calibration = self.examples(drawn, 2)
         self.state = State()
 
@@ -155,8 +150,9 @@ class Run:
         config, step = self.config, self.state.step
         set_learning_rate(self.optimizer, learning_rate(step, self.steps, config.learning_rate, config.lr_warmup))
         x = torch.from_numpy(self.feed.batch(step)).to(self.accelerator.device)
-        shape = (len(x), config.latent or 0)
+        shape = (len(x), *self.latent_shape)
         noise = standard_normal(shape, config.seed, NOISE, step, self.accelerator.process_index, x.device)
+        assert config.beta is not None, "resolve first"
         weight = kl_weight(step, round(config.kl_warmup * self.steps), config.beta)
         self.objective.train()
         with self.accelerator.autocast():
@@ -174,7 +170,9 @@ class Run:
         value = float(loss)
         objective = cast(Objective, self.ema.module)
         recalibrate(objective, self.calibration, self.config.seed)
-        figure = figure_of_merit(measure(objective, self.validation, self.config.seed, draws=1))
+        figures = measure(objective, self.validation, self.config.seed, draws=1)
+        assert self.config.beta is not None, "resolve first"
+        figure = figure_of_merit(figures, self.config.beta)
         self.require_finite({"train loss": value, "validation figure": figure}, f"epoch {epoch}")
         self.state.history.append({"epoch": epoch, "train_loss_nats": value, "validation_nats": figure})
         if figure < self.state.best:
@@ -275,9 +273,11 @@ def initial_objective(config: TrainConfig, data: Dataset, parts: Parts) -> Objec
         model = build_model(config.model_config(data.spec))
     x = torch.from_numpy(data.model_input(parts.train[:100_000]))
     model.fit_normalisation(x)
-    # A first guess at σ: what would be left if only the mean were reconstructed.
-    scale = float((x - x.mean(0)).double().square().mean().sqrt())
-    return Objective(model, config.likelihood or "bernoulli", scale if scale > 0 else 1.0, config.free_bits)
+    # A first guess at the scale: what would be left if only the mean were reconstructed.
+    left = (x - x.mean(0)).double()
+    scale = float(left.abs().mean() if config.likelihood == "laplace" else left.square().mean().sqrt())
+    likelihood = config.likelihood or "bernoulli"
+    return Objective(model, likelihood, scale if scale > 0 else 1.0, config.free_bits, config.gradient_weight)
 
 
 def standard_rng(seed: int, draw: int) -> np.random.Generator:

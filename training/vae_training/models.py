@@ -1,4 +1,4 @@
-"""The models: two families, `mlp` and `conv`, each as variational and as plain autoencoder.
+"""The models: three families, `mlp`, `conv` and `resnet` (see resnet.py), each as variational and plain autoencoder.
 
 A model is a `ModelConfig` and a `state_dict`, nothing else. What goes in and comes out is in physical units: images are
 float32 (N, C, H, W) in [0, 1], vectors float32 (N, D) in the data's own units; normalisation happens inside.
@@ -24,24 +24,29 @@ from torch import Tensor, nn
 from vae_runtime.errors import InputError
 from vae_runtime.manifest import KINDS, MAX_ELEMENTS
 
-from . import strict
-from .config import FAMILIES, MAX_WIDTH
+from . import resnet, strict
+from .config import ACTIVATIONS, FAMILIES, MAX_WIDTH, NORMS, RESNET_DEPTH, RESNET_WIDTHS
 
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0  # exp() stays finite in float32, and in float16 after a square root
 MAX_LAYERS, MAX_SIDE = 16, 8192
+RESNET_ONLY = ("norm", "activation", "attention")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything that determines a model's layers.
 
-    family: "mlp" or "conv". kind: "vae" or "autoencoder".
-    input_shape: without the batch: (C, H, W) of an image or (D,) of a vector.
-    latent_dim: number of latent dimensions (a vae) or the code's length (an autoencoder).
-    widths: "mlp": units of the hidden layers of the encoder, mirrored in the decoder. "conv": channels after each
-        halving of the resolution; the last is the width at the lowest resolution.
+    family: "mlp", "conv" or "resnet". kind: "vae" or "autoencoder".
+    input_shape: without the batch: (C, H, W) of an image or (D,) of a vector. "resnet" takes every other size too that
+        is a multiple of `multiple_of`; this one is that of the training.
+    latent_dim: number of latent dimensions (a vae) or the code's length (an autoencoder); "resnet": of latent channels.
+    widths: "mlp": units of the hidden layers of the encoder, mirrored in the decoder. "conv" and "resnet": channels
+        after each halving of the resolution; the last is the width at the lowest resolution.
     depth: "conv": number of 3×3 convolutions at the lowest resolution in each half; the decoder's last one gives twice
-        the channels of the next resolution, if that is fewer. "mlp": 0.
+        the channels of the next resolution, if that is fewer. "resnet": residual blocks at each resolution in each
+        half. "mlp": 0.
+    norm, activation, attention: "resnet" alone: "batch" or "group", "relu" or "silu", and whether there is attention
+        at the lowest resolution; the other families keep the defaults.
     """
 
     family: str
@@ -50,6 +55,9 @@ class ModelConfig:
     latent_dim: int
     widths: tuple[int, ...]
     depth: int = 0
+    norm: str = "batch"
+    activation: str = "relu"
+    attention: bool = False
 
     def __post_init__(self) -> None:
         strict.one_of(self.family, FAMILIES, "family")
@@ -62,6 +70,13 @@ class ModelConfig:
         if not 1 <= len(self.widths) <= MAX_LAYERS or not all(1 <= width <= MAX_WIDTH for width in self.widths):
             raise InputError(f"widths is {list(self.widths)}; expected 1 to {MAX_LAYERS} numbers from 1 to {MAX_WIDTH}")
         strict.within(self.depth, 0, 0 if self.family == "mlp" else MAX_LAYERS, "depth")
+        strict.one_of(self.norm, NORMS, "norm")
+        strict.one_of(self.activation, ACTIVATIONS, "activation")
+        if self.family == "resnet":
+            self._check_resnet()
+        elif changed := [name for name in RESNET_ONLY if getattr(self, name) != getattr(ModelConfig, name)]:
+            name = changed[0]
+            raise InputError(f"{name} is {getattr(self, name)!r}; only the resnet family has a choice of it")
         if self.family == "conv" and (
             len(self.input_shape) != 3 or not all(8 <= n <= MAX_SIDE for n in self.input_shape[1:])
         ):
@@ -70,9 +85,34 @@ class ModelConfig:
                 f"H and W from 8 to {MAX_SIDE}"
             )
 
+    def _check_resnet(self) -> None:
+        sides, multiple = self.input_shape[1:], self.multiple_of
+        if len(sides) != 2 or any(side % multiple or side > MAX_SIDE for side in sides):
+            raise InputError(
+                f"input_shape is {list(self.input_shape)}; the resnet family with {len(self.widths)} widths takes "
+                f"images (C, H, W), H and W multiples of {multiple} up to {MAX_SIDE}"
+            )
+
     @property
     def is_image(self) -> bool:
         return len(self.input_shape) == 3
+
+    @property
+    def is_fully_convolutional(self) -> bool:
+        """Any height and width go through that are multiples of `multiple_of`, with a latent of their own size."""
+        return self.family == "resnet"
+
+    @property
+    def multiple_of(self) -> int:
+        """f, by which the height and width of a latent are smaller than the image's; 1 where a latent has none."""
+        return 2 ** len(self.widths) if self.is_fully_convolutional else 1
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Of one latent for an input of `input_shape`: (latent_dim,), or (latent_dim, H/f, W/f) of "resnet"."""
+        if not self.is_fully_convolutional:
+            return (self.latent_dim,)
+        return (self.latent_dim, *(side // self.multiple_of for side in self.input_shape[1:]))
 
     @property
     def lowest_size(self) -> tuple[int, int]:
@@ -82,7 +122,8 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `model.pt` and JSON; `config_from_dict` reads it back."""
-        return strict.to_dict(self)
+        left_out = () if self.family == "resnet" else RESNET_ONLY
+        return {key: value for key, value in strict.to_dict(self).items() if key not in left_out}
 
 
 def config_from_dict(data: Mapping[str, Any]) -> ModelConfig:
@@ -95,7 +136,12 @@ def config_from_dict(data: Mapping[str, Any]) -> ModelConfig:
 
 
 def default_config(family: str, kind: str, input_shape: tuple[int, ...], latent_dim: int) -> ModelConfig:
-    """The widths and depth that `vae-train` uses: the lowest resolution of the conv family is at most 8×8."""
+    """The widths and depth that `vae-train` uses.
+
+    The lowest resolution of the conv family is at most 8×8; the resnet family's is a quarter of the image's.
+    """
+    if family == "resnet":
+        return ModelConfig(family, kind, input_shape, latent_dim, RESNET_WIDTHS, RESNET_DEPTH)
     if family == "mlp" or len(input_shape) != 3:
         return ModelConfig(family, kind, input_shape, latent_dim, widths=(400,))
     halvings = max(1, math.ceil(math.log2(max(input_shape[1:]) / 8)))
@@ -115,7 +161,11 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.config = config
         parameters = config.latent_dim * (2 if config.kind == "vae" else 1)
-        build = {"mlp": (_mlp_encoder, _mlp_decoder), "conv": (_conv_encoder, _conv_decoder)}[config.family]
+        build = {
+            "mlp": (_mlp_encoder, _mlp_decoder),
+            "conv": (_conv_encoder, _conv_decoder),
+            "resnet": (resnet.encoder, resnet.decoder),
+        }[config.family]
         self.encoder = build[0](config, parameters)
         self.decoder = build[1](config)
         if not config.is_image:
@@ -134,15 +184,15 @@ class Autoencoder(nn.Module):
         self.scale.copy_(deviation if deviation > 0 else torch.ones(()))  # constant data have no scale of their own
 
     def encode(self, x: Tensor) -> Any:
-        """x (N, *input_shape) -> code (N, latent_dim)."""
+        """x (N, *input_shape) -> code (N, *latent_shape)."""
         return self.encoder(self._normalise(x))
 
     def decode(self, z: Tensor) -> Tensor:
-        """z (N, latent_dim) -> reconstruction (N, *input_shape), the mean of p(x|z): [0, 1] for images."""
+        """z (N, *latent_shape) -> reconstruction (N, *input_shape), the mean of p(x|z): [0, 1] for images."""
         return self.to_mean(self.decode_logits(z))
 
     def decode_logits(self, z: Tensor) -> Tensor:
-        """z (N, latent_dim) -> (N, *input_shape), what `to_mean` makes the mean of p(x|z): for images its logits."""
+        """z (N, *latent_shape) -> (N, *input_shape), what `to_mean` makes the mean of p(x|z): for images its logits."""
         return self.decoder(z)
 
     def to_mean(self, logits: Tensor) -> Tensor:
@@ -161,7 +211,7 @@ class VAE(Autoencoder):
     """A variational autoencoder (Kingma and Welling, 2014, arXiv:1312.6114) with a diagonal Gaussian posterior."""
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, *input_shape) -> mean, logvar, each (N, latent_dim); logvar is clamped to [-30, 20]."""
+        """x (N, *input_shape) -> mean, logvar, each (N, *latent_shape); logvar is clamped to [-30, 20]."""
         mean, logvar = self.encoder(self._normalise(x)).chunk(2, dim=1)
         return mean, logvar.clamp(LOGVAR_MIN, LOGVAR_MAX)
 
@@ -176,7 +226,7 @@ def build_model(config: ModelConfig) -> Autoencoder:
 
 
 def reparameterize(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-    """z = mean + exp(logvar / 2) · noise, with standard normal noise; all (N, latent_dim)."""
+    """z = mean + exp(logvar / 2) · noise, with standard normal noise; all (N, *latent_shape)."""
     return mean + torch.exp(0.5 * logvar) * noise
 
 
@@ -187,22 +237,28 @@ def count_parameters(model: nn.Module) -> int:
 
 @torch.no_grad()
 def count_macs(model: Autoencoder) -> dict[str, int]:
-    """Multiply-accumulates of convolutions and linear layers for one example, {"encode": n, "decode": n}."""
+    """Multiply-accumulates of convolutions, linear layers and attention for one example of `input_shape`.
+
+    -> {"encode": n, "decode": n}
+    """
     counted: list[int] = []
 
     def count(layer: nn.Module, inputs: Any, output: Tensor) -> None:
+        if isinstance(layer, resnet.Attention):
+            counted.append(layer.count_macs(output))
+            return
         weight = layer.weight
         assert isinstance(weight, Tensor)
         counted.append(weight.numel() * (math.prod(output.shape[2:]) if output.ndim == 4 else 1))
 
-    layers = [layer for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    layers = [layer for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear, resnet.Attention))]
     hooks = [layer.register_forward_hook(count) for layer in layers]
     training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
         model.encode(torch.zeros(1, *model.config.input_shape, device=device))
         encode = sum(counted)
-        model.decode(torch.zeros(1, model.config.latent_dim, device=device))
+        model.decode(torch.zeros(1, *model.config.latent_shape, device=device))
     finally:
         model.train(training)
         for hook in hooks:

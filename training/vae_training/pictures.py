@@ -31,7 +31,7 @@ def write_pictures(model: Autoencoder, x: Float32, folder: Path, seed: int) -> l
     write_picture(folder / "reconstructions.png", pairs(to_uint8(originals), to_uint8(reconstructions)))
     if not isinstance(model, VAE):
         return ["reconstructions.png"]
-    z = standard_normal((SAMPLES, model.config.latent_dim), seed, EVALUATE, 0, SAMPLES, device)
+    z = standard_normal((SAMPLES, *model.config.latent_shape), seed, EVALUATE, 0, SAMPLES, device)
     write_picture(folder / "samples.png", _sheet(to_uint8(model.decode(z).float().cpu().numpy()), 8, 4))
     return ["reconstructions.png", "samples.png"]
 

@@ -62,8 +62,10 @@ def _examples(run: Run, indices: Any) -> torch.Tensor:
 
 
 def _dataset(run: Run) -> dict[str, Any]:
-    counts = {"train": len(run.parts.train), "validation": len(run.parts.validation), "test": len(run.parts.test)}
-    return {"dataset": run.data.name, **counts, "order": run.config.order, "held_out_examples": "validation"}
+    """Crops of photographs are counted as they lie side by side; `split_by` says what the parts were divided by."""
+    counts = {"train": run.train_examples, "validation": len(run.parts.validation), "test": len(run.parts.test)}
+    facts = {"order": run.config.order, "held_out_examples": "validation", **run.data.facts}
+    return {"dataset": run.data.name, **counts, **facts}
 
 
 def _training(run: Run) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def split_indices(count: int, split: str, order: str, seed: int) -> Parts:
         InputError: another form, more than there is, or a part without examples.
     """
     strict.one_of(order, ORDERS, "order")
-    sizes = _sizes(count, split)
+    sizes = _sizes(count, parse_split(split))
     for part, size in zip(PARTS, sizes, strict=True):
         if size < 1:
             raise InputError(f"split is {split!r}, which leaves no example of {count} for the {part} part")
@@ -45,7 +45,12 @@ def split_indices(count: int, split: str, order: str, seed: int) -> Parts:
     return Parts(indices[:first], indices[first:second], indices[second:third])
 
 
-def _sizes(count: int, split: str) -> list[int]:
+def parse_split(split: str) -> list[int] | list[float]:
+    """ "8000,1000,1000" -> three counts; "0.8,0.1,0.1" -> three fractions, between 0 and 1, that sum to 1.
+
+    Raises:
+        InputError: another form.
+    """
     fields = [field.strip() for field in split.split(",")]
     try:
         if len(fields) != 3:
@@ -59,5 +64,11 @@ def _sizes(count: int, split: str) -> list[int]:
         raise InputError(
             f"split is {split!r}; expected three counts, '8000,1000,1000', or fractions that sum to 1, '0.8,0.1,0.1'"
         ) from None
-    validation, test = (max(1, round(count * fraction)) for fraction in fractions[1:])
+    return fractions
+
+
+def _sizes(count: int, parsed: list[int] | list[float]) -> list[int]:
+    if isinstance(parsed[0], int):
+        return [int(size) for size in parsed]
+    validation, test = (max(1, round(count * fraction)) for fraction in parsed[1:])
     return [count - validation - test, validation, test]

@@ -1,0 +1,67 @@
+"""What a run trains on: the examples, their parts, and the batches made of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from vae_runtime.errors import InputError
+
+from .config import TrainConfig
+from .crops import CropFeed
+from .data import Dataset, is_folder_of_pictures, load_dataset
+from .feed import Feed
+from .photographs import Photographs, load_photographs
+from .split import Parts, split_indices
+
+
+class Source(NamedTuple):
+    """photographs: where training examples are crops drawn anew each time; `data` then holds the fixed grids."""
+
+    data: Dataset
+    parts: Parts
+    photographs: Photographs | None = None
+
+    @property
+    def train_examples(self) -> int:
+        """In one epoch."""
+        return len(self.parts.train) if self.photographs is None else self.photographs.epoch_crops
+
+    def make_feed(self, config: TrainConfig, rank: int, processes: int) -> Feed | CropFeed:
+        """The batches of a resolved configuration."""
+        if self.photographs is not None:
+            flip = config.flip is not False
+            return CropFeed(self.photographs, config.batch_size, config.seed, config.binarize, flip, rank, processes)
+        return Feed(
+            self.data, self.parts.train, config.batch_size, config.seed, config.binarize, config.shift, rank, processes
+        )
+
+
+def open_source(config: TrainConfig) -> Source:
+    """Read the data of `config` and divide them.
+
+    A folder of pictures is a source of crops where `crop` is given, and for the resnet family unless `size` or `resize`
+    asks for pictures of one size.
+
+    Raises:
+        InputError: nothing there, it is damaged or of the wrong form, or settings that do not go with it.
+    """
+    pictures = is_folder_of_pictures(config.data)
+    if config.crop is not None and not pictures:
+        raise InputError(f"crop is for folders of pictures; {config.data} has examples of one size")
+    if pictures and (config.crop is not None or (config.family == "resnet" and not (config.size or config.resize))):
+        return _open_photographs(config)
+    size = (config.size[0], config.size[1]) if config.size else None
+    data = load_dataset(config.data, size, config.resize, config.colour)
+    return Source(data, split_indices(len(data), config.split, config.order, config.seed))
+
+
+def _open_photographs(config: TrainConfig) -> Source:
+    if config.size is not None:
+        raise InputError("size makes all pictures one size, crop leaves them as they are; pass one of them")
+    crop = (config.crop[0], config.crop[1]) if config.crop else None
+    photographs = load_photographs(
+        Path(config.data), crop, config.colour or "rgb", config.resize or "exact", config.split, config.order,
+        config.seed, config.crop_multiple,
+    )  # fmt: skip
+    return Source(*photographs.to_dataset(), photographs)

@@ -1,7 +1,7 @@
 """Arithmetic on shapes inside a graph, followed with height and width left free.
 
-Exporters compute the targets of Reshape, Resize and Slice from `Shape`. Here such a value is a constant or a length that
-grows with one side of the input, so that "twice the height" is recognised without running anything.
+Exporters compute the targets of Reshape, Resize and Slice from `Shape`. Here such a value is a constant or a length
+that grows with one side of the input, so that "twice the height" is recognised without running anything.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ Axes = tuple[Axis | int | None, ...]
 def reshaped(axes: Axes, target: Sequence[Value], allow_zero: bool) -> Axes | None:
     """The axes after a Reshape to `target`; None where positions would be mixed, or where it cannot be told.
 
-    A side may stay, be split into (side / r, r), or be merged from (side, r): the way of PixelUnshuffle and PixelShuffle
-    where the exporter writes them as Reshape, Transpose, Reshape.
+    A side may stay, be split into (side / r, r), or be merged from (side, r): the way of PixelUnshuffle and
+    PixelShuffle where the exporter writes them as Reshape, Transpose, Reshape.
     """
     sizes = _with_zeros_filled(axes, target, allow_zero)
     sources = [position for position, axis in enumerate(axes) if isinstance(axis, Axis)]
@@ -40,9 +40,8 @@ def reshaped(axes: Axes, target: Sequence[Value], allow_zero: bool) -> Axes | No
             return None
         taken.append(source + 1 + merged)
         given.append(result + 1 + split)
-        made[result] = (
-            axis.through(spread(step, 0, step, 0) if merged else window(step, 0, 0, step)) if step > 1 else axis
-        )
+        change = spread(step, 0, step, 0) if merged else window(step, 0, 0, step)
+        made[result] = axis.through(change) if step > 1 else axis
     for position in range(1, len(taken)):  # what lies between and behind the sides must stay there
         if position < len(sources):
             before, after = axes[taken[position] : sources[position]], made[given[position] : results[position]]

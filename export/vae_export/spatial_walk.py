@@ -33,23 +33,34 @@ class Grid(NamedTuple):
 
 
 class Mixed(NamedTuple):
-    """A tensor in which positions are mixed, or of which it is not known. reason: the operator. is_layout: that one only
-    laid the data out anew, so the next real operator says more."""
+    """A tensor in which positions are mixed, or of which it is not known.
+
+    reason: the operator. is_layout: it only laid the data out anew, so that the next one that computes says more.
+    """
 
     reason: str
     is_layout: bool = False
 
 
-ELEMENTWISE = frozenset(
-    """Abs Acos Acosh Add And Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast CastLike Ceil
-    Celu Clip Cos Cosh Div Dropout Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual HardSigmoid HardSwish Identity
-    IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod Mul Neg Not Or PRelu Pow Reciprocal Relu Round Selu
-    Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Sub Sum Swish Tan Tanh ThresholdedRelu Where Xor LRN""".split()
-)
-LAYOUT = frozenset("Reshape Transpose Flatten Squeeze Unsqueeze Slice Split Gather Expand Concat Tile".split())
-PER_CHANNEL = frozenset(("BatchNormalization", "QuantizeLinear", "DequantizeLinear"))
-ALONG_ONE_AXIS = frozenset(("Softmax", "LogSoftmax", "Hardmax", "LpNormalization"))
-REDUCTIONS = frozenset(f"Reduce{kind}" for kind in "Mean Sum SumSquare Max Min Prod L1 L2 LogSum LogSumExp".split())
+ELEMENTWISE = (
+    "Abs", "Acos", "Acosh", "Add", "And", "Asin", "Asinh", "Atan", "Atanh", "BitShift", "BitwiseAnd",
+    "BitwiseNot", "BitwiseOr", "BitwiseXor", "Cast", "CastLike", "Ceil", "Celu", "Clip", "Cos", "Cosh", "Div",
+    "Dropout", "Elu", "Equal", "Erf", "Exp", "Floor", "Gelu", "Greater", "GreaterOrEqual", "HardSigmoid",
+    "HardSwish", "Identity", "IsInf", "IsNaN", "LRN", "LeakyRelu", "Less", "LessOrEqual", "Log", "Max", "Mean",
+    "Min", "Mish", "Mod", "Mul", "Neg", "Not", "Or", "PRelu", "Pow", "Reciprocal", "Relu", "Round", "Selu",
+    "Shrink", "Sigmoid", "Sign", "Sin", "Sinh", "Softplus", "Softsign", "Sqrt", "Sub", "Sum", "Swish", "Tan",
+    "Tanh", "ThresholdedRelu", "Where", "Xor",
+)  # fmt: skip
+LAYOUT = (
+    "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Expand", "Concat",
+    "Tile",
+)  # fmt: skip
+PER_CHANNEL = ("BatchNormalization", "QuantizeLinear", "DequantizeLinear")
+ALONG_ONE_AXIS = ("Softmax", "LogSoftmax", "Hardmax", "LpNormalization")
+REDUCTIONS = (
+    "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1",
+    "ReduceL2", "ReduceLogSum", "ReduceLogSumExp",
+)  # fmt: skip
 SPATIAL_RANK = 4
 FAR = 2**31 - 1  # an end of Slice from here on means the end
 
@@ -178,8 +189,8 @@ class Walk:
         if name in self._constants:
             return self._constants[name].shape
         if name in self._values:
-            if len(self._values[name]) != 1:
-                raise _CannotFollowError
+            if len(self._values[name]) != 1 or not isinstance(self._values[name][0], Fraction):
+                raise _CannotFollowError  # a number that depends on the size of the image
             return ()
         found = self._tensors[name]
         assert isinstance(found, Grid)

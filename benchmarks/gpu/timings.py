@@ -106,9 +106,9 @@ def outputs_of(job: Job, operation: str) -> dict[str, tuple[int, ...]]:
     """The shapes of one example's outputs, by name."""
     manifest = job.case.manifest
     if operation == "decode":
-        return {RECONSTRUCTION: manifest.input.shape}
+        return {RECONSTRUCTION: manifest.input.example_shape}
     names = (MEAN, LOGVAR) if manifest.kind == "vae" else (MEAN,)
-    return dict.fromkeys(names, manifest.latent.shape)
+    return dict.fromkeys(names, manifest.latent_shape(manifest.input.example_shape))
 
 
 def row(what: str, bare: Callable[[], object], ours: Callable[[], object], blocks: int) -> dict[str, Any]:

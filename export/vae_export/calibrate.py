@@ -18,7 +18,7 @@ from vae_runtime.posterior import Posterior
 from vae_runtime.preprocess import Float32
 from vae_runtime.sampling import NormalStream
 
-from .verify import Reference
+from .imported import Halves
 
 # By name, as the manifest has them; tried in this order. onnxruntime's entropy has nothing to choose from at its
 # default of 128 bins, and its time grows with their square.
@@ -34,7 +34,7 @@ HISTOGRAM_VALUES = 2**28  # activations counted into histograms, half a minute's
 DRAW_SEED = 1
 
 
-def calibration_inputs(reference: Reference, x: Float32) -> dict[str, Float32]:
+def calibration_inputs(reference: Halves, x: Float32) -> dict[str, Float32]:
     """What the halves are calibrated on, by tensor: `x` itself, and all that a decoder is given in use.
 
     Those are the modes of the posteriors, draws from them, and draws from the prior; a plain autoencoder's codes.
@@ -55,7 +55,7 @@ def activation_ranges(model: onnx.ModelProto, x: Float32, method: str = "minmax"
         onnx.save(model, source)
         target = str(Path(folder) / "calibrated.onnx")
         calibrator = create_calibrator(source, None, target, calibrate_method=way, extra_options=options)
-        values = _values_per_example(model)
+        values = _values_per_example(model, x.shape[1:])
         if way is not CalibrationMethod.MinMax:
             x = x[:: max(1, len(x) * values // HISTOGRAM_VALUES)]
         size = max(1, min(BATCH_SIZE, BATCH_VALUES // values))
@@ -64,10 +64,16 @@ def activation_ranges(model: onnx.ModelProto, x: Float32, method: str = "minmax"
         return calibrator.compute_data()
 
 
-def _values_per_example(model: onnx.ModelProto) -> int:
-    """How many activations one example has, as far as their shapes are known."""
-    shapes = [value.type.tensor_type.shape.dim for value in (*model.graph.value_info, *model.graph.output)]
-    return max(1, sum(math.prod(max(1, side.dim_value) for side in shape) for shape in shapes))
+def _values_per_example(model: onnx.ModelProto, shape: tuple[int, ...]) -> int:
+    """How many activations one example of this shape has, as far as their shapes can be told."""
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    del fixed.graph.value_info[:]
+    for side, value in zip(fixed.graph.input[0].type.tensor_type.shape.dim, (1, *shape), strict=True):
+        side.dim_value = value
+    graph = onnx.shape_inference.infer_shapes(fixed).graph
+    shapes = [value.type.tensor_type.shape.dim for value in (*graph.value_info, *graph.output)]
+    return max(1, sum(math.prod(max(1, side.dim_value) for side in sides) for sides in shapes))
 
 
 class _OneBatch(CalibrationDataReader):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vae_runtime.errors import BundleError, ExportError, InputError
+from vae_runtime.errors import BundleError, ExportError, InputError, VAEError
 from vae_runtime.manifest import (
     COLOURS,
     INPUT,
@@ -29,19 +29,23 @@ from vae_runtime.manifest import (
     Precision,
 )
 from vae_runtime.preprocess import Float32, require_plain_array, to_model_input
+from vae_runtime.sampling import check_count
 from vae_runtime.version import __version__
 from vae_training.checkpoint import Checkpoint
 
 from .bundle import check_output, write_bundle
-from .graphs import DecoderGraph, EncoderGraph, decoder_to_onnx, encoder_to_onnx
+from .graphs import DecoderGraph, EncoderGraph
+from .imported import Halves, Imported
 from .quality import Budget
-from .verify import Reference, verify
+from .verify import Reference, latent_pattern, verify
 from .wanted import Made, Wanted, check_wanted
 
 GOLDEN_COUNT = 4
 GOLDEN_TOLERANCE = {"fp32": 1e-4}  # between machines and engine versions; the export's own tolerance is tighter
 GOLDEN_SOURCES = ("held-out", "examples", "synthetic")
 SYNTHETIC_SEED = 0
+SYNTHETIC_EXAMPLES = 4  # where an imported model comes without real ones
+DEFAULT_SIDE = 64  # of images where neither examples nor the model name a size
 DEFAULT_BUDGET = Budget()
 
 
@@ -83,11 +87,11 @@ def export_checkpoint(
     model = checkpoint.build_model()
     threshold = checkpoint.likelihood.binarize == "threshold"
     # The models of vae_training clamp logvar and end images in a sigmoid themselves.
+    encoder = EncoderGraph(_Half(model, "encode"), checkpoint.kind, threshold=threshold, clamp=False)
     return _export(
-        EncoderGraph(_Half(model, "encode"), checkpoint.kind, threshold=threshold, clamp=False),
-        DecoderGraph(_Half(model, "decode"), clamp=False),
+        Reference(encoder, DecoderGraph(_Half(model, "decode"), clamp=False)),
         path,
-        spec=checkpoint.input,
+        spec=_free_size(checkpoint.input, getattr(model.config, "multiple_of", 1)),
         x=x,
         golden=(source, golden_inputs),
         likelihood=checkpoint.likelihood,
@@ -96,6 +100,57 @@ def export_checkpoint(
         tolerance=tolerance,
         wanted=wanted,
         force=force,
+    )
+
+
+def export_imported(
+    imported: Imported,
+    path: str | os.PathLike[str],
+    *,
+    examples: np.ndarray | None = None,
+    name: str | None = None,
+    golden: str | None = None,
+    tolerance: float = 1e-4,
+    precisions: Sequence[str] = ("fp32",),
+    budget: Budget = DEFAULT_BUDGET,
+    keep: bool = False,
+    force: bool = False,
+) -> Manifest:
+    """Write a model from elsewhere as a bundle, verified against the library that it is from.
+
+    examples: real inputs, as `vae_runtime.VAE.encode` takes them, of one size; None takes seeded synthetic ones, and
+        the manifest says so. Precisions beside fp32 need real ones.
+    golden: "examples" or "synthetic"; None: examples where there are any.
+    name, tolerance, precisions, budget, keep: see `export_bundle`. A precision that the model's source rules out is not
+        made, and the manifest's `refused` says why.
+
+    Raises:
+        ExportError, InputError, OutputError: see `export_bundle`.
+    """
+    source = golden or ("synthetic" if examples is None else "examples")
+    _check_choice("golden", source, ("examples", "synthetic"))
+    if examples is None and (source == "examples" or set(precisions) - {"fp32"} - set(imported.refused)):
+        wants = "golden 'examples'" if source == "examples" else f"precision {sorted(set(precisions) - {'fp32'})[0]!r}"
+        raise InputError(f"{wants} needs real inputs, and there are none; pass some (--data)")
+    spec = example_spec(imported)
+    x = synthetic_inputs(spec, SYNTHETIC_EXAMPLES) if examples is None else to_model_input(examples, spec, "examples")
+    wanted = check_wanted([one for one in precisions if one not in imported.refused], budget, keep, x)
+    refused = {one: {"reason": imported.refused[one], "quality": {}} for one in precisions if one in imported.refused}
+    likelihood = Likelihood.from_dict(imported.likelihood) if imported.likelihood is not None else None
+    return _export(
+        imported.halves,
+        path,
+        spec=spec._replace(shape=imported.input_shape, default_size=x.shape[2:]) if imported.is_free else spec,
+        x=x,
+        golden=(source, x),
+        likelihood=likelihood,
+        name=name or imported.name,
+        training={},
+        tolerance=tolerance,
+        wanted=wanted,
+        force=force,
+        origin=imported.origin,
+        refused=refused,
     )
 
 
@@ -112,6 +167,7 @@ def export_bundle(
     latent_shift: float = 0.0,
     colour: str | None = None,
     resize: str = "exact",
+    multiple_of: int | None = None,
     golden: str = "examples",
     tolerance: float = 1e-5,
     precisions: Sequence[str] = ("fp32",),
@@ -131,6 +187,8 @@ def export_bundle(
     latent_scale, latent_shift: the bundle's latents are (z - shift) · scale; logvar grows by 2·log(scale).
     colour: "grey" or "rgb", None by the number of channels. resize: "exact", "stretch" or "crop", how a picture file of
         another size becomes an input.
+    multiple_of: the bundle takes images of any height and width that are multiples of this, and latents of
+        (C, height / multiple_of, width / multiple_of); None: of the examples' size alone.
     golden: "examples", whose first 4 then travel with the bundle, or "synthetic", seeded noise.
     tolerance: largest error of a reconstruction relative to the data's range; ten times that for mean and logvar,
         relative to max|reference|.
@@ -150,6 +208,8 @@ def export_bundle(
     if isinstance(latent_shift, bool) or not isinstance(latent_shift, (int, float)) or not math.isfinite(latent_shift):
         raise InputError(f"latent_shift is {latent_shift!r}; expected a finite number")
     spec, x = _inputs(examples, colour, resize)
+    if multiple_of is not None:
+        spec = _free_size(spec, check_count(multiple_of, "multiple_of"), always=True)
     try:
         parsed = Likelihood.from_dict(likelihood) if likelihood is not None else None
     except BundleError as error:
@@ -158,8 +218,10 @@ def export_bundle(
     wanted = check_wanted(precisions, budget, keep, x)
     with _evaluation_mode(encoder, decoder):
         return _export(
-            EncoderGraph(encoder, kind, float(latent_scale), float(latent_shift), threshold),
-            DecoderGraph(decoder, spec.is_image, float(latent_scale), float(latent_shift)),
+            Reference(
+                EncoderGraph(encoder, kind, float(latent_scale), float(latent_shift), threshold),
+                DecoderGraph(decoder, spec.is_image, float(latent_scale), float(latent_shift)),
+            ),
             path,
             spec=spec,
             x=x,
@@ -173,9 +235,30 @@ def export_bundle(
         )
 
 
+def example_spec(imported: Imported) -> InputSpec:
+    """Inputs of an imported model, at `default_size` where it takes any: pictures are scaled and cut to that."""
+    shape = imported.input_shape
+    if len(shape) == 1:
+        return InputSpec("vector", shape)
+    if imported.is_free:
+        side = max(1, DEFAULT_SIDE // imported.multiple_of) * imported.multiple_of
+        shape = (shape[0], *(imported.default_size or (side, side)))
+    colour = {count: key for key, count in COLOURS.items()}.get(shape[0] or 0)
+    return InputSpec("image", shape, colour, "crop", imported.multiple_of)
+
+
+def _free_size(spec: InputSpec, multiple: int, always: bool = False) -> InputSpec:
+    """The same with height and width free, where the model takes any multiples; `always`: also of 1."""
+    if multiple == 1 and not always:
+        return spec
+    channels, *size = spec.example_shape
+    if not spec.is_image or any(side % multiple for side in size):
+        raise InputError(f"multiple_of is {multiple}; the examples have shape {spec.shape}, which is no such image")
+    return InputSpec("image", (channels, None, None), spec.colour, "exact", multiple, (size[0], size[1]))
+
+
 def _export(
-    encoder: EncoderGraph,
-    decoder: DecoderGraph,
+    halves: Halves,
     path: str | os.PathLike[str],
     *,
     spec: InputSpec,
@@ -187,25 +270,26 @@ def _export(
     tolerance: float,
     wanted: Wanted,
     force: bool,
+    origin: Mapping[str, Any] | None = None,
+    refused: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Manifest:
     _check_choice("golden", golden[0], GOLDEN_SOURCES)
     _check_positive("tolerance", tolerance)
     check_output(path, force)
-    reference = Reference(encoder, decoder)
-    latent_shape = _try_out(reference, encoder.kind, x[:2], spec)
     pair = x[np.arange(2) % len(x)]  # two rows: a batch traced at one would be taken for a constant
-    latents = reference.encode(pair)[MEAN]
-    graphs = encoder_to_onnx(encoder, torch.from_numpy(pair)), decoder_to_onnx(decoder, torch.from_numpy(latents))
-    fidelity = verify(graphs, reference, x, spec, tolerance)
-    latent = LatentSpec(latent_shape, {"type": "standard_normal"} if encoder.kind == "vae" else None)
-    golden_values = _golden_values(reference, golden, spec)
+    latents = _try_out(halves, pair, spec)
+    graphs = halves.to_onnx(pair, latents, spec.is_free)
+    fidelity = verify(graphs, halves, x, spec, tolerance)
+    prior = {"type": "standard_normal"} if halves.kind == "vae" else None
+    latent = LatentSpec(latent_pattern(spec, latents.shape[1:]), prior)
+    golden_values = _golden_values(halves, golden, spec)
     made = Made()
     if wanted.names:
         from .precisions import make_precisions  # late: what it needs of onnxruntime takes a second to import
 
-        made = make_precisions(wanted, graphs, reference, spec, latent, likelihood, golden_values)
+        made = make_precisions(wanted, graphs, halves, spec, latent, likelihood, golden_values)
     manifest = Manifest(
-        kind=encoder.kind,
+        kind=halves.kind,
         name=name,
         input=spec,
         latent=latent,
@@ -216,25 +300,30 @@ def _export(
         training=training,
         producer=_producer(),
         budget=wanted.budget.to_dict(),
-        refused=made.refused,
+        refused={**made.refused, **(refused or {})},
+        origin=origin or {},
     )
     files = {"encoder.onnx": graphs[0], "decoder.onnx": graphs[1], **made.graphs}
     return write_bundle(path, manifest, files, golden_values, force)
 
 
-def _try_out(reference: Reference, kind: str, x: Float32, spec: InputSpec) -> tuple[int, ...]:
-    """Run both halves once in PyTorch, check the shapes of what comes out, and return the latent's."""
+def _try_out(halves: Halves, x: Float32, spec: InputSpec) -> Float32:
+    """Run both halves once where they are from, check the shapes of what comes out, and return the latents."""
     try:
-        encoded = reference.encode(x)
-        reconstruction = reference.decode(encoded[MEAN])
+        encoded = halves.encode(x)
+        reconstruction = halves.decode(encoded[MEAN])
+    except VAEError:
+        raise
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ExportError(f"the model does not run on its examples of shape {x.shape}: {reason}") from error
-    if len(encoded) != (2 if kind == "vae" else 1):
-        expected = "mean and logvar" if kind == "vae" else "its code alone"
-        raise ExportError(f"the encoder returns {len(encoded)} tensor(s); {kind!r} means that it returns {expected}")
-    shapes = {value.shape for value in encoded.values()}
-    if len(shapes) != 1 or encoded[MEAN].ndim < 2 or len(encoded[MEAN]) != len(x):
+    if len(encoded) != (2 if halves.kind == "vae" else 1):
+        expected = "mean and logvar" if halves.kind == "vae" else "its code alone"
+        raise ExportError(
+            f"the encoder returns {len(encoded)} tensor(s); {halves.kind!r} means that it returns {expected}"
+        )
+    shapes, mean = {value.shape for value in encoded.values()}, encoded[MEAN]
+    if len(shapes) != 1 or mean.ndim < 2 or len(mean) != len(x):
         raise ExportError(
             f"the encoder returns shapes {sorted(shapes)} for {len(x)} inputs; expected (N, ...), all alike"
         )
@@ -242,18 +331,33 @@ def _try_out(reference: Reference, kind: str, x: Float32, spec: InputSpec) -> tu
         raise ExportError(
             f"the decoder returns shape {reconstruction.shape} for inputs of {x.shape}; they must be the same"
         )
-    return encoded[MEAN].shape[1:]
+    grid = tuple(side // spec.multiple_of for side in x.shape[2:])
+    if spec.is_free and mean.shape[2:] != grid:
+        raise ExportError(
+            f"the encoder returns shape {mean.shape} for inputs of {x.shape}; with height and width free and multiples"
+            f" of {spec.multiple_of}, expected (N, C, {grid[0]}, {grid[1]})"
+        )
+    return mean
 
 
-def _golden_values(reference: Reference, golden: tuple[str, Float32], spec: InputSpec) -> dict[str, Float32]:
+def _golden_values(halves: Halves, golden: tuple[str, Float32], spec: InputSpec) -> dict[str, Float32]:
     source, examples = golden
     if source == "synthetic":
-        rng = np.random.default_rng(SYNTHETIC_SEED)
-        low, high = (0.0, 1.0) if spec.is_image else (float(examples.min()), float(examples.max()))
-        examples = rng.uniform(low, high, (GOLDEN_COUNT, *spec.shape)).astype(np.float32)
+        examples = synthetic_inputs(spec, GOLDEN_COUNT, examples)
     x = np.ascontiguousarray(examples[:GOLDEN_COUNT])
-    encoded = reference.encode(x)
-    return {INPUT: x, **encoded, RECONSTRUCTION: reference.decode(encoded[MEAN])}
+    encoded = halves.encode(x)
+    return {INPUT: x, **encoded, RECONSTRUCTION: halves.decode(encoded[MEAN])}
+
+
+def synthetic_inputs(spec: InputSpec, count: int, like: Float32 | None = None) -> Float32:
+    """Seeded noise of the shape of inputs: images in [0, 1]; vectors in the range of `like`, or standard normal."""
+    rng = np.random.default_rng(SYNTHETIC_SEED)
+    shape = (count, *spec.example_shape)
+    if spec.is_image:
+        return rng.uniform(0, 1, shape).astype(np.float32)
+    if like is None:
+        return rng.standard_normal(shape, dtype=np.float32)
+    return rng.uniform(float(like.min()), float(like.max()), shape).astype(np.float32)
 
 
 def _inputs(examples: Any, colour: str | None, resize: str) -> tuple[InputSpec, Float32]:

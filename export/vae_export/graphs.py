@@ -83,23 +83,26 @@ class DecoderGraph(nn.Module):
         return reconstruction.clamp(0, 1) if self.clamp else reconstruction
 
 
-def encoder_to_onnx(graph: EncoderGraph, example: Tensor) -> bytes:
-    """The ONNX file of an encoder; example: one valid input batch of 2 or more rows.
+def encoder_to_onnx(graph: EncoderGraph, example: Tensor, free: bool = False) -> bytes:
+    """The ONNX file of an encoder.
+
+    example: one valid input batch of 2 or more rows. free: height and width are dynamic.
 
     Raises:
         ExportError: torch cannot export it, or the result breaks the contract.
     """
-    return _to_onnx(graph, example, INPUT, [MEAN, LOGVAR] if graph.kind == "vae" else [MEAN], "encoder")
+    return _to_onnx(graph, example, INPUT, [MEAN, LOGVAR] if graph.kind == "vae" else [MEAN], "encoder", free)
 
 
-def decoder_to_onnx(graph: DecoderGraph, example: Tensor) -> bytes:
+def decoder_to_onnx(graph: DecoderGraph, example: Tensor, free: bool = False) -> bytes:
     """The ONNX file of a decoder; see `encoder_to_onnx`."""
-    return _to_onnx(graph, example, LATENT, [RECONSTRUCTION], "decoder")
+    return _to_onnx(graph, example, LATENT, [RECONSTRUCTION], "decoder", free)
 
 
-def _to_onnx(module: nn.Module, example: Tensor, input_name: str, outputs: list[str], half: str) -> bytes:
+def _to_onnx(module: nn.Module, example: Tensor, input_name: str, outputs: list[str], half: str, free: bool) -> bytes:
     if sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers())) > MAX_BYTES:
         raise ExportError(f"the {half} has over 2 GB of weights; an ONNX file with its weights inside holds less")
+    dynamic = torch.export.Dim.DYNAMIC
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
@@ -110,17 +113,36 @@ def _to_onnx(module: nn.Module, example: Tensor, input_name: str, outputs: list[
                 opset_version=OPSET,
                 input_names=[input_name],
                 output_names=outputs,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=(dict.fromkeys((0, 2, 3) if free else (0,), dynamic),),
                 verbose=False,
             )
     except Exception as error:
         raise ExportError(f"the {half} cannot be exported by torch.onnx: {_reason(error)}") from error
     assert program is not None  # with dynamo=True
-    model = plain(program.model_proto)
+    return finish(program.model_proto, half)
+
+
+def finish(model: onnx.ModelProto, half: str) -> bytes:
+    """The file of a graph that has the contract's tensors already: plain, rewritten where that is faster, checked.
+
+    Raises:
+        ExportError: it breaks the contract.
+    """
+    name_free_sides(plain(model))
     rewrite(model)
     data: bytes = model.SerializeToString(deterministic=True)
     _check_contract(model, data, half)
     return data
+
+
+def name_free_sides(model: onnx.ModelProto) -> None:
+    """Give the sides without a number the names that they have in every bundle; in place."""
+    for value in (*model.graph.input, *model.graph.output):
+        latent = "" if value.name in (INPUT, RECONSTRUCTION) else "latent_"
+        names = ("batch", "channels", f"{latent}height", f"{latent}width")
+        for name, side in zip(names, value.type.tensor_type.shape.dim, strict=False):
+            if not side.HasField("dim_value"):
+                side.dim_param = name
 
 
 def plain(model: onnx.ModelProto) -> onnx.ModelProto:

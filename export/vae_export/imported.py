@@ -60,6 +60,11 @@ class Imported:
     origin: Mapping[str, Any] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def is_free(self) -> bool:
+        """Whether height and width are free."""
+        return None in self.input_shape
+
 
 @dataclass(frozen=True)
 class ImportOptions:

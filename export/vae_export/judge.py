@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vae_runtime.boundary import Boundary, decoder_boundary, encoder_boundary
 from vae_runtime.devices import Device
 from vae_runtime.errors import BundleError, DeviceError, ExportError
 from vae_runtime.fidelity import data_range, golden_error, relative_error
-from vae_runtime.manifest import INPUT, LATENT, LOGVAR, MEAN, RECONSTRUCTION, InputSpec, LatentSpec, Likelihood
+from vae_runtime.manifest import INPUT, LOGVAR, MEAN, RECONSTRUCTION, InputSpec, LatentSpec, Likelihood
 from vae_runtime.posterior import Posterior
 from vae_runtime.preprocess import Float32
 from vae_runtime.session import GraphSession
@@ -42,7 +43,9 @@ class Judge:
         likelihood: Likelihood | None,
         x: Float32,
     ) -> None:
-        self._graphs, self._spec, self._latent_shape, self._x = graphs, spec, latent.shape, x
+        self._graphs, self._spec, self._x = graphs, spec, x
+        kind = "autoencoder" if latent.prior is None else "vae"
+        self._boundaries = encoder_boundary(kind, spec, latent.shape), decoder_boundary(spec, latent.shape)
         self._outputs = [MEAN] if latent.prior is None else [MEAN, LOGVAR]
         self._likelihood = None if latent.prior is None else likelihood
         self._target = (x >= 0.5).astype(np.float32) if likelihood and likelihood.binarize == "threshold" else x
@@ -84,12 +87,10 @@ class Judge:
         return float(np.max(errors))  # NaN where one is, which max() may pass over
 
     def _open_encoder(self, graph: bytes | None) -> GraphSession:
-        outputs = dict.fromkeys(self._outputs, self._latent_shape)
-        return _open(graph or self._graphs[0], "the encoder", (INPUT, self._spec.shape), outputs)
+        return _open(graph or self._graphs[0], "the encoder", self._boundaries[0])
 
     def _open_decoder(self, graph: bytes | None) -> GraphSession:
-        outputs = {RECONSTRUCTION: self._spec.shape}
-        return _open(graph or self._graphs[1], "the decoder", (LATENT, self._latent_shape), outputs)
+        return _open(graph or self._graphs[1], "the decoder", self._boundaries[1])
 
     def _encode(self, session: GraphSession) -> dict[str, Float32]:
         parts = [session.run(self._x[i : i + BATCH_SIZE]) for i in range(0, len(self._x), BATCH_SIZE)]
@@ -106,15 +107,13 @@ class Judge:
                 return Figures(psnr, None)
             drawn = self._decode(decoder, posterior.sample(NOISE_SEED))
             nll = negative_log_likelihood(self._likelihood, drawn, self._target)
-            return Figures(psnr, float((nll + posterior.kl()).mean()) / math.prod(self._spec.shape))
+            return Figures(psnr, float((nll + posterior.kl()).mean()) / math.prod(self._x.shape[1:]))
 
 
-def _open(
-    graph: bytes, label: str, source: tuple[str, tuple[int, ...]], outputs: dict[str, tuple[int, ...]]
-) -> GraphSession:
+def _open(graph: bytes, label: str, boundary: Boundary) -> GraphSession:
     try:
         session = GraphSession(graph, label, Device("cpu", "CPUExecutionProvider"), threads=1)
-        session.require_boundary(*source, outputs)
+        session.require_boundary(boundary)
     except (BundleError, DeviceError) as error:
         raise ExportError(str(error)) from error
     return session
@@ -126,7 +125,9 @@ def negative_log_likelihood(likelihood: Likelihood, mean: Float32, x: Float32) -
     if likelihood.type == "bernoulli":
         p = np.clip(mean, SMALLEST_PROBABILITY, LARGEST_PROBABILITY)
         return np.asarray(-(x * np.log(p) + (1 - x) * np.log1p(-p)).sum(axis=1))
-    assert likelihood.scale is not None  # a Gaussian's
+    assert likelihood.scale is not None  # a density's
+    if likelihood.type == "laplace":
+        return np.asarray((np.abs(x - mean) / likelihood.scale + math.log(2 * likelihood.scale)).sum(axis=1))
     squared = ((x - mean) / likelihood.scale) ** 2
     return np.asarray((0.5 * squared + math.log(likelihood.scale) + 0.5 * math.log(2 * math.pi)).sum(axis=1))
 

@@ -14,11 +14,11 @@ from vae_runtime.preprocess import Float32
 
 from .calibrate import calibration_inputs
 from .half import to_half
+from .imported import Halves
 from .judge import Judge, Pair
 from .layers import HALVES, Candidate, LayerSearch
 from .quality import Budget, Measurement
 from .quantize import QuantizableGraph
-from .verify import Reference
 from .wanted import Made, Wanted
 
 TRIAL_EXAMPLES = 64  # of those that calibrate; the choices of a search are many, and need no more
@@ -36,7 +36,7 @@ WITHOUT_LAYERS = {
 def make_precisions(
     wanted: Wanted,
     graphs: tuple[bytes, bytes],
-    reference: Reference,
+    reference: Halves,
     spec: InputSpec,
     latent: LatentSpec,
     likelihood: Likelihood | None,

@@ -10,16 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from vae_runtime.boundary import decoder_boundary, encoder_boundary
 from vae_runtime.devices import Device
 from vae_runtime.errors import BundleError, ExportError
 from vae_runtime.fidelity import data_range, relative_error
-from vae_runtime.manifest import INPUT, LATENT, LOGVAR, MEAN, RECONSTRUCTION, InputSpec
+from vae_runtime.manifest import LOGVAR, MEAN, RECONSTRUCTION, InputSpec, Shape
 from vae_runtime.preprocess import Float32
 from vae_runtime.session import GraphSession
 
-from .graphs import DecoderGraph, EncoderGraph
+from .graphs import DecoderGraph, EncoderGraph, decoder_to_onnx, encoder_to_onnx
+from .imported import Halves
 
 BATCH_SIZES = (1, 2, 7, 32)
+FREE_BATCH_SIZES = (1, 3)  # where height and width are free, each at two sizes: such models take long
+_BATCH_VALUES = 2**21  # of the inputs that PyTorch is given at once
 LATENT_TOLERANCE_FACTOR = 10  # mean and logvar come from larger sums and have no fixed range
 
 
@@ -27,10 +31,14 @@ LATENT_TOLERANCE_FACTOR = 10  # mean and logvar come from larger sums and have n
 class Fidelity:
     """How far the exported graphs are from PyTorch, max|Δ| over all inputs and batch sizes.
 
-    tolerance: on reconstructions, relative to the data's range; ten times that on mean and logvar, relative to
-        max|reference|. logvar_max_error: None for an autoencoder. examples: inputs that were compared.
+    against: what computed the reference. examples: inputs that were compared, at every batch size. sizes: (H, W) of
+        them, where free. tolerance: on reconstructions, relative to the data's range; ten times that on mean and
+        logvar, relative to max|reference|. logvar_max_error: None for an autoencoder.
     """
 
+    against: str
+    batch_sizes: tuple[int, ...]
+    sizes: tuple[tuple[int, int], ...]
     tolerance: float
     examples: int
     mean_max_error: float
@@ -39,8 +47,10 @@ class Fidelity:
 
     def to_dict(self) -> dict[str, Any]:
         """For the manifest; errors to two significant digits, so that equal exports give equal bytes."""
-        data: dict[str, Any] = {"against": "pytorch", "batch_sizes": list(BATCH_SIZES), "examples": self.examples}
-        data["tolerance"] = self.tolerance
+        data: dict[str, Any] = {"against": self.against, "batch_sizes": list(self.batch_sizes)}
+        data |= {"examples": self.examples, "tolerance": self.tolerance}
+        if self.sizes:
+            data["sizes"] = [list(size) for size in self.sizes]
         for name in ("mean_max_error", "logvar_max_error", "reconstruction_max_error"):
             value = getattr(self, name)
             if value is not None:
@@ -49,10 +59,11 @@ class Fidelity:
 
 
 class Reference:
-    """What PyTorch itself computes: float32, evaluation mode, one thread, in small batches."""
+    """What PyTorch itself computes: float32, evaluation mode, one thread, in small batches. A `Halves`."""
 
-    def __init__(self, encoder: EncoderGraph, decoder: DecoderGraph) -> None:
+    def __init__(self, encoder: EncoderGraph, decoder: DecoderGraph, against: str = "pytorch") -> None:
         self._encoder, self._decoder = encoder.eval(), decoder.eval()
+        self.kind, self.against = encoder.kind, against
 
     def encode(self, x: Float32) -> dict[str, Float32]:
         outputs = self._run(self._encoder, x)
@@ -61,39 +72,71 @@ class Reference:
     def decode(self, z: Float32) -> Float32:
         return self._run(self._decoder, z)[0]
 
+    def to_onnx(self, x: Float32, z: Float32, free: bool) -> tuple[bytes, bytes]:
+        return (
+            encoder_to_onnx(self._encoder, torch.from_numpy(x), free),
+            decoder_to_onnx(self._decoder, torch.from_numpy(z), free),
+        )
+
     def _run(self, module: torch.nn.Module, array: Float32) -> list[Float32]:
         with torch.no_grad(), one_thread():
-            batches = [module(torch.from_numpy(array[i : i + 32].copy())) for i in range(0, len(array), 32)]
+            spatial = array.ndim == 4 and module is self._decoder  # each latent is a large image, perhaps
+            size = max(1, min(4 if spatial else 32, _BATCH_VALUES // array[0].size))
+            batches = [module(torch.from_numpy(array[i : i + size].copy())) for i in range(0, len(array), size)]
         rows = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
         return [torch.cat(parts).float().numpy() for parts in zip(*rows, strict=True)]
 
 
-def verify(
-    graphs: tuple[bytes, bytes], reference: Reference, x: Float32, spec: InputSpec, tolerance: float
-) -> Fidelity:
-    """Compare the two ONNX graphs, run by onnxruntime on the CPU with one thread, with PyTorch on `x`.
+def verify(graphs: tuple[bytes, bytes], halves: Halves, x: Float32, spec: InputSpec, tolerance: float) -> Fidelity:
+    """Compare the two ONNX graphs, run by onnxruntime on the CPU with one thread, with the reference on `x`.
+
+    Where height and width are free, also on the same examples a little higher and wider.
 
     Raises:
         ExportError: an error above the tolerance; the message has the figure and the rule.
     """
-    x = np.resize(x, (max(len(x), max(BATCH_SIZES)), *spec.shape))
-    expected = reference.encode(x)
-    expected_images = reference.decode(expected[MEAN])
-    _require_finite({**expected, RECONSTRUCTION: expected_images})
+    batch_sizes = FREE_BATCH_SIZES if spec.is_free else BATCH_SIZES
+    x = np.resize(x, (max(len(x), max(batch_sizes)), *x.shape[1:]))
+    inputs = [x, _enlarged(x[: max(batch_sizes)], spec.multiple_of)] if spec.is_free else [x]
+    found = [_errors(graphs, halves, one, spec, tolerance, batch_sizes) for one in inputs]
+    errors = {name: _largest(one[name] for one in found) for name in found[0]}
+    sizes = tuple((one.shape[2], one.shape[3]) for one in inputs) if spec.is_free else ()
+    return Fidelity(
+        halves.against, batch_sizes, sizes, tolerance, len(x), errors[MEAN], errors.get(LOGVAR), errors[RECONSTRUCTION]
+    )
+
+
+def _errors(
+    graphs: tuple[bytes, bytes],
+    halves: Halves,
+    x: Float32,
+    spec: InputSpec,
+    tolerance: float,
+    batch_sizes: tuple[int, ...],
+) -> dict[str, float]:
+    """max|Δ| of every tensor, each within its tolerance."""
+    expected = halves.encode(x)
+    expected_images = halves.decode(expected[MEAN])
+    _require_finite({**expected, RECONSTRUCTION: expected_images}, halves.against)
     encoder, decoder = open_graphs(graphs, spec, expected)
-    found = _at_every_batch_size(encoder, x)
-    found_images = [outputs[0] for outputs in _at_every_batch_size(decoder, expected[MEAN])]
+    found = _at_every_batch_size(encoder, x, batch_sizes)
+    found_images = [outputs[0] for outputs in _at_every_batch_size(decoder, expected[MEAN], batch_sizes)]
     scale = 1.0 if spec.is_image else data_range(x)
     for position, (name, values) in enumerate(expected.items()):
         worst = _largest(relative_error(outputs[position], values) for outputs in found)
-        _require(worst, tolerance * LATENT_TOLERANCE_FACTOR, name, "max|reference|")
+        _require(worst, tolerance * LATENT_TOLERANCE_FACTOR, name, "max|reference|", halves.against)
     worst = _largest(float(np.abs(images - expected_images).max()) for images in found_images)
-    _require(worst / scale, tolerance, RECONSTRUCTION, "the data's range")
+    _require(worst / scale, tolerance, RECONSTRUCTION, "the data's range", halves.against)
     errors = {
         name: max(float(np.abs(outputs[position] - values).max()) for outputs in found)
         for position, (name, values) in enumerate(expected.items())
     }
-    return Fidelity(tolerance, len(x), errors[MEAN], errors.get(LOGVAR), worst)
+    return {**errors, RECONSTRUCTION: worst}
+
+
+def _enlarged(x: Float32, multiple: int) -> Float32:
+    """Images one multiple higher and two wider, the other way round at their edges."""
+    return np.pad(x, ((0, 0), (0, 0), (0, multiple), (0, 2 * multiple)), mode="symmetric")
 
 
 def open_graphs(
@@ -104,16 +147,23 @@ def open_graphs(
     Raises:
         ExportError: a graph does not load or has other tensors than the contract says.
     """
+    kind, latent = "vae" if LOGVAR in encoded else "autoencoder", latent_pattern(spec, encoded[MEAN].shape[1:])
+    boundaries = encoder_boundary(kind, spec, latent), decoder_boundary(spec, latent)
     try:
         encoder, decoder = (
             GraphSession(graph, f"the {half}", Device("cpu", "CPUExecutionProvider"), threads=1)
             for graph, half in zip(graphs, ("encoder", "decoder"), strict=True)
         )
-        encoder.require_boundary(INPUT, spec.shape, {name: value.shape[1:] for name, value in encoded.items()})
-        decoder.require_boundary(LATENT, encoded[MEAN].shape[1:], {RECONSTRUCTION: spec.shape})
+        for session, boundary in zip((encoder, decoder), boundaries, strict=True):
+            session.require_boundary(boundary)
     except BundleError as error:
         raise ExportError(str(error)) from error
     return encoder, decoder
+
+
+def latent_pattern(spec: InputSpec, shape: tuple[int, ...]) -> Shape:
+    """A latent's shape as the manifest has it: height and width free where the input's are."""
+    return (shape[0], None, None) if spec.is_free else shape
 
 
 @contextlib.contextmanager
@@ -127,10 +177,10 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _at_every_batch_size(session: GraphSession, array: Float32) -> list[list[Float32]]:
+def _at_every_batch_size(session: GraphSession, array: Float32, batch_sizes: tuple[int, ...]) -> list[list[Float32]]:
     """The outputs for all rows of `array`, once per batch size."""
     results = []
-    for size in BATCH_SIZES:
+    for size in batch_sizes:
         parts = [session.run(np.ascontiguousarray(array[i : i + size])) for i in range(0, len(array), size)]
         results.append([np.concatenate(pieces) for pieces in zip(*parts, strict=True)])
     return results
@@ -141,12 +191,14 @@ def _largest(errors: Iterable[float]) -> float:
     return float(np.max(list(errors)))
 
 
-def _require(error: float, tolerance: float, name: str, unit: str) -> None:
+def _require(error: float, tolerance: float, name: str, unit: str, against: str) -> None:
     if not error <= tolerance:  # also when it is NaN
-        raise ExportError(f"{name} differs from PyTorch by {error:.2g} of {unit}; the tolerance is {tolerance:.2g}")
+        source = "PyTorch" if against == "pytorch" else against
+        raise ExportError(f"{name} differs from {source} by {error:.2g} of {unit}; the tolerance is {tolerance:.2g}")
 
 
-def _require_finite(outputs: dict[str, Float32]) -> None:
+def _require_finite(outputs: dict[str, Float32], against: str) -> None:
+    source = "PyTorch" if against == "pytorch" else against
     for name, values in outputs.items():
         if not np.isfinite(values).all():
-            raise ExportError(f"{name} has NaN or infinite values in PyTorch itself; the model cannot be verified")
+            raise ExportError(f"{name} has NaN or infinite values in {source} itself; the model cannot be verified")

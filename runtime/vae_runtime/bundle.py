@@ -91,10 +91,11 @@ class Bundle:
             raise
         except Exception as error:  # a damaged archive raises nearly anything: BadZipFile, zlib.error, TokenError, ...
             raise BundleError(f"{self.path / file} is not an .npz archive of plain arrays: {error}") from None
-        expected = {INPUT: self.manifest.input.shape, MEAN: self.manifest.latent.shape}
-        expected[RECONSTRUCTION] = self.manifest.input.shape
+        shape = self.manifest.input.example_shape
+        latent_shape = self.manifest.latent_shape(shape)
+        expected = {INPUT: shape, MEAN: latent_shape, RECONSTRUCTION: shape}
         if self.manifest.kind == "vae":
-            expected[LOGVAR] = self.manifest.latent.shape
+            expected[LOGVAR] = latent_shape
         if set(arrays) != set(expected):
             raise BundleError(f"{self.path / file} holds {sorted(arrays)}; expected {sorted(expected)}")
         count = len(arrays[INPUT]) if arrays[INPUT].ndim else 0

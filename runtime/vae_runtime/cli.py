@@ -122,7 +122,7 @@ def encode(bundle: str, inputs: tuple[str, ...], golden: bool, output: str, forc
         raise InputError(f"output is {output!r}; encode writes an .npz file")
     refuse_existing(path, lambda old: force and old.is_file())
     with VAE.load(bundle, **engine) as vae, _inputs(vae, inputs, golden) as source:
-        shape = (len(source), *vae.manifest.latent.shape)
+        shape = (len(source), *vae.manifest.latent_shape(vae.manifest.input.example_shape))
         arrays = {MEAN: shape, LOGVAR: shape} if vae.manifest.kind == "vae" else {MEAN: shape}
         with sinks.ArrayWriter(path, arrays, {"names": np.array(source.names)}) as writer:
             for batch, names in _progress(source, "encoding"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from .bound import to_host
+from .boundary import Boundary
 from .cuda import synchronize
 from .devices import Device
 from .engine import first_line, import_engine, ort_value_from_dlpack
@@ -60,15 +61,15 @@ def copy_to_device(array: Float32, device: Device) -> DeviceArray:
     return DeviceArray(value, device.memory)
 
 
-def from_dlpack(array: Any, shape: tuple[int, ...], device: Device, name: str) -> DeviceArray:
+def from_dlpack(array: Any, boundary: Boundary, device: Device, name: str) -> DeviceArray:
     """An array of another library, in the device's memory, shared and not copied. Its values are not looked at.
 
-    shape: of one example.
+    boundary: of the graph that it is for.
 
     Raises:
         InputError: no DLPack, another device, dtype or shape, or memory that is not contiguous.
     """
-    rule = f"expected float32 (N, {', '.join(map(str, shape))}), contiguous, on {':'.join(map(str, device.memory))}"
+    rule = f"expected float32 {boundary.rule()}, contiguous, on {':'.join(map(str, device.memory))}"
     if not hasattr(array, "__dlpack__") or not hasattr(array, "__dlpack_device__"):
         raise InputError(f"{name} is a {type(array).__name__}, which has no __dlpack__; {rule}")
     kind, index = array.__dlpack_device__()
@@ -80,7 +81,7 @@ def from_dlpack(array: Any, shape: tuple[int, ...], device: Device, name: str) -
     except Exception as error:
         reason = "its memory is not contiguous" if "contiguous" in str(error) else first_line(error)
         raise InputError(f"{name} cannot be taken through DLPack: {reason}; {rule}") from None
-    if value.data_type() != "tensor(float)" or tuple(value.shape()[1:]) != shape or value.shape()[0] < 1:
+    if value.data_type() != "tensor(float)" or not boundary.accepts(tuple(value.shape()[1:])) or value.shape()[0] < 1:
         raise InputError(f"{name} is a {value.data_type()} of shape {tuple(value.shape())}; {rule}")
     if device.is_gpu:
         # The producer's work is ordered before the default stream, and onnxruntime runs on another one.

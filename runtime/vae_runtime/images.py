@@ -30,7 +30,8 @@ def list_pictures(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def read_picture(path: str | os.PathLike[str], spec: InputSpec) -> UInt8:
-    """One picture file -> uint8 (H, W) for "grey" or (H, W, 3) for "rgb", [0, 255], in the size of `spec`.
+    """One picture file -> uint8 (H, W) for "grey" or (H, W, 3) for "rgb", [0, 255], in the size of `spec`, or its own
+    where `spec` leaves that free.
 
     EXIF orientation is applied; colour becomes grey by ITU-R 601 luma, grey becomes RGB by repetition; another size is
     refused, stretched, or scaled by its shorter side and cut to the centre, as `spec.resize` says (Lanczos filter).
@@ -126,8 +127,8 @@ def _to_colour(picture: Image.Image, colour: str, path: str | os.PathLike[str]) 
 def _resize(picture: Image.Image, spec: InputSpec, path: str | os.PathLike[str]) -> Image.Image:
     from PIL import Image, ImageOps
 
-    height, width = spec.shape[1:]
-    if picture.size == (width, height):
+    _, height, width = spec.shape
+    if height is None or width is None or picture.size == (width, height):
         return picture
     if spec.resize == "stretch":
         return picture.resize((width, height), Image.Resampling.LANCZOS)

@@ -36,6 +36,8 @@ BINARIZE_MODES = ("none", "dynamic", "threshold")
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
+Shape = tuple[int | None, ...]  # without the batch; None: any size
+
 # Named tuples and not dataclasses: a frozen dataclass takes over a millisecond to make, at every start of a process.
 
 
@@ -43,20 +45,35 @@ class InputSpec(NamedTuple):
     """What the encoder takes and the decoder gives, for one example.
 
     type: "image", float32 (C, H, W) in [0, 1], or "vector", float32 (D,) in the data's own units.
-    shape: without the batch: (C, H, W) or (D,).
+    shape: without the batch: (C, H, W) or (D,); (C, None, None) where height and width are free.
     colour: "grey" (C = 1) or "rgb" (C = 3) where picture files can be read; None for vectors and other channel counts.
     resize: how a picture file of another size becomes an input: "exact" refuses it, "stretch" ignores the aspect
         ratio, "crop" scales the shorter side and keeps the centre. None for vectors.
+    multiple_of: where height and width are free, each is a multiple of this many pixels, one side of the latent's grid.
+    default_size: where they are free, the (H, W) of the golden inputs, and of samples unless another is asked for.
     """
 
     type: str
-    shape: tuple[int, ...]
+    shape: Shape
     colour: str | None = None
     resize: str | None = None
+    multiple_of: int = 1
+    default_size: tuple[int, int] | None = None
 
     @property
     def is_image(self) -> bool:
         return self.type == "image"
+
+    @property
+    def is_free(self) -> bool:
+        """Whether height and width are free."""
+        return None in self.shape
+
+    @property
+    def example_shape(self) -> tuple[int, ...]:
+        """A shape without free sides: the one there is, or that of `default_size`."""
+        free = iter(self.default_size or ())
+        return tuple(next(free) if side is None else side for side in self.shape)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> InputSpec:
@@ -64,16 +81,21 @@ class InputSpec(NamedTuple):
         shape = _shape(data, "input.shape", 3 if kind == "image" else 1)
         if kind == "vector":
             return cls(kind, shape)
+        multiple, size = _free_sides(data) if None in shape else (1, None)
         resize = _one_of(data, "input.resize", RESIZE_MODES) if "resize" in data else "exact"
+        if None in shape and resize != "exact":
+            raise BundleError(f"input.resize is {resize!r}; pictures keep their size where input.shape leaves it free")
         colour = _one_of(data, "input.colour", tuple(COLOURS)) if data.get("colour") is not None else None
         if colour is not None and COLOURS[colour] != shape[0]:
             raise BundleError(
                 f"input.colour is {colour!r}, which has {COLOURS[colour]} channels, but input.shape is {list(shape)}"
             )
-        return cls(kind, shape, colour, resize)
+        return cls(kind, shape, colour, resize, multiple, size)
 
     def to_dict(self) -> dict[str, Any]:
         data: dict[str, Any] = {"type": self.type, "shape": list(self.shape)}
+        if self.default_size is not None:
+            data |= {"multiple_of": self.multiple_of, "default_size": list(self.default_size)}
         if self.colour is not None:
             data["colour"] = self.colour
         if self.resize is not None:
@@ -82,9 +104,10 @@ class InputSpec(NamedTuple):
 
 
 class LatentSpec(NamedTuple):
-    """shape: of one latent, without the batch. prior: None for a plain autoencoder, which has no distribution."""
+    """shape: of one latent, without the batch; (C, None, None) where the input's height and width are free, and the
+    latent's are these divided by its `multiple_of`. prior: None for a plain autoencoder, which has no distribution."""
 
-    shape: tuple[int, ...]
+    shape: Shape
     prior: Mapping[str, Any] | None
 
     @classmethod
@@ -104,8 +127,8 @@ class LatentSpec(NamedTuple):
 class Likelihood(NamedTuple):
     """p(x|z), whose mean the decoder gives.
 
-    type: "bernoulli" or "gaussian".
-    scale: the Gaussian's one standard deviation, in the data's units.
+    type: "bernoulli", "gaussian" or "laplace".
+    scale: the Gaussian's one standard deviation, or the Laplace density's b, in the data's units.
     binarize: how the Bernoulli's data became binary in training: "none" (grey values taken as probabilities),
         "dynamic" (drawn anew each time), or "threshold" (x >= 0.5, done inside the encoder graph).
     """
@@ -116,14 +139,14 @@ class Likelihood(NamedTuple):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Likelihood:
-        kind = _one_of(data, "likelihood.type", ("bernoulli", "gaussian"))
+        kind = _one_of(data, "likelihood.type", ("bernoulli", "gaussian", "laplace"))
         if kind == "bernoulli":
             return cls(
                 kind, binarize=_one_of(data, "likelihood.binarize", BINARIZE_MODES) if "binarize" in data else "none"
             )
         scale = _number(data, "likelihood.scale")
         if not scale > 0:
-            raise BundleError(f"likelihood.scale is {scale}; a standard deviation is above 0")
+            raise BundleError(f"likelihood.scale is {scale}; the scale of a density is above 0")
         return cls(kind, scale=scale)
 
     def to_dict(self) -> dict[str, Any]:
@@ -219,6 +242,7 @@ class Manifest(NamedTuple):
         `nats_per_dimension`, -ELBO per input dimension. None in a bundle from before there was one.
     refused: precisions that were asked for at export and are not there, by name: the `reason`, and the `quality` that
         was measured, as in `Precision`.
+    origin: of a model from elsewhere, what it was: `library`, its `version`, `class`, ...
     """
 
     kind: str
@@ -234,6 +258,12 @@ class Manifest(NamedTuple):
     format_version: int = FORMAT_VERSION
     budget: Mapping[str, float] | None = None
     refused: Mapping[str, Mapping[str, Any]] = _NONE
+    origin: Mapping[str, Any] = _NONE
+
+    def latent_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the latent of one input, both without the batch."""
+        sides = iter(side // self.input.multiple_of for side in input_shape[1:])
+        return tuple(next(sides) if side is None else side for side in self.latent.shape)
 
     @classmethod
     def from_json(cls, text: bytes) -> Manifest:
@@ -290,8 +320,14 @@ class Manifest(NamedTuple):
             format_version=version,
             budget=_budget(_mapping(data, "budget")) if "budget" in data else None,
             refused={key: _refusal(_mapping(refused, f"refused.{key}", key), key) for key in refused},
+            origin=dict(_mapping(data, "origin")) if "origin" in data else {},
         )
         manifest._check_references()
+        if manifest.input.is_free != (None in manifest.latent.shape):
+            raise BundleError(
+                f"latent.shape is {list(manifest.latent.shape)} with input.shape {list(manifest.input.shape)};"
+                " height and width are free in both or in neither"
+            )
         return manifest
 
     def _check_references(self) -> None:
@@ -329,6 +365,8 @@ class Manifest(NamedTuple):
             data["budget"] = dict(self.budget)
         if self.refused:
             data["refused"] = {key: dict(refusal) for key, refusal in self.refused.items()}
+        if self.origin:
+            data["origin"] = dict(self.origin)
         return data
 
     def to_json(self) -> bytes:
@@ -444,18 +482,37 @@ def _holds(value: Any, kind: type) -> bool:
     return isinstance(value, dict) and all(isinstance(entry, kind) for entry in value.values())
 
 
-def _shape(data: Mapping[str, Any], path: str, rank: int | None) -> tuple[int, ...]:
-    value = data.get(_last(path))
+def _shape(data: Mapping[str, Any], path: str, rank: int | None) -> Shape:
+    value: Any = data.get(_last(path))
+    sides: Any = value
+    free: tuple[None, ...] = ()
+    if isinstance(value, list) and len(value) == 3 and value[1:] == [None, None] and rank in (3, None):
+        sides, free = value[:1], (None, None)  # (C, H, W), height and width free
     if (
-        not isinstance(value, list)
-        or not value
-        or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in value)
-        or (rank is not None and len(value) != rank)
+        not isinstance(sides, list)
+        or not sides
+        or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sides)
+        or (rank is not None and len(sides) + len(free) != rank)
     ):
         raise BundleError(f"{path} is {value!r}; expected a list of {rank or 'one or more'} positive whole numbers")
-    if math.prod(value) >= MAX_ELEMENTS:
-        raise BundleError(f"{path} is {value!r}, {math.prod(value)} elements; at most {MAX_ELEMENTS - 1} are allowed")
-    return tuple(value)
+    if math.prod(sides) >= MAX_ELEMENTS:
+        raise BundleError(f"{path} is {value!r}, {math.prod(sides)} elements; at most {MAX_ELEMENTS - 1} are allowed")
+    return (*sides, *free)
+
+
+def _free_sides(data: Mapping[str, Any]) -> tuple[int, tuple[int, int]]:
+    multiple, size = data.get("multiple_of"), data.get("default_size")
+    if not _is_count(multiple) or multiple < 1:
+        raise BundleError(f"input.multiple_of is {multiple!r}; where height and width are free, a whole number from 1")
+    if (
+        not isinstance(size, list)
+        or len(size) != 2
+        or not all(_is_count(n) and n > 0 and n % multiple == 0 for n in size)
+    ):
+        raise BundleError(f"input.default_size is {size!r}; expected [height, width], multiples of {multiple}")
+    if math.prod(size) >= MAX_ELEMENTS:
+        raise BundleError(f"input.default_size is {size!r}; at most {MAX_ELEMENTS - 1} pixels are allowed")
+    return multiple, (size[0], size[1])
 
 
 def _is_plain_name(name: str) -> bool:

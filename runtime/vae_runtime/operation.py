@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .bound import BoundCall, DeviceCall
+from .boundary import Boundary
 from .device_array import DeviceArray, from_dlpack
 from .errors import InputError
 from .preprocess import Float32, ValueRule
@@ -18,7 +19,7 @@ from .session import GraphSession
 # as much in the activations of a usual convolutional network.
 _CHUNK_VALUES = 64 * 3 * 128 * 128
 _CHUNK_EXAMPLES = 256
-_BOUND_BATCH_SIZES = 8  # kept at most
+_BOUND_SHAPES = 8  # kept at most
 _ARRAY, _FLOAT32 = np.ndarray, np.dtype(np.float32)
 
 
@@ -41,26 +42,26 @@ class Route:
         self.from_batch = from_batch
         self.precision = precision
         self.any_batch = session
-        self._fixed: dict[int, GraphSession] = {}  # by batch size
+        self._fixed: dict[tuple[int, ...], GraphSession] = {}  # by shape, with the batch
 
-    def session(self, rows: int) -> GraphSession:
-        """What runs so many rows at once, in this thread."""
-        fixed = self._fixed.get(rows)
+    def session(self, shape: tuple[int, ...]) -> GraphSession:
+        """What runs an input of this shape, in this thread."""
+        fixed = self._fixed.get(shape)
         return fixed if fixed is not None and fixed.serves_this_thread else self.any_batch
 
-    def is_fixed(self, rows: int) -> bool:
-        """Whether so many rows have a session of their own, be it another thread's."""
-        return rows in self._fixed
+    def is_fixed(self, shape: tuple[int, ...]) -> bool:
+        """Whether this shape has a session of its own, be it another thread's."""
+        return shape in self._fixed
 
-    def fix(self, rows: int, read: Callable[[str], bytes]) -> None:
-        """Make a session for just so many rows, where that is faster. read: a file of the bundle -> its bytes."""
-        if self.any_batch.gains_from_fixed_batch and rows not in self._fixed:
-            if len(self._fixed) >= _BOUND_BATCH_SIZES:
+    def fix(self, shape: tuple[int, ...], read: Callable[[str], bytes]) -> None:
+        """Make a session for just this shape, where that is faster. read: a file of the bundle -> its bytes."""
+        if self.any_batch.gains_from_fixed_shape and shape not in self._fixed:
+            if len(self._fixed) >= _BOUND_SHAPES:
                 raise InputError(
-                    f"batch size {rows} would be number {len(self._fixed) + 1} with a session of its own, which takes"
-                    f" memory; at most {_BOUND_BATCH_SIZES} are made"
+                    f"batch size {shape[0]} would be number {len(self._fixed) + 1} with a session of its own, which"
+                    f" takes memory; at most {_BOUND_SHAPES} are made"
                 )
-            self._fixed[rows] = self.any_batch.for_batch(read(self.any_batch.file), rows)
+            self._fixed[shape] = self.any_batch.for_shape(read(self.any_batch.file), shape)
 
     def describe(self) -> dict[str, Any]:
         """One entry of `VAE.plan`."""
@@ -73,31 +74,25 @@ class Route:
             "file": session.file,
             "threads": session.threads,
             "spinning": session.spinning,
-            "fixed_batches": sorted(self._fixed),
+            "fixed_batches": sorted({shape[0] for shape in self._fixed}),
         }
 
 
 class Operation:
     """Runs one half.
 
-    check: whatever the caller passed -> what the graph takes, or an `InputError`. rule: the same for the values alone,
-        fast, for arrays of `shape` that are float32 already. image_values: numbers in one input image or vector.
+    boundary: of its graphs. check: whatever the caller passed -> what the graph takes, or an `InputError`. rule: the
+        same for the values alone, fast, for arrays that were good in all else.
     routes: by rising `from_batch`, the first from 1; by the examples of a whole call, not of a chunk.
     """
 
     def __init__(
-        self,
-        shape: tuple[int, ...],
-        check: Callable[[Any], Float32],
-        rule: ValueRule,
-        image_values: int,
-        routes: Sequence[Route],
+        self, boundary: Boundary, check: Callable[[Any], Float32], rule: ValueRule, routes: Sequence[Route]
     ) -> None:
         self.routes = tuple(routes)
-        self._shape = shape
+        self._boundary = boundary
         self._check = check
         self._rule = rule
-        self._chunk = max(1, min(_CHUNK_EXAMPLES, _CHUNK_VALUES // image_values))
         self._free: dict[tuple[int, ...], list[BoundCall | DeviceCall]] = {}
 
     def __call__(self, array: Any, batch_size: int | None = None) -> list[Float32]:
@@ -115,42 +110,44 @@ class Operation:
                 if results is not None:
                     return results
         checked = self._check(array)
-        results = self.run(checked, self.chunk_size(batch_size))
+        results = self.run(checked, self.chunk_size(batch_size, checked.shape[1:]))
         if batch_size is None and array.dtype is _FLOAT32:
-            self._prepare(len(array))
+            self._prepare(checked.shape)
         return results
 
-    def _prepare(self, batch: int) -> None:
-        """Have one more call of this batch size ready: this one found none, or was odd."""
-        shape, route = (batch, *self._shape), self.route(batch)
-        free = self._free.get(shape)
-        if route.is_fixed(batch):
+    def _prepare(self, shape: tuple[int, ...]) -> None:
+        """Have one more call of this shape ready: this one found none, or was odd."""
+        route, free = self.route(shape[0]), self._free.get(shape)
+        if route.is_fixed(shape):
             return
-        if not free and batch <= self._chunk and (free is not None or len(self._free) < _BOUND_BATCH_SIZES):
-            call = route.any_batch.bind(batch, self._rule)
+        fits = shape[0] <= self.chunk_size(None, shape[1:])
+        if not free and fits and (free is not None or len(self._free) < _BOUND_SHAPES):
+            call = route.any_batch.bind(shape, self._rule)
             if call is not None:
                 self._free.setdefault(shape, []).append(call)
 
-    def warm(self, examples: int, read: Callable[[str], bytes]) -> None:
-        """Be ready for calls with so many: `Route.fix` and a first run for each number of rows that they come to."""
+    def warm(self, shape: tuple[int, ...], read: Callable[[str], bytes]) -> None:
+        """Be ready for calls of this shape: `Route.fix` and a first run for each number of rows that they come to."""
+        examples, chunk = shape[0], self.chunk_size(None, shape[1:])
         route = self.route(examples)
-        for rows in {min(examples, self._chunk), examples % self._chunk if examples > self._chunk else 0} - {0}:
-            route.fix(rows, read)
-            if route.is_fixed(rows):
-                self._free.pop((rows, *self._shape), None)  # calls that would be taken in its place
-            zeros = np.zeros((rows, *self._shape), np.float32)
+        for rows in {min(examples, chunk), examples % chunk if examples > chunk else 0} - {0}:
+            part = (rows, *shape[1:])
+            route.fix(part, read)
+            if route.is_fixed(part):
+                self._free.pop(part, None)  # calls that would be taken in its place
+            zeros = np.zeros(part, np.float32)
             if rows == examples:
                 self(zeros)
             else:
-                route.session(rows).run(zeros)
+                route.session(part).run(zeros)
 
     def run(self, checked: Float32, size: int, examples: int | None = None) -> list[Float32]:
         """What is known to be good, in chunks of `size`. examples: how many the whole call has, if these are a part."""
         route = self.route(examples or len(checked))
         if len(checked) <= size:
-            return route.session(len(checked)).run(checked)
+            return route.session(checked.shape).run(checked)
         chunks = [checked[start : start + size] for start in range(0, len(checked), size)]
-        parts = [route.session(len(chunk)).run(chunk) for chunk in chunks]
+        parts = [route.session(chunk.shape).run(chunk) for chunk in chunks]
         return [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
 
     def run_on_device(self, array: Any, name: str) -> list[DeviceArray]:
@@ -160,14 +157,14 @@ class Operation:
             checked = self._check(array)
             session = self.route(len(checked)).any_batch
             return session.run_on_device(session.to_device(checked))
-        shared = from_dlpack(array, self._shape, self.routes[0].any_batch.device, name)
+        shared = from_dlpack(array, self._boundary, self.routes[0].any_batch.device, name)
         return self.route(len(shared)).any_batch.run_on_device(shared)
 
     def then(self, decoder: Operation, array: Any, batch_size: int | None) -> Float32:
         """Encode, take the mean, decode, without bringing the latents to host memory in between."""
         checked = self._check(array)
-        size, route = self.chunk_size(batch_size), self.route(len(checked))
-        if batch_size is None and route.session(len(checked)) is not route.any_batch:
+        size, route = self.chunk_size(batch_size, checked.shape[1:]), self.route(len(checked))
+        if batch_size is None and route.session(checked.shape) is not route.any_batch:
             return decoder(self(checked)[0])[0]  # a graph of launches gains more than the copies of small latents cost
         encode, decode = route.any_batch, decoder.route(len(checked)).any_batch
         parts = []
@@ -185,5 +182,8 @@ class Operation:
         """The whole call takes one route, so that chunks do not change the result."""
         return next(route for route in reversed(self.routes) if examples >= route.from_batch)
 
-    def chunk_size(self, asked: int | None) -> int:
-        return self._chunk if asked is None else check_count(asked, "batch_size")
+    def chunk_size(self, asked: int | None, shape: tuple[int, ...]) -> int:
+        """Examples of this shape to run at once."""
+        if asked is not None:
+            return check_count(asked, "batch_size")
+        return max(1, min(_CHUNK_EXAMPLES, _CHUNK_VALUES // self._boundary.largest(shape)))

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
-from .manifest import BINARIZE_MODES, InputSpec
+from .manifest import BINARIZE_MODES, InputSpec, Shape
 
 Float32 = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]
@@ -70,13 +70,47 @@ def check_layout(array: NDArray[Any], spec: InputSpec, name: str) -> None:
     expected = spec.shape
     if spec.is_image and array.dtype == np.uint8:
         channels, *size = spec.shape
-        expected = tuple(size) if channels == 1 else (*size, channels)
+        expected = (*size,) if channels == 1 else (*size, channels)
     elif array.dtype != np.float32 or not array.dtype.isnative:
         raise InputError(
             f"{name} has dtype {array.dtype}{_byte_order(array)}; expected {describe(spec)}{_dtype_hint(array, spec)}"
         )
-    if array.shape[1:] != expected:
+    found = array.shape[1:]
+    if found == expected:
+        return
+    if not spec.is_free or len(found) != len(expected) or not all(map(_fits, found, expected)):
         raise InputError(f"{name} has shape {array.shape}; expected {describe(spec)}{_shape_hint(array.shape, spec)}")
+    height, width = (side for side, wanted in zip(found, expected, strict=True) if wanted is None)
+    if height % spec.multiple_of or width % spec.multiple_of:
+        raise InputError(
+            f"{name} has images of {height}x{width} (height x width); expected multiples of {spec.multiple_of}, or"
+            " pad=True, which pads and crops back"
+        )
+
+
+def _fits(side: int, wanted: int | None) -> bool:
+    return side == wanted or (wanted is None and side > 0)
+
+
+def padded_size(height: int, width: int, multiple: int) -> tuple[int, int]:
+    """The next multiples of `multiple` from height and width on."""
+    return -(-height // multiple) * multiple, -(-width // multiple) * multiple
+
+
+def pad_images(array: NDArray[Any], spec: InputSpec) -> tuple[NDArray[Any], tuple[int, int]]:
+    """Images of free height and width -> the same with their last row and column repeated up to `spec.multiple_of`, and
+    their own (height, width). What is no such image is left as it is, for the check that follows."""
+    axes = (2, 3) if array.dtype != np.uint8 else (1, 2)
+    if not spec.is_free or array.ndim <= axes[1] or min(array.shape) < 1:
+        return array, (0, 0)
+    size = array.shape[axes[0]], array.shape[axes[1]]
+    target = padded_size(*size, spec.multiple_of)
+    if target == size:
+        return array, size
+    widths = [(0, 0)] * array.ndim
+    for axis, old, new in zip(axes, size, target, strict=True):
+        widths[axis] = (0, new - old)
+    return np.pad(array, widths, mode="edge"), size
 
 
 def check_range(array: Float32, spec: InputSpec, name: str) -> None:
@@ -121,9 +155,11 @@ def describe(spec: InputSpec) -> str:
     """The rule for inputs in words: `(N, 8, 8) uint8 or (N, 1, 8, 8) float32 in [0, 1]`."""
     if not spec.is_image:
         return f"(N, {spec.shape[0]}) float32"
-    channels, height, width = spec.shape
+    channels, *sides = spec.shape
+    height, width = ("H", "W") if spec.is_free else sides
     trailing = "" if channels == 1 else f", {channels}"
-    return f"(N, {height}, {width}{trailing}) uint8 or (N, {channels}, {height}, {width}) float32 in [0, 1]"
+    rule = f", H and W multiples of {spec.multiple_of}" if spec.multiple_of > 1 else ""
+    return f"(N, {height}, {width}{trailing}) uint8 or (N, {channels}, {height}, {width}) float32 in [0, 1]{rule}"
 
 
 def to_uint8(images: Any) -> UInt8:
@@ -180,8 +216,13 @@ def _dtype_hint(array: NDArray[Any], spec: InputSpec) -> str:
 
 
 def _shape_hint(shape: tuple[int, ...], spec: InputSpec) -> str:
-    if shape == spec.shape or (spec.is_image and shape in (spec.shape[1:], (*spec.shape[1:], spec.shape[0]))):
+    def matches(wanted: Shape) -> bool:
+        return len(shape) == len(wanted) and all(map(_fits, shape, wanted))
+
+    if matches(spec.shape) or (
+        spec.is_image and (matches(spec.shape[1:]) or matches((*spec.shape[1:], spec.shape[0])))
+    ):
         return "; this looks like a single example without a batch: add one with array[None]"
-    if spec.is_image and shape[1:] == (*spec.shape[1:], spec.shape[0]):
+    if spec.is_image and matches((None, *spec.shape[1:], spec.shape[0])):
         return "; float32 images are channels first"
     return ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import math
 import os
 import threading
 import weakref
@@ -15,12 +14,14 @@ from typing import Any, cast
 import numpy as np
 
 from .bound import BoundCall, DeviceCall
+from .boundary import Boundary
 from .cuda import CUDA, real_work_on_cpu
 from .device_array import DeviceArray, copy_to_device
 from .devices import CPU, Device
 from .engine import first_line, import_engine
 from .errors import BundleError, ClosedError, DeviceError, InputError, OutOfMemoryError, VAEError
 from .graph_rules import check_graph
+from .manifest import Shape
 from .plugins import OPENVINO
 from .preprocess import Float32, ValueRule
 
@@ -43,7 +44,7 @@ class GraphSession:
 
     threads, spinning: of onnxruntime's own thread pool; None leaves each to onnxruntime. Other providers have their own
         pools: OpenVINO takes `threads` too, and none takes `spinning`.
-    batch: the only batch size that it takes, and is made for; None takes any.
+    fixed: the only shape of input that it takes, and is made for, with the batch; None takes any.
     bundle: the digest of the bundle that the graph is from; by it a device keeps what it builds for the graph.
     """
 
@@ -54,7 +55,7 @@ class GraphSession:
         device: Device,
         threads: int | None = None,
         spinning: bool | None = None,
-        batch: int | None = None,
+        fixed: tuple[int, ...] | None = None,
         bundle: str = "",
     ) -> None:
         check_graph(model, file)
@@ -62,10 +63,10 @@ class GraphSession:
         self.device = device
         self.threads = threads
         self.spinning = spinning
-        self.batch = batch
+        self.fixed = fixed
         self.bundle = bundle
         self._process = os.getpid()
-        self._session = _open(model, file, device, threads, spinning, batch, bundle)
+        self._session = _open(model, file, device, threads, spinning, fixed, bundle)
         self.inherited = False  # through a fork
         # A CUDA graph reads and writes the addresses that it was captured with, whatever a later run is given; and
         # onnxruntime keeps one per thread, so that another thread's first call would capture anew.
@@ -74,73 +75,73 @@ class GraphSession:
         self._own.thread = True
         _sessions.add(self)
 
-    def require_boundary(
-        self, input_name: str, input_shape: tuple[int, ...], outputs: dict[str, tuple[int, ...]]
-    ) -> None:
+    def require_boundary(self, boundary: Boundary) -> None:
         """Raise `BundleError` unless the graph has exactly these tensors, float32, of these shapes after the batch."""
-        found_inputs = {node.name: (node.type, list(node.shape[1:])) for node in self._session.get_inputs()}
-        found_outputs = {node.name: (node.type, list(node.shape[1:])) for node in self._session.get_outputs()}
-        for side, found, expected in (
-            ("inputs", found_inputs, {input_name: input_shape}),
-            ("outputs", found_outputs, outputs),
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        shape = self.fixed[1:] if self.fixed is not None else boundary.input_shape
+        shapes = boundary.outputs.values() if self.fixed is None else boundary.output_shapes(self.fixed[1:])
+        for side, found, expected, free in (
+            ("inputs", inputs, {boundary.input: shape}, {boundary.input: boundary.input_shape}),
+            ("outputs", outputs, dict(zip(boundary.outputs, shapes, strict=True)), boundary.outputs),
         ):
-            if found != {name: ("tensor(float)", list(shape)) for name, shape in expected.items()}:
+            described = {node.name: (node.type, _sides(node.shape)) for node in found}
+            if described.keys() != expected.keys() or any(
+                kind != "tensor(float)" or not _fits(sides, expected[name], free[name])
+                for name, (kind, sides) in described.items()
+            ):
                 raise BundleError(
-                    f"{self.file} has the {side} {found}; the manifest promises float32 {expected} after the batch"
+                    f"{self.file} has the {side} {described}; the manifest promises float32 {expected} after the batch"
                 )
-        self._input = input_name
-        self._input_shape = input_shape
-        self._outputs = list(outputs)
-        self._output_shapes = list(outputs.values())
-        if self.batch is None and isinstance(self._session.get_inputs()[0].shape[0], int):
+        self._boundary = boundary
+        self._names = [boundary.input, *boundary.outputs]
+        if self.fixed is None and isinstance(inputs[0].shape[0], int):
             raise BundleError(f"{self.file} has a fixed batch size; a bundle's graphs take any")
-        largest = max(math.prod(shape) for shape in (input_shape, *outputs.values()))
-        self._largest_bound = _BOUND_VALUES // largest
-        if self.batch is not None and self.device.is_gpu:
-            with self._naming_errors(self.batch):
-                self._only_call = DeviceCall(self, self._shapes(self.batch))
+        if self.fixed is not None and self.device.is_gpu:
+            with self._naming_errors(self.fixed[0]):
+                self._only_call = DeviceCall(self, self._shapes(self.fixed))
 
     @property
     def serves_this_thread(self) -> bool:
         return self._only_call is None or getattr(self._own, "thread", False)
 
     @property
-    def gains_from_fixed_batch(self) -> bool:
-        """Whether a session made for one batch size is faster than one for any. OpenVINO lays out its memory and
+    def gains_from_fixed_shape(self) -> bool:
+        """Whether a session made for one shape of input is faster than one for any. OpenVINO lays out its memory and
         chooses its kernels by shape, CUDA replays a graph of launches; the CPU provider takes the same time."""
         return self.device.provider in (OPENVINO, CUDA)
 
-    def for_batch(self, model: bytes, batch: int) -> GraphSession:
-        """A session of the same graph, whose file's bytes are `model`, in all as this one, but for one batch size."""
+    def for_shape(self, model: bytes, shape: tuple[int, ...]) -> GraphSession:
+        """A session of the same graph, whose file's bytes are `model`, in all as this one, but for one shape of input,
+        with the batch."""
         try:
-            return self._for_batch(model, batch, self.device)
+            return self._for_shape(model, shape, self.device)
         except DeviceError as error:
             if self.device.provider != CUDA or isinstance(error, OutOfMemoryError):
                 raise
             # A graph with arithmetic on shapes on the CPU cannot be captured.
-            return self._for_batch(model, batch, self.device.without_launch_graph())
+            return self._for_shape(model, shape, self.device.without_launch_graph())
 
-    def _for_batch(self, model: bytes, batch: int, device: Device) -> GraphSession:
-        session = GraphSession(model, self.file, device, self.threads, self.spinning, batch, self.bundle)
-        session.require_boundary(
-            self._input, self._input_shape, dict(zip(self._outputs, self._output_shapes, strict=True))
-        )
-        session.run(np.zeros((batch, *self._input_shape), np.float32))  # what cannot be captured fails here
+    def _for_shape(self, model: bytes, shape: tuple[int, ...], device: Device) -> GraphSession:
+        session = GraphSession(model, self.file, device, self.threads, self.spinning, shape, self.bundle)
+        session.require_boundary(self._boundary)
+        session.run(np.zeros(shape, np.float32))  # what cannot be captured fails here
         return session
 
-    def bind(self, batch: int, rule: ValueRule) -> BoundCall | DeviceCall | None:
-        """Calls of so many rows at the least cost; None where there is nothing to gain."""
+    def bind(self, shape: tuple[int, ...], rule: ValueRule) -> BoundCall | DeviceCall | None:
+        """Calls with inputs of this shape at the least cost; None where there is nothing to gain."""
         if self.device.is_gpu:
             with contextlib.suppress(Exception):  # no memory left for more buffers: calls do without
-                return DeviceCall(self, self._shapes(batch), rule) if self._only_call is None else None
+                return DeviceCall(self, self._shapes(shape), rule) if self._only_call is None else None
         # On other providers binding an input copies it to the device; what is written to the array later is never seen.
-        if self.device.provider == CPU and batch <= self._largest_bound:
-            return BoundCall(self, self._shapes(batch), rule)
+        if self.device.provider == CPU and shape[0] * self._boundary.largest(shape[1:]) <= _BOUND_VALUES:
+            return BoundCall(self, self._shapes(shape), rule)
         return None
 
-    def _shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
-        names, shapes = [self._input, *self._outputs], (self._input_shape, *self._output_shapes)
-        return {name: (batch, *shape) for name, shape in zip(names, shapes, strict=True)}
+    def _shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Of all tensors by name, with the batch, for an input of this shape."""
+        batch, *sides = shape
+        shapes = [sides, *self._boundary.output_shapes(tuple(sides))]
+        return {name: (batch, *one) for name, one in zip(self._names, shapes, strict=True)}
 
     def io_binding(self) -> Any:
         """onnxruntime's own."""
@@ -161,9 +162,11 @@ class GraphSession:
         with self._naming_errors(len(array)):
             if self._only_call is not None:
                 return self._only_call.run(array)
-            results = cast("list[Float32]", self._session.run(self._outputs, {self._input: array}))
+            name, *outputs = self._names
+            results = cast("list[Float32]", self._session.run(outputs, {name: array}))
         # onnxruntime does not hold a graph to the shapes that it declares.
-        for name, result, shape in zip(self._outputs, results, self._output_shapes, strict=True):
+        shapes = self._boundary.output_shapes(array.shape[1:])
+        for name, result, shape in zip(outputs, results, shapes, strict=True):
             if result.shape != (len(array), *shape):
                 raise BundleError(
                     f"{self.file} returned {name} of shape {result.shape} for {len(array)} rows;"
@@ -180,8 +183,9 @@ class GraphSession:
         self._require_own_process()
         with self._naming_errors(len(array)):
             binding = self.io_binding()
-            binding.bind_ortvalue_input(self._input, array._value)
-            for name in self._outputs:
+            name, *outputs = self._names
+            binding.bind_ortvalue_input(name, array._value)
+            for name in outputs:
                 binding.bind_output(name, *self.device.memory)
             self.bound_run(binding)()
             return [DeviceArray(value, self.device.memory) for value in binding.get_outputs()]
@@ -250,7 +254,7 @@ def _open(
     device: Device,
     threads: int | None,
     spinning: bool | None,
-    batch: int | None,
+    fixed: tuple[int, ...] | None,
     bundle: str,
 ) -> Any:
     onnxruntime = import_engine()
@@ -261,15 +265,15 @@ def _open(
         options.intra_op_num_threads = threads
     if spinning is not None:
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
-    if batch is not None:
-        options.add_free_dimension_override_by_name("batch", batch)
+    for name, side in _free_names(fixed or ()):
+        options.add_free_dimension_override_by_name(name, side)
     options.add_session_config_entry("session.load_model_format", "ONNX")
     records_nodes = device.is_gpu and hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info")
     if records_nodes:  # arithmetic on shapes is the CPU's there, and the switch below would refuse it too
         options.add_session_config_entry(_RECORD_NODES, "1")
     elif device.provider != CPU:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    provider_options = device.session_options(threads, batch is not None, bundle)
+    provider_options = device.session_options(threads, fixed is not None, bundle)
     try:
         if device.plugin is not None:
             options.add_provider_for_devices([device.plugin], provider_options)
@@ -291,6 +295,27 @@ def _open(
             f"device {device.name!r} cannot run {file} as a whole: it leaves {', '.join(operators)} to the CPU"
         )
     return session
+
+
+def _free_names(fixed: tuple[int, ...]) -> list[tuple[str, int]]:
+    """The names that a bundle's graphs have for free sides, with what they are for an input of this shape."""
+    height_and_width = [("height", "width"), ("latent_height", "latent_width")] if len(fixed) == 4 else []
+    return [("batch", side) for side in fixed[:1]] + [
+        pair for names in height_and_width for pair in zip(names, fixed[2:], strict=True)
+    ]
+
+
+def _sides(shape: list[int | str | None]) -> list[int | None]:
+    """After the batch; None for a side without a number."""
+    return [side if isinstance(side, int) else None for side in shape[1:]]
+
+
+def _fits(found: list[int | None], expected: Shape, free: Shape) -> bool:
+    """Whether the sides are those expected. One that may be free need not be known, even where it is fixed."""
+    return len(found) == len(expected) and all(
+        side == wanted or (side is None and pattern is None)
+        for side, wanted, pattern in zip(found, expected, free, strict=True)
+    )
 
 
 def _open_error(error: Exception, file: str, device: Device) -> BundleError | DeviceError:

@@ -44,7 +44,7 @@ def open_sink(output: str, spec: InputSpec, count: int, force: bool, columns: in
     suffix = path.suffix.lower()
     refuse_existing(path, lambda old: force and old.is_file())
     if suffix in (".npy", ".npz"):
-        with ArrayWriter(path, {RECONSTRUCTION: (count, *spec.shape)}) as writer:
+        with ArrayWriter(path, {RECONSTRUCTION: (count, *spec.example_shape)}) as writer:
             yield _ArraySink(writer)
         return
     if spec.colour is None:

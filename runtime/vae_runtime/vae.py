@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .boundary import Boundary, decoder_boundary, encoder_boundary
 from .bundle import Bundle
 from .device_array import DeviceArray
 from .devices import PROVIDER_PRECISIONS, check_device_name, find_device
@@ -17,10 +18,20 @@ from .engine import engine_clash
 from .errors import ClosedError, DeviceError, InputError, KindError
 from .fidelity import golden_error
 from .interpolation import interpolate_latents
-from .manifest import INPUT, LATENT, LOGVAR, MEAN, PRECISIONS, RECONSTRUCTION, Manifest
+from .manifest import INPUT, LATENT, LOGVAR, MEAN, PRECISIONS, RECONSTRUCTION, Manifest, Shape
 from .operation import Candidate, Operation, Route
 from .posterior import Posterior
-from .preprocess import FINITE, UNIT_INTERVAL, Float32, as_graph_input, require_plain_array, to_model_input
+from .preprocess import (
+    FINITE,
+    UNIT_INTERVAL,
+    Float32,
+    as_graph_input,
+    describe,
+    pad_images,
+    padded_size,
+    require_plain_array,
+    to_model_input,
+)
 from .sampling import NormalStream, check_count, check_temperature
 from .session import GraphSession, check_threads
 
@@ -134,12 +145,9 @@ class VAE:
     def _open(cls, bundle: Bundle, plan: _Plan, provider_options: Mapping[str, str] | None = None) -> VAE:
         """Open what `plan` says, each session once, however many batch ranges share it."""
         manifest = bundle.manifest
-        latent_outputs = {MEAN: manifest.latent.shape}
-        if manifest.kind == "vae":
-            latent_outputs[LOGVAR] = manifest.latent.shape
         boundaries = {
-            "encode": (INPUT, manifest.input.shape, latent_outputs),
-            "decode": (LATENT, manifest.latent.shape, {RECONSTRUCTION: manifest.input.shape}),
+            "encode": encoder_boundary(manifest.kind, manifest.input, manifest.latent.shape),
+            "decode": decoder_boundary(manifest.input, manifest.latent.shape),
         }
 
         opened = {_file_of(manifest, name, candidate.precision)[0] for name in plan for _, candidate in plan[name]}
@@ -158,7 +166,7 @@ class VAE:
                     session = GraphSession(
                         bundle.read(file), file, found, candidate.threads, candidate.spinning, None, bundle.digest
                     )
-                    session.require_boundary(*boundaries[operation])
+                    session.require_boundary(boundaries[operation])
                     sessions[candidate] = session
                 if not routes or routes[-1].any_batch is not sessions[candidate]:
                     routes.append(Route(from_batch, sessions[candidate], precision))
@@ -167,17 +175,15 @@ class VAE:
         return cls(
             bundle,
             Operation(
-                manifest.input.shape,
+                boundaries["encode"],
                 lambda array: to_model_input(array, manifest.input, "images" if manifest.input.is_image else "vectors"),
                 UNIT_INTERVAL if manifest.input.is_image else FINITE,
-                int(np.prod(manifest.input.shape)),
                 open_routes("encode"),
             ),
             Operation(
-                manifest.latent.shape,
+                boundaries["decode"],
                 lambda array: to_decoder_input(array, manifest.latent.shape),
                 FINITE,
-                int(np.prod(manifest.input.shape)),
                 open_routes("decode"),
             ),
             _joined(candidate.precision for routes in plan.values() for _, candidate in routes),
@@ -209,59 +215,78 @@ class VAE:
             "decode": [route.describe() for route in decoder.routes],
         }
 
-    def warmup(self, batch_sizes: Sequence[int] = (1,)) -> None:
+    def warmup(self, batch_sizes: Sequence[int] = (1,), size: tuple[int, int] | None = None) -> None:
         """Do now what the first call with so many examples would do, and on OpenVINO also what makes every such call
         faster: compile the graphs for just that batch size. Each costs memory and time there; results stay the same up
         to rounding. On CUDA each becomes a graph of launches, which belongs to the thread that calls this, before other
         threads use the GPU; calls in other threads run without it.
 
         batch_sizes: numbers of examples that `encode` and `decode` will be given in one call.
+        size: (height, width) of these images, where the bundle leaves it free; None: `manifest.input.default_size`.
 
         Raises:
-            InputError: a batch size that is no whole number from 1. BundleError: the bundle has been altered or removed
-            since it was loaded. DeviceError: the device failed, for example for want of memory.
+            InputError: a batch size that is no whole number from 1, a size that does not fit. BundleError: the bundle
+            has been altered or removed since it was loaded. DeviceError: the device failed, as for want of memory.
         """
         if isinstance(batch_sizes, (str, bytes)) or not isinstance(batch_sizes, Sequence):
             raise InputError(f"batch_sizes is {batch_sizes!r}; expected a sequence such as (1, 32)")
-        for batch in [check_count(size, "a batch size") for size in batch_sizes]:
-            for operation in self._open_operations():
-                operation.warm(batch, self._bundle.read)
+        shape = self._input_shape(size)
+        shapes = shape, self.manifest.latent_shape(shape)
+        for batch in [check_count(count, "a batch size") for count in batch_sizes]:
+            for operation, one in zip(self._open_operations(), shapes, strict=True):
+                operation.warm((batch, *one), self._bundle.read)
 
-    def encode(self, inputs: Any, *, batch_size: int | None = None) -> Posterior:
+    def encode(self, inputs: Any, *, batch_size: int | None = None, pad: bool = False) -> Posterior:
         """Inputs -> the posterior q(z|x) of each; for a plain autoencoder, its code.
 
         inputs: images as uint8 (N, H, W) or (N, H, W, C), or float32 (N, C, H, W) in [0, 1]; vectors as float32 (N, D).
         batch_size: examples per call of the graph; None chooses by size. It bounds memory, not the result.
+        pad: where height and width are free, repeat the last row and column up to the next multiple of
+            `manifest.input.multiple_of`; `decode(..., size=(height, width))` cuts it off again.
 
         Raises:
             InputError: anything else; the message says what to do. ClosedError: after `close()`.
         """
         operations = self._operations or self._open_operations()
+        if pad:
+            inputs, _ = self._padded(inputs)
         return Posterior(*operations[0](inputs, batch_size))
 
-    def decode(self, latents: Any, *, batch_size: int | None = None) -> Float32:
+    def decode(self, latents: Any, *, batch_size: int | None = None, size: tuple[int, int] | None = None) -> Float32:
         """Latents, float32 (N, *latent_shape) -> the mean of p(x|z), float32 (N, C, H, W) in [0, 1] or (N, D).
 
+        size: (height, width) of images that were padded, to which the result is cut.
+
         Raises:
-            InputError: another dtype or shape, NaN or infinity. ClosedError: after `close()`.
+            InputError: another dtype or shape, NaN or infinity; a size that these latents are not of. ClosedError:
+            after `close()`.
         """
         operations = self._operations or self._open_operations()
-        return operations[1](latents, batch_size)[0]
+        images = operations[1](latents, batch_size)[0]
+        return images if size is None else self._cropped(images, size)
 
     def sample(
-        self, n: int, seed: int | None = None, temperature: float = 1.0, *, batch_size: int | None = None
+        self,
+        n: int,
+        seed: int | None = None,
+        temperature: float = 1.0,
+        *,
+        batch_size: int | None = None,
+        size: tuple[int, int] | None = None,
     ) -> Float32:
         """Draw `n` latents from the prior N(0, temperature²) and decode them -> like `decode`.
 
         A larger `n` with the same seed begins with the same latents, and so with the same examples, unless precision
         "auto" decodes so many in another precision.
 
+        size: (height, width) of the images, where the bundle leaves it free; None: `manifest.input.default_size`.
+
         Raises:
             KindError: the bundle is a plain autoencoder, which has no prior. InputError: an argument out of range.
         """
-        batches = self.sample_batches(n, seed, temperature, batch_size=batch_size)
+        batches = self.sample_batches(n, seed, temperature, batch_size=batch_size, size=size)
         try:
-            images: Float32 = np.empty((n, *self.manifest.input.shape), np.float32)
+            images: Float32 = np.empty((n, *self._input_shape(size)), np.float32)
         except (MemoryError, ValueError, OverflowError):
             raise InputError(f"n is {n}; that many examples do not fit into memory, take sample_batches") from None
         start = 0
@@ -271,28 +296,68 @@ class VAE:
         return images
 
     def sample_batches(
-        self, n: int, seed: int | None = None, temperature: float = 1.0, *, batch_size: int | None = None
+        self,
+        n: int,
+        seed: int | None = None,
+        temperature: float = 1.0,
+        *,
+        batch_size: int | None = None,
+        size: tuple[int, int] | None = None,
     ) -> Iterator[Float32]:
         """The same examples as `sample`, batch by batch, for more than fit into memory.
 
         Raises:
             As `sample`, at once; ClosedError later, if the bundle is closed between two batches.
         """
-        size = self._open_operations()[1].chunk_size(batch_size)
+        shape = self.manifest.latent_shape(self._input_shape(size))
+        chunk = self._open_operations()[1].chunk_size(batch_size, shape)
         if self.manifest.latent.prior is None:
             raise KindError(f"{self.manifest.name} is a plain autoencoder, which has no prior to sample from")
         count, scale, stream = check_count(n, "n"), check_temperature(temperature), NormalStream(seed)
-        shape = self.manifest.latent.shape
-        latents = (scale * stream.draw(min(size, count - start), shape) for start in range(0, count, size))
-        return (self._open_operations()[1].run(batch, size, count)[0] for batch in latents)
+        latents = (scale * stream.draw(min(chunk, count - start), shape) for start in range(0, count, chunk))
+        return (self._open_operations()[1].run(batch, chunk, count)[0] for batch in latents)
 
-    def reconstruct(self, inputs: Any, *, batch_size: int | None = None) -> Float32:
+    def reconstruct(self, inputs: Any, *, batch_size: int | None = None, pad: bool = False) -> Float32:
         """Encode, take the mean, decode: float32 (N, C, H, W) in [0, 1] or (N, D). Deterministic. On a GPU the latents
-        stay in its memory."""
+        stay in its memory. pad: as in `encode`; the result has the size of the inputs."""
         encoder, decoder = self._open_operations()
+        if pad:
+            inputs, size = self._padded(inputs)
+            return self._cropped(self.reconstruct(inputs, batch_size=batch_size), size)
         if self._is_on_one_gpu:
             return encoder.then(decoder, inputs, batch_size)
         return self.decode(self.encode(inputs, batch_size=batch_size).mode(), batch_size=batch_size)
+
+    def _padded(self, inputs: Any) -> tuple[Any, tuple[int, int]]:
+        """The inputs, of free height and width, up to the next multiples, and the (height, width) that they had."""
+        spec = self.manifest.input
+        if not spec.is_free:
+            raise InputError(f"pad is True; {self.manifest.name} takes inputs of one shape only, {describe(spec)}")
+        require_plain_array(inputs, "images")
+        return pad_images(inputs, spec)
+
+    def _cropped(self, images: Float32, size: tuple[int, int]) -> Float32:
+        """What padding added cut off again."""
+        height, width = _check_sides(size)
+        multiple = self.manifest.input.multiple_of
+        if images.ndim != 4 or padded_size(height, width, multiple) != images.shape[2:]:
+            raise InputError(
+                f"size is {(height, width)}; these latents are of images of {images.shape[2:]}, or up to"
+                f" {multiple - 1} pixels less on each side"
+            )
+        return np.ascontiguousarray(images[..., :height, :width])
+
+    def _input_shape(self, size: tuple[int, int] | None) -> tuple[int, ...]:
+        """The shape of one input of this (height, width)."""
+        spec = self.manifest.input
+        if size is None:
+            return spec.example_shape
+        sides = _check_sides(size)
+        if not spec.is_image or not (spec.is_free or sides == spec.shape[1:]):
+            raise InputError(f"size is {sides}; {self.manifest.name} is made for inputs of {describe(spec)} alone")
+        if any(side % spec.multiple_of for side in sides):
+            raise InputError(f"size is {sides}; expected (height, width), multiples of {spec.multiple_of}")
+        return (spec.example_shape[0], *sides)
 
     def encode_to_device(self, inputs: Any) -> DevicePosterior:
         """`encode` with results that stay in the device's memory, for applications that keep their data there.
@@ -328,6 +393,10 @@ class VAE:
                 raise InputError(
                     f"{name} holds {len(latent)} examples; interpolate takes one on each side, for example {name}[:1]"
                 )
+        if start.shape != end.shape:
+            raise InputError(
+                f"a and b have latents of shapes {start.shape[1:]} and {end.shape[1:]}; the same is needed"
+            )
         return self.decode(interpolate_latents(start[0], end[0], steps, method))
 
     def selftest(self) -> SelfTest:
@@ -457,7 +526,14 @@ def _joined(names: Iterable[str]) -> str:
     return "+".join(dict.fromkeys(names))
 
 
-def to_decoder_input(latents: Any, shape: tuple[int, ...], name: str = "latents") -> Float32:
+def _check_sides(size: Any) -> tuple[int, int]:
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise InputError(f"size is {size!r}; expected (height, width)")
+    height, width = (check_count(side, "a side of size") for side in size)
+    return height, width
+
+
+def to_decoder_input(latents: Any, shape: Shape, name: str = "latents") -> Float32:
     """Check latents and return them as the decoder takes them: float32 (N, *shape), finite."""
     require_plain_array(latents, name)
     check_latent_layout(latents, shape, name)
@@ -467,12 +543,14 @@ def to_decoder_input(latents: Any, shape: tuple[int, ...], name: str = "latents"
     return as_graph_input(latents)
 
 
-def check_latent_layout(latents: Any, shape: tuple[int, ...], name: str) -> None:
+def check_latent_layout(latents: Any, shape: Shape, name: str) -> None:
     """Raise `InputError` unless dtype and shape are those of latents; the values are not looked at."""
-    rule = f"expected (N, {', '.join(map(str, shape))}) float32"
+    boundary = Boundary(LATENT, shape, {})
+    rule = f"expected {boundary.rule()} float32"
     if latents.dtype != np.float32 or not latents.dtype.isnative:
         order = "" if latents.dtype.isnative else " in foreign byte order"
         raise InputError(f"{name} has dtype {latents.dtype}{order}; {rule}, convert with .astype(numpy.float32)")
-    if latents.shape[1:] != shape:
-        hint = "; this looks like a single latent without a batch: latents[None]" if latents.shape == shape else ""
+    if not boundary.accepts(latents.shape[1:]):
+        single = boundary.accepts(latents.shape)
+        hint = "; this looks like a single latent without a batch: latents[None]" if single else ""
         raise InputError(f"{name} has shape {latents.shape}; {rule}{hint}")

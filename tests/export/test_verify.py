@@ -106,7 +106,7 @@ def test_a_model_that_gives_nan_is_refused(conv) -> None:
 
 
 def test_fidelity_is_rounded_to_two_digits() -> None:
-    data = Fidelity(1e-5, 40, 1.2345e-6, None, 2.389e-7).to_dict()
+    data = Fidelity("pytorch", (1, 3), (), 1e-5, 40, 1.2345e-6, None, 2.389e-7).to_dict()
     assert data["mean_max_error"] == 1.2e-6
     assert data["reconstruction_max_error"] == 2.4e-7
     assert "logvar_max_error" not in data

@@ -281,11 +281,11 @@ def on_device(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> VAE:
     """The way of a GPU, taken on the CPU: `DeviceCall` for every batch size that is bound."""
     real = GraphSession.bind
 
-    def bind(self: GraphSession, batch: int, rule: Any) -> Any:
+    def bind(self: GraphSession, shape: tuple[int, ...], rule: Any) -> Any:
         monkeypatch.setattr(Device, "is_gpu", True)
         monkeypatch.setattr(Device, "memory", ("cpu", 0))
         try:
-            return real(self, batch, rule)
+            return real(self, shape, rule)
         finally:
             monkeypatch.setattr(Device, "is_gpu", False)
 
@@ -327,7 +327,7 @@ def with_fixed_sessions(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> VAE
     """The sessions for one batch size that a GPU has, on the CPU."""
     monkeypatch.setattr(Device, "is_gpu", True)
     monkeypatch.setattr(Device, "memory", ("cpu", 0))
-    monkeypatch.setattr(GraphSession, "gains_from_fixed_batch", True)
+    monkeypatch.setattr(GraphSession, "gains_from_fixed_shape", True)
     monkeypatch.setattr("vae_runtime.session.real_work_on_cpu", lambda session: [])
     vae = VAE.load(tiny_path)
     vae.warmup([3, 5])
@@ -336,9 +336,10 @@ def with_fixed_sessions(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> VAE
 
 def test_sessions_for_one_batch_size_have_one_set_of_buffers(with_fixed_sessions: VAE, images: np.ndarray) -> None:
     route = with_fixed_sessions._open_operations()[0].routes[0]
-    fixed = route.session(3)
-    assert (fixed.batch, route.session(4).batch) == (3, None)
-    assert fixed.bind(3, UNIT_INTERVAL) is None
+    three, four = ((batch, *with_fixed_sessions.manifest.input.example_shape) for batch in (3, 4))
+    fixed = route.session(three)
+    assert (fixed.fixed, route.session(four).fixed) == (three, None)
+    assert fixed.bind(three, UNIT_INTERVAL) is None
     first = fixed.run(images[:3])
     kept = [array.copy() for array in first]
     second = fixed.run(images[3:6])
@@ -361,10 +362,11 @@ def test_sessions_for_one_batch_size_serve_many_threads(
 
 def test_a_graph_of_launches_belongs_to_the_thread_that_made_it(with_fixed_sessions: VAE, images: np.ndarray) -> None:
     route = with_fixed_sessions._open_operations()[0].routes[0]
+    shape = (3, *with_fixed_sessions.manifest.input.example_shape)
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(route.session, 3).result() is route.any_batch
+        assert pool.submit(route.session, shape).result() is route.any_batch
         pool.submit(with_fixed_sessions.encode, images[:3]).result()
-    assert route.session(3) is not route.any_batch
+    assert route.session(shape) is not route.any_batch
     assert with_fixed_sessions._open_operations()[0]._free == {}  # nothing that this thread would take in its place
 
 
@@ -404,19 +406,20 @@ def test_graph_that_cannot_be_captured_runs_without(
 ) -> None:
     """onnxruntime refuses to capture what it has not put onto the GPU as a whole."""
     seen: list[str] = []
-    session = VAE.load(tiny_path)._open_operations()[0].routes[0].any_batch
-    real = GraphSession._for_batch
+    vae = VAE.load(tiny_path)
+    session, shape = vae._open_operations()[0].routes[0].any_batch, (3, *vae.manifest.input.example_shape)
+    real = GraphSession._for_shape
 
-    def make(self: GraphSession, model: bytes, batch: int, device: Device) -> GraphSession:
+    def make(self: GraphSession, model: bytes, shape: tuple[int, ...], device: Device) -> GraphSession:
         seen.append(device.session_options(None, True, "")["enable_cuda_graph"])
         if seen[-1] == "1":
             raise DeviceError("this session cannot use the graph capture feature")
-        return real(self, model, batch, Device("cpu", CPU))
+        return real(self, model, shape, Device("cpu", CPU))
 
-    monkeypatch.setattr(GraphSession, "_for_batch", make)
+    monkeypatch.setattr(GraphSession, "_for_shape", make)
     machine(Driver(1))
     session.device = find_device("cuda")
-    assert session.for_batch((tiny_path / "encoder.onnx").read_bytes(), 3).batch == 3
+    assert session.for_shape((tiny_path / "encoder.onnx").read_bytes(), shape).fixed == shape
     assert seen == ["1", "0"]
 
 

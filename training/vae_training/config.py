@@ -93,14 +93,14 @@ class TrainConfig:
             raise InputError(
                 f"binarize is {self.binarize!r}, but likelihood is {likelihood!r}; binary data are Bernoulli's"
             )
-        if self.shift and (not spec.is_image or self.shift >= min(spec.shape[1:])):
-            raise InputError(f"shift is {self.shift}; {self.data} has examples of shape {list(spec.shape)}")
+        if self.shift and (not spec.is_image or self.shift >= min(spec.example_shape[1:])):
+            raise InputError(f"shift is {self.shift}; {self.data} has examples of shape {list(spec.example_shape)}")
         if train_examples < 2:
             raise InputError(f"the train part has {train_examples} example; expected at least 2")
-        latent = self.latent or min(20, math.prod(spec.shape))
+        latent = self.latent or min(20, math.prod(spec.example_shape))
         from .models import default_config
 
-        model = default_config(self.family, self.kind, spec.shape, latent)
+        model = default_config(self.family, self.kind, spec.example_shape, latent)
         return replace(
             self,
             latent=latent,
@@ -118,7 +118,7 @@ class TrainConfig:
         assert self.latent is not None, "resolve first"
         assert self.widths is not None
         assert self.depth is not None
-        return ModelConfig(self.family, self.kind, spec.shape, self.latent, self.widths, self.depth)
+        return ModelConfig(self.family, self.kind, spec.example_shape, self.latent, self.widths, self.depth)
 
     def to_dict(self) -> dict[str, Any]:
         return strict.to_dict(self)

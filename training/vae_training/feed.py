@@ -32,12 +32,12 @@ class Feed:
         self.data, self.indices, self.seed, self.mode, self.shift = data, indices, seed, mode, shift
         self.rank, self.processes = rank, processes
         self.steps_per_epoch = steps_per_epoch(len(indices), batch_size)
-        small = len(indices) * int(np.prod(data.spec.shape)) * 4 <= CACHE_BYTES
+        small = len(indices) * int(np.prod(data.spec.example_shape)) * 4 <= CACHE_BYTES
         self._cache = data.model_input(indices) if small else None
         self._epoch, self._batches = -1, [np.empty(0, np.int64)]
 
     def batch(self, step: int) -> Float32:
-        """The examples of `step`, counted from 0 over all epochs -> float32 (n, *spec.shape)."""
+        """The examples of `step`, counted from 0 over all epochs -> float32 (n, *spec.example_shape)."""
         rows = self._rows(step)
         x = self._cache[rows] if self._cache is not None else self.data.model_input(self.indices[rows])
         if self.shift:

@@ -19,6 +19,7 @@ from vae_runtime.manifest import (
     COLOURS,
     INPUT,
     KINDS,
+    LOGVAR,
     MEAN,
     RECONSTRUCTION,
     Golden,
@@ -37,6 +38,7 @@ from .bundle import check_output, write_bundle
 from .graphs import DecoderGraph, EncoderGraph
 from .imported import Halves, Imported
 from .quality import Budget
+from .tiling import find_tiling
 from .verify import Reference, latent_pattern, verify
 from .wanted import Made, Wanted, check_wanted
 
@@ -282,6 +284,7 @@ def _export(
     fidelity = verify(graphs, halves, x, spec, tolerance)
     prior = {"type": "standard_normal"} if halves.kind == "vae" else None
     latent = LatentSpec(latent_pattern(spec, latents.shape[1:]), prior)
+    names = (MEAN, LOGVAR) if halves.kind == "vae" else (MEAN,)
     golden_values = _golden_values(halves, golden, spec)
     made = Made()
     if wanted.names:
@@ -302,6 +305,7 @@ def _export(
         budget=wanted.budget.to_dict(),
         refused={**made.refused, **(refused or {})},
         origin=origin or {},
+        tiling=find_tiling(graphs, spec, x[:1], dict.fromkeys(names, latents)) if spec.is_free else None,
     )
     files = {"encoder.onnx": graphs[0], "decoder.onnx": graphs[1], **made.graphs}
     return write_bundle(path, manifest, files, golden_values, force)

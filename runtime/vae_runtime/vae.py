@@ -34,6 +34,8 @@ from .preprocess import (
 )
 from .sampling import NormalStream, check_count, check_temperature
 from .session import GraphSession, check_threads
+from .tiled import Tiler
+from .tiling import Progress
 
 # How far a precision that the manifest does not know may be from the fp32 reference in a self-test: bf16 keeps 8 bits
 # of a number, tf32 11, and errors add up over the layers.
@@ -236,13 +238,25 @@ class VAE:
             for operation, one in zip(self._open_operations(), shapes, strict=True):
                 operation.warm((batch, *one), self._bundle.read)
 
-    def encode(self, inputs: Any, *, batch_size: int | None = None, pad: bool = False) -> Posterior:
+    def encode(
+        self,
+        inputs: Any,
+        *,
+        batch_size: int | None = None,
+        pad: bool = False,
+        tile: int | None = None,
+        progress: Progress | None = None,
+    ) -> Posterior:
         """Inputs -> the posterior q(z|x) of each; for a plain autoencoder, its code.
 
         inputs: images as uint8 (N, H, W) or (N, H, W, C), or float32 (N, C, H, W) in [0, 1]; vectors as float32 (N, D).
         batch_size: examples per call of the graph; None chooses by size. It bounds memory, not the result.
         pad: where height and width are free, repeat the last row and column up to the next multiple of
             `manifest.input.multiple_of`; `decode(..., size=(height, width))` cuts it off again.
+        tile: where height and width are free, go through each image in windows of this many pixels on a side, a
+            multiple of `manifest.input.multiple_of`: memory grows with the window, not with the image. Exact where
+            `manifest.tiling` has a `context`, else an approximation, with an `ApproximateTilingWarning`.
+        progress: with `tile`, called after each window with how many are done and how many there are.
 
         Raises:
             InputError: anything else; the message says what to do. ClosedError: after `close()`.
@@ -250,19 +264,33 @@ class VAE:
         operations = self._operations or self._open_operations()
         if pad:
             inputs, _ = self._padded(inputs)
+        if tile is not None or progress is not None:
+            return Posterior(*Tiler(self.manifest, operations, tile, batch_size, progress).encode(inputs))
         return Posterior(*operations[0](inputs, batch_size))
 
-    def decode(self, latents: Any, *, batch_size: int | None = None, size: tuple[int, int] | None = None) -> Float32:
+    def decode(
+        self,
+        latents: Any,
+        *,
+        batch_size: int | None = None,
+        size: tuple[int, int] | None = None,
+        tile: int | None = None,
+        progress: Progress | None = None,
+    ) -> Float32:
         """Latents, float32 (N, *latent_shape) -> the mean of p(x|z), float32 (N, C, H, W) in [0, 1] or (N, D).
 
         size: (height, width) of images that were padded, to which the result is cut.
+        tile, progress: as in `encode`; the windows are this many pixels of the result.
 
         Raises:
             InputError: another dtype or shape, NaN or infinity; a size that these latents are not of. ClosedError:
             after `close()`.
         """
         operations = self._operations or self._open_operations()
-        images = operations[1](latents, batch_size)[0]
+        if tile is not None or progress is not None:
+            images = Tiler(self.manifest, operations, tile, batch_size, progress).decode(latents)
+        else:
+            images = operations[1](latents, batch_size)[0]
         return images if size is None else self._cropped(images, size)
 
     def sample(
@@ -317,13 +345,24 @@ class VAE:
         latents = (scale * stream.draw(min(chunk, count - start), shape) for start in range(0, count, chunk))
         return (self._open_operations()[1].run(batch, chunk, count)[0] for batch in latents)
 
-    def reconstruct(self, inputs: Any, *, batch_size: int | None = None, pad: bool = False) -> Float32:
+    def reconstruct(
+        self,
+        inputs: Any,
+        *,
+        batch_size: int | None = None,
+        pad: bool = False,
+        tile: int | None = None,
+        progress: Progress | None = None,
+    ) -> Float32:
         """Encode, take the mean, decode: float32 (N, C, H, W) in [0, 1] or (N, D). Deterministic. On a GPU the latents
-        stay in its memory. pad: as in `encode`; the result has the size of the inputs."""
+        stay in its memory. pad, tile, progress: as in `encode`; the result has the size of the inputs."""
         encoder, decoder = self._open_operations()
         if pad:
             inputs, size = self._padded(inputs)
-            return self._cropped(self.reconstruct(inputs, batch_size=batch_size), size)
+            images = self.reconstruct(inputs, batch_size=batch_size, tile=tile, progress=progress)
+            return self._cropped(images, size)
+        if tile is not None or progress is not None:
+            return Tiler(self.manifest, (encoder, decoder), tile, batch_size, progress).reconstruct(inputs)
         if self._is_on_one_gpu:
             return encoder.then(decoder, inputs, batch_size)
         return self.decode(self.encode(inputs, batch_size=batch_size).mode(), batch_size=batch_size)

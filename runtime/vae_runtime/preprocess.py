@@ -97,14 +97,11 @@ def padded_size(height: int, width: int, multiple: int) -> tuple[int, int]:
     return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
 
-def pad_images(array: NDArray[Any], spec: InputSpec) -> tuple[NDArray[Any], tuple[int, int]]:
-    """Images of free height and width -> the same with their last row and column repeated up to `spec.multiple_of`, and
-    their own (height, width). What is no such image is left as it is, for the check that follows."""
-    axes = (2, 3) if array.dtype != np.uint8 else (1, 2)
-    if not spec.is_free or array.ndim <= axes[1] or min(array.shape) < 1:
-        return array, (0, 0)
-    size = array.shape[axes[0]], array.shape[axes[1]]
-    target = padded_size(*size, spec.multiple_of)
+def pad_images(array: NDArray[Any], multiple: int) -> tuple[NDArray[Any], tuple[int, int]]:
+    """Images -> the same with their last row and column repeated up to the next multiples, and their own (H, W)."""
+    axes = (1, 2) if array.dtype == np.uint8 else (2, 3)
+    height, width = size = array.shape[axes[0]], array.shape[axes[1]]
+    target = padded_size(height, width, multiple)
     if target == size:
         return array, size
     widths = [(0, 0)] * array.ndim

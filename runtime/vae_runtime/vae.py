@@ -26,6 +26,7 @@ from .preprocess import (
     UNIT_INTERVAL,
     Float32,
     as_graph_input,
+    check_layout,
     describe,
     pad_images,
     padded_size,
@@ -373,7 +374,8 @@ class VAE:
         if not spec.is_free:
             raise InputError(f"pad is True; {self.manifest.name} takes inputs of one shape only, {describe(spec)}")
         require_plain_array(inputs, "images")
-        return pad_images(inputs, spec)
+        check_layout(inputs, spec._replace(multiple_of=1), "images")
+        return pad_images(inputs, spec.multiple_of)
 
     def _cropped(self, images: Float32, size: tuple[int, int]) -> Float32:
         """What padding added cut off again."""

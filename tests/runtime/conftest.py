@@ -39,6 +39,12 @@ def vectors_path() -> Path:
     return DATA / "tiny-vectors.vae"
 
 
+@pytest.fixture(scope="session")
+def free_path() -> Path:
+    """A VAE of colour images of any even height and width, latents (2, H/2, W/2); never written to."""
+    return DATA / "tiny-free.vae"
+
+
 @pytest.fixture
 def bundle(tiny_path: Path, tmp_path: Path) -> Path:
     """A copy of the tiny bundle that a test may damage."""

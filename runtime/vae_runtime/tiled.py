@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .boundary import check_cut
 from .errors import ApproximateTilingWarning, InputError
 from .manifest import HalfTiling, Manifest
 from .operation import Operation
@@ -68,22 +69,23 @@ class Tiler:
         self._encode(images, plan, latents, 0, len(images) * len(plan))
         return latents
 
-    def decode(self, latents: Any) -> Float32:
+    def decode(self, latents: Any, size: tuple[int, int] | None = None) -> Float32:
         """As `VAE.decode`."""
         latents = self._decoder.check(latents)
+        shape = self._image_shape(latents.shape, size)
         plan = self._decoder_plan(latents.shape[2:])
         self._warn("decode", self._tiling.decoder, plan, "the range of images")
-        return self._decode(latents, plan, 0, len(latents) * len(plan))
+        return self._decode(latents, shape, plan, 0, len(latents) * len(plan))
 
-    def reconstruct(self, images: Any) -> Float32:
-        """As `VAE.reconstruct`."""
+    def reconstruct(self, images: Any, size: tuple[int, int] | None = None) -> Float32:
+        """As `VAE.reconstruct`; size: (height, width) of the images before they were padded."""
         first, latents = self._encoder_plan(images)
-        second = self._decoder_plan(latents[0].shape[2:])
+        second, shape = self._decoder_plan(latents[0].shape[2:]), self._image_shape(latents[0].shape, size)
         self._warn("encode", self._tiling.encoder, first, "max|latent|")
         self._warn("decode", self._tiling.decoder, second, "the range of images")
         done, total = len(images) * len(first), len(images) * (len(first) + len(second))
         self._encode(images, first, latents, 0, total)
-        return self._decode(latents[0], second, done, total)
+        return self._decode(latents[0], shape, second, done, total)
 
     def _encoder_plan(self, images: Any) -> tuple[TilePlan, list[Float32]]:
         """The windows of images that are found good, and room for their latents."""
@@ -113,9 +115,14 @@ class Tiler:
             progress = self._counted(done + number * len(plan), total)
             run_tiled(lambda window: self._encoder.run(window, 1, len(images)), read, plan, outputs, progress)
 
-    def _decode(self, latents: Float32, plan: TilePlan, done: int, total: int) -> Float32:
-        rows, columns = (side * self._factor for side in latents.shape[2:])
-        images = _room((len(latents), self._manifest.input.shape[0] or 0, rows, columns))
+    def _image_shape(self, latents: tuple[int, ...], size: tuple[int, int] | None) -> tuple[int, ...]:
+        """Of the images of latents of this shape, cut to `size`."""
+        rows, columns = (side * self._factor for side in latents[2:])
+        shape = (latents[0], self._manifest.input.shape[0] or 0, rows, columns)
+        return shape if size is None else (*shape[:2], *check_cut(size, shape, self._factor))
+
+    def _decode(self, latents: Float32, shape: tuple[int, ...], plan: TilePlan, done: int, total: int) -> Float32:
+        images = _room(shape)
         for number in range(len(latents)):
 
             def read(part: tuple[slice, slice], latent: Float32 = latents[number : number + 1]) -> Float32:

@@ -142,17 +142,19 @@ def run_tiled(
     """Run a network on every window of `plan` and put what it gives into `outputs`, which are zero before.
 
     run: windows (1, C, rows, columns) -> one array for each of `outputs`. read: rows and columns of the whole input ->
-        that window, (1, C, rows, columns). outputs: each (1, C, height, width), written in place.
+        that window, (1, C, rows, columns). outputs: each (1, C, height, width), written in place; one that has fewer
+        rows or columns than the plan is that much of the result.
     progress: called with the number of windows done and their total, after each.
     """
     for done, window in enumerate(plan, start=1):
         for output, result in zip(outputs, run(read(window.source)), strict=True):
-            part = result[..., window.taken[0], window.taken[1]]
             target = output[..., window.target[0], window.target[1]]
+            rows, columns = target.shape[-2:]  # less than the window's where the output is cut
+            part = result[..., window.taken[0], window.taken[1]][..., :rows, :columns]
             if window.weights is None:
                 target[...] = part
             else:
-                target += part * (window.weights[0][:, None] * window.weights[1])
+                target += part * (window.weights[0][:rows, None] * window.weights[1][:columns])
         if progress is not None:
             progress(done, len(plan))
 

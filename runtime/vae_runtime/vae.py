@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .boundary import Boundary, decoder_boundary, encoder_boundary
+from .boundary import Boundary, check_cut, check_sides, decoder_boundary, encoder_boundary
 from .bundle import Bundle
 from .device_array import DeviceArray
 from .devices import PROVIDER_PRECISIONS, check_device_name, find_device
@@ -29,7 +29,6 @@ from .preprocess import (
     check_layout,
     describe,
     pad_images,
-    padded_size,
     require_plain_array,
     to_model_input,
 )
@@ -289,9 +288,8 @@ class VAE:
         """
         operations = self._operations or self._open_operations()
         if tile is not None or progress is not None:
-            images = Tiler(self.manifest, operations, tile, batch_size, progress).decode(latents)
-        else:
-            images = operations[1](latents, batch_size)[0]
+            return Tiler(self.manifest, operations, tile, batch_size, progress).decode(latents, size)
+        images = operations[1](latents, batch_size)[0]
         return images if size is None else self._cropped(images, size)
 
     def sample(
@@ -358,15 +356,14 @@ class VAE:
         """Encode, take the mean, decode: float32 (N, C, H, W) in [0, 1] or (N, D). Deterministic. On a GPU the latents
         stay in its memory. pad, tile, progress: as in `encode`; the result has the size of the inputs."""
         encoder, decoder = self._open_operations()
-        if pad:
-            inputs, size = self._padded(inputs)
-            images = self.reconstruct(inputs, batch_size=batch_size, tile=tile, progress=progress)
-            return self._cropped(images, size)
+        inputs, size = self._padded(inputs) if pad else (inputs, None)
         if tile is not None or progress is not None:
-            return Tiler(self.manifest, (encoder, decoder), tile, batch_size, progress).reconstruct(inputs)
+            return Tiler(self.manifest, (encoder, decoder), tile, batch_size, progress).reconstruct(inputs, size)
         if self._is_on_one_gpu:
-            return encoder.then(decoder, inputs, batch_size)
-        return self.decode(self.encode(inputs, batch_size=batch_size).mode(), batch_size=batch_size)
+            images = encoder.then(decoder, inputs, batch_size)
+        else:
+            images = self.decode(self.encode(inputs, batch_size=batch_size).mode(), batch_size=batch_size)
+        return images if size is None else self._cropped(images, size)
 
     def _padded(self, inputs: Any) -> tuple[Any, tuple[int, int]]:
         """The inputs, of free height and width, up to the next multiples, and the (height, width) that they had."""
@@ -379,13 +376,7 @@ class VAE:
 
     def _cropped(self, images: Float32, size: tuple[int, int]) -> Float32:
         """What padding added cut off again."""
-        height, width = _check_sides(size)
-        multiple = self.manifest.input.multiple_of
-        if images.ndim != 4 or padded_size(height, width, multiple) != images.shape[2:]:
-            raise InputError(
-                f"size is {(height, width)}; these latents are of images of {images.shape[2:]}, or up to"
-                f" {multiple - 1} pixels less on each side"
-            )
+        height, width = check_cut(size, images.shape, self.manifest.input.multiple_of)
         return np.ascontiguousarray(images[..., :height, :width])
 
     def _input_shape(self, size: tuple[int, int] | None) -> tuple[int, ...]:
@@ -393,7 +384,7 @@ class VAE:
         spec = self.manifest.input
         if size is None:
             return spec.example_shape
-        sides = _check_sides(size)
+        sides = check_sides(size)
         if not spec.is_image or not (spec.is_free or sides == spec.shape[1:]):
             raise InputError(f"size is {sides}; {self.manifest.name} is made for inputs of {describe(spec)} alone")
         if any(side % spec.multiple_of for side in sides):
@@ -565,13 +556,6 @@ def _file_of(manifest: Manifest, operation: str, precision: str) -> tuple[str, s
 
 def _joined(names: Iterable[str]) -> str:
     return "+".join(dict.fromkeys(names))
-
-
-def _check_sides(size: Any) -> tuple[int, int]:
-    if not isinstance(size, (tuple, list)) or len(size) != 2:
-        raise InputError(f"size is {size!r}; expected (height, width)")
-    height, width = (check_count(side, "a side of size") for side in size)
-    return height, width
 
 
 def to_decoder_input(latents: Any, shape: Shape, name: str = "latents") -> Float32:

@@ -147,16 +147,22 @@ def run_tiled(
     progress: called with the number of windows done and their total, after each.
     """
     for done, window in enumerate(plan, start=1):
-        for output, result in zip(outputs, run(read(window.source)), strict=True):
-            target = output[..., window.target[0], window.target[1]]
-            rows, columns = target.shape[-2:]  # less than the window's where the output is cut
-            part = result[..., window.taken[0], window.taken[1]][..., :rows, :columns]
-            if window.weights is None:
-                target[...] = part
-            else:
-                target += part * (window.weights[0][:rows, None] * window.weights[1][:columns])
+        # Nothing of one window may live on into the next: the engine would take new memory for it.
+        _put(run(read(window.source)), window, outputs)
         if progress is not None:
             progress(done, len(plan))
+
+
+def _put(results: Sequence[Float32], window: Window, outputs: Sequence[Float32]) -> None:
+    """What one window gave, into its place."""
+    for output, result in zip(outputs, results, strict=True):
+        target = output[..., window.target[0], window.target[1]]
+        rows, columns = target.shape[-2:]  # less than the window's where the output is cut
+        part = result[..., window.taken[0], window.taken[1]][..., :rows, :columns]
+        if window.weights is None:
+            target[...] = part
+        else:
+            target += part * (window.weights[0][:rows, None] * window.weights[1][:columns])
 
 
 def _ramp(size: int, rising: int, falling: int) -> NDArray[np.float64]:

@@ -28,7 +28,7 @@ lint: .venv/installed
 	.venv/bin/mypy
 
 .venv/installed: pyproject.toml install.py
-	$(PYTHON) install.py .venv --extras cpu,openvino,images,train,tensorboard,export,bench,race,dev
+	$(PYTHON) install.py .venv --extras cpu,openvino,images,train,tensorboard,export,diffusers,pythae,bench,race,dev
 	touch $@
 
 .venv-edge/installed: pyproject.toml install.py

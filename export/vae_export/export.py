@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from vae_runtime.codec import UINT8
 from vae_runtime.errors import BundleError, ExportError, InputError, VAEError
 from vae_runtime.manifest import (
     COLOURS,
@@ -37,6 +38,7 @@ from vae_training.checkpoint import Checkpoint
 from .bundle import check_output, write_bundle
 from .graphs import DecoderGraph, EncoderGraph
 from .imported import Halves, Imported
+from .judge import CODEC_EXAMPLES, Judge
 from .quality import Budget
 from .tiling import find_tiling
 from .verify import Reference, latent_pattern, verify
@@ -142,7 +144,9 @@ def export_imported(
     return _export(
         imported.halves,
         path,
-        spec=spec._replace(shape=imported.input_shape, default_size=x.shape[2:]) if imported.is_free else spec,
+        spec=spec._replace(shape=imported.input_shape, resize="exact", default_size=x.shape[2:])
+        if imported.is_free
+        else spec,
         x=x,
         golden=(source, x),
         likelihood=likelihood,
@@ -291,6 +295,9 @@ def _export(
         from .precisions import make_precisions  # late: what it needs of onnxruntime takes a second to import
 
         made = make_precisions(wanted, graphs, halves, spec, latent, likelihood, golden_values)
+    codecs = {}
+    if spec.is_image:
+        codecs[UINT8] = Judge(graphs, spec, latent, likelihood, x[:CODEC_EXAMPLES]).codec_cost()
     manifest = Manifest(
         kind=halves.kind,
         name=name,
@@ -306,6 +313,7 @@ def _export(
         refused={**made.refused, **(refused or {})},
         origin=origin or {},
         tiling=find_tiling(graphs, spec, x[:1], dict.fromkeys(names, latents)) if spec.is_free else None,
+        latent_codecs=codecs,
     )
     files = {"encoder.onnx": graphs[0], "decoder.onnx": graphs[1], **made.graphs}
     return write_bundle(path, manifest, files, golden_values, force)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vae_runtime.boundary import Boundary, decoder_boundary, encoder_boundary
+from vae_runtime.codec import dequantize, quantize
 from vae_runtime.devices import Device
 from vae_runtime.errors import BundleError, DeviceError, ExportError
 from vae_runtime.fidelity import data_range, golden_error, relative_error
@@ -24,6 +25,7 @@ Float64 = NDArray[np.float64]
 Pair = tuple[bytes | None, bytes | None]  # encoder and decoder; None is fp32's
 
 BATCH_SIZE = 32
+CODEC_EXAMPLES = 64
 MAX_PSNR_DB = 100.0  # an error of 1e-5 of the peak; beyond that a difference is rounding
 SMALLEST_PROBABILITY = float(np.finfo(np.float32).tiny)
 LARGEST_PROBABILITY = 1 - 2.0**-24
@@ -85,6 +87,20 @@ class Judge:
         is_image = self._spec.is_image
         errors = [golden_error(name, array, golden, precision, is_image) for name, array in found.items()]
         return float(np.max(errors))  # NaN where one is, which max() may pass over
+
+    def codec_cost(self, examples: int = CODEC_EXAMPLES) -> dict[str, float]:
+        """What latents in 8 bits cost the reconstruction: the entry of the manifest's `latent_codecs`."""
+        x, mean = self._x[:examples], self._encoded[MEAN][:examples]
+        psnr = _psnr(self._decode(self._fp32_decoder, mean), x, self._peak)
+        quantized = quantize(mean)
+        found = _psnr(self._decode(self._fp32_decoder, dequantize(quantized)), x, self._peak)
+        pixels = math.prod(x.shape[2:]) * len(x)
+        figures = {
+            "bits_per_pixel": 8 * sum(array.nbytes for array in quantized) / pixels,
+            "psnr_db": found,
+            "psnr_lost_db": psnr - found,
+        }
+        return {"examples": len(x), **{name: float(f"{value:.4g}") for name, value in figures.items()}}
 
     def _open_encoder(self, graph: bytes | None) -> GraphSession:
         return _open(graph or self._graphs[0], "the encoder", self._boundaries[0])

@@ -5,23 +5,24 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 
 from . import sinks, sources
-from .atomic import refuse_existing
 from .bundle import Bundle
+from .codec import CODECS
 from .console import NEGATIVE_VERDICT, Group, engine_options, json_option, print_json
 from .cuda import driver_version, find_gpus
 from .devices import usable_devices
 from .engine import engine_clash, import_engine
 from .errors import DeviceError, InputError, MissingExtraError
+from .images import PICTURE_FORMATS
 from .interpolation import METHODS
-from .manifest import INPUT, LOGVAR, MEAN, Manifest
-from .preprocess import to_model_input
+from .latent_files import FORMATS, LatentFile, decoder_digest, open_latent_sink, open_latents
+from .manifest import INPUT, InputSpec, Manifest
+from .preprocess import check_layout, check_range, describe, image_size, pad_images, to_model_input
 from .tune import DEFAULT_SECONDS
 from .tune import describe as describe_candidate
 from .tune import tune as run_tune
@@ -37,6 +38,26 @@ output_option = click.option("--output", required=True, type=click.Path(), help=
 force_option = click.option("--force", is_flag=True, help="Replace an existing file.")
 inputs_argument = click.argument("inputs", nargs=-1, type=click.Path())
 golden_option = click.option("--golden", is_flag=True, help="Take the bundle's own golden inputs instead of files.")
+pad_option = click.option(
+    "--pad", is_flag=True, help="Pad images of free size to the multiples that the bundle takes, and crop back."
+)
+picture_format_option = click.option(
+    "--format", "form", type=click.Choice(PICTURE_FORMATS), help="Of the pictures in a folder.  [default: png]"
+)
+
+
+class Sides(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
+    """ "480x640" -> (480, 640), height and width."""
+
+    name = "HxW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        parts = value if isinstance(value, tuple) else value.lower().split("x")
+        try:
+            height, width = map(int, parts)
+        except ValueError:
+            self.fail(f"{value!r} is not of the form HEIGHTxWIDTH", param, ctx)
+        return height, width
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -44,8 +65,8 @@ golden_option = click.option("--golden", is_flag=True, help="Take the bundle's o
 def main() -> None:
     """Encode, sample and decode with a bundle, without torch.
 
-    INPUTS are pictures, folders of pictures, or one .npy or .npz file. An output that ends in .png becomes one picture,
-    in .npy or .npz an array; without a suffix it becomes a folder with one PNG per example.
+    INPUTS are pictures, folders of pictures, or one .npy or .npz file. An output that ends in .png, .jpg or .webp
+    becomes one picture, in .npy or .npz an array; without a suffix it becomes a folder with one picture per example.
     """
 
 
@@ -112,42 +133,62 @@ def tune(bundle: str, devices: tuple[str, ...], seconds: float, as_json: bool) -
 @bundle_argument
 @inputs_argument
 @golden_option
+@pad_option
+@click.option(
+    "--codec", type=click.Choice(CODECS), default="none", show_default=True,
+    help="uint8: the mean alone, in 8 bits per value; `info` tells what that costs.",
+)  # fmt: skip
+@click.option("--format", "form", type=click.Choice(FORMATS), help="Of the files in a folder.  [default: npz]")
 @output_option
 @force_option
 @engine_options
-def encode(bundle: str, inputs: tuple[str, ...], golden: bool, output: str, force: bool, **engine: Any) -> None:
-    """Write mean, logvar and the inputs' names to an .npz file (for an autoencoder: mean, its code)."""
-    path = Path(output)
-    if path.suffix.lower() != ".npz":
-        raise InputError(f"output is {output!r}; encode writes an .npz file")
-    refuse_existing(path, lambda old: force and old.is_file())
-    with VAE.load(bundle, **engine) as vae, _inputs(vae, inputs, golden) as source:
-        shape = (len(source), *vae.manifest.latent_shape(vae.manifest.input.example_shape))
-        arrays = {MEAN: shape, LOGVAR: shape} if vae.manifest.kind == "vae" else {MEAN: shape}
-        with sinks.ArrayWriter(path, arrays, {"names": np.array(source.names)}) as writer:
+def encode(
+    bundle: str,
+    inputs: tuple[str, ...],
+    golden: bool,
+    pad: bool,
+    codec: str,
+    form: str | None,
+    output: str,
+    force: bool,
+    **engine: Any,
+) -> None:
+    """Write mean and logvar (for an autoencoder: mean, its code), with names and sizes, as decode reads them.
+
+    OUTPUT is an .npz or .safetensors file, or without a suffix a folder with one file per input.
+    """
+    with VAE.load(bundle, **engine) as vae, _inputs(vae, inputs, golden, pad) as source:
+        manifest, count, pixels = vae.manifest, len(source), 0
+        shape = source.example_shape(manifest.input.multiple_of)
+        with open_latent_sink(output, manifest, count, shape, codec, form, force) as sink:
             for batch, names in _progress(source, "encoding"):
-                posterior = vae.encode(to_model_input(batch, vae.manifest.input, _range(names)))
-                logvar = {} if posterior.logvar is None else {LOGVAR: posterior.logvar}
-                writer.append(**{MEAN: posterior.mean}, **logvar)
-    _report(len(source), output)
+                images, size = _fitting(batch, manifest.input, names, pad)
+                sink.add(vae.encode(images), names, size)
+                pixels += len(batch) * (size[0] * size[1] if size else 0)
+    rate = f", {8 * sink.bytes_written / pixels:.2f} bits per pixel" if pixels else ""
+    click.echo(f"{output}: {count} examples, {sink.bytes_written:,} bytes{rate}")
 
 
 @main.command()
 @bundle_argument
 @click.argument("latents", type=click.Path())
+@picture_format_option
 @output_option
 @force_option
 @engine_options
-def decode(bundle: str, latents: str, output: str, force: bool, **engine: Any) -> None:
-    """Decode latents from an .npy or .npz file (there `z`, else `mean`)."""
+def decode(bundle: str, latents: str, form: str | None, output: str, force: bool, **engine: Any) -> None:
+    """Decode latents from an .npy, .npz (there `z`, else `mean`) or .safetensors file, or a folder of such files."""
     with VAE.load(bundle, **engine) as vae:
-        source = sources.open_latents(latents)
-        shape = vae.manifest.latent.shape
-        check_latent_layout(source.outline(), shape, latents)
-        with sinks.open_sink(output, vae.manifest.input, len(source), force) as sink:
-            for batch, names in _progress(source, "decoding"):
-                sink.add(vae.decode(to_decoder_input(batch, shape, _range(names))), names)
-    _report(len(source), output, sink.written)
+        files, spec = open_latents(latents), vae.manifest.input
+        for file in files:
+            _check_latents(file, vae.manifest)
+        count = sum(map(len, files))
+        with sinks.open_sink(output, spec, count, force, shape=_decoded_shape(files[0], spec), form=form) as sink:
+            for file in files:
+                for batch, names in _progress(file, "decoding"):
+                    z = to_decoder_input(batch, vae.manifest.latent.shape, _range(names))
+                    sink.add(vae.decode(z, size=file.size if spec.is_free else None), names)
+    _report(count, output, sink.written)
 
 
 @main.command()
@@ -155,14 +196,28 @@ def decode(bundle: str, latents: str, output: str, force: bool, **engine: Any) -
 @click.option("--count", "-n", default=64, show_default=True, help="How many.")
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same examples.")
 @click.option("--temperature", default=1.0, show_default=True, help="Factor on the prior's standard deviation.")
+@click.option("--size", type=Sides(), help="HEIGHTxWIDTH, where the bundle leaves it free.  [default: the bundle's]")
+@picture_format_option
 @output_option
 @force_option
 @engine_options
-def sample(bundle: str, count: int, seed: int, temperature: float, output: str, force: bool, **engine: Any) -> None:
+def sample(
+    bundle: str,
+    count: int,
+    seed: int,
+    temperature: float,
+    size: tuple[int, int] | None,
+    form: str | None,
+    output: str,
+    force: bool,
+    **engine: Any,
+) -> None:
     """Draw new examples from the prior."""
     with VAE.load(bundle, **engine) as vae:
-        batches = vae.sample_batches(count, seed=seed, temperature=temperature, batch_size=BATCH)
-        with sinks.open_sink(output, vae.manifest.input, count, force) as sink:
+        spec = vae.manifest.input
+        batches = vae.sample_batches(count, seed=seed, temperature=temperature, size=size)
+        shape = spec.example_shape if size is None else (spec.example_shape[0], *size)
+        with sinks.open_sink(output, spec, count, force, shape=shape, form=form) as sink:
             for batch in batches:
                 sink.add(batch, ["#"] * len(batch))
     _report(count, output, sink.written)
@@ -172,17 +227,30 @@ def sample(bundle: str, count: int, seed: int, temperature: float, output: str, 
 @bundle_argument
 @inputs_argument
 @golden_option
+@pad_option
+@picture_format_option
 @output_option
 @force_option
 @engine_options
-def reconstruct(bundle: str, inputs: tuple[str, ...], golden: bool, output: str, force: bool, **engine: Any) -> None:
-    """Encode and decode; a .png shows rows of originals above rows of their reconstructions."""
-    with VAE.load(bundle, **engine) as vae, _inputs(vae, inputs, golden) as source:
+def reconstruct(
+    bundle: str,
+    inputs: tuple[str, ...],
+    golden: bool,
+    pad: bool,
+    form: str | None,
+    output: str,
+    force: bool,
+    **engine: Any,
+) -> None:
+    """Encode and decode; one picture shows rows of originals above rows of their reconstructions."""
+    with VAE.load(bundle, **engine) as vae, _inputs(vae, inputs, golden, pad) as source:
         spec = vae.manifest.input
-        with sinks.open_sink(output, spec, len(source), force) as sink:
+        with sinks.open_sink(output, spec, len(source), force, shape=source.example_shape(), form=form) as sink:
             for batch, names in _progress(source, "reconstructing"):
-                originals = to_model_input(batch, spec, _range(names))
-                sink.add(vae.reconstruct(originals), names, originals)
+                images, size = _fitting(batch, spec, names, pad)
+                originals = to_model_input(images, spec, _range(names))
+                found = vae.decode(vae.encode(originals).mode(), size=size if spec.is_free else None)
+                sink.add(found, names, originals[..., : size[0], : size[1]] if size else originals)
     _report(len(source), output, sink.written)
 
 
@@ -212,6 +280,9 @@ class _GoldenSource:
         self._images = images
         self.names = [f"golden#{index}" for index in range(len(images))]
 
+    def example_shape(self, multiple: int = 1) -> tuple[int, ...]:
+        return tuple(self._images.shape[1:])
+
     def __len__(self) -> int:
         return len(self.names)
 
@@ -224,13 +295,44 @@ _Source = sources.PictureSource | sources.ArraySource | _GoldenSource
 
 
 @contextmanager
-def _inputs(vae: VAE, inputs: tuple[str, ...], golden: bool) -> Iterator[_Source]:
+def _inputs(vae: VAE, inputs: tuple[str, ...], golden: bool, pad: bool) -> Iterator[_Source]:
     if golden == bool(inputs):
         raise click.UsageError("give either INPUTS or --golden")
-    yield _GoldenSource(vae.golden()[INPUT]) if golden else sources.open_inputs(inputs, vae.manifest.input)
+    spec = vae.manifest.input
+    if pad and not spec.is_free:
+        raise InputError(f"--pad is for bundles that leave height and width free; this one takes {describe(spec)}")
+    yield _GoldenSource(vae.golden()[INPUT]) if golden else sources.open_inputs(inputs, spec, pad)
 
 
-def _progress(source: _Source, label: str) -> Iterator[tuple[Any, list[str]]]:
+def _fitting(batch: Any, spec: InputSpec, names: list[str], pad: bool) -> tuple[Any, tuple[int, int] | None]:
+    """The batch as the encoder takes it, but for the type, and the (height, width) of images before padding."""
+    label = _range(names)
+    if pad:
+        check_layout(batch, spec._replace(multiple_of=1), label)
+        return pad_images(batch, spec.multiple_of)
+    check_layout(batch, spec, label)
+    if batch.dtype == np.float32:
+        check_range(batch, spec, label)
+    return batch, image_size(batch) if spec.is_image else None
+
+
+def _check_latents(file: LatentFile, manifest: Manifest) -> None:
+    check_latent_layout(file.outline(), manifest.latent.shape, str(file.path))
+    if file.decoder is not None and file.decoder != decoder_digest(manifest):
+        raise InputError(
+            f"{file.path} holds latents of another model than {manifest.name}, which would decode to nonsense"
+        )
+
+
+def _decoded_shape(file: LatentFile, spec: InputSpec) -> tuple[int, ...]:
+    """Of the first result."""
+    if not spec.is_free:
+        return spec.example_shape
+    sides = file.size or tuple(side * spec.multiple_of for side in file.outline().shape[2:])
+    return (spec.example_shape[0], *sides)
+
+
+def _progress(source: _Source | LatentFile, label: str) -> Iterator[tuple[Any, list[str]]]:
     """Batches with their names, under a bar on stderr where that is a terminal."""
     with click.progressbar(length=len(source), label=label, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
         start = 0
@@ -284,6 +386,11 @@ def _describe(manifest: Manifest, engine: dict[str, Any]) -> str:
             lines.append(f"  {'':11} {_describe_quality(precision.quality)}")
     for name, refusal in manifest.refused.items():
         lines.append(f"  {name:11} not there: {refusal['reason']}")
+    for name, cost in manifest.latent_codecs.items():
+        lines.append(
+            f"  latents     in {name}: {cost['bits_per_pixel']:.3g} bits per pixel, costs {cost['psnr_lost_db']:.3g} dB"
+            f" of {cost['psnr_db'] + cost['psnr_lost_db']:.2f} dB PSNR on {cost['examples']:.0f} examples"
+        )
     lines.append(f"onnxruntime {engine['onnxruntime'] or 'not installed'}")
     if engine["clash"]:
         lines.append(f"  {'WARNING':11} {engine['clash']}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+WRITTEN_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+PICTURE_FORMATS = ("png", "jpeg", "webp")
+_ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and the values that swap height and width
 
 
 def list_pictures(folder: str | os.PathLike[str]) -> list[Path]:
@@ -45,15 +49,10 @@ def read_picture(path: str | os.PathLike[str], spec: InputSpec) -> UInt8:
             f"{path} cannot become an input of shape {spec.shape}; picture files have 1 or 3 channels, pass arrays"
         )
     pillow = _pillow(f"reading {path}")
-    try:
-        with pillow.Image.open(path) as file:
-            deep = any(";16" in str(tile[-1]) for tile in file.tile)  # Pillow would cut 16-bit colour to 8 unasked
-            file.load()
-            picture = pillow.ImageOps.exif_transpose(file)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except (OSError, SyntaxError, ValueError, pillow.Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read as a picture: {error}") from None
+    with _naming_bad_pictures(path, pillow), pillow.Image.open(path) as file:
+        deep = any(";16" in str(tile[-1]) for tile in file.tile)  # Pillow would cut 16-bit colour to 8 unasked
+        file.load()
+        picture = pillow.ImageOps.exif_transpose(file)
     picture = _to_colour(picture, spec.colour, path)
     if deep:
         raise InputError(f"{path} has 16 bits per channel; convert it to 8 bits per channel first")
@@ -65,21 +64,38 @@ def read_pictures(paths: Iterable[str | os.PathLike[str]], spec: InputSpec) -> U
     return np.stack([read_picture(path, spec) for path in paths])
 
 
-def write_png(path: str | os.PathLike[str], image: UInt8) -> None:
-    """Write uint8 (H, W) or (H, W, 3) as a PNG, atomically.
+def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """(height, width) of a picture file as it is seen, after EXIF orientation; its pixels are not read.
 
     Raises:
-        InputError: another dtype or shape.
+        InputError: the file is no picture. MissingExtraError: Pillow is not installed.
+    """
+    pillow = _pillow(f"reading {path}")
+    with _naming_bad_pictures(path, pillow), pillow.Image.open(path) as file:
+        turned = file.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
+        return (file.width, file.height) if turned else (file.height, file.width)
+
+
+def write_picture(path: str | os.PathLike[str], image: UInt8) -> None:
+    """Write uint8 (H, W) or (H, W, 3) as a PNG, JPEG or WebP, by the suffix, atomically; the last two at quality 95.
+
+    Raises:
+        InputError: another dtype or shape, another suffix.
         OutputError: the file cannot be written.
         MissingExtraError: Pillow is not installed.
     """
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
         raise InputError(
-            f"image has shape {image.shape} and dtype {image.dtype}; a PNG is written from uint8 (H, W) or (H, W, 3)"
+            f"image has shape {image.shape} and dtype {image.dtype}; pictures are made of uint8 (H, W) or (H, W, 3)"
         )
+    suffix = Path(path).suffix.lower()
+    if suffix not in WRITTEN_SUFFIXES:
+        raise InputError(f"{path} has the suffix {suffix!r}; pictures are written to {', '.join(WRITTEN_SUFFIXES)}")
     pillow = _pillow(f"writing {path}")
+    form = suffix[1:].replace("jpg", "jpeg")
+    options = {} if form == "png" else {"quality": 95}
     with atomic_file(path) as stream:
-        pillow.Image.fromarray(image).save(stream, format="png")
+        pillow.Image.fromarray(image).save(stream, format=form, **options)
 
 
 def grid(images: UInt8, columns: int | None = None, scale: int | None = None, gap: int = 2) -> UInt8:
@@ -108,6 +124,16 @@ def _pillow(purpose: str) -> Any:
     except ImportError:
         raise MissingExtraError("Pillow", "images", purpose) from None
     return PIL
+
+
+@contextlib.contextmanager
+def _naming_bad_pictures(path: str | os.PathLike[str], pillow: Any) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (OSError, SyntaxError, ValueError, pillow.Image.DecompressionBombError) as error:
+        raise InputError(f"{path} cannot be read as a picture: {error}") from None
 
 
 def _to_colour(picture: Image.Image, colour: str, path: str | os.PathLike[str]) -> Image.Image:

@@ -303,6 +303,8 @@ class Manifest(NamedTuple):
         was measured, as in `Precision`.
     origin: of a model from elsewhere, what it was: `library`, its `version`, `class`, ...
     tiling: where height and width are free, how large images are computed in parts; None in a bundle that does not say.
+    latent_codecs: by codec, what it costs: `bits_per_pixel`, and the reconstruction's `psnr_db` and `psnr_lost_db` on
+        so many `examples`.
     """
 
     kind: str
@@ -320,6 +322,7 @@ class Manifest(NamedTuple):
     refused: Mapping[str, Mapping[str, Any]] = _NONE
     origin: Mapping[str, Any] = _NONE
     tiling: Tiling | None = None
+    latent_codecs: Mapping[str, Mapping[str, float]] = _NONE
 
     def latent_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the latent of one input, both without the batch."""
@@ -361,6 +364,7 @@ class Manifest(NamedTuple):
         precisions = _mapping(data, "precisions")
         files = _mapping(data, "files")
         refused = _mapping(data, "refused") if "refused" in data else {}
+        codecs = _mapping(data, "latent_codecs") if "latent_codecs" in data else {}
         manifest = cls(
             kind=kind,
             name=name,
@@ -383,6 +387,7 @@ class Manifest(NamedTuple):
             refused={key: _refusal(_mapping(refused, f"refused.{key}", key), key) for key in refused},
             origin=dict(_mapping(data, "origin")) if "origin" in data else {},
             tiling=Tiling.from_dict(_mapping(data, "tiling")) if "tiling" in data else None,
+            latent_codecs={key: _codec_cost(_mapping(codecs, f"latent_codecs.{key}", key), key) for key in codecs},
         )
         manifest._check_references()
         if manifest.input.is_free != (None in manifest.latent.shape):
@@ -431,6 +436,8 @@ class Manifest(NamedTuple):
             data["origin"] = dict(self.origin)
         if self.tiling is not None:
             data["tiling"] = self.tiling.to_dict()
+        if self.latent_codecs:
+            data["latent_codecs"] = {key: dict(cost) for key, cost in self.latent_codecs.items()}
         return data
 
     def to_json(self) -> bytes:
@@ -518,6 +525,11 @@ def _refusal(data: Mapping[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(data.get("reason"), str):
         raise BundleError(f"refused.{name}.reason is {data.get('reason')!r}; expected a string")
     return {"reason": data["reason"], "quality": _quality(data, f"refused.{name}.quality")}
+
+
+def _codec_cost(data: Mapping[str, Any], name: str) -> dict[str, float]:
+    keys = ("bits_per_pixel", "examples", "psnr_db", "psnr_lost_db")
+    return {key: _number(data, f"latent_codecs.{name}.{key}", key) for key in keys}
 
 
 _FIGURES = (

@@ -97,17 +97,22 @@ def padded_size(height: int, width: int, multiple: int) -> tuple[int, int]:
     return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
 
+def image_size(array: NDArray[Any]) -> tuple[int, int]:
+    """(H, W) of uint8 (N, H, W[, C]) or float32 (N, C, H, W)."""
+    height, width = array.shape[1:3] if array.dtype == np.uint8 else array.shape[2:4]
+    return height, width
+
+
 def pad_images(array: NDArray[Any], multiple: int) -> tuple[NDArray[Any], tuple[int, int]]:
     """Images -> the same with their last row and column repeated up to the next multiples, and their own (H, W)."""
-    axes = (1, 2) if array.dtype == np.uint8 else (2, 3)
-    height, width = size = array.shape[axes[0]], array.shape[axes[1]]
-    target = padded_size(height, width, multiple)
+    size = image_size(array)
+    target = padded_size(*size, multiple)
     if target == size:
         return array, size
-    widths = [(0, 0)] * array.ndim
-    for axis, old, new in zip(axes, size, target, strict=True):
-        widths[axis] = (0, new - old)
-    return np.pad(array, widths, mode="edge"), size
+    below, right = target[0] - size[0], target[1] - size[1]
+    edges = [(0, below), (0, right)]
+    sides = [(0, 0), *edges, (0, 0)][: array.ndim] if array.dtype == np.uint8 else [(0, 0), (0, 0), *edges]
+    return np.pad(array, sides, mode="edge"), size
 
 
 def check_range(array: Float32, spec: InputSpec, name: str) -> None:

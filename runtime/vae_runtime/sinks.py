@@ -1,4 +1,5 @@
-"""Where the command lines put results: a grid as .png, arrays as .npy or .npz, or a folder with a PNG per example."""
+"""Where the command lines put results: a grid as one picture, arrays as .npy or .npz, or a folder with
+a picture per example."""
 
 from __future__ import annotations
 
@@ -15,11 +16,12 @@ from numpy.typing import NDArray
 
 from .atomic import atomic_file, atomic_folder, refuse_existing
 from .errors import InputError, OutputError
-from .images import grid, write_png
+from .images import WRITTEN_SUFFIXES, grid, write_picture
 from .manifest import RECONSTRUCTION, InputSpec
 from .preprocess import Float32, to_uint8
 
 GRID_LIMIT = 256  # images in one grid; more is no longer a picture to look at
+ALONE_SIDE = 64  # a single image of this size or larger is written as it is, without a frame
 
 
 class Sink(Protocol):
@@ -31,8 +33,20 @@ class Sink(Protocol):
 
 
 @contextlib.contextmanager
-def open_sink(output: str, spec: InputSpec, count: int, force: bool, columns: int | None = None) -> Iterator[Sink]:
+def open_sink(
+    output: str,
+    spec: InputSpec,
+    count: int,
+    force: bool,
+    columns: int | None = None,
+    *,
+    shape: tuple[int, ...] | None = None,
+    form: str | None = None,
+) -> Iterator[Sink]:
     """The sink that the suffix of `output` stands for; what it writes appears when the block ends well, or not at all.
+
+    shape: of one example, where `spec` leaves that free and all go into one array. form: of the pictures in a folder,
+    "png" (None), "jpeg" or "webp".
 
     Raises:
         InputError: a suffix that is not understood, or pictures of something that is no grey or RGB image.
@@ -42,38 +56,54 @@ def open_sink(output: str, spec: InputSpec, count: int, force: bool, columns: in
         raise InputError("output is empty; expected the name of a file or folder")
     path = Path(output)
     suffix = path.suffix.lower()
+    if suffix and form is not None:
+        raise InputError(f"--format is {form!r} with the output {output}; it is for the pictures in a folder")
     refuse_existing(path, lambda old: force and old.is_file())
     if suffix in (".npy", ".npz"):
-        with ArrayWriter(path, {RECONSTRUCTION: (count, *spec.example_shape)}) as writer:
-            yield _ArraySink(writer)
+        shape = shape or spec.example_shape
+        with ArrayWriter(path, {RECONSTRUCTION: (count, *shape)}) as writer:
+            yield _ArraySink(writer, shape)
         return
     if spec.colour is None:
         raise InputError(
             f"{output} cannot be written: only grey and RGB images become pictures; name an .npy or .npz file"
         )
-    if suffix == ".png":
+    if suffix in WRITTEN_SUFFIXES:
         sink = _GridSink(path, columns)
         yield sink
         sink.finish()
     elif suffix:
-        raise InputError(f"{output} has the suffix {suffix!r}; expected .png, .npy, .npz, or none for a folder of PNGs")
+        raise InputError(
+            f"{output} has the suffix {suffix!r}; expected {', '.join(WRITTEN_SUFFIXES)}, .npy, .npz, or none for a"
+            " folder of pictures"
+        )
     else:
         with atomic_folder(path) as folder:
-            yield _FolderSink(folder)
+            yield _FolderSink(folder, form or "png")
+
+
+def _different_sizes(name: str, found: tuple[int, ...], first: tuple[int, ...]) -> InputError:
+    return InputError(
+        f"{name} gives a result of shape {found}, and the first one {first}; results of different sizes go into a"
+        " folder (an output without a suffix)"
+    )
 
 
 class ArrayWriter:
-    """Arrays of known shape, float32, written batch by batch into one .npy or .npz file; atomic, in bounded memory.
+    """Arrays of known shape, written batch by batch into one .npy or .npz file; atomic, in bounded memory.
 
-    A context manager. arrays: the full shape by name; .npy takes exactly one. extra: small arrays stored as they are.
+    A context manager. arrays: the full shape by name; .npy takes exactly one. dtypes: by name, where not float32.
+    extra: small arrays stored as they are, which may be set until the block ends.
     """
 
     def __init__(
-        self, path: Path, arrays: Mapping[str, tuple[int, ...]], extra: Mapping[str, NDArray[Any]] | None = None
+        self, path: Path, arrays: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, type] | None = None
     ) -> None:
         if path.suffix.lower() == ".npy" and len(arrays) != 1:
             raise InputError(f"{path} holds one array; {', '.join(arrays)} are written to an .npz file")
-        self._path, self._arrays, self._extra = path, arrays, extra or {}
+        self._path, self._arrays = path, arrays
+        self._dtypes = {name: np.dtype((dtypes or {}).get(name, np.float32)) for name in arrays}
+        self.extra: Mapping[str, NDArray[Any]] = {}
 
     def __enter__(self) -> ArrayWriter:
         # On the output's own file system, which is the one that has room for it.
@@ -84,10 +114,10 @@ class ArrayWriter:
             self._parts = {name: (self._folder / name).open("wb", buffering=0) for name in self._arrays}
         return self
 
-    def append(self, **batches: Float32) -> None:
+    def append(self, **batches: NDArray[Any]) -> None:
         with _writing(self._path):
             for name, batch in batches.items():
-                data = memoryview(np.ascontiguousarray(batch, np.float32).tobytes())
+                data = memoryview(np.ascontiguousarray(batch, self._dtypes[name]).tobytes())
                 while data:
                     data = data[self._parts[name].write(data) :]
 
@@ -103,28 +133,31 @@ class ArrayWriter:
 
     def _require_space(self) -> None:
         """Refuse at once what would fill the disk. The parts and the whole exist side by side at the end."""
-        needed = 2 * 4 * sum(math.prod(shape) for shape in self._arrays.values())
+        needed = 2 * sum(math.prod(shape) * self._dtypes[name].itemsize for name, shape in self._arrays.items())
         free = shutil.disk_usage(_existing_parent(self._path)).free
         if needed > free:
             raise OutputError(f"{self._path} cannot be written: it takes {needed:,} bytes, of {free:,} free")
 
     def _assemble(self) -> None:
         maps = {
-            name: np.memmap(self._folder / name, np.float32, "r", shape=shape) for name, shape in self._arrays.items()
+            name: np.memmap(self._folder / name, self._dtypes[name], "r", shape=shape)
+            for name, shape in self._arrays.items()
         }
         with atomic_file(self._path) as stream:
             if self._path.suffix.lower() == ".npy":
                 np.save(stream, next(iter(maps.values())))
             else:
-                np.savez(stream, **maps, **self._extra)  # type: ignore[arg-type]  # names are never `allow_pickle`
+                np.savez(stream, **maps, **self.extra)  # type: ignore[arg-type]  # names are never `allow_pickle`
 
 
 class _ArraySink:
-    def __init__(self, writer: ArrayWriter) -> None:
-        self._writer = writer
+    def __init__(self, writer: ArrayWriter, shape: tuple[int, ...]) -> None:
+        self._writer, self._shape = writer, shape
         self.written = 0
 
     def add(self, images: Float32, names: list[str], originals: Float32 | None = None) -> None:
+        if images.shape[1:] != self._shape:
+            raise _different_sizes(names[0], images.shape[1:], self._shape)
         self._writer.append(**{RECONSTRUCTION: images})
         self.written += len(images)
 
@@ -140,6 +173,8 @@ class _GridSink:
 
     def add(self, images: Float32, names: list[str], originals: Float32 | None = None) -> None:
         room = GRID_LIMIT - self.written
+        if self._images and self._images[0].shape[1:3] != images.shape[2:]:
+            raise _different_sizes(names[0], images.shape[2:], self._images[0].shape[1:3])
         if room > 0:
             self._images.append(to_uint8(images[:room]))
             if originals is not None:
@@ -149,31 +184,34 @@ class _GridSink:
     def finish(self) -> None:
         images = np.concatenate(self._images)
         if not self._originals:
-            write_png(self._path, grid(images, self._columns))
+            alone = len(images) == 1 and min(images.shape[1:3]) >= ALONE_SIDE
+            write_picture(self._path, images[0] if alone else grid(images, self._columns))
             return
         columns = min(len(images), self._columns or 16)
-        write_png(self._path, grid(pair_rows(np.concatenate(self._originals), images, columns), columns))
+        write_picture(self._path, grid(pair_rows(np.concatenate(self._originals), images, columns), columns))
 
 
 class _FolderSink:
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, form: str) -> None:
+        self._folder, self._form = folder, form
         self._taken: set[str] = set()
         self.written = 0
 
     def add(self, images: Float32, names: list[str], originals: Float32 | None = None) -> None:
         for name, image in zip(names, to_uint8(images), strict=True):
-            write_png(self._folder / f"{self._unused(name)}.png", image)
+            write_picture(self._folder / f"{unused_name(name, self._taken)}.{self._form}", image)
             self.written += 1
 
-    def _unused(self, name: str) -> str:
-        stem = wanted = PurePath(name).stem if "#" not in name else f"{self.written:06d}"
-        number = 1
-        while wanted.casefold() in self._taken:
-            number += 1
-            wanted = f"{stem}-{number}"
-        self._taken.add(wanted.casefold())
-        return wanted
+
+def unused_name(name: str, taken: set[str]) -> str:
+    """A file name without suffix for what is called `name`: `photos/a.png` -> `a`, rows of arrays by their number."""
+    stem = wanted = PurePath(name).stem if "#" not in name else f"{len(taken):06d}"
+    number = 1
+    while wanted.casefold() in taken:
+        number += 1
+        wanted = f"{stem}-{number}"
+    taken.add(wanted.casefold())
+    return wanted
 
 
 def pair_rows(originals: NDArray[np.uint8], images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:

@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
-from .images import PICTURE_SUFFIXES, list_pictures, read_pictures
+from .images import PICTURE_SUFFIXES, list_pictures, picture_size, read_picture, read_pictures
 from .manifest import InputSpec
-from .preprocess import check_layout
+from .preprocess import check_layout, padded_size
 
 ARRAY_SUFFIXES = (".npy", ".npz")
+_BATCH_VALUES = 2**24  # of pictures of free size that are read at once, more than one
 
 
 class PictureSource:
@@ -31,9 +32,26 @@ class PictureSource:
     def __len__(self) -> int:
         return len(self.names)
 
+    def example_shape(self, multiple: int = 1) -> tuple[int, ...]:
+        """(C, H, W) of the first picture, padded to multiples of `multiple`; where `spec` fixes it, that."""
+        if not self._spec.is_free:
+            return self._spec.example_shape
+        return (self._spec.example_shape[0], *padded_size(*picture_size(self.names[0]), multiple))
+
     def batches(self, size: int) -> Iterator[NDArray[Any]]:
-        for start in range(0, len(self.names), size):
-            yield read_pictures(self.names[start : start + size], self._spec)
+        """Pictures of one size each; where sizes are free, as many at once as follow one another in the same size."""
+        if not self._spec.is_free:
+            for start in range(0, len(self.names), size):
+                yield read_pictures(self.names[start : start + size], self._spec)
+            return
+        waiting: list[NDArray[Any]] = []
+        for picture in (read_picture(name, self._spec) for name in self.names):
+            full = len(waiting) >= min(size, _BATCH_VALUES // picture.size)
+            if waiting and (full or waiting[0].shape != picture.shape):
+                yield np.stack(waiting)
+                waiting = []
+            waiting.append(picture)
+        yield np.stack(waiting)
 
 
 class ArraySource:
@@ -71,6 +89,26 @@ class ArraySource:
 
     def __len__(self) -> int:
         return int(self.shape[0])
+
+    @property
+    def member(self) -> str | None:
+        """The array's name in an .npz."""
+        return None if self._member is None else self._member.removesuffix(".npy")
+
+    def others(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Small arrays beside it in the .npz, those of `names` that are there."""
+        try:
+            with np.load(self.path, allow_pickle=False) as archive:
+                return {name: archive[name] for name in names if name in archive.files}
+        except Exception as error:  # as in __init__
+            raise InputError(f"{self.path} cannot be read as .npz: {error}") from None
+
+    def example_shape(self, multiple: int = 1) -> tuple[int, ...]:
+        """Of one example as the encoder takes it: (C, H, W), padded to multiples of `multiple`, or (D,)."""
+        shape = self.shape[1:]
+        if self.dtype == np.uint8:  # (H, W) or (H, W, C)
+            shape = (shape[2] if len(shape) > 2 else 1, *shape[:2])
+        return shape if len(shape) < 3 else (shape[0], *padded_size(shape[1], shape[2], multiple))
 
     def outline(self) -> NDArray[Any]:
         """An array of this dtype and shape that takes no memory, for checks that look at no values."""
@@ -118,8 +156,10 @@ class ArraySource:
                 yield stream
 
 
-def open_inputs(paths: Sequence[str], spec: InputSpec) -> PictureSource | ArraySource:
+def open_inputs(paths: Sequence[str], spec: InputSpec, pad: bool = False) -> PictureSource | ArraySource:
     """What `paths` name: pictures and folders of pictures in any number, or one .npy or .npz file.
+
+    pad: images of free size will be padded, so that any size is right.
 
     Raises:
         InputError: a path does not exist, a folder has no pictures, a mixture, a kind of file that is not understood.
@@ -132,18 +172,11 @@ def open_inputs(paths: Sequence[str], spec: InputSpec) -> PictureSource | ArrayS
                 f"{arrays[0]} comes with {len(found) - 1} other inputs; give one array file alone, or pictures"
             )
         source = ArraySource(arrays[0], ("x", "images", "vectors"))
-        check_layout(source.outline(), spec, str(arrays[0]))
+        check_layout(source.outline(), spec._replace(multiple_of=1) if pad else spec, str(arrays[0]))
         return source
     if not spec.is_image:
         raise InputError(f"{found[0]} is no array file; this bundle takes vectors, from .npy or .npz")
     return PictureSource([picture for path in found for picture in _pictures(path)], spec)
-
-
-def open_latents(path: str) -> ArraySource:
-    """Latents from .npy, or from .npz under `z`, else `mean`, as `vae-run encode` writes them."""
-    if Path(path).suffix.lower() not in ARRAY_SUFFIXES:
-        raise InputError(f"{path} is no array file; latents are read from .npy or .npz")
-    return ArraySource(Path(path), ("z", "mean"))
 
 
 def read_one(path: str, spec: InputSpec) -> NDArray[Any]:

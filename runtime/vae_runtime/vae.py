@@ -166,7 +166,13 @@ class VAE:
                     found = find_device(candidate.device, precision, provider_options)
                     # One graph's bytes in memory at a time, and each session made from bytes that were just checked.
                     session = GraphSession(
-                        bundle.read(file), file, found, candidate.threads, candidate.spinning, None, bundle.digest
+                        bundle.read(file),
+                        file,
+                        found,
+                        candidate.threads,
+                        candidate.spinning,
+                        bundle=bundle.digest,
+                        any_size=manifest.input.is_free,
                     )
                     session.require_boundary(boundaries[operation])
                     sessions[candidate] = session

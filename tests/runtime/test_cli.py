@@ -171,10 +171,13 @@ def test_encode_writes_mean_logvar_and_names_of_more_examples_than_a_batch(
 ) -> None:
     assert len(pixels) > 2 * BATCH
     result = run("encode", tiny_path, npy, "--output", tmp_path / "out.npz")
-    assert (result.exit_code, result.stdout, result.stderr) == (0, f"{tmp_path / 'out.npz'}: 150 examples\n", "")
+    size = (tmp_path / "out.npz").stat().st_size
+    rate = 8 * size / pixels.size
+    said = f"{tmp_path / 'out.npz'}: 150 examples, {size:,} bytes, {rate:.2f} bits per pixel\n"
+    assert (result.exit_code, result.stdout, result.stderr) == (0, said, "")
     expected = tiny.encode(pixels)
     with np.load(tmp_path / "out.npz") as found:
-        assert sorted(found.files) == ["logvar", "mean", "names"]
+        assert sorted(found.files) == ["decoder", "logvar", "mean", "names", "size"]
         assert np.allclose(found["mean"], expected.mean, **CLOSE)
         assert np.allclose(found["logvar"], expected.logvar, **CLOSE)
         assert found["names"].tolist() == [f"pixels.npy#{index}" for index in range(150)]
@@ -206,7 +209,7 @@ def test_pictures_and_arrays_give_the_same_latents(
 def test_encode_of_an_autoencoder_has_no_logvar_and_golden_needs_no_file(vectors_path: Path, tmp_path: Path) -> None:
     assert run("encode", vectors_path, "--golden", "--output", tmp_path / "out.npz").exit_code == 0
     with np.load(tmp_path / "out.npz") as found, np.load(vectors_path / "golden.npz") as golden:
-        assert sorted(found.files) == ["mean", "names"]
+        assert sorted(found.files) == ["decoder", "mean", "names"]
         assert np.allclose(found["mean"], golden["mean"], **CLOSE)
         assert found["names"].tolist() == [f"golden#{index}" for index in range(4)]
 
@@ -352,9 +355,9 @@ BAD_INPUT = [
     (("selftest", "{bundle}", "--device", "gpu"), "device is 'gpu'; expected 'cpu'"),
     (("selftest", "{bundle}", "--precision", "int8"), "precision 'int8' is not in tiny, which has fp32"),
     (("selftest", "{bundle}", "--threads", "0"), "threads is 0; expected a whole number from 1"),
-    ((*ENCODE, "{npy}", "--output", "{tmp}/o.png"), r"output is '.*/o.png'; encode writes an .npz file"),
+    ((*ENCODE, "{npy}", "--output", "{tmp}/o.png"), r"output is '.*/o.png'; encode writes .npz, .safetensors"),
     ((*ENCODE, "{npy}", "--output", "{tmp}/none/o.npz"), r"none/o.npz cannot be written: there is no folder .*none"),
-    ((*ENCODE, "{npy}", "--output", "{tmp}"), r"encode writes an .npz file"),
+    ((*ENCODE, "{npy}", "--output", "{tmp}"), r"exists and is a folder, which is not replaced"),
     ((*ENCODE, "{npy}", "--output", "/proc/o.npz"), r"/proc/o.npz cannot be written"),
     ((*ENCODE, "{tmp}/none.png", "--output", "{tmp}/o.npz"), r"none.png does not exist"),
     ((*ENCODE, "{tmp}/none.npy", "--output", "{tmp}/o.npz"), r"none.npy does not exist"),
@@ -377,7 +380,7 @@ BAD_INPUT = [
     ((*ENCODE, "{tmp}/float.npy", "--output", "{tmp}/o.npz"), r"float.npy#0 to .* has values from 0 to 255; .*by 255"),
     ((*ENCODE, "{tmp}/late-nan.npy", "--output", "{tmp}/o.npz"), r"late-nan.npy#128 to late-nan.npy#149 has NaN"),
     ((*ENCODE, "{tmp}/large.png", "--output", "{tmp}/o.npz"), r"large.png is 9x9 pixels; .* exactly 8x8"),
-    (("decode", "{bundle}", "{tmp}/text.png", "--output", "{tmp}/o.npy"), "text.png is no array file; latents"),
+    (("decode", "{bundle}", "{tmp}/text.png", "--output", "{tmp}/o.npy"), "text.png is no file of latents"),
     (("decode", "{bundle}", "{npy}", "--output", "{tmp}/o.npy"), "npy has dtype uint8; expected"),
     (("decode", "{bundle}", "{tmp}/zero.npy", "--output", "{tmp}/o"), "zero.npy has shape"),
     (("sample", "{bundle}", "--output", "{tmp}/o.gif"), r"o.gif has the suffix '.gif'; expected .png"),
@@ -646,7 +649,7 @@ def test_progress_stays_off_where_stderr_is_no_terminal(tiny_path: Path, npy: Pa
             shown += chunk
     os.close(reader)
     assert b"encoding" in shown
-    assert stdout == f"{tmp_path / 'out.npz'}: 150 examples\n"
+    assert re.fullmatch(rf"{tmp_path / 'out.npz'}: 150 examples, [\d,]+ bytes, [\d.]+ bits per pixel\n", stdout)
 
 
 def test_array_errors_name_the_file_and_its_whole_shape(tiny_path: Path, tmp_path: Path) -> None:

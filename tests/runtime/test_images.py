@@ -13,7 +13,7 @@ pytest.importorskip("PIL")
 from PIL import Image
 
 from vae_runtime import InputError, OutputError
-from vae_runtime.images import grid, list_pictures, read_picture, read_pictures, write_png
+from vae_runtime.images import grid, list_pictures, read_picture, read_pictures, write_picture
 from vae_runtime.manifest import InputSpec
 
 GREY = InputSpec("image", (1, 4, 6), "grey", "exact")
@@ -191,7 +191,7 @@ def test_hidden_parents_of_the_folder_itself_do_not_matter(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("array", [PIXELS, PIXELS[..., 0]])
 def test_written_png_reads_back_the_same(tmp_path: Path, array: np.ndarray) -> None:
-    write_png(tmp_path / "out.png", array)
+    write_picture(tmp_path / "out.png", array)
     with Image.open(tmp_path / "out.png") as file:
         assert file.format == "PNG"
         assert np.array_equal(np.asarray(file), array)
@@ -201,15 +201,15 @@ def test_written_png_reads_back_the_same(tmp_path: Path, array: np.ndarray) -> N
 @pytest.mark.parametrize(
     "array", [PIXELS.astype(np.float32), PIXELS[..., :2], np.zeros((2, 4, 6, 3), np.uint8), PIXELS[0, 0]], ids=range(4)
 )
-def test_write_png_refuses_other_arrays(tmp_path: Path, array: np.ndarray) -> None:
-    with pytest.raises(InputError, match=r"image has shape .* and dtype .*; a PNG is written from uint8 \(H, W\) or"):
-        write_png(tmp_path / "out.png", array)
+def test_write_picture_refuses_other_arrays(tmp_path: Path, array: np.ndarray) -> None:
+    with pytest.raises(InputError, match=r"image has shape .* and dtype .*; pictures are made of uint8 \(H, W\) or"):
+        write_picture(tmp_path / "out.png", array)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_write_png_names_a_missing_folder(tmp_path: Path) -> None:
+def test_write_picture_names_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"none/out.png cannot be written: No such file or directory"):
-        write_png(tmp_path / "none" / "out.png", PIXELS)
+        write_picture(tmp_path / "none" / "out.png", PIXELS)
 
 
 @pytest.mark.parametrize("shape", [(5, 2, 3), (5, 2, 3, 3)])
@@ -237,10 +237,10 @@ import sys
 sys.modules["PIL"] = None
 import numpy as np
 from vae_runtime import MissingExtraError
-from vae_runtime.images import read_picture, write_png
+from vae_runtime.images import read_picture, write_picture
 from vae_runtime.manifest import InputSpec
 for call in (lambda: read_picture("a.png", InputSpec("image", (1, 2, 2), "grey")),
-             lambda: write_png(sys.argv[1] + "/b.png", np.zeros((2, 2), np.uint8))):
+             lambda: write_picture(sys.argv[1] + "/b.png", np.zeros((2, 2), np.uint8))):
     try: call()
     except MissingExtraError as error: print(error)
 """

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vae_runtime.images import grid, write_png
+from vae_runtime.images import grid, write_picture
 from vae_runtime.preprocess import Float32, UInt8, to_uint8
 
 from .feed import EVALUATE, standard_normal
@@ -28,11 +28,11 @@ def write_pictures(model: Autoencoder, x: Float32, folder: Path, seed: int) -> l
     device = next(model.parameters()).device
     originals = x[:PAIRS]
     reconstructions = model(torch.from_numpy(originals).to(device)).float().cpu().numpy()
-    write_png(folder / "reconstructions.png", pairs(to_uint8(originals), to_uint8(reconstructions)))
+    write_picture(folder / "reconstructions.png", pairs(to_uint8(originals), to_uint8(reconstructions)))
     if not isinstance(model, VAE):
         return ["reconstructions.png"]
     z = standard_normal((SAMPLES, model.config.latent_dim), seed, EVALUATE, 0, SAMPLES, device)
-    write_png(folder / "samples.png", _sheet(to_uint8(model.decode(z).float().cpu().numpy()), 8, 4))
+    write_picture(folder / "samples.png", _sheet(to_uint8(model.decode(z).float().cpu().numpy()), 8, 4))
     return ["reconstructions.png", "samples.png"]
 
 

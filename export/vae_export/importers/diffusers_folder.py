@@ -1,0 +1,56 @@
+"""Folders of diffusers: config.json beside diffusion_pytorch_model.safetensors, or in the `vae` of a pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vae_runtime.errors import ExportError
+
+from ..imported import Imported, ImportOptions
+from .options import peek_json, read_json, refuse_options, require_agreement
+
+KIND = "diffusers"
+KINDS = {"AutoencoderKL": "vae", "AutoencoderTiny": "autoencoder"}
+CONFIG, PIPELINE, SUBFOLDER = "config.json", "model_index.json", "vae"
+_TOLD = ("weights", "trust_pickle", "multiple_of", "input_range", "latent_scale", "latent_shift")
+
+
+def recognises(source: str) -> bool:
+    """A folder whose config.json names a class of diffusers, or a pipeline's."""
+    folder = Path(source)
+    return any("_class_name" in (peek_json(folder / name) or {}) for name in (CONFIG, PIPELINE))
+
+
+def load(source: str, options: ImportOptions) -> Imported:
+    """An AutoencoderKL as a vae, an AutoencoderTiny as an autoencoder; height and width are free unless asked for.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the weights do not fit the config.
+        ExportError: the folder holds a model of another class, or one that no bundle can hold.
+        InputError: an option is of no use here. MissingExtraError: diffusers is not installed.
+    """
+    refuse_options(options, "images of diffusers are in [-1, 1], and config.json has the rest", *_TOLD)
+    folder = _model_folder(Path(source))
+    config = read_json(folder / CONFIG)
+    name = config.get("_class_name")
+    if not isinstance(name, str) or name not in KINDS:
+        raise ExportError(f"{folder} holds a diffusers {name}; of its classes {' and '.join(KINDS)} can be exported")
+    require_agreement(options, "kind", KINDS[name], name)
+    from .diffusers_model import import_model
+
+    return import_model(folder, name, KINDS[name], config, options.input_shape, _bundle_name(folder))
+
+
+def _model_folder(source: Path) -> Path:
+    """Where config.json is: the folder itself, or `vae` in that of a pipeline."""
+    if (source / CONFIG).is_file() or not (source / PIPELINE).is_file():
+        return source
+    if not (source / SUBFOLDER / CONFIG).is_file():
+        pipeline = read_json(source / PIPELINE).get("_class_name")
+        raise ExportError(f"{source} is a pipeline, {pipeline}, that has no {SUBFOLDER}/{CONFIG}")
+    return source / SUBFOLDER
+
+
+def _bundle_name(folder: Path) -> str:
+    path = folder.resolve()
+    return path.parent.name if path.name == SUBFOLDER and path.parent.name else path.name

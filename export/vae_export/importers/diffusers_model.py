@@ -1,0 +1,234 @@
+"""A diffusers model as the two halves of a bundle.
+
+The library's own `encode` and `decode` run inside the graphs, from [0, 1] to its [-1, 1] and back, and so do the
+factors that its pipelines apply: a bundle's latents are those that a diffusion model sees, (z - shift) · scale.
+AutoencoderTiny's `scale_latents` is not among them: it makes pictures of latents, which cut them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vae_runtime.errors import CheckpointError, ExportError, InputError, MissingExtraError
+
+from ..graphs import DecoderGraph, EncoderGraph
+from ..imported import Imported
+from ..verify import Reference
+from .diffusers_weights import read_weights
+from .weights import assign, first_line
+
+CONFIG = "config.json"
+DEFAULT_SIDE = (64, 128)  # of golden inputs: within these bounds, as near as may be to the size it was trained with
+
+
+def import_model(
+    folder: Path,
+    name: str,
+    kind: str,
+    config: dict[str, Any],
+    input_shape: tuple[int | None, ...] | None,
+    bundle_name: str,
+) -> Imported:
+    """name: the class; kind: what it is in a bundle; config: of config.json; input_shape: that the user asks for.
+
+    Raises: as `diffusers_folder.load`.
+    """
+    model = _build(name, config, folder / CONFIG)
+    multiple = _spatial_factor(model.config)
+    _require_bundle_shapes(model, multiple)
+    units = LatentUnits(model.config)
+    shape = _shape(model.config, multiple, input_shape)
+    assign(model, read_weights(folder), folder)
+    halves = Reference(
+        EncoderGraph(Encoder(model, units), kind, clamp=False), DecoderGraph(Decoder(model, units), clamp=True)
+    )
+    origin = {"library": "diffusers", "version": _library().__version__, "class": name}
+    return Imported(halves, bundle_name, *shape, origin=origin, refused=_refused(model.config))
+
+
+class LatentUnits(nn.Module):
+    """The model's z -> (z - shift) · scale, of about unit variance, channel by channel, as its pipelines have it.
+
+    config: has scaling_factor and shift_factor, or latents_mean and latents_std in place of the shift: then the scale
+        is scaling_factor / latents_std. logvar: what the scale adds to a logvar, 2 · log(scale).
+    """
+
+    scale: Tensor
+    shift: Tensor
+    logvar: Tensor
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        channels = config.latent_channels
+        means, stds = (_per_channel(config, name, channels) for name in ("latents_mean", "latents_std"))
+        shift, scale = _number(config, "shift_factor", 0.0), _number(config, "scaling_factor", 1.0)
+        if (means is None) != (stds is None) or (means is not None and shift):
+            raise CheckpointError(
+                f"{CONFIG} has shift_factor {shift}, latents_mean {means} and latents_std {stds}; expected the shift "
+                "alone, or both of the others"
+            )
+        if not all(value > 0 for value in (scale, *(stds or []))):
+            raise CheckpointError(f"{CONFIG} has scaling_factor {scale} and latents_std {stds}; expected them above 0")
+        values = torch.tensor([[scale / std for std in stds or [1.0] * channels], means or [shift] * channels])
+        values = values.double().reshape(2, 1, channels, 1, 1)
+        for name, value in (("scale", values[0]), ("shift", values[1]), ("logvar", 2 * values[0].log())):
+            self.register_buffer(name, value.float())
+
+    def forward(self, z: Tensor) -> Tensor:
+        return (z - self.shift) * self.scale
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return z / self.scale + self.shift
+
+
+class Encoder(nn.Module):
+    """x (N, C, H, W) in [0, 1] -> mean, logvar, or the code, each (N, latent, H / f, W / f)."""
+
+    def __init__(self, model: Any, units: LatentUnits) -> None:
+        super().__init__()
+        self.model, self.units = model, units
+
+    def forward(self, x: Tensor) -> Any:
+        encoded = self.model.encode(2 * x - 1)
+        if not hasattr(encoded, "latent_dist"):
+            return self.units(encoded.latents)
+        posterior = encoded.latent_dist  # its logvar is clamped to [-30, 20]
+        return self.units(posterior.mean), posterior.logvar + self.units.logvar
+
+
+class Decoder(nn.Module):
+    """z (N, latent, H / f, W / f) -> (N, C, H, W), images in [0, 1] and a little beyond."""
+
+    def __init__(self, model: Any, units: LatentUnits) -> None:
+        super().__init__()
+        self.model, self.units = model, units
+
+    def forward(self, z: Tensor) -> Tensor:
+        sample: Tensor = self.model.decode(self.units.inverse(z)).sample
+        return sample / 2 + 0.5
+
+
+def _library() -> Any:
+    try:
+        import diffusers
+    except ModuleNotFoundError as error:
+        missing = (error.name or "diffusers").split(".")[0]
+        raise MissingExtraError(missing, "diffusers", "importing from diffusers") from None
+    return diffusers
+
+
+def _build(name: str, config: dict[str, Any], file: Path) -> Any:
+    """The model without weights, in no memory until they are known to fit."""
+    model_class = getattr(_library(), name)
+    if config.get("quantization_config") is not None:
+        raise ExportError(f"{file} says that the weights are quantized; expected them in floating point")
+    known = _known(model_class, config, file)
+    try:
+        with torch.device("meta"):
+            model = model_class.from_config(known)
+    except Exception as error:  # the config's values reach every layer unchecked
+        raise CheckpointError(f"{file} describes no {name}: {first_line(error)}") from None
+    return model.eval().requires_grad_(False)
+
+
+def _known(model_class: type, config: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The library passes over keys that it does not know; those of a newer version may change what is computed."""
+    written, installed = str(config.get("_diffusers_version", "0")), _library().__version__
+    parameters = inspect.signature(model_class).parameters
+    known = {key: value for key, value in config.items() if key in parameters or key.startswith("_")}
+    unknown = sorted(set(config) - set(known) - {"block_out_channels"})  # AutoencoderTiny writes this one too
+    if unknown and _release(written) > _release(installed):
+        raise ExportError(f"{file}, of diffusers {written}, has {', '.join(unknown)}; {installed} does not know that")
+    return known
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
+def _spatial_factor(config: Any) -> int:
+    """How many times smaller than the images their latents are, along each side."""
+    levels = config.num_encoder_blocks if "num_encoder_blocks" in config else config.block_out_channels
+    return 2 ** (len(levels) - 1)
+
+
+def _require_bundle_shapes(model: Any, multiple: int) -> None:
+    """Raises: ExportError: the latents have another size, or the reconstruction another shape than the images."""
+    channels, latent, side = model.config.in_channels, model.config.latent_channels, 2 * multiple
+    x = torch.empty(1, channels, side, side, device="meta")
+    with _as_export_error():
+        encoded = model.encode(x)
+        z = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
+        decoded = model.decode(z).sample
+    if z.shape != (1, latent, 2, 2) or decoded.shape != x.shape:
+        raise ExportError(
+            f"images of shape {tuple(x.shape)} have latents of shape {tuple(z.shape)} and reconstructions of shape "
+            f"{tuple(decoded.shape)}; expected {(1, latent, 2, 2)} and the images' own"
+        )
+
+
+@contextlib.contextmanager
+def _as_export_error() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise ExportError(f"the model that {CONFIG} describes does not run: {first_line(error)}") from None
+
+
+def _shape(
+    config: Any, multiple: int, asked: tuple[int | None, ...] | None
+) -> tuple[tuple[int | None, ...], int, tuple[int, int] | None]:
+    """input_shape, multiple_of and default_size, as `Imported` has them."""
+    free = (config.in_channels, None, None)
+    if asked is None or asked == free:
+        return free, multiple, _default_size(config, multiple)
+    sides = [side for side in asked[1:] if side is not None]
+    if len(asked) != 3 or asked[0] != free[0] or len(sides) != 2 or any(side % multiple for side in sides):
+        raise InputError(
+            f"--input is {asked}; this model takes {free[0]} channels, and a height and a width that are multiples of "
+            f"{multiple}"
+        )
+    return asked, 1, None
+
+
+def _default_size(config: Any, multiple: int) -> tuple[int, int]:
+    trained = config.get("sample_size")
+    pair = trained if isinstance(trained, (list, tuple)) else [trained]
+    low, high = DEFAULT_SIDE
+    bounded = [min(max(side, low), high) if isinstance(side, int) else high for side in pair]
+    sides = [max(2, math.ceil(side / multiple)) * multiple for side in bounded]
+    return sides[0], sides[-1]
+
+
+def _refused(config: Any) -> dict[str, str]:
+    if not config.get("force_upcast"):
+        return {}
+    return {"fp16": f"the model's {CONFIG} has force_upcast, that is, float16 overflows in it; use fp32"}
+
+
+def _number(config: Any, name: str, default: float) -> float:
+    value = config.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise CheckpointError(f"{CONFIG} has {name} {value!r}; expected a number")
+    return float(value)
+
+
+def _per_channel(config: Any, name: str, channels: int) -> list[float] | None:
+    values = config.get(name)
+    if values is None:
+        return None
+    numbers = values if isinstance(values, (list, tuple)) else []
+    if len(numbers) != channels or not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
+        raise CheckpointError(f"{CONFIG} has {name} {values!r}; expected {channels} numbers, one per latent channel")
+    return [float(n) for n in numbers]

@@ -1,0 +1,140 @@
+"""A pythae model as the two halves of a bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vae_runtime.errors import CheckpointError, ExportError, MissingExtraError
+
+from ..graphs import DecoderGraph, EncoderGraph
+from ..imported import Imported
+from ..verify import Reference
+from .pythae_folder import CONFIG, class_name
+from .weights import assign, first_line, read_pickled
+
+WEIGHTS, STATE = "model.pt", "model_state_dict"
+
+
+def import_model(
+    folder: Path,
+    config: dict[str, Any],
+    kind: str,
+    custom: list[str],
+    input_shape: tuple[int, ...],
+    signed: bool,
+    likelihood: Mapping[str, Any] | None,
+    bundle_name: str,
+) -> Imported:
+    """config: of model_config.json; custom: the networks to unpickle; signed: the model's images are in [-1, 1].
+
+    Raises: as `pythae_folder.load`.
+    """
+    model = _unpickle(folder) if custom else _build(folder, config)
+    model = model.float().eval().requires_grad_(False)
+    encoder, decoder = Encoder(model, kind, signed), Decoder(model, input_shape, signed)
+    if custom:
+        _try(encoder, decoder, torch.rand(2, *input_shape, generator=torch.Generator().manual_seed(0)))
+    clamp = len(input_shape) == 3 and "decoder" in custom
+    halves = Reference(EncoderGraph(encoder, kind), DecoderGraph(decoder, clamp))
+    origin = {"library": "pythae", "version": version("pythae"), "class": class_name(config["name"])}
+    return Imported(halves, bundle_name, input_shape, likelihood=likelihood, origin=origin)
+
+
+class Encoder(nn.Module):
+    """x (N, *input_shape) -> mean, logvar (N, latent), or the code alone."""
+
+    def __init__(self, model: Any, kind: str, signed: bool) -> None:
+        super().__init__()
+        self.encoder, self.kind, self.signed = model.encoder, kind, signed
+        self.shape = tuple(model.model_config.input_dim)
+
+    def forward(self, x: Tensor) -> Any:
+        x = x.reshape(x.shape[0], *self.shape)
+        output = self.encoder(2 * x - 1 if self.signed else x)
+        return (output.embedding, output.log_covariance) if self.kind == "vae" else output.embedding
+
+
+class Decoder(nn.Module):
+    """z (N, latent) -> (N, *input_shape)."""
+
+    def __init__(self, model: Any, shape: tuple[int, ...], signed: bool) -> None:
+        super().__init__()
+        self.decoder, self.shape, self.signed = model.decoder, shape, signed
+
+    def forward(self, z: Tensor) -> Tensor:
+        reconstruction: Tensor = self.decoder(z).reconstruction
+        reconstruction = reconstruction.reshape(z.shape[0], *self.shape)
+        return reconstruction / 2 + 0.5 if self.signed else reconstruction
+
+
+def _library() -> Any:
+    try:
+        import pythae.models
+    except ModuleNotFoundError as error:
+        missing = (error.name or "pythae").split(".")[0]
+        raise MissingExtraError(missing, "pythae", "importing from pythae") from None
+    return pythae.models
+
+
+def _build(folder: Path, config: dict[str, Any]) -> Any:
+    """The model with pythae's default networks, in no memory until the weights are known to fit."""
+    library, name = _library(), class_name(config["name"])
+    config_class = getattr(library, config["name"])
+    unknown = sorted(set(config) - {field.name for field in dataclasses.fields(config_class)})
+    if unknown:  # which pydantic passes over
+        raise CheckpointError(f"{folder / CONFIG} has {', '.join(unknown)}, which {config_class.__name__} has not")
+    try:
+        settings = config_class(**{key: value for key, value in config.items() if key != "name"})
+        with torch.device("meta"):
+            model = getattr(library, name)(settings)
+    except Exception as error:  # pydantic's, or any that a value leads to
+        raise CheckpointError(f"{folder / CONFIG} describes no {name}: {first_line(error)}") from None
+    content = read_pickled(folder / WEIGHTS)
+    if not isinstance(content.get(STATE), dict):
+        raise CheckpointError(f"{folder / WEIGHTS} has no {STATE}, which pythae's save writes")
+    assign(model, content[STATE], folder / WEIGHTS)
+    return model
+
+
+def _unpickle(folder: Path) -> Any:
+    """The model with networks of its own, whose code runs."""
+    library = _library()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = library.AutoModel.load_from_folder(str(folder))
+    except Exception as error:
+        raise CheckpointError(f"{folder} cannot be loaded by pythae: {first_line(error)}") from None
+    if not isinstance(model, nn.Module):
+        raise ExportError(f"{folder} holds a {type(model).__name__}, no PyTorch module")
+    return model
+
+
+def _try(encoder: Encoder, decoder: Decoder, x: Tensor) -> None:
+    """Raises: ExportError: the halves do not run, draw random numbers, or do not give one latent for each input."""
+    try:
+        first, second = (_run(encoder, decoder, x) for _ in range(2))
+    except Exception as error:  # what a network of someone else's leads to
+        raise ExportError(f"the pickled networks do not run on {tuple(x.shape)} inputs: {first_line(error)}") from None
+    *latents, _ = first
+    if len({tuple(value.shape) for value in latents}) != 1 or len(latents[0]) != len(x):
+        raise ExportError(
+            f"the pickled encoder gives {', '.join(str(tuple(value.shape)) for value in latents)} for {len(x)} inputs; "
+            "expected one mean and one logvar of the same shape for each"
+        )
+    if not all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
+        raise ExportError("the pickled networks draw random numbers; a bundle's graphs must not, the runtime samples")
+
+
+def _run(encoder: Encoder, decoder: Decoder, x: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        latents = encoder(x) if encoder.kind == "vae" else (encoder(x),)
+        return [*latents, decoder(latents[0])]

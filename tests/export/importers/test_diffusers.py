@@ -1,0 +1,366 @@
+"""Models of diffusers: the bundle computes what the library's own methods and its pipelines' formulas give."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+diffusers = pytest.importorskip("diffusers", reason="the models are diffusers'")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from vae_export.export import export_imported  # noqa: E402
+from vae_export.imported import ImportOptions  # noqa: E402
+from vae_export.importers import load  # noqa: E402
+from vae_runtime import VAE  # noqa: E402
+from vae_runtime.errors import CheckpointError, ExportError, InputError  # noqa: E402
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+KL = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 4,
+    "latent_channels": 3,
+    "scaling_factor": 0.6,
+    "shift_factor": 0.25,
+    "force_upcast": False,
+}
+TINY = {
+    "encoder_block_out_channels": (8, 8, 8),
+    "decoder_block_out_channels": (8, 8, 8),
+    "num_encoder_blocks": (1, 1, 1),
+    "num_decoder_blocks": (1, 1, 1),
+    "scaling_factor": 0.5,
+    "shift_factor": -0.125,
+}
+PLAIN = ImportOptions()
+
+
+def save_kl(folder: Path, **changes: Any) -> Path:
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderKL(**{**KL, **changes})
+    if model.quant_conv is not None:  # one channel's logvar beyond each end of the range that the model cuts it to
+        torch.nn.init.constant_(model.quant_conv.bias[3:4], 100.0)
+        torch.nn.init.constant_(model.quant_conv.bias[4:5], -100.0)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_kl(tmp_path_factory.mktemp("diffusers") / "kl")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("diffusers") / "tiny"
+    diffusers.AutoencoderTiny(**TINY).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundles(kl: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bundles")
+    for source in (kl, tiny):
+        export_imported(load(str(source), None, PLAIN), folder / f"{source.name}.vae")
+    return {source.name: folder / f"{source.name}.vae" for source in (kl, tiny)}
+
+
+def expected_of_kl(folder: Path, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """mean, logvar and the mean's reconstruction by the library's methods and the formulas of its pipelines."""
+    model = diffusers.AutoencoderKL.from_pretrained(folder, local_files_only=True).eval()
+    config = model.config
+    with torch.no_grad():
+        posterior = model.encode(torch.from_numpy(x * 2 - 1)).latent_dist
+        sample = model.decode(posterior.mode()).sample
+    if config.latents_mean is None:
+        shift, scale = np.float32(config.shift_factor or 0), np.float32(config.scaling_factor)
+    else:
+        shift = np.float32(config.latents_mean).reshape(1, -1, 1, 1)
+        scale = np.float32(config.scaling_factor) / np.float32(config.latents_std).reshape(1, -1, 1, 1)
+    mean = (posterior.mean.numpy() - shift) * scale
+    logvar = posterior.logvar.numpy() + 2 * np.log(scale)
+    return mean, logvar, (sample / 2 + 0.5).clamp(0, 1).numpy()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (34, 50)])
+def test_a_bundle_of_a_kl_model_agrees_with_diffusers(
+    kl: Path, bundles: dict[str, Path], crops: Callable[..., np.ndarray], count: int, height: int, width: int
+) -> None:
+    x = crops(count, height, width)
+    mean, logvar, images = expected_of_kl(kl, x)
+    with VAE.load(bundles["kl"]) as vae:
+        posterior = vae.encode(x)
+        np.testing.assert_allclose(posterior.mean, mean, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(posterior.logvar, logvar, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(vae.decode(mean), images, rtol=0, atol=1e-4)
+    assert mean.shape == (count, 3, height // 2, width // 2)
+    assert np.ptp(images) > 0.1
+    np.testing.assert_allclose(logvar[:, 0], 20 + 2 * math.log(0.6), rtol=1e-6)
+    np.testing.assert_allclose(logvar[:, 1], -30 + 2 * math.log(0.6), rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (36, 52)])
+def test_a_bundle_of_a_tiny_model_agrees_with_diffusers(
+    tiny: Path, bundles: dict[str, Path], crops: Callable[..., np.ndarray], count: int, height: int, width: int
+) -> None:
+    x = crops(count, height, width)
+    model = diffusers.AutoencoderTiny.from_pretrained(tiny, local_files_only=True).eval()
+    with torch.no_grad():
+        latents = model.encode(torch.from_numpy(x * 2 - 1)).latents
+        images = (model.decode(latents).sample / 2 + 0.5).clamp(0, 1).numpy()
+    with VAE.load(bundles["tiny"]) as vae:
+        code = vae.encode(x).mean
+        np.testing.assert_allclose(code, (latents.numpy() + 0.125) * 0.5, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(vae.decode(code), images, rtol=0, atol=1e-4)
+    assert latents.shape == (count, 4, height // 4, width // 4)
+    assert np.ptp(images) > 0.01
+
+
+def test_the_manifests_tell_what_the_models_are(bundles: dict[str, Path]) -> None:
+    with VAE.load(bundles["kl"]) as vae, VAE.load(bundles["tiny"]) as tiny:
+        assert (vae.manifest.kind, vae.manifest.name, vae.manifest.likelihood) == ("vae", "kl", None)
+        assert (vae.manifest.input.shape, vae.manifest.latent.shape) == ((3, None, None), (3, None, None))
+        assert (vae.manifest.input.multiple_of, tiny.manifest.input.multiple_of) == (2, 4)
+        assert (tiny.manifest.kind, tiny.manifest.latent.shape) == ("autoencoder", (4, None, None))
+        assert vae.manifest.to_dict()["origin"] == {
+            "library": "diffusers",
+            "version": diffusers.__version__,
+            "class": "AutoencoderKL",
+        }
+        assert vae.selftest().passed
+        assert tiny.selftest().passed
+
+
+def in_shards(folder: Path) -> None:
+    model = diffusers.AutoencoderKL.from_pretrained(folder)
+    (folder / WEIGHTS).unlink()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+
+
+def as_pickle(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / "diffusion_pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+def with_old_names(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS)
+    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
+        weights = {name.replace(f".{new}.", f".{old}."): value for name, value in weights.items()}
+    assert "encoder.mid_block.attentions.0.proj_attn.weight" in weights
+    save_file(weights, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "change"),
+    [
+        ({}, in_shards),
+        ({}, as_pickle),
+        ({}, with_old_names),
+        ({"latents_mean": [0.5, -1.0, 2.0], "latents_std": [0.5, 2.0, 3.0], "shift_factor": None}, None),
+        ({"use_quant_conv": False, "use_post_quant_conv": False, "mid_block_add_attention": False}, None),
+        ({"scaling_factor": 1.0, "shift_factor": None, "in_channels": 1, "out_channels": 1}, None),
+    ],
+)
+def test_every_way_of_saving_and_scaling_is_read_as_the_library_does(
+    tmp_path: Path, crops: Callable[..., np.ndarray], changes: dict[str, Any], change: Callable[[Path], None] | None
+) -> None:
+    folder = save_kl(tmp_path / "model", **changes)
+    if change is not None:
+        change(folder)
+    x = crops(2, 16, 24)[:, : changes.get("in_channels", 3)]
+    mean, logvar, images = expected_of_kl(folder, x)
+    halves = load(str(folder), None, PLAIN).halves
+    encoded = halves.encode(x)
+    np.testing.assert_allclose(encoded["mean"], mean, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(encoded["logvar"], logvar, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(halves.decode(mean), images, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "diffusion_pytorch_model.fp16.safetensors"])
+def test_half_precision_weights_are_computed_in_float32(
+    kl: Path, tmp_path: Path, crops: Callable[..., np.ndarray], name: str
+) -> None:
+    folder = Path(shutil.copytree(kl, tmp_path / "kl"))
+    weights = {key: value.half() for key, value in load_file(folder / WEIGHTS).items()}
+    (folder / WEIGHTS).unlink()
+    save_file(weights, folder / name)
+    imported = load(str(folder), None, PLAIN)
+    save_file({key: value.float() for key, value in weights.items()}, folder / WEIGHTS)
+    x = crops(1, 16, 16)
+    np.testing.assert_allclose(imported.halves.encode(x)["mean"], expected_of_kl(folder, x)[0], rtol=0, atol=1e-5)
+
+
+def test_a_pipeline_is_read_for_its_vae(kl: Path, tmp_path: Path) -> None:
+    pipeline = tmp_path / "my-pipeline"
+    shutil.copytree(kl, pipeline / "vae")
+    (pipeline / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    assert load(str(pipeline), None, PLAIN).name == "my-pipeline"
+    assert load(str(pipeline / "vae"), None, PLAIN).name == "my-pipeline"
+    shutil.rmtree(pipeline / "vae")
+    with pytest.raises(ExportError, match=r"StableDiffusionPipeline, that has no vae/config.json"):
+        load(str(pipeline), None, PLAIN)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(8, (64, 64)), (100, (100, 100)), ([96, 1024], (96, 128))])
+def test_golden_inputs_are_of_the_size_it_was_trained_with_where_that_is_cheap(
+    tmp_path: Path, size: Any, expected: tuple[int, int]
+) -> None:
+    imported = load(str(save_kl(tmp_path, sample_size=size)), None, PLAIN)
+    assert imported.default_size == expected
+    assert imported.refused == {}
+
+
+def test_a_model_that_must_be_upcast_gets_no_float16(tmp_path: Path) -> None:
+    imported = load(str(save_kl(tmp_path, force_upcast=True)), None, PLAIN)
+    assert set(imported.refused) == {"fp16"}
+    assert "force_upcast" in imported.refused["fp16"]
+
+
+def test_a_fixed_size_may_be_asked_for(kl: Path) -> None:
+    imported = load(str(kl), None, ImportOptions(input_shape=(3, 32, 48), kind="vae"))
+    assert (imported.input_shape, imported.multiple_of, imported.default_size) == ((3, 32, 48), 1, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"input_shape": (3, 33, 48)}, "multiples of 2"),
+        ({"input_shape": (1, 32, 48)}, "takes 3 channels"),
+        ({"input_shape": (784,)}, "takes 3 channels"),
+        ({"kind": "autoencoder"}, "--kind is 'autoencoder', but AutoencoderKL says 'vae'"),
+        ({"latent_scale": 0.5}, "--latent-scale is of no use here"),
+        ({"latent_shift": 0.0}, "--latent-shift is of no use here"),
+        ({"input_range": "signed"}, "--input-range is of no use here"),
+        ({"multiple_of": 8}, "--multiple-of is of no use here"),
+        ({"weights": "a.pt"}, "--weights is of no use here"),
+        ({"trust_pickle": True}, "--trust-pickle is of no use here"),
+    ],
+)
+def test_options_that_the_folder_contradicts_are_refused(kl: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load(str(kl), None, ImportOptions(**options))
+
+
+def config(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        content = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**content, **changes}))
+
+    return change
+
+
+def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def rewrite(folder: Path) -> None:
+        content = load_file(folder / WEIGHTS)
+        change(content)
+        save_file(content, folder / WEIGHTS)
+
+    return rewrite
+
+
+def file(name: str, content: bytes | None) -> Callable[[Path], None]:
+    def rewrite(folder: Path) -> None:
+        (folder / WEIGHTS).unlink()
+        if content is not None:
+            (folder / name).write_bytes(content)
+
+    return rewrite
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("canary"),))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (config(_class_name="AutoencoderKLWan"), ExportError, "holds a diffusers AutoencoderKLWan"),
+        (config(_class_name="UNet2DModel"), ExportError, "AutoencoderKL and AutoencoderTiny can be exported"),
+        (config(_class_name=["AutoencoderKL"]), ExportError, "can be exported"),
+        (config(block_out_channels=[8, 18]), CheckpointError, "describes no AutoencoderKL"),
+        (config(block_out_channels="wide"), CheckpointError, "describes no AutoencoderKL"),
+        (config(norm_num_groups=None), CheckpointError, "describes no AutoencoderKL"),
+        (config(out_channels=4), ExportError, "expected .* the images' own"),
+        (config(scaling_factor=0), CheckpointError, "expected them above 0"),
+        (config(scaling_factor="half"), CheckpointError, "scaling_factor 'half'; expected a number"),
+        (config(shift_factor=True), CheckpointError, "shift_factor True; expected a number"),
+        (config(latents_mean=[0, 0, 0]), CheckpointError, "expected the shift alone, or both"),
+        (config(latents_mean=[0, 0], latents_std=[1, 1]), CheckpointError, "expected 3 numbers"),
+        (config(latents_mean=[0] * 3, latents_std=[1, 1, 0], shift_factor=0), CheckpointError, "expected them above 0"),
+        (config(quantization_config={"quant_method": "gguf"}), ExportError, "the weights are quantized"),
+        (config(_diffusers_version="99.0", eps=1), ExportError, "of diffusers 99.0, has eps"),
+        (weights(lambda w: w.pop("quant_conv.bias")), CheckpointError, "it lacks quant_conv.bias$"),
+        (weights(lambda w: w.update(extra=torch.ones(2))), CheckpointError, "it has the unknown extra$"),
+        (
+            weights(lambda w: w.update({"quant_conv.bias": torch.ones(2)})),
+            CheckpointError,
+            r"wrong shape or type in quant_conv.bias \(2 float32, expected 6\)",
+        ),
+        (weights(lambda w: w.clear()), CheckpointError, "it lacks .*, .*, .* and [0-9]+ more"),
+        (file(WEIGHTS, b"\0" * 100), CheckpointError, "damaged or no safetensors file"),
+        (file(WEIGHTS, b""), CheckpointError, "damaged or no safetensors file"),
+        (file("", None), CheckpointError, f"{WEIGHTS} is missing"),
+        (file("diffusion_pytorch_model.bin", pickle.dumps(Hostile())), CheckpointError, "more than plain data"),
+        (file("diffusion_pytorch_model.bin", b"PK\3\4"), CheckpointError, "damaged or holds no weights"),
+        (
+            file(WEIGHTS + ".index.json", b'{"weight_map": {"a": "../model.safetensors"}}'),
+            CheckpointError,
+            "expected a plain name",
+        ),
+        (file(WEIGHTS + ".index.json", b'{"weight_map": {"a": "b.safetensors"}}'), CheckpointError, "b.* is missing"),
+        (file(WEIGHTS + ".index.json", b"{"), CheckpointError, "is no JSON object"),
+    ],
+)
+def test_a_folder_that_cannot_be_imported_is_refused_by_name(
+    kl: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Path], None],
+    error: type[Exception],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path(shutil.copytree(kl, tmp_path / "kl"))
+    change(folder)
+    with pytest.raises(error, match=message) as caught:
+        load(str(folder), "diffusers", PLAIN)
+    assert "\n" not in str(caught.value)
+    assert not Path("canary").exists()
+
+
+def test_variants_without_a_plain_file_are_not_guessed_between(kl: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(kl, tmp_path / "kl"))
+    for variant in ("ema", "fp16"):
+        shutil.copy(folder / WEIGHTS, folder / WEIGHTS.replace(".safe", f".{variant}.safe"))
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match=r"ema.safetensors, .*fp16.safetensors but no"):
+        load(str(folder), None, PLAIN)
+
+
+def test_a_tiny_model_whose_halves_do_not_meet_is_refused(tiny: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "tiny"))
+    config(upsampling_scaling_factor=4)(folder)
+    with pytest.raises(ExportError, match=r"reconstructions of shape \(1, 3, 32, 32\)"):
+        load(str(folder), None, PLAIN)
+
+
+def test_keys_that_an_older_version_wrote_are_passed_over_as_the_library_does(kl: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(kl, tmp_path / "kl"))
+    config(_diffusers_version="0.3.0", once="upon a time")(folder)
+    assert load(str(folder), None, PLAIN).origin["class"] == "AutoencoderKL"

@@ -1,0 +1,236 @@
+"""Photographs of any size through the command line: to latents and back, padded and cropped, in 8 bits."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vae_runtime import VAE, InputError, to_uint8
+from vae_runtime.codec import Quantized, dequantize, quantize
+from vae_runtime.images import picture_size, read_picture
+from vae_runtime.manifest import InputSpec
+
+from .test_cli import refused, run, save_png
+
+FREE = InputSpec("image", (3, None, None), "rgb", "exact", 2, (12, 16))
+SIZES = {"a": (30, 40), "b": (30, 40), "c": (17, 22), "d": (64, 31)}
+
+
+def noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(height + width).integers(0, 256, (height, width, 3), np.uint8)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """PNG, JPEG on its side, WebP, of three sizes, two of them odd."""
+    image = pytest.importorskip("PIL.Image")
+    folder = tmp_path / "photos"
+    for name in ("a", "b"):
+        save_png(folder / f"{name}.png", noise(*SIZES[name]))
+    exif = image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    image.fromarray(noise(SIZES["c"][1], SIZES["c"][0])).save(folder / "c.jpg", exif=exif, quality=95)
+    image.fromarray(noise(*SIZES["d"])).save(folder / "d.webp", lossless=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vae(free_path: Path) -> Any:
+    with VAE.load(free_path) as vae:
+        yield vae
+
+
+@pytest.mark.parametrize("form", ["npz", "safetensors"])
+def test_there_and_back_gives_the_reconstruction_in_the_photographs_own_size(
+    form: str, vae: VAE, free_path: Path, photos: Path, tmp_path: Path
+) -> None:
+    if form == "safetensors":
+        pytest.importorskip("safetensors")
+    encoded = run("encode", free_path, photos, "--pad", "--format", form, "--output", tmp_path / "latents")
+    assert encoded.exit_code == 0, encoded.output
+    written = sum(file.stat().st_size for file in (tmp_path / "latents").iterdir())
+    rate = 8 * written / sum(height * width for height, width in SIZES.values())
+    assert encoded.stdout == f"{tmp_path / 'latents'}: 4 examples, {written:,} bytes, {rate:.2f} bits per pixel\n"
+    assert sorted(file.name for file in (tmp_path / "latents").iterdir()) == [f"{name}.{form}" for name in SIZES]
+    assert run("decode", free_path, tmp_path / "latents", "--output", tmp_path / "back").exit_code == 0
+    names = dict(zip(SIZES, ("a.png", "b.png", "c.jpg", "d.webp"), strict=True))
+    for name, size in SIZES.items():
+        original = read_picture(photos / names[name], FREE)
+        found = read_picture(tmp_path / "back" / f"{name}.png", FREE)
+        assert picture_size(photos / names[name]) == size == found.shape[:2]
+        np.testing.assert_array_equal(found, to_uint8(vae.reconstruct(original[None], pad=True))[0])
+
+
+def test_odd_sizes_need_pad_and_nothing_is_written_without(free_path: Path, photos: Path, tmp_path: Path) -> None:
+    message = r"c\.jpg has images of 17x22 \(height x width\); expected multiples of 2, or pad=True"
+    refused(message, "encode", free_path, photos, "--output", tmp_path / "latents")
+    refused(message, "reconstruct", free_path, photos, "--output", tmp_path / "back")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos"]
+
+
+@pytest.mark.parametrize("name", ["all.npz", "all.safetensors"])
+def test_one_file_takes_inputs_of_one_size(name: str, vae: VAE, free_path: Path, photos: Path, tmp_path: Path) -> None:
+    if name.endswith("safetensors"):
+        pytest.importorskip("safetensors")
+    pictures = [photos / "a.png", photos / "b.png"]
+    assert run("encode", free_path, *pictures, "--output", tmp_path / name).exit_code == 0
+    assert run("decode", free_path, tmp_path / name, "--output", tmp_path / "back.npy").exit_code == 0
+    images = np.stack([read_picture(path, FREE) for path in pictures])
+    np.testing.assert_array_equal(np.load(tmp_path / "back.npy"), vae.reconstruct(images))
+    message = r"c\.jpg has \(height, width\) \(17, 22\), and .*a\.png \(30, 40\); inputs of different sizes"
+    refused(message, "encode", free_path, photos, "--pad", "--output", tmp_path / f"more-{name}")
+    assert not (tmp_path / f"more-{name}").exists()
+
+
+@pytest.mark.parametrize("output", ["out.png", "out.npy"])
+def test_results_of_different_sizes_need_a_folder(output: str, free_path: Path, photos: Path, tmp_path: Path) -> None:
+    message = "results of different sizes go into a folder"
+    refused(message, "reconstruct", free_path, photos, "--pad", "--output", tmp_path / output)
+    assert not (tmp_path / output).exists()
+
+
+def test_one_photograph_becomes_one_picture_without_a_frame(free_path: Path, photos: Path, tmp_path: Path) -> None:
+    save_png(tmp_path / "large.png", noise(66, 80))
+    assert run("encode", free_path, tmp_path / "large.png", "--output", tmp_path / "z.npz").exit_code == 0
+    for suffix in (".png", ".jpg", ".webp"):
+        assert run("decode", free_path, tmp_path / "z.npz", "--output", tmp_path / f"back{suffix}").exit_code == 0
+        assert picture_size(tmp_path / f"back{suffix}") == (66, 80)
+    arguments = ("reconstruct", free_path, tmp_path / "large.png", "--format", "webp", "--output", tmp_path / "folder")
+    assert run(*arguments).exit_code == 0
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["large.webp"]
+    refused("--format is 'webp' with the output", *arguments[:-1], tmp_path / "x.png")
+
+
+def test_reconstruct_shows_the_original_uncropped_beside_it(free_path: Path, photos: Path, tmp_path: Path) -> None:
+    assert run("reconstruct", free_path, photos / "c.jpg", "--pad", "--output", tmp_path / "o.npy").exit_code == 0
+    assert np.load(tmp_path / "o.npy").shape == (1, 3, 17, 22)
+    assert run("reconstruct", free_path, photos / "c.jpg", "--pad", "--output", tmp_path / "o.png").exit_code == 0
+
+
+def test_samples_of_a_size(vae: VAE, free_path: Path, tmp_path: Path) -> None:
+    assert run("sample", free_path, "-n", 3, "--size", "8x20", "--output", tmp_path / "s.npy").exit_code == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "s.npy"), vae.sample(3, seed=0, size=(8, 20)))
+    refused(r"size is \(8, 7\)", "sample", free_path, "--size", "8x7", "--output", tmp_path / "t.npy")
+    refused("HEIGHTxWIDTH", "sample", free_path, "--size", "8", "--output", tmp_path / "t.npy", code=2)
+
+
+# --- 8 bits -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 5, 4), (3, 7), (1, 1, 1, 1)])
+def test_eight_bits_err_by_half_a_step_of_each_channel(shape: tuple[int, ...]) -> None:
+    z = np.random.default_rng(0).normal(0, 3, shape).astype(np.float32)
+    z[0] *= 1000
+    quantized = quantize(z)
+    assert quantized.codes.dtype == np.uint8
+    found = dequantize(quantized)
+    assert found.dtype == np.float32
+    axes = tuple(range(2, z.ndim)) or (1,)
+    step = (z.max(axes, keepdims=True) - z.min(axes, keepdims=True)) / 255
+    assert (np.abs(found - z) <= 0.5001 * step + 1e-6 * np.abs(z)).all()
+
+
+def test_constant_channels_survive_and_parts_that_do_not_belong_together_are_refused() -> None:
+    z = np.full((2, 3, 4, 4), 7.25, np.float32)
+    quantized = quantize(z)
+    np.testing.assert_array_equal(dequantize(quantized), z)
+    for change in ({"scale": quantized.scale[:1]}, {"offset": quantized.offset.astype(np.float64)}):
+        with pytest.raises(InputError, match="codes of shape"):
+            dequantize(quantized._replace(**change))
+    with pytest.raises(InputError, match="scale has dtype"):
+        dequantize(Quantized(quantized.codes, np.full((2, 3), np.nan, np.float32), quantized.offset))
+
+
+@pytest.mark.parametrize("output", ["folder", "one.npz", "one.safetensors"])
+def test_the_codec_stores_codes_and_decodes_to_what_they_stand_for(
+    output: str, vae: VAE, free_path: Path, photos: Path, tmp_path: Path
+) -> None:
+    if output.endswith("safetensors"):
+        pytest.importorskip("safetensors")
+    pictures = [photos / "a.png", photos / "b.png"]
+    assert run("encode", free_path, *pictures, "--codec", "uint8", "--output", tmp_path / output).exit_code == 0
+    assert run("decode", free_path, tmp_path / output, "--output", tmp_path / "back.npy").exit_code == 0
+    mean = vae.encode(np.stack([read_picture(path, FREE) for path in pictures])).mean
+    expected = vae.decode(dequantize(quantize(mean)))
+    np.testing.assert_allclose(np.load(tmp_path / "back.npy"), expected, atol=1e-6)
+    assert np.abs(expected - vae.decode(mean)).max() > 1e-4  # it is not the mean itself
+    if output == "one.npz":
+        with np.load(tmp_path / output) as found:
+            assert sorted(found.files) == ["codes", "decoder", "names", "offset", "scale", "size"]
+            assert found["codes"].dtype == np.uint8
+            assert found["size"].tolist() == [30, 40]
+
+
+def test_info_tells_what_the_codec_costs(free_path: Path, tmp_path: Path, resign: Any) -> None:
+    copy = Path(shutil.copytree(free_path, tmp_path / "copy.vae"))
+    cost = {"bits_per_pixel": 4.01, "psnr_db": 29.9, "psnr_lost_db": 0.1, "examples": 64}
+    resign(copy, lambda data: data.update(latent_codecs={"uint8": cost}))
+    said = run("info", copy).stdout
+    assert "in uint8: 4.01 bits per pixel, costs 0.1 dB of 30.00 dB PSNR on 64 examples" in said
+    assert json.loads(run("info", copy, "--json").stdout)["manifest"]["latent_codecs"]["uint8"] == cost
+    resign(copy, lambda data: data.update(latent_codecs={"uint8": {**cost, "psnr_db": "much"}}))
+    refused("latent_codecs.uint8.psnr_db is 'much'; expected a finite number", "info", copy)
+
+
+# --- latents that do not belong here ----------------------------------------------------------------------------------
+
+
+def test_latents_of_another_model_are_refused(free_path: Path, photos: Path, tmp_path: Path) -> None:
+    assert run("encode", free_path, photos / "a.png", "--output", tmp_path / "z.npz").exit_code == 0
+    with np.load(tmp_path / "z.npz") as found:
+        arrays = dict(found)
+    np.savez(tmp_path / "other.npz", **{**arrays, "decoder": np.array("0" * 64)})
+    refused(
+        r"other\.npz holds latents of another model than tiny-free",
+        "decode", free_path, tmp_path / "other.npz", "--output", tmp_path / "o.png",
+    )  # fmt: skip
+    np.savez(tmp_path / "plain.npz", mean=arrays["mean"])  # from elsewhere: nothing is known, and nothing refused
+    assert run("decode", free_path, tmp_path / "plain.npz", "--output", tmp_path / "o.npy").exit_code == 0
+
+
+def test_bad_files_of_latents_are_named(free_path: Path, tmp_path: Path) -> None:
+    mean = np.zeros((1, 2, 4, 4), np.float32)
+    (tmp_path / "empty").mkdir()
+    np.savez(tmp_path / "codes.npz", codes=mean.astype(np.uint8))
+    np.savez(tmp_path / "size.npz", mean=mean, size=np.array([1, 2, 3]))
+    np.savez(tmp_path / "large.npz", mean=mean, size=np.array([9, 8]))
+    (tmp_path / "text.safetensors").write_text("no such thing")
+    cases = {
+        "empty": "empty holds no files of latents",
+        "codes.npz": "codes.npz holds codes without their scale and offset",
+        "size.npz": r"size.npz has the size \[1, 2, 3\]; expected height and width",
+        "large.npz": r"size is \(9, 8\); these latents are of images of \(8, 8\)",
+        "none.npz": "none.npz does not exist",
+    }
+    if importlib.util.find_spec("safetensors"):
+        cases["text.safetensors"] = "text.safetensors cannot be read as .safetensors"
+    for name, message in cases.items():
+        refused(message, "decode", free_path, tmp_path / name, "--output", tmp_path / "o.npy")
+    assert not (tmp_path / "o.npy").exists()
+
+
+def test_bundles_of_one_size_also_write_folders_of_latents(tiny: VAE, tiny_path: Path, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8), np.uint8)
+    np.save(tmp_path / "x.npy", images)
+    assert run("encode", tiny_path, tmp_path / "x.npy", "--codec", "uint8", "--output", tmp_path / "z").exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "z").iterdir()) == [f"00000{n}.npz" for n in range(3)]
+    assert run("decode", tiny_path, tmp_path / "z", "--output", tmp_path / "back.npy").exit_code == 0
+    assert np.abs(np.load(tmp_path / "back.npy") - tiny.reconstruct(images)).max() < 0.01
+    refused("--pad is for bundles", "encode", tiny_path, tmp_path / "x.npy", "--pad", "--output", tmp_path / "y")
+
+
+def test_a_real_photograph(vae: VAE, free_path: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("sklearn.datasets")
+    photograph = datasets.load_sample_image("china.jpg")[::2, ::2]
+    save_png(tmp_path / "china.png", photograph)
+    assert photograph.shape == (214, 320, 3)
+    assert run("encode", free_path, tmp_path / "china.png", "--output", tmp_path / "z").exit_code == 0
+    assert run("decode", free_path, tmp_path / "z", "--output", tmp_path / "back").exit_code == 0
+    found = read_picture(tmp_path / "back" / "china.png", FREE)
+    np.testing.assert_array_equal(found, to_uint8(vae.reconstruct(photograph[None]))[0])

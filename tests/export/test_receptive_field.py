@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from vae_export.receptive_field import ReceptiveField, receptive_fields, widest
 
-SIZE = 48  # positions on each side of the inputs that measure
+SIZE, OTHER = 48, 24  # positions along the side that is measured, and along the other
 CHANNELS = 2
 
 
@@ -177,7 +177,7 @@ BOUNDED: dict[str, Callable[[Network], Network]] = {
 
 def measure(session: onnxruntime.InferenceSession, side: int) -> tuple[int, int, int, Fraction]:
     """Context before and after and size of the field along height (2) or width (3), by changing one row or column."""
-    inputs = np.zeros((SIZE, CHANNELS, SIZE, SIZE), np.float32)
+    inputs = np.zeros((SIZE, CHANNELS, *((SIZE, OTHER) if side == 2 else (OTHER, SIZE))), np.float32)
     for position in range(SIZE):
         inputs[(position, slice(None), *([position, slice(None)] if side == 2 else [slice(None), position]))] = 1
     output = session.run(None, {"x": inputs})[0]

@@ -175,3 +175,29 @@ def test_tiling_is_written_as_it_is_read(free_path: Path) -> None:
     tiling = Tiling(HalfTiling(7, 2, 1e-7, 12), HalfTiling(None, None, 0.5, 16, "Softmax"))
     again = Manifest.from_json(manifest._replace(tiling=tiling).to_json())
     assert again.tiling == tiling
+
+
+MEMORY = """
+import sys
+import numpy as np
+from vae_runtime import VAE
+
+def peak():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+with VAE.load(sys.argv[1], threads=1) as vae:
+    window = np.zeros((1, 2, 128, 128), np.float32)
+    for _ in range(3):
+        vae.decode(window)
+    before = peak()
+    images = vae.decode(np.zeros((1, 2, 768, 768), np.float32), **eval(sys.argv[2]))
+    print(peak() - before - images.nbytes)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the peak memory of a process")
+def test_memory_does_not_grow_with_the_image(free_path: Path, tmp_path: Path, python: Callable) -> None:
+    path = with_tiling(tmp_path, free_path, EXACT)
+    tiled, whole = (int(python(MEMORY, path, arguments).stdout) for arguments in ("dict(tile=256)", "dict()"))
+    assert tiled < 8 * 2**20  # bytes, the latents' 4.5 MiB among them
+    assert whole > 3 * tiled

@@ -201,3 +201,10 @@ def test_memory_does_not_grow_with_the_image(free_path: Path, tmp_path: Path, py
     tiled, whole = (int(python(MEMORY, path, arguments).stdout) for arguments in ("dict(tile=256)", "dict()"))
     assert tiled < 8 * 2**20  # bytes, the latents' 4.5 MiB among them
     assert whole > 3 * tiled
+
+
+@pytest.mark.filterwarnings("ignore::vae_runtime.ApproximateTilingWarning")
+def test_blended_images_that_are_all_white_stay_within_one(wide: VAE) -> None:
+    latents = np.random.default_rng(3).choice(np.float32([-1e4, 1e4]), (1, 2, 60, 60))
+    images = [wide.decode(latents, tile=tile) for tile in (14, 22, 26, 38)]
+    assert all(image.max() == 1 for image in images)

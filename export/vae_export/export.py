@@ -20,6 +20,7 @@ from vae_runtime.manifest import (
     COLOURS,
     INPUT,
     KINDS,
+    LOGVAR,
     MEAN,
     RECONSTRUCTION,
     Golden,
@@ -39,6 +40,7 @@ from .graphs import DecoderGraph, EncoderGraph
 from .imported import Halves, Imported
 from .judge import CODEC_EXAMPLES, Judge
 from .quality import Budget
+from .tiling import find_tiling
 from .verify import Reference, latent_pattern, verify
 from .wanted import Made, Wanted, check_wanted
 
@@ -286,6 +288,7 @@ def _export(
     fidelity = verify(graphs, halves, x, spec, tolerance)
     prior = {"type": "standard_normal"} if halves.kind == "vae" else None
     latent = LatentSpec(latent_pattern(spec, latents.shape[1:]), prior)
+    names = (MEAN, LOGVAR) if halves.kind == "vae" else (MEAN,)
     golden_values = _golden_values(halves, golden, spec)
     made = Made()
     if wanted.names:
@@ -309,6 +312,7 @@ def _export(
         budget=wanted.budget.to_dict(),
         refused={**made.refused, **(refused or {})},
         origin=origin or {},
+        tiling=find_tiling(graphs, spec, x[:1], dict.fromkeys(names, latents)) if spec.is_free else None,
         latent_codecs=codecs,
     )
     files = {"encoder.onnx": graphs[0], "decoder.onnx": graphs[1], **made.graphs}

@@ -17,6 +17,7 @@ _os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 from .device_array import DeviceArray
 from .errors import (
+    ApproximateTilingWarning,
     BundleError,
     CheckpointError,
     ClosedError,
@@ -38,6 +39,7 @@ from .version import __version__
 
 __all__ = [
     "VAE",
+    "ApproximateTilingWarning",
     "BundleError",
     "CheckpointError",
     "ClosedError",

@@ -13,7 +13,8 @@
     ├── ClosedError       a VAE used after close(), or in a process forked after it was loaded
     └── MissingExtraError an optional dependency that is not installed (also an ImportError)
 
-A message is one sentence that gives the name, the value and the rule.
+A message is one sentence that gives the name, the value and the rule. One warning, `ApproximateTilingWarning`, is no
+error: the result is there, and not exact.
 """
 
 from __future__ import annotations
@@ -61,6 +62,11 @@ class OutputError(VAEError):
 
 class ClosedError(VAEError):
     """A `VAE` was used after `close()`, or in a child process forked after it was loaded."""
+
+
+class ApproximateTilingWarning(UserWarning):
+    """A large image was computed in overlapping parts by a network that looks at the whole image: the result differs
+    from that of the whole."""
 
 
 class MissingExtraError(VAEError, ImportError):

@@ -235,6 +235,65 @@ class Golden(NamedTuple):
         return {"file": self.file, "source": self.source, "tolerance": dict(self.tolerance)}
 
 
+class HalfTiling(NamedTuple):
+    """How far one half looks, and so how a large image can be computed window by window (`vae_runtime.tiling`).
+
+    receptive_field: positions of that half's input (pixels to encode, cells of the latent grid to decode) that one
+        output position depends on, along the longer side; None: all.
+    context: cells of the latent grid, for both halves, that a window has around what is taken from it, so that the
+        result is exact; None: windows are blended, and the result is an approximation.
+    max_error: max|Δ| between tiled and untiled that the export measured, relative to max|reference| for latents, to
+        [0, 1] for images. tile: the side of its windows, in pixels.
+    reason: why there is no context; mostly the operator that looks at all positions.
+    """
+
+    receptive_field: int | None
+    context: int | None
+    max_error: float
+    tile: int
+    reason: str | None = None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], half: str) -> HalfTiling:
+        counts: dict[str, int | None] = {}
+        for key in ("receptive_field", "context"):
+            value = counts[key] = data.get(key)
+            if value is not None and (not _is_count(value) or value >= MAX_ELEMENTS):
+                raise BundleError(f"tiling.{half}.{key} is {value!r}; expected a whole number or null")
+        error, tile, reason = _number(data, f"tiling.{half}.max_error"), data.get("tile"), data.get("reason")
+        if error < 0:
+            raise BundleError(f"tiling.{half}.max_error is {error}; an error is 0 or more")
+        if not _is_count(tile) or tile < 1:
+            raise BundleError(f"tiling.{half}.tile is {tile!r}; expected a whole number from 1")
+        if reason is not None and not isinstance(reason, str):
+            raise BundleError(f"tiling.{half}.reason is {reason!r}; expected a string")
+        return cls(counts["receptive_field"], counts["context"], error, tile, reason)
+
+    def to_dict(self) -> dict[str, Any]:
+        data: dict[str, Any] = {"receptive_field": self.receptive_field, "context": self.context}
+        data |= {"max_error": self.max_error, "tile": self.tile}
+        if self.reason is not None:
+            data["reason"] = self.reason
+        return data
+
+
+class Tiling(NamedTuple):
+    """Both halves of a bundle with free height and width."""
+
+    encoder: HalfTiling
+    decoder: HalfTiling
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Tiling:
+        encoder, decoder = (
+            HalfTiling.from_dict(_mapping(data, f"tiling.{half}"), half) for half in ("encoder", "decoder")
+        )
+        return cls(encoder, decoder)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"encoder": self.encoder.to_dict(), "decoder": self.decoder.to_dict()}
+
+
 class Manifest(NamedTuple):
     """Everything `manifest.json` says about a bundle; the fields carry the format's own names.
 
@@ -243,6 +302,7 @@ class Manifest(NamedTuple):
     refused: precisions that were asked for at export and are not there, by name: the `reason`, and the `quality` that
         was measured, as in `Precision`.
     origin: of a model from elsewhere, what it was: `library`, its `version`, `class`, ...
+    tiling: where height and width are free, how large images are computed in parts; None in a bundle that does not say.
     latent_codecs: by codec, what it costs: `bits_per_pixel`, and the reconstruction's `psnr_db` and `psnr_lost_db` on
         so many `examples`.
     """
@@ -261,6 +321,7 @@ class Manifest(NamedTuple):
     budget: Mapping[str, float] | None = None
     refused: Mapping[str, Mapping[str, Any]] = _NONE
     origin: Mapping[str, Any] = _NONE
+    tiling: Tiling | None = None
     latent_codecs: Mapping[str, Mapping[str, float]] = _NONE
 
     def latent_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -325,6 +386,7 @@ class Manifest(NamedTuple):
             budget=_budget(_mapping(data, "budget")) if "budget" in data else None,
             refused={key: _refusal(_mapping(refused, f"refused.{key}", key), key) for key in refused},
             origin=dict(_mapping(data, "origin")) if "origin" in data else {},
+            tiling=Tiling.from_dict(_mapping(data, "tiling")) if "tiling" in data else None,
             latent_codecs={key: _codec_cost(_mapping(codecs, f"latent_codecs.{key}", key), key) for key in codecs},
         )
         manifest._check_references()
@@ -372,6 +434,8 @@ class Manifest(NamedTuple):
             data["refused"] = {key: dict(refusal) for key, refusal in self.refused.items()}
         if self.origin:
             data["origin"] = dict(self.origin)
+        if self.tiling is not None:
+            data["tiling"] = self.tiling.to_dict()
         if self.latent_codecs:
             data["latent_codecs"] = {key: dict(cost) for key, cost in self.latent_codecs.items()}
         return data

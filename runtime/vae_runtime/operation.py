@@ -115,6 +115,10 @@ class Operation:
             self._prepare(checked.shape)
         return results
 
+    def check(self, array: Any) -> Float32:
+        """What the caller passed as the graph takes it. Raises `InputError`."""
+        return self._check(array)
+
     def _prepare(self, shape: tuple[int, ...]) -> None:
         """Have one more call of this shape ready: this one found none, or was odd."""
         route, free = self.route(shape[0]), self._free.get(shape)

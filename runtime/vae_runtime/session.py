@@ -46,6 +46,7 @@ class GraphSession:
         pools: OpenVINO takes `threads` too, and none takes `spinning`.
     fixed: the only shape of input that it takes, and is made for, with the batch; None takes any.
     bundle: the digest of the bundle that the graph is from; by it a device keeps what it builds for the graph.
+    any_size: height and width are free, and so may be large.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class GraphSession:
         spinning: bool | None = None,
         fixed: tuple[int, ...] | None = None,
         bundle: str = "",
+        any_size: bool = False,
     ) -> None:
         check_graph(model, file)
         self.file = file
@@ -66,7 +68,7 @@ class GraphSession:
         self.fixed = fixed
         self.bundle = bundle
         self._process = os.getpid()
-        self._session = _open(model, file, device, threads, spinning, fixed, bundle)
+        self._session = _open(model, file, device, threads, spinning, fixed, bundle, any_size)
         self.inherited = False  # through a fork
         # A CUDA graph reads and writes the addresses that it was captured with, whatever a later run is given; and
         # onnxruntime keeps one per thread, so that another thread's first call would capture anew.
@@ -256,11 +258,14 @@ def _open(
     spinning: bool | None,
     fixed: tuple[int, ...] | None,
     bundle: str,
+    any_size: bool,
 ) -> Any:
     onnxruntime = import_engine()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what fails is raised, not printed
     options.inter_op_num_threads = 1
+    # From the second run of a shape on it would lay out memory for that shape anew, beside what the first run took.
+    options.enable_mem_pattern = not any_size
     if threads is not None:
         options.intra_op_num_threads = threads
     if spinning is not None:

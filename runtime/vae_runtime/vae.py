@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .boundary import Boundary, decoder_boundary, encoder_boundary
+from .boundary import Boundary, check_cut, check_sides, decoder_boundary, encoder_boundary
 from .bundle import Bundle
 from .device_array import DeviceArray
 from .devices import PROVIDER_PRECISIONS, check_device_name, find_device
@@ -29,12 +29,13 @@ from .preprocess import (
     check_layout,
     describe,
     pad_images,
-    padded_size,
     require_plain_array,
     to_model_input,
 )
 from .sampling import NormalStream, check_count, check_temperature
 from .session import GraphSession, check_threads
+from .tiled import Tiler
+from .tiling import Progress
 
 # How far a precision that the manifest does not know may be from the fp32 reference in a self-test: bf16 keeps 8 bits
 # of a number, tf32 11, and errors add up over the layers.
@@ -165,7 +166,13 @@ class VAE:
                     found = find_device(candidate.device, precision, provider_options)
                     # One graph's bytes in memory at a time, and each session made from bytes that were just checked.
                     session = GraphSession(
-                        bundle.read(file), file, found, candidate.threads, candidate.spinning, None, bundle.digest
+                        bundle.read(file),
+                        file,
+                        found,
+                        candidate.threads,
+                        candidate.spinning,
+                        bundle=bundle.digest,
+                        any_size=manifest.input.is_free,
                     )
                     session.require_boundary(boundaries[operation])
                     sessions[candidate] = session
@@ -237,13 +244,25 @@ class VAE:
             for operation, one in zip(self._open_operations(), shapes, strict=True):
                 operation.warm((batch, *one), self._bundle.read)
 
-    def encode(self, inputs: Any, *, batch_size: int | None = None, pad: bool = False) -> Posterior:
+    def encode(
+        self,
+        inputs: Any,
+        *,
+        batch_size: int | None = None,
+        pad: bool = False,
+        tile: int | None = None,
+        progress: Progress | None = None,
+    ) -> Posterior:
         """Inputs -> the posterior q(z|x) of each; for a plain autoencoder, its code.
 
         inputs: images as uint8 (N, H, W) or (N, H, W, C), or float32 (N, C, H, W) in [0, 1]; vectors as float32 (N, D).
         batch_size: examples per call of the graph; None chooses by size. It bounds memory, not the result.
         pad: where height and width are free, repeat the last row and column up to the next multiple of
             `manifest.input.multiple_of`; `decode(..., size=(height, width))` cuts it off again.
+        tile: where height and width are free, go through each image in windows of this many pixels on a side, a
+            multiple of `manifest.input.multiple_of`: memory grows with the window, not with the image. Exact where
+            `manifest.tiling` has a `context`, else an approximation, with an `ApproximateTilingWarning`.
+        progress: with `tile`, called after each window with how many are done and how many there are.
 
         Raises:
             InputError: anything else; the message says what to do. ClosedError: after `close()`.
@@ -251,18 +270,31 @@ class VAE:
         operations = self._operations or self._open_operations()
         if pad:
             inputs, _ = self._padded(inputs)
+        if tile is not None or progress is not None:
+            return Posterior(*Tiler(self.manifest, operations, tile, batch_size, progress).encode(inputs))
         return Posterior(*operations[0](inputs, batch_size))
 
-    def decode(self, latents: Any, *, batch_size: int | None = None, size: tuple[int, int] | None = None) -> Float32:
+    def decode(
+        self,
+        latents: Any,
+        *,
+        batch_size: int | None = None,
+        size: tuple[int, int] | None = None,
+        tile: int | None = None,
+        progress: Progress | None = None,
+    ) -> Float32:
         """Latents, float32 (N, *latent_shape) -> the mean of p(x|z), float32 (N, C, H, W) in [0, 1] or (N, D).
 
         size: (height, width) of images that were padded, to which the result is cut.
+        tile, progress: as in `encode`; the windows are this many pixels of the result.
 
         Raises:
             InputError: another dtype or shape, NaN or infinity; a size that these latents are not of. ClosedError:
             after `close()`.
         """
         operations = self._operations or self._open_operations()
+        if tile is not None or progress is not None:
+            return Tiler(self.manifest, operations, tile, batch_size, progress).decode(latents, size)
         images = operations[1](latents, batch_size)[0]
         return images if size is None else self._cropped(images, size)
 
@@ -318,16 +350,26 @@ class VAE:
         latents = (scale * stream.draw(min(chunk, count - start), shape) for start in range(0, count, chunk))
         return (self._open_operations()[1].run(batch, chunk, count)[0] for batch in latents)
 
-    def reconstruct(self, inputs: Any, *, batch_size: int | None = None, pad: bool = False) -> Float32:
+    def reconstruct(
+        self,
+        inputs: Any,
+        *,
+        batch_size: int | None = None,
+        pad: bool = False,
+        tile: int | None = None,
+        progress: Progress | None = None,
+    ) -> Float32:
         """Encode, take the mean, decode: float32 (N, C, H, W) in [0, 1] or (N, D). Deterministic. On a GPU the latents
-        stay in its memory. pad: as in `encode`; the result has the size of the inputs."""
+        stay in its memory. pad, tile, progress: as in `encode`; the result has the size of the inputs."""
         encoder, decoder = self._open_operations()
-        if pad:
-            inputs, size = self._padded(inputs)
-            return self._cropped(self.reconstruct(inputs, batch_size=batch_size), size)
+        inputs, size = self._padded(inputs) if pad else (inputs, None)
+        if tile is not None or progress is not None:
+            return Tiler(self.manifest, (encoder, decoder), tile, batch_size, progress).reconstruct(inputs, size)
         if self._is_on_one_gpu:
-            return encoder.then(decoder, inputs, batch_size)
-        return self.decode(self.encode(inputs, batch_size=batch_size).mode(), batch_size=batch_size)
+            images = encoder.then(decoder, inputs, batch_size)
+        else:
+            images = self.decode(self.encode(inputs, batch_size=batch_size).mode(), batch_size=batch_size)
+        return images if size is None else self._cropped(images, size)
 
     def _padded(self, inputs: Any) -> tuple[Any, tuple[int, int]]:
         """The inputs, of free height and width, up to the next multiples, and the (height, width) that they had."""
@@ -340,13 +382,7 @@ class VAE:
 
     def _cropped(self, images: Float32, size: tuple[int, int]) -> Float32:
         """What padding added cut off again."""
-        height, width = _check_sides(size)
-        multiple = self.manifest.input.multiple_of
-        if images.ndim != 4 or padded_size(height, width, multiple) != images.shape[2:]:
-            raise InputError(
-                f"size is {(height, width)}; these latents are of images of {images.shape[2:]}, or up to"
-                f" {multiple - 1} pixels less on each side"
-            )
+        height, width = check_cut(size, images.shape, self.manifest.input.multiple_of)
         return np.ascontiguousarray(images[..., :height, :width])
 
     def _input_shape(self, size: tuple[int, int] | None) -> tuple[int, ...]:
@@ -354,7 +390,7 @@ class VAE:
         spec = self.manifest.input
         if size is None:
             return spec.example_shape
-        sides = _check_sides(size)
+        sides = check_sides(size)
         if not spec.is_image or not (spec.is_free or sides == spec.shape[1:]):
             raise InputError(f"size is {sides}; {self.manifest.name} is made for inputs of {describe(spec)} alone")
         if any(side % spec.multiple_of for side in sides):
@@ -526,13 +562,6 @@ def _file_of(manifest: Manifest, operation: str, precision: str) -> tuple[str, s
 
 def _joined(names: Iterable[str]) -> str:
     return "+".join(dict.fromkeys(names))
-
-
-def _check_sides(size: Any) -> tuple[int, int]:
-    if not isinstance(size, (tuple, list)) or len(size) != 2:
-        raise InputError(f"size is {size!r}; expected (height, width)")
-    height, width = (check_count(side, "a side of size") for side in size)
-    return height, width
 
 
 def to_decoder_input(latents: Any, shape: Shape, name: str = "latents") -> Float32:

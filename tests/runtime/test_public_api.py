@@ -13,9 +13,10 @@ from vae_runtime import VAE, errors
 
 def test_exported_names_are_frozen() -> None:
     assert sorted(vae_runtime.__all__) == [
-        "BundleError", "CheckpointError", "ClosedError", "DeviceArray", "DeviceError", "DevicePosterior", "ExportError",
-        "InputError", "KindError", "Manifest", "MissingExtraError", "OutOfMemoryError", "OutputError", "Posterior",
-        "RouteTest", "SelfTest", "TrainingError", "VAE", "VAEError", "__version__", "to_uint8",
+        "ApproximateTilingWarning", "BundleError", "CheckpointError", "ClosedError", "DeviceArray", "DeviceError",
+        "DevicePosterior", "ExportError", "InputError", "KindError", "Manifest", "MissingExtraError",
+        "OutOfMemoryError", "OutputError", "Posterior", "RouteTest", "SelfTest", "TrainingError", "VAE", "VAEError",
+        "__version__", "to_uint8",
     ]  # fmt: skip
     for name in vae_runtime.__all__:
         assert hasattr(vae_runtime, name)
@@ -43,10 +44,13 @@ def test_members_of_a_vae_are_frozen() -> None:
             VAE.load,
             {"path": ..., "device": "cpu", "precision": "fp32", "threads": None, "provider_options": None},
         ),
-        (VAE.encode, {"self": ..., "inputs": ..., "batch_size": None, "pad": False}),
-        (VAE.decode, {"self": ..., "latents": ..., "batch_size": None, "size": None}),
+        (VAE.encode, {"self": ..., "inputs": ..., "batch_size": None, "pad": False, "tile": None, "progress": None}),
+        (VAE.decode, {"self": ..., "latents": ..., "batch_size": None, "size": None, "tile": None, "progress": None}),
         (VAE.sample, {"self": ..., "n": ..., "seed": None, "temperature": 1.0, "batch_size": None, "size": None}),
-        (VAE.reconstruct, {"self": ..., "inputs": ..., "batch_size": None, "pad": False}),
+        (
+            VAE.reconstruct,
+            {"self": ..., "inputs": ..., "batch_size": None, "pad": False, "tile": None, "progress": None},
+        ),
         (VAE.interpolate, {"self": ..., "a": ..., "b": ..., "steps": 8, "method": "spherical"}),
         (vae_runtime.Posterior.sample, {"self": ..., "seed": None, "temperature": 1.0}),
     ],

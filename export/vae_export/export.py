@@ -95,7 +95,7 @@ def export_checkpoint(
     return _export(
         Reference(encoder, DecoderGraph(_Half(model, "decode"), clamp=False)),
         path,
-        spec=_free_size(checkpoint.input, getattr(model.config, "multiple_of", 1)),
+        spec=_free_size(checkpoint.input, model.config.multiple_of),
         x=x,
         golden=(source, golden_inputs),
         likelihood=checkpoint.likelihood,

@@ -15,7 +15,7 @@ from vae_runtime.preprocess import Float32
 from vae_runtime.session import GraphSession
 from vae_runtime.tiling import TilePlan, run_tiled
 
-from .receptive_field import ReceptiveField, receptive_fields, widest
+from .receptive import ReceptiveField, receptive_fields, widest
 from .verify import open_graphs
 
 MAX_ERROR = 1e-5  # of what counts as exact, relative as in `HalfTiling`

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,7 @@ from .console import NEGATIVE_VERDICT, Group, engine_options, json_option, print
 from .cuda import driver_version, find_gpus
 from .devices import usable_devices
 from .engine import engine_clash, import_engine
-from .errors import DeviceError, InputError, MissingExtraError
+from .errors import ApproximateTilingWarning, DeviceError, InputError, MissingExtraError
 from .images import PICTURE_FORMATS
 from .interpolation import METHODS
 from .latent_files import FORMATS, LatentFile, decoder_digest, open_latent_sink, open_latents
@@ -40,6 +41,9 @@ inputs_argument = click.argument("inputs", nargs=-1, type=click.Path())
 golden_option = click.option("--golden", is_flag=True, help="Take the bundle's own golden inputs instead of files.")
 pad_option = click.option(
     "--pad", is_flag=True, help="Pad images of free size to the multiples that the bundle takes, and crop back."
+)
+tile_option = click.option(
+    "--tile", type=int, metavar="PIXELS", help="Go through large images in windows of this side, in bounded memory."
 )
 picture_format_option = click.option(
     "--format", "form", type=click.Choice(PICTURE_FORMATS), help="Of the pictures in a folder.  [default: png]"
@@ -134,6 +138,7 @@ def tune(bundle: str, devices: tuple[str, ...], seconds: float, as_json: bool) -
 @inputs_argument
 @golden_option
 @pad_option
+@tile_option
 @click.option(
     "--codec", type=click.Choice(CODECS), default="none", show_default=True,
     help="uint8: the mean alone, in 8 bits per value; `info` tells what that costs.",
@@ -147,6 +152,7 @@ def encode(
     inputs: tuple[str, ...],
     golden: bool,
     pad: bool,
+    tile: int | None,
     codec: str,
     form: str | None,
     output: str,
@@ -161,9 +167,9 @@ def encode(
         manifest, count, pixels = vae.manifest, len(source), 0
         shape = source.example_shape(manifest.input.multiple_of)
         with open_latent_sink(output, manifest, count, shape, codec, form, force) as sink:
-            for batch, names in _progress(source, "encoding"):
+            for batch, names, options in _progress(source, "encoding", tile):
                 images, size = _fitting(batch, manifest.input, names, pad)
-                sink.add(vae.encode(images), names, size)
+                sink.add(vae.encode(images, **options), names, size)
                 pixels += len(batch) * (size[0] * size[1] if size else 0)
     rate = f", {8 * sink.bytes_written / pixels:.2f} bits per pixel" if pixels else ""
     click.echo(f"{output}: {count} examples, {sink.bytes_written:,} bytes{rate}")
@@ -172,11 +178,14 @@ def encode(
 @main.command()
 @bundle_argument
 @click.argument("latents", type=click.Path())
+@tile_option
 @picture_format_option
 @output_option
 @force_option
 @engine_options
-def decode(bundle: str, latents: str, form: str | None, output: str, force: bool, **engine: Any) -> None:
+def decode(
+    bundle: str, latents: str, tile: int | None, form: str | None, output: str, force: bool, **engine: Any
+) -> None:
     """Decode latents from an .npy, .npz (there `z`, else `mean`) or .safetensors file, or a folder of such files."""
     with VAE.load(bundle, **engine) as vae:
         files, spec = open_latents(latents), vae.manifest.input
@@ -185,9 +194,9 @@ def decode(bundle: str, latents: str, form: str | None, output: str, force: bool
         count = sum(map(len, files))
         with sinks.open_sink(output, spec, count, force, shape=_decoded_shape(files[0], spec), form=form) as sink:
             for file in files:
-                for batch, names in _progress(file, "decoding"):
+                for batch, names, options in _progress(file, "decoding", tile):
                     z = to_decoder_input(batch, vae.manifest.latent.shape, _range(names))
-                    sink.add(vae.decode(z, size=file.size if spec.is_free else None), names)
+                    sink.add(vae.decode(z, size=file.size if spec.is_free else None, **options), names)
     _report(count, output, sink.written)
 
 
@@ -228,6 +237,7 @@ def sample(
 @inputs_argument
 @golden_option
 @pad_option
+@tile_option
 @picture_format_option
 @output_option
 @force_option
@@ -237,6 +247,7 @@ def reconstruct(
     inputs: tuple[str, ...],
     golden: bool,
     pad: bool,
+    tile: int | None,
     form: str | None,
     output: str,
     force: bool,
@@ -246,11 +257,12 @@ def reconstruct(
     with VAE.load(bundle, **engine) as vae, _inputs(vae, inputs, golden, pad) as source:
         spec = vae.manifest.input
         with sinks.open_sink(output, spec, len(source), force, shape=source.example_shape(), form=form) as sink:
-            for batch, names in _progress(source, "reconstructing"):
+            for batch, names, options in _progress(source, "reconstructing", tile):
                 images, size = _fitting(batch, spec, names, pad)
-                originals = to_model_input(images, spec, _range(names))
-                found = vae.decode(vae.encode(originals).mode(), size=size if spec.is_free else None)
-                sink.add(found, names, originals[..., : size[0], : size[1]] if size else originals)
+                pair = vae.reconstruct(images, **options), to_model_input(images, spec, _range(names))
+                height, width = size or (None, None)
+                found, originals = (one[..., :height, :width] for one in pair)
+                sink.add(found, names, originals)
     _report(len(source), output, sink.written)
 
 
@@ -332,14 +344,29 @@ def _decoded_shape(file: LatentFile, spec: InputSpec) -> tuple[int, ...]:
     return (spec.example_shape[0], *sides)
 
 
-def _progress(source: _Source | LatentFile, label: str) -> Iterator[tuple[Any, list[str]]]:
-    """Batches with their names, under a bar on stderr where that is a terminal."""
-    with click.progressbar(length=len(source), label=label, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
+def _progress(
+    source: _Source | LatentFile, label: str, tile: int | None
+) -> Iterator[tuple[Any, list[str], dict[str, Any]]]:
+    """Batches with their names, and what `VAE` is to be called with, under a bar on stderr where that is a terminal."""
+    parts = 1000  # of one example, on the bar
+    length, hidden = parts * len(source), not sys.stderr.isatty()
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        click.progressbar(length=length, label=label, file=sys.stderr, hidden=hidden) as bar,
+    ):
+        warnings.simplefilter("always", ApproximateTilingWarning)
         start = 0
         for batch in source.batches(BATCH):
-            yield batch, source.names[start : start + len(batch)]
+
+            def tell(done: int, total: int, before: int = start, count: int = len(batch)) -> None:
+                bar.update(parts * before + parts * count * done // total - bar.pos)
+
+            names = source.names[start : start + len(batch)]
+            yield batch, names, {} if tile is None else {"tile": tile, "progress": tell}
             start += len(batch)
-            bar.update(len(batch))
+            bar.update(parts * start - bar.pos)
+    for message in dict.fromkeys(str(one.message) for one in caught):
+        click.echo(f"Warning: {message}", err=True)
 
 
 def _range(names: list[str]) -> str:

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from vae_export.receptive_field import ReceptiveField, receptive_fields, widest
+from vae_export.receptive import ReceptiveField, receptive_fields, widest
 
 SIZE, OTHER = 48, 24  # positions along the side that is measured, and along the other
 CHANNELS = 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from vae_runtime.images import picture_size, read_picture
 from vae_runtime.manifest import InputSpec
 
 from .test_cli import refused, run, save_png
+from .test_tiled import EXACT, WIDE, with_tiling
 
 FREE = InputSpec("image", (3, None, None), "rgb", "exact", 2, (12, 16))
 SIZES = {"a": (30, 40), "b": (30, 40), "c": (17, 22), "d": (64, 31)}
@@ -118,6 +120,43 @@ def test_samples_of_a_size(vae: VAE, free_path: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.load(tmp_path / "s.npy"), vae.sample(3, seed=0, size=(8, 20)))
     refused(r"size is \(8, 7\)", "sample", free_path, "--size", "8x7", "--output", tmp_path / "t.npy")
     refused("HEIGHTxWIDTH", "sample", free_path, "--size", "8", "--output", tmp_path / "t.npy", code=2)
+
+
+# --- in tiles ---------------------------------------------------------------------------------------------------------
+
+
+def test_tiles_give_the_same_files(vae: VAE, free_path: Path, photos: Path, tmp_path: Path) -> None:
+    bundle = with_tiling(tmp_path, free_path, EXACT)
+    for tiles in ((), ("--tile", 12)):
+        name = f"z{len(tiles)}"
+        encoded = run("encode", bundle, photos, "--pad", *tiles, "--output", tmp_path / name)
+        assert (encoded.exit_code, encoded.stderr) == (0, "")
+        assert run("decode", bundle, tmp_path / name, *tiles, "--output", tmp_path / f"{name}-back").exit_code == 0
+        again = run("reconstruct", bundle, photos, "--pad", *tiles, "--output", tmp_path / f"{name}-again")
+        assert again.exit_code == 0, again.output
+    for file in ("a", "b", "c", "d"):
+        with np.load(tmp_path / "z0" / f"{file}.npz") as one, np.load(tmp_path / "z2" / f"{file}.npz") as other:
+            np.testing.assert_allclose(one["mean"], other["mean"], atol=1e-6)
+        pictures = [
+            read_picture(tmp_path / f"{way}" / f"{file}.png", FREE) for way in ("z0-back", "z2-back", "z2-again")
+        ]
+        assert np.ptp(np.stack(pictures).astype(int), axis=0).max() <= 1
+    refused(
+        "a multiple of 2 pixels", "encode", bundle, photos, "--pad", "--tile", 13, "--output", tmp_path / "bad",
+    )  # fmt: skip
+    refused(
+        "does not say how its images can be tiled",
+        "encode", free_path, photos / "a.png", "--tile", 12, "--output", tmp_path / "bad",
+    )  # fmt: skip
+
+
+def test_approximate_tiles_are_said_to_be_so_once(free_path: Path, photos: Path, tmp_path: Path) -> None:
+    bundle = with_tiling(tmp_path, free_path, WIDE)
+    result = run("encode", bundle, photos, "--pad", "--tile", 12, "--output", tmp_path / "z")
+    assert result.exit_code == 0
+    assert re.fullmatch(
+        r"Warning: encode with tiles is an approximation for tiny-free \(Softmax\);[^\n]*\n", result.stderr
+    )
 
 
 # --- 8 bits -----------------------------------------------------------------------------------------------------------

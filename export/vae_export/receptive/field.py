@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import onnx
 
-from .axis_maps import UnknownMapError
-from .spatial_axis import Axis
-from .spatial_walk import Grid, Walk
+from .axis import Axis
+from .maps import UnknownMapError
+from .walk import Grid, Walk
 
 
 class ReceptiveField(NamedTuple):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 
-from .axis_maps import SAME, AxisMap
-from .shape_values import Length
+from .maps import SAME, AxisMap
+from .shapes import Length
 
 
 class Axis:

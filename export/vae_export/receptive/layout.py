@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-from .axis_maps import spread, window
-from .shape_values import Length, Value
-from .spatial_axis import Axis
+from .axis import Axis
+from .maps import spread, window
+from .shapes import Length, Value
 
 Axes = tuple[Axis | int | None, ...]
 

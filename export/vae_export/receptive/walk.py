@@ -11,10 +11,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from .axis_maps import AxisMap, UnknownMapError, convolution, resize, spread, transposed, window
-from .shape_values import Length, Value, Values, constant_values, evaluate, sliced
-from .spatial_axis import Axis
-from .spatial_layout import reshaped
+from .axis import Axis
+from .layout import reshaped
+from .maps import AxisMap, UnknownMapError, convolution, resize, spread, transposed, window
+from .shapes import Length, Value, Values, constant_values, evaluate, sliced
 
 
 class Grid(NamedTuple):

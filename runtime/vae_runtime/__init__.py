@@ -34,7 +34,8 @@ from .errors import (
 from .manifest import Manifest
 from .posterior import Posterior
 from .preprocess import to_uint8
-from .vae import VAE, DevicePosterior, RouteTest, SelfTest
+from .selftest import RouteTest, SelfTest
+from .vae import VAE, DevicePosterior
 from .version import __version__
 
 __all__ = [

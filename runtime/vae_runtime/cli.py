@@ -22,13 +22,14 @@ from .errors import ApproximateTilingWarning, DeviceError, InputError, MissingEx
 from .images import PICTURE_FORMATS
 from .interpolation import METHODS
 from .latent_files import FORMATS, LatentFile, decoder_digest, open_latent_sink, open_latents
+from .latents import check_latent_layout, to_decoder_input
 from .manifest import INPUT, InputSpec, Manifest
 from .preprocess import check_layout, check_range, describe, image_size, pad_images, to_model_input
 from .tune import DEFAULT_SECONDS
 from .tune import describe as describe_candidate
 from .tune import tune as run_tune
 from .tuning import OPERATIONS, Measured, choose
-from .vae import VAE, check_latent_layout, to_decoder_input
+from .vae import VAE
 from .version import __version__
 
 BATCH = 64

@@ -10,76 +10,29 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .boundary import Boundary, check_cut, check_sides, decoder_boundary, encoder_boundary
+from .boundary import check_cut, check_sides
 from .bundle import Bundle
 from .device_array import DeviceArray
-from .devices import PROVIDER_PRECISIONS, check_device_name, find_device
+from .devices import check_device_name
 from .engine import engine_clash
-from .errors import ClosedError, DeviceError, InputError, KindError
-from .fidelity import golden_error
+from .errors import ClosedError, InputError, KindError
 from .interpolation import interpolate_latents
-from .manifest import INPUT, LATENT, LOGVAR, MEAN, PRECISIONS, RECONSTRUCTION, Manifest, Shape
-from .operation import Candidate, Operation, Route
+from .manifest import Manifest
+from .operation import Candidate, Operation
+from .plan import Plan, check_precision, open_halves, same_plan, tuned_plan
 from .posterior import Posterior
 from .preprocess import (
-    FINITE,
-    UNIT_INTERVAL,
     Float32,
-    as_graph_input,
     check_layout,
     describe,
     pad_images,
     require_plain_array,
-    to_model_input,
 )
 from .sampling import NormalStream, check_count, check_temperature
-from .session import GraphSession, check_threads
+from .selftest import SelfTest, run_routes
+from .session import check_threads
 from .tiled import Tiler
 from .tiling import Progress
-
-# How far a precision that the manifest does not know may be from the fp32 reference in a self-test: bf16 keeps 8 bits
-# of a number, tf32 11, and errors add up over the layers.
-_PROVIDER_TOLERANCE = {"bf16": 5e-2, "tf32": 2e-3}
-
-
-class RouteTest(NamedTuple):
-    """How one entry of `VAE.plan` came through: operation, device and precision as there.
-
-    errors: by tensor, as `vae_runtime.fidelity.golden_error` measures them. tolerance: what they were held against.
-    """
-
-    operation: str
-    device: str
-    precision: str
-    tolerance: float
-    errors: dict[str, float]
-
-    @property
-    def passed(self) -> bool:
-        return all(error <= self.tolerance for error in self.errors.values())  # False for NaN
-
-
-class SelfTest(NamedTuple):
-    """The outcome of `VAE.selftest`: of every route by itself; together, the largest error by tensor, and the largest
-    tolerance."""
-
-    device: str
-    precision: str
-    routes: tuple[RouteTest, ...]
-
-    @property
-    def passed(self) -> bool:
-        return all(route.passed for route in self.routes)
-
-    @property
-    def errors(self) -> dict[str, float]:
-        pairs = [pair for route in self.routes for pair in route.errors.items()]
-        # NaN is the largest of all.
-        return {name: float(np.max([error for other, error in pairs if other == name])) for name, _ in pairs}
-
-    @property
-    def tolerance(self) -> float:
-        return max(route.tolerance for route in self.routes)
 
 
 class DevicePosterior(NamedTuple):
@@ -136,64 +89,21 @@ class VAE:
         if (clash := engine_clash()) is not None:
             warnings.warn(clash, RuntimeWarning, stacklevel=2)
         bundle = Bundle.open(path)
-        _check_precision(precision, bundle.manifest)
+        check_precision(precision, bundle.manifest)
         if "auto" in (device, precision):
-            plan = _tuned_plan(bundle, device, precision, threads, provider_options)
+            plan = tuned_plan(bundle, device, precision, threads, provider_options)
         else:
-            plan = _same_plan(Candidate(device, precision, threads))
+            plan = same_plan(Candidate(device, precision, threads))
         return cls._open(bundle, plan, provider_options)
 
     @classmethod
-    def _open(cls, bundle: Bundle, plan: _Plan, provider_options: Mapping[str, str] | None = None) -> VAE:
+    def _open(cls, bundle: Bundle, plan: Plan, provider_options: Mapping[str, str] | None = None) -> VAE:
         """Open what `plan` says, each session once, however many batch ranges share it."""
-        manifest = bundle.manifest
-        boundaries = {
-            "encode": encoder_boundary(manifest.kind, manifest.input, manifest.latent.shape),
-            "decode": decoder_boundary(manifest.input, manifest.latent.shape),
-        }
-
-        opened = {_file_of(manifest, name, candidate.precision)[0] for name in plan for _, candidate in plan[name]}
-        for file in sorted(manifest.files.keys() - opened):
-            bundle.verify(file)
-
-        def open_routes(operation: str) -> list[Route]:
-            sessions: dict[Candidate, GraphSession] = {}
-            routes: list[Route] = []
-            for from_batch, asked in plan[operation]:
-                file, precision = _file_of(manifest, operation, asked.precision)
-                candidate = asked._replace(precision=precision)
-                if candidate not in sessions:
-                    found = find_device(candidate.device, precision, provider_options)
-                    # One graph's bytes in memory at a time, and each session made from bytes that were just checked.
-                    session = GraphSession(
-                        bundle.read(file),
-                        file,
-                        found,
-                        candidate.threads,
-                        candidate.spinning,
-                        bundle=bundle.digest,
-                        any_size=manifest.input.is_free,
-                    )
-                    session.require_boundary(boundaries[operation])
-                    sessions[candidate] = session
-                if not routes or routes[-1].any_batch is not sessions[candidate]:
-                    routes.append(Route(from_batch, sessions[candidate], precision))
-            return routes
-
+        encoder, decoder = open_halves(bundle, plan, provider_options)
         return cls(
             bundle,
-            Operation(
-                boundaries["encode"],
-                lambda array: to_model_input(array, manifest.input, "images" if manifest.input.is_image else "vectors"),
-                UNIT_INTERVAL if manifest.input.is_image else FINITE,
-                open_routes("encode"),
-            ),
-            Operation(
-                boundaries["decode"],
-                lambda array: to_decoder_input(array, manifest.latent.shape),
-                FINITE,
-                open_routes("decode"),
-            ),
+            encoder,
+            decoder,
             _joined(candidate.precision for routes in plan.values() for _, candidate in routes),
         )
 
@@ -448,33 +358,8 @@ class VAE:
             ClosedError: after `close()`.
         """
         encoder, decoder = self._open_operations()
-        golden = self._bundle.golden()
-        outputs = [MEAN, LOGVAR] if LOGVAR in golden else [MEAN]
-        return SelfTest(
-            self.device,
-            self._precision,
-            (
-                *self._test_routes("encode", encoder, golden[INPUT], outputs, golden),
-                *self._test_routes("decode", decoder, golden[MEAN], [RECONSTRUCTION], golden),
-            ),
-        )
-
-    def _test_routes(
-        self, name: str, operation: Operation, inputs: Float32, outputs: list[str], golden: dict[str, Float32]
-    ) -> Iterator[RouteTest]:
-        tolerances = {**_PROVIDER_TOLERANCE, **self.manifest.golden.tolerance}
-        for route, found in operation.run_each(inputs):
-            if route.precision not in tolerances:
-                raise DeviceError(
-                    f"the bundle states no golden tolerance for {route.precision}; it has"
-                    f" {', '.join(sorted(self.manifest.golden.tolerance))}"
-                )
-            errors = {
-                tensor: golden_error(tensor, array, golden, route.precision, self.manifest.input.is_image)
-                for tensor, array in zip(outputs, found, strict=True)
-            }
-            device = route.any_batch.device.name
-            yield RouteTest(name, device, route.precision, tolerances[route.precision], errors)
+        routes = run_routes(self.manifest, encoder, decoder, self._bundle.golden())
+        return SelfTest(self.device, self._precision, routes)
 
     def golden(self) -> dict[str, Float32]:
         """The bundle's golden inputs `x` with the reference's `mean`, `logvar` and `reconstruction`, new arrays."""
@@ -504,84 +389,5 @@ class VAE:
         return self._operations
 
 
-_Plan = Mapping[str, list[tuple[int, Candidate]]]
-
-
-def _same_plan(candidate: Candidate) -> _Plan:
-    return {"encode": [(1, candidate)], "decode": [(1, candidate)]}
-
-
-def _tuned_plan(
-    bundle: Bundle, device: str, precision: str, threads: int | None, options: Mapping[str, str] | None
-) -> _Plan:
-    """What was measured fastest; where nothing was, or it is not to be had any more, the stated rules."""
-    from .tuning import choose, read_tuning  # late: only "auto" needs it
-
-    by_rule = Candidate(
-        find_device(device, precision, options).name, "fp32" if precision == "auto" else precision, threads
-    )
-    measured = [] if options else [one for one in read_tuning(bundle.digest) if _can_run(bundle, one.candidate)]
-    plan = {
-        name: choose(measured, name, by_rule.device if device != "auto" else device, precision, threads)
-        for name in ("encode", "decode")
-    }
-    return plan if all(plan.values()) else _same_plan(by_rule)
-
-
-def _can_run(bundle: Bundle, candidate: Candidate) -> bool:
-    if candidate.precision not in {*bundle.manifest.precisions, *PROVIDER_PRECISIONS}:
-        return False
-    try:
-        find_device(candidate.device, candidate.precision)
-    except (DeviceError, InputError):
-        return False
-    return True
-
-
-def _check_precision(asked: Any, manifest: Manifest) -> None:
-    if not isinstance(asked, str) or asked not in (*PRECISIONS, *PROVIDER_PRECISIONS, "auto"):
-        raise InputError(
-            f"precision is {asked!r}; expected one of {', '.join((*PRECISIONS, *PROVIDER_PRECISIONS, 'auto'))}"
-        )
-    if asked in PRECISIONS and asked not in manifest.precisions:
-        raise DeviceError(
-            f"precision {asked!r} is not in {manifest.name}, which has {', '.join(sorted(manifest.precisions))}"
-        )
-
-
-def _file_of(manifest: Manifest, operation: str, precision: str) -> tuple[str, str]:
-    """The file that runs an operation in a precision, and the precision that it really has: fp32 for a half that has no
-    file of its own."""
-    if precision in PROVIDER_PRECISIONS:
-        files = manifest.precisions["fp32"]
-        return (files.encoder if operation == "encode" else files.decoder), precision
-    files, reference = manifest.precisions[precision], manifest.precisions["fp32"]
-    file, plain = (files.encoder, reference.encoder) if operation == "encode" else (files.decoder, reference.decoder)
-    return file, "fp32" if file == plain else precision
-
-
 def _joined(names: Iterable[str]) -> str:
     return "+".join(dict.fromkeys(names))
-
-
-def to_decoder_input(latents: Any, shape: Shape, name: str = "latents") -> Float32:
-    """Check latents and return them as the decoder takes them: float32 (N, *shape), finite."""
-    require_plain_array(latents, name)
-    check_latent_layout(latents, shape, name)
-    low, high = latents.min(), latents.max()
-    if not (low > -np.inf and high < np.inf):
-        raise InputError(f"{name} has {'NaN' if np.isnan(low) else 'infinite values'}; latents are finite")
-    return as_graph_input(latents)
-
-
-def check_latent_layout(latents: Any, shape: Shape, name: str) -> None:
-    """Raise `InputError` unless dtype and shape are those of latents; the values are not looked at."""
-    boundary = Boundary(LATENT, shape, {})
-    rule = f"expected {boundary.rule()} float32"
-    if latents.dtype != np.float32 or not latents.dtype.isnative:
-        order = "" if latents.dtype.isnative else " in foreign byte order"
-        raise InputError(f"{name} has dtype {latents.dtype}{order}; {rule}, convert with .astype(numpy.float32)")
-    if not boundary.accepts(latents.shape[1:]):
-        single = boundary.accepts(latents.shape)
-        hint = "; this looks like a single latent without a batch: latents[None]" if single else ""
-        raise InputError(f"{name} has shape {latents.shape}; {rule}{hint}")

@@ -167,7 +167,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def test_golden_values_that_are_missed(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vae_runtime.vae.golden_error", lambda *arguments: golden_error(*arguments) + 2e-4)
+    monkeypatch.setattr("vae_runtime.selftest.golden_error", lambda *arguments: golden_error(*arguments) + 2e-4)
     assert failed_by(checks.golden, job) == {"fp32 encode mean", "fp32 encode logvar", "fp32 decode reconstruction"}
 
 

@@ -1,0 +1,35 @@
+"""Latents as callers pass them, checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .boundary import Boundary
+from .errors import InputError
+from .manifest import LATENT, Shape
+from .preprocess import Float32, as_graph_input, require_plain_array
+
+
+def to_decoder_input(latents: Any, shape: Shape, name: str = "latents") -> Float32:
+    """Check latents and return them as the decoder takes them: float32 (N, *shape), finite."""
+    require_plain_array(latents, name)
+    check_latent_layout(latents, shape, name)
+    low, high = latents.min(), latents.max()
+    if not (low > -np.inf and high < np.inf):
+        raise InputError(f"{name} has {'NaN' if np.isnan(low) else 'infinite values'}; latents are finite")
+    return as_graph_input(latents)
+
+
+def check_latent_layout(latents: Any, shape: Shape, name: str) -> None:
+    """Raise `InputError` unless dtype and shape are those of latents; the values are not looked at."""
+    boundary = Boundary(LATENT, shape, {})
+    rule = f"expected {boundary.rule()} float32"
+    if latents.dtype != np.float32 or not latents.dtype.isnative:
+        order = "" if latents.dtype.isnative else " in foreign byte order"
+        raise InputError(f"{name} has dtype {latents.dtype}{order}; {rule}, convert with .astype(numpy.float32)")
+    if not boundary.accepts(latents.shape[1:]):
+        single = boundary.accepts(latents.shape)
+        hint = "; this looks like a single latent without a batch: latents[None]" if single else ""
+        raise InputError(f"{name} has shape {latents.shape}; {rule}{hint}")

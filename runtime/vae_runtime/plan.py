@@ -1,0 +1,129 @@
+"""Which file runs each half of a bundle, on which device and in which precision, and the sessions that do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .boundary import decoder_boundary, encoder_boundary
+from .bundle import Bundle
+from .devices import PROVIDER_PRECISIONS, find_device
+from .errors import DeviceError, InputError
+from .latents import to_decoder_input
+from .manifest import PRECISIONS, Manifest
+from .operation import Candidate, Operation, Route
+from .preprocess import FINITE, UNIT_INTERVAL, to_model_input
+from .session import GraphSession
+
+# By operation: from how many examples on which candidate runs.
+Plan = Mapping[str, list[tuple[int, Candidate]]]
+
+
+def same_plan(candidate: Candidate) -> Plan:
+    """One candidate for both halves and every batch size."""
+    return {"encode": [(1, candidate)], "decode": [(1, candidate)]}
+
+
+def tuned_plan(
+    bundle: Bundle, device: str, precision: str, threads: int | None, options: Mapping[str, str] | None
+) -> Plan:
+    """What was measured fastest; where nothing was, or it is not to be had any more, the stated rules."""
+    from .tuning import choose, read_tuning  # late: only "auto" needs it
+
+    by_rule = Candidate(
+        find_device(device, precision, options).name, "fp32" if precision == "auto" else precision, threads
+    )
+    measured = [] if options else [one for one in read_tuning(bundle.digest) if _can_run(bundle, one.candidate)]
+    plan = {
+        name: choose(measured, name, by_rule.device if device != "auto" else device, precision, threads)
+        for name in ("encode", "decode")
+    }
+    return plan if all(plan.values()) else same_plan(by_rule)
+
+
+def _can_run(bundle: Bundle, candidate: Candidate) -> bool:
+    if candidate.precision not in {*bundle.manifest.precisions, *PROVIDER_PRECISIONS}:
+        return False
+    try:
+        find_device(candidate.device, candidate.precision)
+    except (DeviceError, InputError):
+        return False
+    return True
+
+
+def check_precision(asked: Any, manifest: Manifest) -> None:
+    """Raise `InputError` for no name of a precision, `DeviceError` for one that the bundle lacks."""
+    if not isinstance(asked, str) or asked not in (*PRECISIONS, *PROVIDER_PRECISIONS, "auto"):
+        raise InputError(
+            f"precision is {asked!r}; expected one of {', '.join((*PRECISIONS, *PROVIDER_PRECISIONS, 'auto'))}"
+        )
+    if asked in PRECISIONS and asked not in manifest.precisions:
+        raise DeviceError(
+            f"precision {asked!r} is not in {manifest.name}, which has {', '.join(sorted(manifest.precisions))}"
+        )
+
+
+def _file_of(manifest: Manifest, operation: str, precision: str) -> tuple[str, str]:
+    """The file that runs an operation in a precision, and the precision that it really has: fp32 for a half that has no
+    file of its own."""
+    if precision in PROVIDER_PRECISIONS:
+        files = manifest.precisions["fp32"]
+        return (files.encoder if operation == "encode" else files.decoder), precision
+    files, reference = manifest.precisions[precision], manifest.precisions["fp32"]
+    file, plain = (files.encoder, reference.encoder) if operation == "encode" else (files.decoder, reference.decoder)
+    return file, "fp32" if file == plain else precision
+
+
+def open_halves(
+    bundle: Bundle, plan: Plan, provider_options: Mapping[str, str] | None = None
+) -> tuple[Operation, Operation]:
+    """Open what `plan` says, each session once, however many batch ranges share it; every file is checked."""
+    manifest = bundle.manifest
+    boundaries = {
+        "encode": encoder_boundary(manifest.kind, manifest.input, manifest.latent.shape),
+        "decode": decoder_boundary(manifest.input, manifest.latent.shape),
+    }
+
+    opened = {_file_of(manifest, name, candidate.precision)[0] for name in plan for _, candidate in plan[name]}
+    for file in sorted(manifest.files.keys() - opened):
+        bundle.verify(file)
+
+    def open_routes(operation: str) -> list[Route]:
+        sessions: dict[Candidate, GraphSession] = {}
+        routes: list[Route] = []
+        for from_batch, asked in plan[operation]:
+            file, precision = _file_of(manifest, operation, asked.precision)
+            candidate = asked._replace(precision=precision)
+            if candidate not in sessions:
+                found = find_device(candidate.device, precision, provider_options)
+                # One graph's bytes in memory at a time, and each session made from bytes that were just checked.
+                session = GraphSession(
+                    bundle.read(file),
+                    file,
+                    found,
+                    candidate.threads,
+                    candidate.spinning,
+                    bundle=bundle.digest,
+                    any_size=manifest.input.is_free,
+                )
+                session.require_boundary(boundaries[operation])
+                sessions[candidate] = session
+            if not routes or routes[-1].any_batch is not sessions[candidate]:
+                routes.append(Route(from_batch, sessions[candidate], precision))
+        return routes
+
+    name = "images" if manifest.input.is_image else "vectors"
+    return (
+        Operation(
+            boundaries["encode"],
+            lambda array: to_model_input(array, manifest.input, name),
+            UNIT_INTERVAL if manifest.input.is_image else FINITE,
+            open_routes("encode"),
+        ),
+        Operation(
+            boundaries["decode"],
+            lambda array: to_decoder_input(array, manifest.latent.shape),
+            FINITE,
+            open_routes("decode"),
+        ),
+    )

@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 from .errors import BundleError
+from .json_fields import MAX_ELEMENTS as MAX_ELEMENTS
+from .json_fields import Shape as Shape
+from .json_fields import holds, is_count, is_number, mapping, number, one_of, shape_of
 
 FORMAT = "vae-bundle"
 FORMAT_VERSION = 1
@@ -31,12 +33,9 @@ PRECISIONS = ("fp32", "fp16", "int8")  # those that have files of their own
 RESIZE_MODES = ("exact", "stretch", "crop")
 COLOURS = {"grey": 1, "rgb": 3}
 MAX_MANIFEST_BYTES = 16 * 2**20
-MAX_ELEMENTS = 2**31  # of one example; more is no edge model but a damaged or hostile manifest
 BINARIZE_MODES = ("none", "dynamic", "threshold")
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
-
-Shape = tuple[int | None, ...]  # without the batch; None: any size
 
 # Named tuples and not dataclasses: a frozen dataclass takes over a millisecond to make, at every start of a process.
 
@@ -77,15 +76,15 @@ class InputSpec(NamedTuple):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> InputSpec:
-        kind = _one_of(data, "input.type", ("image", "vector"))
-        shape = _shape(data, "input.shape", 3 if kind == "image" else 1)
+        kind = one_of(data, "input.type", ("image", "vector"))
+        shape = shape_of(data, "input.shape", 3 if kind == "image" else 1)
         if kind == "vector":
             return cls(kind, shape)
         multiple, size = _free_sides(data) if None in shape else (1, None)
-        resize = _one_of(data, "input.resize", RESIZE_MODES) if "resize" in data else "exact"
+        resize = one_of(data, "input.resize", RESIZE_MODES) if "resize" in data else "exact"
         if None in shape and resize != "exact":
             raise BundleError(f"input.resize is {resize!r}; pictures keep their size where input.shape leaves it free")
-        colour = _one_of(data, "input.colour", tuple(COLOURS)) if data.get("colour") is not None else None
+        colour = one_of(data, "input.colour", tuple(COLOURS)) if data.get("colour") is not None else None
         if colour is not None and COLOURS[colour] != shape[0]:
             raise BundleError(
                 f"input.colour is {colour!r}, which has {COLOURS[colour]} channels, but input.shape is {list(shape)}"
@@ -112,7 +111,7 @@ class LatentSpec(NamedTuple):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], kind: str) -> LatentSpec:
-        shape = _shape(data, "latent.shape", None)
+        shape = shape_of(data, "latent.shape", None)
         prior = data.get("prior")
         if kind == "vae" and (not isinstance(prior, Mapping) or prior.get("type") != "standard_normal"):
             raise BundleError(f"latent.prior is {prior!r}; a vae has {{'type': 'standard_normal'}}")
@@ -139,12 +138,12 @@ class Likelihood(NamedTuple):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Likelihood:
-        kind = _one_of(data, "likelihood.type", ("bernoulli", "gaussian", "laplace"))
+        kind = one_of(data, "likelihood.type", ("bernoulli", "gaussian", "laplace"))
         if kind == "bernoulli":
             return cls(
-                kind, binarize=_one_of(data, "likelihood.binarize", BINARIZE_MODES) if "binarize" in data else "none"
+                kind, binarize=one_of(data, "likelihood.binarize", BINARIZE_MODES) if "binarize" in data else "none"
             )
-        scale = _number(data, "likelihood.scale")
+        scale = number(data, "likelihood.scale")
         if not scale > 0:
             raise BundleError(f"likelihood.scale is {scale}; the scale of a density is above 0")
         return cls(kind, scale=scale)
@@ -175,7 +174,7 @@ class Precision(NamedTuple):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], name: str) -> Precision:
-        fidelity = _mapping(data, f"precisions.{name}.fidelity") if "fidelity" in data else {}
+        fidelity = mapping(data, f"precisions.{name}.fidelity") if "fidelity" in data else {}
         quality = _quality(data, f"precisions.{name}.quality")
         if name == "fp32" and not quality.get("within_budget", True):
             raise BundleError("precisions.fp32.quality.within_budget is false; fp32 is the reference of the budget")
@@ -198,7 +197,7 @@ class FileEntry(NamedTuple):
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], name: str) -> FileEntry:
         size, digest = data.get("bytes"), data.get("sha256")
-        if not _is_count(size):
+        if not is_count(size):
             raise BundleError(f"files.{name}.bytes is {size!r}; expected a whole number")
         if not isinstance(digest, str) or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
             raise BundleError(f"files.{name}.sha256 is {digest!r}; expected 64 hexadecimal digits")
@@ -221,8 +220,8 @@ class Golden(NamedTuple):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Golden:
-        given = _mapping(data, "golden.tolerance")
-        tolerance = {key: _number(given, f"golden.tolerance.{key}", key) for key in given}
+        given = mapping(data, "golden.tolerance")
+        tolerance = {key: number(given, f"golden.tolerance.{key}", key) for key in given}
         for key, value in tolerance.items():
             if not value > 0:
                 raise BundleError(f"golden.tolerance.{key} is {value}; a tolerance is above 0")
@@ -258,12 +257,12 @@ class HalfTiling(NamedTuple):
         counts: dict[str, int | None] = {}
         for key in ("receptive_field", "context"):
             value = counts[key] = data.get(key)
-            if value is not None and (not _is_count(value) or value >= MAX_ELEMENTS):
+            if value is not None and (not is_count(value) or value >= MAX_ELEMENTS):
                 raise BundleError(f"tiling.{half}.{key} is {value!r}; expected a whole number or null")
-        error, tile, reason = _number(data, f"tiling.{half}.max_error"), data.get("tile"), data.get("reason")
+        error, tile, reason = number(data, f"tiling.{half}.max_error"), data.get("tile"), data.get("reason")
         if error < 0:
             raise BundleError(f"tiling.{half}.max_error is {error}; an error is 0 or more")
-        if not _is_count(tile) or tile < 1:
+        if not is_count(tile) or tile < 1:
             raise BundleError(f"tiling.{half}.tile is {tile!r}; expected a whole number from 1")
         if reason is not None and not isinstance(reason, str):
             raise BundleError(f"tiling.{half}.reason is {reason!r}; expected a string")
@@ -286,7 +285,7 @@ class Tiling(NamedTuple):
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Tiling:
         encoder, decoder = (
-            HalfTiling.from_dict(_mapping(data, f"tiling.{half}"), half) for half in ("encoder", "decoder")
+            HalfTiling.from_dict(mapping(data, f"tiling.{half}"), half) for half in ("encoder", "decoder")
         )
         return cls(encoder, decoder)
 
@@ -357,37 +356,37 @@ class Manifest(NamedTuple):
 
     @classmethod
     def _from_dict(cls, data: Mapping[str, Any], version: int) -> Manifest:
-        kind = _one_of(data, "kind", KINDS)
+        kind = one_of(data, "kind", KINDS)
         name = data.get("name")
         if not isinstance(name, str) or not name:
             raise BundleError(f"name is {name!r}; expected a string that is not empty")
-        precisions = _mapping(data, "precisions")
-        files = _mapping(data, "files")
-        refused = _mapping(data, "refused") if "refused" in data else {}
-        codecs = _mapping(data, "latent_codecs") if "latent_codecs" in data else {}
+        precisions = mapping(data, "precisions")
+        files = mapping(data, "files")
+        refused = mapping(data, "refused") if "refused" in data else {}
+        codecs = mapping(data, "latent_codecs") if "latent_codecs" in data else {}
         manifest = cls(
             kind=kind,
             name=name,
-            input=InputSpec.from_dict(_mapping(data, "input")),
-            latent=LatentSpec.from_dict(_mapping(data, "latent"), kind),
+            input=InputSpec.from_dict(mapping(data, "input")),
+            latent=LatentSpec.from_dict(mapping(data, "latent"), kind),
             precisions={
-                key: Precision.from_dict(_mapping(precisions, f"precisions.{key}", key), key)
+                key: Precision.from_dict(mapping(precisions, f"precisions.{key}", key), key)
                 for key in precisions
                 if key in PRECISIONS
             },
-            files={key: FileEntry.from_dict(_mapping(files, f"files.{key}", key), key) for key in files},
-            golden=Golden.from_dict(_mapping(data, "golden")),
-            likelihood=Likelihood.from_dict(_mapping(data, "likelihood"))
+            files={key: FileEntry.from_dict(mapping(files, f"files.{key}", key), key) for key in files},
+            golden=Golden.from_dict(mapping(data, "golden")),
+            likelihood=Likelihood.from_dict(mapping(data, "likelihood"))
             if data.get("likelihood") is not None
             else None,
-            training=dict(_mapping(data, "training")) if "training" in data else {},
-            producer=dict(_mapping(data, "producer")) if "producer" in data else {},
+            training=dict(mapping(data, "training")) if "training" in data else {},
+            producer=dict(mapping(data, "producer")) if "producer" in data else {},
             format_version=version,
-            budget=_budget(_mapping(data, "budget")) if "budget" in data else None,
-            refused={key: _refusal(_mapping(refused, f"refused.{key}", key), key) for key in refused},
-            origin=dict(_mapping(data, "origin")) if "origin" in data else {},
-            tiling=Tiling.from_dict(_mapping(data, "tiling")) if "tiling" in data else None,
-            latent_codecs={key: _codec_cost(_mapping(codecs, f"latent_codecs.{key}", key), key) for key in codecs},
+            budget=_budget(mapping(data, "budget")) if "budget" in data else None,
+            refused={key: _refusal(mapping(refused, f"refused.{key}", key), key) for key in refused},
+            origin=dict(mapping(data, "origin")) if "origin" in data else {},
+            tiling=Tiling.from_dict(mapping(data, "tiling")) if "tiling" in data else None,
+            latent_codecs={key: _codec_cost(mapping(codecs, f"latent_codecs.{key}", key), key) for key in codecs},
         )
         manifest._check_references()
         if manifest.input.is_free != (None in manifest.latent.shape):
@@ -480,41 +479,8 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return data
 
 
-def _last(path: str) -> str:
-    return path.rsplit(".", 1)[-1]
-
-
-def _mapping(data: Mapping[str, Any], path: str, key: str | None = None) -> Mapping[str, Any]:
-    value = data.get(key if key is not None else _last(path))
-    if not isinstance(value, Mapping):
-        raise BundleError(f"{path} is {value!r}; expected a JSON object")
-    return value
-
-
-def _one_of(data: Mapping[str, Any], path: str, allowed: tuple[str, ...]) -> str:
-    value = data.get(_last(path))
-    if not isinstance(value, str) or value not in allowed:
-        raise BundleError(f"{path} is {value!r}; expected one of {', '.join(allowed)}")
-    return value
-
-
-def _number(data: Mapping[str, Any], path: str, key: str | None = None) -> float:
-    value = data.get(key if key is not None else _last(path))
-    if not _is_number(value):
-        raise BundleError(f"{path} is {value!r}; expected a finite number")
-    return float(value)
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _is_count(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
 def _budget(data: Mapping[str, Any]) -> dict[str, float]:
-    budget = {key: _number(data, f"budget.{key}") for key in ("psnr_db", "nats_per_dimension")}
+    budget = {key: number(data, f"budget.{key}") for key in ("psnr_db", "nats_per_dimension")}
     for key, value in budget.items():
         if value < 0:
             raise BundleError(f"budget.{key} is {value}; a budget is 0 or more")
@@ -529,7 +495,7 @@ def _refusal(data: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _codec_cost(data: Mapping[str, Any], name: str) -> dict[str, float]:
     keys = ("bits_per_pixel", "examples", "psnr_db", "psnr_lost_db")
-    return {key: _number(data, f"latent_codecs.{name}.{key}", key) for key in keys}
+    return {key: number(data, f"latent_codecs.{name}.{key}", key) for key in keys}
 
 
 _FIGURES = (
@@ -539,51 +505,29 @@ _FIGURES = (
 # Each may be absent. A figure is null where it is not defined, and where a refused precision's was not finite.
 _QUALITY: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "within_budget": (lambda value: isinstance(value, bool), "true or false"),
-    **dict.fromkeys(("examples", "calibration_examples"), (_is_count, "a whole number")),
-    **dict.fromkeys(_FIGURES, (lambda value: value is None or _is_number(value), "a finite number or null")),
-    "calibration": (lambda value: _holds(value, str), "an object of strings"),
-    "kept_fp32": (lambda value: _holds(value, list), "an object of lists"),
+    **dict.fromkeys(("examples", "calibration_examples"), (is_count, "a whole number")),
+    **dict.fromkeys(_FIGURES, (lambda value: value is None or is_number(value), "a finite number or null")),
+    "calibration": (lambda value: holds(value, str), "an object of strings"),
+    "kept_fp32": (lambda value: holds(value, list), "an object of lists"),
 }
 
 
 def _quality(data: Mapping[str, Any], path: str) -> dict[str, Any]:
-    quality = dict(_mapping(data, path)) if "quality" in data else {}
+    quality = dict(mapping(data, path)) if "quality" in data else {}
     for key, (fits, rule) in _QUALITY.items():
         if key in quality and not fits(quality[key]):
             raise BundleError(f"{path}.{key} is {quality[key]!r}; expected {rule}")
     return quality
 
 
-def _holds(value: Any, kind: type) -> bool:
-    return isinstance(value, dict) and all(isinstance(entry, kind) for entry in value.values())
-
-
-def _shape(data: Mapping[str, Any], path: str, rank: int | None) -> Shape:
-    value: Any = data.get(_last(path))
-    sides: Any = value
-    free: tuple[None, ...] = ()
-    if isinstance(value, list) and len(value) == 3 and value[1:] == [None, None] and rank in (3, None):
-        sides, free = value[:1], (None, None)  # (C, H, W), height and width free
-    if (
-        not isinstance(sides, list)
-        or not sides
-        or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sides)
-        or (rank is not None and len(sides) + len(free) != rank)
-    ):
-        raise BundleError(f"{path} is {value!r}; expected a list of {rank or 'one or more'} positive whole numbers")
-    if math.prod(sides) >= MAX_ELEMENTS:
-        raise BundleError(f"{path} is {value!r}, {math.prod(sides)} elements; at most {MAX_ELEMENTS - 1} are allowed")
-    return (*sides, *free)
-
-
 def _free_sides(data: Mapping[str, Any]) -> tuple[int, tuple[int, int]]:
     multiple, size = data.get("multiple_of"), data.get("default_size")
-    if not _is_count(multiple) or multiple < 1:
+    if not is_count(multiple) or multiple < 1:
         raise BundleError(f"input.multiple_of is {multiple!r}; where height and width are free, a whole number from 1")
     if (
         not isinstance(size, list)
         or len(size) != 2
-        or not all(_is_count(n) and n > 0 and n % multiple == 0 for n in size)
+        or not all(is_count(n) and n > 0 and n % multiple == 0 for n in size)
     ):
         raise BundleError(f"input.default_size is {size!r}; expected [height, width], multiples of {multiple}")
     if math.prod(size) >= MAX_ELEMENTS:
@@ -596,7 +540,7 @@ def _is_plain_name(name: str) -> bool:
 
 
 def _file_name(data: Mapping[str, Any], path: str) -> str:
-    value = data.get(_last(path))
+    value = data.get(path.rsplit(".", 1)[-1])
     if not isinstance(value, str) or not _is_plain_name(value):
         raise BundleError(f"{path} is {value!r}; expected the plain name of a file in the bundle's folder")
     return value

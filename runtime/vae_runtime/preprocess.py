@@ -83,8 +83,8 @@ def check_layout(array: NDArray[Any], spec: InputSpec, name: str) -> None:
     height, width = (side for side, wanted in zip(found, expected, strict=True) if wanted is None)
     if height % spec.multiple_of or width % spec.multiple_of:
         raise InputError(
-            f"{name} has images of {height}x{width} (height x width); expected multiples of {spec.multiple_of}, or"
-            " pad=True, which pads and crops back"
+            f"{name} has {height}x{width} pixels (height x width); expected multiples of {spec.multiple_of}, or padding"
+            " (pad=True, --pad), which is cut off again"
         )
 
 

@@ -70,7 +70,7 @@ def test_there_and_back_gives_the_reconstruction_in_the_photographs_own_size(
 
 
 def test_odd_sizes_need_pad_and_nothing_is_written_without(free_path: Path, photos: Path, tmp_path: Path) -> None:
-    message = r"c\.jpg has images of 17x22 \(height x width\); expected multiples of 2, or pad=True"
+    message = r"c\.jpg has 17x22 pixels \(height x width\); expected multiples of 2, or padding"
     refused(message, "encode", free_path, photos, "--output", tmp_path / "latents")
     refused(message, "reconstruct", free_path, photos, "--output", tmp_path / "back")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos"]

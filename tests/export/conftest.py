@@ -73,14 +73,24 @@ def checkpoints() -> dict[str, Checkpoint]:
     return {name: make_checkpoint(*case) for name, case in CASES.items()}
 
 
-@pytest.fixture(scope="session")
-def exported(checkpoints: dict[str, Checkpoint], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    from vae_export import export_checkpoint
+class Exported(dict[str, Path]):
+    """Name -> bundle, each exported when it is first asked for: few test files need them all."""
 
-    folder = tmp_path_factory.mktemp("exported")
-    for name, checkpoint in checkpoints.items():
-        export_checkpoint(checkpoint, folder / f"{name}.vae", name=name)
-    return {name: folder / f"{name}.vae" for name in checkpoints}
+    def __init__(self, checkpoints: dict[str, Checkpoint], folder: Path) -> None:
+        super().__init__()
+        self._checkpoints, self._folder = checkpoints, folder
+
+    def __missing__(self, name: str) -> Path:
+        from vae_export import export_checkpoint
+
+        self[name] = self._folder / f"{name}.vae"
+        export_checkpoint(self._checkpoints[name], self[name], name=name)
+        return self[name]
+
+
+@pytest.fixture(scope="session")
+def exported(checkpoints: dict[str, Checkpoint], tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return Exported(checkpoints, tmp_path_factory.mktemp("exported"))
 
 
 @pytest.fixture

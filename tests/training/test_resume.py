@@ -117,7 +117,7 @@ def test_killed_for_real(tmp_path: Path, uninterrupted: Path) -> None:
 # A process that has imported everything and computed nothing; its children, which have it all at once, are killed.
 KILLED = """
 import json, os, pathlib, signal, sys, time
-import sklearn.datasets
+import sklearn.datasets, torch._dynamo  # which training would import itself
 from vae_training.config import TrainConfig
 from vae_training.loop import Run, train
 

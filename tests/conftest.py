@@ -20,9 +20,22 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 INTEL = 0x8086
 
 
+LONGEST_FILES = ("test_readme.py", "test_wheel.py", "test_race_cuda.py", "test_race.py", "test_resume.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes longest comes first, so that workers that share the tests by file end together."""
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
+    """The files that take longest come first, so that workers that share the tests by file end together: the rest of
+    the tests that train, then those of benchmarks, of export and, of many short files, of the runtime."""
+    folders = ("training", "benchmarks", "export", "runtime")
+
+    def place(item: pytest.Item) -> tuple[int, int]:
+        name, folder = item.path.name, item.path.parent.name
+        return (
+            LONGEST_FILES.index(name) if name in LONGEST_FILES else len(LONGEST_FILES),
+            folders.index(folder) if folder in folders else 0,
+        )
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

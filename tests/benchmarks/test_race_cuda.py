@@ -80,7 +80,7 @@ def report(tiny: Path) -> RaceReport:
         planted("torch-reduce-overhead-cuda-fp16"),
     )
     with a_gpu():
-        return race([tiny], on_cuda(budget=4, rounds=8), competitors=field)
+        return race([tiny], on_cuda(budget=3, rounds=6), competitors=field)
 
 
 def test_everyone_is_compared_within_his_precision(report: RaceReport) -> None:
@@ -255,11 +255,14 @@ def test_the_machine_s_facts_have_the_gpu_where_it_is_asked_for(monkeypatch: pyt
 def test_no_setting_of_the_user_turns_tf32_on_or_off(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, with_gpu: None
 ) -> None:
-    for name in ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUDA_VISIBLE_DEVICES"):
+    variables = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUDA_VISIBLE_DEVICES")
+    for name in variables:
         monkeypatch.setenv(name, "1")
-        found = race([tiny], on_cuda(), competitors=(planted("ours-cuda-fp32", resident=1, variable=name),))
-        (runner,) = found.cases[0].points[0].runners
-        assert runner.configuration == ("1" if name == "CUDA_VISIBLE_DEVICES" else "0 ms")
+    names = ("ours-cuda-fp32", "torch-cuda-fp32", "onnxruntime-cuda-fp32")
+    field = (planted(one, resident=1, variable=variable) for one, variable in zip(names, variables, strict=True))
+    found = race([tiny], on_cuda(), competitors=tuple(field))
+    said = {runner.name: runner.configuration for runner in found.cases[0].points[0].runners}
+    assert said == dict(zip(names, ("0 ms", "0 ms", "1"), strict=True))
 
 
 def test_the_fastest_way_is_taken_and_the_others_are_named() -> None:

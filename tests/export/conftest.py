@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +16,25 @@ pytest.importorskip("onnxscript", reason="export needs onnxscript")
 from vae_runtime.manifest import InputSpec, Likelihood  # noqa: E402
 from vae_training.checkpoint import Checkpoint, save_checkpoint  # noqa: E402
 from vae_training.models import build_model, default_config  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_table_of_operators() -> None:
+    """Every call of torch.onnx.export builds the same table of how to translate torch's operators, which takes longer
+    than a small model does; here it is built once per process, and every export has a copy. It is torch's own table:
+    where a version of torch keeps it elsewhere, exports are slower and otherwise the same."""
+    with contextlib.suppress(ImportError, AttributeError):
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        build = functools.cache(ONNXRegistry.from_torchlib)
+
+        def from_torchlib(cls: type[ONNXRegistry], *arguments: Any, **options: Any) -> ONNXRegistry:
+            built, table = build(*arguments, **options), cls()
+            vars(table).update(vars(built))
+            table.functions = {operator: list(ways) for operator, ways in built.functions.items()}
+            return table
+
+        ONNXRegistry.from_torchlib = classmethod(from_torchlib)
 
 
 def make_checkpoint(family: str, kind: str, spec: InputSpec, likelihood: Likelihood, seed: int = 0) -> Checkpoint:
@@ -51,14 +73,24 @@ def checkpoints() -> dict[str, Checkpoint]:
     return {name: make_checkpoint(*case) for name, case in CASES.items()}
 
 
-@pytest.fixture(scope="session")
-def exported(checkpoints: dict[str, Checkpoint], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    from vae_export import export_checkpoint
+class Exported(dict[str, Path]):
+    """Name -> bundle, each exported when it is first asked for: few test files need them all."""
 
-    folder = tmp_path_factory.mktemp("exported")
-    for name, checkpoint in checkpoints.items():
-        export_checkpoint(checkpoint, folder / f"{name}.vae", name=name)
-    return {name: folder / f"{name}.vae" for name in checkpoints}
+    def __init__(self, checkpoints: dict[str, Checkpoint], folder: Path) -> None:
+        super().__init__()
+        self._checkpoints, self._folder = checkpoints, folder
+
+    def __missing__(self, name: str) -> Path:
+        from vae_export import export_checkpoint
+
+        self[name] = self._folder / f"{name}.vae"
+        export_checkpoint(self._checkpoints[name], self[name], name=name)
+        return self[name]
+
+
+@pytest.fixture(scope="session")
+def exported(checkpoints: dict[str, Checkpoint], tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return Exported(checkpoints, tmp_path_factory.mktemp("exported"))
 
 
 @pytest.fixture

@@ -265,7 +265,7 @@ for number in itertools.count(int(sys.argv[2])):
 
 def test_sigkill_at_random_moments_leaves_old_or_new_complete_and_never_half(tmp_path: Path) -> None:
     rng, seen = random.Random(2), set()
-    for kill in range(60):
+    for kill in range(40):
         process = subprocess.Popen(
             [sys.executable, "-S", "-c", REPLACER_WITHOUT_PACKAGE, str(tmp_path), str(kill * 1000)],
             stdout=subprocess.PIPE,
@@ -283,10 +283,10 @@ def test_sigkill_at_random_moments_leaves_old_or_new_complete_and_never_half(tmp
         data = (tmp_path / "file").read_bytes()
         assert data == data[:8] * 1000
         seen.add(version[:8])
-    assert len(seen) > 30
+    assert len(seen) > 20
 
 
-# The module alone, without numpy: 60 starts of an interpreter in a fraction of the time.
+# The module alone, without numpy: 40 starts of an interpreter in a fraction of the time.
 REPLACER_WITHOUT_PACKAGE = f"""
 import sys, types
 package = types.ModuleType("vae_runtime"); package.__path__ = [{str(Path(module.__file__).parent)!r}]

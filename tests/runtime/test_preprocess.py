@@ -108,7 +108,7 @@ def expected_input(spec: InputSpec, array: np.ndarray) -> np.ndarray | None:
 outcomes: dict[str, int] = {"array": 0, "refused": 0}
 
 
-@settings(quiet, max_examples=1400)
+@settings(quiet, max_examples=800)
 @given(any_array())
 def test_any_array_becomes_exactly_the_right_input_or_an_input_error(case: tuple[InputSpec, np.ndarray]) -> None:
     spec, array = case

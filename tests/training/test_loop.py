@@ -93,7 +93,7 @@ def test_vectors_with_a_learned_scale(tmp_path: Path) -> None:
         family="mlp",
         latent=2,
         widths=(32,),
-        epochs=120,
+        epochs=60,
         learning_rate=1e-2,
         batch_size=64,
     )

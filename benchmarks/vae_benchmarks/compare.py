@@ -150,7 +150,7 @@ def _differences(a: Report, b: Report) -> Iterator[str]:
         "the versions differ": ("versions", ()),
         "the bundles differ": ("bundle", ("folder",)),
         # Which rows there are shows in the rows themselves.
-        "the settings differ": ("settings", ("operations", "batches", "threads", "device", "precision")),
+        "the settings differ": ("settings", ("operations", "batches", "threads", "device", "precision", "size")),
         "the conditions of the start-up differ": ("startup", StartupReport.FIGURES),
     }
     for what, (part, ignored) in compared.items():

@@ -17,6 +17,7 @@ from vae_runtime import __version__
 from vae_runtime.bundle import Bundle
 from vae_runtime.errors import BundleError, InputError
 from vae_runtime.manifest import MANIFEST_FILE
+from vae_runtime.preprocess import describe
 
 from .children import run_worker
 from .gpu import GpuFacts
@@ -61,7 +62,7 @@ def benchmark(
     tell = progress or (lambda line: None)
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     machine = MachineFacts.read()
-    facts = _bundle_facts(Path(bundle))
+    facts = _bundle_facts(Path(bundle), settings.size)
     measured, skipped = _skip_what_cannot_run(settings, facts)
     path = str(bundle)
     tell("one start beforehand, so that the files are in the system's cache")
@@ -88,7 +89,7 @@ def benchmark(
             name: tuple(from_plain(PlannedRoute, route, "the plan") for route in routes)
             for name, routes in last["plan"].items()
         },
-        method=describe_method(facts),
+        method=describe_method(facts, settings.size),
         skipped=skipped,
         startup=_startup_report(starts, measured),
         latency=_latency_reports(workers, measured),
@@ -96,9 +97,11 @@ def benchmark(
     )
 
 
-def _bundle_facts(path: Path) -> BundleFacts:
+def _bundle_facts(path: Path, size: tuple[int, ...] | None) -> BundleFacts:
     bundle = Bundle.open(path)
     golden, manifest = bundle.golden(), bundle.manifest
+    if size is not None and (not manifest.input.is_free or any(side % manifest.input.multiple_of for side in size)):
+        raise InputError(f"size is {size}; {manifest.name} takes inputs of {describe(manifest.input)}")
     return BundleFacts(
         folder=path.resolve().name,
         name=manifest.name,
@@ -134,6 +137,7 @@ def _start_up(path: str, settings: Settings) -> dict[str, float]:
         precision=settings.precision,
         threads=settings.threads[0],
         batch=max(settings.batches),
+        size=settings.size,
     )
 
 
@@ -154,6 +158,7 @@ def _measure_round(path: str, settings: Settings, threads: int | None, number: i
         confidence=settings.confidence,
         width=settings.width / 2,  # the other half is left to the differences between rounds
         split=settings.split,
+        size=settings.size,
     )
     samples = [_samples(row) for row in answer["rows"]]
     splits = [parts and {name: _samples(part) for name, part in parts.items()} for parts in answer["splits"]]
@@ -186,10 +191,12 @@ def _startup_report(starts: list[dict[str, float]], settings: Settings) -> Start
     return StartupReport(threads=settings.threads[0], peak_batch=max(settings.batches), **figures)
 
 
-def describe_method(facts: BundleFacts) -> dict[str, str]:
-    """How the figures come about, in words, for the report."""
+def describe_method(facts: BundleFacts, size: tuple[int, ...] | None = None) -> dict[str, str]:
+    """How the figures come about, in words, for the report. size: (height, width) of the images, if it was chosen."""
+    cut = "" if size is None else f", cut or mirrored to {size[0]}x{size[1]} (height x width)"
+    inputs = f"the bundle's {facts.golden} golden inputs ({facts.golden_source}){cut}"
     return {
-        "inputs": f"the bundle's {facts.golden} golden inputs ({facts.golden_source}), repeated up to the batch size",
+        "inputs": f"{inputs}, repeated up to the batch size",
         "latents": "the means of these inputs' posteriors",
         "sample": "with seed=0",
         "calls": "the public ones of VAE, with their checks on inputs; the garbage collector is off",

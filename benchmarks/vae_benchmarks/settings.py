@@ -11,6 +11,7 @@ from vae_runtime.session import check_threads
 
 OPERATIONS = ("encode", "sample", "decode", "reconstruct")
 LARGEST_BATCH = 65536
+LARGEST_SIDE = 65536
 MOST_ROUNDS = 100
 
 
@@ -25,6 +26,7 @@ class Settings:
         be taken from the rounds' medians; 8 leave `compare` room for 300 rows.
     confidence: of every interval, 0.95 for 95%.
     width: measuring a row may stop once the interval of its median is narrower than this, relative to the median.
+    size: (height, width) of the images, where the bundle leaves it free; None: the bundle's own default.
     split: whether to time the parts of encode and decode too: the way to the device, the work there, the way back. None
         does so on GPUs.
     """
@@ -39,6 +41,7 @@ class Settings:
     confidence: float = 0.95
     width: float = 0.05
     split: bool | None = None
+    size: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("operations", "batches", "threads"):
@@ -53,6 +56,12 @@ class Settings:
             check_whole("batch", batch, LARGEST_BATCH)
         for threads in self.threads:
             check_threads(threads)
+        if self.size is not None:
+            object.__setattr__(self, "size", tuple(self.size))
+            if len(self.size) != 2:
+                raise InputError(f"size is {self.size!r}; expected height and width")
+            for side in self.size:
+                check_whole("a side of size", side, LARGEST_SIDE)
         check_whole("rounds", self.rounds, MOST_ROUNDS)
         check_number("seconds", self.seconds, 0, 86400)
         check_number("confidence", self.confidence, 0.5, 1)

@@ -34,7 +34,9 @@ def main() -> None:
         json.dump(answer, answers)
 
 
-def measure_startup(bundle: str, device: str, precision: str, threads: int | None, batch: int) -> dict[str, Any]:
+def measure_startup(
+    bundle: str, device: str, precision: str, threads: int | None, batch: int, size: list[int] | None = None
+) -> dict[str, Any]:
     """Times in ms and memory in bytes from here to the first result, then the peak after one call with `batch`."""
     begin = time.perf_counter_ns()
     import vae_runtime
@@ -47,11 +49,11 @@ def measure_startup(bundle: str, device: str, precision: str, threads: int | Non
     vae = vae_runtime.VAE.load(bundle, device=device, precision=precision, threads=threads)
     loaded = time.perf_counter_ns()
     rss_after_load = resident_bytes()[0]
-    inputs = vae.golden()["x"]
+    inputs = examples(vae, batch, size)
     call_begin = time.perf_counter_ns()
     vae.reconstruct(inputs[:1])
     first_result = time.perf_counter_ns()
-    vae.reconstruct(tile(inputs, batch))
+    vae.reconstruct(inputs)
     import_ms, load_ms = (imported - begin) / 1e6, (loaded - load_begin) / 1e6
     first_call_ms = (first_result - call_begin) / 1e6
     return {
@@ -76,10 +78,12 @@ def measure_latency(
     confidence: float,
     width: float,
     split: bool | None = None,
+    size: list[int] | None = None,
 ) -> dict[str, Any]:
     """One round: every row, [operation, batch], one after the other in this process.
 
-    split: whether to time the parts of a call too, each for a third of `seconds`; None does so on GPUs.
+    size: of the images, see `examples`. split: whether to time the parts of a call too, each for a third of `seconds`;
+        None does so on GPUs.
     """
     import dataclasses
     from functools import partial
@@ -92,14 +96,14 @@ def measure_latency(
     clock = Clock.measure()
     timed = partial(measure, wanted=wanted, confidence=confidence, width=width, clock=clock)
     with VAE.load(bundle, device=device, precision=precision, threads=threads) as vae:
-        vae.warmup(sorted({batch for _, batch in rows}))
-        calls = [make_call(vae, operation, batch) for operation, batch in rows]
+        vae.warmup(sorted({batch for _, batch in rows}), None if size is None else (size[0], size[1]))
+        calls = [make_call(vae, operation, batch, size) for operation, batch in rows]
         results = [timed(call, seconds=seconds) for call in calls]
         kind, index = target(vae, "encode", 1).memory
         splits: list[dict[str, Any] | None] = [None] * len(rows)
         for number, (operation, batch) in enumerate(rows):
             if operation in ("encode", "decode") and (kind == "cuda" if split is None else split):
-                parts = make_parts(vae, operation, batch)
+                parts = make_parts(vae, operation, batch, size)
                 splits[number] = {
                     name: dataclasses.asdict(timed(part, seconds=seconds / len(parts))) for name, part in parts.items()
                 }
@@ -116,22 +120,25 @@ def measure_latency(
         }
 
 
-def make_call(vae: Any, operation: str, batch: int) -> Any:
+def make_call(vae: Any, operation: str, batch: int, size: list[int] | None = None) -> Any:
     """A call without arguments to the public `vae.<operation>`, on `batch` of the bundle's golden inputs.
+
+    size: (height, width), see `examples`.
 
     The decoder gets the means of their posteriors. Nothing but the call itself happens in it.
     """
     from functools import partial
 
     if operation == "sample":
-        return partial(vae.sample, batch, seed=0)  # a seed spares drawing entropy from the system
-    inputs = tile(vae.golden()["x"], batch)
+        # A seed spares drawing entropy from the system.
+        return partial(vae.sample, batch, seed=0, size=None if size is None else tuple(size))
+    inputs = examples(vae, batch, size)
     if operation == "decode":
         return partial(vae.decode, vae.encode(inputs).mode())
     return partial(getattr(vae, operation), inputs)
 
 
-def make_parts(vae: Any, operation: str, batch: int) -> dict[str, Callable[[], object]]:
+def make_parts(vae: Any, operation: str, batch: int, size: list[int] | None = None) -> dict[str, Callable[[], object]]:
     """The parts of "encode" or "decode", each a call without arguments that is over when its work on the device is.
 
     Their sum need not be the whole: a warm call replays a graph of launches, and what stays on the device does not.
@@ -141,7 +148,7 @@ def make_parts(vae: Any, operation: str, batch: int) -> dict[str, Callable[[], o
     from vae_runtime.cuda import synchronize
     from vae_runtime.device_array import copy_to_device
 
-    inputs = tile(vae.golden()["x"], batch)
+    inputs = examples(vae, batch, size)
     if operation == "decode":
         inputs = vae.encode(inputs).mode()
     run = vae.encode_to_device if operation == "encode" else vae.decode_to_device
@@ -169,6 +176,19 @@ def target(vae: Any, operation: str, batch: int) -> Any:
 
     route = next(route for route in reversed(vae.plan[operation]) if batch >= route["from_batch"])
     return find_device(route["device"], route["precision"])
+
+
+def examples(vae: Any, batch: int, size: list[int] | None) -> Any:
+    """So many of the bundle's golden inputs; of another (height, width), cut or mirrored at their edges to it."""
+    import numpy as np
+
+    golden = vae.golden()["x"]
+    if size is not None:
+        more = [max(wanted - side, 0) for wanted, side in zip(size, golden.shape[2:], strict=True)]
+        golden = np.pad(golden, ((0, 0), (0, 0), (0, more[0]), (0, more[1])), mode="symmetric")[
+            ..., : size[0], : size[1]
+        ]
+    return tile(golden, batch)
 
 
 def tile(examples: Any, batch: int) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 from . import sinks, sources
 from .bundle import Bundle
 from .codec import CODECS
-from .console import NEGATIVE_VERDICT, Group, engine_options, json_option, print_json
+from .console import NEGATIVE_VERDICT, Group, Sides, engine_options, json_option, print_json
 from .cuda import driver_version, find_gpus
 from .devices import usable_devices
 from .engine import engine_clash, import_engine
@@ -49,20 +49,6 @@ tile_option = click.option(
 picture_format_option = click.option(
     "--format", "form", type=click.Choice(PICTURE_FORMATS), help="Of the pictures in a folder.  [default: png]"
 )
-
-
-class Sides(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
-    """ "480x640" -> (480, 640), height and width."""
-
-    name = "HxW"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        parts = value if isinstance(value, tuple) else value.lower().split("x")
-        try:
-            height, width = map(int, parts)
-        except ValueError:
-            self.fail(f"{value!r} is not of the form HEIGHTxWIDTH", param, ctx)
-        return height, width
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -71,6 +71,20 @@ def engine_options(function: _Function) -> _Function:
     return function
 
 
+class Sides(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
+    """ "480x640" -> (480, 640), height and width."""
+
+    name = "HxW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        parts = value if isinstance(value, tuple) else value.lower().split("x")
+        try:
+            height, width = map(int, parts)
+        except ValueError:
+            self.fail(f"{value!r} is not of the form HEIGHTxWIDTH", param, ctx)
+        return height, width
+
+
 def json_option(function: _Function) -> _Function:
     """--json, a flag."""
     return click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")(function)

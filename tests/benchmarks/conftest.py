@@ -86,6 +86,11 @@ def tiny() -> Path:
 
 
 @pytest.fixture(scope="session")
+def free() -> Path:
+    return DATA / "tiny-free.vae"
+
+
+@pytest.fixture(scope="session")
 def autoencoder() -> Path:
     return DATA / "tiny-vectors.vae"
 

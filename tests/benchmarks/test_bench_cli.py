@@ -64,6 +64,15 @@ def test_options_become_settings(
         assert recorded.pop() == Settings(**changes)
 
 
+def test_a_size_that_the_bundle_does_not_take_is_refused(tiny: Path, free: Path) -> None:
+    for bundle, size, rule in ((tiny, "16x16", r"(N, 8, 8) uint8"), (free, "13x16", "H and W multiples of 2")):
+        result = run(bundle, "--size", size)
+        assert result.exit_code == 1
+        assert result.stderr.startswith(f"Error: size is ({size.split('x')[0]}, 16); ")
+        assert rule in result.stderr
+    assert run(tiny, "--size", "16").exit_code == 2
+
+
 def test_json_is_alone_on_stdout(recorded: list[Settings], tiny: Path, measured: Report) -> None:
     result = run(tiny, "--json")
     assert Report.from_dict(json.loads(result.stdout)) == measured

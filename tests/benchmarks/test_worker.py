@@ -34,6 +34,20 @@ def test_operations_are_the_public_ones_on_golden_inputs(tiny: Path) -> None:
             np.testing.assert_array_equal(getattr(result, "mean", result) if operation == "encode" else result, value)
 
 
+def test_images_of_another_size_are_cut_or_mirrored(free: Path) -> None:
+    with VAE.load(free, threads=1) as vae:
+        golden = vae.golden()["x"]  # (4, 3, 12, 16)
+        images = worker.examples(vae, 5, [20, 8])
+        np.testing.assert_array_equal(images[:, :, :12], golden[[0, 1, 2, 3, 0], ..., :8])
+        np.testing.assert_array_equal(images[:4, :, 12:], golden[:, :, :3:-1, :8])
+        for operation in ("encode", "decode", "reconstruct", "sample"):
+            result = worker.make_call(vae, operation, 5, [20, 8])()
+            shape = (5, 2, 10, 4) if operation == "encode" else (5, 3, 20, 8)
+            assert (result.mean if operation == "encode" else result).shape == shape
+        code = worker.make_parts(vae, "encode", 2, [20, 8])["device_to_host"]()[0]
+        assert code.shape == (2, 2, 10, 4)
+
+
 def test_tiled_inputs_are_contiguous_and_new() -> None:
     examples = np.arange(12, dtype=np.float32).reshape(3, 4)
     tiled = worker.tile(examples, 7)

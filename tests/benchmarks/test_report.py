@@ -41,7 +41,7 @@ DOCUMENT_KEYS = {
     "memory_bytes memory_limit_bytes system",
     "method": "calls clock inputs interval latents memory sample split startup warmup",
     "plan": "decode encode",
-    "settings": "batches confidence device operations precision rounds seconds split threads width",
+    "settings": "batches confidence device operations precision rounds seconds size split threads width",
     "startup": "first_call_ms import_ms load_ms peak_batch peak_rss_bytes rss_after_import_bytes rss_after_load_bytes "
     "threads to_first_result_ms",
     "versions": "numpy onnxruntime python vae_edge",
@@ -160,6 +160,7 @@ def test_reports_from_before_a_key_was_added_are_read(measured: Report) -> None:
         assert route.pop("fixed_batches") == []
     assert document.pop("gpus") == []
     assert document["settings"].pop("split") is None
+    assert document["settings"].pop("size") is None
     assert document["method"].pop("split")
     assert [row.pop("split") for row in document["latency"]] == [None] * 4
     older = Report.from_dict(document)

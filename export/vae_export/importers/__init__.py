@@ -83,9 +83,9 @@ def _describe(source: str) -> str:
     """What is there, for an error, in a few words."""
     path = Path(source)
     try:
-        if is_bundle_folder(path):
-            return "a bundle already, which needs no export"
         if path.is_dir():
+            if is_bundle_folder(path):
+                return "a bundle already, which needs no export"
             names = sorted(entry.name for entry in itertools.islice(path.iterdir(), 1000))
             shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
             return f"a folder with {shown}" if names else "an empty folder"

@@ -304,7 +304,7 @@ def test_a_malicious_pickle_runs_nothing() -> None:
     Path("bare.pt").write_bytes(pickle.dumps(_Canary(), protocol=2))
     for file in ("zip.pt", "bare.pt"):
         with pytest.raises(CheckpointError, match=file):
-            load("Networks", weights=file, trust_pickle=True)
+            load("Networks", weights=file)
     assert not Path("canary").exists()
     torch.load("zip.pt", weights_only=False)  # it would have
     assert Path("canary").exists()

@@ -70,7 +70,6 @@ def test_what_is_of_no_kind_is_told_with_what_was_found(tmp_path: Path, name: st
     ("source", "found"),
     [
         ("nothing", "neither a file nor a folder"),
-        ("package.module:factory", "neither a file nor a folder"),
         ("picture.png", r"a file that begins with b'\x89PNG'"),
         ("empty", "an empty folder"),
         ("many", "a folder with 0, 1, 2, 3, 4, 5, ...;"),

@@ -209,3 +209,16 @@ find_device("openvino")
 
 def test_same_device_by_onnxruntimes_name(openvino: None) -> None:
     assert find_device(OPENVINO).name == find_device("openvino").name == "openvino"
+
+
+def test_images_of_any_size(openvino: None, free_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    with VAE.load(free_path, device="openvino") as vae, VAE.load(free_path) as cpu:
+        vae.warmup([1, 2], size=(20, 24))
+        for size in ((12, 16), (20, 24), (6, 30)):
+            x = rng.random((2, 3, *size), dtype=np.float32)
+            np.testing.assert_allclose(vae.encode(x).mean, cpu.encode(x).mean, atol=2e-6)
+            np.testing.assert_allclose(vae.reconstruct(x), cpu.reconstruct(x), atol=2e-6)
+        assert vae.plan["decode"][0]["fixed_batches"] == [1, 2]
+        fixed = vae._open_operations()[1].routes[0].session((2, 2, 10, 12))._session.get_inputs()[0].shape
+        assert fixed == [2, 2, 10, 12]

@@ -216,9 +216,11 @@ class GraphSession:
 
     def _run_error(self, error: Exception, rows: int) -> DeviceError:
         if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _NO_MEMORY):
+            free = None in self._boundary.input_shape
+            smallest = "; go through large images in windows, with tile" if free else ", the smallest"
             return OutOfMemoryError(
                 f"{self.device.name} has not enough memory for {self.file} at batch size {rows}"
-                + ("; pass a smaller batch_size" if rows > 1 else ", the smallest")
+                + ("; pass a smaller batch_size" if rows > 1 else smallest)
             )
         return DeviceError(f"{self.file} failed on {self.device.name} at batch size {rows}: {first_line(error)}")
 

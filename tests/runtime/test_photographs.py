@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 
 from vae_runtime import VAE, InputError, to_uint8
+from vae_runtime.cli import _progress
 from vae_runtime.codec import Quantized, dequantize, quantize
 from vae_runtime.images import picture_size, read_picture
+from vae_runtime.latent_files import LatentFile
 from vae_runtime.manifest import InputSpec
+from vae_runtime.sources import open_inputs
 
 from .test_cli import refused, run, save_png
 from .test_tiled import EXACT, WIDE, with_tiling
@@ -120,6 +123,28 @@ def test_samples_of_a_size(vae: VAE, free_path: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.load(tmp_path / "s.npy"), vae.sample(3, seed=0, size=(8, 20)))
     refused(r"size is \(8, 7\)", "sample", free_path, "--size", "8x7", "--output", tmp_path / "t.npy")
     refused("HEIGHTxWIDTH", "sample", free_path, "--size", "8", "--output", tmp_path / "t.npy", code=2)
+
+
+def test_an_interpolation_of_any_size(vae: VAE, free_path: Path, photos: Path, tmp_path: Path) -> None:
+    ends = photos / "a.png", photos / "b.png"
+    assert run("interpolate", free_path, *ends, "--steps", 3, "--output", tmp_path / "path.npy").exit_code == 0
+    a, b = (read_picture(path, FREE)[None] for path in ends)
+    np.testing.assert_array_equal(np.load(tmp_path / "path.npy"), vae.interpolate(a, b, 3))
+
+
+@pytest.mark.parametrize(("tile", "expected"), [(None, [5, 5, 2]), (512, [1] * 12)])
+@pytest.mark.parametrize("kind", ["images", "latents", "latents without a size"])
+def test_few_large_examples_are_in_memory_at_once(
+    kind: str, tile: int | None, expected: list[int], tmp_path: Path
+) -> None:
+    """Of 1024x1024 pixels; the files are mostly holes."""
+    path = tmp_path / "large.npy"
+    shape, dtype = ((12, 1024, 1024, 3), np.uint8) if kind == "images" else ((12, 2, 512, 512), np.float32)
+    np.lib.format.open_memmap(path, "w+", dtype, shape)
+    source = open_inputs([str(path)], FREE) if kind == "images" else LatentFile(path)
+    if kind == "latents":
+        source.size = (1023, 1024)
+    assert [len(batch) for batch, _, _ in _progress(source, "reading", tile, FREE)] == expected
 
 
 # --- in tiles ---------------------------------------------------------------------------------------------------------

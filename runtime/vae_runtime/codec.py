@@ -17,7 +17,6 @@ from .preprocess import Float32, UInt8
 UINT8 = "uint8"
 CODECS = ("none", UINT8)
 _LARGEST = float(np.finfo(np.float32).max)
-_ROUNDING = 1e-6  # of scale and offset, relative to the largest value
 
 
 class Quantized(NamedTuple):
@@ -49,25 +48,22 @@ def dequantize(quantized: Quantized) -> Float32:
     codes, scale, offset = quantized
     # In float64: between extremes near float32's own, `codes · scale` alone is beyond it.
     values = _by_channel(codes).astype(np.float64) * scale[..., None] + offset[..., None]
-    if max(values.max(), -values.min()) > _LARGEST * (1 + _ROUNDING):
+    if max(values.max(), -values.min()) > _LARGEST * (1 + 1e-6):  # but for rounding
         raise InputError(f"scale and offset give latents from {values.min():g} to {values.max():g}, beyond float32")
     return np.clip(values, -_LARGEST, _LARGEST).astype(np.float32).reshape(codes.shape)
 
 
-def check_quantized(quantized: Quantized, name: str = "") -> None:
-    """Raise `InputError` unless the three arrays belong together. name: of the file that they are from, if any."""
+def check_quantized(quantized: Quantized) -> None:
+    """Raise `InputError` unless the three arrays belong together; the codes themselves are not looked at."""
     codes, scale, offset = quantized
-    prefix = f"{name}: " if name else ""
     if codes.dtype != np.uint8 or codes.ndim < 2:
-        raise InputError(
-            f"{prefix}codes has dtype {codes.dtype} and shape {codes.shape}; expected uint8 (N, *latent_shape)"
-        )
+        raise InputError(f"codes has dtype {codes.dtype} and shape {codes.shape}; expected uint8 (N, *latent_shape)")
     expected = codes.shape[:1] + ((codes.shape[1],) if codes.ndim > 2 else (1,))
-    for field, array in (("scale", scale), ("offset", offset)):
+    for name, array in (("scale", scale), ("offset", offset)):
         if array.dtype != np.float32 or array.shape != expected or not np.isfinite(array).all():
             raise InputError(
-                f"{prefix}{field} has dtype {array.dtype} and shape {array.shape}; codes of shape {codes.shape} have a"
-                f" finite float32 {expected}"
+                f"{name} has dtype {array.dtype} and shape {array.shape}; codes of shape {codes.shape} have a finite"
+                f" float32 {expected}"
             )
 
 

@@ -207,7 +207,10 @@ class LatentFile:
             if not {"scale", "offset"} <= arrays.keys():
                 raise InputError(f"{path} holds codes without their scale and offset")
             self._scales = arrays["scale"], arrays["offset"]
-            check_quantized(Quantized(self._source.outline(), *self._scales), str(path))
+            try:
+                check_quantized(Quantized(self._source.outline(), *self._scales))
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from None
         self.names = _names(notes.get("names"), self._source.names)
         self.size = _size(notes.get("size"), path)
         self.decoder = str(notes["decoder"]) if "decoder" in notes else None

@@ -124,6 +124,9 @@ def test_samples_of_a_size(vae: VAE, free_path: Path, tmp_path: Path) -> None:
     assert run("sample", free_path, "-n", 3, "--size", "8x20", "--output", tmp_path / "s.npy").exit_code == 0
     np.testing.assert_array_equal(np.load(tmp_path / "s.npy"), vae.sample(3, seed=0, size=(8, 20)))
     refused(r"size is \(8, 7\)", "sample", free_path, "--size", "8x7", "--output", tmp_path / "t.npy")
+    too_large = r"latents of shape \(1, 2, 10000000, 10000000\) does not fit into memory"
+    refused(too_large, "sample", free_path, "-n", 1, "--size", "20000000x20000000", "--output", tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["s.npy"]
     refused("HEIGHTxWIDTH", "sample", free_path, "--size", "8", "--output", tmp_path / "t.npy", code=2)
 
 
@@ -217,7 +220,7 @@ def test_eight_bits_reach_the_ends_of_float32_and_not_beyond() -> None:
     z = np.array([[[3.4028235e38, -3.4028235e38, 1e38]], [[3e38, -3e38, 0]]], np.float32)
     quantized = quantize(z)
     np.testing.assert_allclose(dequantize(quantized) / 3e38, z / 3e38, atol=1 / 200)
-    with pytest.raises(InputError, match="scale and offset give latents from .* beyond float32"):
+    with pytest.raises(InputError, match=r"scale and offset give latents from .* beyond float32"):
         dequantize(quantized._replace(scale=quantized.scale * 2))
 
 

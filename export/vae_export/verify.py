@@ -23,6 +23,7 @@ from .imported import Halves
 
 BATCH_SIZES = (1, 2, 7, 32)
 FREE_BATCH_SIZES = (1, 3)  # where height and width are free, each at two sizes: such models take long
+LARGE_BATCH = 100  # where height and width are free, at the smallest size; code of others decides by the batch, too
 _BATCH_VALUES = 2**21  # of the inputs that PyTorch is given at once
 LATENT_TOLERANCE_FACTOR = 10  # mean and logvar come from larger sums and have no fixed range
 
@@ -99,6 +100,12 @@ def verify(graphs: tuple[bytes, bytes], halves: Halves, x: Float32, spec: InputS
     x = _at_least(x, max(batch_sizes))
     inputs = [x, _enlarged(x[: max(batch_sizes)], spec.multiple_of)] if spec.is_free else [x]
     found = [_errors(graphs, halves, one, spec, tolerance, batch_sizes) for one in inputs]
+    if spec.is_free:
+        smaller = list(_smaller(x, spec, halves))
+        found += [_errors(graphs, halves, one, spec, tolerance, (1,)) for one in smaller]
+        if smaller:
+            many = _at_least(smaller[-1], LARGE_BATCH)
+            found.append(_errors(graphs, halves, many, spec, tolerance, (LARGE_BATCH,)))
     errors = {name: _largest(one[name] for one in found) for name in found[0]}
     sizes = tuple((one.shape[2], one.shape[3]) for one in inputs) if spec.is_free else ()
     return Fidelity(
@@ -142,6 +149,21 @@ def _at_least(x: Float32, rows: int) -> Float32:
     strengths = np.repeat(np.linspace(1, 0.5, rounds, dtype=np.float32), len(x))[:rows]
     repeated = np.resize(x, (rows, *x.shape[1:]))
     return np.ascontiguousarray(repeated * strengths.reshape(-1, *[1] * (x.ndim - 1)))
+
+
+def _smaller(x: Float32, spec: InputSpec, halves: Halves) -> Iterator[Float32]:
+    """One example, cut to smaller and smaller sizes that the model itself takes: its code may decide by the size."""
+    for less in (2, 4, 8, 16):
+        height, width = (side // less // spec.multiple_of * spec.multiple_of for side in x.shape[2:])
+        if min(height, width) < 1:
+            return
+        cut = np.ascontiguousarray(x[:1, :, :height, :width])
+        try:
+            runs = np.isfinite(halves.decode(halves.encode(cut)[MEAN])).all()
+        except Exception:  # too small for it
+            return
+        if runs:
+            yield cut
 
 
 def _enlarged(x: Float32, multiple: int) -> Float32:

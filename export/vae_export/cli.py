@@ -176,7 +176,10 @@ def _export_ours(
         given = next(one.name for one in fields(options) if getattr(options, one.name) != one.default)
         raise InputError(f"{FLAGS[given]} is for models from elsewhere; {source} says all itself")
     checkpoint = load_checkpoint(source)
-    examples = _read_examples(data, checkpoint.input, EXAMPLES_LIMIT) if data else None
+    spec = checkpoint.input
+    if checkpoint.config.is_fully_convolutional:  # trained on crops; pictures of any size become such
+        spec = spec._replace(resize="crop")
+    examples = _read_examples(data, spec, EXAMPLES_LIMIT) if data else None
     return export_checkpoint(
         checkpoint, target, name=name or _default_name(checkpoint, source), examples=examples, **settings
     )
@@ -205,11 +208,23 @@ def _export_imported(
 
 
 def _default_output(source: str) -> Path:
-    """`digits/model.pt` -> `digits/model.vae`; `package.module:factory` -> `factory.vae`; of two files, `model.vae`."""
-    if Path(source).exists():
-        return Path(source).resolve().with_suffix(".vae") if source in (".", "..") else Path(source).with_suffix(".vae")
-    first, comma, _ = source.partition(",")
-    return Path(first).parent / "model.vae" if comma else Path(source.rpartition(":")[2]).with_suffix(".vae")
+    """`digits/model.pt` -> `digits/model.vae`; a folder `models/v1.5` -> `models/v1.5.vae`; `package.module:factory` ->
+    `factory.vae`; of two files, `model.vae`."""
+    path = Path(source)
+    if not source:
+        name = ""
+    elif path.is_dir():
+        path = path.resolve()
+        name = path.name
+    elif path.exists() or not set(source) & set(":,"):
+        name = path.stem
+    else:
+        first, comma, _ = source.partition(",")
+        path = Path(first) if comma else Path(source.rpartition(":")[2])
+        name = "model" if comma else path.name
+    if not name:
+        raise InputError(f"SOURCE is {source!r}, which gives the bundle no name; pass --output")
+    return path.with_name(f"{name}.vae")
 
 
 def _read_examples(data: tuple[str, ...], spec: InputSpec, limit: int) -> np.ndarray:

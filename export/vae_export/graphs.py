@@ -102,24 +102,81 @@ def decoder_to_onnx(graph: DecoderGraph, example: Tensor, free: bool = False) ->
 def _to_onnx(module: nn.Module, example: Tensor, input_name: str, outputs: list[str], half: str, free: bool) -> bytes:
     if sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers())) > MAX_BYTES:
         raise ExportError(f"the {half} has over 2 GB of weights; an ONNX file with its weights inside holds less")
-    dynamic = torch.export.Dim.DYNAMIC
     try:
         with _quiet(), torch.no_grad():
+            traced = _trace(module.eval(), example, free)
             program = torch.onnx.export(
-                module.eval(),
-                (example,),
+                traced,
+                (),
                 dynamo=True,
                 external_data=False,
                 opset_version=OPSET,
                 input_names=[input_name],
                 output_names=outputs,
-                dynamic_shapes=(dict.fromkeys((0, 2, 3) if free else (0,), dynamic),),
                 verbose=False,
             )
+            _require_every_size(traced, module, example, free, half)
+    except ExportError:
+        raise
     except Exception as error:
         raise ExportError(f"the {half} cannot be exported by torch.onnx: {_reason(error)}") from error
     assert program is not None  # with dynamo=True
     return finish(program.model_proto, half)
+
+
+def _trace(module: nn.Module, example: Tensor, free: bool) -> torch.export.ExportedProgram:
+    """What torch.onnx.export does first; here it leaves what it took for granted of the sizes."""
+    dynamic = dict.fromkeys((0, 2, 3) if free else (0,), torch.export.Dim.DYNAMIC)
+    # As torch.onnx.export has it: a size is not taken to be other than 1.
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        return torch.export.export(module, (example,), dynamic_shapes=(dynamic,), strict=False)
+
+
+def _require_every_size(
+    traced: torch.export.ExportedProgram, module: nn.Module, example: Tensor, free: bool, half: str
+) -> None:
+    """Raise `ExportError` where the network's code decides by a size: a graph keeps the decision of the example.
+
+    The traced program checks what it took for granted, also without computing anything. A small size that the network
+    itself refuses is no decision, nor is what torch notes of sides of 1, whose memory layout is another; a batch of 1 is
+    verified by its values.
+    """
+    unfilled = traced.module().to("meta")
+    rows, *sides = example.shape
+    shapes = [(rows * 1000, *sides)]
+    if free:
+        channels, height, width = sides
+        shapes += [(rows, channels, height * more, width * more) for more in (2, 64)]
+        shapes += [
+            (rows, channels, height // less, width // less)
+            for less in (2, 4, 8, 16, 32)
+            if height % less == width % less == 0 and min(height, width) > less
+        ]
+    for shape in shapes:
+        reason = _broken_guard(unfilled, shape)
+        if reason is not None and (math.prod(shape) > example.numel() or _runs(module, shape, example)):
+            raise ExportError(
+                f"the {half}'s code decides by the size of its input ({reason}), and was traced with"
+                f" {tuple(example.shape)}; a bundle's graph does the same at every size"
+            )
+
+
+def _broken_guard(unfilled: nn.Module, shape: tuple[int, ...]) -> str | None:
+    try:
+        unfilled(torch.empty(shape, device="meta"))
+    except AssertionError as error:
+        return str(error).removeprefix("Guard failed: ") if "Guard failed" in str(error) else None
+    except Exception:  # what needs values to run without any cannot be asked so
+        return None
+    return None
+
+
+def _runs(module: nn.Module, shape: tuple[int, ...], example: Tensor) -> bool:
+    try:
+        module(torch.zeros(shape, dtype=example.dtype))
+    except Exception:
+        return False
+    return True
 
 
 def finish(model: onnx.ModelProto, half: str) -> bytes:

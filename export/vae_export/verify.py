@@ -96,7 +96,7 @@ def verify(graphs: tuple[bytes, bytes], halves: Halves, x: Float32, spec: InputS
         ExportError: an error above the tolerance; the message has the figure and the rule.
     """
     batch_sizes = FREE_BATCH_SIZES if spec.is_free else BATCH_SIZES
-    x = np.resize(x, (max(len(x), max(batch_sizes)), *x.shape[1:]))
+    x = _at_least(x, max(batch_sizes))
     inputs = [x, _enlarged(x[: max(batch_sizes)], spec.multiple_of)] if spec.is_free else [x]
     found = [_errors(graphs, halves, one, spec, tolerance, batch_sizes) for one in inputs]
     errors = {name: _largest(one[name] for one in found) for name in found[0]}
@@ -132,6 +132,16 @@ def _errors(
         for position, (name, values) in enumerate(expected.items())
     }
     return {**errors, RECONSTRUCTION: worst}
+
+
+def _at_least(x: Float32, rows: int) -> Float32:
+    """The examples, and again weaker and weaker until there are so many: copies of a row would hide what mixes rows."""
+    rounds = -(-rows // len(x))
+    if rounds == 1:
+        return x
+    strengths = np.repeat(np.linspace(1, 0.5, rounds, dtype=np.float32), len(x))[:rows]
+    repeated = np.resize(x, (rows, *x.shape[1:]))
+    return np.ascontiguousarray(repeated * strengths.reshape(-1, *[1] * (x.ndim - 1)))
 
 
 def _enlarged(x: Float32, multiple: int) -> Float32:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -32,7 +33,7 @@ from .tuning import OPERATIONS, Measured, choose
 from .vae import VAE
 from .version import __version__
 
-BATCH = 64
+BATCH = 64  # examples that are read at once, at most; fewer where they are large, see `_batch_size`
 STRIP = 32  # steps of an interpolation in one row of a picture
 
 bundle_argument = click.argument("bundle", type=click.Path())
@@ -154,7 +155,7 @@ def encode(
         manifest, count, pixels = vae.manifest, len(source), 0
         shape = source.example_shape(manifest.input.multiple_of)
         with open_latent_sink(output, manifest, count, shape, codec, form, force) as sink:
-            for batch, names, options in _progress(source, "encoding", tile):
+            for batch, names, options in _progress(source, "encoding", tile, manifest.input):
                 images, size = _fitting(batch, manifest.input, names, pad)
                 sink.add(vae.encode(images, **options), names, size)
                 pixels += len(batch) * (size[0] * size[1] if size else 0)
@@ -181,7 +182,7 @@ def decode(
         count = sum(map(len, files))
         with sinks.open_sink(output, spec, count, force, shape=_decoded_shape(files[0], spec), form=form) as sink:
             for file in files:
-                for batch, names, options in _progress(file, "decoding", tile):
+                for batch, names, options in _progress(file, "decoding", tile, spec):
                     z = to_decoder_input(batch, vae.manifest.latent.shape, _range(names))
                     sink.add(vae.decode(z, size=file.size if spec.is_free else None, **options), names)
     _report(count, output, sink.written)
@@ -244,7 +245,7 @@ def reconstruct(
     with VAE.load(bundle, **engine) as vae, _inputs(vae, inputs, golden, pad) as source:
         spec = vae.manifest.input
         with sinks.open_sink(output, spec, len(source), force, shape=source.example_shape(), form=form) as sink:
-            for batch, names, options in _progress(source, "reconstructing", tile):
+            for batch, names, options in _progress(source, "reconstructing", tile, spec):
                 images, size = _fitting(batch, spec, names, pad)
                 pair = vae.reconstruct(images, **options), to_model_input(images, spec, _range(names))
                 height, width = size or (None, None)
@@ -267,7 +268,7 @@ def interpolate(bundle: str, a: str, b: str, steps: int, method: str, output: st
     with VAE.load(bundle, **engine) as vae:
         spec = vae.manifest.input
         path = vae.interpolate(sources.read_one(a, spec), sources.read_one(b, spec), steps, method)
-        with sinks.open_sink(output, spec, steps, force, columns=min(steps, STRIP)) as sink:
+        with sinks.open_sink(output, spec, steps, force, min(steps, STRIP), shape=path.shape[1:]) as sink:
             sink.add(path, ["#"] * steps)
     _report(steps, output, sink.written)
 
@@ -327,12 +328,17 @@ def _decoded_shape(file: LatentFile, spec: InputSpec) -> tuple[int, ...]:
     """Of the first result."""
     if not spec.is_free:
         return spec.example_shape
-    sides = file.size or tuple(side * spec.multiple_of for side in file.outline().shape[2:])
-    return (spec.example_shape[0], *sides)
+    shape = _shape_before_cut(file, spec)
+    return shape if file.size is None else (shape[0], *file.size)
+
+
+def _shape_before_cut(file: LatentFile, spec: InputSpec) -> tuple[int, ...]:
+    """Of the image of a latent where sizes are free, with what padding added to it."""
+    return (spec.example_shape[0], *(side * spec.multiple_of for side in file.outline().shape[2:]))
 
 
 def _progress(
-    source: _Source | LatentFile, label: str, tile: int | None
+    source: _Source | LatentFile, label: str, tile: int | None, spec: InputSpec
 ) -> Iterator[tuple[Any, list[str], dict[str, Any]]]:
     """Batches with their names, and what `VAE` is to be called with, under a bar on stderr where that is a terminal."""
     parts = 1000  # of one example, on the bar
@@ -343,7 +349,7 @@ def _progress(
     ):
         warnings.simplefilter("always", ApproximateTilingWarning)
         start = 0
-        for batch in source.batches(BATCH):
+        for batch in source.batches(_batch_size(source, tile, spec)):
 
             def tell(done: int, total: int, before: int = start, count: int = len(batch)) -> None:
                 bar.update(parts * before + parts * count * done // total - bar.pos)
@@ -354,6 +360,18 @@ def _progress(
             bar.update(parts * start - bar.pos)
     for message in dict.fromkeys(str(one.message) for one in caught):
         click.echo(f"Warning: {message}", err=True)
+
+
+def _batch_size(source: _Source | LatentFile, tile: int | None, spec: InputSpec) -> int:
+    """Examples to have in memory at once: of free size, one with tiles, else by the values of their images."""
+    if not spec.is_free:
+        return BATCH
+    if tile is not None:
+        return 1
+    if isinstance(source, sources.PictureSource):  # each has its own size, which the source looks at
+        return BATCH
+    shape = _shape_before_cut(source, spec) if isinstance(source, LatentFile) else source.example_shape()
+    return max(1, min(BATCH, sources.BATCH_VALUES // math.prod(shape)))
 
 
 def _range(names: list[str]) -> str:

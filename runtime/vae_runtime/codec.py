@@ -16,6 +16,7 @@ from .preprocess import Float32, UInt8
 
 UINT8 = "uint8"
 CODECS = ("none", UINT8)
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class Quantized(NamedTuple):
@@ -41,9 +42,22 @@ def dequantize(quantized: Quantized) -> Float32:
     """The latents again, float32 of the shape of `codes`.
 
     Raises:
-        InputError: arrays that do not belong together.
+        InputError: arrays that do not belong together, or that stand for values beyond float32.
     """
+    check_quantized(quantized)
     codes, scale, offset = quantized
+    # In float64: between extremes near float32's own, `codes · scale` alone is beyond it.
+    values = _by_channel(codes).astype(np.float64) * scale[..., None] + offset[..., None]
+    if max(values.max(), -values.min()) > _LARGEST * (1 + 1e-6):  # but for rounding
+        raise InputError(f"scale and offset give latents from {values.min():g} to {values.max():g}, beyond float32")
+    return np.clip(values, -_LARGEST, _LARGEST).astype(np.float32).reshape(codes.shape)
+
+
+def check_quantized(quantized: Quantized) -> None:
+    """Raise `InputError` unless the three arrays belong together; the codes themselves are not looked at."""
+    codes, scale, offset = quantized
+    if codes.dtype != np.uint8 or codes.ndim < 2:
+        raise InputError(f"codes has dtype {codes.dtype} and shape {codes.shape}; expected uint8 (N, *latent_shape)")
     expected = codes.shape[:1] + ((codes.shape[1],) if codes.ndim > 2 else (1,))
     for name, array in (("scale", scale), ("offset", offset)):
         if array.dtype != np.float32 or array.shape != expected or not np.isfinite(array).all():
@@ -51,8 +65,6 @@ def dequantize(quantized: Quantized) -> Float32:
                 f"{name} has dtype {array.dtype} and shape {array.shape}; codes of shape {codes.shape} have a finite"
                 f" float32 {expected}"
             )
-    values = _by_channel(codes).astype(np.float32) * scale[..., None] + offset[..., None]
-    return np.ascontiguousarray(values.reshape(codes.shape), np.float32)
 
 
 def quantized_shapes(count: int, latent_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 WRITTEN_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PICTURE_FORMATS = ("png", "jpeg", "webp")
+_READ_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+_JPEG = ("JPEG", "MPO")  # as Pillow calls one with previews behind it
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and the values that swap height and width
 
 
@@ -41,18 +43,20 @@ def read_picture(path: str | os.PathLike[str], spec: InputSpec) -> UInt8:
     refused, stretched, or scaled by its shorter side and cut to the centre, as `spec.resize` says (Lanczos filter).
 
     Raises:
-        InputError: the file is no picture, has transparency or more than 8 bits, or its size is not the one expected.
+        InputError: the file is no PNG, JPEG, WebP, BMP or TIFF of one image, has transparency or more than 8 bits, or
+            its size is not the one expected.
         MissingExtraError: Pillow is not installed.
     """
     if spec.colour is None:
         raise InputError(
             f"{path} cannot become an input of shape {spec.shape}; picture files have 1 or 3 channels, pass arrays"
         )
-    pillow = _pillow(f"reading {path}")
-    with _naming_bad_pictures(path, pillow), pillow.Image.open(path) as file:
+    with _opened(path) as file:
+        from PIL import ImageOps
+
         deep = any(";16" in str(tile[-1]) for tile in file.tile)  # Pillow would cut 16-bit colour to 8 unasked
         file.load()
-        picture = pillow.ImageOps.exif_transpose(file)
+        picture = ImageOps.exif_transpose(file)
     picture = _to_colour(picture, spec.colour, path)
     if deep:
         raise InputError(f"{path} has 16 bits per channel; convert it to 8 bits per channel first")
@@ -68,10 +72,9 @@ def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """(height, width) of a picture file as it is seen, after EXIF orientation; its pixels are not read.
 
     Raises:
-        InputError: the file is no picture. MissingExtraError: Pillow is not installed.
+        InputError: the file is no picture, as in `read_picture`. MissingExtraError: Pillow is not installed.
     """
-    pillow = _pillow(f"reading {path}")
-    with _naming_bad_pictures(path, pillow), pillow.Image.open(path) as file:
+    with _opened(path) as file:
         turned = file.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
         return (file.width, file.height) if turned else (file.height, file.width)
 
@@ -120,19 +123,25 @@ def _pillow(purpose: str) -> Any:
     try:
         import PIL
         import PIL.Image
-        import PIL.ImageOps
     except ImportError:
         raise MissingExtraError("Pillow", "images", purpose) from None
     return PIL
 
 
 @contextlib.contextmanager
-def _naming_bad_pictures(path: str | os.PathLike[str], pillow: Any) -> Iterator[None]:
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """A file of one of the formats that `PICTURE_SUFFIXES` stand for, whatever its name; of one image, but for the
+    previews that cameras put behind a JPEG. What goes wrong with it in the block is an `InputError`."""
+    pillow = _pillow(f"reading {path}")
     try:
-        yield
+        # Others are not even tried: Pillow would start Ghostscript for an EPS that is called a.png.
+        with pillow.Image.open(path, formats=_READ_FORMATS) as file:
+            if file.format not in _JPEG and (frames := getattr(file, "n_frames", 1)) > 1:
+                raise ValueError(f"it has {frames} pages or frames; save the one that is meant by itself")
+            yield file
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except (OSError, SyntaxError, ValueError, pillow.Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged file raises nearly anything: OSError, SyntaxError, TypeError, ...
         raise InputError(f"{path} cannot be read as a picture: {error}") from None
 
 
@@ -161,5 +170,6 @@ def _resize(picture: Image.Image, spec: InputSpec, path: str | os.PathLike[str])
     if spec.resize == "crop":
         return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
     raise InputError(
-        f"{path} is {picture.width}x{picture.height} pixels; this model takes pictures of exactly {width}x{height}"
+        f"{path} has {picture.height}x{picture.width} pixels; this model takes pictures of exactly {height}x{width}"
+        " (height x width)"
     )

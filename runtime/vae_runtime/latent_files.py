@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .atomic import atomic_file, atomic_folder, refuse_existing
-from .codec import UINT8, Quantized, dequantize, quantize, quantized_shapes
+from .codec import UINT8, Quantized, check_quantized, dequantize, quantize, quantized_shapes
 from .errors import InputError, MissingExtraError
 from .manifest import LOGVAR, MEAN, Manifest
 from .posterior import Posterior
@@ -207,6 +207,10 @@ class LatentFile:
             if not {"scale", "offset"} <= arrays.keys():
                 raise InputError(f"{path} holds codes without their scale and offset")
             self._scales = arrays["scale"], arrays["offset"]
+            try:
+                check_quantized(Quantized(self._source.outline(), *self._scales))
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from None
         self.names = _names(notes.get("names"), self._source.names)
         self.size = _size(notes.get("size"), path)
         self.decoder = str(notes["decoder"]) if "decoder" in notes else None
@@ -217,7 +221,7 @@ class LatentFile:
     def outline(self) -> NDArray[Any]:
         """An array of the latents' dtype and shape that takes no memory."""
         found = self._source.outline()
-        if self._scales is None or found.dtype != np.uint8:
+        if self._scales is None:
             return found
         return np.broadcast_to(np.zeros((), np.float32), found.shape)
 
@@ -284,17 +288,30 @@ _NOTES = ("names", "size", "decoder")
 
 
 def _names(found: Any, default: list[str]) -> list[str]:
-    names = [] if found is None else [str(name) for name in np.atleast_1d(np.asarray(found))]
-    return names if len(names) == len(default) else default
+    """The names that a file gives its latents, where they are as many words; each that cannot be shown by default."""
+    names = _flat(found)
+    if names is None or names.dtype.kind != "U" or len(names) != len(default):
+        return default
+    return [str(name) if str(name).isprintable() else other for name, other in zip(names, default, strict=True)]
 
 
 def _size(found: Any, path: Path) -> tuple[int, int] | None:
     if found is None:
         return None
-    sides = np.asarray(found).reshape(-1)
-    if sides.shape != (2,) or sides.dtype.kind not in "iu" or not (sides > 0).all():
-        raise InputError(f"{path} has the size {sides.tolist()}; expected height and width")
+    sides = _flat(found)
+    if sides is None or sides.shape != (2,) or sides.dtype.kind not in "iu" or not (sides > 0).all():
+        shown = found.tolist() if isinstance(found, np.ndarray) else found
+        raise InputError(f"{path} has the size {shown!r:.60}; expected height and width")
     return int(sides[0]), int(sides[1])
+
+
+def _flat(found: Any) -> NDArray[Any] | None:
+    """What a file notes, as an array of one dimension; None where it is none."""
+    try:
+        array = np.atleast_1d(np.asarray(found))
+    except (ValueError, OverflowError, RecursionError):  # lists of lists of different lengths, and the like
+        return None
+    return array if array.ndim == 1 else None
 
 
 def _safetensors(purpose: str) -> Any:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from .boundary import Boundary
 from .errors import InputError
 from .manifest import LATENT, Shape
-from .preprocess import Float32, as_graph_input, require_plain_array
+from .preprocess import Float32, as_graph_input, fitting_memory, require_plain_array
 
 
 def to_decoder_input(latents: Any, shape: Shape, name: str = "latents") -> Float32:
     """Check latents and return them as the decoder takes them: float32 (N, *shape), finite."""
     require_plain_array(latents, name)
     check_latent_layout(latents, shape, name)
+    with fitting_memory(name, latents.shape):
+        latents = as_graph_input(latents)
     low, high = latents.min(), latents.max()
     if not (low > -np.inf and high < np.inf):
         raise InputError(f"{name} has {'NaN' if np.isnan(low) else 'infinite values'}; latents are finite")
-    return as_graph_input(latents)
+    return cast("Float32", latents)
 
 
 def check_latent_layout(latents: Any, shape: Shape, name: str) -> None:

@@ -11,7 +11,7 @@ from .bound import BoundCall, DeviceCall
 from .boundary import Boundary
 from .device_array import DeviceArray, from_dlpack
 from .errors import InputError
-from .preprocess import Float32, ValueRule
+from .preprocess import Float32, ValueRule, fitting_memory, zeros
 from .sampling import check_count
 from .session import GraphSession
 
@@ -139,11 +139,11 @@ class Operation:
             route.fix(part, read)
             if route.is_fixed(part):
                 self._free.pop(part, None)  # calls that would be taken in its place
-            zeros = np.zeros(part, np.float32)
+            inputs = zeros(part, "a batch")
             if rows == examples:
-                self(zeros)
+                self(inputs)
             else:
-                route.session(part).run(zeros)
+                route.session(part).run(inputs)
 
     def run(self, checked: Float32, size: int, examples: int | None = None) -> list[Float32]:
         """What is known to be good, in chunks of `size`. examples: how many the whole call has, if these are a part."""
@@ -152,7 +152,8 @@ class Operation:
             return route.session(checked.shape).run(checked)
         chunks = [checked[start : start + size] for start in range(0, len(checked), size)]
         parts = [route.session(chunk.shape).run(chunk) for chunk in chunks]
-        return [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
+        with fitting_memory("the result for inputs", checked.shape):
+            return [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
 
     def run_on_device(self, array: Any, name: str) -> list[DeviceArray]:
         """The same without leaving the device's memory, in one piece. array: what a call takes, or an array in that

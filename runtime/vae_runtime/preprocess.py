@@ -5,10 +5,11 @@ Training uses these functions too, so that a model sees at run time exactly what
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,14 +56,17 @@ def to_model_input(array: Any, spec: InputSpec, name: str = "images") -> Float32
     as it is, never copied and never written to. N is at least 1.
 
     Raises:
-        InputError: any other type, shape, byte order or range, a masked array, NaN; the message says what to do.
+        InputError: any other type, shape, byte order or range, a masked array, NaN, or more than fits into memory; the
+        message says what to do.
     """
     require_plain_array(array, name)
     check_layout(array, spec, name)
-    if array.dtype == np.uint8:
-        return _from_uint8(array, spec)
+    with fitting_memory(name, array.shape):
+        if array.dtype == np.uint8:
+            return _from_uint8(array, spec)
+        array = as_graph_input(array)  # first: what does not fit need not be read either
     check_range(array, spec, name)
-    return as_graph_input(array)
+    return cast("Float32", array)
 
 
 def check_layout(array: NDArray[Any], spec: InputSpec, name: str) -> None:
@@ -112,7 +116,8 @@ def pad_images(array: NDArray[Any], multiple: int) -> tuple[NDArray[Any], tuple[
     below, right = target[0] - size[0], target[1] - size[1]
     edges = [(0, below), (0, right)]
     sides = [(0, 0), *edges, (0, 0)][: array.ndim] if array.dtype == np.uint8 else [(0, 0), (0, 0), *edges]
-    return np.pad(array, sides, mode="edge"), size
+    with fitting_memory("an array", array.shape, f", padded to {target[0]}x{target[1]} pixels"):
+        return np.pad(array, sides, mode="edge"), size
 
 
 def check_range(array: Float32, spec: InputSpec, name: str) -> None:
@@ -146,6 +151,21 @@ def require_plain_array(array: Any, name: str) -> None:
         raise InputError(
             f"{name} has shape {array.shape}; expected a batch of at least one example along the first axis"
         )
+
+
+@contextlib.contextmanager
+def fitting_memory(what: str, shape: tuple[int, ...], hint: str = "") -> Iterator[None]:
+    """What numpy raises where an array is too large, and nothing else in here may raise, as an `InputError`."""
+    try:
+        yield
+    except (MemoryError, ValueError, OverflowError):  # the latter two: more than any memory has
+        raise InputError(f"{what} of shape {shape} does not fit into memory{hint}") from None
+
+
+def zeros(shape: tuple[int, ...], what: str, hint: str = "") -> Float32:
+    """float32 zeros; raises `InputError` where there is no memory for so many."""
+    with fitting_memory(what, shape, hint):
+        return np.zeros(shape, np.float32)
 
 
 def as_graph_input(array: Float32) -> Float32:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .errors import InputError
-from .preprocess import Float32
+from .preprocess import Float32, fitting_memory
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -23,8 +23,10 @@ class NormalStream:
         self._generator = np.random.Generator(np.random.Philox(check_seed(seed)))
 
     def draw(self, count: int, shape: tuple[int, ...]) -> Float32:
-        """The next `count` examples of `shape` -> float32 (count, *shape)."""
-        return self._generator.standard_normal((count, *shape), dtype=np.float32)
+        """The next `count` examples of `shape` -> float32 (count, *shape). Raises `InputError` where there is no memory
+        for so many."""
+        with fitting_memory("a batch of latents", (count, *shape)):
+            return self._generator.standard_normal((count, *shape), dtype=np.float32)
 
 
 def check_seed(seed: Any) -> int | None:
@@ -39,6 +41,13 @@ def check_count(value: Any, name: str, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise InputError(f"{name} is {value!r}; expected a whole number from {least}")
     return int(value)
+
+
+def check_flag(value: Any, name: str) -> bool:
+    """True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise InputError(f"{name} is {value!r}; expected True or False")
+    return bool(value)
 
 
 def check_temperature(temperature: Any) -> np.float32:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -22,6 +24,7 @@ from .preprocess import Float32, to_uint8
 
 GRID_LIMIT = 256  # images in one grid; more is no longer a picture to look at
 ALONE_SIDE = 64  # a single image of this size or larger is written as it is, without a frame
+_ROW = re.compile(r"(.+\.(npy|npz|safetensors)|golden)?#\d*", re.IGNORECASE | re.DOTALL)
 
 
 class Sink(Protocol):
@@ -204,14 +207,26 @@ class _FolderSink:
 
 
 def unused_name(name: str, taken: set[str]) -> str:
-    """A file name without suffix for what is called `name`: `photos/a.png` -> `a`, rows of arrays by their number."""
-    stem = wanted = PurePath(name).stem if "#" not in name else f"{len(taken):06d}"
+    """A file name without suffix for what is called `name`: `photos/a.png` -> `a`; by their number are called rows of
+    arrays (`x.npy#3`, `golden#3`, `#`) and what has a name that no file can have."""
+    stem = "" if _ROW.fullmatch(name) else PurePath(name).stem
+    if stem in ("", ".", "..") or "\0" in stem or not _is_encodable(stem):
+        stem = f"{len(taken):06d}"
+    wanted = stem
     number = 1
     while wanted.casefold() in taken:
         number += 1
         wanted = f"{stem}-{number}"
     taken.add(wanted.casefold())
     return wanted
+
+
+def _is_encodable(name: str) -> bool:
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def pair_rows(originals: NDArray[np.uint8], images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:

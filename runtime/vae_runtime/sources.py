@@ -19,7 +19,7 @@ from .manifest import InputSpec
 from .preprocess import check_layout, padded_size
 
 ARRAY_SUFFIXES = (".npy", ".npz")
-_BATCH_VALUES = 2**24  # of pictures of free size that are read at once, more than one
+BATCH_VALUES = 2**24  # of images of free size that are read at once, more than one
 
 
 class PictureSource:
@@ -46,7 +46,7 @@ class PictureSource:
             return
         waiting: list[NDArray[Any]] = []
         for picture in (read_picture(name, self._spec) for name in self.names):
-            full = len(waiting) >= min(size, _BATCH_VALUES // picture.size)
+            full = len(waiting) >= min(size, BATCH_VALUES // picture.size)
             if waiting and (full or waiting[0].shape != picture.shape):
                 yield np.stack(waiting)
                 waiting = []

@@ -21,6 +21,7 @@ from .preprocess import (
     describe,
     require_plain_array,
     to_model_input,
+    zeros,
 )
 from .sampling import check_count
 from .tiling import Progress, TilePlan, run_tiled
@@ -98,7 +99,7 @@ class Tiler:
         rows, columns = (side // self._factor for side in (images.shape[1:3] if is_bytes else images.shape[2:]))
         plan = TilePlan((rows, columns), self._cells, self._tiling.encoder.context, input_scale=self._factor)
         shape = (len(images), self._manifest.latent.shape[0] or 0, rows, columns)
-        return plan, [_room(shape) for _ in range(1 if self._manifest.kind == "autoencoder" else 2)]
+        return plan, [zeros(shape, "a result") for _ in range(1 if self._manifest.kind == "autoencoder" else 2)]
 
     def _decoder_plan(self, size: Sequence[int]) -> TilePlan:
         return TilePlan((size[0], size[1]), self._cells, self._tiling.decoder.context, output_scale=self._factor)
@@ -122,7 +123,7 @@ class Tiler:
         return shape if size is None else (*shape[:2], *check_cut(size, shape, self._factor))
 
     def _decode(self, latents: Float32, shape: tuple[int, ...], plan: TilePlan, done: int, total: int) -> Float32:
-        images = _room(shape)
+        images = zeros(shape, "a result")
         for number in range(len(latents)):
 
             def read(part: tuple[slice, slice], latent: Float32 = latents[number : number + 1]) -> Float32:
@@ -147,10 +148,3 @@ class Tiler:
                 ApproximateTilingWarning,
                 stacklevel=4,
             )
-
-
-def _room(shape: tuple[int, ...]) -> Float32:
-    try:
-        return np.zeros(shape, np.float32)
-    except (MemoryError, ValueError):
-        raise InputError(f"a result of shape {shape} does not fit into memory") from None

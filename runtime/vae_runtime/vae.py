@@ -27,8 +27,9 @@ from .preprocess import (
     describe,
     pad_images,
     require_plain_array,
+    zeros,
 )
-from .sampling import NormalStream, check_count, check_temperature
+from .sampling import NormalStream, check_count, check_flag, check_temperature
 from .selftest import SelfTest, run_routes
 from .session import check_threads
 from .tiled import Tiler
@@ -178,7 +179,7 @@ class VAE:
             InputError: anything else; the message says what to do. ClosedError: after `close()`.
         """
         operations = self._operations or self._open_operations()
-        if pad:
+        if check_flag(pad, "pad"):
             inputs, _ = self._padded(inputs)
         if tile is not None or progress is not None:
             return Posterior(*Tiler(self.manifest, operations, tile, batch_size, progress).encode(inputs))
@@ -228,10 +229,7 @@ class VAE:
             KindError: the bundle is a plain autoencoder, which has no prior. InputError: an argument out of range.
         """
         batches = self.sample_batches(n, seed, temperature, batch_size=batch_size, size=size)
-        try:
-            images: Float32 = np.empty((n, *self._input_shape(size)), np.float32)
-        except (MemoryError, ValueError, OverflowError):
-            raise InputError(f"n is {n}; that many examples do not fit into memory, take sample_batches") from None
+        images = zeros((n, *self._input_shape(size)), f"n is {n}; an array", ", take sample_batches")
         start = 0
         for batch in batches:
             images[start : start + len(batch)] = batch
@@ -272,7 +270,7 @@ class VAE:
         """Encode, take the mean, decode: float32 (N, C, H, W) in [0, 1] or (N, D). Deterministic. On a GPU the latents
         stay in its memory. pad, tile, progress: as in `encode`; the result has the size of the inputs."""
         encoder, decoder = self._open_operations()
-        inputs, size = self._padded(inputs) if pad else (inputs, None)
+        inputs, size = self._padded(inputs) if check_flag(pad, "pad") else (inputs, None)
         if tile is not None or progress is not None:
             return Tiler(self.manifest, (encoder, decoder), tile, batch_size, progress).reconstruct(inputs, size)
         if self._is_on_one_gpu:

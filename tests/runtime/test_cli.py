@@ -379,7 +379,7 @@ BAD_INPUT = [
     ((*ENCODE, "{tmp}/crc.npz", "--output", "{tmp}/o.npz"), r"crc.npz is damaged after \d+ examples: .*CRC"),
     ((*ENCODE, "{tmp}/float.npy", "--output", "{tmp}/o.npz"), r"float.npy#0 to .* has values from 0 to 255; .*by 255"),
     ((*ENCODE, "{tmp}/late-nan.npy", "--output", "{tmp}/o.npz"), r"late-nan.npy#128 to late-nan.npy#149 has NaN"),
-    ((*ENCODE, "{tmp}/large.png", "--output", "{tmp}/o.npz"), r"large.png is 9x9 pixels; .* exactly 8x8"),
+    ((*ENCODE, "{tmp}/large.png", "--output", "{tmp}/o.npz"), r"large.png has 9x9 pixels; .* exactly 8x8"),
     (("decode", "{bundle}", "{tmp}/text.png", "--output", "{tmp}/o.npy"), "text.png is no file of latents"),
     (("decode", "{bundle}", "{npy}", "--output", "{tmp}/o.npy"), "npy has dtype uint8; expected"),
     (("decode", "{bundle}", "{tmp}/zero.npy", "--output", "{tmp}/o"), "zero.npy has shape"),

@@ -113,6 +113,8 @@ def test_samples_have_the_size_asked_for(vae: VAE) -> None:
         (lambda vae: vae.decode(np.zeros((1, 2, 4, 4), np.float32), size=(6, 8)), r"size is \(6, 8\); these latents"),
         (lambda vae: vae.decode(np.zeros((1, 2, 4, 4), np.float32), size=(9, 8)), r"size is \(9, 8\); these latents"),
         (lambda vae: vae.decode(np.zeros((1, 2, 4, 4), np.float32), size=8), r"expected \(height, width\)"),
+        (lambda vae: vae.encode(pictures(4, 4), pad="no"), "pad is 'no'; expected True or False"),
+        (lambda vae: vae.reconstruct(pictures(4, 4), pad=1), "pad is 1; expected True or False"),
         (lambda vae: vae.sample(1, size=(8, 7)), r"size is \(8, 7\); expected \(height, width\), multiples of 2"),
         (lambda vae: vae.sample(1, size=(8, 0)), "size"),
         (lambda vae: vae.sample(1, size="8x8"), r"expected \(height, width\)"),
@@ -126,6 +128,38 @@ def test_samples_have_the_size_asked_for(vae: VAE) -> None:
 def test_what_does_not_fit_is_refused_with_the_rule(vae: VAE, call: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         call(vae)
+
+
+HUGE = 20_000_000  # pixels on a side: more bytes than there are addresses
+VAST = 2_000_000_000  # more than numpy counts
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda vae: vae.sample(1, size=(HUGE, HUGE)), r"n is 1; .* shape \(1, 3, 20000000, 20000000\) does not"),
+        (lambda vae: vae.sample(1, size=(VAST, VAST)), r"shape \(1, 3, 2000000000, 2000000000\) does not"),
+        (lambda vae: next(vae.sample_batches(1, size=(HUGE, HUGE))), r"latents of shape \(1, 2, 10000000, 10000000\)"),
+        (lambda vae: next(vae.sample_batches(1, size=(2 * VAST, VAST))), r"\(1, 2, 2000000000, 1000000000\) does not"),
+        (lambda vae: vae.warmup([1], size=(HUGE, HUGE)), r"a batch of shape \(1, 3, 20000000, 20000000\) does not fit"),
+        (lambda vae: vae.warmup([1], size=(VAST, VAST)), r"a batch of shape \(1, 3, 2000000000, 2000000000\) does not"),
+        (lambda vae: vae.decode(repeated(np.float32, 1, 2, HUGE, HUGE)), r"latents of shape .*20000000\) does not fit"),
+        (lambda vae: vae.encode(repeated(np.float32, 1, 3, HUGE, HUGE)), r"images of shape .*20000000\) does not fit"),
+        (lambda vae: vae.encode(repeated(np.uint8, 1, HUGE, HUGE, 3)), r"images of shape .*20000000, 3\) does not fit"),
+        (
+            lambda vae: vae.encode(repeated(np.uint8, 1, HUGE - 1, HUGE, 3), pad=True),
+            r"shape \(1, 19999999, 20000000, 3\) does not fit into memory, padded to 20000000x20000000 pixels",
+        ),
+    ],
+)
+def test_what_no_memory_holds_is_refused_with_its_size(vae: VAE, call: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        call(vae)
+
+
+def repeated(dtype: type, *shape: int) -> np.ndarray:
+    """Zeros that take no memory."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
 
 
 def test_bundles_of_one_size_refuse_another(tiny: VAE) -> None:

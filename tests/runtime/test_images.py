@@ -13,7 +13,7 @@ pytest.importorskip("PIL")
 from PIL import Image
 
 from vae_runtime import InputError, OutputError
-from vae_runtime.images import grid, list_pictures, read_picture, read_pictures, write_picture
+from vae_runtime.images import grid, list_pictures, picture_size, read_picture, read_pictures, write_picture
 from vae_runtime.manifest import InputSpec
 
 GREY = InputSpec("image", (1, 4, 6), "grey", "exact")
@@ -45,7 +45,9 @@ def test_lossless_formats_agree(tmp_path: Path, suffix: str) -> None:
 
 def test_size_that_differs_is_refused_exactly(tmp_path: Path) -> None:
     path = save(tmp_path / "p.png", PIXELS[:3])
-    with pytest.raises(InputError, match=r"p.png is 6x3 pixels; this model takes pictures of exactly 6x4"):
+    with pytest.raises(
+        InputError, match=r"p.png has 3x6 pixels; this model takes pictures of exactly 4x6 \(height x width\)"
+    ):
         read_picture(path, RGB)
 
 
@@ -123,6 +125,36 @@ def test_files_that_are_no_pictures_are_refused_in_words(tmp_path: Path) -> None
             read_picture(tmp_path / name, GREY)
     with pytest.raises(InputError, match=r"none.png does not exist"):
         read_picture(tmp_path / "none.png", GREY)
+
+
+@pytest.mark.parametrize("form", ["eps", "gif", "ppm", "ico"])
+def test_only_the_formats_of_the_suffixes_are_tried(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(PIXELS).save(path, form)
+    for read in (lambda: read_picture(path, RGB), lambda: picture_size(path)):
+        with pytest.raises(InputError, match=r"a.png cannot be read as a picture: cannot identify image file"):
+            read()
+
+
+@pytest.mark.parametrize("suffix", ["tiff", "webp", "png"])
+def test_files_of_several_images_are_refused(tmp_path: Path, suffix: str) -> None:
+    path, more = tmp_path / f"many.{suffix}", [Image.fromarray(255 - PIXELS)]
+    save(path, PIXELS, save_all=True, append_images=more)
+    for read in (lambda: read_picture(path, RGB), lambda: picture_size(path)):
+        with pytest.raises(
+            InputError, match=rf"many.{suffix} cannot be read as a picture: it has 2 pages or frames; save"
+        ):
+            read()
+
+
+def test_previews_behind_a_jpeg_do_not_matter(tmp_path: Path) -> None:
+    """Many cameras put them there; the first image is the photograph."""
+    flat, path = np.full((4, 6, 3), 90, np.uint8), tmp_path / "camera.jpg"
+    Image.fromarray(flat).save(path, "MPO", save_all=True, append_images=[Image.new("RGB", (3, 2))])
+    with Image.open(path) as file:
+        assert (file.format, file.n_frames) == ("MPO", 2)
+    assert picture_size(path) == (4, 6)
+    assert np.abs(read_picture(path, RGB).astype(int) - flat).max() <= 2
 
 
 def test_truncated_jpeg_is_refused_instead_of_half_grey(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -13,9 +14,13 @@ import numpy as np
 import pytest
 
 from vae_runtime import VAE, InputError, to_uint8
+from vae_runtime.cli import _progress
 from vae_runtime.codec import Quantized, dequantize, quantize
 from vae_runtime.images import picture_size, read_picture
+from vae_runtime.latent_files import LatentFile
 from vae_runtime.manifest import InputSpec
+from vae_runtime.sinks import unused_name
+from vae_runtime.sources import open_inputs
 
 from .test_cli import refused, run, save_png
 from .test_tiled import EXACT, WIDE, with_tiling
@@ -119,7 +124,32 @@ def test_samples_of_a_size(vae: VAE, free_path: Path, tmp_path: Path) -> None:
     assert run("sample", free_path, "-n", 3, "--size", "8x20", "--output", tmp_path / "s.npy").exit_code == 0
     np.testing.assert_array_equal(np.load(tmp_path / "s.npy"), vae.sample(3, seed=0, size=(8, 20)))
     refused(r"size is \(8, 7\)", "sample", free_path, "--size", "8x7", "--output", tmp_path / "t.npy")
+    too_large = r"latents of shape \(1, 2, 10000000, 10000000\) does not fit into memory"
+    refused(too_large, "sample", free_path, "-n", 1, "--size", "20000000x20000000", "--output", tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["s.npy"]
     refused("HEIGHTxWIDTH", "sample", free_path, "--size", "8", "--output", tmp_path / "t.npy", code=2)
+
+
+def test_an_interpolation_of_any_size(vae: VAE, free_path: Path, photos: Path, tmp_path: Path) -> None:
+    ends = photos / "a.png", photos / "b.png"
+    assert run("interpolate", free_path, *ends, "--steps", 3, "--output", tmp_path / "path.npy").exit_code == 0
+    a, b = (read_picture(path, FREE)[None] for path in ends)
+    np.testing.assert_array_equal(np.load(tmp_path / "path.npy"), vae.interpolate(a, b, 3))
+
+
+@pytest.mark.parametrize(("tile", "expected"), [(None, [5, 5, 2]), (512, [1] * 12)])
+@pytest.mark.parametrize("kind", ["images", "latents", "latents without a size"])
+def test_few_large_examples_are_in_memory_at_once(
+    kind: str, tile: int | None, expected: list[int], tmp_path: Path
+) -> None:
+    """Of 1024x1024 pixels; the files are mostly holes."""
+    path = tmp_path / "large.npy"
+    shape, dtype = ((12, 1024, 1024, 3), np.uint8) if kind == "images" else ((12, 2, 512, 512), np.float32)
+    np.lib.format.open_memmap(path, "w+", dtype, shape)
+    source = open_inputs([str(path)], FREE) if kind == "images" else LatentFile(path)
+    if kind == "latents":
+        source.size = (1023, 1024)
+    assert [len(batch) for batch, _, _ in _progress(source, "reading", tile, FREE)] == expected
 
 
 # --- in tiles ---------------------------------------------------------------------------------------------------------
@@ -186,6 +216,14 @@ def test_constant_channels_survive_and_parts_that_do_not_belong_together_are_ref
         dequantize(Quantized(quantized.codes, np.full((2, 3), np.nan, np.float32), quantized.offset))
 
 
+def test_eight_bits_reach_the_ends_of_float32_and_not_beyond() -> None:
+    z = np.array([[[3.4028235e38, -3.4028235e38, 1e38]], [[3e38, -3e38, 0]]], np.float32)
+    quantized = quantize(z)
+    np.testing.assert_allclose(dequantize(quantized) / 3e38, z / 3e38, atol=1 / 200)
+    with pytest.raises(InputError, match=r"scale and offset give latents from .* beyond float32"):
+        dequantize(quantized._replace(scale=quantized.scale * 2))
+
+
 @pytest.mark.parametrize("output", ["folder", "one.npz", "one.safetensors"])
 def test_the_codec_stores_codes_and_decodes_to_what_they_stand_for(
     output: str, vae: VAE, free_path: Path, photos: Path, tmp_path: Path
@@ -240,18 +278,72 @@ def test_bad_files_of_latents_are_named(free_path: Path, tmp_path: Path) -> None
     np.savez(tmp_path / "size.npz", mean=mean, size=np.array([1, 2, 3]))
     np.savez(tmp_path / "large.npz", mean=mean, size=np.array([9, 8]))
     (tmp_path / "text.safetensors").write_text("no such thing")
+    codes, ones = mean.astype(np.uint8), np.ones((1, 2), np.float32)
+    np.savez(tmp_path / "number.npz", codes=codes, scale=np.float32(1), offset=np.float32(0))
+    np.savez(tmp_path / "float.npz", codes=mean, scale=ones, offset=ones)
+    np.savez(tmp_path / "huge.npz", codes=codes + 255, scale=ones * 3e38, offset=ones)
+    np.savez(tmp_path / "one.npz", mean=mean, size=np.int64(3))
     cases = {
         "empty": "empty holds no files of latents",
         "codes.npz": "codes.npz holds codes without their scale and offset",
+        "number.npz": r"number.npz: scale has dtype float32 and shape \(\); codes of shape \(1, 2, 4, 4\) have",
+        "float.npz": r"float.npz: codes has dtype float32 and shape .*; expected uint8 \(N, \*latent_shape\)",
+        "huge.npz": "scale and offset give latents from .* beyond float32",
+        "one.npz": "one.npz has the size 3; expected height and width",
         "size.npz": r"size.npz has the size \[1, 2, 3\]; expected height and width",
         "large.npz": r"size is \(9, 8\); these latents are of images of \(8, 8\)",
         "none.npz": "none.npz does not exist",
     }
     if importlib.util.find_spec("safetensors"):
         cases["text.safetensors"] = "text.safetensors cannot be read as .safetensors"
+        save = importlib.import_module("safetensors.numpy").save_file
+        for number, size in enumerate(("[[1], [2, 3]]", "[1e400, 3]", '{"a": 3}', "[1000000000000000000000, 3]")):
+            save({"mean": mean}, tmp_path / f"odd{number}.safetensors", {"size": size})
+            cases[f"odd{number}.safetensors"] = rf"odd{number}\.safetensors has the size .*; expected height and width"
     for name, message in cases.items():
         refused(message, "decode", free_path, tmp_path / name, "--output", tmp_path / "o.npy")
     assert not (tmp_path / "o.npy").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("a#1.png", "a#1"),
+        ("photos/b.c.jpg", "b.c"),
+        ("photos/x.npy#3", "000000"),
+        ("y.NPZ#12", "000000"),
+        ("z.safetensors#0", "000000"),
+        ("golden#7", "000000"),
+        ("#", "000000"),
+        ("/", "000000"),
+        ("photos/..", "000000"),
+        ("a\0b", "000000"),
+        ("\ud800", "000000"),
+    ],
+)
+def test_files_are_named_after_pictures_and_numbered_for_rows(name: str, file: str) -> None:
+    taken: set[str] = set()
+    assert unused_name(name, taken) == file
+    assert unused_name("other.png", taken) == "other"
+
+
+def test_names_in_a_file_of_latents_need_not_be_names_of_files(free_path: Path, tmp_path: Path) -> None:
+    mean = np.zeros((4, 2, 4, 4), np.float32)
+    np.savez(tmp_path / "z.npz", mean=mean, names=np.array(["a\0b", "/", "../../c.png", "d\ne"]))
+    assert run("decode", free_path, tmp_path / "z.npz", "--output", tmp_path / "back").exit_code == 0
+    found = sorted(path.name for path in tmp_path.rglob("*.png"))
+    assert found == ["000000.png", "000001.png", "000003.png", "c.png"]
+    np.savez(tmp_path / "bad.npz", mean=mean[:1] + np.inf, names=np.array(["d\ne"]))
+    refused("bad.npz#0 has infinite values", "decode", free_path, tmp_path / "bad.npz", "--output", tmp_path / "o.npy")
+
+
+def test_names_that_are_no_list_of_words_are_left_aside(free_path: Path, tmp_path: Path) -> None:
+    save = pytest.importorskip("safetensors.numpy").save_file
+    (tmp_path / "z").mkdir()
+    for number, names in enumerate(('[["a"], ["b", "c"]]', "3", '[["a"]]', "{}", '["a", "b"]', "null")):
+        save({"mean": np.zeros((1, 2, 4, 4), np.float32)}, tmp_path / "z" / f"{number}.safetensors", {"names": names})
+    assert run("decode", free_path, tmp_path / "z", "--output", tmp_path / "back").exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "back").iterdir()) == [f"00000{number}.png" for number in range(6)]
 
 
 def test_bundles_of_one_size_also_write_folders_of_latents(tiny: VAE, tiny_path: Path, tmp_path: Path) -> None:

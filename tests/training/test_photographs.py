@@ -197,13 +197,17 @@ def test_the_default_crop_is_what_there_is_room_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sizes", "settings", "message"),
     [
-        ([(40, 100), (90, 15)], {}, r"01.png is 90x15 pixels, smaller than a crop of 16x16 \(height x width\)"),
-        ([(40, 100), (17, 47)], {}, r"01.png is 17x47 pixels; its train, validation and test regions .* need 48 along"),
+        ([(40, 100), (90, 15)], {}, r"01.png has 90x15 pixels, smaller than a crop of 16x16 \(height x width\)"),
+        (
+            [(40, 100), (17, 47)],
+            {},
+            r"01.png has 17x47 pixels \(height x width\); its train, validation and test regions .* need 48 along",
+        ),
         ([(40, 100)], {"crop": (16, 18), "f": 4}, "crop is 16x18; this model takes heights and widths that are multip"),
         ([(40, 100)], {"split": "0.5,0.5"}, "split is '0.5,0.5'; expected three counts"),
         ([(40, 100)], {"split": "8,1,1"}, "10 examples in all; there are 1"),
         ([], {}, "nor pictures in it"),
-        ([(5, 100)], {"crop": None, "f": 8}, "00.png is 5x100 pixels, smaller than a crop of 8x8"),
+        ([(5, 100)], {"crop": None, "f": 8}, "00.png has 5x100 pixels, smaller than a crop of 8x8"),
     ],
 )
 def test_what_does_not_fit_is_named(
@@ -275,7 +279,7 @@ def test_end_to_end(two: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--crop", "64"), "00.png is 40x100 pixels, smaller than a crop of 64x64"),
+        (("--crop", "64"), "00.png has 40x100 pixels, smaller than a crop of 64x64"),
         (("--crop", "15"), "crop is 15x15; this model takes heights and widths that are multiples of 2"),
         (("--crop", "16x0"), "crop is [16, 0]; expected height and width"),
         (("--size", "16x16"), "size makes all pictures one size, crop leaves them as they are; pass one of them"),

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vae_runtime.errors import InputError, MissingExtraError
-from vae_runtime.images import list_pictures, read_picture
+from vae_runtime.images import list_pictures, picture_size, read_picture
 from vae_runtime.manifest import COLOURS, RESIZE_MODES, InputSpec
 from vae_runtime.preprocess import Float32, to_model_input
 
@@ -177,22 +177,3 @@ def _load_pictures(folder: Path, size: tuple[int, int] | None, resize: str, colo
     for index, path in enumerate(paths):
         examples[index] = read_picture(path, spec)
     return Dataset(folder.resolve().name, examples, spec)
-
-
-def picture_size(path: Path) -> tuple[int, int]:
-    """(H, W) as it is seen, after EXIF orientation; the pixels are mostly not read.
-
-    Raises:
-        InputError: the file is no picture.
-        MissingExtraError: Pillow is not installed.
-    """
-    try:
-        from PIL import ExifTags, Image
-    except ImportError:
-        raise MissingExtraError("Pillow", "images", f"reading {path}") from None
-    try:
-        with Image.open(path) as picture:
-            on_its_side = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-            return picture.size if on_its_side else picture.size[::-1]
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read as a picture: {error}") from None

@@ -17,11 +17,11 @@ from typing import NamedTuple
 import numpy as np
 
 from vae_runtime.errors import InputError
-from vae_runtime.images import read_picture
+from vae_runtime.images import picture_size, read_picture
 from vae_runtime.manifest import COLOURS, InputSpec
 from vae_runtime.preprocess import UInt8
 
-from .data import Dataset, find_pictures, picture_size
+from .data import Dataset, find_pictures
 from .split import PARTS, Parts, parse_split, split_indices
 
 MANY = 10  # from so many pictures on fractions divide the pictures, below they divide each picture
@@ -114,7 +114,7 @@ def load_photographs(
             raise InputError(f"crop is {_by(crop)}; this model takes heights and widths that are multiples of {f}")
     for path, size in zip(paths, sizes, strict=True):
         if size[0] < crop[0] or size[1] < crop[1]:
-            raise InputError(f"{path} is {_by(size)} pixels, smaller than a crop of {_by(crop)} (height x width)")
+            raise InputError(f"{path} has {_by(size)} pixels, smaller than a crop of {_by(crop)} (height x width)")
     if by_pictures:
         parts = split_indices(len(paths), split, order, seed)
         whole = [Region(index, 0, 0, *size) for index, size in enumerate(sizes)]
@@ -150,8 +150,9 @@ def _strips(
     lengths = [length - validation - test, validation, test]
     if lengths[0] < least:
         raise InputError(
-            f"{path} is {_by(size)} pixels; its train, validation and test regions with crops of {_by(crop)} need "
-            f"{validation + test + least} along its longer side; take smaller crops, or {MANY} pictures or more"
+            f"{path} has {_by(size)} pixels (height x width); its train, validation and test regions with crops of"
+            f" {_by(crop)} need {validation + test + least} along its longer side; take smaller crops, or {MANY}"
+            " pictures or more"
         )
     starts = [0, lengths[0], lengths[0] + validation]
     if along == 0:

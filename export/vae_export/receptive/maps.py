@@ -17,7 +17,7 @@ class AxisMap(NamedTuple):
 
     ratio: input positions per output position. first, last: output position -> the ends of the interval that it reads;
     positions before 0 or beyond the input are padding. length: the input's length less N / scale, see
-    `vae_export.receptive_field.Axis.extra`, -> the output's. mirrored: (before, after), how many positions of padding
+    `vae_export.receptive.axis.Axis.extra`, -> the output's. mirrored: (before, after), how many positions of padding
     there repeat what is inside, None for padding with a constant; (0, 0) repeats the edge alone.
     """
 
@@ -65,6 +65,8 @@ def convolution(given: dict[str, Any], axis: int, kernel: int) -> AxisMap:
     size = (kernel - 1) * dilation + 1
     begin, end = _pads(given, axis, size, stride)
     made = window(stride, begin, end, size)
+    if _auto_pad(given).startswith("SAME"):
+        return made._replace(length=_whole(stride, -stride, "auto_pad SAME"))
     return made._replace(length=_whole(stride, begin + end - size)) if given.get("ceil_mode") else made
 
 
@@ -82,7 +84,7 @@ def transposed(given: dict[str, Any], axis: int, kernel: int) -> AxisMap:
 def resize(scale: Fraction, mode: str, coordinates: str, rounding: str) -> AxisMap:
     """Resize by a rational factor. coordinates, rounding: `coordinate_transformation_mode` and `nearest_mode`."""
     offset = Fraction(0)
-    if coordinates in ("half_pixel", "pytorch_half_pixel", "half_pixel_symmetric"):
+    if coordinates in ("half_pixel", "pytorch_half_pixel"):
         offset = Fraction(1, 2)
     elif coordinates != "asymmetric":
         raise UnknownMapError(f"coordinates {coordinates!r}, which depend on the size")
@@ -101,6 +103,8 @@ def resize(scale: Fraction, mode: str, coordinates: str, rounding: str) -> AxisM
         reads["nearest"] = (lambda q: rounded(position(q)), lambda q: rounded(position(q)))
     if mode not in reads:
         raise UnknownMapError(f"mode {mode!r}")
+    if mode != "nearest" and not all(_is_power_of_two(part) for part in (scale.numerator, scale.denominator)):
+        raise UnknownMapError(f"mode {mode!r} by {scale}, whose places are rounded differently along the image")
     return AxisMap(1 / scale, *reads[mode], lambda extra: math.floor(extra * scale), (0, 0))
 
 
@@ -112,12 +116,17 @@ _ROUNDINGS: dict[str, Callable[[Fraction], int]] = {
 }
 
 
-def _whole(stride: int, missing: int) -> Callable[[int], int]:
-    """The length where rounding up and rounding down are the same; engines differ in windows that begin in padding."""
+def _is_power_of_two(number: int) -> bool:
+    return number & (number - 1) == 0
+
+
+def _whole(stride: int, missing: int, what: str = "ceil_mode") -> Callable[[int], int]:
+    """The length where rounding up and rounding down are the same; engines differ in windows that begin in padding, and
+    with a remainder the padding of SAME is another one."""
 
     def length(extra: int) -> int:
         if (extra + missing) % stride:
-            raise UnknownMapError("ceil_mode with a remainder")
+            raise UnknownMapError(f"{what} with a remainder")
         return (extra + missing) // stride + 1
 
     return length

@@ -93,7 +93,7 @@ class Walk:
             self._keep_constant(node, given)
         if node.output[0] in self._constants:
             return
-        if node.op_type == "Shape" and isinstance(data[0], Grid):
+        if node.op_type == "Shape" and data and isinstance(data[0], Grid):
             self._values[node.output[0]] = sliced([_dimension(axis) for axis in data[0].axes], given)
         elif not data and (values := evaluate(node, given, [self._value(name) for name in node.input])) is not None:
             self._values[node.output[0]] = values

@@ -1,0 +1,143 @@
+"""Height and width may be free: what that takes of a network, and networks that do not keep to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from vae_export import export_bundle
+from vae_export.cli import _default_output
+from vae_runtime import VAE, ExportError, InputError
+
+
+class Encoder(nn.Module):
+    """(N, 3, H, W) -> mean, logvar (N, 2, H/4, W/4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 4, 4)
+
+    def forward(self, x):
+        return self.layer(x).chunk(2, dim=1)
+
+
+class HalvesWhenWide(Encoder):
+    def forward(self, x):
+        mean, logvar = super().forward(x)
+        return (mean * 0.5 if x.shape[-1] > 100 else mean), logvar
+
+
+class HalvesWhenNarrow(Encoder):
+    def forward(self, x):
+        mean, logvar = super().forward(x)
+        return (mean * 0.5 if x.shape[-1] < 12 else mean), logvar
+
+
+class HalvesWhenLarge(Encoder):
+    def forward(self, x):
+        mean, logvar = super().forward(x)
+        return (mean * 0.5 if x.shape[-1] * x.shape[-2] > 4000 else mean), logvar
+
+
+class NeedsRoom(Encoder):
+    """Mirrors more than a small image has, so that it does not run on one: that is no decision."""
+
+    def forward(self, x):
+        return self.layer(nn.functional.pad(x, (6, 6, 6, 6), mode="reflect")[..., 6:-6, 6:-6]).chunk(2, dim=1)
+
+
+class Mixes(Encoder):
+    """Normalises over the batch, always."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4, track_running_stats=False)
+
+    def forward(self, x):
+        return self.norm(self.layer(x)).chunk(2, dim=1)
+
+
+class Cancels(Encoder):
+    """Loses digits: a hundred thousand is added and taken away again."""
+
+    def forward(self, x):
+        mean, logvar = super().forward(x)
+        return mean, (logvar * 1e3 + self.layer(x * 1.0001).chunk(2, dim=1)[1] * -1e3) * 1e2
+
+
+def decoder() -> nn.Module:
+    return nn.Sequential(nn.ConvTranspose2d(2, 3, 4, 4), nn.Sigmoid())
+
+
+def export(encoder: nn.Module, path: Path, examples: int = 2, **options: Any) -> Any:
+    x = np.random.default_rng(0).random((examples, 3, 32, 32), dtype=np.float32)
+    return export_bundle(encoder, decoder(), path, examples=x, multiple_of=4, **options)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("network", [HalvesWhenWide, HalvesWhenNarrow, HalvesWhenLarge])
+def test_a_network_that_decides_by_the_size_is_refused(network: type[nn.Module], tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"the encoder's code decides by the size of its input \(x\.size\(\)\[3\]"):
+        export(network(), tmp_path / "a.vae")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_that_needs_some_room_is_exported(tmp_path: Path) -> None:
+    manifest = export(NeedsRoom(), tmp_path / "a.vae")
+    assert (manifest.input.shape, manifest.input.multiple_of, manifest.input.default_size) == (
+        (3, None, None),
+        4,
+        (32, 32),
+    )
+    assert manifest.latent.shape == (2, None, None)
+    assert manifest.precisions["fp32"].fidelity["sizes"] == [[32, 32], [36, 40]]
+    with VAE.load(tmp_path / "a.vae") as vae:
+        assert vae.encode(np.zeros((1, 3, 64, 20), np.float32)).mean.shape == (1, 2, 16, 5)
+
+
+def test_a_network_that_mixes_rows_is_found_with_a_single_example(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="differs from PyTorch by"):
+        export(Mixes(), tmp_path / "a.vae", examples=1)
+
+
+def test_what_the_export_lets_through_passes_the_self_test(tmp_path: Path) -> None:
+    manifest = export(Cancels(), tmp_path / "a.vae", tolerance=1e-2)
+    assert manifest.golden.tolerance["fp32"] > 1e-4
+    with VAE.load(tmp_path / "a.vae") as vae:
+        assert vae.selftest().passed
+        assert max(vae.selftest().errors.values()) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("multiple", "message"),
+    [
+        (0, "multiple_of is 0"),
+        (5, "multiple_of is 5; the examples have shape"),
+        (8, r"multiples of 8, expected \(N, C"),
+    ],
+)
+def test_a_multiple_that_is_not_the_networks_is_refused(multiple: int, message: str, tmp_path: Path) -> None:
+    x = torch.rand(2, 3, 32, 32)
+    with pytest.raises((InputError, ExportError), match=message):
+        export_bundle(Encoder(), decoder(), tmp_path / "a.vae", examples=x, multiple_of=multiple)
+
+
+def test_the_bundle_is_named_after_its_source(tmp_path: Path) -> None:
+    for name in ("v1.4", "v1.5"):
+        (tmp_path / name).mkdir()
+        assert _default_output(str(tmp_path / name)) == tmp_path / f"{name}.vae"
+    assert _default_output("digits/model.pt") == Path("digits/model.vae")
+    assert _default_output("package.module:make") == Path("make.vae")
+    assert _default_output("halves/encoder.pt,halves/decoder.pt") == Path("halves/model.vae")
+    for empty in ("", "a:", "/"):
+        with pytest.raises(InputError, match="gives the bundle no name; pass --output"):
+            _default_output(empty)

@@ -52,7 +52,7 @@ class InputShape(click.ParamType):
 @click.argument("source", type=click.Path())
 @click.option("--output", type=click.Path(), help="The bundle's folder.  [default: SOURCE.vae beside SOURCE]")
 @click.option("--name", help="The bundle's name.  [default: the data set and family, or the source's name]")
-@click.option("--from", "origin", help="What SOURCE is, where its content leaves a choice.")
+@click.option("--from", "origin", help="What SOURCE is: model, diffusers, pythae, factory, program or onnx.")
 @click.option(
     "--weights", type=click.Path(), help="Of a factory's network: .safetensors, or .pt, .pth with tensors only."
 )

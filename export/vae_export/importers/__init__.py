@@ -39,7 +39,7 @@ class Importer(Protocol):
 
 
 IMPORTERS: tuple[Importer, ...] = (diffusers_folder, pythae_folder, factory, torch_program, onnx_pair)
-MODEL = "a model.pt of vae-train"
+OURS, MODEL = "model", "a model.pt of vae-train"  # for `--from`, and in words
 
 
 def recognised(source: str) -> list[Importer]:
@@ -71,7 +71,7 @@ def load(source: str, kind: str | None, options: ImportOptions) -> Imported:
     """
     importers = {importer.KIND: importer for importer in IMPORTERS}
     if kind is not None and kind not in importers:
-        raise InputError(f"--from is {kind!r}; expected one of {', '.join(importers)}")
+        raise InputError(f"--from is {kind!r}; expected one of {', '.join((OURS, *importers))}")
     importer = recognise(source) if kind is None else importers[kind]
     try:
         return importer.load(source, options)

@@ -7,7 +7,7 @@ from pathlib import Path
 from vae_runtime.errors import ExportError
 
 from ..imported import Imported, ImportOptions
-from .options import peek_json, read_json, refuse_options, require_agreement
+from .options import bundle_name, peek_json, read_json, refuse_options, require_agreement
 
 KIND = "diffusers"
 KINDS = {"AutoencoderKL": "vae", "AutoencoderTiny": "autoencoder"}
@@ -38,7 +38,7 @@ def load(source: str, options: ImportOptions) -> Imported:
     require_agreement(options, "kind", KINDS[name], name)
     from .diffusers_model import import_model
 
-    return import_model(folder, name, KINDS[name], config, options.input_shape, _bundle_name(folder))
+    return import_model(folder, name, KINDS[name], config, options.input_shape, bundle_name(folder, SUBFOLDER))
 
 
 def _model_folder(source: Path) -> Path:
@@ -49,8 +49,3 @@ def _model_folder(source: Path) -> Path:
         pipeline = read_json(source / PIPELINE).get("_class_name")
         raise ExportError(f"{source} is a pipeline, {pipeline}, that has no {SUBFOLDER}/{CONFIG}")
     return source / SUBFOLDER
-
-
-def _bundle_name(folder: Path) -> str:
-    path = folder.resolve()
-    return path.parent.name if path.name == SUBFOLDER and path.parent.name else path.name

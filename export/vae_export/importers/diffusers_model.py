@@ -24,7 +24,8 @@ from ..graphs import DecoderGraph, EncoderGraph
 from ..imported import Imported
 from ..verify import Reference
 from .diffusers_weights import read_weights
-from .weights import assign, first_line
+from .trial import reason
+from .weights import assign
 
 CONFIG = "config.json"
 DEFAULT_SIDE = (64, 128)  # of golden inputs: within these bounds, as near as may be to the size it was trained with
@@ -135,7 +136,7 @@ def _build(name: str, config: dict[str, Any], file: Path) -> Any:
         with torch.device("meta"):
             model = model_class.from_config(known)
     except Exception as error:  # the config's values reach every layer unchecked
-        raise CheckpointError(f"{file} describes no {name}: {first_line(error)}") from None
+        raise CheckpointError(f"{file} describes no {name}: {reason(error)}") from None
     return model.eval().requires_grad_(False)
 
 
@@ -180,7 +181,7 @@ def _as_export_error() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ExportError(f"the model that {CONFIG} describes does not run: {first_line(error)}") from None
+        raise ExportError(f"the model that {CONFIG} describes does not run: {reason(error)}") from None
 
 
 def _shape(

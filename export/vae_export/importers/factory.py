@@ -1,8 +1,8 @@
 """`package.module:callable`, which returns a network of PyTorch, with a file of weights or without.
 
 The callable takes no arguments. What it returns has methods `encode` and `decode`, or networks `encoder` and `decoder`,
-or is a pair (encoder, decoder). What these return may have any form of `outputs`. Importing the module runs its code,
-as Python's own `-m` does; the file of weights runs nothing.
+or is a pair (encoder, decoder) of networks or of their methods. What these return may have any form of `outputs`.
+Importing the module runs its code, as Python's own `-m` does; the file of weights runs nothing.
 """
 
 from __future__ import annotations
@@ -53,13 +53,14 @@ def load(source: str, options: ImportOptions) -> Imported:
     if match is None:
         raise InputError(f"source is {source!r}; expected package.module:callable")
     shape = require_shape(options.input_shape, options)
-    with _importing_from_here():
+    with _importing_from_here(), contextlib.redirect_stdout(sys.stderr):  # what is printed is not the command's output
         network = Network(_call(_find(*match.groups()), source))
         if options.weights is not None:
             load_weights(network.whole, Path(options.weights))
         network.whole.cpu().float()  # what bundles compute in
-        reference = Reference(*make_graphs(network.encoder, network.decoder, shape, options))
-        sizes = try_out(reference, shape, options)
+        with network.watched():
+            reference = Reference(*make_graphs(network.encoder, network.decoder, shape, options))
+            sizes = try_out(reference, shape, options)
     return Imported(
         reference,
         match[2].rpartition(".")[2],
@@ -77,7 +78,7 @@ def _find(module: str, path: str) -> Any:
         if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
             raise InputError(f"there is no module {error.name!r} here or among the installed packages") from None
         raise ExportError(f"the module {module} needs {error.name}, which is not installed") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ExportError(f"the module {module} cannot be imported: {reason(error)}") from error
     for name in path.split("."):
         if not hasattr(found, name):
@@ -93,7 +94,7 @@ def _call(factory: Any, source: str) -> Any:
         return factory()
     except VAEError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ExportError(f"{source} fails when it is called without arguments: {reason(error)}") from error
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from vae_runtime.errors import ExportError
 
@@ -14,35 +19,63 @@ class Network:
 
     def __init__(self, product: Any) -> None:
         if isinstance(product, (tuple, list)) and len(product) == 2:
-            product = _Pair(*product)
+            product = SimpleNamespace(encoder=product[0], decoder=product[1])
         names = next((names for names in (("encode", "decode"), ("encoder", "decoder")) if _has(product, names)), None)
         if names is None:
             raise ExportError(
                 f"the factory returns {type(product).__name__}; expected an object with encode and decode, or with"
                 " encoder and decoder, or a pair (encoder, decoder)"
             )
-        self.whole = product if isinstance(product, nn.Module) else _Parts(product)
-        self.encoder, self.decoder = (_Half(self.whole, getattr(product, name)) for name in names)
+        calls = [getattr(product, name) for name in names]
+        self.whole = _whole(product, calls)
+        self.encoder, self.decoder = (_Half(self.whole, call) for call in calls)
 
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Any network with weights that runs in this context has to be one of `whole`, or these are never loaded and it
+        stays in training mode.
 
-class _Pair(nn.Module):
-    def __init__(self, encoder: Any, decoder: Any) -> None:
-        super().__init__()
-        self.encoder, self.decoder = encoder, decoder
+        Raises:
+            ExportError: another one ran; also in place of what it led to.
+        """
+        known = {*self.whole.modules(), *self.encoder.modules(), *self.decoder.modules()}
+        strange: list[str] = []
+
+        def see(module: nn.Module, inputs: Any) -> None:
+            # Whatever is around the halves has known ones in it.
+            if known.isdisjoint(module.modules()) and (*module.parameters(), *module.buffers()):
+                strange.append(type(module).__name__)
+
+        hook = register_module_forward_pre_hook(see)
+        try:
+            yield
+        except Exception:
+            if not strange:
+                raise
+        finally:
+            hook.remove()
+        if strange:
+            raise ExportError(
+                f"what the factory returns runs a network, {strange[0]}, that is registered in no module of it, so that"
+                " its weights and its evaluation mode are out of reach; return a torch.nn.Module with encode and decode"
+                " and with its networks as attributes or in a ModuleList, or a pair of modules (encoder, decoder)"
+            )
 
 
 class _Parts(nn.Module):
-    """The networks among an object's attributes, under their names there."""
+    """The networks among an object's attributes, and those whose methods are, under their names there."""
 
     def __init__(self, owner: Any) -> None:
         super().__init__()
         for name, value in getattr(owner, "__dict__", {}).items():
-            if isinstance(value, nn.Module):
-                setattr(self, name, value)
+            module = value if isinstance(value, nn.Module) else getattr(value, "__self__", None)
+            if isinstance(module, nn.Module):
+                setattr(self, name, module)
 
 
 class _Half(nn.Module):
-    """One network, or one method of a model with all the model's weights."""
+    """One network, or one method of a model with all the model's weights. What it prints goes to stderr: stdout is the
+    command's."""
 
     def __init__(self, whole: nn.Module, call: Any) -> None:
         super().__init__()
@@ -51,7 +84,16 @@ class _Half(nn.Module):
             self.whole = whole
 
     def forward(self, x: Tensor) -> Any:
-        return self.call(x)
+        with contextlib.redirect_stdout(sys.stderr):
+            return self.call(x)
+
+
+def _whole(product: Any, calls: list[Any]) -> nn.Module:
+    """The module with all weights: of two methods of one object, that object."""
+    owners = [getattr(call, "__self__", None) for call in calls]
+    if owners[0] is not None and owners[0] is owners[1] and not isinstance(product, nn.Module):
+        product = owners[0]
+    return product if isinstance(product, nn.Module) else _Parts(product)
 
 
 def _has(product: Any, names: tuple[str, ...]) -> bool:

@@ -7,10 +7,10 @@ onnxruntime on the files as they are.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
+from vae_runtime.bundle import is_bundle_folder
 from vae_runtime.errors import InputError
 
 from ..imported import Imported, ImportOptions
@@ -25,16 +25,14 @@ _IR_VERSION, _GRAPH, _OPSET = 1, 7, 8
 
 def recognises(source: str) -> bool:
     """Whether `source` names an encoder and a decoder in ONNX, and is no bundle of ours, which is complete already."""
-    return not is_bundle(source) and has_pair(source, is_onnx)
+    return not _is_bundle(source) and has_pair(source, is_onnx)
 
 
-def is_bundle(source: str) -> bool:
-    """Whether a folder has the manifest of a bundle."""
+def _is_bundle(source: str) -> bool:
     try:
-        manifest = json.loads((Path(source) / "manifest.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return is_bundle_folder(Path(source).resolve())  # through links too
+    except (OSError, ValueError, RuntimeError):  # no path at all, or a link to itself
         return False
-    return isinstance(manifest, dict) and manifest.get("format") == "vae-bundle"
 
 
 def is_onnx(path: Path) -> bool:
@@ -74,7 +72,7 @@ def load(source: str, options: ImportOptions) -> Imported:
     from .onnx_source import agree, open_graph
 
     check_options(options)
-    if is_bundle(source):
+    if _is_bundle(source):
         raise InputError(f"{source} is a bundle already; vae-run and vae-bench take it as it is")
     encoder, decoder = (
         open_graph(path, half)

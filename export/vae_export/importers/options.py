@@ -1,4 +1,4 @@
-"""What an importer's user may say, and the small JSON files that say the rest."""
+"""What an importer's user may say, and the names and small JSON files that say the rest."""
 
 from __future__ import annotations
 
@@ -37,6 +37,12 @@ def require_agreement(options: ImportOptions, name: str, told: Any, source: str)
     value = getattr(options, name)
     if value is not None and value != told:
         raise InputError(f"{FLAGS[name]} is {value!r}, but {source} says {told!r}")
+
+
+def bundle_name(folder: Path, subfolder: str) -> str:
+    """A model's name: that of its folder, or of the one around it where it lies in a `subfolder` of a fixed name."""
+    path = folder.resolve()
+    return path.parent.name if path.name == subfolder and path.parent.name else path.name
 
 
 def peek_json(path: Path) -> dict[str, Any] | None:

@@ -8,9 +8,7 @@ has, and made a graph of negative sizes of a scripted nearest upsampling.
 from __future__ import annotations
 
 import io
-import re
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +23,11 @@ from vae_runtime.preprocess import Float32
 
 from ..graphs import OPSET, DecoderGraph, EncoderGraph, decoder_to_onnx, encoder_to_onnx, finish
 from ..verify import Reference
+from .script_code import check_archive, check_graphs
 from .torch_program import EXPORTED, SCRIPT
 from .trial import reason
 
 Shape = tuple[int | None, ...]
-# Operators of TorchScript that read or write files, as its archives spell them.
-_FILE_OPERATORS = re.compile(rb"\b(?:torch|ops\.aten)\.(save|from_file)\(")
 
 
 class Program:
@@ -122,23 +119,16 @@ def open_program(path: Path, sort: str | None, trusted: bool) -> Program:
 
 
 def _open_script(path: Path) -> Program:
-    _check_code(path)
+    check_archive(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript itself
             module = torch.jit.load(str(path), map_location="cpu").eval()
     except Exception as error:
         raise CheckpointError(f"{path} is not a TorchScript program that can be loaded: {reason(error)}") from error
+    check_graphs(module, path)
     _check_types(module, path)
     return Program(SCRIPT, module, None)
-
-
-def _check_code(path: Path) -> None:
-    """TorchScript has no access to Python, but two of its operators to files."""
-    with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            if name.endswith(".py") and (found := _FILE_OPERATORS.search(archive.read(name))):
-                raise ExportError(f"{path} calls {found[1].decode()!r}, which reaches files; a network needs none")
 
 
 def _open_exported(path: Path, trusted: bool) -> Program:

@@ -9,7 +9,7 @@ from typing import Any
 from vae_runtime.errors import CheckpointError, ExportError, InputError
 
 from ..imported import Imported, ImportOptions
-from .options import peek_json, read_json, refuse_options, require_agreement
+from .options import bundle_name, peek_json, read_json, refuse_options, require_agreement
 
 KIND = "pythae"
 CONFIG, SUBFOLDER = "model_config.json", "final_model"
@@ -83,7 +83,7 @@ def load(source: str, options: ImportOptions) -> Imported:
     from .pythae_model import import_model
 
     return import_model(
-        folder, config, kind, custom, shape, signed, _likelihood(name, config, signed), _bundle_name(folder)
+        folder, config, kind, custom, shape, signed, _likelihood(name, config, signed), bundle_name(folder, SUBFOLDER)
     )
 
 
@@ -98,11 +98,6 @@ def _model_folder(source: Path) -> Path:
         return inner if not (source / CONFIG).is_file() and (inner / CONFIG).is_file() else source
     except (OSError, ValueError):  # no path at all
         return source
-
-
-def _bundle_name(folder: Path) -> str:
-    path = folder.resolve()
-    return path.parent.name if path.name == SUBFOLDER and path.parent.name else path.name
 
 
 def _kind(name: str, config: dict[str, Any]) -> str:

@@ -18,7 +18,8 @@ from ..graphs import DecoderGraph, EncoderGraph
 from ..imported import Imported
 from ..verify import Reference
 from .pythae_folder import CONFIG, class_name
-from .weights import assign, first_line, read_pickled
+from .trial import reason
+from .weights import assign, read_pickled
 
 WEIGHTS, STATE = "model.pt", "model_state_dict"
 
@@ -96,7 +97,7 @@ def _build(folder: Path, config: dict[str, Any]) -> Any:
         with torch.device("meta"):
             model = getattr(library, name)(settings)
     except Exception as error:  # pydantic's, or any that a value leads to
-        raise CheckpointError(f"{folder / CONFIG} describes no {name}: {first_line(error)}") from None
+        raise CheckpointError(f"{folder / CONFIG} describes no {name}: {reason(error)}") from None
     content = read_pickled(folder / WEIGHTS)
     if not isinstance(content.get(STATE), dict):
         raise CheckpointError(f"{folder / WEIGHTS} has no {STATE}, which pythae's save writes")
@@ -112,7 +113,7 @@ def _unpickle(folder: Path) -> Any:
             warnings.simplefilter("ignore")
             model = library.AutoModel.load_from_folder(str(folder))
     except Exception as error:
-        raise CheckpointError(f"{folder} cannot be loaded by pythae: {first_line(error)}") from None
+        raise CheckpointError(f"{folder} cannot be loaded by pythae: {reason(error)}") from None
     if not isinstance(model, nn.Module):
         raise ExportError(f"{folder} holds a {type(model).__name__}, no PyTorch module")
     return model
@@ -123,7 +124,7 @@ def _try(encoder: Encoder, decoder: Decoder, x: Tensor) -> None:
     try:
         first, second = (_run(encoder, decoder, x) for _ in range(2))
     except Exception as error:  # what a network of someone else's leads to
-        raise ExportError(f"the pickled networks do not run on {tuple(x.shape)} inputs: {first_line(error)}") from None
+        raise ExportError(f"the pickled networks do not run on {tuple(x.shape)} inputs: {reason(error)}") from None
     *latents, _ = first
     if len({tuple(value.shape) for value in latents}) != 1 or len(latents[0]) != len(x):
         raise ExportError(

@@ -74,10 +74,18 @@ def require_shape(shape: tuple[int | None, ...] | None, options: ImportOptions) 
 
 
 def noise(shape: tuple[int | None, ...], rows: int, multiple_of: int | None, seed: int = 0) -> Float32:
-    """`rows` inputs in [0, 1]; free sizes are about `SIDE`."""
+    """`rows` inputs in [0, 1]; free sizes are about `SIDE`.
+
+    Raises:
+        InputError: they do not fit into memory.
+    """
     side = multiple_of * -(-SIDE // multiple_of) if multiple_of else SIDE
     sizes = [size or side for size in shape]
-    return np.random.default_rng(seed).random((rows, *sizes), dtype=np.float32)
+    try:
+        return np.random.default_rng(seed).random((rows, *sizes), dtype=np.float32)
+    except (MemoryError, ValueError, OverflowError):  # the others: more bytes than there can be
+        text = "x".join(map(str, sizes))
+        raise InputError(f"inputs of {text} are too large: {rows} of them do not fit into memory") from None
 
 
 def try_out(halves: Halves, shape: tuple[int | None, ...], options: ImportOptions) -> Sizes:
@@ -195,7 +203,7 @@ def run(half: Callable[[Any], Any], inputs: Any, name: str) -> Any:
         return half(inputs)
     except (ExportError, InputError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a network's code may call sys.exit
         raise ExportError(
             f"the {name} does not run on a batch of shape {tuple(inputs.shape)}: {reason(error)}"
         ) from error

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from vae_runtime.errors import CheckpointError, MissingExtraError
 
+from .trial import reason
+
 SHOWN = 3  # names in an error
 
 
@@ -30,7 +32,7 @@ def read_safetensors(path: Path, extra: str) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except Exception as error:  # a SafetensorError, or what torch says of a type that it has not
-        raise CheckpointError(f"{path} is damaged or no safetensors file ({first_line(error)})") from None
+        raise CheckpointError(f"{path} is damaged or no safetensors file ({reason(error)})") from None
 
 
 def read_pickled(path: Path) -> dict[str, Any]:
@@ -86,12 +88,6 @@ def require_file(path: Path) -> None:
     """Raises: CheckpointError: there is no such file."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
-
-
-def first_line(error: BaseException) -> str:
-    """An error of a library in one line: its kind, and the first line of what it says."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _fits(value: Any, expected: Tensor) -> bool:

@@ -26,6 +26,8 @@ from vae_runtime.errors import CheckpointError, ExportError, InputError
 
 MODULE = "networks_of_the_factory_tests"
 SOURCE = '''
+import sys
+from types import SimpleNamespace
 import torch
 from torch import nn
 from torch.distributions import Independent, Normal
@@ -77,6 +79,54 @@ class Holder:
     def decode(self, z):
         return self.network.decoder(z)
 
+class InList(Holder):
+    """Its networks are out of reach."""
+    def __init__(self):
+        self.networks = [Networks()]
+    @property
+    def network(self):
+        return self.networks[0]
+
+class Halfway(Random):
+    """Only its decoder is out of reach."""
+    def __init__(self):
+        super().__init__()
+        self.decoder, self.networks = None, [self.decoder]
+    def decode(self, z):
+        return self.networks[0](z)
+
+def methods_of_one():
+    methods = Methods()
+    return methods.encode, methods.decode
+
+def namespace_of_methods():
+    methods = Methods()
+    return SimpleNamespace(encode=methods.encode, decode=methods.decode)
+
+def methods_of_two():
+    return Methods().encode, Methods().decode
+
+def closure():
+    networks = Networks()
+    return lambda x: networks.encoder(x), lambda z: networks.decoder(z)
+
+def leaves():
+    sys.exit(0)
+
+class Leaving(Random):
+    def encode(self, x):
+        sys.exit(0)
+
+class Printing(Networks):
+    def __init__(self):
+        super().__init__()
+        print("made")
+    def encode(self, x):
+        print("encoded")
+        return self.encoder(x)
+    def decode(self, z):
+        return self.decoder(z)
+
 class Odd(Random):
     def encode(self, x):
         return "moments"
@@ -113,6 +163,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("factory")
     (folder / f"{MODULE}.py").write_text(SOURCE)
     (folder / "needs_more.py").write_text("import a_package_that_is_not_there")
+    (folder / "leaves_at_once.py").write_text("import sys\nsys.exit(0)")
     yield folder
     sys.modules.pop(MODULE, None)
 
@@ -179,7 +230,7 @@ def test_exported_graphs_agree_with_the_factorys_network_at_two_sizes(folder: Pa
         np.testing.assert_allclose(decoder.run(["reconstruction"], {"z": (mean - 0.1) * 0.5})[0], image, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["Networks", "Methods", "Holder", "pair"])
+@pytest.mark.parametrize("name", ["Networks", "Methods", "Holder", "pair", "methods_of_one", "namespace_of_methods"])
 @pytest.mark.parametrize("kind", ["safetensors", "pt"])
 def test_every_product_gives_the_values_of_its_weights(name: str, kind: str) -> None:
     imported = load(name)
@@ -194,6 +245,25 @@ def test_every_product_gives_the_values_of_its_weights(name: str, kind: str) -> 
     np.testing.assert_allclose(encoded["mean"], mean, atol=1e-5)
     np.testing.assert_allclose(encoded["logvar"], logvar, atol=1e-5)
     np.testing.assert_allclose(imported.halves.decode(mean), image, atol=1e-5)
+
+
+def test_methods_of_two_networks_have_weights_under_the_halves_names() -> None:
+    load("methods_of_two")
+    model = networks()
+    parts = {f"{half}.{key}": value for half in ("encoder", "decoder") for key, value in model.state_dict().items()}
+    torch.save(parts, "two.pt")
+    x = noise(3, 3, 16, 16)
+    imported = load("methods_of_two", weights="two.pt")
+    np.testing.assert_allclose(imported.halves.encode(x)["mean"], expected(model, x)[0], atol=1e-5)
+
+
+def test_what_a_network_prints_is_kept_off_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    imported = load("Printing")
+    x = noise(1, 3, 16, 16)
+    imported.halves.to_onnx(x, imported.halves.encode(x)["mean"], free=False)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "made\nencoded\n" in printed.err
 
 
 def test_vectors_and_codes() -> None:
@@ -245,6 +315,12 @@ def test_a_second_output_that_is_never_negative_is_asked_about() -> None:
         ("Networks", {"shape": (3, 18, 18)}, ExportError, r"the decoder does not take.*returns shape \(8, 3, 20, 20\)"),
         ("Networks", {"latent_scale": 0.0}, InputError, "--latent-scale is 0.0; expected a finite number above 0"),
         ("Networks", {"latent_shift": math.nan}, InputError, "--latent-shift is nan; expected a finite number"),
+        ("InList", {}, ExportError, "runs a network, Sequential, that is registered in no .* return a torch.nn.Module"),
+        ("Halfway", {}, ExportError, "runs a network, Sequential, that is registered in no module"),
+        ("closure", {}, ExportError, "runs a network, Sequential, that is registered in no module"),
+        ("leaves", {}, ExportError, "fails when it is called without arguments: SystemExit: 0"),
+        ("Leaving", {}, ExportError, r"the encoder does not run on a batch of shape .*: SystemExit: 0"),
+        ("Networks", {"shape": (3, 400000, 400000)}, InputError, "inputs of 3x400000x400000 are too large"),
         ("number", {}, ExportError, "the factory returns int; expected an object with encode and decode"),
         ("needs", {}, ExportError, "fails when it is called without arguments: TypeError"),
         ("not_callable", {}, InputError, "is int; expected something to call"),
@@ -261,6 +337,7 @@ def test_refused_in_words(name: str, options: dict[str, Any], error: type[Except
     ("source", "error", "message"),
     [
         ("no_such_module:make", InputError, "there is no module 'no_such_module'"),
+        ("leaves_at_once:make", ExportError, "the module leaves_at_once cannot be imported: SystemExit: 0"),
         ("needs_more:make", ExportError, "needs a_package_that_is_not_there, which is not installed"),
         ("module", InputError, "expected package.module:callable"),
     ],

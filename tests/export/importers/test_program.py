@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from vae_export.imported import ImportOptions
-from vae_export.importers import torch_program
+from vae_export.importers import script_code, torch_program
 from vae_export.importers.torch_program import EXPORTED, SCRIPT, sort_of
 from vae_runtime.errors import CheckpointError, ExportError, InputError
 
@@ -196,7 +197,7 @@ def test_refused_in_words(networks: tuple[Any, Any], tmp_path: Path, monkeypatch
         ("training", training, ExportError, "the encoder gives other values for the same input in a second run"),
         ("half", half, ExportError, "has the weights .* in torch.float16; expected float32"),
         ("fixed", fixed, ExportError, r"the encoder does not run on a batch of shape|mixes the rows"),
-        ("saves", torch.jit.script(Saves()), ExportError, "calls 'save', which reaches files"),
+        ("saves", torch.jit.script(Saves()), ExportError, "has 'save' in code/.*, a name in code that reaches files"),
     ):
         source = save(tmp_path / name, encoder, decoder)
         with pytest.raises(error, match=message):
@@ -214,6 +215,88 @@ def test_refused_in_words(networks: tuple[Any, Any], tmp_path: Path, monkeypatch
 
 def _good(folder: Path, networks: tuple[Any, Any]) -> str:
     return save(folder / "good", torch.jit.script(networks[0]), torch.jit.script(networks[1]))
+
+
+def _rewrite(path: Path, edit: Callable[[str, bytes], tuple[str, bytes]], method: int = zipfile.ZIP_STORED) -> None:
+    with zipfile.ZipFile(path) as archive:
+        entries = [(name, archive.read(name)) for name in archive.namelist() if not name.endswith(".debug_pkl")]
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in entries:
+            archive.writestr(*edit(name, content))
+
+
+def _insert(code: str, name: str, content: bytes) -> tuple[str, bytes]:
+    """`code` as the first statement of the encoder's forward."""
+    if b"class Encoder" not in content:
+        return name, content
+    head, arrow, rest = content.decode().partition("-> Tuple[Tensor, Tensor]:\n")
+    return name, f"{head}{arrow}    {code}\n{rest}".encode()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'torch.save ([x], "canary")',
+        'ops.aten.save ([x], "canary")',
+        'torch . \\\n save([x], "canary")',
+        '_c = torch.save\n    _c([x], "canary")',
+        'getattr(torch, "save")([x], "canary")',
+        'getattr(torch, "sa" "ve")([x], "canary")',
+        'getattr(torch, "\\163ave")([x], "canary")',
+        'getattr(getattr(ops, "aten"), "\\163ave")([x], "canary")',
+        '_c = torch.from_file ("canary", True, 4)',
+        '_c = ops.image.write_file("canary", x)',
+        "_c = __torch__.torch.classes.torchvision.Video(x)",
+    ],
+)
+def test_code_that_reaches_files_is_refused_however_it_is_written(
+    networks: tuple[Any, Any], code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = _good(tmp_path, networks)
+    _rewrite(Path(source) / "my_encoder", lambda name, content: _insert(code, name, content))
+    with pytest.raises(ExportError, match=r"my_encoder has '(save|from_file|getattr|ops|classes)' in code/"):
+        load(source, (3, 16, 16))
+    assert not Path("canary").exists()
+
+
+def test_records_are_read_as_torch_reads_them(networks: tuple[Any, Any], tmp_path: Path) -> None:
+    path = Path(source := _good(tmp_path, networks)) / "my_encoder"
+
+    def upper(name: str, content: bytes) -> tuple[str, bytes]:
+        name, content = _insert('torch.save([x], "canary")', name, content)
+        return (name.replace("code/", "CODE/").replace(".py", ".PY"), content)
+
+    _rewrite(path, upper)
+    assert torch.jit.load(path)  # torch finds them, so we must
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(next(name for name in archive.namelist() if "CODE/" in name).replace("CODE/", "code/"), "")
+    assert torch_program.recognises(source)
+    with pytest.raises(CheckpointError, match="my_encoder has records of the same name"):
+        load(source)
+    _rewrite(Path(source := _good(tmp_path, networks)) / "my_encoder", upper)
+    with zipfile.ZipFile(Path(source) / "my_encoder", "a") as archive:
+        archive.writestr(f"{archive.namelist()[0].partition('/')[0]}/code/more.txt", "")
+    with pytest.raises(ExportError, match="my_encoder has 'save' in code/"):
+        load(source)
+
+
+def test_operators_are_looked_for_in_the_graphs_too() -> None:
+    with pytest.raises(ExportError, match=r"a\.pt calls 'save', which reaches files"):
+        script_code.check_graphs(torch.jit.script(nn.Sequential(Saves())), Path("a.pt"))
+
+
+def test_a_damaged_compressed_record(networks: tuple[Any, Any], tmp_path: Path) -> None:
+    path = Path(source := _good(tmp_path, networks)) / "my_encoder"
+    _rewrite(path, lambda name, content: (name, content), zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(path) as archive:
+        code = next(entry for entry in archive.infolist() if entry.filename.endswith(".py"))
+    content = bytearray(path.read_bytes())
+    start = code.header_offset + 30 + len(code.filename)
+    content[start : start + code.compress_size] = b"\xff" * code.compress_size
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"my_encoder is not a TorchScript program that can be (read|loaded)"):
+        load(source)
 
 
 def test_damaged_archives(networks: tuple[Any, Any], tmp_path: Path) -> None:

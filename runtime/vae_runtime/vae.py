@@ -179,7 +179,7 @@ class VAE:
             InputError: anything else; the message says what to do. ClosedError: after `close()`.
         """
         operations = self._operations or self._open_operations()
-        if check_flag(pad, "pad"):
+        if pad is not False and check_flag(pad, "pad"):
             inputs, _ = self._padded(inputs)
         if tile is not None or progress is not None:
             return Posterior(*Tiler(self.manifest, operations, tile, batch_size, progress).encode(inputs))

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -32,8 +32,10 @@ from .preprocess import (
 from .sampling import NormalStream, check_count, check_flag, check_temperature
 from .selftest import SelfTest, run_routes
 from .session import check_threads
-from .tiled import Tiler
-from .tiling import Progress
+
+if TYPE_CHECKING:
+    from .tiled import Tiler
+    from .tiling import Progress
 
 
 class DevicePosterior(NamedTuple):
@@ -182,7 +184,7 @@ class VAE:
         if pad is not False and check_flag(pad, "pad"):
             inputs, _ = self._padded(inputs)
         if tile is not None or progress is not None:
-            return Posterior(*Tiler(self.manifest, operations, tile, batch_size, progress).encode(inputs))
+            return Posterior(*self._tiler(tile, batch_size, progress).encode(inputs))
         return Posterior(*operations[0](inputs, batch_size))
 
     def decode(
@@ -205,7 +207,7 @@ class VAE:
         """
         operations = self._operations or self._open_operations()
         if tile is not None or progress is not None:
-            return Tiler(self.manifest, operations, tile, batch_size, progress).decode(latents, size)
+            return self._tiler(tile, batch_size, progress).decode(latents, size)
         images = operations[1](latents, batch_size)[0]
         return images if size is None else self._cropped(images, size)
 
@@ -272,12 +274,17 @@ class VAE:
         encoder, decoder = self._open_operations()
         inputs, size = self._padded(inputs) if check_flag(pad, "pad") else (inputs, None)
         if tile is not None or progress is not None:
-            return Tiler(self.manifest, (encoder, decoder), tile, batch_size, progress).reconstruct(inputs, size)
+            return self._tiler(tile, batch_size, progress).reconstruct(inputs, size)
         if self._is_on_one_gpu:
             images = encoder.then(decoder, inputs, batch_size)
         else:
             images = self.decode(self.encode(inputs, batch_size=batch_size).mode(), batch_size=batch_size)
         return images if size is None else self._cropped(images, size)
+
+    def _tiler(self, tile: int | None, batch_size: int | None, progress: Progress | None) -> Tiler:
+        from .tiled import Tiler  # late: only large images need it
+
+        return Tiler(self.manifest, self._open_operations(), tile, batch_size, progress)
 
     def _padded(self, inputs: Any) -> tuple[Any, tuple[int, int]]:
         """The inputs, of free height and width, up to the next multiples, and the (height, width) that they had."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,17 +68,19 @@ def open_latent_sink(
             quantized_shapes(count, latent_shape) if codec == UINT8 else _mean_and_logvar(manifest, count, latent_shape)
         )
         with ArrayWriter(path, shapes, dtypes={"codes": np.uint8}) as writer:
-            sink = _OneArchive(writer, manifest, codec)
+            sink = _OneFile(manifest, codec, lambda arrays: writer.append(**arrays))
             yield sink
             writer.extra = sink.notes()
         sink.bytes_written = path.stat().st_size
         return
     if suffix == ".safetensors" or form == "safetensors":
         _safetensors(f"writing {output}")
-    if suffix:
-        collected = _Collected(path, manifest, codec)
-        yield collected
-        collected.finish()
+    if suffix:  # its header comes first: all is kept until the end
+        parts: list[dict[str, NDArray[Any]]] = []
+        sink = _OneFile(manifest, codec, parts.append)
+        yield sink
+        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        sink.bytes_written = _write(path, whole, sink.notes())
         return
     with atomic_folder(path) as folder:
         yield _Folder(folder, manifest, codec, f".{form or 'npz'}")
@@ -95,11 +97,11 @@ def _arrays(posterior: Posterior, codec: str) -> dict[str, NDArray[Any]]:
     return {MEAN: posterior.mean} | ({} if posterior.logvar is None else {LOGVAR: posterior.logvar})
 
 
-class _OneArchive:
-    """All latents in one .npz, written batch by batch."""
+class _OneFile:
+    """All latents in one file. keep: takes the arrays of one batch."""
 
-    def __init__(self, writer: ArrayWriter, manifest: Manifest, codec: str) -> None:
-        self._writer, self._manifest, self._codec = writer, manifest, codec
+    def __init__(self, manifest: Manifest, codec: str, keep: Callable[[dict[str, NDArray[Any]]], None]) -> None:
+        self._manifest, self._codec, self._keep = manifest, codec, keep
         self._names: list[str] = []
         self._size: tuple[int, int] | None = None
         self.bytes_written = 0
@@ -108,31 +110,10 @@ class _OneArchive:
         _require_one_size(self._names, self._size, names, size)
         self._size = size
         self._names += names
-        self._writer.append(**_arrays(posterior, self._codec))
+        self._keep(_arrays(posterior, self._codec))
 
     def notes(self) -> dict[str, NDArray[Any]]:
         return _notes(self._names, self._size, self._manifest)
-
-
-class _Collected:
-    """All latents in one .safetensors, whose header comes first: they are kept until the end."""
-
-    def __init__(self, path: Path, manifest: Manifest, codec: str) -> None:
-        self._path, self._manifest, self._codec = path, manifest, codec
-        self._names: list[str] = []
-        self._parts: list[dict[str, NDArray[Any]]] = []
-        self._size: tuple[int, int] | None = None
-        self.bytes_written = 0
-
-    def add(self, posterior: Posterior, names: list[str], size: tuple[int, int] | None) -> None:
-        _require_one_size(self._names, self._size, names, size)
-        self._size = size
-        self._names += names
-        self._parts.append(_arrays(posterior, self._codec))
-
-    def finish(self) -> None:
-        arrays = {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
-        self.bytes_written = _write(self._path, arrays, _notes(self._names, self._size, self._manifest))
 
 
 class _Folder:

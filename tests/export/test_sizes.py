@@ -12,7 +12,12 @@ from torch import nn
 
 from vae_export import export_bundle
 from vae_export.cli import _default_output
+from vae_export.export import _Half
+from vae_export.graphs import DecoderGraph, EncoderGraph
+from vae_export.verify import Reference, open_graphs
 from vae_runtime import VAE, ExportError, InputError
+from vae_runtime.manifest import InputSpec
+from vae_training.models import ModelConfig, build_model
 
 
 class Encoder(nn.Module):
@@ -122,6 +127,26 @@ def test_what_the_export_lets_through_passes_the_self_test(tmp_path: Path) -> No
     with VAE.load(tmp_path / "a.vae") as vae:
         assert vae.selftest().passed
         assert max(vae.selftest().errors.values()) > 1e-4
+
+
+def test_resnet_models_with_attention_run_at_other_sizes_and_batches() -> None:
+    """GroupNorm and attention keep height, width and batch free in plain ONNX."""
+    model = build_model(ModelConfig("resnet", "vae", (3, 16, 16), 3, (8,), 0, "group", "silu", True)).eval()
+    halves = Reference(
+        EncoderGraph(_Half(model, "encode"), "vae", clamp=False), DecoderGraph(_Half(model, "decode"), clamp=False)
+    )
+    rng = np.random.default_rng(0)
+    example = rng.random((2, 3, 8, 12), dtype=np.float32)
+    graphs = halves.to_onnx(example, halves.encode(example)["mean"], True)
+    spec = InputSpec("image", (3, None, None), "rgb", "exact", 2, (8, 12))
+    encoder, decoder = open_graphs(graphs, spec, halves.encode(example))
+    for shape in ((1, 3, 4, 4), (3, 3, 20, 12), (2, 3, 16, 28)):
+        x = rng.random(shape, dtype=np.float32)
+        expected = halves.encode(x)
+        mean, logvar = encoder.run(x)
+        np.testing.assert_allclose(mean, expected["mean"], atol=1e-5)
+        np.testing.assert_allclose(logvar, expected["logvar"], atol=1e-5)
+        np.testing.assert_allclose(decoder.run(mean)[0], halves.decode(expected["mean"]), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@
     │   └── OutOfMemoryError  its memory did not suffice for one call
     ├── InputError        an argument that breaks a rule (also a ValueError)
     ├── KindError         a plain autoencoder was asked for what only a distribution has
+    ├── NotInBundleError  a bundle was asked for what it was not made with: a calibration, a fitted prior, a likelihood
     ├── ExportError       an export that failed or fell short of its tolerance
     ├── TrainingError     a training run that cannot go on
     ├── OutputError       a file that cannot be written, or that exists and was not to be replaced
@@ -46,6 +47,10 @@ class InputError(VAEError, ValueError):
 
 class KindError(VAEError):
     """A plain autoencoder was asked for something that only a model with a distribution has."""
+
+
+class NotInBundleError(VAEError):
+    """A bundle was asked for what it was not made with; the message holds the command that would provide it."""
 
 
 class ExportError(VAEError):

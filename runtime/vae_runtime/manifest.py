@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from .calibration import Calibration
 from .errors import BundleError
 from .json_fields import MAX_ELEMENTS as MAX_ELEMENTS
 from .json_fields import Shape as Shape
@@ -23,6 +24,7 @@ FORMAT = "vae-bundle"
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 GOLDEN_FILE = "golden.npz"
+PRIOR_FILE = "prior.npz"
 
 # The names of the tensors at the graphs' boundary, the same in every bundle.
 INPUT, MEAN, LOGVAR = "x", "mean", "logvar"
@@ -34,6 +36,7 @@ RESIZE_MODES = ("exact", "stretch", "crop")
 COLOURS = {"grey": 1, "rgb": 3}
 MAX_MANIFEST_BYTES = 16 * 2**20
 BINARIZE_MODES = ("none", "dynamic", "threshold")
+FITTED_PRIORS = ("gaussian", "mixture")
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
@@ -102,12 +105,73 @@ class InputSpec(NamedTuple):
         return data
 
 
+class ActiveUnits(NamedTuple):
+    """How much of the latent space the encoder uses (Burda et al., 2016, arXiv:1509.00519, appendix C).
+
+    variances: of the posterior's mean over the examples, of each unit: the latent's elements, flattened; of a latent
+        (C, h, w) its channels, over all positions too.
+    threshold: a unit is active where its variance is above. examples: how many it was measured on.
+    """
+
+    variances: tuple[float, ...]
+    threshold: float
+    examples: int
+
+    @property
+    def active(self) -> int:
+        """How many are active."""
+        return sum(variance > self.threshold for variance in self.variances)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ActiveUnits:
+        path = "latent.active_units"
+        variances, examples = data.get("variances"), data.get("examples")
+        if not isinstance(variances, list) or not variances or not all(is_number(v) and v >= 0 for v in variances):
+            raise BundleError(f"{path}.variances is {variances!r}; expected a list of finite numbers from 0")
+        if not is_count(examples) or examples < 1:
+            raise BundleError(f"{path}.examples is {examples!r}; expected a whole number from 1")
+        return cls(tuple(map(float, variances)), number(data, f"{path}.threshold"), examples)
+
+    def to_dict(self) -> dict[str, Any]:
+        data = {"count": self.active, "examples": self.examples, "threshold": self.threshold}
+        return {**data, "variances": list(self.variances)}
+
+
+class FittedPrior(NamedTuple):
+    """A density over latents fitted after training (ex-post density estimation: Ghosh et al., 2020, arXiv:1903.12436).
+
+    type: "gaussian", or "mixture" of so many `components`, each with its full covariance.
+    file: an .npz of plain float64 numbers, see `vae_runtime.prior`. examples: how many it was fitted to.
+    """
+
+    type: str
+    components: int
+    file: str
+    examples: int
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> FittedPrior:
+        path = "latent.fitted_prior"
+        kind = one_of(data, f"{path}.type", FITTED_PRIORS)
+        for key in ("components", "examples"):
+            if not is_count(data.get(key)) or data[key] < 1:
+                raise BundleError(f"{path}.{key} is {data.get(key)!r}; expected a whole number from 1")
+        return cls(kind, data["components"], _file_name(data, f"{path}.file"), data["examples"])
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self._asdict())
+
+
 class LatentSpec(NamedTuple):
     """shape: of one latent, without the batch; (C, None, None) where the input's height and width are free, and the
-    latent's are these divided by its `multiple_of`. prior: None for a plain autoencoder, which has no distribution."""
+    latent's are these divided by its `multiple_of`. prior: None for a plain autoencoder, which has no distribution.
+    active_units: None where it was not measured. fitted_prior: what `VAE.sample(prior="fitted")` draws from; None where
+    there is none."""
 
     shape: Shape
     prior: Mapping[str, Any] | None
+    active_units: ActiveUnits | None = None
+    fitted_prior: FittedPrior | None = None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], kind: str) -> LatentSpec:
@@ -117,10 +181,28 @@ class LatentSpec(NamedTuple):
             raise BundleError(f"latent.prior is {prior!r}; a vae has {{'type': 'standard_normal'}}")
         if kind == "autoencoder" and prior is not None:
             raise BundleError(f"latent.prior is {prior!r}; an autoencoder has null")
-        return cls(shape, dict(prior) if prior is not None else None)
+        units, fitted = (
+            mapping(data, f"latent.{key}") if key in data else None for key in ("active_units", "fitted_prior")
+        )
+        if fitted is not None and None in shape:
+            raise BundleError(f"latent.fitted_prior is there with latent.shape {list(shape)}; it is of one shape only")
+        return cls(
+            shape,
+            dict(prior) if prior is not None else None,
+            ActiveUnits.from_dict(units) if units is not None else None,
+            FittedPrior.from_dict(fitted) if fitted is not None else None,
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        return {"shape": list(self.shape), "prior": dict(self.prior) if self.prior is not None else None}
+        data: dict[str, Any] = {
+            "shape": list(self.shape),
+            "prior": dict(self.prior) if self.prior is not None else None,
+        }
+        if self.active_units is not None:
+            data["active_units"] = self.active_units.to_dict()
+        if self.fitted_prior is not None:
+            data["fitted_prior"] = self.fitted_prior.to_dict()
+        return data
 
 
 class Likelihood(NamedTuple):
@@ -304,6 +386,7 @@ class Manifest(NamedTuple):
     tiling: where height and width are free, how large images are computed in parts; None in a bundle that does not say.
     latent_codecs: by codec, what it costs: `bits_per_pixel`, and the reconstruction's `psnr_db` and `psnr_lost_db` on
         so many `examples`.
+    calibration: how high anomaly scores are on data as they should be; None in a bundle that was not calibrated.
     """
 
     kind: str
@@ -322,6 +405,7 @@ class Manifest(NamedTuple):
     origin: Mapping[str, Any] = _NONE
     tiling: Tiling | None = None
     latent_codecs: Mapping[str, Mapping[str, float]] = _NONE
+    calibration: Calibration | None = None
 
     def latent_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the latent of one input, both without the batch."""
@@ -387,6 +471,7 @@ class Manifest(NamedTuple):
             origin=dict(mapping(data, "origin")) if "origin" in data else {},
             tiling=Tiling.from_dict(mapping(data, "tiling")) if "tiling" in data else None,
             latent_codecs={key: _codec_cost(mapping(codecs, f"latent_codecs.{key}", key), key) for key in codecs},
+            calibration=Calibration.from_dict(mapping(data, "calibration")) if "calibration" in data else None,
         )
         manifest._check_references()
         if manifest.input.is_free != (None in manifest.latent.shape):
@@ -401,6 +486,8 @@ class Manifest(NamedTuple):
         if "fp32" not in self.precisions:
             raise BundleError(f"precisions has {sorted(self.precisions)}; 'fp32', the reference, must be among them")
         named = {self.golden.file: "golden.file"}
+        if self.latent.fitted_prior is not None:
+            named[self.latent.fitted_prior.file] = "latent.fitted_prior.file"
         for key, precision in self.precisions.items():
             named[precision.encoder] = f"precisions.{key}.encoder"
             named[precision.decoder] = f"precisions.{key}.decoder"
@@ -437,6 +524,8 @@ class Manifest(NamedTuple):
             data["tiling"] = self.tiling.to_dict()
         if self.latent_codecs:
             data["latent_codecs"] = {key: dict(cost) for key, cost in self.latent_codecs.items()}
+        if self.calibration is not None:
+            data["calibration"] = self.calibration.to_dict()
         return data
 
     def to_json(self) -> bytes:

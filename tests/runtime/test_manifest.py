@@ -8,8 +8,19 @@ from typing import Any
 
 import pytest
 
+from vae_runtime.calibration import Calibration
 from vae_runtime.errors import BundleError
-from vae_runtime.manifest import FileEntry, Golden, InputSpec, LatentSpec, Likelihood, Manifest, Precision
+from vae_runtime.manifest import (
+    ActiveUnits,
+    FileEntry,
+    FittedPrior,
+    Golden,
+    InputSpec,
+    LatentSpec,
+    Likelihood,
+    Manifest,
+    Precision,
+)
 
 LITERAL = Path(__file__).parent / "literal" / "manifest.json"
 MISSING = object()
@@ -21,7 +32,12 @@ def full_manifest() -> Manifest:
         kind="vae",
         name="Ziffern “ä”",
         input=InputSpec("image", (1, 8, 8), "grey", "crop"),
-        latent=LatentSpec((8,), {"type": "standard_normal"}),
+        latent=LatentSpec(
+            (8,),
+            {"type": "standard_normal"},
+            ActiveUnits((0.9, 0.01, 0.25, 0.0, 1e-07, 0.5, 1.5, 0.02), 0.01, 180),
+            FittedPrior("mixture", 10, "prior.npz", 1437),
+        ),
         likelihood=Likelihood("bernoulli", binarize="threshold"),
         precisions={
             "int8": Precision(
@@ -42,12 +58,14 @@ def full_manifest() -> Manifest:
             "encoder.int8.onnx": FileEntry(2**40, "ff" * 32),
             "decoder.onnx": FileEntry(0, "12" * 32),
             "golden.npz": FileEntry(9120, "9c" * 32),
+            "prior.npz": FileEntry(5000, "5d" * 32),
         },
         golden=Golden("golden.npz", "held-out", {"fp32": 0.0001, "int8": 0.5}),
         training={"dataset": "digits", "train": 1437, "metrics": {}, "note": 'a "manifest_sha256": inside a string'},
         producer={"vae-edge": "0.1.0"},
         budget={"psnr_db": 0.1, "nats_per_dimension": 0.005},
         refused={"fp16": {"reason": "fp16 gives NaN", "quality": {"within_budget": False, "psnr_db": None}}},
+        calibration=Calibration("held-out", 180, (0.0, 0.5, 1.0), {"elbo": (-3.25, 20.0, 1e06)}),
     )
 
 
@@ -172,6 +190,47 @@ WRONG_VALUES = [
     ("latent.prior", MISSING, "latent.prior is None; a vae has"),
     ("latent.prior", "standard_normal", "latent.prior is 'standard_normal'; a vae has"),
     ("latent.prior", {"type": "mixture"}, "latent.prior is {'type': 'mixture'}"),
+    ("latent.active_units", 3, "latent.active_units is 3; expected a JSON object"),
+    ("latent.active_units", {"variances": [], "threshold": 1, "examples": 1}, r"active_units.variances is \[\]"),
+    (
+        "latent.active_units",
+        {"variances": [-1], "threshold": 1, "examples": 1},
+        r"variances is \[-1\]; expected a list",
+    ),
+    (
+        "latent.active_units",
+        {"variances": [1], "threshold": 1, "examples": 0},
+        "examples is 0; expected a whole number",
+    ),
+    ("latent.active_units", {"variances": [1], "examples": 1}, "active_units.threshold is None; expected a finite"),
+    ("latent.fitted_prior", None, "latent.fitted_prior is None; expected a JSON object"),
+    ("latent.fitted_prior", {"type": "flow"}, "fitted_prior.type is 'flow'; expected one of gaussian, mixture"),
+    ("latent.fitted_prior", {"type": "gaussian", "components": 0}, "fitted_prior.components is 0; expected a whole"),
+    (
+        "latent.fitted_prior",
+        {"type": "gaussian", "components": 1, "examples": 9, "file": "../p.npz"},
+        r"fitted_prior.file is '\.\./p.npz'; expected the plain name",
+    ),
+    (
+        "latent.fitted_prior",
+        {"type": "gaussian", "components": 1, "examples": 9, "file": "p.npz"},
+        "latent.fitted_prior.file is 'p.npz', which files does not list",
+    ),
+    ("calibration", [], r"calibration is \[\]; expected a JSON object"),
+    ("calibration", {"source": 3}, "calibration.source is 3; expected a string"),
+    ("calibration", {"source": "x", "examples": 99}, "calibration.examples is 99; expected a whole number from 100"),
+    ("calibration", {"source": "x", "examples": 100, "levels": [0, 0.5]}, r"levels is \[0, 0.5\]; expected numbers"),
+    ("calibration", {"source": "x", "examples": 100, "levels": [0, 1, 1]}, r"levels is \[0, 1, 1\]; expected numbers"),
+    (
+        "calibration",
+        {"source": "x", "examples": 100, "levels": [0, 1], "scores": {"elbo": [2, 1]}},
+        r"calibration.scores.elbo is \[2, 1\]; expected 2 finite numbers, none below",
+    ),
+    (
+        "calibration",
+        {"source": "x", "examples": 100, "levels": [0, 1], "scores": {"elbo": [1, 2, 3]}},
+        r"calibration.scores.elbo is \[1, 2, 3\]; expected 2 finite",
+    ),
     ("likelihood", 3, "likelihood is 3; expected a JSON object"),
     ("likelihood", {}, "likelihood.type is None; expected one of bernoulli, gaussian, laplace"),
     ("likelihood.binarize", "maybe", "likelihood.binarize is 'maybe'; expected one of none, dynamic, threshold"),

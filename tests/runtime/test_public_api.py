@@ -15,8 +15,8 @@ def test_exported_names_are_frozen() -> None:
     assert sorted(vae_runtime.__all__) == [
         "ApproximateTilingWarning", "BundleError", "CheckpointError", "ClosedError", "DeviceArray", "DeviceError",
         "DevicePosterior", "ExportError", "InputError", "KindError", "Manifest", "MissingExtraError",
-        "OutOfMemoryError", "OutputError", "Posterior", "RouteTest", "SelfTest", "TrainingError", "VAE", "VAEError",
-        "__version__", "to_uint8",
+        "NotInBundleError", "OutOfMemoryError", "OutputError", "Posterior", "RouteTest", "SelfTest", "TrainingError",
+        "VAE", "VAEError", "__version__", "to_uint8",
     ]  # fmt: skip
     for name in vae_runtime.__all__:
         assert hasattr(vae_runtime, name)

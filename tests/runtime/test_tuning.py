@@ -240,7 +240,7 @@ def test_selftest_runs_every_route_against_its_own_tolerance(mixed: VAE) -> None
 
 
 @pytest.mark.parametrize(
-    "gone", [Candidate("cuda:0", "fp32"), Candidate("openvino", "bf16", 1), Candidate("npu", "fp32")]
+    "gone", [Candidate("cuda:0", "fp32"), Candidate("openvino", "tf32", 1), Candidate("npu", "fp32")]
 )
 def test_device_that_is_gone_leaves_the_others(tiny_path: Path, gone: Candidate) -> None:
     bundle = Bundle.open(tiny_path)

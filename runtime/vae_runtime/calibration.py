@@ -1,0 +1,80 @@
+"""How high anomaly scores are on data as they should be: quantiles, measured at export, by which a device decides."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeGuard
+
+from .errors import BundleError, InputError, NotInBundleError
+from .json_fields import is_count, is_number, mapping
+
+SCORE_METHODS = ("elbo", "reconstruction", "log_likelihood")
+LEAST_EXAMPLES = 100  # fewer say too little of the tail that thresholds lie in
+
+
+class Calibration(NamedTuple):
+    """Quantiles of `VAE.score` on validation data, in fp32.
+
+    source: where the examples are from, "held-out" or "data". examples: how many.
+    levels: rising from 0 to 1. scores: by method, the score that is not exceeded by that part of the examples.
+    """
+
+    source: str
+    examples: int
+    levels: tuple[float, ...]
+    scores: Mapping[str, tuple[float, ...]]
+
+    def threshold(self, method: str, quantile: float) -> float:
+        """The score that a part `quantile` of the examples does not exceed, linear between the levels.
+
+        Raises:
+            InputError: `quantile` is not strictly between 0 and 1, or so high that these examples cannot tell it.
+            NotInBundleError: this method was not calibrated.
+        """
+        if not is_number(quantile) or not 0 < quantile < 1:
+            raise InputError(f"quantile is {quantile!r}; expected a number above 0 and below 1")
+        if quantile > 1 - 1 / self.examples:
+            raise InputError(
+                f"quantile is {quantile}; the bundle was calibrated on {self.examples} examples, which tell quantiles"
+                f" up to {math.floor((1 - 1 / self.examples) * 1e4) / 1e4}"
+            )
+        if method not in self.scores:
+            raise NotInBundleError(
+                f"scores by {method!r} were not calibrated, only by {', '.join(self.scores)}; make the bundle again"
+                " with: vae-export SOURCE --calibrate DATA"
+            )
+        values, index = self.scores[method], bisect_right(self.levels, quantile)
+        low, high = self.levels[index - 1], self.levels[index]
+        part = (quantile - low) / (high - low)
+        return (1 - part) * values[index - 1] + part * values[index]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Calibration:
+        source, examples, levels = data.get("source"), data.get("examples"), data.get("levels")
+        if not isinstance(source, str):
+            raise BundleError(f"calibration.source is {source!r}; expected a string")
+        if not is_count(examples) or examples < LEAST_EXAMPLES:
+            raise BundleError(f"calibration.examples is {examples!r}; expected a whole number from {LEAST_EXAMPLES}")
+        if not _rises(levels, strictly=True) or (levels[0], levels[-1]) != (0, 1):
+            raise BundleError(f"calibration.levels is {levels!r}; expected numbers that rise from 0 to 1")
+        given, scores = mapping(data, "calibration.scores"), {}
+        for method in given:
+            values = given[method]
+            if not _rises(values, strictly=False) or len(values) != len(levels):
+                rule = f"expected {len(levels)} finite numbers, none below the one before"
+                raise BundleError(f"calibration.scores.{method} is {values!r}; {rule}")
+            scores[method] = tuple(map(float, values))
+        return cls(source, examples, tuple(map(float, levels)), scores)
+
+    def to_dict(self) -> dict[str, Any]:
+        scores = {method: list(values) for method, values in self.scores.items()}
+        return {"source": self.source, "examples": self.examples, "levels": list(self.levels), "scores": scores}
+
+
+def _rises(values: Any, strictly: bool) -> TypeGuard[list[float]]:
+    if not isinstance(values, list) or len(values) < 2 or not all(map(is_number, values)):
+        return False
+    return all(a < b if strictly else a <= b for a, b in pairwise(values))

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import sys
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -15,17 +11,31 @@ import numpy as np
 from . import sinks, sources
 from .bundle import Bundle
 from .codec import CODECS
+from .command_inputs import (
+    batches_with_progress,
+    bundle_argument,
+    command_inputs,
+    fitting,
+    force_option,
+    golden_option,
+    inputs_argument,
+    output_option,
+    pad_option,
+    picture_format_option,
+    range_of,
+    shape_before_cut,
+    tile_option,
+)
 from .console import NEGATIVE_VERDICT, Group, Sides, engine_options, json_option, print_json
 from .cuda import driver_version, find_gpus
 from .devices import usable_devices
 from .engine import engine_clash, import_engine
-from .errors import ApproximateTilingWarning, DeviceError, InputError, MissingExtraError
-from .images import PICTURE_FORMATS
+from .errors import DeviceError, InputError, MissingExtraError
 from .interpolation import METHODS
 from .latent_files import FORMATS, LatentFile, decoder_digest, open_latent_sink, open_latents
 from .latents import check_latent_layout, to_decoder_input
-from .manifest import INPUT, InputSpec, Manifest
-from .preprocess import check_layout, check_range, describe, image_size, pad_images, to_model_input
+from .manifest import InputSpec, Manifest
+from .preprocess import to_model_input
 from .tune import DEFAULT_SECONDS
 from .tune import describe as describe_candidate
 from .tune import tune as run_tune
@@ -33,23 +43,7 @@ from .tuning import OPERATIONS, Measured, choose
 from .vae import VAE
 from .version import __version__
 
-BATCH = 64  # examples that are read at once, at most; fewer where they are large, see `_batch_size`
 STRIP = 32  # steps of an interpolation in one row of a picture
-
-bundle_argument = click.argument("bundle", type=click.Path())
-output_option = click.option("--output", required=True, type=click.Path(), help="Where the result goes.")
-force_option = click.option("--force", is_flag=True, help="Replace an existing file.")
-inputs_argument = click.argument("inputs", nargs=-1, type=click.Path())
-golden_option = click.option("--golden", is_flag=True, help="Take the bundle's own golden inputs instead of files.")
-pad_option = click.option(
-    "--pad", is_flag=True, help="Pad images of free size to the multiples that the bundle takes, and crop back."
-)
-tile_option = click.option(
-    "--tile", type=int, metavar="PIXELS", help="Go through large images in windows of this side, in bounded memory."
-)
-picture_format_option = click.option(
-    "--format", "form", type=click.Choice(PICTURE_FORMATS), help="Of the pictures in a folder.  [default: png]"
-)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -151,12 +145,12 @@ def encode(
 
     OUTPUT is an .npz or .safetensors file, or without a suffix a folder with one file per input.
     """
-    with VAE.load(bundle, **engine) as vae, _inputs(vae, inputs, golden, pad) as source:
+    with VAE.load(bundle, **engine) as vae, command_inputs(vae, inputs, golden, pad) as source:
         manifest, count, pixels = vae.manifest, len(source), 0
         shape = source.example_shape(manifest.input.multiple_of)
         with open_latent_sink(output, manifest, count, shape, codec, form, force) as sink:
-            for batch, names, options in _progress(source, "encoding", tile, manifest.input):
-                images, size = _fitting(batch, manifest.input, names, pad)
+            for batch, names, options in batches_with_progress(source, "encoding", tile, manifest.input):
+                images, size = fitting(batch, manifest.input, names, pad)
                 sink.add(vae.encode(images, **options), names, size)
                 pixels += len(batch) * (size[0] * size[1] if size else 0)
     rate = f", {8 * sink.bytes_written / pixels:.2f} bits per pixel" if pixels else ""
@@ -182,8 +176,8 @@ def decode(
         count = sum(map(len, files))
         with sinks.open_sink(output, spec, count, force, shape=_decoded_shape(files[0], spec), form=form) as sink:
             for file in files:
-                for batch, names, options in _progress(file, "decoding", tile, spec):
-                    z = to_decoder_input(batch, vae.manifest.latent.shape, _range(names))
+                for batch, names, options in batches_with_progress(file, "decoding", tile, spec):
+                    z = to_decoder_input(batch, vae.manifest.latent.shape, range_of(names))
                     sink.add(vae.decode(z, size=file.size if spec.is_free else None, **options), names)
     _report(count, output, sink.written)
 
@@ -242,12 +236,12 @@ def reconstruct(
     **engine: Any,
 ) -> None:
     """Encode and decode; one picture shows rows of originals above rows of their reconstructions."""
-    with VAE.load(bundle, **engine) as vae, _inputs(vae, inputs, golden, pad) as source:
+    with VAE.load(bundle, **engine) as vae, command_inputs(vae, inputs, golden, pad) as source:
         spec = vae.manifest.input
         with sinks.open_sink(output, spec, len(source), force, shape=source.example_shape(), form=form) as sink:
-            for batch, names, options in _progress(source, "reconstructing", tile, spec):
-                images, size = _fitting(batch, spec, names, pad)
-                pair = vae.reconstruct(images, **options), to_model_input(images, spec, _range(names))
+            for batch, names, options in batches_with_progress(source, "reconstructing", tile, spec):
+                images, size = fitting(batch, spec, names, pad)
+                pair = vae.reconstruct(images, **options), to_model_input(images, spec, range_of(names))
                 height, width = size or (None, None)
                 found, originals = (one[..., :height, :width] for one in pair)
                 sink.add(found, names, originals)
@@ -273,49 +267,6 @@ def interpolate(bundle: str, a: str, b: str, steps: int, method: str, output: st
     _report(steps, output, sink.written)
 
 
-class _GoldenSource:
-    """The bundle's golden inputs, as a source."""
-
-    def __init__(self, images: Any) -> None:
-        self._images = images
-        self.names = [f"golden#{index}" for index in range(len(images))]
-
-    def example_shape(self, multiple: int = 1) -> tuple[int, ...]:
-        return tuple(self._images.shape[1:])
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def batches(self, size: int) -> Iterator[Any]:
-        for start in range(0, len(self), size):
-            yield self._images[start : start + size]
-
-
-_Source = sources.PictureSource | sources.ArraySource | _GoldenSource
-
-
-@contextmanager
-def _inputs(vae: VAE, inputs: tuple[str, ...], golden: bool, pad: bool) -> Iterator[_Source]:
-    if golden == bool(inputs):
-        raise click.UsageError("give either INPUTS or --golden")
-    spec = vae.manifest.input
-    if pad and not spec.is_free:
-        raise InputError(f"--pad is for bundles that leave height and width free; this one takes {describe(spec)}")
-    yield _GoldenSource(vae.golden()[INPUT]) if golden else sources.open_inputs(inputs, spec, pad)
-
-
-def _fitting(batch: Any, spec: InputSpec, names: list[str], pad: bool) -> tuple[Any, tuple[int, int] | None]:
-    """The batch as the encoder takes it, but for the type, and the (height, width) of images before padding."""
-    label = _range(names)
-    if pad:
-        check_layout(batch, spec._replace(multiple_of=1), label)
-        return pad_images(batch, spec.multiple_of)
-    check_layout(batch, spec, label)
-    if batch.dtype == np.float32:
-        check_range(batch, spec, label)
-    return batch, image_size(batch) if spec.is_image else None
-
-
 def _check_latents(file: LatentFile, manifest: Manifest) -> None:
     check_latent_layout(file.outline(), manifest.latent.shape, str(file.path))
     if file.decoder is not None and file.decoder != decoder_digest(manifest):
@@ -328,54 +279,8 @@ def _decoded_shape(file: LatentFile, spec: InputSpec) -> tuple[int, ...]:
     """Of the first result."""
     if not spec.is_free:
         return spec.example_shape
-    shape = _shape_before_cut(file, spec)
+    shape = shape_before_cut(file, spec)
     return shape if file.size is None else (shape[0], *file.size)
-
-
-def _shape_before_cut(file: LatentFile, spec: InputSpec) -> tuple[int, ...]:
-    """Of the image of a latent where sizes are free, with what padding added to it."""
-    return (spec.example_shape[0], *(side * spec.multiple_of for side in file.outline().shape[2:]))
-
-
-def _progress(
-    source: _Source | LatentFile, label: str, tile: int | None, spec: InputSpec
-) -> Iterator[tuple[Any, list[str], dict[str, Any]]]:
-    """Batches with their names, and what `VAE` is to be called with, under a bar on stderr where that is a terminal."""
-    parts = 1000  # of one example, on the bar
-    length, hidden = parts * len(source), not sys.stderr.isatty()
-    with (
-        warnings.catch_warnings(record=True) as caught,
-        click.progressbar(length=length, label=label, file=sys.stderr, hidden=hidden) as bar,
-    ):
-        warnings.simplefilter("always", ApproximateTilingWarning)
-        start = 0
-        for batch in source.batches(_batch_size(source, tile, spec)):
-
-            def tell(done: int, total: int, before: int = start, count: int = len(batch)) -> None:
-                bar.update(parts * before + parts * count * done // total - bar.pos)
-
-            names = source.names[start : start + len(batch)]
-            yield batch, names, {} if tile is None else {"tile": tile, "progress": tell}
-            start += len(batch)
-            bar.update(parts * start - bar.pos)
-    for message in dict.fromkeys(str(one.message) for one in caught):
-        click.echo(f"Warning: {message}", err=True)
-
-
-def _batch_size(source: _Source | LatentFile, tile: int | None, spec: InputSpec) -> int:
-    """Examples to have in memory at once: of free size, one with tiles, else by the values of their images."""
-    if not spec.is_free:
-        return BATCH
-    if tile is not None:
-        return 1
-    if isinstance(source, sources.PictureSource):  # each has its own size, which the source looks at
-        return BATCH
-    shape = _shape_before_cut(source, spec) if isinstance(source, LatentFile) else source.example_shape()
-    return max(1, min(BATCH, sources.BATCH_VALUES // math.prod(shape)))
-
-
-def _range(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
 
 
 def _report(count: int, output: str, written: int | None = None) -> None:

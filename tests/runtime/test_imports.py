@@ -20,7 +20,7 @@ PACKAGES = {
     "vae_benchmarks": ROOT / "benchmarks" / "vae_benchmarks",
 }
 EVERYWHERE = {"numpy", "click"}
-OF_THE_RUNTIME_FOR_TRAINING = ("preprocess", "images", "errors", "manifest", "atomic", "console", "version")
+OF_THE_RUNTIME_FOR_TRAINING = ("preprocess", "images", "errors", "manifest", "atomic", "console", "prior", "version")
 
 ALLOWED: dict[str, set[str]] = {
     "vae_runtime": {"vae_runtime"},
@@ -128,6 +128,7 @@ def code_lines(path: Path) -> int:
 
 def test_runtime_without_its_command_line_stays_small() -> None:
     shell = {"cli.py", "console.py", "sources.py", "sinks.py", "latent_files.py", "images.py", "tune.py"}
+    shell |= {"command_inputs.py", "latent_commands.py", "score_commands.py"}
     counts = {path.name: code_lines(path) for path in PACKAGES["vae_runtime"].glob("*.py") if path.name not in shell}
     assert 500 < sum(counts.values()) < 3900, counts
 

@@ -1,0 +1,127 @@
+"""What the commands of `vae-run` share: their options, and inputs in batches under a progress bar."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+import numpy as np
+
+from . import sources
+from .errors import ApproximateTilingWarning, InputError
+from .images import PICTURE_FORMATS
+from .latent_files import LatentFile
+from .manifest import INPUT, InputSpec
+from .preprocess import check_layout, check_range, describe, image_size, pad_images
+from .vae import VAE
+
+BATCH = 64  # examples that are read at once, at most; fewer where they are large, see `_batch_size`
+
+bundle_argument = click.argument("bundle", type=click.Path())
+output_option = click.option("--output", required=True, type=click.Path(), help="Where the result goes.")
+force_option = click.option("--force", is_flag=True, help="Replace an existing file.")
+inputs_argument = click.argument("inputs", nargs=-1, type=click.Path())
+golden_option = click.option("--golden", is_flag=True, help="Take the bundle's own golden inputs instead of files.")
+pad_option = click.option(
+    "--pad", is_flag=True, help="Pad images of free size to the multiples that the bundle takes, and crop back."
+)
+tile_option = click.option(
+    "--tile", type=int, metavar="PIXELS", help="Go through large images in windows of this side, in bounded memory."
+)
+picture_format_option = click.option(
+    "--format", "form", type=click.Choice(PICTURE_FORMATS), help="Of the pictures in a folder.  [default: png]"
+)
+
+
+class _GoldenSource:
+    """The bundle's golden inputs, as a source."""
+
+    def __init__(self, images: Any) -> None:
+        self._images = images
+        self.names = [f"golden#{index}" for index in range(len(images))]
+
+    def example_shape(self, multiple: int = 1) -> tuple[int, ...]:
+        return tuple(self._images.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def batches(self, size: int) -> Iterator[Any]:
+        for start in range(0, len(self), size):
+            yield self._images[start : start + size]
+
+
+Source = sources.PictureSource | sources.ArraySource | _GoldenSource
+
+
+@contextmanager
+def command_inputs(vae: VAE, inputs: tuple[str, ...], golden: bool, pad: bool) -> Iterator[Source]:
+    if golden == bool(inputs):
+        raise click.UsageError("give either INPUTS or --golden")
+    spec = vae.manifest.input
+    if pad and not spec.is_free:
+        raise InputError(f"--pad is for bundles that leave height and width free; this one takes {describe(spec)}")
+    yield _GoldenSource(vae.golden()[INPUT]) if golden else sources.open_inputs(inputs, spec, pad)
+
+
+def fitting(batch: Any, spec: InputSpec, names: list[str], pad: bool) -> tuple[Any, tuple[int, int] | None]:
+    """The batch as the encoder takes it, but for the type, and the (height, width) of images before padding."""
+    label = range_of(names)
+    if pad:
+        check_layout(batch, spec._replace(multiple_of=1), label)
+        return pad_images(batch, spec.multiple_of)
+    check_layout(batch, spec, label)
+    if batch.dtype == np.float32:
+        check_range(batch, spec, label)
+    return batch, image_size(batch) if spec.is_image else None
+
+
+def shape_before_cut(file: LatentFile, spec: InputSpec) -> tuple[int, ...]:
+    """Of the image of a latent where sizes are free, with what padding added to it."""
+    return (spec.example_shape[0], *(side * spec.multiple_of for side in file.outline().shape[2:]))
+
+
+def batches_with_progress(
+    source: Source | LatentFile, label: str, tile: int | None, spec: InputSpec
+) -> Iterator[tuple[Any, list[str], dict[str, Any]]]:
+    """Batches with their names, and what `VAE` is to be called with, under a bar on stderr where that is a terminal."""
+    parts = 1000  # of one example, on the bar
+    length, hidden = parts * len(source), not sys.stderr.isatty()
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        click.progressbar(length=length, label=label, file=sys.stderr, hidden=hidden) as bar,
+    ):
+        warnings.simplefilter("always", ApproximateTilingWarning)
+        start = 0
+        for batch in source.batches(_batch_size(source, tile, spec)):
+
+            def tell(done: int, total: int, before: int = start, count: int = len(batch)) -> None:
+                bar.update(parts * before + parts * count * done // total - bar.pos)
+
+            names = source.names[start : start + len(batch)]
+            yield batch, names, {} if tile is None else {"tile": tile, "progress": tell}
+            start += len(batch)
+            bar.update(parts * start - bar.pos)
+    for message in dict.fromkeys(str(one.message) for one in caught):
+        click.echo(f"Warning: {message}", err=True)
+
+
+def _batch_size(source: Source | LatentFile, tile: int | None, spec: InputSpec) -> int:
+    """Examples to have in memory at once: of free size, one with tiles, else by the values of their images."""
+    if not spec.is_free:
+        return BATCH
+    if tile is not None:
+        return 1
+    if isinstance(source, sources.PictureSource):  # each has its own size, which the source looks at
+        return BATCH
+    shape = shape_before_cut(source, spec) if isinstance(source, LatentFile) else source.example_shape()
+    return max(1, min(BATCH, sources.BATCH_VALUES // math.prod(shape)))
+
+
+def range_of(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"

@@ -1,0 +1,96 @@
+"""Densities over latents that were fitted after training, and draws from the prior, standard or fitted.
+
+A prior that is fitted to the codes of the training data makes samples of a VAE better, and gives a plain autoencoder
+something to sample from at all (ex-post density estimation: Ghosh et al., 2020, arXiv:1903.12436).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import BundleError
+from .preprocess import Float32
+
+Float64 = NDArray[np.float64]
+
+
+class GaussianMixture(NamedTuple):
+    """Σ_k weights[k] · N(means[k], factors[k] factors[k]ᵀ); a single Gaussian has one component.
+
+    weights: float64 (K,), above 0, their sum 1. means: float64 (K, D), D latent elements, flattened. factors: float64
+    (K, D, D), lower triangular with a positive diagonal, the Cholesky factors of the covariances.
+    """
+
+    weights: Float64
+    means: Float64
+    factors: Float64
+
+    def transform(self, noise: Float32, component: NDArray[np.int64]) -> Float64:
+        """Standard normal noise (N, D) and which component each row is of, (N,) -> draws, (N, D)."""
+        draws = np.empty(noise.shape, np.float64)
+        for k in np.unique(component):
+            rows = component == k
+            draws[rows] = self.means[k] + noise[rows].astype(np.float64) @ self.factors[k].T
+        return draws
+
+    def components(self, uniform: Float64) -> NDArray[np.int64]:
+        """Uniform numbers in [0, 1), (N,) -> which component each is of, (N,)."""
+        edges = np.cumsum(self.weights)
+        return np.asarray(np.minimum(np.searchsorted(edges, uniform * edges[-1], side="right"), len(edges) - 1))
+
+    def log_density(self, latents: NDArray[Any]) -> Float64:
+        """log p(z) in nats of each row, (N, D) -> float64 (N,)."""
+        logs = np.empty((len(self.weights), len(latents)))
+        for k, (weight, mean, factor) in enumerate(zip(self.weights, self.means, self.factors, strict=True)):
+            whitened = np.linalg.solve(factor, (latents - mean).T)  # (D, N)
+            normaliser = np.log(np.diag(factor)).sum() + 0.5 * len(mean) * math.log(2 * math.pi)
+            logs[k] = math.log(weight) - 0.5 * np.square(whitened).sum(axis=0) - normaliser
+        peak = logs.max(axis=0)
+        return np.asarray(peak + np.log(np.exp(logs - peak).sum(axis=0)))
+
+    def to_npz(self) -> bytes:
+        """The bytes of the bundle's prior file: an .npz of `weights`, `means` and `factors`, little-endian float64."""
+        buffer = io.BytesIO()
+        # numpy stamps every member with the same date of 1980, so that equal arrays are equal bytes.
+        arrays = {name: np.asarray(array, "<f8") for name, array in sorted(self._asdict().items())}
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]  # no name is `allow_pickle`
+        return buffer.getvalue()
+
+    @classmethod
+    def from_npz(cls, data: bytes, components: int, dimensions: int, label: str = "the prior") -> GaussianMixture:
+        """The inverse of `to_npz`, checked. label: the file, for messages.
+
+        Raises:
+            BundleError: it is no such file, or the numbers are no density of so many components and dimensions.
+        """
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+        except Exception as error:  # a damaged archive raises nearly anything
+            raise BundleError(f"{label} is not an .npz archive of plain arrays: {error}") from None
+        shapes = {"weights": (components,), "means": (components, dimensions)}
+        shapes["factors"] = (components, dimensions, dimensions)
+        if {name: (array.dtype, array.shape) for name, array in arrays.items()} != {
+            name: (np.dtype("<f8"), shape) for name, shape in shapes.items()
+        }:
+            found = {name: (str(array.dtype), array.shape) for name, array in sorted(arrays.items())}
+            raise BundleError(f"{label} holds {found}; expected float64 arrays {shapes}")
+        mixture = cls(**arrays)
+        diagonals = np.diagonal(mixture.factors, axis1=1, axis2=2)
+        if not (
+            all(np.isfinite(array).all() for array in mixture)
+            and (mixture.weights > 0).all()
+            and abs(float(mixture.weights.sum()) - 1) < 1e-6
+            and (diagonals > 0).all()
+            and not np.triu(mixture.factors, 1).any()
+        ):
+            raise BundleError(
+                f"{label} is no density: weights are above 0 and sum to 1, factors are lower triangular with a positive"
+                " diagonal, all numbers are finite"
+            )
+        return mixture

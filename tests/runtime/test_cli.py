@@ -19,7 +19,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from vae_runtime import VAE, __version__, to_uint8
-from vae_runtime.cli import BATCH, main
+from vae_runtime.cli import main
+from vae_runtime.command_inputs import BATCH
 from vae_runtime.sinks import GRID_LIMIT, pair_rows
 
 COMMANDS = ("info", "selftest", "encode", "decode", "sample", "reconstruct", "interpolate")

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from vae_runtime import VAE, InputError, to_uint8
-from vae_runtime.cli import _progress
 from vae_runtime.codec import Quantized, dequantize, quantize
+from vae_runtime.command_inputs import batches_with_progress
 from vae_runtime.images import picture_size, read_picture
 from vae_runtime.latent_files import LatentFile
 from vae_runtime.manifest import InputSpec
@@ -149,7 +149,7 @@ def test_few_large_examples_are_in_memory_at_once(
     source = open_inputs([str(path)], FREE) if kind == "images" else LatentFile(path)
     if kind == "latents":
         source.size = (1023, 1024)
-    assert [len(batch) for batch, _, _ in _progress(source, "reading", tile, FREE)] == expected
+    assert [len(batch) for batch, _, _ in batches_with_progress(source, "reading", tile, FREE)] == expected
 
 
 # --- in tiles ---------------------------------------------------------------------------------------------------------

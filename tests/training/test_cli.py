@@ -89,6 +89,10 @@ def test_a_folder_of_pictures_with_its_options(tmp_path: Path) -> None:
         (("--data", "digits", "--beta", "-1"), "beta is -1.0; expected from 0 to"),
         (("--data", "digits", "--latent", "0"), "latent is 0; expected from 1 to 65536"),
         (("--data", "digits", "--device", "tpu"), "device is 'tpu'; expected auto, cpu, cuda, cuda:N or mps"),
+        (
+            ("--data", "digits", "--exclude-label", "3", "--exclude-label", "11"),
+            "exclude_label is 11; the labels are 0,",
+        ),
         (("--data", "digits", "--size", "8x8"), "size and colour are for folders of pictures"),
     ],
 )

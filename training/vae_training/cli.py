@@ -28,8 +28,9 @@ def _option(name: str, help: str, **settings: Any) -> _Decorator:
     """An option of `TrainConfig`, with the default that stands there."""
     default = _DEFAULTS[name]
     return click.option(
-        "--" + name.replace("_", "-"), name, default=default, help=help, show_default=default is not None, **settings
-    )
+        "--" + name.replace("_", "-"), name, default=default, help=help, show_default=default not in (None, ()),
+        **settings,
+    )  # fmt: skip
 
 
 def _choice(name: str, help: str, choices: Any) -> _Decorator:
@@ -72,6 +73,9 @@ class _Sides(_Numbers):
 )
 @_option("split", "Train, validation and test parts: counts '8000,1000,1000' or fractions.")
 @_choice("order", "Shuffle before splitting, or keep the order of the files.", ORDERS)
+@_option(
+    "exclude_label", "Leave the examples with this label out of all parts; may be repeated.", type=int, multiple=True
+)
 @_option("size", "HEIGHTxWIDTH of a folder of pictures; default: the first picture's.", type=_Numbers("x"))
 @_choice(
     "resize", "How a picture file of another size becomes an input; default: exact, that is not at all.", RESIZE_MODES

@@ -32,6 +32,7 @@ class TrainConfig:
     """The settings of a run. None means "as fits the data": `resolve` fills it in.
 
     data, size, resize, colour: see `data.load_dataset`. split, order: see `split.split_indices`.
+    exclude_label: labels whose examples are left out of all parts, after dividing: see `split.leave_out`.
     crop: (H, W) of the crops that a folder of photographs of any sizes is trained on, see `photographs.py`; None: 64×64
         for the resnet family, where neither size nor resize is given, and no crops for the others.
     flip: half of the crops are mirrored left to right; None: yes.
@@ -57,6 +58,7 @@ class TrainConfig:
     data: str
     split: str = "0.8,0.1,0.1"
     order: str = "seeded"
+    exclude_label: tuple[int, ...] = ()
     size: tuple[int, ...] | None = None
     resize: str | None = None
     colour: str | None = None

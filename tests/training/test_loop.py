@@ -42,6 +42,17 @@ def test_training_improves_what_it_promises_to(tmp_path: Path) -> None:
     assert history[-1]["validation_nats"] < history[0]["validation_nats"] - 3
 
 
+def test_the_likelihood_stands_beside_its_bound(tmp_path: Path) -> None:
+    metrics = train(small(epochs=10), tmp_path / "run", device="cpu")
+    test = metrics["test"]
+    assert test["negative_elbo_nats"] - 3 < test["nll_nats"] < test["negative_elbo_nats"]
+    assert 0 < test["nll_standard_error_nats"] < 1
+    assert test["nll_samples"] == 100
+    off = train(small(epochs=10, nll_samples=0), tmp_path / "off", device="cpu")
+    assert test == {**off["test"], **{name: test[name] for name in test if name.startswith("nll")}}
+    assert off["test"].keys() == metrics["validation"].keys()
+
+
 @pytest.mark.parametrize(
     ("changes", "files"),
     [

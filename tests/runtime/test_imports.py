@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "vae_training": {"vae_training", "torch", "accelerate", "sklearn", "PIL", "tensorboard", "tqdm"}
     | {f"vae_runtime.{module}" for module in OF_THE_RUNTIME_FOR_TRAINING},
     "vae_export": {"vae_export", "vae_runtime", "torch", "onnx", "onnxscript"}
-    | {"vae_training.models", "vae_training.checkpoint"},
+    | {"vae_training.models", "vae_training.checkpoint", "vae_training.fit_prior"},
     "vae_benchmarks": {"vae_benchmarks", "vae_runtime", "psutil"},
 }
 # Modules that may import something more, and what.

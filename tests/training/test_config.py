@@ -29,8 +29,15 @@ def test_spatial_latents_have_defaults_of_their_own() -> None:
     assert TrainConfig("x", family="resnet", beta=0.5).resolve(GREY, 100).beta == 0.5
 
 
+def test_the_likelihood_is_measured_where_it_is_cheap_and_there_is_one() -> None:
+    for settings, expected in (({}, 100), ({"family": "resnet"}, 0), ({"kind": "autoencoder"}, 0)):
+        assert TrainConfig("x", **settings).resolve(GREY, 100).nll_samples == expected
+    for samples in (0, 7):
+        assert TrainConfig("x", family="resnet", nll_samples=samples).resolve(GREY, 100).nll_samples == samples
+
+
 def test_round_trip() -> None:
-    config = TrainConfig("pictures", size=(8, 9), beta=2)
+    config = TrainConfig("pictures", size=(8, 9), beta=2, exclude_label=(3, 1))
     assert TrainConfig.from_dict(config.to_dict()) == config
 
 
@@ -51,6 +58,8 @@ def test_round_trip() -> None:
         ({"likelihood": "cauchy"}, "likelihood is 'cauchy'; expected one of bernoulli, gaussian, laplace"),
         ({"gradient_weight": -1}, "gradient_weight is -1.0; expected from 0 to"),
         ({"crop": [8, 0]}, r"crop is \[8, 0\]; expected height and width"),
+        ({"nll_samples": -1}, "nll_samples is -1; expected from 0 to"),
+        ({"exclude_label": ["3"]}, "config.exclude_label is '3'; expected a whole number"),
         ({"mixed_precision": "fp8"}, "mixed_precision is 'fp8'"),
     ],
 )
@@ -70,6 +79,7 @@ def test_bad_settings_are_named(change: dict[str, object], message: str) -> None
         ({"family": "resnet"}, VECTOR, 100, "family is 'resnet', but x holds vectors"),
         ({"family": "mlp", "gradient_weight": 1}, VECTOR, 100, "gradient_weight is 1, but x holds vectors"),
         ({"flip": True}, COLOUR, 100, "flip is for crops of photographs; x is trained without crops"),
+        ({"kind": "autoencoder", "nll_samples": 5}, GREY, 9, "nll_samples is 5, but kind is 'autoencoder'"),
         ({}, GREY, 1, "the train part has 1 example; expected at least 2"),
     ],
 )

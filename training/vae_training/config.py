@@ -24,6 +24,7 @@ RESNET_WIDTHS: tuple[int, ...] = (32, 64)
 RESNET_DEPTH = 1
 MAX_WIDTH = 65536
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
+NLL_SAMPLES = 100
 MIN_EPOCHS, MIN_STEPS = 20, 800  # of the default number of epochs
 
 
@@ -32,6 +33,7 @@ class TrainConfig:
     """The settings of a run. None means "as fits the data": `resolve` fills it in.
 
     data, size, resize, colour: see `data.load_dataset`. split, order: see `split.split_indices`.
+    exclude_label: labels whose examples are left out of all parts, after dividing: see `split.leave_out`.
     crop: (H, W) of the crops that a folder of photographs of any sizes is trained on, see `photographs.py`; None: 64×64
         for the resnet family, where neither size nor resize is given, and no crops for the others.
     flip: half of the crops are mirrored left to right; None: yes.
@@ -52,11 +54,14 @@ class TrainConfig:
     learning_rate: the highest; it rises over `lr_warmup` of all steps and falls to 0 on a cosine.
     clip: largest norm of the gradient. ema: decay of the moving average of the weights.
     patience: stop after this many epochs without a better validation figure; 0: never.
+    nll_samples: importance samples per example of the test part's likelihood, see `likelihood.measure_nll`; 0: it is
+        not measured; None: 100, and 0 for the resnet family, whose latents are large, and for autoencoders.
     """
 
     data: str
     split: str = "0.8,0.1,0.1"
     order: str = "seeded"
+    exclude_label: tuple[int, ...] = ()
     size: tuple[int, ...] | None = None
     resize: str | None = None
     colour: str | None = None
@@ -85,6 +90,7 @@ class TrainConfig:
     clip: float = 100.0
     ema: float = 0.995
     patience: int = 0
+    nll_samples: int | None = None
     mixed_precision: str = "no"
     seed: int = 0
 
@@ -139,6 +145,9 @@ class TrainConfig:
             depth=depth if self.depth is None else self.depth,
             norm=self.norm or "batch",
             activation=self.activation or "relu",
+            nll_samples=(0 if spatial or self.kind != "vae" else NLL_SAMPLES)
+            if self.nll_samples is None
+            else self.nll_samples,
             epochs=self.epochs
             or max(MIN_EPOCHS, math.ceil(MIN_STEPS / steps_per_epoch(train_examples, self.batch_size))),
         )
@@ -158,6 +167,8 @@ class TrainConfig:
             raise InputError(f"shift is {self.shift}; {self.data} has examples of shape {list(spec.example_shape)}")
         if self.shift and crops:
             raise InputError(f"shift is {self.shift}; crops of photographs lie anywhere and are not shifted")
+        if self.nll_samples and self.kind != "vae":
+            raise InputError(f"nll_samples is {self.nll_samples}, but kind is {self.kind!r}; a vae has a likelihood")
         if train_examples < 2:
             raise InputError(f"the train part has {train_examples} example; expected at least 2")
 
@@ -216,5 +227,6 @@ _RANGES = {
     "clip": (1e-6, 1e9),
     "ema": (0, 0.999999),
     "patience": (0, 1_000_000),
+    "nll_samples": (0, 1_000_000),
     "seed": (0, 2**63 - 1),
 }

@@ -32,6 +32,7 @@ from .devices import make_accelerator
 from .evaluate import figure_of_merit, measure, recalibrate
 from .feed import BINARIZE, NOISE, WEIGHTS, standard_normal
 from .folder import RunFolder, open_run
+from .likelihood import measure_nll
 from .losses import Objective, kl_weight
 from .models import build_model, count_parameters
 from .optimise import learning_rate, make_optimizer, moving_average, set_learning_rate
@@ -256,6 +257,8 @@ class Run:
                 "test": measure(objective, test, self.config.seed),
                 "validation": measure(objective, self.validation, self.config.seed),
             }
+            if self.config.nll_samples:
+                figures["test"] |= measure_nll(objective, test, self.config.seed, self.config.nll_samples)
             for part, measured in figures.items():
                 self.require_finite(measured, part)
             metrics = report.write_results(self, objective, test, figures)

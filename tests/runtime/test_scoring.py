@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -66,31 +68,28 @@ def test_score_is_that_by_hand(vae: VAE, method: str, rows: int) -> None:
         np.testing.assert_allclose(found, by_hand(vae, x, method), rtol=2e-6)
 
 
-def test_black_and_white_pictures_and_certain_decoders_are_scored_exactly(
-    tiny_path: Path, bundle: Path, resign: Callable[..., Path]
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 0.9), (1e-39, 0.9), (0.1, 1)])
+def test_certain_decoders_are_scored_with_the_clip(
+    bundle: Path, resign: Callable[..., Path], low: float, high: float
 ) -> None:
-    """A decoder whose probabilities are 0 and 1 in float32 needs the clip."""
+    """Whose probabilities are cut to [low, high] in place of a sigmoid, and so are 0 and 1 in float32."""
     onnx = pytest.importorskip("onnx")
     model = onnx.load(bundle / "decoder.onnx")
-    for tensor in model.graph.initializer:
-        if tensor.name.startswith("out."):
-            tensor.CopyFrom(onnx.numpy_helper.from_array(400 * onnx.numpy_helper.to_array(tensor), tensor.name))
-    clip = [onnx.helper.make_node("Clip", ["hard", "low", "high"], ["unit"])]
-    nodes = [clip[0] if node.op_type == "Sigmoid" else node for node in model.graph.node]
-    source = next(node.input[0] for node in model.graph.node if node.op_type == "Sigmoid")
-    clip[0].input[0] = source
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    for name, value in (("low", 0), ("high", 1)):
+    (sigmoid,) = (node for node in model.graph.node if node.op_type == "Sigmoid")
+    sigmoid.op_type = "Clip"
+    sigmoid.input.extend(["low", "high"])
+    (weight,) = (tensor for tensor in model.graph.initializer if tensor.name == "out.weight")
+    weight.CopyFrom(onnx.numpy_helper.from_array(3 * onnx.numpy_helper.to_array(weight), weight.name))
+    for name, value in (("low", low), ("high", high)):
         model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(value), name))
     x = np.random.default_rng(0).random((5, 1, 8, 8), dtype=np.float32).round()
     with VAE.load(resign(bundle, decoder=model.SerializeToString()), threads=1) as vae:
         decoded = vae.reconstruct(x)
-        assert (decoded == 0).any()
-        assert (decoded == 1).any()
+        assert (decoded.min(), decoded.max()) == (np.float32(low), np.float32(high))
         for rows in (x, x[:1]):
-            np.testing.assert_allclose(vae.score(rows), by_hand(vae, rows, "elbo"), rtol=2e-6)
-            np.testing.assert_allclose(vae.score(rows, batch_size=2), by_hand(vae, rows, "elbo"), rtol=2e-6)
+            for batch_size in (None, 2):
+                found = vae.score(rows, batch_size=batch_size)
+                np.testing.assert_allclose(found, by_hand(vae, rows, "elbo"), rtol=2e-6)
 
 
 def test_log_likelihood_is_minus_the_estimate_with_the_fixed_seed(tiny: VAE, images: np.ndarray) -> None:
@@ -130,6 +129,8 @@ def test_colour_vectors_and_free_sizes_are_scored(rgb: VAE, vectors: VAE, free_p
             for method in ("elbo", "reconstruction"):
                 np.testing.assert_allclose(free.score(x, method), by_hand(free, x, method), rtol=2e-6)
             assert free.score_map(x).shape == (2, side, 2 * side)
+        assert free._scores is not None
+        assert len(free._scores._free) == 8
 
 
 def test_vectors_beyond_the_squares_of_float32_have_an_error(vectors: VAE) -> None:
@@ -199,6 +200,15 @@ def test_sixteen_threads_get_bit_for_bit_what_one_gets(tiny_path: Path) -> None:
             results = list(pool.map(lambda job: [vae.score(job[0], job[1]) for _ in range(10)], work))
         for found, job in zip(results, work, strict=True):
             assert all(np.array_equal(one, job[2]) for one in found)
+
+
+def test_close_frees_the_graphs_of_scores_too(tiny_path: Path, images: np.ndarray) -> None:
+    vae = VAE.load(tiny_path, threads=1)
+    vae.score(images)
+    sessions = [weakref.ref(operation.routes[0].any_batch) for operation in vae._open_operations()]
+    vae.close()
+    gc.collect()
+    assert [session() for session in sessions] == [None, None]
 
 
 FORK_CODE = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,9 +16,9 @@ from .bundle import Bundle
 from .device_array import DeviceArray
 from .devices import check_device_name
 from .engine import engine_clash
-from .errors import ClosedError, InputError, KindError
+from .errors import ClosedError, InputError
 from .interpolation import interpolate_latents
-from .manifest import Manifest
+from .manifest import FittedPrior, Manifest
 from .operation import Candidate, Operation
 from .plan import Plan, check_precision, open_halves, same_plan, tuned_plan
 from .posterior import Posterior
@@ -29,7 +30,8 @@ from .preprocess import (
     require_plain_array,
     zeros,
 )
-from .sampling import NormalStream, check_count, check_flag, check_temperature
+from .prior import GaussianMixture, LatentStream, choose_prior
+from .sampling import check_count, check_flag
 from .selftest import SelfTest, run_routes
 from .session import check_threads
 
@@ -57,6 +59,7 @@ class VAE:
         self._device = _joined(route.any_batch.device.name for half in (encoder, decoder) for route in half.routes)
         self._operations: tuple[Operation, Operation] | None = (encoder, decoder)
         devices = [route.any_batch.device for half in (encoder, decoder) for route in half.routes]
+        self._mixture: GaussianMixture | None = None  # the fitted prior, once it was asked for
         self._is_on_one_gpu = all(device.is_gpu and device.memory == devices[0].memory for device in devices)
 
     @classmethod
@@ -217,20 +220,31 @@ class VAE:
         seed: int | None = None,
         temperature: float = 1.0,
         *,
+        prior: str | None = None,
+        truncation: float | None = None,
         batch_size: int | None = None,
         size: tuple[int, int] | None = None,
     ) -> Float32:
-        """Draw `n` latents from the prior N(0, temperature²) and decode them -> like `decode`.
+        """Draw `n` latents from the prior and decode them -> like `decode`.
 
         A larger `n` with the same seed begins with the same latents, and so with the same examples, unless precision
         "auto" decodes so many in another precision.
 
+        temperature: factor on the noise, which makes the standard prior N(0, temperature²); below 1, examples are more
+            typical and less varied.
+        prior: "standard", N(0, 1), or "fitted", the density that `vae-export --prior` fitted to the latents of real
+            examples (Ghosh et al., 2020); None: the standard one, of an autoencoder the fitted one.
+        truncation: where a number of the noise is farther from 0 than this, it is drawn again (Brock et al., 2019), to
+            the same end as a low temperature; from 0.1. The numbers within stay as they are without it.
         size: (height, width) of the images, where the bundle leaves it free; None: `manifest.input.default_size`.
 
         Raises:
-            KindError: the bundle is a plain autoencoder, which has no prior. InputError: an argument out of range.
+            KindError: the bundle is a plain autoencoder, which has no prior but a fitted one. NotInBundleError: no
+            prior was fitted. InputError: an argument out of range.
         """
-        batches = self.sample_batches(n, seed, temperature, batch_size=batch_size, size=size)
+        batches = self.sample_batches(
+            n, seed, temperature, prior=prior, truncation=truncation, batch_size=batch_size, size=size
+        )
         images = zeros((n, *self._input_shape(size)), f"n is {n}; an array", ", take sample_batches")
         start = 0
         for batch in batches:
@@ -244,6 +258,8 @@ class VAE:
         seed: int | None = None,
         temperature: float = 1.0,
         *,
+        prior: str | None = None,
+        truncation: float | None = None,
         batch_size: int | None = None,
         size: tuple[int, int] | None = None,
     ) -> Iterator[Float32]:
@@ -254,11 +270,20 @@ class VAE:
         """
         shape = self.manifest.latent_shape(self._input_shape(size))
         chunk = self._open_operations()[1].chunk_size(batch_size, shape)
-        if self.manifest.latent.prior is None:
-            raise KindError(f"{self.manifest.name} is a plain autoencoder, which has no prior to sample from")
-        count, scale, stream = check_count(n, "n"), check_temperature(temperature), NormalStream(seed)
-        latents = (scale * stream.draw(min(chunk, count - start), shape) for start in range(0, count, chunk))
+        fitted, count = choose_prior(prior, self.manifest), check_count(n, "n")
+        mixture = None if fitted is None else self._read_prior(fitted)
+        stream = LatentStream(seed, temperature, truncation, mixture)
+        latents = (stream.draw(min(chunk, count - start), shape) for start in range(0, count, chunk))
         return (self._open_operations()[1].run(batch, chunk, count)[0] for batch in latents)
+
+    def _read_prior(self, fitted: FittedPrior) -> GaussianMixture:
+        """The fitted prior, read and checked the first time."""
+        if self._mixture is None:
+            label = str(self._bundle.path / fitted.file)
+            elements = math.prod(self.manifest.latent_shape(self.manifest.input.example_shape))
+            data = self._bundle.read(fitted.file)
+            self._mixture = GaussianMixture.from_npz(data, fitted.components, elements, label)
+        return self._mixture
 
     def reconstruct(
         self,

@@ -37,6 +37,12 @@ def test_members_of_a_vae_are_frozen() -> None:
     }  # fmt: skip
 
 
+SAMPLE = {
+    "self": ..., "n": ..., "seed": None, "temperature": 1.0, "prior": None, "truncation": None,
+    "batch_size": None, "size": None,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("function", "parameters"),
     [
@@ -46,7 +52,8 @@ def test_members_of_a_vae_are_frozen() -> None:
         ),
         (VAE.encode, {"self": ..., "inputs": ..., "batch_size": None, "pad": False, "tile": None, "progress": None}),
         (VAE.decode, {"self": ..., "latents": ..., "batch_size": None, "size": None, "tile": None, "progress": None}),
-        (VAE.sample, {"self": ..., "n": ..., "seed": None, "temperature": 1.0, "batch_size": None, "size": None}),
+        (VAE.sample, SAMPLE),
+        (VAE.sample_batches, SAMPLE),
         (
             VAE.reconstruct,
             {"self": ..., "inputs": ..., "batch_size": None, "pad": False, "tile": None, "progress": None},

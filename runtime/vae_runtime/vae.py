@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .boundary import check_cut, check_sides
 from .bundle import Bundle
@@ -376,6 +377,51 @@ class VAE:
                 f"a and b have latents of shapes {start.shape[1:]} and {end.shape[1:]}; the same is needed"
             )
         return self.decode(interpolate_latents(start[0], end[0], steps, method))
+
+    def traverse(self, inputs: Any, dimension: int, values: Any) -> Float32:
+        """What one unit of the latent space does: encode one example, set that unit of the mean to each of the values,
+        decode -> (len(values), C, H, W) or (len(values), D).
+
+        inputs: one example, with the batch axis, as `encode` takes it. dimension: which element of the latent,
+        flattened; of a latent (C, h, w) which channel, set at all positions. values: in the latent's units, where the
+        prior is N(0, 1): (-3, ..., 3) is nearly all of it.
+
+        Raises:
+            InputError: not one example, a unit that there is not, values that are not finite numbers in a row.
+        """
+        from .latent_space import traversal
+
+        return self.decode(traversal(self.encode(inputs).mode(), dimension, values))
+
+    def nearest(self, inputs: Any, references: Any, k: int = 1) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """The k references nearest to each input in the latent space, by the Euclidean distance of means, the nearest
+        first; of equals the one with the lower index -> indices int64 (N, k), distances float64 (N, k).
+
+        inputs: as `encode` takes them. references: latents, float32 (M, *latent_shape), such as
+        `encode(examples).mean`. All are looked at, in blocks: a million of 32 elements need little memory beside them.
+
+        Raises:
+            InputError: inputs or references that are none, k is no whole number from 1 to M.
+        """
+        from .latent_space import nearest_latents
+        from .latents import to_decoder_input
+
+        references = to_decoder_input(references, self.manifest.latent.shape, "references")
+        return nearest_latents(self.encode(inputs).mode(), references, k)
+
+    def attribute_vector(self, positives: Any, negatives: Any) -> Float32:
+        """The direction of what sets examples apart, such as "smiles": the mean latent of those with it less the mean
+        latent of those without -> float32 (*latent_shape). `decode(latents + 0.5 * vector)` adds half of it (Larsen et
+        al., 2016, arXiv:1512.09300).
+
+        positives, negatives: any number of examples each, as `encode` takes them.
+
+        Raises:
+            InputError: as `encode`; latents of two shapes, from images of different free sizes.
+        """
+        from .latent_space import mean_difference
+
+        return mean_difference(self.encode(positives).mode(), self.encode(negatives).mode())
 
     def selftest(self) -> SelfTest:
         """Run the bundle's golden inputs through every route of `plan` and compare with the reference's outputs of the

@@ -76,6 +76,28 @@ def images() -> np.ndarray:
     return np.random.default_rng(7).random((20, 1, 8, 8), dtype=np.float32)
 
 
+@pytest.fixture
+def pixels() -> np.ndarray:
+    """uint8 (150, 8, 8): more than two of the command line's batches."""
+    return np.random.default_rng(3).integers(0, 256, (150, 8, 8), np.uint8)
+
+
+@pytest.fixture
+def npy(tmp_path: Path, pixels: np.ndarray) -> Path:
+    """`pixels` as a file."""
+    np.save(tmp_path / "pixels.npy", pixels)
+    return tmp_path / "pixels.npy"
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, pixels: np.ndarray) -> Path:
+    """A folder with the first three of `pixels`."""
+    (tmp_path / "pictures").mkdir()
+    for number in range(3):
+        pytest.importorskip("PIL.Image").fromarray(pixels[number]).save(tmp_path / "pictures" / f"p{number}.png")
+    return tmp_path / "pictures"
+
+
 def sign_text(data: Any) -> bytes:
     """The bytes of a manifest with a right digest in them, whatever nonsense `data` holds.
 

@@ -32,7 +32,7 @@ def test_nothing_else_public_but_modules_is_in_the_package() -> None:
 def test_members_of_a_vae_are_frozen() -> None:
     assert {name for name in vars(VAE) if not name.startswith("_")} == {
         "load", "manifest", "device", "precision", "plan", "encode", "decode", "sample", "sample_batches",
-        "reconstruct", "interpolate", "encode_to_device", "decode_to_device",
+        "reconstruct", "interpolate", "traverse", "nearest", "attribute_vector", "encode_to_device", "decode_to_device",
         "selftest", "golden", "warmup", "close",
     }  # fmt: skip
 
@@ -59,6 +59,9 @@ SAMPLE = {
             {"self": ..., "inputs": ..., "batch_size": None, "pad": False, "tile": None, "progress": None},
         ),
         (VAE.interpolate, {"self": ..., "a": ..., "b": ..., "steps": 8, "method": "spherical"}),
+        (VAE.traverse, {"self": ..., "inputs": ..., "dimension": ..., "values": ...}),
+        (VAE.nearest, {"self": ..., "inputs": ..., "references": ..., "k": 1}),
+        (VAE.attribute_vector, {"self": ..., "positives": ..., "negatives": ...}),
         (vae_runtime.Posterior.sample, {"self": ..., "seed": None, "temperature": 1.0}),
     ],
 )

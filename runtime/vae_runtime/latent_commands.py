@@ -43,6 +43,7 @@ from .sampling import check_count
 from .vae import VAE
 
 AXES = ("active", "pca")
+_LARGEST = 1e38  # of a range's ends: float32 has hardly more
 
 
 class _Range(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
@@ -54,8 +55,10 @@ class _Range(click.ParamType):  # type: ignore[type-arg]  # generic in newer ver
         parts = value if isinstance(value, tuple) else value.split(",")
         try:
             low, high = map(float, parts)
+            if not (abs(low) < _LARGEST and abs(high) < _LARGEST):
+                raise ValueError
         except ValueError:
-            self.fail(f"{value!r} is not of the form LOW,HIGH", param, ctx)
+            self.fail(f"{value!r} is not of the form LOW,HIGH, two finite numbers", param, ctx)
         return low, high
 
 
@@ -66,7 +69,10 @@ class _Range(click.ParamType):  # type: ignore[type-arg]  # generic in newer ver
     "--dimension", "dimensions", multiple=True, metavar="D|active", default=("active",), show_default=True,
     help="Number of a unit of the latent space, from 0; may be repeated. active: all that the encoder uses.",
 )  # fmt: skip
-@click.option("--steps", default=11, show_default=True, help="Values of each unit, both ends included.")
+@click.option(
+    "--steps", type=click.IntRange(2, 1000), default=11, show_default=True, metavar="N",
+    help="Values of each unit, both ends included.",
+)  # fmt: skip
 @click.option("--range", "limits", type=_Range(), default="-3,3", show_default=True, help="Of these values.")
 @picture_format_option
 @output_option
@@ -91,7 +97,7 @@ def traverse(
         spec, example = vae.manifest.input, sources.read_one(one, vae.manifest.input)
         latents = vae.encode(example).mode()
         numbers = _chosen_units(dimensions, vae.manifest)
-        values = np.linspace(*limits, check_count(steps, "steps", least=2))
+        values = np.linspace(*limits, steps)
         paths = [traversal(latents, number, values) for number in numbers]
         count = len(numbers) * steps
         shape = (spec.example_shape[0], *image_size(example)) if spec.is_image else spec.example_shape
@@ -109,7 +115,9 @@ def traverse(
     "--axes", type=click.Choice(AXES),
     help="The two most active units, or principal axes of INPUTS' latents.  [default: with INPUTS pca, else active]",
 )  # fmt: skip
-@click.option("--steps", default=16, show_default=True, help="Points on each side.")
+@click.option(
+    "--steps", type=click.IntRange(2, 100), default=16, show_default=True, metavar="N", help="Points on each side."
+)
 @picture_format_option
 @output_option
 @force_option
@@ -132,7 +140,6 @@ def draw_map(
     axes = axes or ("pca" if inputs else "active")
     if axes == "pca" and not inputs:
         raise click.UsageError("--axes pca needs INPUTS, whose latents the axes are found from")
-    steps = check_count(steps, "steps", least=2)
     with VAE.load(bundle, **engine) as vae:
         spec, shape = vae.manifest.input, vae.manifest.input.example_shape
         if inputs:

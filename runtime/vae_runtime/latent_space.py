@@ -128,7 +128,7 @@ class _Nearest:
         """
         k, length = len(self.squares), float(np.square(query, dtype=np.float64).sum())
         # The worst rounding: of the products of so many elements, of what was moved, of the comparison below.
-        slack = (query.size + 8) * 2.0**-23 * (math.sqrt(length) + math.sqrt(longest)) ** 2 + 1e-30
+        slack = (query.size + 8) * 2.0**-23 * (math.sqrt(length) + math.sqrt(longest)) ** 2
         near = np.flatnonzero(rough <= self.squares[-1] * scale**2 - length + slack)
         if len(near) > k + _FEW:
             kth = float(np.partition(rough[near], k - 1)[k - 1])

@@ -67,7 +67,7 @@ def test_a_picture_of_a_traversal_shows_every_row(tiny_path: Path, pictures: Pat
     options = [word for unit in range(4) for word in ("--dimension", unit)]
     result = run("traverse", tiny_path, pictures / "p0.png", *options, "--steps", 80, "--output", tmp_path / "o.png")
     assert (result.exit_code, result.stderr) == (0, "")
-    cells(read_png(tmp_path / "o.png"), 4, 80)
+    assert (cells(read_png(tmp_path / "o.png"), 4, 80)[3] < 255).any(axis=(1, 2)).all()
 
 
 def test_traverse_of_channels_of_vectors_and_of_free_sizes(
@@ -179,13 +179,15 @@ BAD = [
     (("traverse", "{bundle}", "{npy}"), "names no single example; write .*#INDEX", 1),
     (("traverse", "{bundle}", "{npy}#0", "--dimension", "4"), "dimension is 4; the latent, .*, has units 0 to 3", 1),
     (("traverse", "{bundle}", "{npy}#0", "--dimension", "-1"), "--dimension is '-1'; expected the number of a unit", 1),
-    (("traverse", "{bundle}", "{npy}#0", "--dimension", "1", "--steps", "1"), "steps is 1; expected a whole", 1),
-    (("traverse", "{bundle}", "{npy}#0", "--dimension", "1", "--range", "-1,nan"), "finite float32 numbers", 1),
+    (("traverse", "{bundle}", "{npy}#0", "--dimension", "1", "--steps", "1"), "1 is not in the range 2<=x<=1000", 2),
+    (("traverse", "{bundle}", "{npy}#0", "--range", "-1,nan"), "'-1,nan' is not of the form LOW,HIGH, two finite", 2),
+    (("traverse", "{bundle}", "{npy}#0", "--range", "-1e400,1"), "is not of the form LOW,HIGH, two finite", 2),
     (("traverse", "{bundle}", "{npy}#0", "--range", "3"), "'3' is not of the form LOW,HIGH", 2),
     (("traverse", "{none}", "{npy}#0"), "tiny has no active unit; name units: --dimension 0", 1),
     (("map", "{bundle}"), "does not say which units .* vae-export SOURCE, or give INPUTS with --axes pca", 1),
     (("map", "{bundle}", "--axes", "pca"), "--axes pca needs INPUTS", 2),
-    (("map", "{bundle}", "{npy}", "--steps", "1"), "steps is 1; expected a whole number from 2", 1),
+    (("map", "{bundle}", "{npy}", "--steps", "1"), "1 is not in the range 2<=x<=100", 2),
+    (("map", "{bundle}", "{npy}", "--steps", "101"), "101 is not in the range 2<=x<=100", 2),
     (("map", "{vectors}"), "is a plain autoencoder, which has no prior to map; give INPUTS", 1),
     (("map", "{none}"), "tiny has 0 active units; a map takes 2, or INPUTS with --axes pca", 1),
     (("map", "{wrong}"), "latent.active_units.variances has 3 numbers; the latent has 4 units", 1),
@@ -196,7 +198,7 @@ BAD_SEARCH = [
     (("{npy}#0",), "give either --references or --encoded", 2),
     (("{npy}#0", "--references", "{npy}", "--encoded", "{npy}"), "give either --references or --encoded", 2),
     (("{npy}#0", "--references", "{npy}", "-k", "151"), "k is 151; expected at most the number of references, 150", 1),
-    (("{npy}#0", "--references", "{npy}", "-k", "0"), "k is 0; expected a whole number from 1", 1),
+    (("{npy}#0", "--references", "{tmp}/none", "-k", "0"), "k is 0; expected a whole number from 1", 1),
     (("{tmp}/none.png", "--references", "{npy}"), "none.png does not exist", 1),
     (("{npy}#150", "--references", "{npy}"), "an index from 0 to 149", 1),
     (("{npy}#0", "--references", "{tmp}/none"), "none does not exist", 1),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vae_runtime import VAE, BundleError, InputError, KindError, NotInBundleError
+from vae_runtime import VAE, BundleError, InputError, KindError, NotInBundleError, sampling
 from vae_runtime.prior import GaussianMixture, LatentStream
 from vae_runtime.sampling import NormalStream, TruncatedStream
 
@@ -146,6 +146,12 @@ def test_truncated_draws_keep_what_is_within_and_are_normal_there() -> None:
 def test_every_truncation_ends(truncation: float) -> None:
     draws = TruncatedStream(np.random.SeedSequence(0), truncation).draw(1000, (3,))
     assert np.abs(draws).max() < np.float32(truncation)
+
+
+def test_what_all_rounds_leave_outside_is_set_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_LEFT_OVER", 0.5)  # a single round
+    draws, plain = TruncatedStream(np.random.SeedSequence(0), 1).draw(100, ()), NormalStream(0).draw(100, ())
+    assert np.array_equal(draws, plain.clip(-1, 1))
 
 
 # --- sampling with a bundle -------------------------------------------------------------------------------------------

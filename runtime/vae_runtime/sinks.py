@@ -45,11 +45,12 @@ def open_sink(
     *,
     shape: tuple[int, ...] | None = None,
     form: str | None = None,
+    limit: int = GRID_LIMIT,
 ) -> Iterator[Sink]:
     """The sink that the suffix of `output` stands for; what it writes appears when the block ends well, or not at all.
 
     shape: of one example, where `spec` leaves that free and all go into one array. form: of the pictures in a folder,
-    "png" (None), "jpeg" or "webp".
+    "png" (None), "jpeg" or "webp". limit: images in one picture.
 
     Raises:
         InputError: a suffix that is not understood, or pictures of something that is no grey or RGB image.
@@ -72,7 +73,7 @@ def open_sink(
             f"{output} cannot be written: only grey and RGB images become pictures; name an .npy or .npz file"
         )
     if suffix in WRITTEN_SUFFIXES:
-        sink = _GridSink(path, columns)
+        sink = _GridSink(path, columns, limit)
         yield sink
         sink.finish()
     elif suffix:
@@ -166,16 +167,16 @@ class _ArraySink:
 
 
 class _GridSink:
-    """Up to `GRID_LIMIT` images; with originals, rows of originals stand above rows of their reconstructions."""
+    """Up to `limit` images; with originals, rows of originals stand above rows of their reconstructions."""
 
-    def __init__(self, path: Path, columns: int | None) -> None:
-        self._path, self._columns = path, columns
+    def __init__(self, path: Path, columns: int | None, limit: int) -> None:
+        self._path, self._columns, self._limit = path, columns, limit
         self._images: list[NDArray[np.uint8]] = []
         self._originals: list[NDArray[np.uint8]] = []
         self.written = 0
 
     def add(self, images: Float32, names: list[str], originals: Float32 | None = None) -> None:
-        room = GRID_LIMIT - self.written
+        room = self._limit - self.written
         if self._images and self._images[0].shape[1:3] != images.shape[2:]:
             raise _different_sizes(names[0], images.shape[2:], self._images[0].shape[1:3])
         if room > 0:

@@ -45,10 +45,11 @@ with VAE.load(bundle, threads=threads) as vae:
     print(json.dumps({"seconds": time.perf_counter() - begun, "peak_resident_bytes": resident_bytes()[1]}))
 """
 MNIST = ("--data", "{mnist}", "--split", "8000,1000,1000", "--order", "file", "--binarize", "dynamic", "--shift", "1")
+LONG = ("--epochs", "150", "--learning-rate", "0.002")
 MODELS = {
     # Two layers of 200 and 50 latents, as the one-layer VAE of Burda et al., 2016.
-    "mlp 200-200, 50 latents": ("--family", "mlp", "--widths", "200,200", "--latent", "50", "--epochs", "150"),
-    "mlp 400, 20 latents": ("--family", "mlp", "--epochs", "150"),
+    "mlp 200-200, 50 latents": ("--family", "mlp", "--widths", "200,200", "--latent", "50", *LONG),
+    "mlp 400, 20 latents": ("--family", "mlp", *LONG),
     "conv, 20 latents": ("--epochs", "40", "--learning-rate", "0.008", "--weight-decay", "0.05"),
 }
 

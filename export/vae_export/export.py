@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from vae_runtime.codec import UINT8
-from vae_runtime.errors import BundleError, ExportError, InputError, VAEError
+from vae_runtime.errors import BundleError, ExportError, InputError
 from vae_runtime.manifest import (
     COLOURS,
     INPUT,
@@ -41,7 +41,7 @@ from .imported import Halves, Imported
 from .judge import CODEC_EXAMPLES, Judge
 from .quality import Budget
 from .tiling import find_tiling
-from .verify import Reference, latent_pattern, verify
+from .verify import Reference, latent_pattern, run_both, verify
 from .wanted import Made, Wanted, check_wanted
 
 GOLDEN_COUNT = 4
@@ -325,14 +325,7 @@ def _export(
 
 def _try_out(halves: Halves, x: Float32, spec: InputSpec) -> Float32:
     """Run both halves once where they are from, check the shapes of what comes out, and return the latents."""
-    try:
-        encoded = halves.encode(x)
-        reconstruction = halves.decode(encoded[MEAN])
-    except VAEError:
-        raise
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ExportError(f"the model does not run on its examples of shape {x.shape}: {reason}") from error
+    encoded, reconstruction = run_both(halves, x)
     if len(encoded) != (2 if halves.kind == "vae" else 1):
         expected = "mean and logvar" if halves.kind == "vae" else "its code alone"
         raise ExportError(
@@ -361,8 +354,8 @@ def _golden_values(halves: Halves, golden: tuple[str, Float32], spec: InputSpec)
     if source == "synthetic":
         examples = synthetic_inputs(spec, GOLDEN_COUNT, examples)
     x = np.ascontiguousarray(examples[:GOLDEN_COUNT])
-    encoded = halves.encode(x)
-    return {INPUT: x, **encoded, RECONSTRUCTION: halves.decode(encoded[MEAN])}
+    encoded, reconstruction = run_both(halves, x)
+    return {INPUT: x, **encoded, RECONSTRUCTION: reconstruction}
 
 
 def synthetic_inputs(spec: InputSpec, count: int, like: Float32 | None = None) -> Float32:

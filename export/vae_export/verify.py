@@ -12,7 +12,7 @@ import torch
 
 from vae_runtime.boundary import decoder_boundary, encoder_boundary
 from vae_runtime.devices import Device
-from vae_runtime.errors import BundleError, ExportError
+from vae_runtime.errors import BundleError, ExportError, VAEError
 from vae_runtime.fidelity import data_range, relative_error
 from vae_runtime.manifest import LOGVAR, MEAN, RECONSTRUCTION, InputSpec, Shape
 from vae_runtime.preprocess import Float32
@@ -113,6 +113,22 @@ def verify(graphs: tuple[bytes, bytes], halves: Halves, x: Float32, spec: InputS
     )
 
 
+def run_both(halves: Halves, x: Float32) -> tuple[dict[str, Float32], Float32]:
+    """The latents of `x` and their reconstructions, as the halves give them where they come from.
+
+    Raises:
+        ExportError: they do not run on such inputs, whatever their own code raises.
+    """
+    try:
+        encoded = halves.encode(x)
+        return encoded, halves.decode(encoded[MEAN])
+    except VAEError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ExportError(f"the model does not run on inputs of shape {x.shape}: {reason}") from error
+
+
 def _errors(
     graphs: tuple[bytes, bytes],
     halves: Halves,
@@ -122,8 +138,7 @@ def _errors(
     batch_sizes: tuple[int, ...],
 ) -> dict[str, float]:
     """max|Δ| of every tensor, each within its tolerance."""
-    expected = halves.encode(x)
-    expected_images = halves.decode(expected[MEAN])
+    expected, expected_images = run_both(halves, x)
     _require_finite({**expected, RECONSTRUCTION: expected_images}, halves.against)
     encoder, decoder = open_graphs(graphs, spec, expected)
     found = _at_every_batch_size(encoder, x, batch_sizes)

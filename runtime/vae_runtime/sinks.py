@@ -23,7 +23,7 @@ from .manifest import RECONSTRUCTION, InputSpec
 from .preprocess import Float32, to_uint8
 
 GRID_LIMIT = 256  # images in one grid; more is no longer a picture to look at
-ALONE_SIDE = 64  # a single image of this size or larger is written as it is, without a frame
+ALONE_SIDE = 64  # a single image of this size or larger is written as it is, without a frame; of free sizes always
 _ROW = re.compile(r"(.+\.(npy|npz|safetensors)|golden)?#\d*", re.IGNORECASE | re.DOTALL)
 
 
@@ -73,7 +73,7 @@ def open_sink(
             f"{output} cannot be written: only grey and RGB images become pictures; name an .npy or .npz file"
         )
     if suffix in WRITTEN_SUFFIXES:
-        sink = _GridSink(path, columns, limit)
+        sink = _GridSink(path, columns, limit, 1 if spec.is_free else ALONE_SIDE)
         yield sink
         sink.finish()
     elif suffix:
@@ -169,8 +169,8 @@ class _ArraySink:
 class _GridSink:
     """Up to `limit` images; with originals, rows of originals stand above rows of their reconstructions."""
 
-    def __init__(self, path: Path, columns: int | None, limit: int) -> None:
-        self._path, self._columns, self._limit = path, columns, limit
+    def __init__(self, path: Path, columns: int | None, limit: int, alone_side: int) -> None:
+        self._path, self._columns, self._limit, self._alone_side = path, columns, limit, alone_side
         self._images: list[NDArray[np.uint8]] = []
         self._originals: list[NDArray[np.uint8]] = []
         self.written = 0
@@ -188,7 +188,7 @@ class _GridSink:
     def finish(self) -> None:
         images = np.concatenate(self._images)
         if not self._originals:
-            alone = len(images) == 1 and min(images.shape[1:3]) >= ALONE_SIDE
+            alone = len(images) == 1 and min(images.shape[1:3]) >= self._alone_side
             write_picture(self._path, images[0] if alone else grid(images, self._columns))
             return
         columns = min(len(images), self._columns or 16)

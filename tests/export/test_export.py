@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -135,7 +136,7 @@ def test_an_autoencoder_from_torch_tensors(tmp_path: Path) -> None:
         ({"examples": X[:0]}, InputError, "at least one example"),
         ({"examples": X / 255}, InputError, r"examples has shape \(9, 10, 14, 3\) and dtype float64; expected images"),
         ({"examples": [1, 2]}, InputError, "examples is a list; expected a numpy array"),
-        ({"examples": X[..., :2]}, ExportError, r"the model does not run on its examples of shape \(2, 2, 10, 14\)"),
+        ({"examples": X[..., :2]}, ExportError, r"the model does not run on inputs of shape \(2, 2, 10, 14\)"),
         ({"resize": "tile"}, InputError, "input.resize is 'tile'; expected one of exact, stretch, crop"),
         ({"colour": "grey"}, InputError, "input.colour is 'grey', which has 1 channels"),
         ({"decoder": nn.Conv2d(4, 3, 1)}, ExportError, r"the decoder returns shape \(2, 3, 5, 7\) for inputs"),
@@ -146,6 +147,28 @@ def test_what_cannot_be_exported_is_named_and_nothing_is_written(pair, tmp_path:
     arguments = {"encoder": pair[0], "decoder": pair[1], "examples": X} | change
     with pytest.raises(error, match=message):
         export_bundle(path=tmp_path / "a.vae", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+class _Few(nn.Module):
+    """Takes so many rows at once."""
+
+    def __init__(self, network: nn.Module, most: int) -> None:
+        super().__init__()
+        self.network, self.most = network, most
+
+    def forward(self, x: torch.Tensor) -> Any:
+        if x.shape[0] > self.most:
+            raise RuntimeError(f"more than {self.most} rows\nand pages of advice")
+        return self.network(x)
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_a_model_that_refuses_a_larger_batch_is_refused_in_words(pair, tmp_path: Path, half: int) -> None:
+    halves = list(pair)
+    halves[half] = _Few(halves[half], 3)  # more than the two rows that it is tried and traced with
+    with pytest.raises(ExportError, match=r"the model does not run on inputs of shape \(32, .*: more than 3 rows$"):
+        export_bundle(*halves, tmp_path / "a.vae", examples=X)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -114,6 +114,12 @@ def test_one_photograph_becomes_one_picture_without_a_frame(free_path: Path, pho
     refused("--format is 'webp' with the output", *arguments[:-1], tmp_path / "x.png")
 
 
+def test_a_small_photograph_keeps_its_size(free_path: Path, photos: Path, tmp_path: Path) -> None:
+    assert run("encode", free_path, photos / "c.jpg", "--pad", "--output", tmp_path / "z.npz").exit_code == 0
+    assert run("decode", free_path, tmp_path / "z.npz", "--output", tmp_path / "back.png").exit_code == 0
+    assert picture_size(tmp_path / "back.png") == SIZES["c"] == (17, 22)
+
+
 def test_reconstruct_shows_the_original_uncropped_beside_it(free_path: Path, photos: Path, tmp_path: Path) -> None:
     assert run("reconstruct", free_path, photos / "c.jpg", "--pad", "--output", tmp_path / "o.npy").exit_code == 0
     assert np.load(tmp_path / "o.npy").shape == (1, 3, 17, 22)

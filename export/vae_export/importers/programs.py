@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,21 @@ def _input_shape(program: Any, path: Path) -> Shape:
             f"{path} was exported for a batch of {batch}; a bundle takes any: export it again with"
             " dynamic_shapes=({0: torch.export.Dim('batch')},)"
         )
+    for side, size in zip(("height", "width"), sizes[1:], strict=False):
+        if not isinstance(size, int) and (most := _most(size, program.range_constraints)) is not None:
+            raise ExportError(
+                f"{path} was exported for a {side} of at most {most}; a bundle takes any: export it again without max"
+                " in dynamic_shapes, unless its code decides by the size"
+            )
     return tuple(size if isinstance(size, int) else None for size in sizes)
+
+
+def _most(size: torch.SymInt, ranges: Mapping[Any, Any]) -> int | None:
+    """The largest value of a side, None where it has none; either its maker or its code has set it."""
+    bounds = {symbol: ranges[symbol].upper for symbol in size.node.expr.free_symbols if symbol in ranges}
+    if not bounds or not all(bound.is_Integer for bound in bounds.values()):  # one that has none is int_oo
+        return None
+    return int(size.node.expr.subs(bounds))
 
 
 def _check_types(module: nn.Module, path: Path) -> None:

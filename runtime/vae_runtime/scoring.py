@@ -14,6 +14,7 @@ from .likelihood import comparable, negative_log_likelihoods, squared_norms, sum
 from .manifest import Likelihood, Manifest
 from .posterior import Posterior
 from .preprocess import Float32, zeros
+from .session import BOUND_VALUES
 
 _MAP_METHODS = ("reconstruction", "elbo")
 _KEPT_SHAPES = 8  # that have memory of their own, in all
@@ -79,7 +80,7 @@ class Scoring:
 
     def _score_at_once(self, inputs: Any, method: str, likelihood: Likelihood | None) -> Float64 | None:
         """In memory that is kept for it; None where that would gain nothing, or something is wrong with the inputs."""
-        if type(inputs) is not np.ndarray:
+        if type(inputs) is not np.ndarray or inputs.size > BOUND_VALUES:
             return None
         if inputs.dtype == np.uint8:
             inputs = self._operations[0].check(inputs)

@@ -26,7 +26,7 @@ from .plugins import OPENVINO
 from .preprocess import Float32, ValueRule
 
 # Up to so many values per call, copying into memory that is bound to the session costs less than binding the caller's.
-_BOUND_VALUES = 2**16
+BOUND_VALUES = 2**16
 _RECORD_NODES = "session.record_ep_graph_assignment_info"
 # How engines and drivers say it; there is no status of its own for it.
 # fmt: off
@@ -139,7 +139,7 @@ class GraphSession:
 
     def gains_from_bound_memory(self, shape: tuple[int, ...]) -> bool:
         """Whether calls with host memory that is bound to the session cost less, for inputs of this shape."""
-        return self.device.provider == CPU and shape[0] * self._boundary.largest(shape[1:]) <= _BOUND_VALUES
+        return self.device.provider == CPU and shape[0] * self._boundary.largest(shape[1:]) <= BOUND_VALUES
 
     def _shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Of all tensors by name, with the batch, for an input of this shape."""

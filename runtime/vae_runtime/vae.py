@@ -337,6 +337,8 @@ class VAE:
         """
         encoder, decoder = self._open_operations()
         inputs, size = self._padded(inputs) if check_flag(pad, "pad") else (inputs, None)
+        if n_samples is None and seed is not None:
+            raise InputError(f"seed is {seed!r} without n_samples; a reconstruction from the mean draws nothing")
         if n_samples is not None:
             if tile is not None or progress is not None:
                 raise InputError(f"n_samples is {n_samples!r} beside tile or progress; draws are decoded as a whole")
@@ -358,8 +360,9 @@ class VAE:
         """The evidence lower bound of each input in nats, -> float64 (N,): the mean of log p(x|z) over draws from the
         posterior, minus the posterior's KL divergence from the prior in closed form (Kingma and Welling, 2014).
 
-        The likelihood is the manifest's; of a model trained on x >= 0.5 ("threshold") these are what it is of. Logs of
-        densities (Gaussian, Laplace) may be above 0.
+        By the manifest's likelihood. A Bernoulli one takes grey values as probabilities, also where the model was
+        trained with "dynamic" binarisation: figures to compare with published ones need binary images. With "threshold"
+        it is of x >= 0.5. The log of a density (Gaussian, Laplace) may be above 0.
 
         inputs: as `encode` takes them.
         n_samples: draws per example; more narrow the estimate, not the bound.

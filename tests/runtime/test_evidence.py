@@ -476,6 +476,7 @@ def test_padding_is_cut_off_both(free_path: Path) -> None:
         ({"n_samples": 0}, "n_samples is 0; expected a whole number from 1"),
         ({"n_samples": 1.0}, "n_samples is 1.0; expected a whole number from 1"),
         ({"n_samples": 4, "seed": -1}, "seed is -1"),
+        ({"seed": 1}, "seed is 1 without n_samples"),
         ({"n_samples": 4, "tile": 4}, "n_samples is 4 beside tile or progress"),
         ({"n_samples": 4, "progress": print}, "n_samples is 4 beside tile or progress"),
     ],

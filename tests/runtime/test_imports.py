@@ -38,6 +38,7 @@ IN_ONE_MODULE = {
     "vae_runtime/images.py": {"PIL"},
     "vae_runtime/latent_files.py": {"safetensors"},
     "vae_benchmarks/picture.py": {"matplotlib"},
+    "vae_training/rate_distortion.py": {"matplotlib"},
     "vae_benchmarks/loadgen.py": {"mlperf_loadgen"},
     "vae_export/calibrate.py": {"onnxruntime.quantization"},
     "vae_export/quantize.py": {"onnxruntime.quantization"},

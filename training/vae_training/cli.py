@@ -108,6 +108,10 @@ class _Sides(_Numbers):
 @_option("free_bits", "Nats per latent dimension that the KL leaves alone.", type=float)
 @_option("gradient_weight", "Weight of wrong differences of neighbouring pixels in the loss.", type=float)
 @_option("kl_warmup", "Part of all steps over which the KL's weight rises.", type=float)
+@_option(
+    "capacity", "Nats that the KL is led to, rising from 0, and a rate-distortion curve of the way; 0: off.", type=float
+)
+@_option("gamma", "Weight of the KL's distance from the capacity; default: 10.", type=float)
 @_option("epochs", "Passes over the train part; default: 20, or more to reach 800 steps.", type=int)
 @_option("batch_size", "Examples per step.", type=int)
 @_option("learning_rate", "The highest of the schedule.", type=float)

@@ -25,6 +25,7 @@ RESNET_DEPTH = 1
 MAX_WIDTH = 65536
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
 NLL_SAMPLES = 100
+GAMMA, CAPACITY_RISE = 10.0, 0.8
 MIN_EPOCHS, MIN_STEPS = 20, 800  # of the default number of epochs
 
 
@@ -50,6 +51,14 @@ class TrainConfig:
     free_bits: nats per latent dimension.
     gradient_weight: of the differences of neighbouring pixels, see `losses.Objective`; 0: not in the loss.
     kl_warmup: the part of all steps over which the KL's weight rises from 0 to beta.
+    capacity: nats; above 0, the loss has gamma · |KL - C| in place of the KL, C rising linearly from 0 to it over the
+        first `CAPACITY_RISE` of all steps and then staying (Burgess et al., 2018, arXiv:1804.03599; the distance is
+        rounded off near 0, see `losses.capacity_gap`). The run passes through models of all lower rates, which its
+        rate-distortion curve shows, and its last weights are kept. It takes the place of beta, free_bits and kl_warmup,
+        and goes without patience. 0: none.
+    gamma: how strongly. Where it is less than the nats of reconstruction that one nat of KL is worth, the KL exceeds C;
+        the higher it is, the less is learned of the reconstruction in as many steps. None: 10; theirs is 1000, over
+        half a million steps.
     batch_size: examples per step, over all processes together; an epoch divides evenly into batches of at least this.
     learning_rate: the highest; it rises over `lr_warmup` of all steps and falls to 0 on a cosine.
     clip: largest norm of the gradient. ema: decay of the moving average of the weights.
@@ -82,6 +91,8 @@ class TrainConfig:
     free_bits: float = 0.0
     gradient_weight: float = 0.0
     kl_warmup: float = 0.1
+    capacity: float = 0.0
+    gamma: float | None = None
     epochs: int | None = None
     batch_size: int = 128
     learning_rate: float = 4e-3
@@ -119,6 +130,7 @@ class TrainConfig:
             InputError: settings that do not go with the data.
         """
         self._check_against(spec, train_examples, crops)
+        self._check_capacity()
         from .models import default_config
 
         spatial = self.family == "resnet"
@@ -140,7 +152,9 @@ class TrainConfig:
             flip=self.flip is not False if crops else None,
             latent=latent,
             likelihood=likelihood,
-            beta=(1e-5 if spatial else 1.0) if self.beta is None else self.beta,
+            beta=(1e-5 if spatial and not self.capacity else 1.0) if self.beta is None else self.beta,
+            kl_warmup=0.0 if self.capacity else self.kl_warmup,
+            gamma=(GAMMA if self.gamma is None else self.gamma) if self.capacity else None,
             widths=self.widths or widths,
             depth=depth if self.depth is None else self.depth,
             norm=self.norm or "batch",
@@ -171,6 +185,21 @@ class TrainConfig:
             raise InputError(f"nll_samples is {self.nll_samples}, but kind is {self.kind!r}; a vae has a likelihood")
         if train_examples < 2:
             raise InputError(f"the train part has {train_examples} example; expected at least 2")
+
+    def _check_capacity(self) -> None:
+        """Raise `InputError` for settings that do not go with a capacity, or without."""
+        if not self.capacity:
+            if self.gamma is not None:
+                raise InputError(f"gamma is {self.gamma:g}, but capacity is 0; it weighs the distance from a capacity")
+            return
+        if self.kind != "vae":
+            raise InputError(f"capacity is {self.capacity:g}, but kind is {self.kind!r}; a vae has a KL")
+        for name, unused in _NOT_WITH_CAPACITY.items():
+            if getattr(self, name) not in unused:
+                raise InputError(
+                    f"{name} is {getattr(self, name):g} and capacity {self.capacity:g}; a capacity takes the place of "
+                    "beta, free_bits, kl_warmup and patience: pass one or the other"
+                )
 
     def model_config(self, spec: InputSpec) -> ModelConfig:
         """The model of a resolved configuration."""
@@ -212,6 +241,12 @@ _CHOICES = {
     "activation": ACTIVATIONS,
     "mixed_precision": MIXED_PRECISIONS,
 }
+_NOT_WITH_CAPACITY: dict[str, tuple[Any, ...]] = {
+    "beta": (None, 1.0),
+    "free_bits": (0.0,),
+    "kl_warmup": (TrainConfig.kl_warmup, 0.0),
+    "patience": (0,),
+}
 _RANGES = {
     "shift": (0, 64),
     "latent": (1, MAX_WIDTH),
@@ -219,6 +254,8 @@ _RANGES = {
     "free_bits": (0, 1e3),
     "gradient_weight": (0, 1e3),
     "kl_warmup": (0, 1),
+    "capacity": (0, 1e6),
+    "gamma": (1e-6, 1e9),
     "epochs": (1, 1_000_000),
     "batch_size": (2, 1_000_000),
     "learning_rate": (1e-9, 10),

@@ -38,7 +38,7 @@ def test_every_fenced_block_has_a_language_that_this_test_knows() -> None:
 
 
 def test_the_examples_are_as_short_as_promised() -> None:
-    embedding, _, _, bare = (
+    embedding, _, _, bare, _ = (
         code for _, language, code in blocks() if language == "python" and "export_bundle" not in code
     )
     assert len(embedding.strip().splitlines()) < 15
@@ -69,5 +69,5 @@ def test_the_manifest_keys_of_the_readme_are_those_that_are_written() -> None:
     table = text.split("| key of the manifest | meaning |")[1].split("\n\n")[0]
     named = {name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])}
     tiny = Bundle.open(README.parent / "tests" / "data" / "tiny.vae")
-    added = {"budget", "refused", "origin", "tiling", "latent_codecs"}  # since the tiny bundle was made
+    added = {"budget", "refused", "origin", "tiling", "latent_codecs", "calibration"}  # since the tiny bundle was made
     assert named == {*tiny.manifest.to_dict(), *added, "manifest_sha256"}

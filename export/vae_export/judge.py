@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vae_runtime.boundary import Boundary, decoder_boundary, encoder_boundary
 from vae_runtime.codec import dequantize, quantize
 from vae_runtime.devices import Device
 from vae_runtime.errors import BundleError, DeviceError, ExportError
 from vae_runtime.fidelity import data_range, golden_error, relative_error
+from vae_runtime.likelihood import negative_log_likelihood, targets
 from vae_runtime.manifest import INPUT, LOGVAR, MEAN, RECONSTRUCTION, InputSpec, LatentSpec, Likelihood
 from vae_runtime.posterior import Posterior
 from vae_runtime.preprocess import Float32
@@ -21,14 +21,11 @@ from vae_runtime.session import GraphSession
 
 from .quality import NOISE_SEED, Figures, Measurement
 
-Float64 = NDArray[np.float64]
 Pair = tuple[bytes | None, bytes | None]  # encoder and decoder; None is fp32's
 
 BATCH_SIZE = 32
 CODEC_EXAMPLES = 64
 MAX_PSNR_DB = 100.0  # an error of 1e-5 of the peak; beyond that a difference is rounding
-SMALLEST_PROBABILITY = float(np.finfo(np.float32).tiny)
-LARGEST_PROBABILITY = 1 - 2.0**-24
 
 
 class Judge:
@@ -50,7 +47,7 @@ class Judge:
         self._boundaries = encoder_boundary(kind, spec, latent.shape), decoder_boundary(spec, latent.shape)
         self._outputs = [MEAN] if latent.prior is None else [MEAN, LOGVAR]
         self._likelihood = None if latent.prior is None else likelihood
-        self._target = (x >= 0.5).astype(np.float32) if likelihood and likelihood.binarize == "threshold" else x
+        self._target = targets(likelihood, x)
         self._peak = 1.0 if spec.is_image else data_range(x)
         self._fp32_decoder = self._open_decoder(None)
         self._encoded = self._encode(self._open_encoder(None))
@@ -133,19 +130,6 @@ def _open(graph: bytes, label: str, boundary: Boundary) -> GraphSession:
     except (BundleError, DeviceError) as error:
         raise ExportError(str(error)) from error
     return session
-
-
-def negative_log_likelihood(likelihood: Likelihood, mean: Float32, x: Float32) -> Float64:
-    """-log p(x|z) in nats per example; mean: of p(x|z), as the decoder gives it; both (N, ...) -> float64 (N,)."""
-    mean, x = mean.reshape(len(mean), -1).astype(np.float64), x.reshape(len(x), -1).astype(np.float64)
-    if likelihood.type == "bernoulli":
-        p = np.clip(mean, SMALLEST_PROBABILITY, LARGEST_PROBABILITY)
-        return np.asarray(-(x * np.log(p) + (1 - x) * np.log1p(-p)).sum(axis=1))
-    assert likelihood.scale is not None  # a density's
-    if likelihood.type == "laplace":
-        return np.asarray((np.abs(x - mean) / likelihood.scale + math.log(2 * likelihood.scale)).sum(axis=1))
-    squared = ((x - mean) / likelihood.scale) ** 2
-    return np.asarray((0.5 * squared + math.log(likelihood.scale) + 0.5 * math.log(2 * math.pi)).sum(axis=1))
 
 
 def _psnr(reconstruction: Float32, x: Float32, peak: float) -> float:

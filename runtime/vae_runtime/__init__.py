@@ -33,7 +33,7 @@ from .errors import (
     VAEError,
 )
 from .manifest import Manifest
-from .posterior import Posterior
+from .posterior import Posterior, Reconstruction
 from .preprocess import to_uint8
 from .selftest import RouteTest, SelfTest
 from .vae import VAE, DevicePosterior
@@ -57,6 +57,7 @@ __all__ = [
     "OutOfMemoryError",
     "OutputError",
     "Posterior",
+    "Reconstruction",
     "RouteTest",
     "SelfTest",
     "TrainingError",

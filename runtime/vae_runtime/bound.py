@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,6 +55,40 @@ class BoundCall:
         except Exception:
             return None
         return [output.copy() for output in self._outputs]
+
+
+class BoundPair:
+    """An encoder and, on the mean that it gives, a decoder, on the CPU. For one thread at a time.
+
+    sessions: of both. arrays: the memory of all tensors by name, contiguous, float32; the decoder reads where the
+    encoder writes. rule: of the input.
+    """
+
+    def __init__(
+        self, sessions: tuple[GraphSession, GraphSession], arrays: Mapping[str, Float32], rule: ValueRule
+    ) -> None:
+        value = import_engine().OrtValue.ortvalue_from_numpy
+        self._sessions, (encoder, decoder) = sessions, sessions
+        self._input = arrays[encoder.names[0]]
+        self._checked, self._holds = rule.view(self._input), rule.holds
+        values = {name: value(array) for name, array in arrays.items()}
+        source, result = decoder.names
+        _, self._encode = encoding = _bind(encoder, {name: values[name] for name in encoder.names})
+        _, self._decode = decoding = _bind(decoder, {source: values[encoder.names[1]], result: values[result]})
+        self._alive = encoding, decoding
+
+    def __call__(self, array: Float32) -> bool:
+        """Fill the memory with what an array of the input's shape gives. False where the rule does not hold for its
+        values, or the engine fails: `GraphSession.run` then says what is wrong."""
+        self._input[...] = array
+        if not self._holds(self._checked) or self._sessions[0].inherited:
+            return False
+        try:
+            self._encode()
+            self._decode()
+        except Exception:
+            return False
+        return True
 
 
 class DeviceCall:

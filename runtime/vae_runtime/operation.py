@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .bound import BoundCall, DeviceCall
+from .bound import BoundCall, BoundPair, DeviceCall
 from .boundary import Boundary
 from .device_array import DeviceArray, from_dlpack
 from .errors import InputError
@@ -129,6 +129,18 @@ class Operation:
             call = route.any_batch.bind(shape, self._rule)
             if call is not None:
                 self._free.setdefault(shape, []).append(call)
+
+    def gains_from_bound_memory(self, shape: tuple[int, ...]) -> bool:
+        """Whether inputs may have this shape, with the batch, and calls with it cost less with bound memory."""
+        if not shape or shape[0] < 1 or not self._boundary.accepts(shape[1:]):
+            return False
+        route = self.route(shape[0])
+        return not route.is_fixed(shape) and route.any_batch.gains_from_bound_memory(shape)
+
+    def pair_with(self, decoder: Operation, arrays: Mapping[str, Float32]) -> BoundPair:
+        """This encoder and the decoder, both of which gain from bound memory, bound to `arrays`, see `BoundPair`."""
+        count = len(arrays[self._boundary.input])
+        return BoundPair((self.route(count).any_batch, decoder.route(count).any_batch), arrays, self._rule)
 
     def warm(self, shape: tuple[int, ...], read: Callable[[str], bytes]) -> None:
         """Be ready for calls of this shape: `Route.fix` and a first run for each number of rows that they come to."""

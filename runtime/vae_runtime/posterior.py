@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import KindError
 from .preprocess import Float32
-from .sampling import NormalStream, check_temperature
+from .sampling import NormalStream, check_flag, check_temperature
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -57,17 +58,30 @@ class Posterior:
         noise = NormalStream(seed).draw(len(self.mean), self.mean.shape[1:])
         return np.asarray(self.mean + scale * np.exp(np.float32(0.5) * logvar) * noise, np.float32)
 
-    def kl(self) -> NDArray[np.float64]:
+    def kl(self, per_dimension: bool = False) -> NDArray[np.float64]:
         """KL(q(z|x) ‖ N(0, 1)) in nats per example, in closed form -> float64 (N,).
 
+        per_dimension: what each element of the latent adds to it -> float64 (N, *latent_shape); one that the encoder
+            does not use has about 0.
+
         Raises:
-            KindError: a plain autoencoder has no distribution.
+            KindError: a plain autoencoder has no distribution. InputError: `per_dimension` is no boolean.
         """
         logvar = self._require_logvar("kl").astype(np.float64)
-        terms = np.exp(logvar) + self.mean.astype(np.float64) ** 2 - 1.0 - logvar
-        return np.asarray(0.5 * terms.reshape(len(terms), -1).sum(axis=1))
+        terms = 0.5 * (np.exp(logvar) + self.mean.astype(np.float64) ** 2 - 1.0 - logvar)
+        if check_flag(per_dimension, "per_dimension"):
+            return np.asarray(terms)
+        return np.asarray(terms.reshape(len(terms), -1).sum(axis=1))
 
     def _require_logvar(self, name: str) -> Float32:
         if self.logvar is None:
             raise KindError(f"{name} needs a distribution; this is a plain autoencoder's code, use mode()")
         return self.logvar
+
+
+class Reconstruction(NamedTuple):
+    """What a VAE is sure of: mean and standard deviation of p(x|z)'s mean over draws of z from the posterior, float32
+    of the inputs' shape (N, C, H, W) or (N, D)."""
+
+    mean: Float32
+    std: Float32

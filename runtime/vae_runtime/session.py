@@ -26,7 +26,7 @@ from .plugins import OPENVINO
 from .preprocess import Float32, ValueRule
 
 # Up to so many values per call, copying into memory that is bound to the session costs less than binding the caller's.
-_BOUND_VALUES = 2**16
+BOUND_VALUES = 2**16
 _RECORD_NODES = "session.record_ep_graph_assignment_info"
 # How engines and drivers say it; there is no status of its own for it.
 # fmt: off
@@ -95,7 +95,7 @@ class GraphSession:
                     f"{self.file} has the {side} {described}; the manifest promises float32 {expected} after the batch"
                 )
         self._boundary = boundary
-        self._names = [boundary.input, *boundary.outputs]
+        self.names = [boundary.input, *boundary.outputs]
         if self.fixed is None and isinstance(inputs[0].shape[0], int):
             raise BundleError(f"{self.file} has a fixed batch size; a bundle's graphs take any")
         if self.fixed is not None and self.device.is_gpu:
@@ -135,15 +135,17 @@ class GraphSession:
             with contextlib.suppress(Exception):  # no memory left for more buffers: calls do without
                 return DeviceCall(self, self._shapes(shape), rule) if self._only_call is None else None
         # On other providers binding an input copies it to the device; what is written to the array later is never seen.
-        if self.device.provider == CPU and shape[0] * self._boundary.largest(shape[1:]) <= _BOUND_VALUES:
-            return BoundCall(self, self._shapes(shape), rule)
-        return None
+        return BoundCall(self, self._shapes(shape), rule) if self.gains_from_bound_memory(shape) else None
+
+    def gains_from_bound_memory(self, shape: tuple[int, ...]) -> bool:
+        """Whether calls with host memory that is bound to the session cost less, for inputs of this shape."""
+        return self.device.provider == CPU and shape[0] * self._boundary.largest(shape[1:]) <= BOUND_VALUES
 
     def _shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Of all tensors by name, with the batch, for an input of this shape."""
         batch, *sides = shape
         shapes = [sides, *self._boundary.output_shapes(tuple(sides))]
-        return {name: (batch, *one) for name, one in zip(self._names, shapes, strict=True)}
+        return {name: (batch, *one) for name, one in zip(self.names, shapes, strict=True)}
 
     def io_binding(self) -> Any:
         """onnxruntime's own."""
@@ -164,7 +166,7 @@ class GraphSession:
         with self._naming_errors(len(array)):
             if self._only_call is not None:
                 return self._only_call.run(array)
-            name, *outputs = self._names
+            name, *outputs = self.names
             results = cast("list[Float32]", self._session.run(outputs, {name: array}))
         # onnxruntime does not hold a graph to the shapes that it declares.
         shapes = self._boundary.output_shapes(array.shape[1:])
@@ -185,7 +187,7 @@ class GraphSession:
         self._require_own_process()
         with self._naming_errors(len(array)):
             binding = self.io_binding()
-            name, *outputs = self._names
+            name, *outputs = self.names
             binding.bind_ortvalue_input(name, array._value)
             for name in outputs:
                 binding.bind_output(name, *self.device.memory)

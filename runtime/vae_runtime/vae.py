@@ -6,9 +6,10 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .boundary import check_cut, check_sides
 from .bundle import Bundle
@@ -20,7 +21,7 @@ from .interpolation import interpolate_latents
 from .manifest import Manifest
 from .operation import Candidate, Operation
 from .plan import Plan, check_precision, open_halves, same_plan, tuned_plan
-from .posterior import Posterior
+from .posterior import Posterior, Reconstruction
 from .preprocess import (
     Float32,
     check_layout,
@@ -34,6 +35,7 @@ from .selftest import SelfTest, run_routes
 from .session import check_threads
 
 if TYPE_CHECKING:
+    from .scoring import Scoring
     from .tiled import Tiler
     from .tiling import Progress
 
@@ -56,6 +58,7 @@ class VAE:
         self._precision = precision
         self._device = _joined(route.any_batch.device.name for half in (encoder, decoder) for route in half.routes)
         self._operations: tuple[Operation, Operation] | None = (encoder, decoder)
+        self._scores: Scoring | None = None
         devices = [route.any_batch.device for half in (encoder, decoder) for route in half.routes]
         self._is_on_one_gpu = all(device.is_gpu and device.memory == devices[0].memory for device in devices)
 
@@ -260,19 +263,64 @@ class VAE:
         latents = (scale * stream.draw(min(chunk, count - start), shape) for start in range(0, count, chunk))
         return (self._open_operations()[1].run(batch, chunk, count)[0] for batch in latents)
 
+    @overload
     def reconstruct(
         self,
         inputs: Any,
         *,
+        n_samples: None = None,
+        seed: int | None = None,
         batch_size: int | None = None,
         pad: bool = False,
         tile: int | None = None,
         progress: Progress | None = None,
-    ) -> Float32:
+    ) -> Float32: ...
+
+    @overload
+    def reconstruct(
+        self,
+        inputs: Any,
+        *,
+        n_samples: int,
+        seed: int | None = None,
+        batch_size: int | None = None,
+        pad: bool = False,
+        tile: None = None,
+        progress: None = None,
+    ) -> Reconstruction: ...
+
+    def reconstruct(
+        self,
+        inputs: Any,
+        *,
+        n_samples: int | None = None,
+        seed: int | None = None,
+        batch_size: int | None = None,
+        pad: bool = False,
+        tile: int | None = None,
+        progress: Progress | None = None,
+    ) -> Float32 | Reconstruction:
         """Encode, take the mean, decode: float32 (N, C, H, W) in [0, 1] or (N, D). Deterministic. On a GPU the latents
-        stay in its memory. pad, tile, progress: as in `encode`; the result has the size of the inputs."""
+        stay in its memory. pad, tile, progress: as in `encode`; the result has the size of the inputs.
+
+        n_samples: decode so many draws from the posterior of each input in place of its mean -> `Reconstruction`, their
+            mean and standard deviation, which say where the model is not sure. Memory is that of one batch of draws.
+        seed: of these draws, which for the n-th example do not depend on `batch_size`; None: fresh ones.
+
+        Raises:
+            As `encode`. KindError: `n_samples` for a plain autoencoder, which has no distribution.
+        """
         encoder, decoder = self._open_operations()
         inputs, size = self._padded(inputs) if check_flag(pad, "pad") else (inputs, None)
+        if n_samples is None and seed is not None:
+            raise InputError(f"seed is {seed!r} without n_samples; a reconstruction from the mean draws nothing")
+        if n_samples is not None:
+            if tile is not None or progress is not None:
+                raise InputError(f"n_samples is {n_samples!r} beside tile or progress; draws are decoded as a whole")
+            from . import evidence
+
+            arrays = evidence.reconstruct(self.manifest, (encoder, decoder), inputs, n_samples, seed, batch_size)
+            return arrays if size is None else Reconstruction(*(self._cropped(array, size) for array in arrays))
         if tile is not None or progress is not None:
             return self._tiler(tile, batch_size, progress).reconstruct(inputs, size)
         if self._is_on_one_gpu:
@@ -280,6 +328,132 @@ class VAE:
         else:
             images = self.decode(self.encode(inputs, batch_size=batch_size).mode(), batch_size=batch_size)
         return images if size is None else self._cropped(images, size)
+
+    def elbo(
+        self, inputs: Any, n_samples: int = 1, seed: int | None = None, *, batch_size: int | None = None
+    ) -> NDArray[np.float64]:
+        """The evidence lower bound of each input in nats, -> float64 (N,): the mean of log p(x|z) over draws from the
+        posterior, minus the posterior's KL divergence from the prior in closed form (Kingma and Welling, 2014).
+
+        By the manifest's likelihood. A Bernoulli one takes grey values as probabilities, also where the model was
+        trained with "dynamic" binarisation: figures to compare with published ones need binary images. With "threshold"
+        it is of x >= 0.5. The log of a density (Gaussian, Laplace) may be above 0.
+
+        inputs: as `encode` takes them.
+        n_samples: draws per example; more narrow the estimate, not the bound.
+        seed: the same gives the same draws for the n-th example; None: fresh ones.
+        batch_size: examples, and draws, per call of a graph; None chooses. It bounds memory, not the result.
+
+        Raises:
+            InputError: as `encode`; `n_samples` or `seed` out of range. KindError: the bundle is a plain autoencoder.
+            NotInBundleError: the bundle says no likelihood. ClosedError: after `close()`.
+        """
+        from . import evidence  # late, as below: most applications never ask
+
+        return evidence.elbo(self.manifest, self._open_operations(), inputs, n_samples, seed, batch_size)
+
+    def log_likelihood(
+        self,
+        inputs: Any,
+        n_samples: int = 5000,
+        seed: int | None = None,
+        *,
+        batch_size: int | None = None,
+        progress: Progress | None = None,
+    ) -> NDArray[np.float64]:
+        """log p(x) of each input in nats, estimated by importance sampling -> float64 (N,).
+
+        The log of the mean of p(x|z) p(z) / q(z|x) over exactly `n_samples` draws z from the posterior (Burda et al.,
+        2016, arXiv:1509.00519): a lower bound on average, tighter with every draw, from the ELBO at one draw towards
+        the truth. Memory is that of one batch of draws, however many examples and draws there are.
+
+        inputs, seed, batch_size: as in `elbo`.
+        progress: called after each batch with how many draws are done and how many there are.
+
+        Raises:
+            As `elbo`.
+        """
+        from . import evidence
+
+        operations = self._open_operations()
+        return evidence.log_likelihood(self.manifest, operations, inputs, n_samples, seed, batch_size, progress)
+
+    def reconstruction_error(self, inputs: Any, *, batch_size: int | None = None) -> NDArray[np.float64]:
+        """How far the reconstruction from the mean is off: the mean over the elements of the squared error, in the
+        data's units squared -> float64 (N,). inputs, batch_size: as in `encode`.
+
+        Raises:
+            As `encode`.
+        """
+        return self._scoring().score(inputs, "reconstruction", 1, None, batch_size)
+
+    def score(
+        self,
+        inputs: Any,
+        method: str | None = None,
+        *,
+        n_samples: int = 100,
+        seed: int | None = 0,
+        batch_size: int | None = None,
+    ) -> NDArray[np.float64]:
+        """How little each input looks like the data that the model was trained on, higher is odder -> float64 (N,).
+
+        method: "elbo": -log p(x|z) at the posterior's mean, plus the KL divergence, in nats, nothing random;
+            "reconstruction": `reconstruction_error`, for every kind of model; "log_likelihood": minus `log_likelihood`
+            with `n_samples` and `seed`, far slower. None: what suits the bundle, see `scoring.default_method`.
+        n_samples, seed: for "log_likelihood" alone; the same seed gives the same scores.
+        inputs, batch_size: as in `encode`.
+
+        Raises:
+            InputError: as `encode`; another method. KindError, NotInBundleError: as `elbo`, by methods that need a
+            distribution and a likelihood.
+        """
+        return self._scoring().score(inputs, method, n_samples, seed, batch_size)
+
+    def score_map(self, inputs: Any, method: str = "reconstruction", *, batch_size: int | None = None) -> Float32:
+        """Where an input is odd: what each pixel adds to the score, summed over the channels -> float32 (N, H, W), for
+        vectors (N, D).
+
+        method: "reconstruction": the squared error of the reconstruction from the mean; "elbo": -log p(x|z) at the
+            mean, in nats (the KL divergence is of no pixel).
+        inputs, batch_size: as in `encode`.
+
+        Raises:
+            As `score`.
+        """
+        return self._scoring().score_map(inputs, method, batch_size)
+
+    def is_anomaly(
+        self,
+        inputs: Any,
+        quantile: float = 0.99,
+        method: str | None = None,
+        *,
+        n_samples: int = 100,
+        seed: int | None = 0,
+        batch_size: int | None = None,
+    ) -> NDArray[np.bool_]:
+        """Whether the score of each input is above the one that a part `quantile` of the data at export did not exceed
+        -> bool (N,). A lower quantile finds more anomalies and raises more false alarms, about 1 - `quantile` of what
+        is as it should be.
+
+        method, n_samples, seed, inputs, batch_size: as in `score`.
+
+        Raises:
+            As `score`. InputError: a quantile outside (0, 1), or beyond what the examples tell. NotInBundleError: the
+            bundle was not calibrated, or not for this method; `vae-export SOURCE --calibrate DATA` makes one that is.
+        """
+        scoring = self._scoring()
+        threshold = scoring.threshold(method, quantile)
+        return np.asarray(scoring.score(inputs, method, n_samples, seed, batch_size) > threshold)
+
+    def _scoring(self) -> Scoring:
+        operations = self._operations or self._open_operations()
+        if self._scores is None:
+            from .scoring import Scoring
+
+            self._scores = Scoring(self.manifest, operations)
+        return self._scores
 
     def _tiler(self, tile: int | None, batch_size: int | None, progress: Progress | None) -> Tiler:
         from .tiled import Tiler  # late: only large images need it
@@ -373,7 +547,7 @@ class VAE:
 
     def close(self) -> None:
         """Free both graphs; every later call raises `ClosedError`. Calls under way in other threads finish."""
-        self._operations = None
+        self._operations = self._scores = None
 
     def __enter__(self) -> VAE:
         self._open_operations()

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from vae_export import Budget
-from vae_export.judge import Judge, _psnr, negative_log_likelihood
+from vae_export.judge import Judge, _psnr
 from vae_export.quality import Figures, Measurement
 from vae_runtime.bundle import Bundle
 from vae_runtime.errors import InputError
+from vae_runtime.likelihood import negative_log_likelihood
 from vae_runtime.manifest import Likelihood
 
 

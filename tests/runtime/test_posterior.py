@@ -92,3 +92,20 @@ def test_code_of_an_autoencoder_has_no_distribution(call: str) -> None:
 def test_sample_refuses_wrong_arguments(posterior: Posterior, arguments: tuple[float, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
         posterior.sample(*arguments)  # type: ignore[arg-type]
+
+
+def test_kl_per_dimension_adds_up_to_kl(posterior: Posterior) -> None:
+    assert posterior.logvar is not None
+    found = posterior.kl(per_dimension=True)
+    assert found.dtype == np.float64
+    assert found.shape == (6, 2, 3)
+    np.testing.assert_allclose(found.sum(axis=(1, 2)), posterior.kl(), rtol=1e-12)
+    single = Posterior(posterior.mean[:, :1, 1], posterior.logvar[:, :1, 1])
+    np.testing.assert_allclose(found[:, 0, 1], single.kl(), rtol=1e-12)
+    unused = Posterior(np.zeros((1, 3), np.float32), np.array([[0, -2, 0]], np.float32))
+    assert unused.kl(per_dimension=True)[0, [0, 2]].tolist() == [0, 0]
+
+
+def test_kl_refuses_what_is_no_flag(posterior: Posterior) -> None:
+    with pytest.raises(InputError, match="per_dimension is 'yes'; expected True or False"):
+        posterior.kl("yes")  # type: ignore[arg-type]

@@ -15,8 +15,8 @@ def test_exported_names_are_frozen() -> None:
     assert sorted(vae_runtime.__all__) == [
         "ApproximateTilingWarning", "BundleError", "CheckpointError", "ClosedError", "DeviceArray", "DeviceError",
         "DevicePosterior", "ExportError", "InputError", "KindError", "Manifest", "MissingExtraError",
-        "NotInBundleError", "OutOfMemoryError", "OutputError", "Posterior", "RouteTest", "SelfTest", "TrainingError",
-        "VAE", "VAEError", "__version__", "to_uint8",
+        "NotInBundleError", "OutOfMemoryError", "OutputError", "Posterior", "Reconstruction", "RouteTest", "SelfTest",
+        "TrainingError", "VAE", "VAEError", "__version__", "to_uint8",
     ]  # fmt: skip
     for name in vae_runtime.__all__:
         assert hasattr(vae_runtime, name)
@@ -32,7 +32,8 @@ def test_nothing_else_public_but_modules_is_in_the_package() -> None:
 def test_members_of_a_vae_are_frozen() -> None:
     assert {name for name in vars(VAE) if not name.startswith("_")} == {
         "load", "manifest", "device", "precision", "plan", "encode", "decode", "sample", "sample_batches",
-        "reconstruct", "interpolate", "encode_to_device", "decode_to_device",
+        "reconstruct", "interpolate", "elbo", "log_likelihood", "reconstruction_error", "score", "score_map",
+        "is_anomaly", "encode_to_device", "decode_to_device",
         "selftest", "golden", "warmup", "close",
     }  # fmt: skip
 
@@ -49,8 +50,26 @@ def test_members_of_a_vae_are_frozen() -> None:
         (VAE.sample, {"self": ..., "n": ..., "seed": None, "temperature": 1.0, "batch_size": None, "size": None}),
         (
             VAE.reconstruct,
-            {"self": ..., "inputs": ..., "batch_size": None, "pad": False, "tile": None, "progress": None},
+            {"self": ..., "inputs": ..., "n_samples": None, "seed": None}
+            | {"batch_size": None, "pad": False, "tile": None, "progress": None},
         ),
+        (VAE.elbo, {"self": ..., "inputs": ..., "n_samples": 1, "seed": None, "batch_size": None}),
+        (
+            VAE.log_likelihood,
+            {"self": ..., "inputs": ..., "n_samples": 5000, "seed": None, "batch_size": None, "progress": None},
+        ),
+        (VAE.reconstruction_error, {"self": ..., "inputs": ..., "batch_size": None}),
+        (
+            VAE.score,
+            {"self": ..., "inputs": ..., "method": None, "n_samples": 100, "seed": 0, "batch_size": None},
+        ),
+        (VAE.score_map, {"self": ..., "inputs": ..., "method": "reconstruction", "batch_size": None}),
+        (
+            VAE.is_anomaly,
+            {"self": ..., "inputs": ..., "quantile": 0.99, "method": None}
+            | {"n_samples": 100, "seed": 0, "batch_size": None},
+        ),
+        (vae_runtime.Posterior.kl, {"self": ..., "per_dimension": False}),
         (VAE.interpolate, {"self": ..., "a": ..., "b": ..., "steps": 8, "method": "spherical"}),
         (vae_runtime.Posterior.sample, {"self": ..., "seed": None, "temperature": 1.0}),
     ],

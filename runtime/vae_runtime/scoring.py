@@ -1,0 +1,127 @@
+"""How odd inputs look to a model, for anomaly detection: nothing here is random unless it is asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .bound_score import BoundScore
+from .calibration import SCORE_METHODS
+from .errors import InputError, NotInBundleError
+from .evidence import Block, Float64, Operations, blocks, log_likelihood, require_likelihood
+from .likelihood import comparable, negative_log_likelihoods, squared_norms, sums_of_log_likelihoods, targets
+from .manifest import Likelihood, Manifest
+from .posterior import Posterior
+from .preprocess import Float32, zeros
+from .session import BOUND_VALUES
+
+_MAP_METHODS = ("reconstruction", "elbo")
+_KEPT_SHAPES = 8  # that have memory of their own, in all
+_FLOAT32 = np.dtype(np.float32)
+
+
+def default_method(manifest: Manifest) -> str:
+    """The method of `VAE.score` where none is named."""
+    return "elbo" if manifest.kind == "vae" and manifest.likelihood is not None else "reconstruction"
+
+
+class Scoring:
+    """The scores of one bundle. operations: the encoder's and the decoder's."""
+
+    def __init__(self, manifest: Manifest, operations: Operations) -> None:
+        self._manifest, self._operations = manifest, operations
+        self._default = default_method(manifest)
+        self._free: dict[tuple[str, tuple[int, ...]], list[BoundScore]] = {}
+
+    def score(
+        self, inputs: Any, method: str | None, n_samples: int, seed: int | None, batch_size: int | None
+    ) -> Float64:
+        """As `VAE.score`."""
+        method = self._default if method is None else _one_of(method, SCORE_METHODS)
+        if method == "log_likelihood":
+            return -log_likelihood(self._manifest, self._operations, inputs, n_samples, seed, batch_size)
+        likelihood = require_likelihood(self._manifest, "score with method 'elbo'") if method == "elbo" else None
+        if batch_size is None and (found := self._score_at_once(inputs, method, likelihood)) is not None:
+            return found
+        results = []
+        for block in blocks(self._manifest, self._operations[0], inputs, batch_size):
+            posterior, decoded = self._reconstruct(block, len(inputs))
+            results.append(self._score_block(block, posterior, decoded, likelihood))
+        return np.concatenate(results)
+
+    def score_map(self, inputs: Any, method: str, batch_size: int | None) -> Float32:
+        """As `VAE.score_map`."""
+        method, manifest, maps = _one_of(method, _MAP_METHODS), self._manifest, None
+        likelihood = require_likelihood(manifest, "score_map with method 'elbo'") if method == "elbo" else None
+        for block in blocks(manifest, self._operations[0], inputs, batch_size):
+            _, decoded = self._reconstruct(block, len(inputs))
+            if likelihood is None:
+                terms = np.square(np.subtract(decoded, block.x, dtype=np.float64))
+            else:
+                terms = negative_log_likelihoods(likelihood, decoded, targets(likelihood, block.x))
+            pixels = terms.sum(axis=1) if manifest.input.is_image else terms
+            if maps is None:
+                maps = zeros((len(inputs), *pixels.shape[1:]), "a map")
+            maps[block.part] = pixels
+        assert maps is not None  # there is an example
+        return maps
+
+    def threshold(self, method: str | None, quantile: float) -> float:
+        """Above which score an input counts as an anomaly."""
+        method = self._default if method is None else _one_of(method, SCORE_METHODS)
+        calibration = self._manifest.calibration
+        if calibration is None:
+            raise NotInBundleError(
+                f"{self._manifest.name} was not calibrated, so that no score is known to be high; make the bundle again"
+                " with: vae-export SOURCE --calibrate DATA"
+            )
+        return calibration.threshold(method, quantile)
+
+    def _score_at_once(self, inputs: Any, method: str, likelihood: Likelihood | None) -> Float64 | None:
+        """In memory that is kept for it; None where that would gain nothing, or something is wrong with the inputs."""
+        if type(inputs) is not np.ndarray or inputs.size > BOUND_VALUES:
+            return None
+        if inputs.dtype == np.uint8:
+            inputs = self._operations[0].check(inputs)
+        elif inputs.dtype is not _FLOAT32:
+            return None
+        key = method, inputs.shape
+        free = self._free.get(key)
+        try:
+            call = free.pop() if free else self._bound(inputs.shape, likelihood, free is None)
+        except IndexError:  # another thread took the last one in between
+            call = self._bound(inputs.shape, likelihood, False)
+        if call is None:
+            return None
+        result = call(inputs)
+        self._free.setdefault(key, []).append(call)
+        return result
+
+    def _bound(self, shape: tuple[int, ...], likelihood: Likelihood | None, is_new: bool) -> BoundScore | None:
+        encoder, decoder = self._operations
+        if (is_new and len(self._free) >= _KEPT_SHAPES) or not encoder.gains_from_bound_memory(shape):
+            return None
+        if not decoder.gains_from_bound_memory((shape[0], *self._manifest.latent_shape(shape[1:]))):
+            return None
+        return BoundScore(self._manifest, self._operations, shape, likelihood)
+
+    def _reconstruct(self, block: Block, examples: int) -> tuple[Posterior, Float32]:
+        encoder, decoder = self._operations
+        posterior = Posterior(*encoder.run(block.x, len(block.x), examples))
+        return posterior, decoder.run(posterior.mean, len(block.x), examples)[0]
+
+    def _score_block(
+        self, block: Block, posterior: Posterior, decoded: Float32, likelihood: Likelihood | None
+    ) -> Float64:
+        x, means = (comparable(self._manifest.input, array) for array in (block.x, decoded))
+        if likelihood is None:
+            return np.asarray(squared_norms(means - x).astype(np.float64) / x.shape[1])
+        x = comparable(self._manifest.input, targets(likelihood, block.x))
+        return posterior.kl() - sums_of_log_likelihoods(likelihood, means[:, None], x)[:, 0]
+
+
+def _one_of(method: Any, allowed: tuple[str, ...]) -> str:
+    if not isinstance(method, str) or method not in allowed:
+        raise InputError(f"method is {method!r}; expected one of {', '.join(allowed)}")
+    return method

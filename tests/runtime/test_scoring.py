@@ -1,0 +1,346 @@
+"""Anomaly scores and maps, against what encode and decode give, in float64 by hand."""
+
+from __future__ import annotations
+
+import gc
+import math
+import tracemalloc
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vae_runtime import VAE, InputError, KindError, NotInBundleError
+from vae_runtime.bound_score import BoundScore
+from vae_runtime.calibration import SCORE_METHODS
+from vae_runtime.manifest import Manifest
+from vae_runtime.scoring import default_method
+
+TINY = float(np.finfo(np.float32).tiny)
+LIKELIHOODS = [
+    {"type": "bernoulli", "binarize": "none"},
+    {"type": "bernoulli", "binarize": "threshold"},
+    {"type": "gaussian", "scale": 0.3},
+    {"type": "laplace", "scale": 0.2},
+]
+LEVELS = [0.0, 0.5, 0.9, 1.0]
+
+
+def terms(vae: VAE, x: np.ndarray, decoded: np.ndarray) -> np.ndarray:
+    """-log p(x|z) of every element."""
+    likelihood, x, mean = vae.manifest.likelihood, x.astype(np.float64), decoded.astype(np.float64)
+    assert likelihood is not None
+    if likelihood.type == "bernoulli":
+        x = (x >= 0.5).astype(np.float64) if likelihood.binarize == "threshold" else x
+        p = np.clip(mean, TINY, 1 - 2.0**-24)
+        return -x * np.log(p) - (1 - x) * np.log1p(-p)
+    assert likelihood.scale is not None
+    if likelihood.type == "laplace":
+        return np.abs(x - mean) / likelihood.scale + math.log(2 * likelihood.scale)
+    return (x - mean) ** 2 / (2 * likelihood.scale**2) + math.log(likelihood.scale * math.sqrt(2 * math.pi))
+
+
+def by_hand(vae: VAE, x: np.ndarray, method: str) -> np.ndarray:
+    posterior = vae.encode(x)
+    decoded = vae.decode(posterior.mean)
+    if method == "reconstruction":
+        return ((decoded.astype(np.float64) - x) ** 2).reshape(len(x), -1).mean(axis=1)
+    return terms(vae, x, decoded).reshape(len(x), -1).sum(axis=1) + posterior.kl()
+
+
+@pytest.fixture(params=LIKELIHOODS, ids=lambda one: f"{one['type']}-{one.get('binarize', '')}".rstrip("-"))
+def vae(request: pytest.FixtureRequest, bundle: Path, resign: Callable[..., Path]) -> VAE:
+    return VAE.load(resign(bundle, lambda data: data.update(likelihood=request.param)), threads=1)
+
+
+@pytest.mark.parametrize("method", ["elbo", "reconstruction"])
+@pytest.mark.parametrize("rows", [1, 2, 20, 600, 1500])
+def test_score_is_that_by_hand(vae: VAE, method: str, rows: int) -> None:
+    """In memory of its own up to 1024 examples of 64 pixels, in blocks beyond."""
+    x = np.random.default_rng(rows).random((rows, 1, 8, 8), dtype=np.float32)
+    for _ in range(3):  # first and later calls
+        found = vae.score(x, method)
+        assert found.dtype == np.float64
+        assert found.shape == (rows,)
+        np.testing.assert_allclose(found, by_hand(vae, x, method), rtol=2e-6)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 0.9), (1e-39, 0.9), (0.1, 1)])
+def test_certain_decoders_are_scored_with_the_clip(
+    bundle: Path, resign: Callable[..., Path], low: float, high: float
+) -> None:
+    """Whose probabilities are cut to [low, high] in place of a sigmoid, and so are 0 and 1 in float32."""
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(bundle / "decoder.onnx")
+    (sigmoid,) = (node for node in model.graph.node if node.op_type == "Sigmoid")
+    sigmoid.op_type = "Clip"
+    sigmoid.input.extend(["low", "high"])
+    (weight,) = (tensor for tensor in model.graph.initializer if tensor.name == "out.weight")
+    weight.CopyFrom(onnx.numpy_helper.from_array(3 * onnx.numpy_helper.to_array(weight), weight.name))
+    for name, value in (("low", low), ("high", high)):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(value), name))
+    x = np.random.default_rng(0).random((5, 1, 8, 8), dtype=np.float32).round()
+    with VAE.load(resign(bundle, decoder=model.SerializeToString()), threads=1) as vae:
+        decoded = vae.reconstruct(x)
+        assert (decoded.min(), decoded.max()) == (np.float32(low), np.float32(high))
+        for rows in (x, x[:1]):
+            for batch_size in (None, 2):
+                found = vae.score(rows, batch_size=batch_size)
+                np.testing.assert_allclose(found, by_hand(vae, rows, "elbo"), rtol=2e-6)
+
+
+def test_log_likelihood_is_minus_the_estimate_with_the_fixed_seed(tiny: VAE, images: np.ndarray) -> None:
+    found = tiny.score(images, "log_likelihood")
+    assert np.array_equal(found, -tiny.log_likelihood(images, 100, 0))
+    assert np.array_equal(found, tiny.score(images, "log_likelihood"))
+    assert np.array_equal(tiny.score(images, "log_likelihood", n_samples=7, seed=3), -tiny.log_likelihood(images, 7, 3))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 19, 20, 400])
+@pytest.mark.parametrize("name", ["tiny", "rgb", "vectors"])
+def test_blocks_do_not_change_scores_and_maps(name: str, batch_size: int, request: pytest.FixtureRequest) -> None:
+    vae: VAE = request.getfixturevalue(name)
+    x = np.random.default_rng(0).random((20, *vae.manifest.input.example_shape), dtype=np.float32)
+    for method in SCORE_METHODS if name != "vectors" else ("reconstruction",):
+        found = vae.score(x, method, batch_size=batch_size)
+        np.testing.assert_allclose(found, vae.score(x, method), rtol=1e-6)
+        assert np.array_equal(found, vae.score(x, method, batch_size=batch_size))
+    for method in ("reconstruction", "elbo") if name != "vectors" else ("reconstruction",):
+        whole, parts = vae.score_map(x, method), vae.score_map(x, method, batch_size=batch_size)
+        np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_colour_vectors_and_free_sizes_are_scored(rgb: VAE, vectors: VAE, free_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.random((4, 3, 6, 5), dtype=np.float32)
+    for method in ("elbo", "reconstruction"):
+        np.testing.assert_allclose(rgb.score(x, method), by_hand(rgb, x, method), rtol=2e-6)
+        np.testing.assert_allclose(rgb.score(x[:1], method), by_hand(rgb, x[:1], method), rtol=2e-6)
+    for rows in (1, 6):
+        x = rng.normal(3, 2, (rows, 5)).astype(np.float32)
+        np.testing.assert_allclose(vectors.score(x), by_hand(vectors, x, "reconstruction"), rtol=1e-9)
+        np.testing.assert_allclose(vectors.reconstruction_error(x), by_hand(vectors, x, "reconstruction"), rtol=1e-9)
+    with VAE.load(free_path, threads=1) as free:
+        for side in range(2, 26, 2):  # more sizes than have memory of their own
+            x = rng.random((2, 3, side, 2 * side), dtype=np.float32)
+            for method in ("elbo", "reconstruction"):
+                np.testing.assert_allclose(free.score(x, method), by_hand(free, x, method), rtol=2e-6)
+            assert free.score_map(x).shape == (2, side, 2 * side)
+        assert free._scores is not None
+        assert len(free._scores._free) == 8
+
+
+def test_vectors_beyond_the_squares_of_float32_have_an_error(vectors: VAE) -> None:
+    x = np.full((2, 5), 1e25, np.float32)
+    found = vectors.score(x)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found, by_hand(vectors, x, "reconstruction"), rtol=1e-9)
+    np.testing.assert_allclose(vectors.score(x, batch_size=1), found, rtol=1e-9)
+
+
+def test_uint8_and_odd_layouts_are_scored_as_their_values(tiny: VAE, images: np.ndarray) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8), np.uint8)
+    floats = (pixels / 255).astype(np.float32)[:, None]
+    expected = tiny.score(floats)
+    assert np.array_equal(tiny.score(pixels), expected)
+    assert np.array_equal(tiny.score(np.asfortranarray(floats)), expected)
+    assert np.array_equal(tiny.score(floats[::-1])[::-1], expected)
+    negative_zero = np.where(floats == 0, np.float32(-0.0), floats)  # good, if odd, and so takes the longer way
+    np.testing.assert_allclose(tiny.score(negative_zero), expected, rtol=1e-6)
+
+
+def test_bytes_become_floats_block_by_block(tiny: VAE) -> None:
+    """20,000 images are 1.3 MB of bytes and 5.1 MB of floats; numpy tells tracemalloc of its arrays."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20_000, 8, 8), np.uint8)
+    tiny.score(pixels[:300])
+    tracemalloc.start()
+    tiny.score(pixels)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2e6
+
+
+def test_results_belong_to_the_caller_and_inputs_are_left_alone(tiny: VAE, images: np.ndarray) -> None:
+    before, first = images.copy(), tiny.score(images[:1])
+    kept = first.copy()
+    tiny.score(images[1:2])
+    assert np.array_equal(first, kept)
+    for method in SCORE_METHODS:
+        tiny.score(images, method)
+    assert np.array_equal(images, before)
+
+
+@pytest.mark.parametrize("method", ["reconstruction", "elbo"])
+def test_map_sums_up_the_channels(method: str, vae: VAE, rgb: VAE, images: np.ndarray) -> None:
+    for one, x in ((vae, images), (rgb, np.random.default_rng(1).random((4, 3, 6, 5), dtype=np.float32))):
+        decoded = one.reconstruct(x)
+        expected = terms(one, x, decoded) if method == "elbo" else (decoded.astype(np.float64) - x) ** 2
+        found = one.score_map(x, method)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected.sum(axis=1), rtol=1e-5, atol=1e-6)
+    sums = rgb.score_map(x, method).astype(np.float64).sum(axis=(1, 2))
+    other = rgb.score(x, method)
+    expected = other * 90 if method == "reconstruction" else other - rgb.encode(x).kl()
+    np.testing.assert_allclose(sums, expected, rtol=1e-6)
+
+
+def test_map_of_vectors_is_per_element(vectors: VAE) -> None:
+    x = np.random.default_rng(0).normal(3, 2, (4, 5)).astype(np.float32)
+    np.testing.assert_allclose(vectors.score_map(x), (vectors.reconstruct(x) - x) ** 2, rtol=1e-5)
+
+
+def test_a_stranger_has_the_highest_score(tiny: VAE) -> None:
+    """Higher is odder: the model's own reconstruction fits better than its negative."""
+    own = tiny.sample(50, seed=0)
+    for method in SCORE_METHODS:
+        assert tiny.score(own, method).mean() < tiny.score(1 - own, method).mean()
+
+
+def test_sixteen_threads_get_bit_for_bit_what_one_gets(tiny_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    with VAE.load(tiny_path, threads=1) as vae:
+        work = []
+        for number in range(300):
+            x = rng.random(((1, 1, 2, 5)[number % 4], 1, 8, 8), dtype=np.float32)
+            method = ("elbo", "reconstruction")[number % 2]
+            work.append((x, method, vae.score(x, method)))
+        with ThreadPoolExecutor(16) as pool:
+            results = list(pool.map(lambda job: [vae.score(job[0], job[1]) for _ in range(10)], work))
+        for found, job in zip(results, work, strict=True):
+            assert all(np.array_equal(one, job[2]) for one in found)
+
+
+def test_close_frees_the_graphs_of_scores_too(tiny_path: Path, images: np.ndarray) -> None:
+    vae = VAE.load(tiny_path, threads=1)
+    vae.score(images)
+    sessions = [weakref.ref(operation.routes[0].any_batch) for operation in vae._open_operations()]
+    vae.close()
+    gc.collect()
+    assert [session() for session in sessions] == [None, None]
+
+
+FORK_CODE = """
+import os, sys, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+import numpy as np
+from vae_runtime import VAE, ClosedError
+x = np.zeros((1, 1, 8, 8), np.float32)
+vae = VAE.load(sys.argv[1], threads=1)
+vae.score(x)
+if os.fork() == 0:
+    try: vae.score(x)
+    except ClosedError as error: print(error, flush=True)
+    sys.exit(0)
+os.wait()
+"""
+
+
+@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork on this system")
+def test_forked_child_is_told_so(python: Any, tiny_path: Path) -> None:
+    assert "encoder.onnx was loaded in process" in python(FORK_CODE, tiny_path).stdout
+
+
+def test_a_failing_engine_is_named_and_the_next_call_works(
+    tiny: VAE, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = tiny.score(images)
+    monkeypatch.setattr(BoundScore, "__call__", lambda self, array: None)
+    np.testing.assert_allclose(tiny.score(images), expected, rtol=1e-6)  # in blocks
+    monkeypatch.undo()
+    assert np.array_equal(tiny.score(images), expected)
+
+
+# --- methods and thresholds -------------------------------------------------------------------------------------------
+
+
+def test_default_method_is_the_bound_where_there_is_one(
+    tiny: VAE, vectors: VAE, images: np.ndarray, bundle: Path, resign: Callable[..., Path]
+) -> None:
+    assert default_method(tiny.manifest) == "elbo"
+    assert default_method(vectors.manifest) == "reconstruction"
+    assert np.array_equal(tiny.score(images), tiny.score(images, "elbo"))
+    with VAE.load(resign(bundle, lambda data: data.update(likelihood=None)), threads=1) as unknown:
+        assert default_method(unknown.manifest) == "reconstruction"
+        assert np.array_equal(unknown.score(images), unknown.reconstruction_error(images))
+
+
+def calibrated(data: dict[str, Any]) -> None:
+    scores = {"elbo": [10.0, 46.0, 47.0, 60.0], "reconstruction": [0.0, 0.08, 0.1, 0.2]}
+    data["calibration"] = {"source": "held-out", "examples": 100, "levels": LEVELS, "scores": scores}
+
+
+def test_anomalies_lie_above_the_threshold_of_their_method(
+    bundle: Path, resign: Callable[..., Path], images: np.ndarray
+) -> None:
+    with VAE.load(resign(bundle, calibrated), threads=1) as vae:
+        assert Manifest.from_json((bundle / "manifest.json").read_bytes()).calibration is not None
+        for method in ("elbo", "reconstruction"):
+            for quantile in (0.5, 0.9, 0.95, 0.99):
+                threshold = vae.manifest.calibration.threshold(method, quantile)  # type: ignore[union-attr]
+                found = vae.is_anomaly(images, quantile, method)
+                assert found.dtype == np.bool_
+                assert np.array_equal(found, vae.score(images, method) > threshold)
+        assert vae.is_anomaly(images, 0.5).any()
+        assert not vae.is_anomaly(images, 0.5).all()
+        assert np.array_equal(vae.is_anomaly(images), vae.is_anomaly(images, 0.99, "elbo"))
+        with pytest.raises(NotInBundleError, match=r"'log_likelihood' were not .* vae-export SOURCE --calib"):
+            vae.is_anomaly(images, method="log_likelihood")
+        for quantile in (0, 1, 1.5, "0.5", float("nan"), True):
+            with pytest.raises(InputError, match=r"quantile is .*; expected a number above 0 and below 1"):
+                vae.is_anomaly(images, quantile)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match=r"quantile is 0\.999"):
+            vae.is_anomaly(images, 0.999)
+
+
+def test_a_bundle_without_calibration_says_what_provides_one(tiny: VAE, images: np.ndarray) -> None:
+    with pytest.raises(NotInBundleError, match=r"^tiny was not calibrated, .* vae-export SOURCE --calibrate DATA$"):
+        tiny.is_anomaly(images)
+
+
+@pytest.mark.parametrize("method", ["ELBO", "", 1, ["elbo"], b"elbo", True])
+def test_unknown_methods_are_refused(tiny: VAE, images: np.ndarray, method: Any) -> None:
+    expected = r"method is .*; expected one of elbo, reconstruction, log_likelihood"
+    for call in (tiny.score, lambda x, m: tiny.is_anomaly(x, 0.9, m)):
+        with pytest.raises(InputError, match=expected):
+            call(images, method)
+    with pytest.raises(InputError, match=r"method is .*; expected one of reconstruction, elbo$"):
+        tiny.score_map(images, method)
+    with pytest.raises(InputError, match=r"expected one of reconstruction, elbo$"):
+        tiny.score_map(images, "log_likelihood")
+
+
+@pytest.mark.parametrize("method", ["elbo", "log_likelihood"])
+def test_methods_that_need_a_distribution_or_a_likelihood_say_so(
+    vectors: VAE, bundle: Path, resign: Callable[..., Path], images: np.ndarray, method: str
+) -> None:
+    with pytest.raises(KindError, match="tiny-vectors is a plain autoencoder"):
+        vectors.score(np.zeros((2, 5), np.float32), method)
+    with (
+        VAE.load(resign(bundle, lambda data: data.update(likelihood=None)), threads=1) as vae,
+        pytest.raises(NotInBundleError, match="likelihood="),
+    ):
+        vae.score(images, method)
+
+
+def test_wrong_inputs_are_refused_as_encode_refuses_them(tiny: VAE, images: np.ndarray) -> None:
+    tiny.score(images)
+    spoiled = images.copy()
+    spoiled[3, 0, 2, 2] = np.nan
+    wrong: list[Any] = [spoiled, 2 * images, images[0], images[:0], images.astype(">f4"), images.tolist(), None]
+    wrong += [np.ma.masked_array(images), np.float32(1), np.zeros((2, 9, 9), np.uint8)]
+    for one in wrong:
+        for call in (tiny.score, tiny.score_map, tiny.reconstruction_error):
+            with pytest.raises(InputError) as found:
+                call(one)
+            with pytest.raises(InputError) as expected:
+                tiny.encode(one)
+            assert str(found.value) == str(expected.value)
+    with pytest.raises(InputError, match="batch_size is 0"):
+        tiny.score(images, batch_size=0)
+    for arguments, message in (({"n_samples": 0}, "n_samples is 0"), ({"seed": -1}, "seed is -1")):
+        with pytest.raises(InputError, match=message):
+            tiny.score(images, "log_likelihood", **arguments)

@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,8 @@ from vae_runtime.atomic import atomic_folder
 from vae_runtime.bundle import is_bundle_folder
 from vae_runtime.errors import OutputError
 from vae_runtime.manifest import GOLDEN_FILE, MANIFEST_FILE, FileEntry, Manifest
+
+_NOTHING: Mapping[str, bytes] = MappingProxyType({})
 
 
 def check_output(path: str | os.PathLike[str], force: bool) -> None:
@@ -39,17 +42,19 @@ def write_bundle(
     graphs: Mapping[str, bytes],
     golden: Mapping[str, NDArray[np.float32]],
     force: bool = False,
+    extra: Mapping[str, bytes] = _NOTHING,
 ) -> Manifest:
     """Write a bundle's folder and return its manifest, whose `files` are filled in here.
 
     graphs: ONNX models by file name. golden: float32 arrays by tensor name, see `vae_runtime.bundle.Bundle.golden`.
+    extra: what else the manifest names, by file name, such as a fitted prior's `GaussianMixture.to_npz`.
     The same arguments give the same bytes.
 
     Raises:
         OutputError: `path` exists and may not be replaced, or cannot be written.
     """
     check_output(path, force)
-    contents = {**graphs, GOLDEN_FILE: _npz(golden)}
+    contents = {**graphs, **extra, GOLDEN_FILE: _npz(golden)}
     files = {name: FileEntry(len(data), hashlib.sha256(data).hexdigest()) for name, data in contents.items()}
     manifest = manifest._replace(files=files)
     text = manifest.to_json()

@@ -14,6 +14,7 @@ from .codec import CODECS
 from .command_inputs import (
     batches_with_progress,
     bundle_argument,
+    check_latents,
     command_inputs,
     fitting,
     force_option,
@@ -30,12 +31,14 @@ from .console import NEGATIVE_VERDICT, Group, Sides, engine_options, json_option
 from .cuda import driver_version, find_gpus
 from .devices import usable_devices
 from .engine import engine_clash, import_engine
-from .errors import DeviceError, InputError, MissingExtraError
+from .errors import DeviceError, MissingExtraError
 from .interpolation import METHODS
-from .latent_files import FORMATS, LatentFile, decoder_digest, open_latent_sink, open_latents
-from .latents import check_latent_layout, to_decoder_input
+from .latent_commands import draw_map, nearest, traverse
+from .latent_files import FORMATS, LatentFile, open_latent_sink, open_latents
+from .latents import to_decoder_input
 from .manifest import InputSpec, Manifest
 from .preprocess import to_model_input
+from .prior import PRIORS
 from .tune import DEFAULT_SECONDS
 from .tune import describe as describe_candidate
 from .tune import tune as run_tune
@@ -172,7 +175,7 @@ def decode(
     with VAE.load(bundle, **engine) as vae:
         files, spec = open_latents(latents), vae.manifest.input
         for file in files:
-            _check_latents(file, vae.manifest)
+            check_latents(file, vae.manifest)
         count = sum(map(len, files))
         with sinks.open_sink(output, spec, count, force, shape=_decoded_shape(files[0], spec), form=form) as sink:
             for file in files:
@@ -186,7 +189,12 @@ def decode(
 @bundle_argument
 @click.option("--count", "-n", default=64, show_default=True, help="How many.")
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same examples.")
-@click.option("--temperature", default=1.0, show_default=True, help="Factor on the prior's standard deviation.")
+@click.option("--temperature", default=1.0, show_default=True, help="Factor on the noise.")
+@click.option(
+    "--prior", type=click.Choice(PRIORS),
+    help="Draw from N(0, 1), or from what vae-export --prior fitted.  [default: standard; of an autoencoder: fitted]",
+)  # fmt: skip
+@click.option("--truncation", type=float, help="Draw numbers of the noise that are farther from 0 than this again.")
 @click.option("--size", type=Sides(), help="HEIGHTxWIDTH, where the bundle leaves it free.  [default: the bundle's]")
 @picture_format_option
 @output_option
@@ -197,6 +205,8 @@ def sample(
     count: int,
     seed: int,
     temperature: float,
+    prior: str | None,
+    truncation: float | None,
     size: tuple[int, int] | None,
     form: str | None,
     output: str,
@@ -206,7 +216,7 @@ def sample(
     """Draw new examples from the prior."""
     with VAE.load(bundle, **engine) as vae:
         spec = vae.manifest.input
-        batches = vae.sample_batches(count, seed=seed, temperature=temperature, size=size)
+        batches = vae.sample_batches(count, seed, temperature, prior=prior, truncation=truncation, size=size)
         shape = spec.example_shape if size is None else (spec.example_shape[0], *size)
         with sinks.open_sink(output, spec, count, force, shape=shape, form=form) as sink:
             for batch in batches:
@@ -267,12 +277,8 @@ def interpolate(bundle: str, a: str, b: str, steps: int, method: str, output: st
     _report(steps, output, sink.written)
 
 
-def _check_latents(file: LatentFile, manifest: Manifest) -> None:
-    check_latent_layout(file.outline(), manifest.latent.shape, str(file.path))
-    if file.decoder is not None and file.decoder != decoder_digest(manifest):
-        raise InputError(
-            f"{file.path} holds latents of another model than {manifest.name}, which would decode to nonsense"
-        )
+for command in (traverse, draw_map, nearest):
+    main.add_command(command)
 
 
 def _decoded_shape(file: LatentFile, spec: InputSpec) -> tuple[int, ...]:

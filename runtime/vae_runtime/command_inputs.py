@@ -15,8 +15,9 @@ import numpy as np
 from . import sources
 from .errors import ApproximateTilingWarning, InputError
 from .images import PICTURE_FORMATS
-from .latent_files import LatentFile
-from .manifest import INPUT, InputSpec
+from .latent_files import LatentFile, decoder_digest
+from .latents import check_latent_layout
+from .manifest import INPUT, InputSpec, Manifest
 from .preprocess import check_layout, check_range, describe, image_size, pad_images
 from .vae import VAE
 
@@ -79,6 +80,15 @@ def fitting(batch: Any, spec: InputSpec, names: list[str], pad: bool) -> tuple[A
     if batch.dtype == np.float32:
         check_range(batch, spec, label)
     return batch, image_size(batch) if spec.is_image else None
+
+
+def check_latents(file: LatentFile, manifest: Manifest) -> None:
+    """Raise `InputError` unless a file's latents are ones of this bundle, as far as can be told without the values."""
+    check_latent_layout(file.outline(), manifest.latent.shape, str(file.path))
+    if file.decoder is not None and file.decoder != decoder_digest(manifest):
+        raise InputError(
+            f"{file.path} holds latents of another model than {manifest.name}, which would decode to nonsense"
+        )
 
 
 def shape_before_cut(file: LatentFile, spec: InputSpec) -> tuple[int, ...]:

@@ -13,8 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import BundleError
+from .errors import BundleError, InputError, KindError, NotInBundleError
+from .manifest import FittedPrior, Manifest
 from .preprocess import Float32
+from .sampling import NormalStream, TruncatedStream, UniformStream, check_seed, check_temperature, check_truncation
+
+PRIORS = ("standard", "fitted")
 
 Float64 = NDArray[np.float64]
 
@@ -94,3 +98,52 @@ class GaussianMixture(NamedTuple):
                 " diagonal, all numbers are finite"
             )
         return mixture
+
+
+class LatentStream:
+    """Latents drawn from a prior, N(0, 1) or a fitted mixture, example by example: what `VAE.sample` decodes.
+
+    temperature: factor on the noise. truncation: the largest size of a number of the noise, before that; None: any.
+    Of N(0, 1) without truncation these are temperature · `NormalStream(seed)`.
+    """
+
+    def __init__(
+        self, seed: int | None, temperature: float, truncation: float | None, mixture: GaussianMixture | None
+    ) -> None:
+        self._scale, limit = check_temperature(temperature), check_truncation(truncation)
+        sequence = np.random.SeedSequence(check_seed(seed))
+        self._noise = NormalStream(sequence) if limit is None else TruncatedStream(sequence, limit)
+        self._uniform = UniformStream(sequence)
+        self._mixture = mixture
+
+    def draw(self, count: int, shape: tuple[int, ...]) -> Float32:
+        """The next `count` latents of `shape` -> float32 (count, *shape)."""
+        noise = self._scale * self._noise.draw(count, shape)
+        if self._mixture is None:
+            return noise
+        component = self._mixture.components(self._uniform.draw(count))
+        return self._mixture.transform(noise.reshape(count, -1), component).astype(np.float32).reshape(noise.shape)
+
+
+def choose_prior(prior: Any, manifest: Manifest) -> FittedPrior | None:
+    """What samples are drawn from: the fitted prior, or None for N(0, 1). prior: "standard", "fitted", or None for the
+    standard one where there is one.
+
+    Raises:
+        InputError: another word. KindError: an autoencoder has no standard prior. NotInBundleError: none was fitted.
+    """
+    if prior is not None and (not isinstance(prior, str) or prior not in PRIORS):
+        raise InputError(f"prior is {prior!r}; expected 'standard', 'fitted' or None")
+    latent, name = manifest.latent, manifest.name
+    if latent.prior is not None and prior != "fitted":
+        return None
+    if latent.fitted_prior is not None and prior != "standard":
+        return latent.fitted_prior
+    cure = "; for one that is fitted, make the bundle with: vae-export SOURCE --prior gaussian"
+    if latent.fitted_prior is not None:
+        cure = "; take prior='fitted'"
+    elif manifest.input.is_free:
+        cure = ", and none can be fitted where height and width are free"
+    if prior == "fitted":
+        raise NotInBundleError(f"{name} has no fitted prior{cure}")
+    raise KindError(f"{name} is a plain autoencoder, which has no prior to sample from{cure}")

@@ -45,11 +45,12 @@ def open_sink(
     *,
     shape: tuple[int, ...] | None = None,
     form: str | None = None,
+    limit: int = GRID_LIMIT,
 ) -> Iterator[Sink]:
     """The sink that the suffix of `output` stands for; what it writes appears when the block ends well, or not at all.
 
     shape: of one example, where `spec` leaves that free and all go into one array. form: of the pictures in a folder,
-    "png" (None), "jpeg" or "webp".
+    "png" (None), "jpeg" or "webp". limit: images in one picture.
 
     Raises:
         InputError: a suffix that is not understood, or pictures of something that is no grey or RGB image.
@@ -72,7 +73,7 @@ def open_sink(
             f"{output} cannot be written: only grey and RGB images become pictures; name an .npy or .npz file"
         )
     if suffix in WRITTEN_SUFFIXES:
-        sink = _GridSink(path, columns, 1 if spec.is_free else ALONE_SIDE)
+        sink = _GridSink(path, columns, limit, 1 if spec.is_free else ALONE_SIDE)
         yield sink
         sink.finish()
     elif suffix:
@@ -85,7 +86,7 @@ def open_sink(
             yield _FolderSink(folder, form or "png")
 
 
-def _different_sizes(name: str, found: tuple[int, ...], first: tuple[int, ...]) -> InputError:
+def different_sizes(name: str, found: tuple[int, ...], first: tuple[int, ...]) -> InputError:
     return InputError(
         f"{name} gives a result of shape {found}, and the first one {first}; results of different sizes go into a"
         " folder (an output without a suffix)"
@@ -160,24 +161,24 @@ class _ArraySink:
 
     def add(self, images: Float32, names: list[str], originals: Float32 | None = None) -> None:
         if images.shape[1:] != self._shape:
-            raise _different_sizes(names[0], images.shape[1:], self._shape)
+            raise different_sizes(names[0], images.shape[1:], self._shape)
         self._writer.append(**{RECONSTRUCTION: images})
         self.written += len(images)
 
 
 class _GridSink:
-    """Up to `GRID_LIMIT` images; with originals, rows of originals stand above rows of their reconstructions."""
+    """Up to `limit` images; with originals, rows of originals stand above rows of their reconstructions."""
 
-    def __init__(self, path: Path, columns: int | None, alone_side: int) -> None:
-        self._path, self._columns, self._alone_side = path, columns, alone_side
+    def __init__(self, path: Path, columns: int | None, limit: int, alone_side: int) -> None:
+        self._path, self._columns, self._limit, self._alone_side = path, columns, limit, alone_side
         self._images: list[NDArray[np.uint8]] = []
         self._originals: list[NDArray[np.uint8]] = []
         self.written = 0
 
     def add(self, images: Float32, names: list[str], originals: Float32 | None = None) -> None:
-        room = GRID_LIMIT - self.written
+        room = self._limit - self.written
         if self._images and self._images[0].shape[1:3] != images.shape[2:]:
-            raise _different_sizes(names[0], images.shape[2:], self._images[0].shape[1:3])
+            raise different_sizes(names[0], images.shape[2:], self._images[0].shape[1:3])
         if room > 0:
             self._images.append(to_uint8(images[:room]))
             if originals is not None:

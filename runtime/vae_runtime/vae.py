@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,9 +17,9 @@ from .bundle import Bundle
 from .device_array import DeviceArray
 from .devices import check_device_name
 from .engine import engine_clash
-from .errors import ClosedError, InputError, KindError
+from .errors import ClosedError, InputError
 from .interpolation import interpolate_latents
-from .manifest import Manifest
+from .manifest import FittedPrior, Manifest
 from .operation import Candidate, Operation
 from .plan import Plan, check_precision, open_halves, same_plan, tuned_plan
 from .posterior import Posterior, Reconstruction
@@ -30,7 +31,8 @@ from .preprocess import (
     require_plain_array,
     zeros,
 )
-from .sampling import NormalStream, check_count, check_flag, check_temperature
+from .prior import GaussianMixture, LatentStream, choose_prior
+from .sampling import check_count, check_flag
 from .selftest import SelfTest, run_routes
 from .session import check_threads
 
@@ -60,6 +62,7 @@ class VAE:
         self._operations: tuple[Operation, Operation] | None = (encoder, decoder)
         self._scores: Scoring | None = None
         devices = [route.any_batch.device for half in (encoder, decoder) for route in half.routes]
+        self._mixture: GaussianMixture | None = None  # the fitted prior, once it was asked for
         self._is_on_one_gpu = all(device.is_gpu and device.memory == devices[0].memory for device in devices)
 
     @classmethod
@@ -220,20 +223,31 @@ class VAE:
         seed: int | None = None,
         temperature: float = 1.0,
         *,
+        prior: str | None = None,
+        truncation: float | None = None,
         batch_size: int | None = None,
         size: tuple[int, int] | None = None,
     ) -> Float32:
-        """Draw `n` latents from the prior N(0, temperature²) and decode them -> like `decode`.
+        """Draw `n` latents from the prior and decode them -> like `decode`.
 
         A larger `n` with the same seed begins with the same latents, and so with the same examples, unless precision
         "auto" decodes so many in another precision.
 
+        temperature: factor on the noise, which makes the standard prior N(0, temperature²); below 1, examples are more
+            typical and less varied.
+        prior: "standard", N(0, 1), or "fitted", the density that `vae-export --prior` fitted to the latents of real
+            examples (Ghosh et al., 2020); None: the standard one, of an autoencoder the fitted one.
+        truncation: where a number of the noise is farther from 0 than this, it is drawn again (Brock et al., 2019), to
+            the same end as a low temperature; from 0.1. The numbers within stay as they are without it.
         size: (height, width) of the images, where the bundle leaves it free; None: `manifest.input.default_size`.
 
         Raises:
-            KindError: the bundle is a plain autoencoder, which has no prior. InputError: an argument out of range.
+            KindError: the bundle is a plain autoencoder, which has no prior but a fitted one. NotInBundleError: no
+            prior was fitted. InputError: an argument out of range.
         """
-        batches = self.sample_batches(n, seed, temperature, batch_size=batch_size, size=size)
+        batches = self.sample_batches(
+            n, seed, temperature, prior=prior, truncation=truncation, batch_size=batch_size, size=size
+        )
         images = zeros((n, *self._input_shape(size)), f"n is {n}; an array", ", take sample_batches")
         start = 0
         for batch in batches:
@@ -247,6 +261,8 @@ class VAE:
         seed: int | None = None,
         temperature: float = 1.0,
         *,
+        prior: str | None = None,
+        truncation: float | None = None,
         batch_size: int | None = None,
         size: tuple[int, int] | None = None,
     ) -> Iterator[Float32]:
@@ -257,11 +273,20 @@ class VAE:
         """
         shape = self.manifest.latent_shape(self._input_shape(size))
         chunk = self._open_operations()[1].chunk_size(batch_size, shape)
-        if self.manifest.latent.prior is None:
-            raise KindError(f"{self.manifest.name} is a plain autoencoder, which has no prior to sample from")
-        count, scale, stream = check_count(n, "n"), check_temperature(temperature), NormalStream(seed)
-        latents = (scale * stream.draw(min(chunk, count - start), shape) for start in range(0, count, chunk))
+        fitted, count = choose_prior(prior, self.manifest), check_count(n, "n")
+        mixture = None if fitted is None else self._read_prior(fitted)
+        stream = LatentStream(seed, temperature, truncation, mixture)
+        latents = (stream.draw(min(chunk, count - start), shape) for start in range(0, count, chunk))
         return (self._open_operations()[1].run(batch, chunk, count)[0] for batch in latents)
+
+    def _read_prior(self, fitted: FittedPrior) -> GaussianMixture:
+        """The fitted prior, read and checked the first time."""
+        if self._mixture is None:
+            label = str(self._bundle.path / fitted.file)
+            elements = math.prod(self.manifest.latent_shape(self.manifest.input.example_shape))
+            data = self._bundle.read(fitted.file)
+            self._mixture = GaussianMixture.from_npz(data, fitted.components, elements, label)
+        return self._mixture
 
     @overload
     def reconstruct(
@@ -525,6 +550,51 @@ class VAE:
                 f"a and b have latents of shapes {start.shape[1:]} and {end.shape[1:]}; the same is needed"
             )
         return self.decode(interpolate_latents(start[0], end[0], steps, method))
+
+    def traverse(self, inputs: Any, dimension: int, values: Any) -> Float32:
+        """What one unit of the latent space does: encode one example, set that unit of the mean to each of the values,
+        decode -> (len(values), C, H, W) or (len(values), D).
+
+        inputs: one example, with the batch axis, as `encode` takes it. dimension: which element of the latent,
+        flattened; of a latent (C, h, w) which channel, set at all positions. values: in the latent's units, where the
+        prior is N(0, 1): (-3, ..., 3) is nearly all of it.
+
+        Raises:
+            InputError: not one example, a unit that there is not, values that are not finite numbers in a row.
+        """
+        from .latent_space import traversal
+
+        return self.decode(traversal(self.encode(inputs).mode(), dimension, values))
+
+    def nearest(self, inputs: Any, references: Any, k: int = 1) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """The k references nearest to each input in the latent space, by the Euclidean distance of means, the nearest
+        first; of equals the one with the lower index -> indices int64 (N, k), distances float64 (N, k).
+
+        inputs: as `encode` takes them. references: latents, float32 (M, *latent_shape), such as
+        `encode(examples).mean`. All are looked at, in blocks: a million of 32 elements need little memory beside them.
+
+        Raises:
+            InputError: inputs or references that are none, k is no whole number from 1 to M.
+        """
+        from .latent_space import nearest_latents
+        from .latents import to_decoder_input
+
+        references = to_decoder_input(references, self.manifest.latent.shape, "references")
+        return nearest_latents(self.encode(inputs).mode(), references, k)
+
+    def attribute_vector(self, positives: Any, negatives: Any) -> Float32:
+        """The direction of what sets examples apart, such as "smiles": the mean latent of those with it less the mean
+        latent of those without -> float32 (*latent_shape). `decode(latents + 0.5 * vector)` adds half of it (Larsen et
+        al., 2016, arXiv:1512.09300).
+
+        positives, negatives: any number of examples each, as `encode` takes them.
+
+        Raises:
+            InputError: as `encode`; latents of two shapes, from images of different free sizes.
+        """
+        from .latent_space import mean_difference
+
+        return mean_difference(self.encode(positives).mode(), self.encode(negatives).mode())
 
     def selftest(self) -> SelfTest:
         """Run the bundle's golden inputs through every route of `plan` and compare with the reference's outputs of the

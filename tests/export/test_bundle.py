@@ -10,6 +10,8 @@ import pytest
 from vae_export.bundle import check_output, write_bundle
 from vae_runtime.bundle import Bundle
 from vae_runtime.errors import BundleError, OutputError
+from vae_runtime.manifest import PRIOR_FILE, FittedPrior
+from vae_runtime.prior import GaussianMixture
 
 TINY = Path(__file__).parent.parent / "data" / "tiny.vae"
 
@@ -96,3 +98,15 @@ def test_golden_values_are_stored_without_loss(tmp_path: Path) -> None:
     write_bundle(tmp_path / "a.vae", manifest, graphs, golden)
     for name, array in Bundle.open(tmp_path / "a.vae").golden().items():
         np.testing.assert_array_equal(array, golden[name])
+
+
+def test_a_fitted_priors_file_is_written_and_listed_with_the_rest(tmp_path: Path) -> None:
+    manifest, graphs, golden = contents()
+    prior = GaussianMixture(np.ones(1), np.zeros((1, 4)), np.eye(4)[None])
+    latent = manifest.latent._replace(fitted_prior=FittedPrior("gaussian", 1, PRIOR_FILE, 100))
+    with pytest.raises(BundleError, match=r"latent.fitted_prior.file is 'prior.npz', which files does not list"):
+        write_bundle(tmp_path / "a.vae", manifest._replace(latent=latent), graphs, golden)
+    extra = {PRIOR_FILE: prior.to_npz()}
+    written = write_bundle(tmp_path / "a.vae", manifest._replace(latent=latent), graphs, golden, extra=extra)
+    assert Bundle.open(tmp_path / "a.vae").manifest == written
+    assert Bundle.open(tmp_path / "a.vae").read(PRIOR_FILE) == prior.to_npz()

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from vae_runtime import VAE
-from vae_runtime.manifest import Manifest
+from vae_runtime.manifest import PRIOR_FILE, FittedPrior, Manifest
+from vae_runtime.prior import GaussianMixture
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -75,6 +76,28 @@ def images() -> np.ndarray:
     return np.random.default_rng(7).random((20, 1, 8, 8), dtype=np.float32)
 
 
+@pytest.fixture
+def pixels() -> np.ndarray:
+    """uint8 (150, 8, 8): more than two of the command line's batches."""
+    return np.random.default_rng(3).integers(0, 256, (150, 8, 8), np.uint8)
+
+
+@pytest.fixture
+def npy(tmp_path: Path, pixels: np.ndarray) -> Path:
+    """`pixels` as a file."""
+    np.save(tmp_path / "pixels.npy", pixels)
+    return tmp_path / "pixels.npy"
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, pixels: np.ndarray) -> Path:
+    """A folder with the first three of `pixels`."""
+    (tmp_path / "pictures").mkdir()
+    for number in range(3):
+        pytest.importorskip("PIL.Image").fromarray(pixels[number]).save(tmp_path / "pictures" / f"p{number}.png")
+    return tmp_path / "pictures"
+
+
 def sign_text(data: Any) -> bytes:
     """The bytes of a manifest with a right digest in them, whatever nonsense `data` holds.
 
@@ -112,7 +135,7 @@ def resign() -> Callable[..., Path]:
     def change(folder: Path, edit: Callable[[dict[str, Any]], Any] | None = None, **files: bytes) -> Path:
         data = Manifest.from_json((folder / "manifest.json").read_bytes()).to_dict()
         for stem, content in files.items():
-            name = {"golden": "golden.npz"}.get(stem, f"{stem}.onnx")
+            name = {"golden": "golden.npz", "prior": "prior.npz"}.get(stem, f"{stem}.onnx")
             (folder / name).write_bytes(content)
             data["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         if edit is not None:
@@ -121,6 +144,18 @@ def resign() -> Callable[..., Path]:
         return folder
 
     return change
+
+
+@pytest.fixture(scope="session")
+def give_prior(resign: Callable[..., Path]) -> Callable[[Path, GaussianMixture], Path]:
+    """Put a fitted prior into a bundle."""
+
+    def give(folder: Path, mixture: GaussianMixture) -> Path:
+        components = len(mixture.weights)
+        spec = FittedPrior("gaussian" if components == 1 else "mixture", components, PRIOR_FILE, 100)
+        return resign(folder, lambda data: data["latent"].update(fitted_prior=spec.to_dict()), prior=mixture.to_npz())
+
+    return give
 
 
 @pytest.fixture(scope="session")

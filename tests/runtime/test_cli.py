@@ -21,9 +21,12 @@ from click.testing import CliRunner, Result
 from vae_runtime import VAE, __version__, to_uint8
 from vae_runtime.cli import main
 from vae_runtime.command_inputs import BATCH
+from vae_runtime.prior import GaussianMixture
 from vae_runtime.sinks import GRID_LIMIT, pair_rows
 
-COMMANDS = ("info", "selftest", "encode", "decode", "sample", "reconstruct", "interpolate")
+COMMANDS = (
+    "info", "selftest", "encode", "decode", "sample", "reconstruct", "interpolate", "traverse", "map", "nearest",
+)  # fmt: skip
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
@@ -54,25 +57,6 @@ def save_png(path: Path, array: np.ndarray) -> Path:
 def read_png(path: Path) -> np.ndarray:
     with pytest.importorskip("PIL.Image").open(path) as file:
         return np.asarray(file)
-
-
-@pytest.fixture
-def pixels() -> np.ndarray:
-    """uint8 (150, 8, 8): more than two of the command line's batches."""
-    return np.random.default_rng(3).integers(0, 256, (150, 8, 8), np.uint8)
-
-
-@pytest.fixture
-def npy(tmp_path: Path, pixels: np.ndarray) -> Path:
-    np.save(tmp_path / "pixels.npy", pixels)
-    return tmp_path / "pixels.npy"
-
-
-@pytest.fixture
-def pictures(tmp_path: Path, pixels: np.ndarray) -> Path:
-    for number in range(3):
-        save_png(tmp_path / "pictures" / f"p{number}.png", pixels[number])
-    return tmp_path / "pictures"
 
 
 # --- info, selftest ---------------------------------------------------------------------------------------------------
@@ -259,6 +243,16 @@ def test_sample_is_the_librarys_and_repeats(tiny: VAE, tiny_path: Path, tmp_path
     assert np.allclose(np.load(tmp_path / "0.npy"), tiny.sample(70, seed=5, temperature=0.5), **CLOSE)
 
 
+def test_sample_from_another_prior_and_truncated(bundle: Path, give_prior: Any, tmp_path: Path) -> None:
+    give_prior(bundle, GaussianMixture(np.ones(1), np.ones((1, 4)), 2 * np.eye(4)[None]))
+    with VAE.load(bundle) as vae:
+        for prior, truncation in (("fitted", None), ("fitted", 0.5), ("standard", 0.5)):
+            options = ["--prior", prior] + ([] if truncation is None else ["--truncation", truncation])
+            assert run("sample", bundle, "-n", 9, *options, "--output", tmp_path / "o.npy", "--force").exit_code == 0
+            expected = vae.sample(9, seed=0, prior=prior, truncation=truncation)
+            assert np.allclose(np.load(tmp_path / "o.npy"), expected, **CLOSE)
+
+
 def test_grid_of_too_many_says_how_many_it_shows(tiny_path: Path, tmp_path: Path) -> None:
     result = run("sample", tiny_path, "-n", GRID_LIMIT + 44, "--output", tmp_path / "out.png")
     assert result.stdout == f"{tmp_path / 'out.png'}: 256 examples\n"
@@ -389,6 +383,9 @@ BAD_INPUT = [
     (("sample", "{bundle}", "-n", "9" * 25, "--output", "{tmp}/o.npy"), "takes [0-9,]+ bytes, of [0-9,]+ free"),
     (("sample", "{bundle}", "--seed", "-1", "--output", "{tmp}/o.png"), "seed is -1; expected a whole"),
     (("sample", "{bundle}", "--temperature", "nan", "--output", "{tmp}/o.png"), "temperature is nan; expected"),
+    (("sample", "{bundle}", "--prior", "fitted", "--output", "{tmp}/o.png"), "vae-export SOURCE --prior gaussian"),
+    (("sample", "{vectors}", "--prior", "standard", "--output", "{tmp}/o.npy"), "vae-export SOURCE --prior gaussian"),
+    (("sample", "{bundle}", "--truncation", "0", "--output", "{tmp}/o.png"), "truncation is 0.0; expected a finite"),
     (("sample", "{vectors}", "--output", "{tmp}/o.npy"), "is a plain autoencoder, which has no prior"),
     (("reconstruct", "{vectors}", "{tmp}/text.png", "--output", "{tmp}/o.npy"), "takes vectors, from .npy"),
     (("interpolate", "{bundle}", "{npy}", "{npy}#1", "--output", "{tmp}/o.png"), r"names no single example; write"),

@@ -149,7 +149,10 @@ print(sorted({'torch', 'onnx', 'click', 'PIL', 'onnxruntime'} & set(sys.modules)
     assert python(code, tiny_path).stdout == "['onnxruntime']\n"
 
 
-@pytest.mark.parametrize("module", ["preprocess", "manifest", "errors", "bundle", "graph_rules", "atomic", "sampling"])
+@pytest.mark.parametrize(
+    "module",
+    ["preprocess", "manifest", "errors", "bundle", "graph_rules", "atomic", "sampling", "prior", "latent_space"],
+)
 def test_modules_work_without_any_engine(python: Any, module: str) -> None:
     result = python(f"import sys; sys.modules['onnxruntime'] = None; import vae_runtime.{module}")
     assert (result.returncode, result.stderr) == (0, "")

@@ -32,10 +32,17 @@ def test_nothing_else_public_but_modules_is_in_the_package() -> None:
 def test_members_of_a_vae_are_frozen() -> None:
     assert {name for name in vars(VAE) if not name.startswith("_")} == {
         "load", "manifest", "device", "precision", "plan", "encode", "decode", "sample", "sample_batches",
-        "reconstruct", "interpolate", "elbo", "log_likelihood", "reconstruction_error", "score", "score_map",
-        "is_anomaly", "encode_to_device", "decode_to_device",
+        "reconstruct", "interpolate", "traverse", "nearest", "attribute_vector",
+        "elbo", "log_likelihood", "reconstruction_error", "score", "score_map", "is_anomaly",
+        "encode_to_device", "decode_to_device",
         "selftest", "golden", "warmup", "close",
     }  # fmt: skip
+
+
+SAMPLE = {
+    "self": ..., "n": ..., "seed": None, "temperature": 1.0, "prior": None, "truncation": None,
+    "batch_size": None, "size": None,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -47,7 +54,8 @@ def test_members_of_a_vae_are_frozen() -> None:
         ),
         (VAE.encode, {"self": ..., "inputs": ..., "batch_size": None, "pad": False, "tile": None, "progress": None}),
         (VAE.decode, {"self": ..., "latents": ..., "batch_size": None, "size": None, "tile": None, "progress": None}),
-        (VAE.sample, {"self": ..., "n": ..., "seed": None, "temperature": 1.0, "batch_size": None, "size": None}),
+        (VAE.sample, SAMPLE),
+        (VAE.sample_batches, SAMPLE),
         (
             VAE.reconstruct,
             {"self": ..., "inputs": ..., "n_samples": None, "seed": None}
@@ -71,6 +79,9 @@ def test_members_of_a_vae_are_frozen() -> None:
         ),
         (vae_runtime.Posterior.kl, {"self": ..., "per_dimension": False}),
         (VAE.interpolate, {"self": ..., "a": ..., "b": ..., "steps": 8, "method": "spherical"}),
+        (VAE.traverse, {"self": ..., "inputs": ..., "dimension": ..., "values": ...}),
+        (VAE.nearest, {"self": ..., "inputs": ..., "references": ..., "k": 1}),
+        (VAE.attribute_vector, {"self": ..., "positives": ..., "negatives": ...}),
         (vae_runtime.Posterior.sample, {"self": ..., "seed": None, "temperature": 1.0}),
     ],
 )

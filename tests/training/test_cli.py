@@ -43,6 +43,7 @@ def test_end_to_end_on_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert vae_train(*arguments, "--threads", 1) == 0
     captured = capsys.readouterr()
     assert "test part, 180 examples: -ELBO" in captured.out
+    assert "test part, -log p(x) by 100 importance samples for each example: " in captured.out
     assert "step/s" in captured.err
     assert {path.name for path in out.iterdir()} == {
         "model.pt", "metrics.json", "run.json", "reconstructions.png", "samples.png",
@@ -65,6 +66,7 @@ def test_an_autoencoder_reports_psnr(tmp_path: Path, capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out
     assert "PSNR" in out
     assert "ELBO" not in out
+    assert "log p(x)" not in out
 
 
 def test_a_folder_of_pictures_with_its_options(tmp_path: Path) -> None:
@@ -89,6 +91,10 @@ def test_a_folder_of_pictures_with_its_options(tmp_path: Path) -> None:
         (("--data", "digits", "--beta", "-1"), "beta is -1.0; expected from 0 to"),
         (("--data", "digits", "--latent", "0"), "latent is 0; expected from 1 to 65536"),
         (("--data", "digits", "--device", "tpu"), "device is 'tpu'; expected auto, cpu, cuda, cuda:N or mps"),
+        (
+            ("--data", "digits", "--exclude-label", "3", "--exclude-label", "11"),
+            "exclude_label is 11; the labels are 0,",
+        ),
         (("--data", "digits", "--size", "8x8"), "size and colour are for folders of pictures"),
     ],
 )

@@ -29,8 +29,23 @@ def test_spatial_latents_have_defaults_of_their_own() -> None:
     assert TrainConfig("x", family="resnet", beta=0.5).resolve(GREY, 100).beta == 0.5
 
 
+def test_the_likelihood_is_measured_where_it_is_cheap_and_there_is_one() -> None:
+    for settings, expected in (({}, 100), ({"family": "resnet"}, 0), ({"kind": "autoencoder"}, 0)):
+        assert TrainConfig("x", **settings).resolve(GREY, 100).nll_samples == expected
+    for samples in (0, 7):
+        assert TrainConfig("x", family="resnet", nll_samples=samples).resolve(GREY, 100).nll_samples == samples
+
+
+def test_a_capacity_takes_the_place_of_what_else_weighs_the_kl() -> None:
+    config = TrainConfig("x", family="resnet", capacity=20).resolve(GREY, 100)
+    assert (config.gamma, config.beta, config.kl_warmup) == (10.0, 1.0, 0.0)
+    assert config.resolve(GREY, 100) == config  # as --resume does
+    assert TrainConfig("x", capacity=20, gamma=3).resolve(GREY, 100).gamma == 3
+    assert TrainConfig("x").resolve(GREY, 100).gamma is None
+
+
 def test_round_trip() -> None:
-    config = TrainConfig("pictures", size=(8, 9), beta=2)
+    config = TrainConfig("pictures", size=(8, 9), beta=2, exclude_label=(3, 1))
     assert TrainConfig.from_dict(config.to_dict()) == config
 
 
@@ -51,6 +66,10 @@ def test_round_trip() -> None:
         ({"likelihood": "cauchy"}, "likelihood is 'cauchy'; expected one of bernoulli, gaussian, laplace"),
         ({"gradient_weight": -1}, "gradient_weight is -1.0; expected from 0 to"),
         ({"crop": [8, 0]}, r"crop is \[8, 0\]; expected height and width"),
+        ({"capacity": -1}, "capacity is -1.0; expected from 0 to"),
+        ({"gamma": 0}, "gamma is 0.0; expected from 1e-06 to"),
+        ({"nll_samples": -1}, "nll_samples is -1; expected from 0 to"),
+        ({"exclude_label": ["3"]}, "config.exclude_label is '3'; expected a whole number"),
         ({"mixed_precision": "fp8"}, "mixed_precision is 'fp8'"),
     ],
 )
@@ -70,6 +89,13 @@ def test_bad_settings_are_named(change: dict[str, object], message: str) -> None
         ({"family": "resnet"}, VECTOR, 100, "family is 'resnet', but x holds vectors"),
         ({"family": "mlp", "gradient_weight": 1}, VECTOR, 100, "gradient_weight is 1, but x holds vectors"),
         ({"flip": True}, COLOUR, 100, "flip is for crops of photographs; x is trained without crops"),
+        ({"kind": "autoencoder", "nll_samples": 5}, GREY, 9, "nll_samples is 5, but kind is 'autoencoder'"),
+        ({"capacity": 5, "beta": 4}, GREY, 9, "beta is 4 and capacity 5; a capacity takes the place"),
+        ({"capacity": 5, "free_bits": 0.5}, GREY, 9, "free_bits is 0.5 and capacity 5"),
+        ({"capacity": 5, "kl_warmup": 0.5}, GREY, 9, "kl_warmup is 0.5 and capacity 5"),
+        ({"capacity": 5, "patience": 3}, GREY, 9, "patience is 3 and capacity 5"),
+        ({"capacity": 5, "kind": "autoencoder"}, GREY, 9, "capacity is 5, but kind is 'autoencoder'; a vae has a KL"),
+        ({"gamma": 5}, GREY, 9, "gamma is 5, but capacity is 0"),
         ({}, GREY, 1, "the train part has 1 example; expected at least 2"),
     ],
 )

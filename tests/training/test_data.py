@@ -192,3 +192,28 @@ def test_options_that_do_not_apply(tmp_path: Path) -> None:
     np.save(tmp_path / "v.npy", np.zeros((4, 3), np.float32))
     with pytest.raises(InputError, match=r"resize is 'crop', but .*v\.npy holds vectors"):
         load_dataset(str(tmp_path / "v.npy"), resize="crop")
+
+
+def test_labels_come_from_where_they_are(tmp_path: Path, images: np.ndarray) -> None:
+    from sklearn.datasets import load_digits
+
+    np.testing.assert_array_equal(load_dataset("digits").labels, load_digits().target)
+    labels = np.array([3, 1, 4, 1, 5, 9], np.uint8)
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(images[:4]))
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(idx(images[4:]))
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(labels[:4]))
+    assert load_dataset(str(tmp_path)).labels is None  # not for all
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(labels[4:]))
+    assert load_dataset(str(tmp_path)).labels.tolist() == labels.tolist()
+    for name, array in (("y", labels), ("labels", labels.astype(np.int64)), ("y", labels.astype(np.float32))):
+        np.savez(tmp_path / "a.npz", **{"images": images, name: array})
+        found = load_dataset(str(tmp_path / "a.npz")).labels
+        assert (found is None) == (array.dtype.kind == "f")
+        assert found is None or (found.dtype, found.tolist()) == (np.int64, labels.tolist())
+    np.savez(tmp_path / "b.npz", anything=images, y=labels)
+    assert load_dataset(str(tmp_path / "b.npz")).labels.tolist() == labels.tolist()
+    np.savez(tmp_path / "c.npz", images=images, y=labels[:5])
+    with pytest.raises(InputError, match=r"c\.npz has 5 labels, but 6 examples; expected one for each"):
+        load_dataset(str(tmp_path / "c.npz"))
+    np.save(tmp_path / "d.npy", images)
+    assert load_dataset(str(tmp_path / "d.npy")).labels is None

@@ -42,6 +42,17 @@ def test_training_improves_what_it_promises_to(tmp_path: Path) -> None:
     assert history[-1]["validation_nats"] < history[0]["validation_nats"] - 3
 
 
+def test_the_likelihood_stands_beside_its_bound(tmp_path: Path) -> None:
+    metrics = train(small(epochs=10), tmp_path / "run", device="cpu")
+    test = metrics["test"]
+    assert test["negative_elbo_nats"] - 3 < test["nll_nats"] < test["negative_elbo_nats"]
+    assert 0 < test["nll_standard_error_nats"] < 1
+    assert test["nll_samples"] == 100
+    off = train(small(epochs=10, nll_samples=0), tmp_path / "off", device="cpu")
+    assert test == {**off["test"], **{name: test[name] for name in test if name.startswith("nll")}}
+    assert off["test"].keys() == metrics["validation"].keys()
+
+
 @pytest.mark.parametrize(
     ("changes", "files"),
     [
@@ -133,6 +144,39 @@ def test_the_test_part_is_never_trained_or_stopped_on(tmp_path: Path) -> None:
         states.append(load_checkpoint(tmp_path / name / "model.pt").state_dict)
     for key, value in states[0].items():
         assert torch.equal(value, states[1][key]), key
+
+
+def test_a_label_that_is_left_out_is_seen_by_nothing(tmp_path: Path) -> None:
+    """Its examples may be anything: the run leaves the same."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (120, 8, 8), dtype=np.uint8), rng.integers(0, 4, 120)
+    metrics = []
+    for name in "ab":
+        np.savez(tmp_path / "images.npz", images=images, labels=labels)
+        config = small(data=str(tmp_path / "images.npz"), split="80,20,20", exclude_label=(2,))
+        metrics.append(train(config, tmp_path / name, device="cpu"))
+        images[labels == 2] = rng.integers(0, 256, (np.count_nonzero(labels == 2), 8, 8))
+    assert (tmp_path / "a/model.pt").read_bytes() == (tmp_path / "b/model.pt").read_bytes()
+    assert metrics[0]["test"] == metrics[1]["test"]
+    assert metrics[0]["config"]["exclude_label"] == [2]
+    dataset = metrics[0]["dataset"]
+    assert dataset["excluded_labels"] == [2]
+    counts = [dataset[part] for part in ("train", "validation", "test")]
+    assert sum(counts) == np.count_nonzero(labels != 2)
+    assert load_checkpoint(tmp_path / "a/model.pt").dataset["excluded_labels"] == [2]
+
+
+def test_labels_are_left_out_only_where_there_are_some(tmp_path: Path) -> None:
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    np.save(tmp_path / "images.npy", np.zeros((20, 8, 8), np.uint8))
+    for data, message in (("images.npy", "has none .IDX files have theirs"), ("", "is a folder of pictures")):
+        with pytest.raises(InputError, match=f"exclude_label is for data with labels; .*{message}"):
+            train(
+                small(data=str(tmp_path / data), split="0.8,0.1,0.1", exclude_label=(1,)),
+                tmp_path / "run",
+                device="cpu",
+            )
+    assert not (tmp_path / "run").exists()
 
 
 def test_early_stop_keeps_the_best_weights(tmp_path: Path) -> None:

@@ -81,6 +81,17 @@ def test_stopped_again_and_again(tmp_path: Path, uninterrupted: Path, monkeypatc
     assert_same(uninterrupted, tmp_path / "run")
 
 
+def test_a_rising_capacity_goes_on_rising(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig("digits", split="300,60,60", family="mlp", widths=(16,), latent=4, epochs=6, capacity=6.0)
+    train(config, tmp_path / "whole", device="cpu")
+    stop_at(monkeypatch, 7, 6)
+    with pytest.raises(StopError):
+        train(config, tmp_path / "run", device="cpu")
+    monkeypatch.undo()
+    train(config, tmp_path / "run", device="cpu", resume=True)
+    assert_same(tmp_path / "whole", tmp_path / "run")
+
+
 def test_stopped_while_writing_the_state(tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate import Accelerator
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from vae_runtime.errors import InputError
-from vae_training.split import split_indices
+from vae_training.split import leave_out, split_indices
 
 
 @pytest.mark.parametrize("order", ["seeded", "file"])
@@ -55,3 +55,25 @@ def test_too_few_examples() -> None:
         split_indices(2, "0.8,0.1,0.1", "file", 0)
     with pytest.raises(InputError, match="order is 'random'; expected one of seeded, file"):
         split_indices(10, "8,1,1", "random", 0)
+
+
+def test_labels_are_left_out_of_all_parts_and_nothing_else_moves() -> None:
+    labels = np.random.default_rng(0).integers(0, 5, 200)
+    parts = split_indices(200, "0.6,0.2,0.2", "seeded", 1)
+    left = leave_out(parts, labels, (1, 3))
+    for name, indices in vars(parts).items():
+        assert getattr(left, name).tolist() == [index for index in indices if labels[index] not in (1, 3)]
+        assert len(getattr(left, name)) < len(indices)
+
+
+def test_labels_that_cannot_be_left_out() -> None:
+    labels = np.array([7, 7, 7, 7, 2, 8])
+    parts = split_indices(6, "4,1,1", "file", 0)
+    with pytest.raises(InputError, match=r"exclude_label is 9; the labels are 2, 7, 8$"):
+        leave_out(parts, labels, (7, 9))
+    with pytest.raises(InputError, match="exclude_label is 7, which leaves no example for the train part"):
+        leave_out(parts, labels, (7,))
+    with pytest.raises(InputError, match="exclude_label is 8, which leaves no example for the test part"):
+        leave_out(parts, labels, (8,))
+    with pytest.raises(InputError, match=r"the labels are 0, 1, 2, .*, 19, ... \(50 in all\)"):
+        leave_out(parts, np.arange(50), (-1,))

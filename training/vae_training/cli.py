@@ -28,8 +28,9 @@ def _option(name: str, help: str, **settings: Any) -> _Decorator:
     """An option of `TrainConfig`, with the default that stands there."""
     default = _DEFAULTS[name]
     return click.option(
-        "--" + name.replace("_", "-"), name, default=default, help=help, show_default=default is not None, **settings
-    )
+        "--" + name.replace("_", "-"), name, default=default, help=help, show_default=default not in (None, ()),
+        **settings,
+    )  # fmt: skip
 
 
 def _choice(name: str, help: str, choices: Any) -> _Decorator:
@@ -72,6 +73,9 @@ class _Sides(_Numbers):
 )
 @_option("split", "Train, validation and test parts: counts '8000,1000,1000' or fractions.")
 @_choice("order", "Shuffle before splitting, or keep the order of the files.", ORDERS)
+@_option(
+    "exclude_label", "Leave the examples with this label out of all parts; may be repeated.", type=int, multiple=True
+)
 @_option("size", "HEIGHTxWIDTH of a folder of pictures; default: the first picture's.", type=_Numbers("x"))
 @_choice(
     "resize", "How a picture file of another size becomes an input; default: exact, that is not at all.", RESIZE_MODES
@@ -104,6 +108,10 @@ class _Sides(_Numbers):
 @_option("free_bits", "Nats per latent dimension that the KL leaves alone.", type=float)
 @_option("gradient_weight", "Weight of wrong differences of neighbouring pixels in the loss.", type=float)
 @_option("kl_warmup", "Part of all steps over which the KL's weight rises.", type=float)
+@_option(
+    "capacity", "Nats that the KL is led to, rising from 0, and a rate-distortion curve of the way; 0: off.", type=float
+)
+@_option("gamma", "Weight of the KL's distance from the capacity; default: 10.", type=float)
 @_option("epochs", "Passes over the train part; default: 20, or more to reach 800 steps.", type=int)
 @_option("batch_size", "Examples per step.", type=int)
 @_option("learning_rate", "The highest of the schedule.", type=float)
@@ -112,6 +120,9 @@ class _Sides(_Numbers):
 @_option("clip", "Largest norm of the gradient.", type=float)
 @_option("ema", "Decay of the moving average of the weights.", type=float)
 @_option("patience", "Stop after this many epochs without a better validation figure; 0: never.", type=int)
+@_option(
+    "nll_samples", "Importance samples per test example of its likelihood; 0: none; default: 100, resnet: 0.", type=int
+)
 @_choice("mixed_precision", "Of the device.", MIXED_PRECISIONS)
 @_option("seed", "Of everything random.", type=int)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
@@ -177,13 +188,32 @@ def _summary(metrics: dict[str, Any], output: Path) -> str:
             f"{'channels' if model['family'] == 'resnet' else 'dimensions'} active"
         )
     psnr = f", PSNR {test['psnr_db']:.2f} dB" if "psnr_db" in test else ""
-    lines = (
+    lines = [
         f"{output}: {', '.join(metrics['files'])}, metrics.json",
         f"{model['family']} {model['kind']}, {size}, {time} on {training['device']}",
         f"test part, {test['examples']:,} examples: {figure}",
+        *_likelihood(test),
         f"test part, without sampling: mean squared error {test['mse']:.5g}{psnr}",
-    )
+        *_samples(metrics.get("samples", {})),
+    ]
     return "\n".join(lines)
+
+
+def _likelihood(test: dict[str, Any]) -> list[str]:
+    if "nll_nats" not in test:
+        return []
+    figure = f"{test['nll_nats']:.2f} ± {test['nll_standard_error_nats']:.2f} nats"
+    return [f"test part, -log p(x) by {test['nll_samples']:,} importance samples for each example: {figure}"]
+
+
+def _samples(samples: dict[str, Any]) -> list[str]:
+    """Every entry of precision and recall in one line."""
+    shown = ", ".join(
+        f"{name} {figures['precision']:.2f} and {figures['recall']:.2f}"
+        for name, figures in samples.items()
+        if isinstance(figures, dict) and name != "train"
+    )
+    return [f"samples by prior, precision and recall against the test part: {shown}"] if shown else []
 
 
 def main(args: list[str] | None = None) -> None:

@@ -24,6 +24,8 @@ RESNET_WIDTHS: tuple[int, ...] = (32, 64)
 RESNET_DEPTH = 1
 MAX_WIDTH = 65536
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
+NLL_SAMPLES = 100
+GAMMA, CAPACITY_RISE = 10.0, 0.8
 MIN_EPOCHS, MIN_STEPS = 20, 800  # of the default number of epochs
 
 
@@ -32,6 +34,7 @@ class TrainConfig:
     """The settings of a run. None means "as fits the data": `resolve` fills it in.
 
     data, size, resize, colour: see `data.load_dataset`. split, order: see `split.split_indices`.
+    exclude_label: labels whose examples are left out of all parts, after dividing: see `split.leave_out`.
     crop: (H, W) of the crops that a folder of photographs of any sizes is trained on, see `photographs.py`; None: 64×64
         for the resnet family, where neither size nor resize is given, and no crops for the others.
     flip: half of the crops are mirrored left to right; None: yes.
@@ -48,15 +51,26 @@ class TrainConfig:
     free_bits: nats per latent dimension.
     gradient_weight: of the differences of neighbouring pixels, see `losses.Objective`; 0: not in the loss.
     kl_warmup: the part of all steps over which the KL's weight rises from 0 to beta.
+    capacity: nats; above 0, the loss has gamma · |KL - C| in place of the KL, C rising linearly from 0 to it over the
+        first `CAPACITY_RISE` of all steps and then staying (Burgess et al., 2018, arXiv:1804.03599; the distance is
+        rounded off near 0, see `losses.capacity_gap`). The run passes through models of all lower rates, which its
+        rate-distortion curve shows, and its last weights are kept. It takes the place of beta, free_bits and kl_warmup,
+        and goes without patience. 0: none.
+    gamma: how strongly. Where it is less than the nats of reconstruction that one nat of KL is worth, the KL exceeds C;
+        the higher it is, the less is learned of the reconstruction in as many steps. None: 10; theirs is 1000, over
+        half a million steps.
     batch_size: examples per step, over all processes together; an epoch divides evenly into batches of at least this.
     learning_rate: the highest; it rises over `lr_warmup` of all steps and falls to 0 on a cosine.
     clip: largest norm of the gradient. ema: decay of the moving average of the weights.
     patience: stop after this many epochs without a better validation figure; 0: never.
+    nll_samples: importance samples per example of the test part's likelihood, see `likelihood.measure_nll`; 0: it is
+        not measured; None: 100, and 0 for the resnet family, whose latents are large, and for autoencoders.
     """
 
     data: str
     split: str = "0.8,0.1,0.1"
     order: str = "seeded"
+    exclude_label: tuple[int, ...] = ()
     size: tuple[int, ...] | None = None
     resize: str | None = None
     colour: str | None = None
@@ -77,6 +91,8 @@ class TrainConfig:
     free_bits: float = 0.0
     gradient_weight: float = 0.0
     kl_warmup: float = 0.1
+    capacity: float = 0.0
+    gamma: float | None = None
     epochs: int | None = None
     batch_size: int = 128
     learning_rate: float = 4e-3
@@ -85,6 +101,7 @@ class TrainConfig:
     clip: float = 100.0
     ema: float = 0.995
     patience: int = 0
+    nll_samples: int | None = None
     mixed_precision: str = "no"
     seed: int = 0
 
@@ -113,6 +130,7 @@ class TrainConfig:
             InputError: settings that do not go with the data.
         """
         self._check_against(spec, train_examples, crops)
+        self._check_capacity()
         from .models import default_config
 
         spatial = self.family == "resnet"
@@ -134,11 +152,16 @@ class TrainConfig:
             flip=self.flip is not False if crops else None,
             latent=latent,
             likelihood=likelihood,
-            beta=(1e-5 if spatial else 1.0) if self.beta is None else self.beta,
+            beta=(1e-5 if spatial and not self.capacity else 1.0) if self.beta is None else self.beta,
+            kl_warmup=0.0 if self.capacity else self.kl_warmup,
+            gamma=(GAMMA if self.gamma is None else self.gamma) if self.capacity else None,
             widths=self.widths or widths,
             depth=depth if self.depth is None else self.depth,
             norm=self.norm or "batch",
             activation=self.activation or "relu",
+            nll_samples=(0 if spatial or self.kind != "vae" else NLL_SAMPLES)
+            if self.nll_samples is None
+            else self.nll_samples,
             epochs=self.epochs
             or max(MIN_EPOCHS, math.ceil(MIN_STEPS / steps_per_epoch(train_examples, self.batch_size))),
         )
@@ -158,8 +181,25 @@ class TrainConfig:
             raise InputError(f"shift is {self.shift}; {self.data} has examples of shape {list(spec.example_shape)}")
         if self.shift and crops:
             raise InputError(f"shift is {self.shift}; crops of photographs lie anywhere and are not shifted")
+        if self.nll_samples and self.kind != "vae":
+            raise InputError(f"nll_samples is {self.nll_samples}, but kind is {self.kind!r}; a vae has a likelihood")
         if train_examples < 2:
             raise InputError(f"the train part has {train_examples} example; expected at least 2")
+
+    def _check_capacity(self) -> None:
+        """Raise `InputError` for settings that do not go with a capacity, or without."""
+        if not self.capacity:
+            if self.gamma is not None:
+                raise InputError(f"gamma is {self.gamma:g}, but capacity is 0; it weighs the distance from a capacity")
+            return
+        if self.kind != "vae":
+            raise InputError(f"capacity is {self.capacity:g}, but kind is {self.kind!r}; a vae has a KL")
+        for name, unused in _NOT_WITH_CAPACITY.items():
+            if getattr(self, name) not in unused:
+                raise InputError(
+                    f"{name} is {getattr(self, name):g} and capacity {self.capacity:g}; a capacity takes the place of "
+                    "beta, free_bits, kl_warmup and patience: pass one or the other"
+                )
 
     def model_config(self, spec: InputSpec) -> ModelConfig:
         """The model of a resolved configuration."""
@@ -201,6 +241,12 @@ _CHOICES = {
     "activation": ACTIVATIONS,
     "mixed_precision": MIXED_PRECISIONS,
 }
+_NOT_WITH_CAPACITY: dict[str, tuple[Any, ...]] = {
+    "beta": (None, 1.0),
+    "free_bits": (0.0,),
+    "kl_warmup": (TrainConfig.kl_warmup, 0.0),
+    "patience": (0,),
+}
 _RANGES = {
     "shift": (0, 64),
     "latent": (1, MAX_WIDTH),
@@ -208,6 +254,8 @@ _RANGES = {
     "free_bits": (0, 1e3),
     "gradient_weight": (0, 1e3),
     "kl_warmup": (0, 1),
+    "capacity": (0, 1e6),
+    "gamma": (1e-6, 1e9),
     "epochs": (1, 1_000_000),
     "batch_size": (2, 1_000_000),
     "learning_rate": (1e-9, 10),
@@ -216,5 +264,6 @@ _RANGES = {
     "clip": (1e-6, 1e9),
     "ema": (0, 0.999999),
     "patience": (0, 1_000_000),
+    "nll_samples": (0, 1_000_000),
     "seed": (0, 2**63 - 1),
 }

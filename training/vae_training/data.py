@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from . import idx, strict
 
 DIGITS = "digits"
 _ARRAY_NAMES = ("x", "images")
+_LABEL_NAMES = ("labels", "y")
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,14 @@ class Dataset:
 
     examples: uint8 images (N, H, W) or (N, H, W, 3), float32 images (N, C, H, W) in [0, 1], or float32 vectors (N, D).
     facts: how they were made, where that matters, for the records of a run.
+    labels: whole numbers, int64 (N,), where the source has them; nothing is trained on them.
     """
 
     name: str
     examples: NDArray[Any]
     spec: InputSpec
     facts: Mapping[str, Any] = field(default_factory=dict)
+    labels: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -53,7 +56,9 @@ def load_dataset(
     """Read all examples of `source`.
 
     source: "digits"; or a folder of IDX files (`train-images-idx3-ubyte`, `t10k-…`, gzipped or not); or a `.npy` or
-        `.npz` file; or a folder of pictures, searched with its subfolders.
+        `.npz` file; or a folder of pictures, searched with its subfolders. Labels: of digits, of IDX files that have
+        such files beside them (`train-labels-idx1-ubyte`), of an `.npz` the array `labels` or `y`, if that is a whole
+        number per example.
     size: (H, W) of a folder of pictures; None takes the first picture's.
     colour: "grey" or "rgb" (the default), of a folder of pictures.
     resize: how a picture file of another size becomes an input, "exact" (refused; the default), "stretch" or "crop":
@@ -72,11 +77,15 @@ def load_dataset(
         return _load_pictures(path, size, resize or "exact", colour or "rgb")
     if size is not None or colour is not None:
         raise InputError(f"size and colour are for folders of pictures; {source} has its own")
+    labels: NDArray[Any] | None
     if source == DIGITS:
-        return _from_images(DIGITS, _digits(), resize)
+        images, labels = _digits()
+        return _with_labels(_from_images(DIGITS, images, resize), labels, source)
     if path.is_dir():
-        return _from_images(path.resolve().name, idx.read_folder(path), resize)
-    return _from_array(path, _read_array(path), resize)
+        images, labels = idx.read_folder(path)
+        return _with_labels(_from_images(path.resolve().name, images, resize), labels, source)
+    array, labels = _read_array(path)
+    return _with_labels(_from_array(path, array, resize), labels, source)
 
 
 def is_folder_of_pictures(source: str) -> bool:
@@ -92,16 +101,27 @@ def find_pictures(folder: Path) -> list[Path]:
     return paths
 
 
-def _digits() -> NDArray[np.uint8]:
+def _with_labels(data: Dataset, labels: NDArray[Any] | None, source: str) -> Dataset:
+    """Labels of another kind are somebody else's business; whole numbers that are more or fewer are a mistake."""
+    if labels is None or labels.dtype.kind not in "iu" or labels.ndim != 1:
+        return data
+    if len(labels) != len(data):
+        raise InputError(f"{source} has {len(labels)} labels, but {len(data)} examples; expected one for each")
+    return replace(data, labels=labels.astype(np.int64))
+
+
+def _digits() -> tuple[NDArray[np.uint8], NDArray[Any]]:
     """1,797 handwritten digits, 8×8, in 17 grey levels (Alpaydin and Kaynak, 1998; embedded in scikit-learn)."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
         raise MissingExtraError("scikit-learn", "train", "the data set 'digits'") from None
-    return np.rint(load_digits().images * (255 / 16)).astype(np.uint8)
+    digits = load_digits()
+    return np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target
 
 
-def _read_array(path: Path) -> NDArray[Any]:
+def _read_array(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """The examples and, where the file has them, what may be their labels."""
     if not path.is_file():
         raise InputError(f"{path} does not exist; expected {DIGITS!r}, a folder, or an .npy or .npz file")
     if path.suffix not in (".npy", ".npz"):
@@ -113,7 +133,11 @@ def _read_array(path: Path) -> NDArray[Any]:
             if not stream.peek(6).startswith((b"\x93NUMPY", b"PK")):  # numpy would take it for a pickle
                 raise InputError(f"{path} cannot be read as an array: it is neither .npy nor .npz inside")
             loaded = np.load(stream, allow_pickle=False)
-            return loaded if isinstance(loaded, np.ndarray) else loaded[_array_name(path, loaded.files)]
+            if isinstance(loaded, np.ndarray):
+                return loaded, None
+            name = _array_name(path, loaded.files)
+            labels = next((label for label in _LABEL_NAMES if label in loaded.files and label != name), None)
+            return loaded[name], None if labels is None else loaded[labels]
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         if isinstance(error, InputError):
             raise
@@ -124,6 +148,8 @@ def _array_name(path: Path, names: list[str]) -> str:
     for name in _ARRAY_NAMES:
         if name in names:
             return name
+    if len(names) == 2 and len(others := [name for name in names if name not in _LABEL_NAMES]) == 1:
+        return others[0]
     if len(names) != 1:
         raise InputError(
             f"{path} holds the arrays {', '.join(sorted(names)) or 'none'}; expected one, or one named 'x' or 'images'"

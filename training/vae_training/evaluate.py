@@ -34,7 +34,7 @@ def measure(objective: Objective, x: Float32, seed: int, draws: int = 5) -> dict
     only under the same likelihood.
     """
     objective.eval()
-    parts = [_measure_batch(objective, batch, seed, draws, index) for index, batch in enumerate(_batches(x, objective))]
+    parts = [_measure_batch(objective, batch, seed, draws, index) for index, batch in enumerate(batches(x, objective))]
     nll, kl, mse, means = (torch.cat(column).double().cpu().numpy() for column in zip(*parts, strict=True))
     figures: dict[str, Any] = {"examples": len(x), "reconstruction_nats": float(nll.mean()), "mse": float(mse.mean())}
     if x.ndim == 4:
@@ -99,14 +99,15 @@ def recalibrate(objective: Objective, x: Float32, seed: int) -> None:
             layer.momentum = None  # a plain average over the batches
         objective.train()
         latent = objective.model.config.latent_shape
-        for index, batch in enumerate(_batches(x, objective)):
+        for index, batch in enumerate(batches(x, objective)):
             objective(batch, standard_normal((len(batch), *latent), seed, RECALIBRATE, index, 0, batch.device))
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
     objective.eval()
 
 
-def _batches(x: Float32, objective: Objective) -> list[Tensor]:
+def batches(x: Float32, objective: Objective) -> list[Tensor]:
+    """x, inputs or latents, in parts of nearly equal size, on the device of `objective`."""
     device = next(objective.parameters()).device
-    size = max(4, min(BATCH, BATCH_ELEMENTS // int(np.prod(x.shape[1:]))))
+    size = max(4, min(BATCH, BATCH_ELEMENTS // math.prod(objective.model.config.input_shape)))
     return [torch.from_numpy(part).to(device) for part in np.array_split(x, -(-len(x) // size))]

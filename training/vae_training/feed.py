@@ -15,7 +15,7 @@ from .config import steps_per_epoch
 from .data import Dataset
 
 # The purposes of random numbers; splitting is purpose 0 (see split.py).
-ORDER, NOISE, BINARIZE, SHIFT, WEIGHTS, EVALUATE, RECALIBRATE, CROP, FLIP = range(1, 10)
+ORDER, NOISE, BINARIZE, SHIFT, WEIGHTS, EVALUATE, RECALIBRATE, CROP, FLIP, LIKELIHOOD, SAMPLES = range(1, 12)
 CACHE_BYTES = 2**30  # float32 examples up to this size are prepared once, larger ones batch by batch
 
 

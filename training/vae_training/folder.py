@@ -2,7 +2,7 @@
 
 run.json             what was asked for; its presence says that the folder is ours
 state/               everything needed to continue; gone when the run is complete
-model.pt, reconstructions.png, samples.png, tensorboard/
+model.pt, reconstructions.png, samples.png, rate-distortion.png, tensorboard/
 metrics.json         written last: the run of run.json is complete
 """
 

@@ -24,29 +24,30 @@ def find_images(folder: Path) -> list[Path]:
     return [path for path in found if path is not None]
 
 
-def read_folder(folder: Path) -> UInt8:
-    """All images of a folder in file order, "train" before "t10k" -> uint8 (N, H, W).
+def read_folder(folder: Path) -> tuple[UInt8, UInt8 | None]:
+    """All images of a folder in file order, "train" before "t10k" -> uint8 (N, H, W), and their labels, uint8 (N,).
 
-    Labels are not used; where there are any their number must match, else the files do not belong together.
+    The labels are None unless there are some for every file of images. Where there are any their number must match,
+    else the files do not belong together.
 
     Raises:
         InputError: a damaged file, images of two sizes, labels of another number.
     """
     arrays: list[UInt8] = []
+    labels: list[UInt8] = []
     for path in find_images(folder):
         images = read_idx(path, 3)
         part = path.name.split("-")[0]
-        labels = _find(folder, part, "labels", 1)
-        if labels is not None and len(read_idx(labels, 1)) != len(images):
-            raise InputError(
-                f"{labels} has {len(read_idx(labels, 1))} labels, but {path.name} has {len(images)} images"
-            )
+        if (labelled := _find(folder, part, "labels", 1)) is not None:
+            labels.append(read_idx(labelled, 1))
+            if len(labels[-1]) != len(images):
+                raise InputError(f"{labelled} has {len(labels[-1])} labels, but {path.name} has {len(images)} images")
         if arrays and arrays[0].shape[1:] != images.shape[1:]:
             raise InputError(
                 f"{path} has images of {_size(images)} pixels, but those before it have {_size(arrays[0])}"
             )
         arrays.append(images)
-    return np.concatenate(arrays)
+    return np.concatenate(arrays), np.concatenate(labels) if len(labels) == len(arrays) else None
 
 
 def read_idx(path: Path, rank: int) -> UInt8:

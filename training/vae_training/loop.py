@@ -25,16 +25,19 @@ from vae_runtime.atomic import atomic_folder
 from vae_runtime.errors import InputError, MissingExtraError, TrainingError
 from vae_runtime.preprocess import Float32, binarize
 
-from . import report
-from .config import TrainConfig
+from . import report, sample_quality
+from .config import CAPACITY_RISE, TrainConfig
 from .data import Dataset
 from .devices import make_accelerator
 from .evaluate import figure_of_merit, measure, recalibrate
 from .feed import BINARIZE, NOISE, WEIGHTS, standard_normal
 from .folder import RunFolder, open_run
-from .losses import Objective, kl_weight
+from .likelihood import measure_nll
+from .losses import Objective, capacity_at, kl_weight
 from .models import build_model, count_parameters
 from .optimise import learning_rate, make_optimizer, moving_average, set_learning_rate
+from .rate_distortion import require_matplotlib
+from .sample_quality import measure_samples
 from .source import Source, open_source
 from .split import Parts
 
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 EVALUATIONS = 12  # about as many as this over a run; each costs an eighth of an epoch on a small data set
+CURVE_EVALUATIONS = 24  # at least as many, epochs permitting, where they are the points of a rate-distortion curve
 RECALIBRATION_EXAMPLES = 2048
 MAX_PARAMETERS = 10**9
 PROGRESS_FILE = "progress.pt"
@@ -66,6 +70,8 @@ def train(
     source = open_source(config)
     config = config.resolve(source.data.spec, source.train_examples, crops=source.photographs is not None)
     check_size(config, source.data)
+    if config.capacity:
+        require_matplotlib()
     accelerator = make_accelerator(device, config.mixed_precision)
     folder = _open_folder(Path(output), config, resume, force, accelerator)
     if (finished := folder.finished()) is not None:
@@ -129,8 +135,9 @@ class Run:
 
     def fit(self, checkpoint_seconds: float, writer: Any, progress: bool) -> None:
         """All steps that are left, with evaluations and checkpoints between them."""
-        every = max(1, round(self.config.epochs / EVALUATIONS))  # type: ignore[operator]
-        before, begun = self.state.seconds, time.perf_counter()
+        epochs, before, begun = self.config.epochs, self.state.seconds, time.perf_counter()
+        assert epochs is not None, "resolve first"
+        every = max(1, epochs // CURVE_EVALUATIONS if self.config.capacity else round(epochs / EVALUATIONS))
         saved = begun
         with _bar(self.state.step, self.steps, progress) as bar:
             while self.state.step < self.steps and not self.state.stopped:
@@ -152,11 +159,10 @@ class Run:
         x = torch.from_numpy(self.feed.batch(step)).to(self.accelerator.device)
         shape = (len(x), *self.latent_shape)
         noise = standard_normal(shape, config.seed, NOISE, step, self.accelerator.process_index, x.device)
-        assert config.beta is not None, "resolve first"
-        weight = kl_weight(step, round(config.kl_warmup * self.steps), config.beta)
+        weight, capacity = self.kl_terms(step)
         self.objective.train()
         with self.accelerator.autocast():
-            terms = self.objective(x, noise, weight)
+            terms = self.objective(x, noise, weight, capacity)
         self.accelerator.backward(terms.loss)
         self.accelerator.clip_grad_norm_(self.objective.parameters(), config.clip)
         self.optimizer.step()
@@ -165,8 +171,20 @@ class Run:
         self.state.step += 1
         return terms.loss.detach()
 
+    def kl_terms(self, step: int) -> tuple[float, float | None]:
+        """The KL's weight at `step`, and the capacity it is drawn to, or None where it is drawn to 0."""
+        config = self.config
+        if config.capacity:
+            assert config.gamma is not None, "resolve first"
+            return config.gamma, capacity_at(step, round(CAPACITY_RISE * self.steps), config.capacity)
+        assert config.beta is not None, "resolve first"
+        return kl_weight(step, round(config.kl_warmup * self.steps), config.beta), None
+
     def evaluate(self, epoch: int, loss: Tensor, writer: Any) -> None:
-        """Measure the averaged weights on the validation part, keep them if they are the best, maybe stop."""
+        """Measure the averaged weights on the validation part, keep them if they are the best, maybe stop.
+
+        With a capacity the last are the best: those before them were led to a lower rate.
+        """
         value = float(loss)
         objective = cast(Objective, self.ema.module)
         recalibrate(objective, self.calibration, self.config.seed)
@@ -174,8 +192,13 @@ class Run:
         assert self.config.beta is not None, "resolve first"
         figure = figure_of_merit(figures, self.config.beta)
         self.require_finite({"train loss": value, "validation figure": figure}, f"epoch {epoch}")
-        self.state.history.append({"epoch": epoch, "train_loss_nats": value, "validation_nats": figure})
-        if figure < self.state.best:
+        entry: dict[str, Any] = {"epoch": epoch, "train_loss_nats": value, "validation_nats": figure}
+        if "kl_nats" in figures:
+            entry |= {f"validation_{name}": figures[name] for name in ("reconstruction_nats", "kl_nats")}
+        if self.config.capacity:
+            entry["capacity_nats"] = self.kl_terms(self.state.step)[1]
+        self.state.history.append(entry)
+        if figure < self.state.best or self.config.capacity:
             self.state.best, self.state.best_epoch = figure, epoch
             self.state.best_weights = {key: tensor.detach().clone() for key, tensor in objective.state_dict().items()}
         if writer is not None:
@@ -246,7 +269,7 @@ class Run:
             )
 
     def finish(self) -> dict[str, Any]:
-        """Measure the best weights on the test part, write everything, and return the metrics."""
+        """Measure the best weights on the test part, and their samples, write everything, and return the metrics."""
         objective = cast(Objective, self.ema.module)
         objective.load_state_dict(self.state.best_weights)
         objective.eval()
@@ -256,11 +279,29 @@ class Run:
                 "test": measure(objective, test, self.config.seed),
                 "validation": measure(objective, self.validation, self.config.seed),
             }
+            if self.config.nll_samples:
+                figures["test"] |= measure_nll(objective, test, self.config.seed, self.config.nll_samples)
             for part, measured in figures.items():
                 self.require_finite(measured, part)
+            if (samples := self.sample_quality(objective)) is not None:
+                figures["samples"] = samples
             metrics = report.write_results(self, objective, test, figures)
         self.accelerator.wait_for_everyone()
         return metrics if self.accelerator.is_main_process else self.folder.finished() or {}
+
+    def sample_quality(self, objective: Objective) -> dict[str, Any] | None:
+        """See `sample_quality.measure_samples`; None where there is nothing to be measured."""
+        test = self.parts.test[: sample_quality.MAX_TEST]
+        elements = math.prod(self.data.spec.example_shape)
+        most = min(sample_quality.MAX_TRAIN, max(100, sample_quality.MAX_TRAIN_ELEMENTS // elements))
+        train = standard_rng(self.config.seed, 4).permutation(self.parts.train)[:most]
+        if not sample_quality.can_measure(objective, min(len(test), len(train))):
+            return None
+        encoded = self.examples(train, 5)
+        if self.config.binarize == "dynamic":  # samples are grey, as are the probabilities that binary images have
+            grey = self.data.model_input(train), self.data.model_input(test)
+            return measure_samples(objective, encoded, *grey, self.config.seed)
+        return measure_samples(objective, encoded, encoded, self.examples(test, 3), self.config.seed)
 
 
 def initial_objective(config: TrainConfig, data: Dataset, parts: Parts) -> Objective:

@@ -15,6 +15,7 @@ from .folder import MODEL_FILE
 from .losses import Objective
 from .models import count_macs, count_parameters
 from .pictures import write_pictures
+from .rate_distortion import CURVE_FILE, draw_curve
 
 if TYPE_CHECKING:
     from .loop import Run
@@ -39,6 +40,9 @@ def write_results(run: Run, objective: Objective, test: Float32, figures: dict[s
     )
     save_checkpoint(folder.path / MODEL_FILE, checkpoint)
     pictures = write_pictures(objective.model, test, folder.path, config.seed)
+    if config.capacity:
+        draw_curve(run.state.history, folder.path / CURVE_FILE)
+        pictures.append(CURVE_FILE)
     metrics = {
         "format": "vae-metrics",
         "format_version": 1,

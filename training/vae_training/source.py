@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from .crops import CropFeed
 from .data import Dataset, is_folder_of_pictures, load_dataset
 from .feed import Feed
 from .photographs import Photographs, load_photographs
-from .split import Parts, split_indices
+from .split import Parts, leave_out, split_indices
 
 
 class Source(NamedTuple):
@@ -47,13 +48,28 @@ def open_source(config: TrainConfig) -> Source:
         InputError: nothing there, it is damaged or of the wrong form, or settings that do not go with it.
     """
     pictures = is_folder_of_pictures(config.data)
+    if config.exclude_label and pictures:
+        raise InputError(f"exclude_label is for data with labels; {config.data} is a folder of pictures, without any")
     if config.crop is not None and not pictures:
         raise InputError(f"crop is for folders of pictures; {config.data} has examples of one size")
     if pictures and (config.crop is not None or (config.family == "resnet" and not (config.size or config.resize))):
         return _open_photographs(config)
     size = (config.size[0], config.size[1]) if config.size else None
     data = load_dataset(config.data, size, config.resize, config.colour)
-    return Source(data, split_indices(len(data), config.split, config.order, config.seed))
+    parts = split_indices(len(data), config.split, config.order, config.seed)
+    return _exclude(Source(data, parts), config) if config.exclude_label else Source(data, parts)
+
+
+def _exclude(source: Source, config: TrainConfig) -> Source:
+    """Without the examples of the labels that are left out, which the data set's facts then say."""
+    data, labels = source.data, source.data.labels
+    if labels is None:
+        raise InputError(
+            f"exclude_label is for data with labels; {config.data} has none (IDX files have theirs beside them, an "
+            ".npz has an array 'labels' or 'y', a whole number per example)"
+        )
+    facts = {**data.facts, "excluded_labels": sorted(set(config.exclude_label))}
+    return Source(replace(data, facts=facts), leave_out(source.parts, labels, config.exclude_label))
 
 
 def _open_photographs(config: TrainConfig) -> Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +44,29 @@ def split_indices(count: int, split: str, order: str, seed: int) -> Parts:
     indices = np.random.default_rng((seed, 0)).permutation(count) if order == "seeded" else np.arange(count)
     first, second, third = np.cumsum(sizes)
     return Parts(indices[:first], indices[first:second], indices[second:third])
+
+
+def leave_out(parts: Parts, labels: NDArray[np.int64], excluded: Sequence[int]) -> Parts:
+    """The same parts without the examples whose label is one of `excluded`; labels: of all examples.
+
+    Dividing comes first: the other examples are in the part that they are in without any exclusion.
+
+    Raises:
+        InputError: a label that no example has, or a part without examples.
+    """
+    for label in excluded:
+        if label not in labels:
+            raise InputError(f"exclude_label is {label}; the labels are {_listed(np.unique(labels))}")
+    kept = {part: indices[~np.isin(labels[indices], excluded)] for part, indices in vars(parts).items()}
+    for part, indices in kept.items():
+        if not len(indices):
+            raise InputError(f"exclude_label is {_listed(excluded)}, which leaves no example for the {part} part")
+    return Parts(**kept)
+
+
+def _listed(labels: Sequence[int] | NDArray[np.int64]) -> str:
+    shown = ", ".join(str(label) for label in labels[:20])
+    return f"{shown}, ... ({len(labels):,} in all)" if len(labels) > 20 else shown
 
 
 def parse_split(split: str) -> list[int] | list[float]:

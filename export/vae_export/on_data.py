@@ -31,8 +31,9 @@ LEVELS = tuple(sorted({*(n / 100 for n in range(101)), *(n / 1000 for n in (*ran
 class OnData:
     """Which examples tell what, all as the encoder takes them; None: it is left out.
 
-    units: for the active units. prior: what to fit, and to what. calibration: examples as they should be, for
-        thresholds, and calibration_source: "held-out" or "data". progress: see `export_bundle`.
+    units: for the active units; where they are few, those of the others will do. prior: what to fit, and to what.
+    calibration: examples as they should be, for thresholds, and calibration_source: "held-out" or "data".
+    progress: see `export_bundle`.
     """
 
     units: Float32 | None = None
@@ -44,7 +45,8 @@ class OnData:
     def measure(self, manifest: Manifest, graphs: dict[str, bytes]) -> tuple[Manifest, dict[str, bytes]]:
         """The manifest with what was found, and the files that it names beside the graphs."""
         latent, files, calibration = manifest.latent, {}, None
-        units = self.units if self.units is not None and len(self.units) >= LEAST_FOR_UNITS else None
+        real = (self.units, None if self.prior is None else self.prior.examples, self.calibration)
+        units = next((x for x in real if x is not None and len(x) >= LEAST_FOR_UNITS), None)
         if units is None and self.prior is None and self.calibration is None:
             return manifest, {}  # without opening the graphs, which may be large
         with run_in_memory(manifest, graphs) as vae:

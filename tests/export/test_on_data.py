@@ -131,6 +131,9 @@ def test_few_or_invented_examples_tell_nothing_of_units(
     monkeypatch.setattr("vae_export.export.SYNTHETIC_EXAMPLES", 2 * LEAST_FOR_UNITS)
     few = export(tmp_path / "few.vae", vectors[: LEAST_FOR_UNITS - 1])
     assert few.latent.active_units is None
+    few = export(tmp_path / "other.vae", vectors[: LEAST_FOR_UNITS - 1], calibrate=vectors[:150])
+    assert few.latent.active_units is not None  # those of the calibration are real, too
+    assert few.latent.active_units.examples == 150
     halves = Reference(EncoderGraph(Encoder(), "vae"), DecoderGraph(nn.Linear(UNITS, INPUTS), clamp=False))
     invented = export_imported(Imported(halves, "a", (INPUTS,)), tmp_path / "invented.vae")
     assert invented.golden.source == "synthetic"

@@ -19,6 +19,7 @@ from vae_runtime.calibration import SCORE_METHODS, Calibration
 from vae_runtime.cli import main
 from vae_runtime.detection import auroc, average_precision
 from vae_runtime.images import overlay
+from vae_runtime.manifest import ActiveUnits
 
 LEVELS = tuple(n / 10 for n in range(11))
 
@@ -200,6 +201,16 @@ def test_maps_are_there_only_if_all_went_well_and_refused_before_anything_is_sco
     output.write_text("mine")
     refused("exists", "score", tiny_path, npy, "--maps", output)
     refused("only grey and RGB images become pictures", "score", vectors_path, "--golden", "--maps", tmp_path / "v.png")
+
+
+def test_info_says_what_was_measured_on_real_data(calibrated: Path, vectors_path: Path, resign: Any) -> None:
+    units = ActiveUnits((0.5, 0.02, 0.01, 0.0), 0.01, 77)
+    resign(calibrated, lambda data: data["latent"].update(active_units=units.to_dict()))
+    lines = run("info", calibrated).stdout.splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("  on data "))
+    assert lines[start].endswith("2 of 4 units active (variance of the posterior's mean above 0.01 on 77 examples)")
+    assert lines[start + 1].strip() == "calibrated on 150 examples: elbo, reconstruction"
+    assert "on data" not in run("info", vectors_path).stdout
 
 
 # --- maps -------------------------------------------------------------------------------------------------------------

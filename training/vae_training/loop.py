@@ -81,7 +81,7 @@ def train(
         run.load()
     with _summary_writer(folder.path, tensorboard and accelerator.is_main_process) as writer:
         run.fit(checkpoint_seconds, writer, progress and accelerator.is_main_process)
-    return run.finish()
+    return run.finish(progress and accelerator.is_main_process)
 
 
 def check_size(config: TrainConfig, data: Dataset) -> None:
@@ -268,7 +268,7 @@ class Run:
                 "only as many continue exactly"
             )
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, progress: bool = False) -> dict[str, Any]:
         """Measure the best weights on the test part, and their samples, write everything, and return the metrics."""
         objective = cast(Objective, self.ema.module)
         objective.load_state_dict(self.state.best_weights)
@@ -280,11 +280,12 @@ class Run:
                 "validation": measure(objective, self.validation, self.config.seed),
             }
             if self.config.nll_samples:
-                figures["test"] |= measure_nll(objective, test, self.config.seed, self.config.nll_samples)
+                samples, seed = self.config.nll_samples, self.config.seed
+                figures["test"] |= measure_nll(objective, test, seed, samples, progress)
             for part, measured in figures.items():
                 self.require_finite(measured, part)
-            if (samples := self.sample_quality(objective)) is not None:
-                figures["samples"] = samples
+            if (quality := self.sample_quality(objective)) is not None:
+                figures["samples"] = quality
             metrics = report.write_results(self, objective, test, figures)
         self.accelerator.wait_for_everyone()
         return metrics if self.accelerator.is_main_process else self.folder.finished() or {}

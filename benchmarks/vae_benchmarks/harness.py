@@ -63,7 +63,7 @@ def benchmark(
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     machine = MachineFacts.read()
     facts = _bundle_facts(Path(bundle), settings.size)
-    measured, skipped = _skip_what_cannot_run(settings, facts)
+    measured, skipped = _skip_what_cannot_run(settings, Path(bundle))
     path = str(bundle)
     tell("one start beforehand, so that the files are in the system's cache")
     _start_up(path, measured)
@@ -119,11 +119,13 @@ def _manifest_file_sha256(path: Path) -> str:
         raise BundleError(f"{path / MANIFEST_FILE} cannot be read: {error.strerror}") from None
 
 
-def _skip_what_cannot_run(settings: Settings, facts: BundleFacts) -> tuple[Settings, dict[str, str]]:
+def _skip_what_cannot_run(settings: Settings, bundle: Path) -> tuple[Settings, dict[str, str]]:
     """The settings without the operations that this bundle does not have, and why."""
-    if facts.kind == "vae" or "sample" not in settings.operations:
+    manifest = Bundle.open(bundle).manifest
+    can_sample = manifest.latent.prior is not None or manifest.latent.fitted_prior is not None
+    if can_sample or "sample" not in settings.operations:
         return settings, {}
-    reason = f"{facts.name} is a plain autoencoder, which has no prior to sample from"
+    reason = f"{manifest.name} is a plain autoencoder, which has no prior to sample from"
     if settings.operations == ("sample",):
         raise InputError(f"nothing is left to measure: {reason}")
     return settings.without("sample"), {"sample": reason}

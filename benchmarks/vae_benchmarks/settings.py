@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from vae_runtime.errors import InputError
 from vae_runtime.session import check_threads
 
-OPERATIONS = ("encode", "sample", "decode", "reconstruct")
+OPERATIONS = ("encode", "sample", "decode", "reconstruct", "score")
 LARGEST_BATCH = 65536
 LARGEST_SIDE = 65536
 MOST_ROUNDS = 100

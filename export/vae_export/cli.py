@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +15,16 @@ import click
 import numpy as np
 
 from vae_runtime.bundle import Bundle
-from vae_runtime.console import NEGATIVE_VERDICT, Command, json_option, print_json
+from vae_runtime.calibration import LEAST_EXAMPLES
+from vae_runtime.console import NEGATIVE_VERDICT, Command, describe_latent, json_option, print_json
 from vae_runtime.errors import InputError, MissingExtraError
 from vae_runtime.manifest import INPUT, KINDS, PRECISIONS, InputSpec, Manifest, Precision
 from vae_runtime.sources import PictureSource, open_inputs
+from vae_runtime.tiling import Progress
 from vae_runtime.version import __version__
 
 from .bundle import check_output
-from .imported import INPUT_RANGES, SPREADS, ImportOptions
+from .imported import HELD_OUT, INPUT_RANGES, SPREADS, ImportOptions
 from .quality import Budget
 from .wanted import FewExamplesWarning
 
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
 
 EXAMPLES_LIMIT = 1024  # from --data; more inputs find no further error and only take longer
 IMPORTED_EXAMPLES, IMPORTED_EXAMPLES_FP32 = 128, 16  # of models from elsewhere, which may take a minute for one image
+MOST_EXAMPLES, MOST_VALUES = 10_000, 2**28  # for --prior and --calibrate; the values are 1 GiB in float32
 OURS = "model"  # what --from calls a model.pt
 READ_ROWS = 256  # of an array file, held at once
 
@@ -96,6 +102,18 @@ class InputShape(click.ParamType):
     "--budget-nats", type=float, default=Budget().nats_per_dimension, show_default=True,
     help="-ELBO, in nats per input dimension, that a precision may lose against fp32.",
 )  # fmt: skip
+@click.option(
+    "--prior", metavar="gaussian|mixture:K",
+    help="Fit a prior, with full covariances, to the latents of --data, or else of the checkpoint's training examples;"
+    f" with at most {MOST_EXAMPLES:,} of them. `vae-run sample --prior fitted` draws from it.",
+)  # fmt: skip
+@click.option(
+    "--calibrate", multiple=True, type=click.Path(), metavar="DATA",
+    help="Store the quantiles of the anomaly scores of this data, from which `vae-run score --quantile` takes its"
+    " thresholds: pictures, folders or one .npy/.npz; or the word held-out, the checkpoint's own validation examples."
+    f" At least {LEAST_EXAMPLES}, at most {MOST_EXAMPLES:,} are taken, evenly spaced over all. What the model was"
+    " trained on scores lower than new data do: thresholds would be too low, and call too much an anomaly.",
+)  # fmt: skip
 @click.option("--keep", is_flag=True, help="Write a precision that misses the budget too, marked in the manifest.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle, once the new one is complete.")
 @json_option
@@ -111,6 +129,8 @@ def main(
     precisions: str,
     budget_psnr: float,
     budget_nats: float,
+    prior: str | None,
+    calibrate: tuple[str, ...],
     keep: bool,
     force: bool,
     as_json: bool,
@@ -130,10 +150,13 @@ def main(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", FewExamplesWarning)
         settings: dict[str, Any] = {"golden": golden, "precisions": names, "budget": budget, "keep": keep}
-        settings |= {"force": force} | ({} if tolerance is None else {"tolerance": tolerance})
+        settings |= {"prior": prior, "calibrate": calibrate, "force": force} | (
+            {} if tolerance is None else {"tolerance": tolerance}
+        )
         try:
             export = _export_ours if _is_ours(source, origin) else _export_imported
-            manifest = export(source, target, name, origin, data, ImportOptions(**options), settings)
+            with _progress("calibrating", hidden=not calibrate) as settings["progress"]:
+                manifest = export(source, target, name, origin, data, ImportOptions(**options), settings)
         except ModuleNotFoundError as error:
             raise MissingExtraError(error.name or "a package", "export", "vae-export") from None
     for warning in caught:
@@ -144,6 +167,15 @@ def main(
     else:
         click.echo(_describe(target, manifest))
     _report_misses(manifest)
+
+
+@contextlib.contextmanager
+def _progress(label: str, hidden: bool) -> Iterator[Progress]:
+    """A bar on stderr where that is a terminal."""
+    hidden, parts = hidden or not sys.stderr.isatty(), 1000
+    # The time that other work takes before it would be counted in an estimate of what is left.
+    with click.progressbar(length=parts, label=label, show_eta=False, file=sys.stderr, hidden=hidden) as bar:
+        yield lambda done, total: bar.update(parts * done // total - bar.pos)
 
 
 def _is_ours(source: str, origin: str | None) -> bool:
@@ -180,6 +212,7 @@ def _export_ours(
     if checkpoint.config.is_fully_convolutional:  # trained on crops; pictures of any size become such
         spec = spec._replace(resize="crop")
     examples = _read_examples(data, spec, EXAMPLES_LIMIT) if data else None
+    _read_more(settings, data, spec)
     return export_checkpoint(
         checkpoint, target, name=name or _default_name(checkpoint, source), examples=examples, **settings
     )
@@ -203,7 +236,9 @@ def _export_imported(
         )
     imported = importers.load(source, origin, options)
     limit = IMPORTED_EXAMPLES_FP32 if settings["precisions"] == ["fp32"] else IMPORTED_EXAMPLES
-    examples = _read_examples(data, example_spec(imported), limit) if data else None
+    spec = example_spec(imported)
+    examples = _read_examples(data, spec, limit) if data else None
+    _read_more(settings, data, spec)
     return export_imported(imported, target, name=name, examples=examples, **settings)
 
 
@@ -225,6 +260,20 @@ def _default_output(source: str) -> Path:
     if not name:
         raise InputError(f"SOURCE is {source!r}, which gives the bundle no name; pass --output")
     return path.with_name(f"{name}.vae")
+
+
+def _read_more(settings: dict[str, Any], data: tuple[str, ...], spec: InputSpec) -> None:
+    """Read what --prior and --calibrate need, of which more helps, unlike for verifying."""
+    limit = max(1, min(MOST_EXAMPLES, MOST_VALUES // math.prod(spec.example_shape)))
+    if settings["prior"] is not None and data:
+        settings["prior_examples"] = _read_examples(data, spec, limit)
+    calibrate = settings["calibrate"]
+    if HELD_OUT in calibrate:
+        if len(calibrate) > 1:
+            raise InputError(f"--calibrate has {HELD_OUT!r} and {len(calibrate) - 1} other(s); give one or the other")
+        settings["calibrate"] = HELD_OUT
+    else:
+        settings["calibrate"] = _read_examples(calibrate, spec, limit) if calibrate else None
 
 
 def _read_examples(data: tuple[str, ...], spec: InputSpec, limit: int) -> np.ndarray:
@@ -270,6 +319,7 @@ def _describe(target: Path, manifest: Manifest) -> str:
     lines = [
         f"{target}: {manifest.kind} {manifest.name!r}, verified against {against} on {fidelity['examples']} inputs"
     ]
+    lines += [f"  {line}" for line in describe_latent(manifest)]
     lines += [f"  {file:14} {entry.bytes:>10,} bytes" for file, entry in sorted(manifest.files.items())]
     lines += [
         f"  max error of {name.removesuffix('_max_error'):15} {value:.1e}"

@@ -32,13 +32,15 @@ from vae_runtime.manifest import (
 )
 from vae_runtime.preprocess import Float32, require_plain_array, to_model_input
 from vae_runtime.sampling import check_count
+from vae_runtime.tiling import Progress
 from vae_runtime.version import __version__
 from vae_training.checkpoint import Checkpoint
 
 from .bundle import check_output, write_bundle
 from .graphs import DecoderGraph, EncoderGraph
-from .imported import Halves, Imported
+from .imported import HELD_OUT, Halves, Imported
 from .judge import CODEC_EXAMPLES, Judge
+from .on_data import OnData, plan_on_data
 from .quality import Budget
 from .tiling import find_tiling
 from .verify import Reference, latent_pattern, run_both, verify
@@ -46,7 +48,7 @@ from .wanted import Made, Wanted, check_wanted
 
 GOLDEN_COUNT = 4
 GOLDEN_TOLERANCE = 1e-4  # of fp32, at least: between machines and engine versions results differ by rounding
-GOLDEN_SOURCES = ("held-out", "examples", "synthetic")
+GOLDEN_SOURCES = (HELD_OUT, "examples", "synthetic")
 SYNTHETIC_SEED = 0
 SYNTHETIC_EXAMPLES = 4  # where an imported model comes without real ones
 DEFAULT_SIDE = 64  # of images where neither examples nor the model name a size
@@ -64,6 +66,10 @@ def export_checkpoint(
     precisions: Sequence[str] = ("fp32",),
     budget: Budget = DEFAULT_BUDGET,
     keep: bool = False,
+    prior: str | None = None,
+    prior_examples: np.ndarray | None = None,
+    calibrate: np.ndarray | str | None = None,
+    progress: Progress | None = None,
     force: bool = False,
 ) -> Manifest:
     """Write a trained checkpoint as a bundle.
@@ -73,6 +79,11 @@ def export_checkpoint(
         "synthetic" (seeded noise, no real input). None: "examples" if there are any, else "held-out".
     precisions, budget, keep: see `export_bundle`. The checkpoint's training examples calibrate, its held-out ones
         measure.
+    prior: see `export_bundle`. prior_examples: what it is fitted to; None: `examples`, else the checkpoint's training
+        examples.
+    calibrate: see `export_bundle`; or "held-out", the checkpoint's own held-out examples. Active units are measured on
+        these in any case.
+    progress: see `export_bundle`.
 
     Raises:
         ExportError, InputError, OutputError: see `export_bundle`.
@@ -89,13 +100,27 @@ def export_checkpoint(
     parts = None if examples is not None else (x[len(held_out) :], x[: len(held_out)])
     wanted = check_wanted(precisions, budget, keep, x, parts)
     model = checkpoint.build_model()
+    spec = _free_size(checkpoint.input, model.config.multiple_of)
+    if prior_examples is None:
+        prior_examples = checkpoint.examples["train"].numpy() if examples is None else examples
+    own = isinstance(calibrate, str) and calibrate == HELD_OUT
+    on_data = plan_on_data(
+        checkpoint.input,
+        any_size=spec.is_free,
+        units=to_model_input(held_out, checkpoint.input, "examples"),
+        prior=prior,
+        prior_examples=prior_examples,
+        calibrate=held_out if own else calibrate,
+        progress=progress,
+        source=HELD_OUT if own else "data",
+    )
     threshold = checkpoint.likelihood.binarize == "threshold"
     # The models of vae_training clamp logvar and end images in a sigmoid themselves.
     encoder = EncoderGraph(_Half(model, "encode"), checkpoint.kind, threshold=threshold, clamp=False)
     return _export(
         Reference(encoder, DecoderGraph(_Half(model, "decode"), clamp=False)),
         path,
-        spec=_free_size(checkpoint.input, model.config.multiple_of),
+        spec=spec,
         x=x,
         golden=(source, golden_inputs),
         likelihood=checkpoint.likelihood,
@@ -103,6 +128,7 @@ def export_checkpoint(
         training={**checkpoint.dataset, "metrics": dict(checkpoint.metrics)},
         tolerance=tolerance,
         wanted=wanted,
+        on_data=on_data,
         force=force,
     )
 
@@ -118,6 +144,10 @@ def export_imported(
     precisions: Sequence[str] = ("fp32",),
     budget: Budget = DEFAULT_BUDGET,
     keep: bool = False,
+    prior: str | None = None,
+    prior_examples: np.ndarray | None = None,
+    calibrate: np.ndarray | None = None,
+    progress: Progress | None = None,
     force: bool = False,
 ) -> Manifest:
     """Write a model from elsewhere as a bundle, verified against the library that it is from.
@@ -127,6 +157,8 @@ def export_imported(
     golden: "examples" or "synthetic"; None: examples where there are any.
     name, tolerance, precisions, budget, keep: see `export_bundle`. A precision that the model's source rules out is not
         made, and the manifest's `refused` says why.
+    prior, calibrate, progress: see `export_bundle`. prior_examples: real inputs that the prior is fitted to; None:
+        `examples`.
 
     Raises:
         ExportError, InputError, OutputError: see `export_bundle`.
@@ -141,6 +173,15 @@ def export_imported(
     wanted = check_wanted([one for one in precisions if one not in imported.refused], budget, keep, x)
     refused = {one: {"reason": imported.refused[one], "quality": {}} for one in precisions if one in imported.refused}
     likelihood = Likelihood.from_dict(imported.likelihood) if imported.likelihood is not None else None
+    on_data = plan_on_data(
+        spec,
+        any_size=imported.is_free,
+        units=None if examples is None else x,
+        prior=prior,
+        prior_examples=examples if prior_examples is None else prior_examples,
+        calibrate=calibrate,
+        progress=progress,
+    )
     return _export(
         imported.halves,
         path,
@@ -154,6 +195,7 @@ def export_imported(
         training={},
         tolerance=tolerance,
         wanted=wanted,
+        on_data=on_data,
         force=force,
         origin=imported.origin,
         refused=refused,
@@ -180,6 +222,9 @@ def export_bundle(
     precisions: Sequence[str] = ("fp32",),
     budget: Budget = DEFAULT_BUDGET,
     keep: bool = False,
+    prior: str | None = None,
+    calibrate: Any = None,
+    progress: Progress | None = None,
     force: bool = False,
 ) -> Manifest:
     """Export any two modules as a bundle, verified against PyTorch on `examples`.
@@ -204,6 +249,13 @@ def export_bundle(
     budget: how much that may be. A precision that loses more is not written, and the manifest's `refused` says why.
     keep: write it nevertheless, marked in the manifest (`within_budget`); never one that gives NaN or infinity, or is
         so far off on the golden inputs that a self-test would tell nothing.
+    prior: "gaussian", or "mixture:10" of as many components, is fitted to the latents of the examples, for
+        `VAE.sample(prior="fitted")`; None: the bundle has the standard one alone, an autoencoder's none.
+    calibrate: at least 100 examples as they should be, like `examples`, that the model was not trained on: the
+        quantiles of their anomaly scores are what `VAE.is_anomaly` compares with. Where height and width are free, of
+        the method "reconstruction" alone, whose scores do not grow with the size.
+    progress: called while importance sampling scores these, which may take minutes, with how many draws are done and
+        how many there are.
 
     Raises:
         ExportError: torch cannot export a half, it breaks the contract, or it differs by more than the tolerance.
@@ -223,6 +275,15 @@ def export_bundle(
         raise InputError(str(error)) from None
     threshold = parsed is not None and parsed.binarize == "threshold"
     wanted = check_wanted(precisions, budget, keep, x)
+    on_data = plan_on_data(
+        spec._replace(shape=x.shape[1:]),
+        any_size=spec.is_free,
+        units=x,
+        prior=prior,
+        prior_examples=x,
+        calibrate=_without_torch(calibrate),
+        progress=progress,
+    )
     with _evaluation_mode(encoder, decoder):
         return _export(
             Reference(
@@ -238,6 +299,7 @@ def export_bundle(
             training={},
             tolerance=tolerance,
             wanted=wanted,
+            on_data=on_data,
             force=force,
         )
 
@@ -276,6 +338,7 @@ def _export(
     training: Mapping[str, Any],
     tolerance: float,
     wanted: Wanted,
+    on_data: OnData,
     force: bool,
     origin: Mapping[str, Any] | None = None,
     refused: Mapping[str, Mapping[str, Any]] | None = None,
@@ -320,7 +383,8 @@ def _export(
         latent_codecs={UINT8: judge.codec_cost()} if spec.is_image and real else {},
     )
     files = {"encoder.onnx": graphs[0], "decoder.onnx": graphs[1], **made.graphs}
-    return write_bundle(path, manifest, files, golden_values, force)
+    manifest, extra = on_data.measure(manifest, files)
+    return write_bundle(path, manifest, files, golden_values, force, extra)
 
 
 def _try_out(halves: Halves, x: Float32, spec: InputSpec) -> Float32:
@@ -371,8 +435,7 @@ def synthetic_inputs(spec: InputSpec, count: int, like: Float32 | None = None) -
 
 def _inputs(examples: Any, colour: str | None, resize: str) -> tuple[InputSpec, Float32]:
     """What kind of input the examples are, and the examples as the encoder takes them."""
-    if isinstance(examples, torch.Tensor):
-        examples = examples.detach().cpu().numpy()
+    examples = _without_torch(examples)
     require_plain_array(examples, "examples")
     if (examples.dtype, examples.ndim) not in ((np.uint8, 3), (np.uint8, 4), (np.float32, 4), (np.float32, 2)):
         rule = "expected images (N, H, W[, C]) uint8 or (N, C, H, W) float32, or vectors (N, D) float32"
@@ -391,6 +454,10 @@ def _inputs(examples: Any, colour: str | None, resize: str) -> tuple[InputSpec, 
     except BundleError as error:
         raise InputError(str(error)) from None
     return spec, to_model_input(examples, spec, "examples")
+
+
+def _without_torch(examples: Any) -> Any:
+    return examples.detach().cpu().numpy() if isinstance(examples, torch.Tensor) else examples
 
 
 class _Half(nn.Module):

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from vae_runtime.preprocess import Float32
 
 INPUT_RANGES = ("unit", "signed")
+HELD_OUT = "held-out"  # a checkpoint's own validation examples, as --calibrate and `calibrate` call them
 SPREADS = ("logvar", "log_std", "std", "variance")
 
 

@@ -17,7 +17,7 @@ FEW_EXAMPLES = 32
 
 
 class FewExamplesWarning(UserWarning):
-    """There are so few examples that a precision's quality may be another on others."""
+    """There are so few examples that on others a precision's quality may be another, and a fitted prior not fit."""
 
 
 @dataclass(frozen=True)

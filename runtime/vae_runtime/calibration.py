@@ -43,8 +43,8 @@ class Calibration(NamedTuple):
             )
         if method not in self.scores:
             raise NotInBundleError(
-                f"scores by {method!r} were not calibrated, only by {', '.join(self.scores)}; make the bundle again"
-                " with: vae-export SOURCE --calibrate DATA"
+                f"scores by {method!r} were not calibrated, only by {', '.join(self.scores)}; take such a method, or"
+                " make the bundle again with: vae-export SOURCE --calibrate DATA"
             )
         values, index = self.scores[method], bisect_right(self.levels, quantile)
         low, high = self.levels[index - 1], self.levels[index]

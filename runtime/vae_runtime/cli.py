@@ -27,7 +27,7 @@ from .command_inputs import (
     shape_before_cut,
     tile_option,
 )
-from .console import NEGATIVE_VERDICT, Group, Sides, engine_options, json_option, print_json
+from .console import NEGATIVE_VERDICT, Group, Sides, describe_latent, engine_options, json_option, print_json
 from .cuda import driver_version, find_gpus
 from .devices import usable_devices
 from .engine import engine_clash, import_engine
@@ -39,6 +39,7 @@ from .latents import to_decoder_input
 from .manifest import InputSpec, Manifest
 from .preprocess import to_model_input
 from .prior import PRIORS
+from .score_commands import evaluate, score
 from .tune import DEFAULT_SECONDS
 from .tune import describe as describe_candidate
 from .tune import tune as run_tune
@@ -277,7 +278,7 @@ def interpolate(bundle: str, a: str, b: str, steps: int, method: str, output: st
     _report(steps, output, sink.written)
 
 
-for command in (traverse, draw_map, nearest):
+for command in (traverse, draw_map, nearest, score, evaluate):
     main.add_command(command)
 
 
@@ -315,7 +316,7 @@ def _describe(manifest: Manifest, engine: dict[str, Any]) -> str:
     lines = [
         f"{manifest.name}, {'an autoencoder' if manifest.kind == 'autoencoder' else 'a variational autoencoder'}",
         f"  input       {_pairs(data['input'])}",
-        f"  latent      {_pairs(data['latent'])}",
+        f"  latent      {_pairs({key: data['latent'][key] for key in ('shape', 'prior')})}",
         f"  likelihood  {_pairs(data['likelihood'] or {})}",
         f"  trained on  {_pairs({k: v for k, v in manifest.training.items() if not isinstance(v, dict)})}",
         f"  made with   {_pairs(manifest.producer)}",
@@ -323,6 +324,7 @@ def _describe(manifest: Manifest, engine: dict[str, Any]) -> str:
     ]
     if manifest.origin:
         lines.append(f"  from        {_pairs(manifest.origin)}")
+    lines += [f"  {'' if index else 'on data':11} {line}" for index, line in enumerate(describe_latent(manifest))]
     for name, precision in manifest.precisions.items():
         for half, file in (("encoder", precision.encoder), ("decoder", precision.decoder)):
             lines.append(f"  {name:11} {half}  {file}  {manifest.files[file].bytes:,} bytes")

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from .errors import VAEError
+from .manifest import Manifest
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -83,6 +84,22 @@ class Sides(click.ParamType):  # type: ignore[type-arg]  # generic in newer vers
         except ValueError:
             self.fail(f"{value!r} is not of the form HEIGHTxWIDTH", param, ctx)
         return height, width
+
+
+def describe_latent(manifest: Manifest) -> list[str]:
+    """What was measured of a bundle on real data, in words, a line each."""
+    lines, units = [], manifest.latent.active_units
+    if units is not None:
+        of = "the posterior's mean" if manifest.kind == "vae" else "the code"
+        rule = f"variance of {of} above {units.threshold:.3g} on {units.examples} examples"
+        lines.append(f"{units.active} of {len(units.variances)} units active ({rule})")
+    if (fitted := manifest.latent.fitted_prior) is not None:
+        what = "a Gaussian" if fitted.type == "gaussian" else f"a mixture of {fitted.components} Gaussians"
+        lines.append(f"fitted prior: {what} with full covariance, from {fitted.examples} examples")
+    if (calibration := manifest.calibration) is not None:
+        source = "held-out " if calibration.source == "held-out" else ""
+        lines.append(f"calibrated on {calibration.examples} {source}examples: {', '.join(calibration.scores)}")
+    return lines
 
 
 def json_option(function: _Function) -> _Function:

@@ -14,7 +14,7 @@ import numpy as np
 from .atomic import atomic_file
 from .errors import InputError, MissingExtraError
 from .manifest import InputSpec
-from .preprocess import UInt8
+from .preprocess import Float32, UInt8
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -117,6 +117,16 @@ def grid(images: UInt8, columns: int | None = None, scale: int | None = None, ga
         top, left = (index // columns) * cell_height + gap, (index % columns) * cell_width + gap
         sheet[top : top + height * scale, left : left + width * scale] = image.repeat(scale, 0).repeat(scale, 1)
     return sheet
+
+
+def overlay(images: Float32, heat: Float32) -> Float32:
+    """Images in grey, and over them in red what is hot: float32 (N, 1 or 3, H, W) in [0, 1] and heat (N, H, W), 0 none
+    to 1 and above full red -> float32 (N, 3, H, W) in [0, 1]."""
+    weights = np.array([0.299, 0.587, 0.114] if images.shape[1] == 3 else [1], np.float32)  # ITU-R 601 luma
+    grey = np.tensordot(images, weights, ([1], [0]))
+    opacity = np.clip(heat, 0, 1)
+    red, rest = grey + (1 - grey) * opacity, grey * (1 - opacity)
+    return np.stack([red, rest, rest], axis=1)
 
 
 def _pillow(purpose: str) -> Any:

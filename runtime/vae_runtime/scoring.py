@@ -26,6 +26,11 @@ def default_method(manifest: Manifest) -> str:
     return "elbo" if manifest.kind == "vae" and manifest.likelihood is not None else "reconstruction"
 
 
+def score_methods(manifest: Manifest) -> tuple[str, ...]:
+    """The methods that this bundle has what they need for."""
+    return SCORE_METHODS if manifest.kind == "vae" and manifest.likelihood is not None else ("reconstruction",)
+
+
 class Scoring:
     """The scores of one bundle. operations: the encoder's and the decoder's."""
 

@@ -86,7 +86,7 @@ def open_sink(
             yield _FolderSink(folder, form or "png")
 
 
-def _different_sizes(name: str, found: tuple[int, ...], first: tuple[int, ...]) -> InputError:
+def different_sizes(name: str, found: tuple[int, ...], first: tuple[int, ...]) -> InputError:
     return InputError(
         f"{name} gives a result of shape {found}, and the first one {first}; results of different sizes go into a"
         " folder (an output without a suffix)"
@@ -161,7 +161,7 @@ class _ArraySink:
 
     def add(self, images: Float32, names: list[str], originals: Float32 | None = None) -> None:
         if images.shape[1:] != self._shape:
-            raise _different_sizes(names[0], images.shape[1:], self._shape)
+            raise different_sizes(names[0], images.shape[1:], self._shape)
         self._writer.append(**{RECONSTRUCTION: images})
         self.written += len(images)
 
@@ -178,7 +178,7 @@ class _GridSink:
     def add(self, images: Float32, names: list[str], originals: Float32 | None = None) -> None:
         room = self._limit - self.written
         if self._images and self._images[0].shape[1:3] != images.shape[2:]:
-            raise _different_sizes(names[0], images.shape[2:], self._images[0].shape[1:3])
+            raise different_sizes(names[0], images.shape[2:], self._images[0].shape[1:3])
         if room > 0:
             self._images.append(to_uint8(images[:room]))
             if originals is not None:

@@ -12,11 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
 import vae_benchmarks.cli as cli
-from vae_benchmarks import Report, Settings
+from vae_benchmarks import Report, Settings, worker
+from vae_benchmarks.harness import _skip_what_cannot_run
+from vae_runtime import VAE
+from vae_runtime.manifest import PRIOR_FILE, FittedPrior
+from vae_runtime.prior import GaussianMixture
 
 BASE = {("encode", 1, 1): 0.1, ("decode", 1, 1): 0.2}
 QUICK = ("--batch", "1", "--threads", "1", "--seconds", "0.01", "--rounds", "1", "--operation", "encode")
@@ -232,6 +237,25 @@ def test_help_needs_neither_psutil_nor_an_engine(tmp_path: Path) -> None:
     result = vae_bench("--help", env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert result.returncode == 0, result.stderr
     assert "compare" in result.stdout
+
+
+def test_an_autoencoder_with_a_fitted_prior_can_sample(autoencoder: Path, tmp_path: Path) -> None:
+    with VAE.load(autoencoder) as vae:
+        assert _skip_what_cannot_run(Settings(), autoencoder)[0].operations == (
+            "encode",
+            "decode",
+            "reconstruct",
+            "score",
+        )
+        golden, manifest = vae.golden(), vae.manifest
+    prior = GaussianMixture(np.ones(1), np.zeros((1, 2)), np.eye(2)[None]).to_npz()
+    fitted = manifest._replace(latent=manifest.latent._replace(fitted_prior=FittedPrior("gaussian", 1, PRIOR_FILE, 9)))
+    graphs = {name: (autoencoder / name).read_bytes() for name in ("encoder.onnx", "decoder.onnx")}
+    write_bundle = pytest.importorskip("vae_export.bundle").write_bundle
+    write_bundle(tmp_path / "a.vae", fitted, graphs, golden, extra={PRIOR_FILE: prior})
+    assert _skip_what_cannot_run(Settings(), tmp_path / "a.vae") == (Settings(), {})
+    with VAE.load(tmp_path / "a.vae") as vae:
+        assert worker.make_call(vae, "sample", 3)().shape == (3, 5)
 
 
 def test_the_whole_way_of_an_autoencoder(autoencoder: Path, tmp_path: Path) -> None:

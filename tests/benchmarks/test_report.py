@@ -293,7 +293,7 @@ def test_files_that_are_not_there_are_named(measured: Report, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"operations": ("fly",)}, "operation is 'fly'; expected one of encode, sample, decode, reconstruct"),
+        ({"operations": ("fly",)}, "operation is 'fly'; expected one of encode, sample, decode, reconstruct, score"),
         ({"operations": ()}, "operations is (); expected at least one, in a tuple"),
         ({"batches": (1, 0)}, "batch is 0; expected a whole number from 1 to 65536"),
         ({"batches": (2.5,)}, "batch is 2.5; expected a whole number"),

@@ -28,6 +28,7 @@ def test_operations_are_the_public_ones_on_golden_inputs(tiny: Path) -> None:
             "decode": vae.decode(vae.encode(x[[0, 1, 2, 3, 0, 1]]).mode()),
             "reconstruct": vae.reconstruct(x[[0, 1, 2, 3, 0, 1]]),
             "sample": vae.sample(6, seed=0),
+            "score": vae.score(x[[0, 1, 2, 3, 0, 1]]),
         }
         for operation, value in expected.items():
             result = worker.make_call(vae, operation, 6)()
@@ -40,6 +41,7 @@ def test_images_of_another_size_are_cut_or_mirrored(free: Path) -> None:
         images = worker.examples(vae, 5, [20, 8])
         np.testing.assert_array_equal(images[:, :, :12], golden[[0, 1, 2, 3, 0], ..., :8])
         np.testing.assert_array_equal(images[:4, :, 12:], golden[:, :, :3:-1, :8])
+        assert worker.make_call(vae, "score", 5, [20, 8])().shape == (5,)
         for operation in ("encode", "decode", "reconstruct", "sample"):
             result = worker.make_call(vae, operation, 5, [20, 8])()
             shape = (5, 2, 10, 4) if operation == "encode" else (5, 3, 20, 8)

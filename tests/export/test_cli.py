@@ -13,7 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from vae_export.bundle import write_bundle
-from vae_export.cli import _describe, _read_examples, main
+from vae_export.cli import _describe, _read_examples, _read_more, main
+from vae_runtime import VAE
 from vae_runtime.bundle import Bundle
 from vae_runtime.manifest import InputSpec
 
@@ -89,6 +90,16 @@ def test_of_many_pictures_those_evenly_spaced_over_all_are_read(tmp_path: Path) 
             "--precision has 'int4'; expected some of fp32, fp16, int8, with commas",
         ),
         (["{model}", "--budget-psnr", "-1"], "budget.psnr_db is -1.0; expected a finite number from 0"),
+        (
+            ["{model}", "--prior", "mixture"],
+            "prior is 'mixture'; expected 'gaussian', or for 10 components 'mixture:10'",
+        ),
+        (["{model}", "--calibrate", "absent.npy"], "absent.npy does not exist"),
+        (["{model}", "--calibrate", "held-out"], "held_out has 40 examples; expected at least 100"),
+        (
+            ["{model}", "--calibrate", "held-out", "--calibrate", "a.npy"],
+            "--calibrate has 'held-out' and 1 other(s); give one or the other",
+        ),
     ],
 )
 def test_a_failure_is_one_sentence_and_writes_nothing(model_file: Path, arguments: list[str], message: str) -> None:
@@ -99,6 +110,49 @@ def test_a_failure_is_one_sentence_and_writes_nothing(model_file: Path, argument
     assert result.stderr.startswith("Error: ")
     assert result.stderr.count("\n") == 1
     assert sorted(model_file.parent.iterdir()) == before
+
+
+def test_data_calibrates_and_a_prior_is_fitted_to_more_than_verifies(
+    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vae_export.cli.EXAMPLES_LIMIT", 20)
+    monkeypatch.setattr("vae_export.cli.MOST_EXAMPLES", 130)
+    images = np.random.default_rng(3).integers(0, 256, (260, 8, 8), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    data = ("--data", tmp_path / "images.npy", "--calibrate", tmp_path / "images.npy")
+    result = run(model_file, "--output", tmp_path / "a.vae", "--prior", "gaussian", *data)
+    assert result.exit_code == 0, result.output
+    manifest = Bundle.open(tmp_path / "a.vae").manifest
+    assert manifest.precisions["fp32"].fidelity["examples"] == 32  # 20, and some of these again
+    assert manifest.latent.fitted_prior is not None
+    assert manifest.latent.fitted_prior.examples == 130
+    assert manifest.calibration is not None
+    assert (manifest.calibration.examples, manifest.calibration.source) == (130, "data")
+    with VAE.load(tmp_path / "a.vae", threads=1) as vae:
+        scores = vae.score(images[::2])  # evenly spaced over all
+    assert manifest.calibration.scores["elbo"][-1] == pytest.approx(scores.max(), rel=1e-5)
+    units = manifest.latent.active_units
+    assert units is not None
+    assert f"  {units.active} of 6 units active (variance of the posterior's mean above 0.01 on 40 ex" in result.stdout
+    assert "  fitted prior: a Gaussian with full covariance, from 130 examples\n" in result.stdout
+    assert "  calibrated on 130 examples: elbo, reconstruction, log_likelihood\n" in result.stdout
+
+
+def test_few_examples_for_a_prior_are_warned_of(model_file: Path, tmp_path: Path) -> None:
+    result = run(model_file, "--output", tmp_path / "a.vae", "--prior", "mixture:2")
+    assert result.exit_code == 0, result.output
+    assert (
+        "Warning: the prior 'mixture:2' is fitted to 40 examples; with fewer than 120, 10 for each of 6"
+        in result.stderr
+    )
+
+
+def test_large_examples_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    monkeypatch.setattr("vae_export.cli._read_examples", lambda data, spec, limit: taken.append(limit))
+    for shape in ((1, 28, 28), (3, 256, 256), (3, 20000, 20000)):
+        _read_more({"prior": None, "calibrate": ("a",)}, (), InputSpec("image", shape))
+    assert taken == [10_000, 2**28 // (3 * 256 * 256), 1]
 
 
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:

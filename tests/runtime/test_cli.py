@@ -26,6 +26,7 @@ from vae_runtime.sinks import GRID_LIMIT, pair_rows
 
 COMMANDS = (
     "info", "selftest", "encode", "decode", "sample", "reconstruct", "interpolate", "traverse", "map", "nearest",
+    "score", "evaluate",
 )  # fmt: skip
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 

@@ -194,6 +194,7 @@ def _summary(metrics: dict[str, Any], output: Path) -> str:
         f"test part, {test['examples']:,} examples: {figure}",
         *_likelihood(test),
         f"test part, without sampling: mean squared error {test['mse']:.5g}{psnr}",
+        *_samples(metrics.get("samples", {})),
     ]
     return "\n".join(lines)
 
@@ -203,6 +204,16 @@ def _likelihood(test: dict[str, Any]) -> list[str]:
         return []
     figure = f"{test['nll_nats']:.2f} ± {test['nll_standard_error_nats']:.2f} nats"
     return [f"test part, -log p(x) by {test['nll_samples']:,} importance samples for each example: {figure}"]
+
+
+def _samples(samples: dict[str, Any]) -> list[str]:
+    """Every entry of precision and recall in one line."""
+    shown = ", ".join(
+        f"{name} {figures['precision']:.2f} and {figures['recall']:.2f}"
+        for name, figures in samples.items()
+        if isinstance(figures, dict) and name != "train"
+    )
+    return [f"samples by prior, precision and recall against the test part: {shown}"] if shown else []
 
 
 def main(args: list[str] | None = None) -> None:

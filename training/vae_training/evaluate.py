@@ -107,7 +107,7 @@ def recalibrate(objective: Objective, x: Float32, seed: int) -> None:
 
 
 def batches(x: Float32, objective: Objective) -> list[Tensor]:
-    """x in parts of nearly equal size, on the device of `objective`."""
+    """x, inputs or latents, in parts of nearly equal size, on the device of `objective`."""
     device = next(objective.parameters()).device
-    size = max(4, min(BATCH, BATCH_ELEMENTS // int(np.prod(x.shape[1:]))))
+    size = max(4, min(BATCH, BATCH_ELEMENTS // math.prod(objective.model.config.input_shape)))
     return [torch.from_numpy(part).to(device) for part in np.array_split(x, -(-len(x) // size))]

@@ -25,7 +25,7 @@ from vae_runtime.atomic import atomic_folder
 from vae_runtime.errors import InputError, MissingExtraError, TrainingError
 from vae_runtime.preprocess import Float32, binarize
 
-from . import report
+from . import report, sample_quality
 from .config import CAPACITY_RISE, TrainConfig
 from .data import Dataset
 from .devices import make_accelerator
@@ -37,6 +37,7 @@ from .losses import Objective, capacity_at, kl_weight
 from .models import build_model, count_parameters
 from .optimise import learning_rate, make_optimizer, moving_average, set_learning_rate
 from .rate_distortion import require_matplotlib
+from .sample_quality import measure_samples
 from .source import Source, open_source
 from .split import Parts
 
@@ -80,7 +81,7 @@ def train(
         run.load()
     with _summary_writer(folder.path, tensorboard and accelerator.is_main_process) as writer:
         run.fit(checkpoint_seconds, writer, progress and accelerator.is_main_process)
-    return run.finish()
+    return run.finish(progress and accelerator.is_main_process)
 
 
 def check_size(config: TrainConfig, data: Dataset) -> None:
@@ -267,8 +268,8 @@ class Run:
                 "only as many continue exactly"
             )
 
-    def finish(self) -> dict[str, Any]:
-        """Measure the best weights on the test part, write everything, and return the metrics."""
+    def finish(self, progress: bool = False) -> dict[str, Any]:
+        """Measure the best weights on the test part, and their samples, write everything, and return the metrics."""
         objective = cast(Objective, self.ema.module)
         objective.load_state_dict(self.state.best_weights)
         objective.eval()
@@ -279,12 +280,29 @@ class Run:
                 "validation": measure(objective, self.validation, self.config.seed),
             }
             if self.config.nll_samples:
-                figures["test"] |= measure_nll(objective, test, self.config.seed, self.config.nll_samples)
+                samples, seed = self.config.nll_samples, self.config.seed
+                figures["test"] |= measure_nll(objective, test, seed, samples, progress)
             for part, measured in figures.items():
                 self.require_finite(measured, part)
+            if (quality := self.sample_quality(objective)) is not None:
+                figures["samples"] = quality
             metrics = report.write_results(self, objective, test, figures)
         self.accelerator.wait_for_everyone()
         return metrics if self.accelerator.is_main_process else self.folder.finished() or {}
+
+    def sample_quality(self, objective: Objective) -> dict[str, Any] | None:
+        """See `sample_quality.measure_samples`; None where there is nothing to be measured."""
+        test = self.parts.test[: sample_quality.MAX_TEST]
+        elements = math.prod(self.data.spec.example_shape)
+        most = min(sample_quality.MAX_TRAIN, max(100, sample_quality.MAX_TRAIN_ELEMENTS // elements))
+        train = standard_rng(self.config.seed, 4).permutation(self.parts.train)[:most]
+        if not sample_quality.can_measure(objective, min(len(test), len(train))):
+            return None
+        encoded = self.examples(train, 5)
+        if self.config.binarize == "dynamic":  # samples are grey, as are the probabilities that binary images have
+            grey = self.data.model_input(train), self.data.model_input(test)
+            return measure_samples(objective, encoded, *grey, self.config.seed)
+        return measure_samples(objective, encoded, encoded, self.examples(test, 3), self.config.seed)
 
 
 def initial_objective(config: TrainConfig, data: Dataset, parts: Parts) -> Objective:

@@ -1,0 +1,139 @@
+"""What a bundle says of real data: active units, a fitted prior, quantiles of anomaly scores. All of it is computed by
+the runtime's own code on the finished fp32 graphs, so that a device which runs them agrees."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vae_runtime.calibration import LEAST_EXAMPLES, Calibration
+from vae_runtime.errors import InputError
+from vae_runtime.manifest import PRIOR_FILE, ActiveUnits, InputSpec, Manifest
+from vae_runtime.preprocess import Float32, to_model_input
+from vae_runtime.prior import Float64
+from vae_runtime.scoring import score_methods
+from vae_runtime.tiling import Progress
+from vae_runtime.vae import VAE
+
+from .in_memory import run_in_memory
+from .prior import PriorFit, parse_prior
+
+ACTIVE_VARIANCE = 0.01  # of a posterior's mean, above which Burda et al. (2016) call a unit active
+LEAST_FOR_UNITS = 32  # examples; the variance of fewer says little
+# Hundredths, and at both ends thousandths: thresholds lie in the tail.
+LEVELS = tuple(sorted({*(n / 100 for n in range(101)), *(n / 1000 for n in (*range(10), *range(990, 1000))), 0.9999}))
+
+
+@dataclass(frozen=True)
+class OnData:
+    """Which examples tell what, all as the encoder takes them; None: it is left out.
+
+    units: for the active units; where they are few, those of the others will do. prior: what to fit, and to what.
+    calibration: examples as they should be, for thresholds, and calibration_source: "held-out" or "data".
+    progress: see `export_bundle`.
+    """
+
+    units: Float32 | None = None
+    prior: PriorFit | None = None
+    calibration: Float32 | None = None
+    calibration_source: str = "data"
+    progress: Progress | None = None
+
+    def measure(self, manifest: Manifest, graphs: dict[str, bytes]) -> tuple[Manifest, dict[str, bytes]]:
+        """The manifest with what was found, and the files that it names beside the graphs."""
+        latent, files, calibration = manifest.latent, {}, None
+        real = (self.units, None if self.prior is None else self.prior.examples, self.calibration)
+        units = next((x for x in real if x is not None and len(x) >= LEAST_FOR_UNITS), None)
+        if units is None and self.prior is None and self.calibration is None:
+            return manifest, {}  # without opening the graphs, which may be large
+        with run_in_memory(manifest, graphs) as vae:
+            if units is not None:
+                latent = latent._replace(active_units=active_units(vae, units))
+            if self.prior is not None:
+                fitted, files[PRIOR_FILE] = self.prior.fit(vae)
+                latent = latent._replace(fitted_prior=fitted)
+            if self.calibration is not None:
+                calibration = _calibrate(vae, self.calibration, self.calibration_source, self.progress)
+        return manifest._replace(latent=latent, calibration=calibration), files
+
+
+def plan_on_data(
+    spec: InputSpec,
+    *,
+    any_size: bool,
+    units: Float32 | None,
+    prior: str | None = None,
+    prior_examples: Any = None,
+    calibrate: Any = None,
+    source: str = "data",
+    progress: Progress | None = None,
+) -> OnData:
+    """What the caller asked for, checked before any work is done.
+
+    spec: of one example. any_size: the bundle leaves height and width free. prior: "gaussian" or "mixture:10", to be
+        fitted to `prior_examples`. calibrate: the examples for it.
+
+    Raises:
+        InputError: an argument breaks a rule, or there are no real examples for what was asked for.
+    """
+    fit = None
+    if prior is not None:
+        kind, components = parse_prior(prior)
+        if any_size:
+            raise InputError(
+                f"prior is {prior!r}, which is fitted to latents of one shape; this model leaves height and width free"
+            )
+        if prior_examples is None:
+            raise InputError(f"prior {prior!r} needs real inputs, and there are none; pass some (--data)")
+        fit = PriorFit(kind, components, to_model_input(prior_examples, spec, "the prior's examples"))
+    checked = None if calibrate is None else _check_calibration(calibrate, spec, source)
+    return OnData(units, fit, checked, source, progress)
+
+
+def active_units(vae: VAE, examples: Float32) -> ActiveUnits:
+    """How much the posterior's mean varies over the examples, unit by unit.
+
+    A plain autoencoder's code has no prior whose variance would be 1: a unit of it counts as active where it varies by
+    more than a hundredth of what the unit that varies most does.
+    """
+    mean = vae.encode(examples).mean.astype(np.float64)
+    units = np.moveaxis(mean, 1, -1).reshape(-1, mean.shape[1]) if mean.ndim == 4 else mean.reshape(len(mean), -1)
+    rounded = tuple(_rounded(value) for value in units.var(axis=0))  # of (N, C, h, w), the units are the channels
+    threshold = ACTIVE_VARIANCE if vae.manifest.kind == "vae" else _rounded(ACTIVE_VARIANCE * max(rounded))
+    return ActiveUnits(rounded, threshold, len(mean))
+
+
+def _check_calibration(examples: Any, spec: InputSpec, source: str) -> Float32:
+    if isinstance(examples, str):
+        raise InputError(f"calibrate is {examples!r}, and only a model.pt has held-out examples; pass examples")
+    name = "calibrate" if source == "data" else "held_out"
+    checked = to_model_input(examples, spec, name)
+    if len(checked) < LEAST_EXAMPLES:
+        rule = f"expected at least {LEAST_EXAMPLES}: fewer say too little of the tail that thresholds lie in"
+        raise InputError(f"{name} has {len(checked)} examples; {rule}")
+    return checked
+
+
+def _calibrate(vae: VAE, examples: Float32, source: str, progress: Progress | None) -> Calibration:
+    scores = {}
+    # Of images of any size, scores in nats grow with the size, and say nothing of those of another one.
+    methods = ("reconstruction",) if vae.manifest.input.is_free else score_methods(vae.manifest)
+    for method in methods:
+        found = _score_slowly(vae, examples, progress) if method == "log_likelihood" else vae.score(examples, method)
+        quantiles = np.quantile(found, LEVELS)
+        scores[method] = tuple(_rounded(value) for value in quantiles)  # rounding keeps their order
+    return Calibration(source, len(examples), LEVELS, scores)
+
+
+def _score_slowly(vae: VAE, examples: Float32, progress: Progress | None) -> Float64:
+    """`VAE.score` by log_likelihood with its defaults, that tells how far it is."""
+    parameters = inspect.signature(VAE.score).parameters
+    n_samples, seed = (parameters[name].default for name in ("n_samples", "seed"))
+    return -vae.log_likelihood(examples, n_samples, seed, progress=progress)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")

@@ -1,0 +1,93 @@
+"""Labels from files, for the command line that evaluates scores."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import InputError
+
+KEYS = ("labels", "label", "y")  # of an .npz, tried in this order
+SUFFIXES = (".npy", ".npz", ".csv", ".txt")
+_SHOWN = 10  # of the labels that a file has, in a message
+
+
+def read_labels(path: str, anomaly_labels: Sequence[str] = ()) -> NDArray[np.bool_]:
+    """Which examples are anomalies, in the file's order -> bool (N,).
+
+    anomaly_labels: those that mean an anomaly; none: 1 does, and 0 means that it is none.
+
+    Raises:
+        InputError: the file cannot be read, has no labels that are understood, or not those that are asked for.
+    """
+    labels = _read(Path(path))
+    wanted = set(anomaly_labels) or {"1"}
+    there = sorted(set(labels), key=lambda label: (len(label), label))
+    if not anomaly_labels and not set(there) <= {"0", "1"}:
+        other = next(label for label in there if label not in ("0", "1"))
+        raise InputError(
+            f"{path} has the label {other!r}; expected 1 for an anomaly and 0 for none, or --anomaly-label to say which"
+            " are"
+        )
+    if absent := sorted(wanted - set(there)) if anomaly_labels else []:
+        raise InputError(f"{path} has no label {absent[0]!r}; it has {', '.join(there[:_SHOWN])}")
+    return np.array([label in wanted for label in labels], bool)
+
+
+def _read(path: Path) -> list[str]:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise InputError(f"{path} has the suffix {suffix!r}; labels are read from {', '.join(SUFFIXES)}")
+    try:
+        if suffix == ".txt":
+            return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        if suffix == ".csv":
+            return _column(path)
+        return _texts(_array(path), path)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file raises nearly anything
+        raise InputError(f"{path} cannot be read as labels: {error}") from None
+
+
+def _column(path: Path) -> list[str]:
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        rows = [[cell.strip() for cell in row] for row in csv.reader(stream) if row]
+    if not rows:
+        return []
+    if "label" in rows[0]:
+        place, rows = rows[0].index("label"), rows[1:]
+    elif len(rows[0]) == 1:
+        place = 0
+    else:
+        raise InputError(f"{path} has the columns {', '.join(rows[0])}; expected one with the heading 'label', or one")
+    return [row[place] if place < len(row) else "" for row in rows]
+
+
+def _array(path: Path) -> NDArray[Any]:
+    loaded = np.load(path, allow_pickle=False)
+    if isinstance(loaded, np.ndarray):
+        return loaded
+    with loaded as archive:
+        name = next((key for key in KEYS if key in archive.files), None)
+        if name is None and len(archive.files) == 1:
+            name = archive.files[0]
+        if name is None:
+            raise InputError(f"{path} holds the arrays {archive.files}; expected one of {', '.join(KEYS)}, or one")
+        return np.asarray(archive[name])
+
+
+def _texts(labels: NDArray[Any], path: Path) -> list[str]:
+    """Whole numbers, however they are stored, as they are written."""
+    whole = labels.dtype.kind in "biu" or (labels.dtype.kind == "f" and bool((labels == np.floor(labels)).all()))
+    if labels.ndim != 1 or not (whole or labels.dtype.kind == "U"):
+        rule = "expected whole numbers or texts, (N,)"
+        raise InputError(f"{path} has labels of shape {labels.shape} and dtype {labels.dtype}; {rule}")
+    return [str(int(label)) if whole else str(label) for label in labels.tolist()]

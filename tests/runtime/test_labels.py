@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vae_runtime.errors import InputError
+from vae_runtime.labels import read_labels
+
+EXPECTED = [False, True, True, False]
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int64, np.float32, "U1"])
+def test_arrays_of_any_kind_hold_labels(tmp_path: Path, dtype: Any) -> None:
+    labels = np.array([0, 1, 1, 0]).astype(dtype)
+    np.save(tmp_path / "a.npy", labels)
+    assert read_labels(str(tmp_path / "a.npy")).tolist() == EXPECTED
+    np.savez(tmp_path / "a.npz", x=np.zeros((4, 2)), y=labels)
+    assert read_labels(str(tmp_path / "a.npz")).tolist() == EXPECTED
+    np.savez(tmp_path / "b.npz", anything=labels)
+    assert read_labels(str(tmp_path / "b.npz")).tolist() == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.txt", "0\n1\n1\n0\n\n"),
+        ("a.csv", "0\r\n1\r\n1\r\n0\r\n"),
+        ("a.csv", "\ufefflabel\n0\n1\n1\n0\n"),
+        ("a.csv", 'name,label\na.png,0\n"b, c.png",1\nd.png, 1\ne.png,0\n'),
+    ],
+)
+def test_texts_hold_labels(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert read_labels(str(tmp_path / name)).tolist() == EXPECTED
+
+
+def test_anomalies_may_have_labels_of_their_own(tmp_path: Path) -> None:
+    np.save(tmp_path / "digits.npy", np.array([3, 8, 9, 3]))
+    assert read_labels(str(tmp_path / "digits.npy"), ["8", "9"]).tolist() == EXPECTED
+    (tmp_path / "words.txt").write_text("good\nscratch\nscratch\ngood\n")
+    assert read_labels(str(tmp_path / "words.txt"), ["scratch"]).tolist() == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "asked", "message"),
+    [
+        ("a.txt", "0\n2\n", (), "a.txt has the label '2'; expected 1 for an anomaly and 0 for none, or"),
+        ("a.txt", "3\n10\n3\n", ("8",), "a.txt has no label '8'; it has 3, 10"),
+        ("a.csv", "a,b\n0,1\n", (), "a.csv has the columns a, b; expected one with the heading 'label'"),
+        ("a.csv", "name,label\nx,1\ny\n", (), "a.csv has the label ''"),
+        ("a.json", "[]", (), "a.json has the suffix '.json'; labels are read from .npy, .npz, .csv, .txt"),
+        ("a.npy", np.zeros((2, 2)), (), r"has labels of shape \(2, 2\) and dtype float64; expected whole"),
+        ("a.npy", np.array([0.5, 1]), (), "dtype float64; expected whole numbers"),
+        ("a.npy", np.array([np.nan, 1]), (), "dtype float64; expected whole numbers"),
+        ("a.npy", np.array([1j]), (), "dtype complex128; expected whole numbers"),
+        ("a.npy", "nonsense", (), "a.npy cannot be read as labels"),
+        ("a.npz", {"a": np.ones(1), "b": np.ones(1)}, (), r"the arrays \['a', 'b'\]; expected one of labels,"),
+        ("absent.csv", None, (), "absent.csv does not exist"),
+        ("absent.npy", None, (), "absent.npy does not exist"),
+    ],
+)  # fmt: skip
+def test_what_holds_no_labels_is_refused_in_one_sentence(
+    tmp_path: Path, name: str, content: Any, asked: tuple[str, ...], message: str
+) -> None:
+    if isinstance(content, str):
+        (tmp_path / name).write_text(content)
+    elif isinstance(content, dict):
+        np.savez(tmp_path / name, **content)
+    elif content is not None:
+        np.save(tmp_path / name, content)
+    with pytest.raises(InputError, match=message) as caught:
+        read_labels(str(tmp_path / name), asked)
+    assert "\n" not in str(caught.value)
+
+
+def test_pickled_labels_are_never_loaded(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.array([1, "x"], object), allow_pickle=True)
+    with pytest.raises(InputError, match="cannot be read as labels"):
+        read_labels(str(tmp_path / "a.npy"))

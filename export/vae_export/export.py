@@ -254,8 +254,8 @@ def export_bundle(
     calibrate: at least 100 examples as they should be, like `examples`, that the model was not trained on: the
         quantiles of their anomaly scores are what `VAE.is_anomaly` compares with. Where height and width are free, of
         the method "reconstruction" alone, whose scores do not grow with the size.
-    progress: called while importance sampling scores these, which may take minutes, with how many draws are done and
-        how many there are.
+    progress: called while importance sampling scores these, which may take minutes, with how many examples are done
+        and how many there are.
 
     Raises:
         ExportError: torch cannot export a half, it breaks the contract, or it differs by more than the tolerance.

@@ -3,7 +3,6 @@ the runtime's own code on the finished fp32 graphs, so that a device which runs 
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from .prior import PriorFit, parse_prior
 
 ACTIVE_VARIANCE = 0.01  # of a posterior's mean, above which Burda et al. (2016) call a unit active
 LEAST_FOR_UNITS = 32  # examples; the variance of fewer says little
+PROGRESS_EXAMPLES = 64  # after which the slowest of the scores tells how far it is
 # Hundredths, and at both ends thousandths: thresholds lie in the tail.
 LEVELS = tuple(sorted({*(n / 100 for n in range(101)), *(n / 1000 for n in (*range(10), *range(990, 1000))), 0.9999}))
 
@@ -129,10 +129,13 @@ def _calibrate(vae: VAE, examples: Float32, source: str, progress: Progress | No
 
 
 def _score_slowly(vae: VAE, examples: Float32, progress: Progress | None) -> Float64:
-    """`VAE.score` by log_likelihood with its defaults, that tells how far it is."""
-    parameters = inspect.signature(VAE.score).parameters
-    n_samples, seed = (parameters[name].default for name in ("n_samples", "seed"))
-    return -vae.log_likelihood(examples, n_samples, seed, progress=progress)
+    """`VAE.score` by log_likelihood, part by part, that tells how far it is."""
+    parts = []
+    for start in range(0, len(examples), PROGRESS_EXAMPLES):
+        parts.append(vae.score(examples[start : start + PROGRESS_EXAMPLES], "log_likelihood"))
+        if progress is not None:
+            progress(sum(map(len, parts)), len(examples))
+    return np.concatenate(parts)
 
 
 def _rounded(value: float) -> float:

@@ -23,7 +23,7 @@ from .manifest import Likelihood, Manifest
 from .operation import Operation
 from .posterior import Posterior, Reconstruction
 from .preprocess import Float32, check_layout, image_size, require_plain_array
-from .sampling import NormalStream, check_count
+from .sampling import NormalStream, check_count, check_seed
 from .tiling import Progress
 
 Float64 = NDArray[np.float64]
@@ -72,6 +72,21 @@ def blocks(manifest: Manifest, encoder: Operation, inputs: Any, batch_size: int 
     return (Block(start, encoder.check(inputs[start : start + size])) for start in range(0, len(inputs), size))
 
 
+class SharedNoise:
+    """The same `n_samples` draws for every example, so that its estimate does not depend on what it comes with."""
+
+    def __init__(self, seed: int | None, n_samples: int) -> None:
+        self._sequence, self._n_samples = np.random.SeedSequence(check_seed(seed)), n_samples
+        self._left = 0
+
+    def draw(self, count: int, shape: tuple[int, ...]) -> Float32:
+        """The next shape[0] draws for each of `count` examples -> (count, *shape), whose rows are all one."""
+        if self._left == 0:
+            self._stream, self._left = NormalStream(self._sequence), self._n_samples
+        self._left -= shape[0]
+        return np.broadcast_to(self._stream.draw(shape[0], shape[1:]), (count, *shape))
+
+
 class Draws(NamedTuple):
     """s draws for each of k examples: noise and latents (k, s, *latent_shape), what they decode to (k, s, D)."""
 
@@ -82,7 +97,12 @@ class Draws(NamedTuple):
 
 
 def posterior_draws(
-    decoder: Operation, posterior: Posterior, n_samples: int, stream: NormalStream, rows: int, total: int
+    decoder: Operation,
+    posterior: Posterior,
+    n_samples: int,
+    stream: NormalStream | SharedNoise,
+    rows: int,
+    total: int,
 ) -> Iterator[Draws]:
     """`n_samples` draws from each posterior, decoded, at most `rows` at once; the whole call decodes `total`."""
     shape = posterior.mean.shape[1:]
@@ -121,10 +141,12 @@ def log_likelihood(
     seed: int | None,
     batch_size: int | None,
     progress: Progress | None = None,
+    shared: bool = False,
 ) -> Float64:
-    """As `VAE.log_likelihood`."""
+    """As `VAE.log_likelihood`. shared: all examples take the same noise, see `SharedNoise`."""
     likelihood, count = require_likelihood(manifest, "log_likelihood"), check_count(n_samples, "n_samples")
-    stream, results, done = NormalStream(seed), [], 0
+    stream = SharedNoise(seed, count) if shared else NormalStream(seed)
+    results, done = [], 0
     for block, posterior, rows in _encoded(manifest, operations, inputs, batch_size):
         x = comparable(manifest.input, targets(likelihood, block.x))
         average = LogMeanExp(len(x))

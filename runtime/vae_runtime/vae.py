@@ -424,9 +424,11 @@ class VAE:
         """How little each input looks like the data that the model was trained on, higher is odder -> float64 (N,).
 
         method: "elbo": -log p(x|z) at the posterior's mean, plus the KL divergence, in nats, nothing random;
-            "reconstruction": `reconstruction_error`, for every kind of model; "log_likelihood": minus `log_likelihood`
-            with `n_samples` and `seed`, far slower. None: what suits the bundle, see `scoring.default_method`.
-        n_samples, seed: for "log_likelihood" alone; the same seed gives the same scores.
+            "reconstruction": `reconstruction_error`, for every kind of model; "log_likelihood": minus the estimate of
+            `log_likelihood` with `n_samples`, far slower. None: what measured best for this likelihood, "elbo" for
+            Gaussian and Laplace, else "reconstruction".
+        n_samples, seed: for "log_likelihood" alone, which takes the same noise for every input, so that an input's
+            score does not depend on what it comes with.
         inputs, batch_size: as in `encode`.
 
         Raises:

@@ -89,15 +89,26 @@ def test_certain_decoders_are_scored_with_the_clip(
         assert (decoded.min(), decoded.max()) == (np.float32(low), np.float32(high))
         for rows in (x, x[:1]):
             for batch_size in (None, 2):
-                found = vae.score(rows, batch_size=batch_size)
+                found = vae.score(rows, "elbo", batch_size=batch_size)
                 np.testing.assert_allclose(found, by_hand(vae, rows, "elbo"), rtol=2e-6)
 
 
-def test_log_likelihood_is_minus_the_estimate_with_the_fixed_seed(tiny: VAE, images: np.ndarray) -> None:
-    found = tiny.score(images, "log_likelihood")
-    assert np.array_equal(found, -tiny.log_likelihood(images, 100, 0))
-    assert np.array_equal(found, tiny.score(images, "log_likelihood"))
-    assert np.array_equal(tiny.score(images, "log_likelihood", n_samples=7, seed=3), -tiny.log_likelihood(images, 7, 3))
+@pytest.mark.parametrize(("n_samples", "seed", "batch_size"), [(100, 0, None), (7, 3, None), (7, 3, 5), (300, 0, 2)])
+def test_log_likelihood_is_minus_the_estimate_of_each_image_alone(
+    tiny: VAE, images: np.ndarray, n_samples: int, seed: int, batch_size: int | None
+) -> None:
+    alone = np.concatenate([tiny.log_likelihood(image[None], n_samples, seed) for image in images])
+    found = tiny.score(images, "log_likelihood", n_samples=n_samples, seed=seed, batch_size=batch_size)
+    np.testing.assert_allclose(found, -alone, rtol=1e-6)
+    if (n_samples, seed) == (100, 0):
+        assert np.array_equal(found, tiny.score(images, "log_likelihood"))
+
+
+def test_fresh_noise_of_a_score_is_one_for_all_images(tiny: VAE, images: np.ndarray) -> None:
+    same = np.repeat(images[:1], 3, axis=0)
+    first, *others = tiny.score(same, "log_likelihood", n_samples=2, seed=None)
+    assert np.allclose(others, first, rtol=1e-6)
+    assert abs(tiny.score(same[:1], "log_likelihood", n_samples=2, seed=None)[0] - first) > 1e-6 * abs(first)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 19, 20, 400])
@@ -257,12 +268,14 @@ def test_a_failing_engine_is_named_and_the_next_call_works(
 # --- methods and thresholds -------------------------------------------------------------------------------------------
 
 
-def test_default_method_is_the_bound_where_there_is_one(
-    tiny: VAE, vectors: VAE, images: np.ndarray, bundle: Path, resign: Callable[..., Path]
+def test_default_method_is_the_bound_under_a_density_else_the_error(
+    tiny: VAE, rgb: VAE, vectors: VAE, images: np.ndarray, bundle: Path, resign: Callable[..., Path]
 ) -> None:
-    assert default_method(tiny.manifest) == "elbo"
-    assert default_method(vectors.manifest) == "reconstruction"
-    assert np.array_equal(tiny.score(images), tiny.score(images, "elbo"))
+    assert default_method(rgb.manifest) == "elbo"
+    assert [default_method(vae.manifest) for vae in (tiny, vectors)] == ["reconstruction"] * 2
+    assert np.array_equal(tiny.score(images), tiny.score(images, "reconstruction"))
+    x = rgb.golden()["x"]
+    assert np.array_equal(rgb.score(x), rgb.score(x, "elbo"))
     with VAE.load(resign(bundle, lambda data: data.update(likelihood=None)), threads=1) as unknown:
         assert default_method(unknown.manifest) == "reconstruction"
         assert np.array_equal(unknown.score(images), unknown.reconstruction_error(images))

@@ -129,7 +129,7 @@ def test_data_calibrates_and_a_prior_is_fitted_to_more_than_verifies(
     assert manifest.calibration is not None
     assert (manifest.calibration.examples, manifest.calibration.source) == (130, "data")
     with VAE.load(tmp_path / "a.vae", threads=1) as vae:
-        scores = vae.score(images[::2])  # evenly spaced over all
+        scores = vae.score(images[::2], "elbo")  # evenly spaced over all
     assert manifest.calibration.scores["elbo"][-1] == pytest.approx(scores.max(), rel=1e-5)
     units = manifest.latent.active_units
     assert units is not None

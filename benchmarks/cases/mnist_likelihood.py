@@ -69,9 +69,9 @@ def main() -> None:
     for name in arguments.only or MODELS:
         print(f"{name} ...", file=sys.stderr)
         report["models"][name] = measure(name, arguments.mnist, arguments.samples, arguments.threads)
-    report["models"] = {name: report["models"][name] for name in MODELS if name in report["models"]}
-    report_file.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
-    (RESULTS / "likelihood.md").write_text(markdown(report))
+        report["models"] = {name: report["models"][name] for name in MODELS if name in report["models"]}
+        report_file.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
+        (RESULTS / "likelihood.md").write_text(markdown(report))
     print(markdown(report))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import pickle
 import tracemalloc
 import weakref
 from collections.abc import Callable
@@ -223,6 +224,20 @@ def test_sixteen_threads_get_bit_for_bit_what_one_gets(tiny_path: Path) -> None:
             results = list(pool.map(lambda job: [vae.score(job[0], job[1]) for _ in range(10)], work))
         for found, job in zip(results, work, strict=True):
             assert all(np.array_equal(one, job[2]) for one in found)
+
+
+def test_scores_do_not_depend_on_the_calls_before(bundle: Path, resign: Callable[..., Path]) -> None:
+    """Of more shapes than have memory that is kept."""
+    gaussian = {"type": "gaussian", "scale": 0.3}
+    path = resign(bundle, lambda data: data.update(likelihood=gaussian))
+    x = np.random.default_rng(0).random((20, 1, 8, 8), dtype=np.float32)
+    found = []
+    for counts in (range(1, 21), range(20, 0, -1)):
+        with VAE.load(path, threads=1) as vae:
+            found.append({count: vae.score(x[:count]).tolist() for count in counts})
+    assert found[0] == found[1]
+    with VAE.load(path, threads=1) as vae:
+        assert vae.score(pickle.loads(pickle.dumps(x))).tolist() == found[0][20]  # whose dtype is an object of its own
 
 
 def test_close_frees_the_graphs_of_scores_too(tiny_path: Path, images: np.ndarray) -> None:

@@ -74,8 +74,8 @@ class Scoring:
         assert maps is not None  # there is an example
         return maps
 
-    def threshold(self, method: str | None, quantile: float) -> float:
-        """Above which score an input counts as an anomaly."""
+    def threshold(self, quantile: float, method: str | None) -> float:
+        """As `VAE.threshold`."""
         method = self._default if method is None else _one_of(method, SCORE_METHODS)
         calibration = self._manifest.calibration
         if calibration is None:

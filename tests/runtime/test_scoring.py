@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vae_runtime import VAE, InputError, KindError, NotInBundleError
+from vae_runtime import VAE, ClosedError, InputError, KindError, NotInBundleError
 from vae_runtime.bound_score import BoundScore
 from vae_runtime.calibration import SCORE_METHODS
 from vae_runtime.manifest import Manifest
-from vae_runtime.scoring import default_method
+from vae_runtime.scoring import Scoring, default_method
 
 TINY = float(np.finfo(np.float32).tiny)
 LIKELIHOODS = [
@@ -249,6 +249,27 @@ def test_close_frees_the_graphs_of_scores_too(tiny_path: Path, images: np.ndarra
     assert [session() for session in sessions] == [None, None]
 
 
+def test_close_in_the_middle_of_a_call_lets_it_finish(
+    tiny_path: Path, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = VAE.load(tiny_path, threads=1)
+
+    class Closing(Scoring):
+        """Made while the bundle is closed."""
+
+        def __init__(self, *parts: Any) -> None:
+            super().__init__(*parts)
+            vae.close()
+
+    expected = vae.score(images)
+    vae._scores = None
+    monkeypatch.setattr("vae_runtime.scoring.Scoring", Closing)
+    assert np.array_equal(vae.score(images), expected)
+    assert vae._scores is None  # so that the graphs are freed
+    with pytest.raises(ClosedError):
+        vae.score(images)
+
+
 FORK_CODE = """
 import os, sys, warnings
 warnings.simplefilter("ignore", DeprecationWarning)
@@ -308,7 +329,8 @@ def test_anomalies_lie_above_the_threshold_of_their_method(
         assert Manifest.from_json((bundle / "manifest.json").read_bytes()).calibration is not None
         for method in ("elbo", "reconstruction"):
             for quantile in (0.5, 0.9, 0.95, 0.99):
-                threshold = vae.manifest.calibration.threshold(method, quantile)  # type: ignore[union-attr]
+                threshold = vae.threshold(quantile, method)
+                assert threshold == vae.manifest.calibration.threshold(method, quantile)  # type: ignore[union-attr]
                 found = vae.is_anomaly(images, quantile, method)
                 assert found.dtype == np.bool_
                 assert np.array_equal(found, vae.score(images, method) > threshold)
@@ -327,6 +349,8 @@ def test_anomalies_lie_above_the_threshold_of_their_method(
 def test_a_bundle_without_calibration_says_what_provides_one(tiny: VAE, images: np.ndarray) -> None:
     with pytest.raises(NotInBundleError, match=r"^tiny was not calibrated, .* vae-export SOURCE --calibrate DATA$"):
         tiny.is_anomaly(images)
+    with pytest.raises(NotInBundleError, match=r"^tiny was not calibrated, "):
+        tiny.threshold()
 
 
 @pytest.mark.parametrize("method", ["ELBO", "", 1, ["elbo"], b"elbo", True])

@@ -45,7 +45,7 @@ def _read(path: Path) -> list[str]:
         raise InputError(f"{path} has the suffix {suffix!r}; labels are read from {', '.join(SUFFIXES)}")
     try:
         if suffix == ".txt":
-            return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+            return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
         if suffix == ".csv":
             return _column(path)
         return _texts(_array(path), path)

@@ -27,6 +27,7 @@ def test_arrays_of_any_kind_hold_labels(tmp_path: Path, dtype: Any) -> None:
     ("name", "text"),
     [
         ("a.txt", "0\n1\n1\n0\n\n"),
+        ("a.txt", "\ufeff0\n1\n1\n0\n"),
         ("a.csv", "0\r\n1\r\n1\r\n0\r\n"),
         ("a.csv", "\ufefflabel\n0\n1\n1\n0\n"),
         ("a.csv", 'name,label\na.png,0\n"b, c.png",1\nd.png, 1\ne.png,0\n'),

@@ -324,9 +324,9 @@ def test_evaluate_of_an_autoencoder_has_the_method_that_it_has(vectors_path: Pat
 @pytest.mark.parametrize(
     ("values", "options", "message"),
     [
-        (np.arange(149) % 2, (), r"labels has shape \(149,\) for 150 examples; expected one label for each"),
-        (np.ones(150, int), (), "labels has 150 anomalies among 150 examples; expected some and not all"),
-        (np.zeros(150, int), (), "labels has 0 anomalies among 150 examples"),
+        (np.arange(149) % 2, (), r"labels.npy has shape \(149,\) for 150 examples; expected one label for each"),
+        (np.ones(150, int), (), "labels.npy has 150 anomalies among 150 examples; expected some and not all"),
+        (np.zeros(150, int), (), "labels.npy has 0 anomalies among 150 examples"),
         (np.arange(150), (), "labels.npy has the label '2'; expected 1 for an anomaly and 0 for none"),
         (np.arange(150), ("--anomaly-label", "x"), "labels.npy has no label 'x'; it has 0, 1, 2"),
     ],

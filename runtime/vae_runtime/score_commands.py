@@ -136,7 +136,7 @@ def score(
     """Score how little INPUTS look like the data that the model knows; higher is odder.
 
     Scores of elbo and log_likelihood are in nats and summed over the pixels, those of reconstruction a mean squared
-    error. Only scores of one bundle and one method can be compared.
+    error. Only scores of one bundle, one method and, where the bundle leaves it free, one size can be compared.
     """
     if as_csv and as_json:
         raise click.UsageError("give either --csv or --json")

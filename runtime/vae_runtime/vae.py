@@ -426,13 +426,14 @@ class VAE:
         batch_size: int | None = None,
     ) -> NDArray[np.float64]:
         """How little each input looks like the data that the model was trained on, higher is odder -> float64 (N,).
+        Comparable between inputs of one size: those in nats are sums over the pixels.
 
         method: "elbo": -log p(x|z) at the posterior's mean, plus the KL divergence, in nats, nothing random;
             "reconstruction": `reconstruction_error`, for every kind of model; "log_likelihood": minus the estimate of
             `log_likelihood` with `n_samples`, far slower. None: what measured best for this likelihood, "elbo" for
             Gaussian and Laplace, else "reconstruction".
         n_samples, seed: for "log_likelihood" alone, which takes the same noise for every input, so that an input's
-            score does not depend on what it comes with.
+            score does not depend on what it comes with, but for rounding.
         inputs, batch_size: as in `encode`.
 
         Raises:

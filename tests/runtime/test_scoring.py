@@ -353,6 +353,14 @@ def test_a_bundle_without_calibration_says_what_provides_one(tiny: VAE, images: 
         tiny.threshold()
 
 
+def test_images_that_need_padding_say_what_can_pad_them(free_path: Path) -> None:
+    with (
+        VAE.load(free_path, threads=1) as vae,
+        pytest.raises(InputError, match=r"multiples of 2, or padding .*: pad=True of encode and reconstruct, --pad$"),
+    ):
+        vae.score(np.zeros((1, 3, 11, 16), np.float32))
+
+
 @pytest.mark.parametrize("method", ["ELBO", "", 1, ["elbo"], b"elbo", True])
 def test_unknown_methods_are_refused(tiny: VAE, images: np.ndarray, method: Any) -> None:
     expected = r"method is .*; expected one of elbo, reconstruction, log_likelihood"

@@ -199,7 +199,7 @@ def evaluate(
     """
     with VAE.load(bundle, **engine) as vae, command_inputs(vae, inputs, False, False) as source:
         methods = score_methods(vae.manifest) if method == "all" else (method,)
-        is_anomaly = check_labels(read_labels(labels, anomaly_labels), len(source), labels)
+        is_anomaly = check_labels(read_labels(labels, anomaly_labels, source.names), len(source), labels)
         parts: dict[str, list[Float64]] = {name: [] for name in methods}
         for batch, _ in _checked(vae, source, "scoring"):
             for name in methods:

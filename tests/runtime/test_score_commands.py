@@ -339,6 +339,16 @@ def test_labels_that_do_not_match_are_refused_before_anything_is_scored(
     refused(message, "evaluate", tiny_path, npy, "--labels", tmp_path / "labels.npy", *options)
 
 
+def test_labels_of_these_pictures_in_another_order_are_refused(
+    tiny_path: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VAE, "score", None)
+    names = sorted((path.name for path in pictures.iterdir()), reverse=True)
+    rows = [f"{name},{index % 2}" for index, name in enumerate(names)]
+    (tmp_path / "y.csv").write_text("\n".join(["name,label", *rows]))
+    refused("its rows are expected in their order", "evaluate", tiny_path, pictures, "--labels", tmp_path / "y.csv")
+
+
 def test_evaluate_needs_labels(tiny_path: Path, npy: Path, tmp_path: Path) -> None:
     refused("Missing option '--labels'", "evaluate", tiny_path, npy, code=2)
     refused(r"absent.npy does not exist", "evaluate", tiny_path, npy, "--labels", tmp_path / "absent.npy")

@@ -6,6 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from itertools import pairwise
+from numbers import Real
 from typing import Any, NamedTuple, TypeGuard
 
 from .errors import BundleError, InputError, NotInBundleError
@@ -34,7 +35,7 @@ class Calibration(NamedTuple):
             InputError: `quantile` is not strictly between 0 and 1, or so high that these examples cannot tell it.
             NotInBundleError: this method was not calibrated.
         """
-        if not is_number(quantile) or not 0 < quantile < 1:
+        if isinstance(quantile, bool) or not isinstance(quantile, Real) or not 0 < quantile < 1:
             raise InputError(f"quantile is {quantile!r}; expected a number above 0 and below 1")
         if quantile > 1 - 1 / self.examples:
             raise InputError(
@@ -61,6 +62,8 @@ class Calibration(NamedTuple):
         if not _rises(levels, strictly=True) or (levels[0], levels[-1]) != (0, 1):
             raise BundleError(f"calibration.levels is {levels!r}; expected numbers that rise from 0 to 1")
         given, scores = mapping(data, "calibration.scores"), {}
+        if not given:
+            raise BundleError("calibration.scores is {}; expected the scores of at least one method")
         for method in given:
             values = given[method]
             if not _rises(values, strictly=False) or len(values) != len(levels):

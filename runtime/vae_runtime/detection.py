@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
+from .preprocess import require_unmasked
 
 Float64 = NDArray[np.float64]
 
@@ -39,28 +40,38 @@ def average_precision(scores: Any, labels: Any) -> float:
     return float((precision * positives).sum() / found[-1])
 
 
-def check_labels(labels: Any, count: int) -> NDArray[np.bool_]:
-    """Labels of `count` examples, both kinds among them -> bool (N,), True for an anomaly.
+def check_labels(labels: Any, count: int, name: str = "labels") -> NDArray[np.bool_]:
+    """Labels of `count` examples, both kinds among them -> bool (N,), True for an anomaly. name: for messages.
 
     Raises:
         InputError: see `auroc`.
     """
-    array = np.asarray(labels)
+    array = _array(labels, name)
     if array.shape != (count,):
-        raise InputError(f"labels has shape {array.shape} for {count} examples; expected one label for each")
+        raise InputError(f"{name} has shape {array.shape} for {count} examples; expected one label for each")
     if array.dtype.kind not in "biuf" or not np.isin(array, (0, 1)).all():
         rule = "expected 1 or True for an anomaly, 0 or False for none"
         wrong = array[~np.isin(array, (0, 1))] if array.dtype.kind in "biuf" else array
-        raise InputError(f"labels has {wrong[0].item() if count else None!r}; {rule}")
+        raise InputError(f"{name} has {wrong[0].item() if count else None!r}; {rule}")
     found = array.astype(bool)
     if found.all() or not found.any():
-        raise InputError(f"labels has {found.sum()} anomalies among {count} examples; expected some and not all")
+        raise InputError(f"{name} has {found.sum()} anomalies among {count} examples; expected some and not all")
     return found
+
+
+def _array(values: Any, name: str) -> NDArray[Any]:
+    """Of a sequence, or an array without a mask, which would be lost."""
+    if isinstance(values, np.ndarray):
+        require_unmasked(values, name)
+    try:
+        return np.asarray(values)
+    except ValueError as error:  # rows of different lengths
+        raise InputError(f"{name} is no array: {error}") from None
 
 
 def _thresholds(scores: Any, labels: Any) -> tuple[Float64, Float64]:
     """How many anomalies, and how many others, have each score, from the highest on."""
-    values = np.asarray(scores)
+    values = _array(scores, "scores")
     if values.ndim != 1 or values.dtype.kind not in "biuf" or np.isnan(values).any():
         rule = "expected numbers without NaN, (N,)"
         raise InputError(f"scores has shape {values.shape} and dtype {values.dtype}, or has NaN; {rule}")

@@ -17,15 +17,17 @@ SUFFIXES = (".npy", ".npz", ".csv", ".txt")
 _SHOWN = 10  # of the labels that a file has, in a message
 
 
-def read_labels(path: str, anomaly_labels: Sequence[str] = ()) -> NDArray[np.bool_]:
+def read_labels(path: str, anomaly_labels: Sequence[str] = (), names: Sequence[str] = ()) -> NDArray[np.bool_]:
     """Which examples are anomalies, in the file's order -> bool (N,).
 
-    anomaly_labels: those that mean an anomaly; none: 1 does, and 0 means that it is none.
+    anomaly_labels: those that mean an anomaly; none: 1 does, and 0 means that it is none. names: of the examples, which
+    a column `name` of a .csv must not have in another order.
 
     Raises:
-        InputError: the file cannot be read, has no labels that are understood, or not those that are asked for.
+        InputError: the file cannot be read, has no labels that are understood, not those that are asked for, or those
+        of these examples in another order.
     """
-    labels = _read(Path(path))
+    labels = _read(Path(path), names)
     wanted = set(anomaly_labels) or {"1"}
     there = sorted(set(labels), key=lambda label: (len(label), label))
     if not anomaly_labels and not set(there) <= {"0", "1"}:
@@ -39,15 +41,15 @@ def read_labels(path: str, anomaly_labels: Sequence[str] = ()) -> NDArray[np.boo
     return np.array([label in wanted for label in labels], bool)
 
 
-def _read(path: Path) -> list[str]:
+def _read(path: Path, names: Sequence[str]) -> list[str]:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise InputError(f"{path} has the suffix {suffix!r}; labels are read from {', '.join(SUFFIXES)}")
     try:
         if suffix == ".txt":
-            return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+            return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
         if suffix == ".csv":
-            return _column(path)
+            return _column(path, names)
         return _texts(_array(path), path)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
@@ -57,18 +59,31 @@ def _read(path: Path) -> list[str]:
         raise InputError(f"{path} cannot be read as labels: {error}") from None
 
 
-def _column(path: Path) -> list[str]:
+def _column(path: Path, names: Sequence[str]) -> list[str]:
     with path.open(encoding="utf-8-sig", newline="") as stream:
         rows = [[cell.strip() for cell in row] for row in csv.reader(stream) if row]
     if not rows:
         return []
     if "label" in rows[0]:
-        place, rows = rows[0].index("label"), rows[1:]
+        head, rows = rows[0], rows[1:]
+        place = head.index("label")
+        if "name" in head:
+            _check_order(path, [row[head.index("name")] for row in rows if len(row) > head.index("name")], names)
     elif len(rows[0]) == 1:
         place = 0
     else:
         raise InputError(f"{path} has the columns {', '.join(rows[0])}; expected one with the heading 'label', or one")
     return [row[place] if place < len(row) else "" for row in rows]
+
+
+def _check_order(path: Path, found: Sequence[str], names: Sequence[str]) -> None:
+    """Raise where the examples' names are there, folders aside, but in another order."""
+    theirs, ours = ([Path(name).name for name in some] for some in (found, names))
+    if theirs != ours and sorted(theirs) == sorted(ours):
+        index = next(index for index, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1])
+        raise InputError(
+            f"{path} has {theirs[index]} where the inputs have {ours[index]}; its rows are expected in their order"
+        )
 
 
 def _array(path: Path) -> NDArray[Any]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .errors import InputError
 from .interpolation import Float64
-from .preprocess import Float32, fitting_memory
+from .preprocess import Float32, fitting_memory, require_unmasked
 from .sampling import check_count
 
 Int64 = NDArray[np.int64]
@@ -50,11 +50,14 @@ def traversal(latents: Float32, dimension: Any, values: Any) -> Float32:
 
 
 def _check_values(values: Any) -> Float32:
+    if isinstance(values, np.ndarray):
+        require_unmasked(values, "values")
     try:
-        with np.errstate(over="ignore"):
-            numbers = np.asarray(values, np.float32)
-    except (TypeError, ValueError, OverflowError):
-        numbers = np.empty(0, np.float32)
+        given = np.asarray(values)
+    except ValueError:  # rows of different lengths
+        given = np.empty(0)
+    with np.errstate(over="ignore"):
+        numbers = given.astype(np.float32) if given.dtype.kind in "iuf" else np.empty(0, np.float32)
     if numbers.ndim != 1 or not len(numbers) or not np.isfinite(numbers).all():
         raise InputError(f"values is {values!r}; expected finite float32 numbers in a row, such as (-3, 0, 3)")
     return numbers

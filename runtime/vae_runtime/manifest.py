@@ -20,6 +20,8 @@ from .json_fields import MAX_ELEMENTS as MAX_ELEMENTS
 from .json_fields import Shape as Shape
 from .json_fields import holds, is_count, is_number, mapping, number, one_of, shape_of
 
+_SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-126, 2.0**127  # of a density: float32's normal numbers
+
 FORMAT = "vae-bundle"
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -226,8 +228,8 @@ class Likelihood(NamedTuple):
                 kind, binarize=one_of(data, "likelihood.binarize", BINARIZE_MODES) if "binarize" in data else "none"
             )
         scale = number(data, "likelihood.scale")
-        if not scale > 0:
-            raise BundleError(f"likelihood.scale is {scale}; the scale of a density is above 0")
+        if not _SMALLEST_SCALE <= scale <= _LARGEST_SCALE:
+            raise BundleError(f"likelihood.scale is {scale}; the scale of a density is above 0 and within float32")
         return cls(kind, scale=scale)
 
     def to_dict(self) -> dict[str, Any]:

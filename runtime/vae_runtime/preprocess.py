@@ -88,7 +88,7 @@ def check_layout(array: NDArray[Any], spec: InputSpec, name: str) -> None:
     if height % spec.multiple_of or width % spec.multiple_of:
         raise InputError(
             f"{name} has {height}x{width} pixels (height x width); expected multiples of {spec.multiple_of}, or padding"
-            " (pad=True, --pad), which is cut off again"
+            " where it is cut off again: pad=True of encode and reconstruct, --pad"
         )
 
 
@@ -140,13 +140,18 @@ def check_range(array: Float32, spec: InputSpec, name: str) -> None:
     raise InputError(f"{name} has {found}; {rule}")
 
 
+def require_unmasked(array: NDArray[Any], name: str) -> None:
+    """Raise `InputError` for a masked array."""
+    masked = sys.modules.get("numpy.ma")  # not loaded: no masked array exists, and loading it takes 10 ms
+    if masked is not None and isinstance(array, masked.MaskedArray):
+        raise InputError(f"{name} is a masked array, whose mask would be lost; fill it first: {name}.filled(value)")
+
+
 def require_plain_array(array: Any, name: str) -> None:
     """Raise `InputError` for anything but a plain numpy array of at least one dimension."""
     if not isinstance(array, np.ndarray):
         raise InputError(f"{name} is a {type(array).__name__}; expected a numpy array")
-    masked = sys.modules.get("numpy.ma")  # not loaded: no masked array exists, and loading it takes 10 ms
-    if masked is not None and isinstance(array, masked.MaskedArray):
-        raise InputError(f"{name} is a masked array, whose mask would be lost; fill it first: {name}.filled(value)")
+    require_unmasked(array, name)
     if array.ndim == 0 or len(array) == 0:
         raise InputError(
             f"{name} has shape {array.shape}; expected a batch of at least one example along the first axis"

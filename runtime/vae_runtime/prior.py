@@ -118,11 +118,15 @@ class LatentStream:
 
     def draw(self, count: int, shape: tuple[int, ...]) -> Float32:
         """The next `count` latents of `shape` -> float32 (count, *shape)."""
-        noise = self._scale * self._noise.draw(count, shape)
-        if self._mixture is None:
-            return noise
-        component = self._mixture.components(self._uniform.draw(count))
-        return self._mixture.transform(noise.reshape(count, -1), component).astype(np.float32).reshape(noise.shape)
+        with np.errstate(over="ignore", invalid="ignore"):
+            latents = self._scale * self._noise.draw(count, shape)
+            if self._mixture is not None:
+                component = self._mixture.components(self._uniform.draw(count))
+                draws = self._mixture.transform(latents.reshape(count, -1), component)
+                latents = draws.astype(np.float32).reshape(latents.shape)
+        if not np.isfinite(latents).all():
+            raise InputError(f"latents drawn at temperature {self._scale:g} are beyond float32; take a lower one")
+        return latents
 
 
 def choose_prior(prior: Any, manifest: Manifest) -> FittedPrior | None:

@@ -136,7 +136,7 @@ def score(
     """Score how little INPUTS look like the data that the model knows; higher is odder.
 
     Scores of elbo and log_likelihood are in nats and summed over the pixels, those of reconstruction a mean squared
-    error. Only scores of one bundle and one method can be compared.
+    error. Only scores of one bundle, one method and, where the bundle leaves it free, one size can be compared.
     """
     if as_csv and as_json:
         raise click.UsageError("give either --csv or --json")
@@ -145,7 +145,7 @@ def score(
     _check_outputs(output, maps, map_scale, force)
     with VAE.load(bundle, **engine) as vae, command_inputs(vae, inputs, golden, False) as source:
         chosen = method or default_method(vae.manifest)
-        threshold = None if quantile is None else vae._scoring().threshold(chosen, quantile)
+        threshold = None if quantile is None else vae.threshold(quantile, chosen)
         scores = []
         with _open_maps(vae, source, maps, map_scale, force) as (show, said):
             for batch, names in _checked(vae, source, "scoring"):
@@ -199,7 +199,7 @@ def evaluate(
     """
     with VAE.load(bundle, **engine) as vae, command_inputs(vae, inputs, False, False) as source:
         methods = score_methods(vae.manifest) if method == "all" else (method,)
-        is_anomaly = check_labels(read_labels(labels, anomaly_labels), len(source))
+        is_anomaly = check_labels(read_labels(labels, anomaly_labels, source.names), len(source), labels)
         parts: dict[str, list[Float64]] = {name: [] for name in methods}
         for batch, _ in _checked(vae, source, "scoring"):
             for name in methods:

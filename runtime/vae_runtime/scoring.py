@@ -17,8 +17,7 @@ from .preprocess import Float32, zeros
 from .session import BOUND_VALUES
 
 _MAP_METHODS = ("reconstruction", "elbo")
-_KEPT_SHAPES = 8  # that have memory of their own, in all
-_FLOAT32 = np.dtype(np.float32)
+_KEPT_SHAPES = 8  # whose memory is kept for the next call, by method
 
 
 def default_method(manifest: Manifest) -> str:
@@ -75,8 +74,8 @@ class Scoring:
         assert maps is not None  # there is an example
         return maps
 
-    def threshold(self, method: str | None, quantile: float) -> float:
-        """Above which score an input counts as an anomaly."""
+    def threshold(self, quantile: float, method: str | None) -> float:
+        """As `VAE.threshold`."""
         method = self._default if method is None else _one_of(method, SCORE_METHODS)
         calibration = self._manifest.calibration
         if calibration is None:
@@ -87,28 +86,31 @@ class Scoring:
         return calibration.threshold(method, quantile)
 
     def _score_at_once(self, inputs: Any, method: str, likelihood: Likelihood | None) -> Float64 | None:
-        """In memory that is kept for it; None where that would gain nothing, or something is wrong with the inputs."""
+        """In memory that is bound to it; None where that would gain nothing, or something is wrong with the inputs.
+
+        Which it is depends on the inputs alone: sums in blocks differ from these in the last digits.
+        """
         if type(inputs) is not np.ndarray or inputs.size > BOUND_VALUES:
             return None
         if inputs.dtype == np.uint8:
             inputs = self._operations[0].check(inputs)
-        elif inputs.dtype is not _FLOAT32:
+        elif inputs.dtype != np.float32:
             return None
         key = method, inputs.shape
-        free = self._free.get(key)
         try:
-            call = free.pop() if free else self._bound(inputs.shape, likelihood, free is None)
-        except IndexError:  # another thread took the last one in between
-            call = self._bound(inputs.shape, likelihood, False)
+            call: BoundScore | None = self._free[key].pop()  # what is popped no other thread has
+        except (KeyError, IndexError):
+            call = self._bound(inputs.shape, likelihood)
         if call is None:
             return None
         result = call(inputs)
-        self._free.setdefault(key, []).append(call)
+        if key in self._free or len(self._free) < _KEPT_SHAPES:
+            self._free.setdefault(key, []).append(call)
         return result
 
-    def _bound(self, shape: tuple[int, ...], likelihood: Likelihood | None, is_new: bool) -> BoundScore | None:
+    def _bound(self, shape: tuple[int, ...], likelihood: Likelihood | None) -> BoundScore | None:
         encoder, decoder = self._operations
-        if (is_new and len(self._free) >= _KEPT_SHAPES) or not encoder.gains_from_bound_memory(shape):
+        if not encoder.gains_from_bound_memory(shape):
             return None
         if not decoder.gains_from_bound_memory((shape[0], *self._manifest.latent_shape(shape[1:]))):
             return None

@@ -31,12 +31,12 @@ from .preprocess import (
     require_plain_array,
     zeros,
 )
-from .prior import GaussianMixture, LatentStream, choose_prior
 from .sampling import check_count, check_flag
 from .selftest import SelfTest, run_routes
 from .session import check_threads
 
 if TYPE_CHECKING:
+    from .prior import GaussianMixture
     from .scoring import Scoring
     from .tiled import Tiler
     from .tiling import Progress
@@ -271,6 +271,8 @@ class VAE:
         Raises:
             As `sample`, at once; ClosedError later, if the bundle is closed between two batches.
         """
+        from .prior import LatentStream, choose_prior  # late: not every application samples
+
         shape = self.manifest.latent_shape(self._input_shape(size))
         chunk = self._open_operations()[1].chunk_size(batch_size, shape)
         fitted, count = choose_prior(prior, self.manifest), check_count(n, "n")
@@ -282,6 +284,8 @@ class VAE:
     def _read_prior(self, fitted: FittedPrior) -> GaussianMixture:
         """The fitted prior, read and checked the first time."""
         if self._mixture is None:
+            from .prior import GaussianMixture
+
             label = str(self._bundle.path / fitted.file)
             elements = math.prod(self.manifest.latent_shape(self.manifest.input.example_shape))
             data = self._bundle.read(fitted.file)
@@ -422,13 +426,14 @@ class VAE:
         batch_size: int | None = None,
     ) -> NDArray[np.float64]:
         """How little each input looks like the data that the model was trained on, higher is odder -> float64 (N,).
+        Comparable between inputs of one size: those in nats are sums over the pixels.
 
         method: "elbo": -log p(x|z) at the posterior's mean, plus the KL divergence, in nats, nothing random;
             "reconstruction": `reconstruction_error`, for every kind of model; "log_likelihood": minus the estimate of
             `log_likelihood` with `n_samples`, far slower. None: what measured best for this likelihood, "elbo" for
             Gaussian and Laplace, else "reconstruction".
         n_samples, seed: for "log_likelihood" alone, which takes the same noise for every input, so that an input's
-            score does not depend on what it comes with.
+            score does not depend on what it comes with, but for rounding.
         inputs, batch_size: as in `encode`.
 
         Raises:
@@ -464,23 +469,36 @@ class VAE:
         -> bool (N,). A lower quantile finds more anomalies and raises more false alarms, about 1 - `quantile` of what
         is as it should be.
 
-        method, n_samples, seed, inputs, batch_size: as in `score`.
+        inputs, method, batch_size: as in `score`. n_samples, seed: too; bundles are calibrated with those that are the
+        default here, and with fewer samples scores are higher.
 
         Raises:
-            As `score`. InputError: a quantile outside (0, 1), or beyond what the examples tell. NotInBundleError: the
-            bundle was not calibrated, or not for this method; `vae-export SOURCE --calibrate DATA` makes one that is.
+            As `score` and `threshold`.
         """
         scoring = self._scoring()
-        threshold = scoring.threshold(method, quantile)
+        threshold = scoring.threshold(quantile, method)
         return np.asarray(scoring.score(inputs, method, n_samples, seed, batch_size) > threshold)
 
+    def threshold(self, quantile: float = 0.99, method: str | None = None) -> float:
+        """The score above which `is_anomaly` calls an input an anomaly, for applications that keep the scores: the one
+        that a part `quantile` of the data at export did not exceed. method: as in `score`.
+
+        Raises:
+            InputError: a quantile outside (0, 1), or beyond what the examples tell; another method. NotInBundleError:
+            the bundle was not calibrated, or not for this method; `vae-export SOURCE --calibrate DATA` makes one that
+            is. ClosedError: after `close()`.
+        """
+        return self._scoring().threshold(quantile, method)
+
     def _scoring(self) -> Scoring:
-        operations = self._operations or self._open_operations()
-        if self._scores is None:
+        operations, scores = self._operations or self._open_operations(), self._scores
+        if scores is None:
             from .scoring import Scoring
 
-            self._scores = Scoring(self.manifest, operations)
-        return self._scores
+            scores = self._scores = Scoring(self.manifest, operations)
+            if self._operations is None:  # closed by another thread in between: this call finishes, nothing is kept
+                self._scores = None
+        return scores
 
     def _tiler(self, tile: int | None, batch_size: int | None, progress: Progress | None) -> Tiler:
         from .tiled import Tiler  # late: only large images need it

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vae_runtime.calibration import Calibration
-from vae_runtime.errors import InputError, NotInBundleError
+from vae_runtime.errors import BundleError, InputError, NotInBundleError
 
 LEVELS = (0.0, 0.25, 0.5, 0.9, 1.0)
 
@@ -27,6 +27,11 @@ def test_quantile_outside_of_0_to_1_is_refused(quantile: Any) -> None:
         calibration().threshold("elbo", quantile)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_quantile_may_be_a_number_of_numpy(dtype: type[np.floating]) -> None:
+    assert calibration().threshold("elbo", dtype(0.75)) == calibration().threshold("elbo", 0.75)
+
+
 def test_quantile_that_so_few_examples_cannot_tell_is_refused() -> None:
     assert calibration(100).threshold("elbo", 0.99) == pytest.approx(3 + 8 * 0.9)
     with pytest.raises(InputError, match=r"calibrated on 100 examples, which tell quantiles up to 0\.99"):
@@ -38,6 +43,11 @@ def test_method_that_was_not_calibrated_is_named_with_the_command() -> None:
         NotInBundleError, match=r"by 'reconstruction' .* only by elbo; .* vae-export SOURCE --calibrate"
     ):
         calibration().threshold("reconstruction", 0.9)
+
+
+def test_scores_of_no_method_are_refused() -> None:
+    with pytest.raises(BundleError, match=r"calibration.scores is \{\}; expected the scores of at least one method"):
+        Calibration.from_dict({**calibration().to_dict(), "scores": {}})
 
 
 def test_dict_and_back_is_the_same() -> None:

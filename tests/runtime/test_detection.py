@@ -57,6 +57,9 @@ def test_known_answers() -> None:
         ([1.0, np.nan], [0, 1], "or has NaN; expected numbers without NaN"),
         ([[1.0, 2.0]], [0, 1], r"scores has shape \(1, 2\)"),
         (["a", "b"], [0, 1], "scores has shape .* dtype <U1"),
+        (np.ma.array([1.0, 2.0], mask=[0, 1]), [0, 1], "scores is a masked array, whose mask would be lost"),
+        ([1.0, 2.0], np.ma.array([0, 1], mask=[0, 1]), "labels is a masked array, whose mask would be lost"),
+        ([1.0, 2.0], [[0], [1, 0]], "labels is no array: "),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(

@@ -150,6 +150,18 @@ print(sorted({'torch', 'onnx', 'click', 'PIL', 'onnxruntime'} & set(sys.modules)
     assert python(code, tiny_path).stdout == "['onnxruntime']\n"
 
 
+def test_encoding_and_decoding_load_nothing_of_what_few_applications_ask(python: Any, tiny_path: Path) -> None:
+    code = """
+import sys
+from vae_runtime import VAE
+with VAE.load(sys.argv[1]) as vae:
+    vae.decode(vae.encode(vae.golden()["x"]).sample(0))
+late = "bound_score evidence latent_space likelihood prior scoring tiled tune".split()
+print([name for name in late if "vae_runtime." + name in sys.modules])
+"""
+    assert python(code, tiny_path).stdout == "[]\n"
+
+
 @pytest.mark.parametrize(
     "module",
     ["preprocess", "manifest", "errors", "bundle", "graph_rules", "atomic", "sampling", "prior", "latent_space"],

@@ -27,6 +27,7 @@ def test_arrays_of_any_kind_hold_labels(tmp_path: Path, dtype: Any) -> None:
     ("name", "text"),
     [
         ("a.txt", "0\n1\n1\n0\n\n"),
+        ("a.txt", "\ufeff0\n1\n1\n0\n"),
         ("a.csv", "0\r\n1\r\n1\r\n0\r\n"),
         ("a.csv", "\ufefflabel\n0\n1\n1\n0\n"),
         ("a.csv", 'name,label\na.png,0\n"b, c.png",1\nd.png, 1\ne.png,0\n'),
@@ -35,6 +36,16 @@ def test_arrays_of_any_kind_hold_labels(tmp_path: Path, dtype: Any) -> None:
 def test_texts_hold_labels(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
     assert read_labels(str(tmp_path / name)).tolist() == EXPECTED
+
+
+def test_rows_in_another_order_than_the_examples_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("name,label\na.png,0\nb.png,1\nc.png,0\n")
+    for names in (["x/a.png", "x/b.png", "x/c.png"], ["a.npy#0", "a.npy#1", "a.npy#2"], []):
+        assert read_labels(str(path), names=names).tolist() == [False, True, False]
+    expected = r"a\.csv has b\.png where the inputs have c\.png; its rows are expected in their order"
+    with pytest.raises(InputError, match=expected):
+        read_labels(str(path), names=["x/a.png", "x/c.png", "x/b.png"])
 
 
 def test_anomalies_may_have_labels_of_their_own(tmp_path: Path) -> None:

@@ -61,8 +61,29 @@ def test_units_that_there_are_not_are_refused(tiny: VAE, images: np.ndarray, dim
         tiny.traverse(images[:1], dimension, [0])
 
 
+def test_masked_values_are_refused(tiny: VAE, images: np.ndarray) -> None:
+    with pytest.raises(InputError, match="values is a masked array, whose mask would be lost"):
+        tiny.traverse(images[:1], 0, np.ma.array([1.0, 2.0], mask=[0, 1]))
+
+
 @pytest.mark.parametrize(
-    "values", [[], 3, "abc", [[1.0]], [1, None], [float("nan")], [np.inf], [1e39], None, [10**400], [1, [2]]]
+    "values",
+    [
+        [],
+        3,
+        "abc",
+        [[1.0]],
+        [1, None],
+        [float("nan")],
+        [np.inf],
+        [1e39],
+        None,
+        [10**400],
+        [1, [2]],
+        ["1", "2"],
+        [True],
+        np.array([1 + 2j]),
+    ],
 )
 def test_wrong_values_are_refused(tiny: VAE, images: np.ndarray, values: Any) -> None:
     with pytest.raises(InputError, match=r"(?s)values is .*; expected finite float32 numbers in a row"):

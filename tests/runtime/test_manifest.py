@@ -236,6 +236,12 @@ WRONG_VALUES = [
     ("likelihood.binarize", "maybe", "likelihood.binarize is 'maybe'; expected one of none, dynamic, threshold"),
     ("likelihood", {"type": "gaussian"}, "likelihood.scale is None; expected a finite number"),
     ("likelihood", {"type": "gaussian", "scale": 0}, "likelihood.scale is 0.0; the scale of a density is above 0"),
+    (
+        "likelihood",
+        {"type": "gaussian", "scale": 1e-300},
+        "likelihood.scale is 1e-300; the scale of a density is above 0",
+    ),
+    ("likelihood", {"type": "laplace", "scale": 1e200}, r"likelihood.scale is 1e\+200; .* within float32"),
     ("likelihood", {"type": "gaussian", "scale": -0.1}, "likelihood.scale is -0.1; the scale of a density is above 0"),
     ("likelihood", {"type": "gaussian", "scale": 10**400}, "likelihood.scale is 10+; expected a finite number"),
     ("likelihood", {"type": "gaussian", "scale": True}, "likelihood.scale is True; expected a finite number"),

@@ -202,6 +202,14 @@ def test_a_prior_that_is_not_there_is_named_with_its_cure(tiny: VAE, vectors: VA
         vae.sample(1, prior="fitted")
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("prior", ["standard", "fitted"])
+def test_latents_beyond_float32_are_refused(fitted: Path, prior: str) -> None:
+    expected = r"latents drawn at temperature 3e\+38 are beyond float32; take a lower one"
+    with VAE.load(fitted, threads=1) as vae, pytest.raises(InputError, match=expected):
+        vae.sample(8, seed=0, temperature=3e38, prior=prior)
+
+
 @pytest.mark.parametrize("prior", ["normal", "", 1, True, ["fitted"], np.zeros(2)])
 def test_another_prior_is_refused(tiny: VAE, prior: Any) -> None:
     with pytest.raises(InputError, match=r"prior is .*; expected 'standard', 'fitted' or None"):

@@ -33,7 +33,7 @@ def test_members_of_a_vae_are_frozen() -> None:
     assert {name for name in vars(VAE) if not name.startswith("_")} == {
         "load", "manifest", "device", "precision", "plan", "encode", "decode", "sample", "sample_batches",
         "reconstruct", "interpolate", "traverse", "nearest", "attribute_vector", "elbo", "log_likelihood",
-        "reconstruction_error", "score", "score_map", "is_anomaly", "encode_to_device", "decode_to_device",
+        "reconstruction_error", "score", "score_map", "is_anomaly", "threshold", "encode_to_device", "decode_to_device",
         "selftest", "golden", "warmup", "close",
     }  # fmt: skip
 
@@ -77,6 +77,7 @@ SAMPLE = {
             | {"n_samples": 100, "seed": 0, "batch_size": None},
         ),
         (vae_runtime.Posterior.kl, {"self": ..., "per_dimension": False}),
+        (VAE.threshold, {"self": ..., "quantile": 0.99, "method": None}),
         (VAE.interpolate, {"self": ..., "a": ..., "b": ..., "steps": 8, "method": "spherical"}),
         (VAE.traverse, {"self": ..., "inputs": ..., "dimension": ..., "values": ...}),
         (VAE.nearest, {"self": ..., "inputs": ..., "references": ..., "k": 1}),

@@ -324,9 +324,9 @@ def test_evaluate_of_an_autoencoder_has_the_method_that_it_has(vectors_path: Pat
 @pytest.mark.parametrize(
     ("values", "options", "message"),
     [
-        (np.arange(149) % 2, (), r"labels has shape \(149,\) for 150 examples; expected one label for each"),
-        (np.ones(150, int), (), "labels has 150 anomalies among 150 examples; expected some and not all"),
-        (np.zeros(150, int), (), "labels has 0 anomalies among 150 examples"),
+        (np.arange(149) % 2, (), r"labels.npy has shape \(149,\) for 150 examples; expected one label for each"),
+        (np.ones(150, int), (), "labels.npy has 150 anomalies among 150 examples; expected some and not all"),
+        (np.zeros(150, int), (), "labels.npy has 0 anomalies among 150 examples"),
         (np.arange(150), (), "labels.npy has the label '2'; expected 1 for an anomaly and 0 for none"),
         (np.arange(150), ("--anomaly-label", "x"), "labels.npy has no label 'x'; it has 0, 1, 2"),
     ],
@@ -337,6 +337,16 @@ def test_labels_that_do_not_match_are_refused_before_anything_is_scored(
     monkeypatch.setattr(VAE, "score", None)
     np.save(tmp_path / "labels.npy", values)
     refused(message, "evaluate", tiny_path, npy, "--labels", tmp_path / "labels.npy", *options)
+
+
+def test_labels_of_these_pictures_in_another_order_are_refused(
+    tiny_path: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VAE, "score", None)
+    names = sorted((path.name for path in pictures.iterdir()), reverse=True)
+    rows = [f"{name},{index % 2}" for index, name in enumerate(names)]
+    (tmp_path / "y.csv").write_text("\n".join(["name,label", *rows]))
+    refused("its rows are expected in their order", "evaluate", tiny_path, pictures, "--labels", tmp_path / "y.csv")
 
 
 def test_evaluate_needs_labels(tiny_path: Path, npy: Path, tmp_path: Path) -> None:

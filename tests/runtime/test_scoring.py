@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import pickle
 import tracemalloc
 import weakref
 from collections.abc import Callable
@@ -14,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vae_runtime import VAE, InputError, KindError, NotInBundleError
+from vae_runtime import VAE, ClosedError, InputError, KindError, NotInBundleError
 from vae_runtime.bound_score import BoundScore
 from vae_runtime.calibration import SCORE_METHODS
 from vae_runtime.manifest import Manifest
-from vae_runtime.scoring import default_method
+from vae_runtime.scoring import Scoring, default_method
 
 TINY = float(np.finfo(np.float32).tiny)
 LIKELIHOODS = [
@@ -225,6 +226,20 @@ def test_sixteen_threads_get_bit_for_bit_what_one_gets(tiny_path: Path) -> None:
             assert all(np.array_equal(one, job[2]) for one in found)
 
 
+def test_scores_do_not_depend_on_the_calls_before(bundle: Path, resign: Callable[..., Path]) -> None:
+    """Of more shapes than have memory that is kept."""
+    gaussian = {"type": "gaussian", "scale": 0.3}
+    path = resign(bundle, lambda data: data.update(likelihood=gaussian))
+    x = np.random.default_rng(0).random((20, 1, 8, 8), dtype=np.float32)
+    found = []
+    for counts in (range(1, 21), range(20, 0, -1)):
+        with VAE.load(path, threads=1) as vae:
+            found.append({count: vae.score(x[:count]).tolist() for count in counts})
+    assert found[0] == found[1]
+    with VAE.load(path, threads=1) as vae:
+        assert vae.score(pickle.loads(pickle.dumps(x))).tolist() == found[0][20]  # whose dtype is an object of its own
+
+
 def test_close_frees_the_graphs_of_scores_too(tiny_path: Path, images: np.ndarray) -> None:
     vae = VAE.load(tiny_path, threads=1)
     vae.score(images)
@@ -232,6 +247,27 @@ def test_close_frees_the_graphs_of_scores_too(tiny_path: Path, images: np.ndarra
     vae.close()
     gc.collect()
     assert [session() for session in sessions] == [None, None]
+
+
+def test_close_in_the_middle_of_a_call_lets_it_finish(
+    tiny_path: Path, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = VAE.load(tiny_path, threads=1)
+
+    class Closing(Scoring):
+        """Made while the bundle is closed."""
+
+        def __init__(self, *parts: Any) -> None:
+            super().__init__(*parts)
+            vae.close()
+
+    expected = vae.score(images)
+    vae._scores = None
+    monkeypatch.setattr("vae_runtime.scoring.Scoring", Closing)
+    assert np.array_equal(vae.score(images), expected)
+    assert vae._scores is None  # so that the graphs are freed
+    with pytest.raises(ClosedError):
+        vae.score(images)
 
 
 FORK_CODE = """
@@ -293,7 +329,8 @@ def test_anomalies_lie_above_the_threshold_of_their_method(
         assert Manifest.from_json((bundle / "manifest.json").read_bytes()).calibration is not None
         for method in ("elbo", "reconstruction"):
             for quantile in (0.5, 0.9, 0.95, 0.99):
-                threshold = vae.manifest.calibration.threshold(method, quantile)  # type: ignore[union-attr]
+                threshold = vae.threshold(quantile, method)
+                assert threshold == vae.manifest.calibration.threshold(method, quantile)  # type: ignore[union-attr]
                 found = vae.is_anomaly(images, quantile, method)
                 assert found.dtype == np.bool_
                 assert np.array_equal(found, vae.score(images, method) > threshold)
@@ -312,6 +349,16 @@ def test_anomalies_lie_above_the_threshold_of_their_method(
 def test_a_bundle_without_calibration_says_what_provides_one(tiny: VAE, images: np.ndarray) -> None:
     with pytest.raises(NotInBundleError, match=r"^tiny was not calibrated, .* vae-export SOURCE --calibrate DATA$"):
         tiny.is_anomaly(images)
+    with pytest.raises(NotInBundleError, match=r"^tiny was not calibrated, "):
+        tiny.threshold()
+
+
+def test_images_that_need_padding_say_what_can_pad_them(free_path: Path) -> None:
+    with (
+        VAE.load(free_path, threads=1) as vae,
+        pytest.raises(InputError, match=r"multiples of 2, or padding .*: pad=True of encode and reconstruct, --pad$"),
+    ):
+        vae.score(np.zeros((1, 3, 11, 16), np.float32))
 
 
 @pytest.mark.parametrize("method", ["ELBO", "", 1, ["elbo"], b"elbo", True])

@@ -350,6 +350,7 @@ def _export(
     check_output(path, force)
     pair = x[np.arange(2) % len(x)]  # two rows: a batch traced at one would be taken for a constant
     latents = _try_out(halves, pair, spec)
+    on_data.check(latents.shape[1:])
     graphs = halves.to_onnx(pair, latents, spec.is_free)
     fidelity = verify(graphs, halves, x, spec, tolerance)
     prior = {"type": "standard_normal"} if halves.kind == "vae" else None

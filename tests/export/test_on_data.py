@@ -188,12 +188,12 @@ def test_a_checkpoints_prior_is_fitted_to_its_training_examples_or_to_those_give
     assert counts == {"own": 40, "data": 50, "more": 120}
 
 
-def test_enough_examples_are_no_reason_to_warn(complete: Path, vectors: np.ndarray) -> None:
-    with VAE.load(complete, threads=1) as vae, warnings.catch_warnings():
+def test_enough_examples_are_no_reason_to_warn(vectors: np.ndarray) -> None:
+    with warnings.catch_warnings():
         warnings.simplefilter("error")
-        PriorFit("gaussian", 1, vectors[:30]).fit(vae)
+        PriorFit("gaussian", 1, vectors[:30]).check(UNITS)
         with pytest.raises(FewExamplesWarning):
-            PriorFit("gaussian", 1, vectors[:29]).fit(vae)
+            PriorFit("gaussian", 1, vectors[:29]).check(UNITS)
 
 
 def test_a_prior_has_a_name_and_a_number_of_components() -> None:
@@ -213,9 +213,19 @@ def test_too_few_examples_or_too_large_latents_for_a_prior_write_nothing(vectors
     ):
         export(path, vectors[:9], prior="mixture:5")
     assert list(tmp_path.iterdir()) == []
-    fit = PriorFit("mixture", 40, vectors)
-    with pytest.raises(InputError, match=r"'mixture:40' has full covariances, .* latents of up to 915 .* have 916"):
-        fit._check(10_000, 916)
+    for kind, components, most in (("mixture", 40, 915), ("gaussian", 1, 1024)):
+        fit = PriorFit(kind, components, np.zeros((400_000, 1), np.float32))
+        fit.check(most)
+        with pytest.raises(InputError, match=rf"has full covariances, .* of up to {most:,} elements; .* {most + 1:,}"):
+            fit.check(most + 1)
+
+
+def test_a_prior_that_cannot_be_fitted_is_told_before_the_work(
+    vectors: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vae_export.export.verify", lambda *_: pytest.fail("too late"))
+    with pytest.raises(InputError, match="'gaussian' is fitted to 3 examples"):
+        export(tmp_path / "a.vae", vectors[:3], prior="gaussian")
 
 
 @pytest.mark.parametrize("prior", ["gaussian", "mixture:2"])

@@ -119,7 +119,8 @@ def _check_calibration(examples: Any, spec: InputSpec, source: str) -> Float32:
     checked = to_model_input(examples, spec, name)
     if len(checked) < LEAST_EXAMPLES:
         rule = f"expected at least {LEAST_EXAMPLES}: fewer say too little of the tail that thresholds lie in"
-        raise InputError(f"{name} has {len(checked)} examples; {rule}")
+        cure = "" if source == "data" else "; pass examples of your own (--calibrate DATA)"
+        raise InputError(f"{name} has {len(checked)} examples; {rule}{cure}")
     return checked
 
 

@@ -68,12 +68,14 @@ class PriorFit:
         least = max(dimensions + 1, 2 * self.components)
         if count < least:
             raise InputError(
-                f"prior {self} is fitted to {count} examples; latents of {dimensions} elements need at least {least}"
+                f"prior {self} is fitted to {count} examples; latents of {dimensions} elements need at least {least},"
+                " pass more (--data)"
             )
         if count < (enough := ENOUGH * dimensions * self.components):
             warnings.warn(
                 f"the prior {self} is fitted to {count} examples; with fewer than {enough:,}, {ENOUGH} for each of"
-                f" {dimensions} dimensions of each component, it may resemble these more than the data",
+                f" {dimensions} dimensions of each component, it may resemble these more than the data: pass more"
+                " (--data)",
                 FewExamplesWarning,
                 stacklevel=2,
             )

@@ -185,7 +185,9 @@ def export_imported(
     return _export(
         imported.halves,
         path,
-        spec=spec._replace(shape=imported.input_shape, resize="exact", default_size=x.shape[2:])
+        spec=spec._replace(
+            shape=imported.input_shape, resize="exact", multiple_of=imported.multiple_of, default_size=x.shape[2:]
+        )
         if imported.is_free
         else spec,
         x=x,
@@ -276,7 +278,7 @@ def export_bundle(
     threshold = parsed is not None and parsed.binarize == "threshold"
     wanted = check_wanted(precisions, budget, keep, x)
     on_data = plan_on_data(
-        spec._replace(shape=x.shape[1:]),
+        spec._replace(shape=x.shape[1:], multiple_of=1),
         any_size=spec.is_free,
         units=x,
         prior=prior,
@@ -313,7 +315,7 @@ def example_spec(imported: Imported) -> InputSpec:
         side = max(1, DEFAULT_SIDE // imported.multiple_of) * imported.multiple_of
         shape = (shape[0], *(imported.default_size or (side, side)))
     colour = {count: key for key, count in COLOURS.items()}.get(shape[0] or 0)
-    return InputSpec("image", shape, colour, "crop", imported.multiple_of)
+    return InputSpec("image", shape, colour, "crop")
 
 
 def _free_size(spec: InputSpec, multiple: int, always: bool = False) -> InputSpec:
@@ -350,6 +352,7 @@ def _export(
     check_output(path, force)
     pair = x[np.arange(2) % len(x)]  # two rows: a batch traced at one would be taken for a constant
     latents = _try_out(halves, pair, spec)
+    on_data.check(latents.shape[1:])
     graphs = halves.to_onnx(pair, latents, spec.is_free)
     fidelity = verify(graphs, halves, x, spec, tolerance)
     prior = {"type": "standard_normal"} if halves.kind == "vae" else None

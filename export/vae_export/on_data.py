@@ -3,6 +3,7 @@ the runtime's own code on the finished fp32 graphs, so that a device which runs 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,11 @@ class OnData:
     calibration: Float32 | None = None
     calibration_source: str = "data"
     progress: Progress | None = None
+
+    def check(self, latent_shape: tuple[int, ...]) -> None:
+        """Raise `InputError` if the prior cannot be fitted to latents of this shape, before the work is done."""
+        if self.prior is not None:
+            self.prior.check(math.prod(latent_shape))
 
     def measure(self, manifest: Manifest, graphs: dict[str, bytes]) -> tuple[Manifest, dict[str, bytes]]:
         """The manifest with what was found, and the files that it names beside the graphs."""
@@ -113,7 +119,8 @@ def _check_calibration(examples: Any, spec: InputSpec, source: str) -> Float32:
     checked = to_model_input(examples, spec, name)
     if len(checked) < LEAST_EXAMPLES:
         rule = f"expected at least {LEAST_EXAMPLES}: fewer say too little of the tail that thresholds lie in"
-        raise InputError(f"{name} has {len(checked)} examples; {rule}")
+        cure = "" if source == "data" else "; pass examples of your own (--calibrate DATA)"
+        raise InputError(f"{name} has {len(checked)} examples; {rule}{cure}")
     return checked
 
 

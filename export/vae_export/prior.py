@@ -14,7 +14,7 @@ from vae_runtime.errors import ExportError, InputError, VAEError
 from vae_runtime.manifest import PRIOR_FILE, FittedPrior
 from vae_runtime.preprocess import Float32
 from vae_runtime.vae import VAE
-from vae_training.fit_prior import draw_aggregate, fit_prior
+from vae_training.fit_prior import MAX_DIMENSIONS, draw_aggregate, fit_prior
 
 from .wanted import FewExamplesWarning
 
@@ -42,11 +42,10 @@ class PriorFit:
         Of a VAE, it is fitted to draws from the examples' posteriors; of a plain autoencoder, to their codes.
 
         Raises:
-            InputError: too few examples, or latents too large. ExportError: the fit fails.
+            ExportError: the fit fails.
         """
         posterior = vae.encode(self.examples)
-        count, dimensions = len(posterior), math.prod(posterior.mean.shape[1:])
-        self._check(count, dimensions)
+        count = len(posterior)
         # An autoencoder's codes are the same in every draw.
         rounds = 1 if posterior.logvar is None else max(1, DRAWS // count)
         draws = [draw_aggregate(posterior.mean, posterior.logvar, SEED + n) for n in range(rounds)]
@@ -58,20 +57,25 @@ class PriorFit:
             raise ExportError(f"prior {self} cannot be fitted to these latents: {error}") from error
         return FittedPrior(self.kind, self.components, PRIOR_FILE, count), mixture.to_npz()
 
-    def _check(self, count: int, dimensions: int) -> None:
-        size = 8 * self.components * dimensions**2
-        if size > LARGEST_BYTES:
-            rule = f"which is for latents of up to {math.isqrt(LARGEST_BYTES // 8 // self.components)} elements"
-            raise InputError(f"prior {self} has full covariances, {rule}; these have {dimensions}")
+    def check(self, dimensions: int) -> None:
+        """Raise `InputError` if latents of so many elements are too large, or the examples too few for them; warn of
+        a `FewExamplesWarning` if these are few."""
+        count = len(self.examples)
+        most = min(MAX_DIMENSIONS, math.isqrt(LARGEST_BYTES // 8 // self.components))
+        if dimensions > most:
+            rule = f"which is for latents of up to {most:,} elements"
+            raise InputError(f"prior {self} has full covariances, {rule}; these have {dimensions:,}")
         least = max(dimensions + 1, 2 * self.components)
         if count < least:
             raise InputError(
-                f"prior {self} is fitted to {count} examples; latents of {dimensions} elements need at least {least}"
+                f"prior {self} is fitted to {count} examples; latents of {dimensions} elements need at least {least},"
+                " pass more (--data)"
             )
         if count < (enough := ENOUGH * dimensions * self.components):
             warnings.warn(
                 f"the prior {self} is fitted to {count} examples; with fewer than {enough:,}, {ENOUGH} for each of"
-                f" {dimensions} dimensions of each component, it may resemble these more than the data",
+                f" {dimensions} dimensions of each component, it may resemble these more than the data: pass more"
+                " (--data)",
                 FewExamplesWarning,
                 stacklevel=2,
             )

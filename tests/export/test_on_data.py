@@ -188,12 +188,12 @@ def test_a_checkpoints_prior_is_fitted_to_its_training_examples_or_to_those_give
     assert counts == {"own": 40, "data": 50, "more": 120}
 
 
-def test_enough_examples_are_no_reason_to_warn(complete: Path, vectors: np.ndarray) -> None:
-    with VAE.load(complete, threads=1) as vae, warnings.catch_warnings():
+def test_enough_examples_are_no_reason_to_warn(vectors: np.ndarray) -> None:
+    with warnings.catch_warnings():
         warnings.simplefilter("error")
-        PriorFit("gaussian", 1, vectors[:30]).fit(vae)
+        PriorFit("gaussian", 1, vectors[:30]).check(UNITS)
         with pytest.raises(FewExamplesWarning):
-            PriorFit("gaussian", 1, vectors[:29]).fit(vae)
+            PriorFit("gaussian", 1, vectors[:29]).check(UNITS)
 
 
 def test_a_prior_has_a_name_and_a_number_of_components() -> None:
@@ -206,16 +206,29 @@ def test_a_prior_has_a_name_and_a_number_of_components() -> None:
 
 def test_too_few_examples_or_too_large_latents_for_a_prior_write_nothing(vectors: np.ndarray, tmp_path: Path) -> None:
     path = tmp_path / "a.vae"
-    with pytest.raises(InputError, match=r"'gaussian' is fitted to 3 examples; latents of 3 elements need at least 4"):
+    with pytest.raises(
+        InputError,
+        match=r"'gaussian' is fitted to 3 examples; latents of 3 elements need at least 4, pass more \(--data\)",
+    ):
         export(path, vectors[:3], prior="gaussian")
     with pytest.raises(
         InputError, match=r"'mixture:5' is fitted to 9 examples; latents of 3 elements need at least 10"
     ):
         export(path, vectors[:9], prior="mixture:5")
     assert list(tmp_path.iterdir()) == []
-    fit = PriorFit("mixture", 40, vectors)
-    with pytest.raises(InputError, match=r"'mixture:40' has full covariances, .* latents of up to 915 .* have 916"):
-        fit._check(10_000, 916)
+    for kind, components, most in (("mixture", 40, 915), ("gaussian", 1, 1024)):
+        fit = PriorFit(kind, components, np.zeros((400_000, 1), np.float32))
+        fit.check(most)
+        with pytest.raises(InputError, match=rf"has full covariances, .* of up to {most:,} elements; .* {most + 1:,}"):
+            fit.check(most + 1)
+
+
+def test_a_prior_that_cannot_be_fitted_is_told_before_the_work(
+    vectors: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vae_export.export.verify", lambda *_: pytest.fail("too late"))
+    with pytest.raises(InputError, match="'gaussian' is fitted to 3 examples"):
+        export(tmp_path / "a.vae", vectors[:3], prior="gaussian")
 
 
 @pytest.mark.parametrize("prior", ["gaussian", "mixture:2"])
@@ -226,6 +239,22 @@ def test_images_of_any_size_have_no_prior_to_fit(prior: str, tmp_path: Path) -> 
         export_bundle(
             encoder, decoder, tmp_path / "a.vae", examples=images, kind="autoencoder", multiple_of=2, prior=prior
         )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_of_any_size_are_calibrated_at_the_size_of_the_examples(tmp_path: Path) -> None:
+    images = np.zeros((100, 1, 16, 16), np.float32)
+    encoder, decoder = nn.Conv2d(1, 2, 2, 2), nn.ConvTranspose2d(2, 1, 2, 2)
+    rule = r"calibrate has shape .*; expected \(N, {0}, {0}\) uint8 or \(N, 1, {0}, {0}\) float32 in \[0, 1\]$"
+    with pytest.raises(InputError, match=rule.format(8)):
+        export_bundle(
+            encoder, decoder, tmp_path / "a.vae", examples=images[:40, :, :8, :8], kind="autoencoder", multiple_of=2,
+            calibrate=images,
+        )  # fmt: skip
+    halves = Reference(EncoderGraph(encoder, "autoencoder"), DecoderGraph(decoder, clamp=True))
+    imported = Imported(halves, "a", (1, None, None), multiple_of=2)
+    with pytest.raises(InputError, match=rule.format(64)):
+        export_imported(imported, tmp_path / "a.vae", calibrate=images)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -284,7 +313,9 @@ def test_methods_that_the_bundle_lacks_are_not_calibrated(vectors: np.ndarray, t
 
 def test_a_checkpoint_is_calibrated_on_its_own_held_out_examples(checkpoints: Any, tmp_path: Path) -> None:
     few = checkpoints["mlp-vector"]
-    with pytest.raises(InputError, match=r"held_out has 40 examples; expected at least 100: fewer say too little"):
+    with pytest.raises(
+        InputError, match=r"held_out has 40 examples; expected at least 100: fewer say too little .*--calibrate DATA"
+    ):
         export_checkpoint(few, tmp_path / "a.vae", name="a", calibrate="held-out")
     assert list(tmp_path.iterdir()) == []
     held_out = few.examples["held_out"].repeat(3, 1)

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -42,6 +44,12 @@ def test_a_capacity_takes_the_place_of_what_else_weighs_the_kl() -> None:
     assert config.resolve(GREY, 100) == config  # as --resume does
     assert TrainConfig("x", capacity=20, gamma=3).resolve(GREY, 100).gamma == 3
     assert TrainConfig("x").resolve(GREY, 100).gamma is None
+
+
+@pytest.mark.parametrize("labels", [3, [3], (3.0,), ("3",), (True,)])
+def test_labels_are_whole_numbers(labels: Any) -> None:
+    with pytest.raises(InputError, match=r"exclude_label is .*; expected a tuple of whole numbers"):
+        TrainConfig("digits", exclude_label=labels)
 
 
 def test_round_trip() -> None:

@@ -215,5 +215,7 @@ def test_labels_come_from_where_they_are(tmp_path: Path, images: np.ndarray) -> 
     np.savez(tmp_path / "c.npz", images=images, y=labels[:5])
     with pytest.raises(InputError, match=r"c\.npz has 5 labels, but 6 examples; expected one for each"):
         load_dataset(str(tmp_path / "c.npz"))
+    np.savez(tmp_path / "e.npz", images=images, labels=np.array([*"abcde", None], object))  # never unpickled
+    assert load_dataset(str(tmp_path / "e.npz")).labels is None
     np.save(tmp_path / "d.npy", images)
     assert load_dataset(str(tmp_path / "d.npy")).labels is None

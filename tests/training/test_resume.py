@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,23 @@ def test_a_rising_capacity_goes_on_rising(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.undo()
     train(config, tmp_path / "run", device="cpu", resume=True)
     assert_same(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_run_from_before_a_setting_continues_where_the_setting_is_as_it_was(
+    tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_at(monkeypatch, 7, 5)
+    with pytest.raises(StopError):
+        train(CONFIG, tmp_path / "run", device="cpu")
+    monkeypatch.undo()
+    description = json.loads((tmp_path / "run/run.json").read_text())
+    for key in ("exclude_label", "capacity", "gamma", "nll_samples"):
+        del description["config"][key]
+    (tmp_path / "run/run.json").write_text(json.dumps(description))
+    with pytest.raises(TrainingError, match=r"was begun with exclude_label \[\], not \[3\]"):
+        train(replace(CONFIG, exclude_label=(3,)), tmp_path / "run", device="cpu", resume=True)
+    train(CONFIG, tmp_path / "run", device="cpu", resume=True)
+    assert_same(uninterrupted, tmp_path / "run")
 
 
 def test_stopped_while_writing_the_state(tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,6 +111,9 @@ class TrainConfig:
                 strict.one_of(getattr(self, name), allowed, name)
         for name, (low, high) in _RANGES.items():
             strict.within(getattr(self, name), low, high, name)
+        labels = self.exclude_label
+        if not isinstance(labels, tuple) or not all(type(label) is int for label in labels):
+            raise InputError(f"exclude_label is {labels!r}; expected a tuple of whole numbers")
         for name in ("size", "crop"):
             sides = getattr(self, name)
             if sides is not None and (len(sides) != 2 or not all(1 <= side <= 8192 for side in sides)):

@@ -136,12 +136,22 @@ def _read_array(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
             if isinstance(loaded, np.ndarray):
                 return loaded, None
             name = _array_name(path, loaded.files)
-            labels = next((label for label in _LABEL_NAMES if label in loaded.files and label != name), None)
-            return loaded[name], None if labels is None else loaded[labels]
+            return loaded[name], _read_labels(loaded, name)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} cannot be read as an array: {error}") from None
+
+
+def _read_labels(archive: Any, examples: str) -> NDArray[Any] | None:
+    """The array beside `examples` that may be their labels; None where it holds Python objects, which are not read."""
+    name = next((name for name in _LABEL_NAMES if name in archive.files and name != examples), None)
+    if name is None:
+        return None
+    try:
+        return np.asarray(archive[name])
+    except ValueError:
+        return None
 
 
 def _array_name(path: Path, names: list[str]) -> str:

@@ -99,10 +99,13 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def _continue_run(path: Path, config: TrainConfig, recorded: dict[str, Any]) -> RunFolder:
+    # A setting that is newer than the run was as it is by default. How many samples measure the likelihood changes
+    # nothing in the training before.
+    begun = {**TrainConfig(config.data).to_dict(), "nll_samples": config.nll_samples, **recorded}
     for key, value in config.to_dict().items():
-        if recorded.get(key) != value:
+        if begun[key] != value:
             raise TrainingError(
-                f"{path} was begun with {key} {recorded.get(key)!r}, not {value!r}; a run continues only "
+                f"{path} was begun with {key} {begun[key]!r}, not {value!r}; a run continues only "
                 "with the settings it began with, --force begins anew"
             )
     run = _read_json(path / RUN_FILE)

@@ -381,14 +381,16 @@ def _describe_tuning(measured: list[Measured]) -> str:
 
 
 def _pairs(data: Any) -> str:
-    return ", ".join(f"{key} {_value(value)}" for key, value in data.items() if value is not None) or "not stated"
+    return ", ".join(f"{key} {_value(key, value)}" for key, value in data.items() if value is not None) or "not stated"
 
 
-def _value(value: Any) -> str:
+def _value(key: str, value: Any) -> str:
     if isinstance(value, dict):
         return "/".join(map(str, value.values()))
     if not isinstance(value, list):
         return str(value)
     if value[1:] == [None, None]:
         return f"{value[0]}xHxW"
-    return ", ".join(map(_value, value)) if any(isinstance(one, list) for one in value) else "x".join(map(str, value))
+    if any(isinstance(one, list) for one in value):
+        return ", ".join(_value(key, one) for one in value)
+    return ("x" if key in ("shape", "sizes", "default_size") else ", ").join(map(str, value))

@@ -22,6 +22,8 @@ PRIORS = ("standard", "fitted")
 
 Float64 = NDArray[np.float64]
 
+_SAFE_TEMPERATURE = 1e30  # up to here no standard normal number leaves float32
+
 
 class GaussianMixture(NamedTuple):
     """Σ_k weights[k] · N(means[k], factors[k] factors[k]ᵀ); a single Gaussian has one component.
@@ -113,14 +115,18 @@ class LatentStream:
         self._scale, limit = check_temperature(temperature), check_truncation(truncation)
         sequence = np.random.SeedSequence(check_seed(seed))
         self._noise = NormalStream(sequence) if limit is None else TruncatedStream(sequence, limit)
-        self._uniform = UniformStream(sequence)
         self._mixture = mixture
+        self._uniform = None if mixture is None else UniformStream(sequence)
+        self._may_overflow = mixture is not None or self._scale > _SAFE_TEMPERATURE
 
     def draw(self, count: int, shape: tuple[int, ...]) -> Float32:
         """The next `count` latents of `shape` -> float32 (count, *shape)."""
+        noise = self._noise.draw(count, shape)
+        if not self._may_overflow:
+            return np.multiply(noise, self._scale, out=noise)
         with np.errstate(over="ignore", invalid="ignore"):
-            latents = self._scale * self._noise.draw(count, shape)
-            if self._mixture is not None:
+            latents = self._scale * noise
+            if self._mixture is not None and self._uniform is not None:
                 component = self._mixture.components(self._uniform.draw(count))
                 draws = self._mixture.transform(latents.reshape(count, -1), component)
                 latents = draws.astype(np.float32).reshape(latents.shape)

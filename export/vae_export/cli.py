@@ -15,7 +15,7 @@ import click
 import numpy as np
 
 from vae_runtime.bundle import Bundle
-from vae_runtime.calibration import LEAST_EXAMPLES
+from vae_runtime.calibration import LEAST_EXAMPLES, SCORE_METHODS
 from vae_runtime.console import NEGATIVE_VERDICT, Command, describe_latent, json_option, print_json
 from vae_runtime.errors import InputError, MissingExtraError
 from vae_runtime.manifest import INPUT, KINDS, PRECISIONS, InputSpec, Manifest, Precision
@@ -114,6 +114,11 @@ class InputShape(click.ParamType):
     f" At least {LEAST_EXAMPLES}, at most {MOST_EXAMPLES:,} are taken, evenly spaced over all. What the model was"
     " trained on scores lower than new data do: thresholds would be too low, and call too much an anomaly.",
 )  # fmt: skip
+@click.option(
+    "--scores", metavar="METHOD,...",
+    help=f"Which scores to calibrate, of {', '.join(SCORE_METHODS)}; the last takes 100 decodings of each example."
+    "  [default: all that the bundle has]",
+)  # fmt: skip
 @click.option("--keep", is_flag=True, help="Write a precision that misses the budget too, marked in the manifest.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle, once the new one is complete.")
 @json_option
@@ -131,6 +136,7 @@ def main(
     budget_nats: float,
     prior: str | None,
     calibrate: tuple[str, ...],
+    scores: str | None,
     keep: bool,
     force: bool,
     as_json: bool,
@@ -150,12 +156,11 @@ def main(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", FewExamplesWarning)
         settings: dict[str, Any] = {"golden": golden, "precisions": names, "budget": budget, "keep": keep}
-        settings |= {"prior": prior, "calibrate": calibrate, "force": force} | (
-            {} if tolerance is None else {"tolerance": tolerance}
-        )
+        settings |= {"prior": prior, "calibrate": calibrate, "scores": _parse_scores(scores, calibrate), "force": force}
+        settings |= {} if tolerance is None else {"tolerance": tolerance}
         try:
             export = _export_ours if _is_ours(source, origin) else _export_imported
-            with _progress("calibrating", hidden=not calibrate) as settings["progress"]:
+            with _progress("calibrating") as settings["progress"]:
                 manifest = export(source, target, name, origin, data, ImportOptions(**options), settings)
         except ModuleNotFoundError as error:
             raise MissingExtraError(error.name or "a package", "export", "vae-export") from None
@@ -170,12 +175,19 @@ def main(
 
 
 @contextlib.contextmanager
-def _progress(label: str, hidden: bool) -> Iterator[Progress]:
-    """A bar on stderr where that is a terminal."""
-    hidden, parts = hidden or not sys.stderr.isatty(), 1000
-    # The time that other work takes before it would be counted in an estimate of what is left.
-    with click.progressbar(length=parts, label=label, show_eta=False, file=sys.stderr, hidden=hidden) as bar:
-        yield lambda done, total: bar.update(parts * done // total - bar.pos)
+def _progress(label: str) -> Iterator[Progress]:
+    """A bar on stderr, where that is a terminal, from the first time that there is something to tell."""
+    bars: list[Any] = []
+    with contextlib.ExitStack() as stack:
+
+        def tell(done: int, total: int) -> None:
+            if not bars:
+                hidden = not sys.stderr.isatty()
+                bar = click.progressbar(length=total, label=label, file=sys.stderr, hidden=hidden)
+                bars.append(stack.enter_context(bar))
+            bars[0].update(done - bars[0].pos)
+
+        yield tell
 
 
 def _is_ours(source: str, origin: str | None) -> bool:
@@ -295,6 +307,14 @@ def _parse_precisions(text: str) -> list[str]:
         if name not in PRECISIONS:
             raise InputError(f"--precision has {name!r}; expected some of {', '.join(PRECISIONS)}, with commas between")
     return names
+
+
+def _parse_scores(text: str | None, calibrate: tuple[str, ...]) -> list[str] | None:
+    if text is None:
+        return None
+    if not calibrate:
+        raise InputError(f"--scores is {text!r} without --calibrate; it says which scores to calibrate")
+    return [name.strip() for name in text.split(",")]
 
 
 def _report_misses(manifest: Manifest) -> None:

@@ -69,6 +69,7 @@ def export_checkpoint(
     prior: str | None = None,
     prior_examples: np.ndarray | None = None,
     calibrate: np.ndarray | str | None = None,
+    scores: Sequence[str] | None = None,
     progress: Progress | None = None,
     force: bool = False,
 ) -> Manifest:
@@ -83,7 +84,7 @@ def export_checkpoint(
         examples.
     calibrate: see `export_bundle`; or "held-out", the checkpoint's own held-out examples. Active units are measured on
         these in any case.
-    progress: see `export_bundle`.
+    scores, progress: see `export_bundle`.
 
     Raises:
         ExportError, InputError, OutputError: see `export_bundle`.
@@ -111,6 +112,7 @@ def export_checkpoint(
         prior=prior,
         prior_examples=prior_examples,
         calibrate=held_out if own else calibrate,
+        scores=scores,
         progress=progress,
         source=HELD_OUT if own else "data",
     )
@@ -147,6 +149,7 @@ def export_imported(
     prior: str | None = None,
     prior_examples: np.ndarray | None = None,
     calibrate: np.ndarray | None = None,
+    scores: Sequence[str] | None = None,
     progress: Progress | None = None,
     force: bool = False,
 ) -> Manifest:
@@ -157,8 +160,8 @@ def export_imported(
     golden: "examples" or "synthetic"; None: examples where there are any.
     name, tolerance, precisions, budget, keep: see `export_bundle`. A precision that the model's source rules out is not
         made, and the manifest's `refused` says why.
-    prior, calibrate, progress: see `export_bundle`. prior_examples: real inputs that the prior is fitted to; None:
-        `examples`.
+    prior, calibrate, scores, progress: see `export_bundle`. prior_examples: real inputs that the prior is fitted to;
+        None: `examples`.
 
     Raises:
         ExportError, InputError, OutputError: see `export_bundle`.
@@ -180,6 +183,7 @@ def export_imported(
         prior=prior,
         prior_examples=examples if prior_examples is None else prior_examples,
         calibrate=calibrate,
+        scores=scores,
         progress=progress,
     )
     return _export(
@@ -226,6 +230,7 @@ def export_bundle(
     keep: bool = False,
     prior: str | None = None,
     calibrate: Any = None,
+    scores: Sequence[str] | None = None,
     progress: Progress | None = None,
     force: bool = False,
 ) -> Manifest:
@@ -256,6 +261,8 @@ def export_bundle(
     calibrate: at least 100 examples as they should be, like `examples`, that the model was not trained on: the
         quantiles of their anomaly scores are what `VAE.is_anomaly` compares with. Where height and width are free, of
         the method "reconstruction" alone, whose scores do not grow with the size.
+    scores: which of them to calibrate, of "elbo", "reconstruction" and "log_likelihood", which takes 100 decodings of
+        each example; None: all that the bundle has.
     progress: called while importance sampling scores these, which may take minutes, with how many examples are done
         and how many there are.
 
@@ -284,6 +291,7 @@ def export_bundle(
         prior=prior,
         prior_examples=x,
         calibrate=_without_torch(calibrate),
+        scores=scores,
         progress=progress,
     )
     with _evaluation_mode(encoder, decoder):

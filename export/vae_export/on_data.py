@@ -4,12 +4,13 @@ the runtime's own code on the finished fp32 graphs, so that a device which runs 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from vae_runtime.calibration import LEAST_EXAMPLES, Calibration
+from vae_runtime.calibration import LEAST_EXAMPLES, SCORE_METHODS, Calibration
 from vae_runtime.errors import InputError
 from vae_runtime.manifest import PRIOR_FILE, ActiveUnits, InputSpec, Manifest
 from vae_runtime.preprocess import Float32, to_model_input
@@ -33,7 +34,8 @@ class OnData:
     """Which examples tell what, all as the encoder takes them; None: it is left out.
 
     units: for the active units; where they are few, those of the others will do. prior: what to fit, and to what.
-    calibration: examples as they should be, for thresholds, and calibration_source: "held-out" or "data".
+    calibration: examples as they should be, for thresholds, and calibration_source: "held-out" or "data". scores: the
+        methods to calibrate; None: all that the bundle has.
     progress: see `export_bundle`.
     """
 
@@ -41,6 +43,7 @@ class OnData:
     prior: PriorFit | None = None
     calibration: Float32 | None = None
     calibration_source: str = "data"
+    scores: tuple[str, ...] | None = None
     progress: Progress | None = None
 
     def check(self, latent_shape: tuple[int, ...]) -> None:
@@ -62,8 +65,22 @@ class OnData:
                 fitted, files[PRIOR_FILE] = self.prior.fit(vae)
                 latent = latent._replace(fitted_prior=fitted)
             if self.calibration is not None:
-                calibration = _calibrate(vae, self.calibration, self.calibration_source, self.progress)
+                calibration = self._calibrate(vae, self.calibration)
         return manifest._replace(latent=latent, calibration=calibration), files
+
+    def _calibrate(self, vae: VAE, examples: Float32) -> Calibration:
+        # Of images of any size, scores in nats grow with the size, and say nothing of those of another one.
+        there = ("reconstruction",) if vae.manifest.input.is_free else score_methods(vae.manifest)
+        for method in self.scores or ():
+            if method not in there:
+                raise InputError(f"scores has {method!r}; this bundle is calibrated by {', '.join(there)} alone")
+        scores = {}
+        for method in self.scores or there:
+            slow = method == "log_likelihood"
+            found = _score_slowly(vae, examples, self.progress) if slow else vae.score(examples, method)
+            quantiles = np.quantile(found, LEVELS)
+            scores[method] = tuple(_rounded(value) for value in quantiles)  # rounding keeps their order
+        return Calibration(self.calibration_source, len(examples), LEVELS, scores)
 
 
 def plan_on_data(
@@ -75,12 +92,13 @@ def plan_on_data(
     prior_examples: Any = None,
     calibrate: Any = None,
     source: str = "data",
+    scores: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> OnData:
     """What the caller asked for, checked before any work is done.
 
     spec: of one example. any_size: the bundle leaves height and width free. prior: "gaussian" or "mixture:10", to be
-        fitted to `prior_examples`. calibrate: the examples for it.
+        fitted to `prior_examples`. calibrate: the examples for it. scores: which of them to calibrate; None: all.
 
     Raises:
         InputError: an argument breaks a rule, or there are no real examples for what was asked for.
@@ -96,7 +114,7 @@ def plan_on_data(
             raise InputError(f"prior {prior!r} needs real inputs, and there are none; pass some (--data)")
         fit = PriorFit(kind, components, to_model_input(prior_examples, spec, "the prior's examples"))
     checked = None if calibrate is None else _check_calibration(calibrate, spec, source)
-    return OnData(units, fit, checked, source, progress)
+    return OnData(units, fit, checked, source, _check_scores(scores), progress)
 
 
 def active_units(vae: VAE, examples: Float32) -> ActiveUnits:
@@ -112,6 +130,14 @@ def active_units(vae: VAE, examples: Float32) -> ActiveUnits:
     return ActiveUnits(rounded, threshold, len(mean))
 
 
+def _check_scores(scores: Sequence[str] | None) -> tuple[str, ...] | None:
+    if scores is None:
+        return None
+    if isinstance(scores, str) or not scores or not set(scores) <= set(SCORE_METHODS):
+        raise InputError(f"scores is {scores!r}; expected some of {', '.join(SCORE_METHODS)}")
+    return tuple(dict.fromkeys(scores))
+
+
 def _check_calibration(examples: Any, spec: InputSpec, source: str) -> Float32:
     if isinstance(examples, str):
         raise InputError(f"calibrate is {examples!r}, and only a model.pt has held-out examples; pass examples")
@@ -122,17 +148,6 @@ def _check_calibration(examples: Any, spec: InputSpec, source: str) -> Float32:
         cure = "" if source == "data" else "; pass examples of your own (--calibrate DATA)"
         raise InputError(f"{name} has {len(checked)} examples; {rule}{cure}")
     return checked
-
-
-def _calibrate(vae: VAE, examples: Float32, source: str, progress: Progress | None) -> Calibration:
-    scores = {}
-    # Of images of any size, scores in nats grow with the size, and say nothing of those of another one.
-    methods = ("reconstruction",) if vae.manifest.input.is_free else score_methods(vae.manifest)
-    for method in methods:
-        found = _score_slowly(vae, examples, progress) if method == "log_likelihood" else vae.score(examples, method)
-        quantiles = np.quantile(found, LEVELS)
-        scores[method] = tuple(_rounded(value) for value in quantiles)  # rounding keeps their order
-    return Calibration(source, len(examples), LEVELS, scores)
 
 
 def _score_slowly(vae: VAE, examples: Float32, progress: Progress | None) -> Float64:

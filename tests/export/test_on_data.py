@@ -19,7 +19,7 @@ from vae_export.imported import Imported
 from vae_export.on_data import LEAST_FOR_UNITS, LEVELS, active_units
 from vae_export.prior import PriorFit, parse_prior
 from vae_export.verify import Reference
-from vae_runtime import VAE, InputError
+from vae_runtime import VAE, InputError, NotInBundleError
 from vae_runtime.calibration import SCORE_METHODS
 from vae_runtime.manifest import FittedPrior
 from vae_runtime.preprocess import to_model_input
@@ -281,6 +281,26 @@ def test_thresholds_are_quantiles_of_what_the_device_itself_computes(complete: P
             np.testing.assert_allclose(quantiles, np.quantile(scores, LEVELS), rtol=1e-5)
             assert abs(vae.is_anomaly(vectors[200:], 0.9, method).sum() - 20) <= 1
         assert vae.is_anomaly(10 * vectors[:50]).all()
+
+
+def test_only_the_scores_asked_for_are_calibrated(complete: Path, vectors: np.ndarray, tmp_path: Path) -> None:
+    with VAE.load(complete, threads=1) as vae:
+        whole = vae.manifest.calibration
+    few = {"calibrate": vectors[200:], "likelihood": GAUSSIAN}
+    manifest = export(tmp_path / "a.vae", vectors[:200], scores=["reconstruction", "elbo"], **few)
+    assert set(manifest.calibration.scores) == {"elbo", "reconstruction"}
+    assert manifest.calibration.scores["reconstruction"] == whole.scores["reconstruction"]
+    with (
+        VAE.load(tmp_path / "a.vae", threads=1) as vae,
+        pytest.raises(NotInBundleError, match=r"only by (elbo|reconstruction), (elbo|reconstruction); .* --calibrate"),
+    ):
+        vae.is_anomaly(vectors[:1], method="log_likelihood")
+    for wrong in ([], "elbo", ["elbo", "iwae"]):
+        with pytest.raises(InputError, match=r"scores is .*; expected some of elbo, reconstruction, log_likelihood"):
+            export(tmp_path / "b.vae", vectors[:200], scores=wrong, **few)
+    with pytest.raises(InputError, match=r"scores has 'elbo'; this bundle is calibrated by reconstruction alone"):
+        export(tmp_path / "b.vae", vectors[:200], scores=["elbo"], calibrate=vectors[200:])
+    assert not (tmp_path / "b.vae").exists()
 
 
 def test_levels_rise_from_0_to_1_and_are_finest_at_the_ends() -> None:

@@ -23,8 +23,8 @@ from typing import Any
 
 from train_quality import RESULTS, machine
 
-# 2 steps an epoch.
-EPOCHS = 950
+# 2 steps an epoch; what two cores of a machine with AVX-512 do in ten minutes.
+EPOCHS = 1950
 SETTINGS = ("--family", "resnet", "--crop", "64", "--split", "0.6,0.2,0.2", "--batch-size", "32")
 TARGET_PSNR_DB, TARGET_SECONDS = 26.0, 600
 KEEP = ("test", "validation", "training", "model", "likelihood", "dataset", "config")

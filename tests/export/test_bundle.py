@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11, 4), reason="zipfile of older Pythons writes other headers, gh-103861")
 def test_what_is_written_is_what_was_read(tmp_path: Path) -> None:
     write_bundle(tmp_path / "copy.vae", *contents())
     assert snapshot(tmp_path / "copy.vae") == snapshot(TINY)

@@ -42,27 +42,6 @@ def refused(message: str, *arguments: object, code: int = 1) -> None:
 
 
 @pytest.fixture
-def pixels() -> np.ndarray:
-    """uint8 (150, 8, 8): more than two of the command line's batches."""
-    return np.random.default_rng(3).integers(0, 256, (150, 8, 8), np.uint8)
-
-
-@pytest.fixture
-def npy(tmp_path: Path, pixels: np.ndarray) -> Path:
-    np.save(tmp_path / "pixels.npy", pixels)
-    return tmp_path / "pixels.npy"
-
-
-@pytest.fixture
-def pictures(tmp_path: Path, pixels: np.ndarray) -> Path:
-    image = pytest.importorskip("PIL.Image")
-    (tmp_path / "pictures").mkdir()
-    for number in range(3):
-        image.fromarray(pixels[number]).save(tmp_path / "pictures" / f"p{number}.png")
-    return tmp_path / "pictures"
-
-
-@pytest.fixture
 def calibrated(bundle: Path, pixels: np.ndarray, resign: Callable[..., Path]) -> Path:
     """The tiny bundle, calibrated on all pixels by two methods."""
     with VAE.load(bundle, threads=1) as vae:

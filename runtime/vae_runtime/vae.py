@@ -29,6 +29,7 @@ from .preprocess import (
     describe,
     pad_images,
     require_plain_array,
+    to_model_input,
     zeros,
 )
 from .sampling import check_count, check_flag
@@ -614,7 +615,10 @@ class VAE:
         """
         from .latent_space import mean_difference
 
-        return mean_difference(self.encode(positives).mode(), self.encode(negatives).mode())
+        self._open_operations()
+        named = {"positives": positives, "negatives": negatives}
+        checked = [to_model_input(inputs, self.manifest.input, name) for name, inputs in named.items()]
+        return mean_difference(*(self.encode(inputs).mode() for inputs in checked))
 
     def selftest(self) -> SelfTest:
         """Run the bundle's golden inputs through every route of `plan` and compare with the reference's outputs of the

@@ -226,6 +226,13 @@ def test_attribute_vector_is_the_difference_of_mean_latents(tiny: VAE, images: n
     assert tiny.decode(tiny.encode(images).mean + found).shape == images.shape
 
 
+def test_attribute_vector_names_the_side_that_is_wrong(tiny: VAE, images: np.ndarray) -> None:
+    with pytest.raises(InputError, match=r"positives has shape \(20, 8, 8\)"):
+        tiny.attribute_vector(images[:, 0], images)
+    with pytest.raises(InputError, match="negatives has dtype float64"):
+        tiny.attribute_vector(images, images.astype(np.float64))
+
+
 def test_attribute_vector_of_images_of_two_sizes_is_refused(free_path: Path) -> None:
     with VAE.load(free_path) as vae, pytest.raises(InputError, match=r"latents of shapes \(2, 4, 4\) and \(2, 4, 6\)"):
         vae.attribute_vector(np.zeros((1, 3, 8, 8), np.float32), np.zeros((1, 3, 8, 12), np.float32))

@@ -12,6 +12,7 @@ import numpy as np
 
 from vae_runtime.calibration import LEAST_EXAMPLES, SCORE_METHODS, Calibration
 from vae_runtime.errors import InputError
+from vae_runtime.latent_space import by_unit
 from vae_runtime.manifest import PRIOR_FILE, ActiveUnits, InputSpec, Manifest
 from vae_runtime.preprocess import Float32, to_model_input
 from vae_runtime.prior import Float64
@@ -123,11 +124,10 @@ def active_units(vae: VAE, examples: Float32) -> ActiveUnits:
     A plain autoencoder's code has no prior whose variance would be 1: a unit of it counts as active where it varies by
     more than a hundredth of what the unit that varies most does.
     """
-    mean = vae.encode(examples).mean.astype(np.float64)
-    units = np.moveaxis(mean, 1, -1).reshape(-1, mean.shape[1]) if mean.ndim == 4 else mean.reshape(len(mean), -1)
-    rounded = tuple(_rounded(value) for value in units.var(axis=0))  # of (N, C, h, w), the units are the channels
+    variances = by_unit(vae.encode(examples).mean).astype(np.float64).var(axis=0)
+    rounded = tuple(_rounded(value) for value in variances)
     threshold = ACTIVE_VARIANCE if vae.manifest.kind == "vae" else _rounded(ACTIVE_VARIANCE * max(rounded))
-    return ActiveUnits(rounded, threshold, len(mean))
+    return ActiveUnits(rounded, threshold, len(examples))
 
 
 def _check_scores(scores: Sequence[str] | None) -> tuple[str, ...] | None:

@@ -177,11 +177,11 @@ def principal_axes(batches: Iterable[Float32], count: int = 2) -> Axes:
 
 def unit_moments(batches: Iterable[Float32]) -> tuple[Float64, Float64]:
     """Mean and variance of each unit over latents, (units,) each; of channels over all positions too."""
-    centre, covariance = _moments(map(_by_unit, batches))
+    centre, covariance = _moments(map(by_unit, batches))
     return centre, np.diag(covariance)
 
 
-def _by_unit(latents: Float32) -> Float32:
+def by_unit(latents: Float32) -> Float32:
     """Latents (N, *latent_shape) -> one row per example and position, (rows, units)."""
     units = count_units(latents.shape[1:])
     return np.moveaxis(latents.reshape(len(latents), units, -1), 1, 2).reshape(-1, units)

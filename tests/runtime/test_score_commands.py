@@ -12,33 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 
 from vae_runtime import VAE
 from vae_runtime.calibration import SCORE_METHODS, Calibration
-from vae_runtime.cli import main
 from vae_runtime.detection import auroc, average_precision
 from vae_runtime.images import overlay
 from vae_runtime.manifest import ActiveUnits
 
+from .test_cli import refused, run
+
 LEVELS = tuple(n / 10 for n in range(11))
-
-
-def run(*arguments: object) -> Result:
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
-def refused(message: str, *arguments: object, code: int = 1) -> None:
-    """The command fails with one sentence on stderr, nothing on stdout and this exit code."""
-    result = run(*arguments)
-    assert result.exit_code == code, result.output
-    assert result.stdout == ""
-    assert re.search(message, result.stderr), result.stderr
-    if code == 1:
-        assert re.fullmatch(r"Error: [^\n]+\n", result.stderr), result.stderr
 
 
 @pytest.fixture

@@ -45,14 +45,14 @@ def find_gpus() -> tuple[tuple[Gpu, ...], str | None]:
     """The GPUs in the driver's order, or why it shows none. Asked of the driver itself: onnxruntime only lists what it
     was compiled with, and would print and fall back to the CPU."""
     try:
-        driver = _driver()
+        cuda = driver()
     except OSError:
         return (), "no NVIDIA driver is installed on this machine (libcuda was not found)"
     _asked_in[:] = [os.getpid()]
     count = ctypes.c_int()
-    if (status := driver.cuInit(0)) != 0 or (status := driver.cuDeviceGetCount(ctypes.byref(count))) != 0:
+    if (status := cuda.cuInit(0)) != 0 or (status := cuda.cuDeviceGetCount(ctypes.byref(count))) != 0:
         return (), f"the NVIDIA driver shows no usable GPU (CUDA error {status})"
-    gpus = tuple(_read_gpu(driver, index) for index in range(count.value))
+    gpus = tuple(_read_gpu(cuda, index) for index in range(count.value))
     return gpus, None if gpus else "the NVIDIA driver shows no GPU"
 
 
@@ -60,7 +60,7 @@ def driver_version() -> str | None:
     """The newest CUDA that the driver runs, such as "13.0"; None without a driver."""
     version = ctypes.c_int()
     try:
-        status = _driver().cuDriverGetVersion(ctypes.byref(version))
+        status = driver().cuDriverGetVersion(ctypes.byref(version))
     except OSError:
         return None
     return f"{version.value // 1000}.{version.value % 1000 // 10}" if status == 0 else None
@@ -68,12 +68,26 @@ def driver_version() -> str | None:
 
 def synchronize(index: int) -> None:
     """Wait for all work on GPU `index`, whichever context is this thread's, or none."""
-    driver, context = _driver(), _primary_context(index)
-    driver.cuCtxPushCurrent_v2(context)
-    status = driver.cuCtxSynchronize()
-    driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+    with ContextOf(index):
+        status = driver().cuCtxSynchronize()
     if status != 0:
         raise DeviceError(f"GPU {index} failed in work that was under way (CUDA error {status})")
+
+
+class ContextOf:
+    """While it lasts, this thread's calls of the driver are for GPU `index`, whatever they are for otherwise."""
+
+    def __init__(self, index: int) -> None:
+        self._index, self._context = index, _primary_context(index)
+        self._push, self._pop = driver().cuCtxPushCurrent_v2, driver().cuCtxPopCurrent_v2
+        self._popped = ctypes.byref(ctypes.c_void_p())
+
+    def __enter__(self) -> None:
+        if (status := self._push(self._context)) != 0:
+            raise DeviceError(f"GPU {self._index} cannot be used in this thread (CUDA error {status})")
+
+    def __exit__(self, *_: object) -> None:
+        self._pop(self._popped)
 
 
 def why_not_cuda(index: int = 0) -> str | None:
@@ -115,6 +129,10 @@ def require_tensorrt_precision(precision: str) -> None:
 CUDA_DEFAULTS: Mapping[str, str] = {"cudnn_conv_algo_search": "HEURISTIC"}
 # For a session that takes one shape only: chosen once, with more care, and replayed as one CUDA graph per call.
 CUDA_FIXED_SHAPE: Mapping[str, str] = {"cudnn_conv_algo_search": "EXHAUSTIVE", "enable_cuda_graph": "1"}
+# By which a caller has a say in a session's memory.
+CUDA_MEMORY_OPTIONS = frozenset(
+    {"gpu_mem_limit", "arena_extend_strategy", "gpu_external_alloc", "gpu_external_free", "gpu_external_empty_cache"}
+)
 
 
 def tensorrt_cache(folder: str) -> dict[str, str]:
@@ -129,15 +147,41 @@ def tensorrt_cache(folder: str) -> dict[str, str]:
 
 def real_work_on_cpu(session: Any) -> list[str]:
     """Operators of an open session that run on the CPU and are more than arithmetic on shapes."""
-    return sorted(
-        {
-            node.op_type
-            for part in session.get_provider_graph_assignment_info()
-            if part.ep_name == "CPUExecutionProvider"
-            for node in part.get_nodes()
-            if node.op_type not in SHAPE_OPERATORS
+    return sorted((operators(session, "CPUExecutionProvider") or set()) - SHAPE_OPERATORS)
+
+
+def operators(session: Any, provider: str | None = None) -> set[str] | None:
+    """The types of the operators that an open session runs, on one provider or on all; None where it does not tell:
+    only those on GPUs are opened so that they do, and only newer versions of onnxruntime can."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return None
+    return {
+        node.op_type
+        for part in session.get_provider_graph_assignment_info()
+        if provider in (None, part.ep_name)
+        for node in part.get_nodes()
+    }
+
+
+@functools.cache
+def share_allocator(index: int) -> bool:
+    """Have one pool of memory on GPU `index` for all sessions that take it, which lasts as long as the process: what
+    one of them is done with, the next one uses. Whether there is one."""
+    engine = import_engine()
+    try:
+        kind, place = engine.OrtAllocatorType.ORT_ARENA_ALLOCATOR, engine.OrtMemType.DEFAULT
+        memory = engine.OrtMemoryInfo("Cuda", kind, index, place)
+        size = {
+            "max_mem": 0,
+            "arena_extend_strategy": -1,
+            "initial_chunk_size_bytes": -1,
+            "max_dead_bytes_per_chunk": -1,
         }
-    )
+        options = {} if index == 0 else {"device_id": str(index)}
+        engine.create_and_register_allocator_v2(CUDA, memory, options, engine.OrtArenaCfg(size))
+    except Exception as error:  # of onnxruntime's own kinds
+        return "already been registered" in str(error)  # by the application
+    return True
 
 
 def _why_not(provider: str, index: int) -> str | None:
@@ -197,8 +241,8 @@ def _can_load(library: str) -> bool:
 @functools.cache
 def _primary_context(index: int) -> ctypes.c_void_p:
     """The context that CUDA's runtime, and so every library here, uses on a GPU."""
-    driver, device, context = _driver(), ctypes.c_int(), ctypes.c_void_p()
-    status = driver.cuDeviceGet(ctypes.byref(device), index) or driver.cuDevicePrimaryCtxRetain(
+    cuda, device, context = driver(), ctypes.c_int(), ctypes.c_void_p()
+    status = cuda.cuDeviceGet(ctypes.byref(device), index) or cuda.cuDevicePrimaryCtxRetain(
         ctypes.byref(context), device
     )
     if status != 0:
@@ -206,16 +250,18 @@ def _primary_context(index: int) -> ctypes.c_void_p:
     return context
 
 
-def _driver() -> Any:
+@functools.cache
+def driver() -> Any:
+    """The driver's library; raises `OSError` where there is none. What it says of errors is each call's result."""
     return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
-def _read_gpu(driver: Any, index: int) -> Gpu:
+def _read_gpu(cuda: Any, index: int) -> Gpu:
     device, memory, name = ctypes.c_int(), ctypes.c_size_t(), ctypes.create_string_buffer(256)
     major, minor = ctypes.c_int(), ctypes.c_int()
-    driver.cuDeviceGet(ctypes.byref(device), index)
-    driver.cuDeviceGetName(name, len(name), device)
-    driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
-    driver.cuDeviceGetAttribute(ctypes.byref(major), _COMPUTE_CAPABILITY_MAJOR, device)
-    driver.cuDeviceGetAttribute(ctypes.byref(minor), _COMPUTE_CAPABILITY_MINOR, device)
+    cuda.cuDeviceGet(ctypes.byref(device), index)
+    cuda.cuDeviceGetName(name, len(name), device)
+    cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+    cuda.cuDeviceGetAttribute(ctypes.byref(major), _COMPUTE_CAPABILITY_MAJOR, device)
+    cuda.cuDeviceGetAttribute(ctypes.byref(minor), _COMPUTE_CAPABILITY_MINOR, device)
     return Gpu(name.value.decode(errors="replace"), memory.value, f"{major.value}.{minor.value}")

@@ -12,6 +12,7 @@ from .cuda import (
     CUDA,
     CUDA_DEFAULTS,
     CUDA_FIXED_SHAPE,
+    CUDA_MEMORY_OPTIONS,
     TENSORRT,
     cuda_options,
     require_tensorrt_precision,
@@ -53,9 +54,14 @@ class Device(NamedTuple):
         """Where its tensors are, by onnxruntime's name and number."""
         return ("cuda", int(self.options["device_id"])) if self.is_gpu else ("cpu", 0)
 
-    def without_launch_graph(self) -> Device:
-        """The same, but for launching each kernel by itself where a session takes one shape only."""
-        return self._replace(options={**self.options, "enable_cuda_graph": "0"})
+    @property
+    def may_share_memory(self) -> bool:
+        """Whether its sessions may take their memory from one pool: the caller's options say nothing of it."""
+        return self.provider == CUDA and not CUDA_MEMORY_OPTIONS & self.options.keys()
+
+    def with_option(self, name: str, value: str) -> Device:
+        """The same with one option of its provider."""
+        return self._replace(options={**self.options, name: value})
 
     def session_options(self, threads: int | None, is_fixed: bool, bundle: str) -> dict[str, str]:
         """The provider's options for a session of so many threads. is_fixed: it takes one shape only. bundle: the
@@ -63,7 +69,12 @@ class Device(NamedTuple):
         if self.provider == OPENVINO:
             return openvino_options(self.precision, threads, self.options, compiled_in=self.plugin is None)
         if self.provider == CUDA:
-            return {**CUDA_DEFAULTS, **(CUDA_FIXED_SHAPE if is_fixed else {}), **self.options}
+            options = {**CUDA_DEFAULTS, **(CUDA_FIXED_SHAPE if is_fixed else {}), **self.options}
+            if (
+                options["device_id"] == "0"
+            ):  # onnxruntime's own choice; where it is told, 1.26 and later print a warning
+                del options["device_id"]
+            return options
         if self.provider == TENSORRT:
             return {**tensorrt_cache(str(make_cache_folder("tensorrt", bundle))), **self.options}
         return dict(self.options)

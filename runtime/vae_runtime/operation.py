@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .bound import BoundCall, BoundPair, DeviceCall
+from .bound import BoundCall, BoundPair, DeviceCall, StagedCall
 from .boundary import Boundary
 from .device_array import DeviceArray, from_dlpack
 from .errors import InputError
@@ -66,7 +66,7 @@ class Route:
     def describe(self) -> dict[str, Any]:
         """One entry of `VAE.plan`."""
         session = self.any_batch
-        return {
+        entry = {
             "from_batch": self.from_batch,
             "device": session.device.name,
             "provider": session.device.provider,
@@ -76,6 +76,9 @@ class Route:
             "spinning": session.spinning,
             "fixed_batches": sorted({shape[0] for shape in self._fixed}),
         }
+        if session.device.is_gpu:
+            entry["fixed_on_gpu"] = [fixed.describe_way() for fixed in self._fixed.values()]
+        return entry
 
 
 class Operation:
@@ -94,11 +97,15 @@ class Operation:
         self._check = check
         self._rule = rule
         self._free: dict[tuple[int, ...], list[BoundCall | DeviceCall]] = {}
+        self._own: dict[tuple[int, ...], DeviceCall] = {}  # of sessions for one shape
 
     def __call__(self, array: Any, batch_size: int | None = None) -> list[Float32]:
         """-> the graph's outputs, which belong to the caller."""
         # No subclass: masks and the like are for the check.
         if batch_size is None and type(array) is _ARRAY and array.dtype is _FLOAT32:
+            own = self._own.get(array.shape)
+            if own is not None and (results := own(array)) is not None:
+                return results
             free = self._free.get(array.shape)
             try:
                 call = free.pop() if free else None  # what is popped no other thread has
@@ -151,11 +158,18 @@ class Operation:
             route.fix(part, read)
             if route.is_fixed(part):
                 self._free.pop(part, None)  # calls that would be taken in its place
+                self._prefer(route.session(part), part)
             inputs = zeros(part, "a batch")
             if rows == examples:
                 self(inputs)
             else:
                 route.session(part).run(inputs)
+
+    def _prefer(self, session: GraphSession, shape: tuple[int, ...]) -> None:
+        """Have calls of this shape take the memory of the session for it, where it has some."""
+        call = session.bind(shape, self._rule)
+        if isinstance(call, DeviceCall) and session.fixed == shape and self.route(shape[0]).session(shape) is session:
+            self._own[shape] = call
 
     def run(self, checked: Float32, size: int, examples: int | None = None) -> list[Float32]:
         """What is known to be good, in chunks of `size`. examples: how many the whole call has, if these are a part."""
@@ -182,6 +196,12 @@ class Operation:
         checked = self._check(array)
         size, route = self.chunk_size(batch_size, checked.shape[1:]), self.route(len(checked))
         if batch_size is None and route.session(checked.shape) is not route.any_batch:
+            first = self._own.get(checked.shape)
+            second = decoder._own.get((len(checked), *self._boundary.output_shapes(checked.shape[1:])[0]))
+            if isinstance(first, StagedCall) and isinstance(second, StagedCall):
+                images = first.then(second, checked)
+                if images is not None:
+                    return images
             return decoder(self(checked)[0])[0]  # a graph of launches gains more than the copies of small latents cost
         encode, decode = route.any_batch, decoder.route(len(checked)).any_batch
         parts = []

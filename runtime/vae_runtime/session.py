@@ -9,13 +9,13 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from .bound import BoundCall, DeviceCall
+from .bound import BoundCall, DeviceCall, Owner, ResidentCall, StagedCall
 from .boundary import Boundary
-from .cuda import CUDA, real_work_on_cpu
+from .cuda import CUDA, operators, real_work_on_cpu, share_allocator
 from .device_array import DeviceArray, copy_to_device
 from .devices import CPU, Device
 from .engine import first_line, import_engine
@@ -24,6 +24,9 @@ from .graph_rules import check_graph
 from .manifest import Shape
 from .plugins import OPENVINO
 from .preprocess import Float32, ValueRule
+
+if TYPE_CHECKING:
+    from .cuda_stream import Stream
 
 # Up to so many values per call, copying into memory that is bound to the session costs less than binding the caller's.
 BOUND_VALUES = 2**16
@@ -47,6 +50,7 @@ class GraphSession:
     fixed: the only shape of input that it takes, and is made for, with the batch; None takes any.
     bundle: the digest of the bundle that the graph is from; by it a device keeps what it builds for the graph.
     any_size: height and width are free, and so may be large.
+    stream: of a GPU, on which the session has been told to work, see `StagedCall`.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class GraphSession:
         fixed: tuple[int, ...] | None = None,
         bundle: str = "",
         any_size: bool = False,
+        stream: Stream | None = None,
     ) -> None:
         check_graph(model, file)
         self.file = file
@@ -68,13 +73,14 @@ class GraphSession:
         self.fixed = fixed
         self.bundle = bundle
         self._process = os.getpid()
+        self._stream, self._memory = stream, device.memory
         self._session = _open(model, file, device, threads, spinning, fixed, bundle, any_size)
-        self.inherited = False  # through a fork
+        self.owner = Owner()
         # A CUDA graph reads and writes the addresses that it was captured with, whatever a later run is given; and
         # onnxruntime keeps one per thread, so that another thread's first call would capture anew.
         self._only_call: DeviceCall | None = None
-        self._own = threading.local()
-        self._own.thread = True
+        self.trials: dict[str, float | str] = {}  # way -> its time relative to the plain one's, or why it was not taken
+        self._of_thread = threading.local()  # what each thread has of this session
         _sessions.add(self)
 
     def require_boundary(self, boundary: Boundary) -> None:
@@ -99,12 +105,31 @@ class GraphSession:
         if self.fixed is None and isinstance(inputs[0].shape[0], int):
             raise BundleError(f"{self.file} has a fixed batch size; a bundle's graphs take any")
         if self.fixed is not None and self.device.is_gpu:
+            all_shapes, stream = self._shapes(self.fixed), self._stream
             with self._naming_errors(self.fixed[0]):
-                self._only_call = DeviceCall(self, self._shapes(self.fixed))
+                self._only_call = (
+                    DeviceCall(self, all_shapes) if stream is None else StagedCall(self, all_shapes, stream)
+                )
 
     @property
     def serves_this_thread(self) -> bool:
-        return self._only_call is None or getattr(self._own, "thread", False)
+        return self._only_call is None or self.owner.is_this_thread
+
+    @property
+    def operators(self) -> set[str] | None:
+        """The types of the operators that it runs; None where onnxruntime does not tell."""
+        return operators(self._session)
+
+    def describe_way(self) -> dict[str, Any]:
+        """How a session for one shape on a GPU works."""
+        options = self.device.session_options(self.threads, True, self.bundle)
+        return {
+            "shape": list(self.fixed or ()),
+            "launch_graph": options.get("enable_cuda_graph") == "1",
+            "layout": "NHWC" if options.get("prefer_nhwc") == "1" else "NCHW",
+            "copies": "pageable" if self._stream is None else "pinned",
+            "trials": self.trials,
+        }
 
     @property
     def gains_from_fixed_shape(self) -> bool:
@@ -115,25 +140,29 @@ class GraphSession:
     def for_shape(self, model: bytes, shape: tuple[int, ...]) -> GraphSession:
         """A session of the same graph, whose file's bytes are `model`, in all as this one, but for one shape of input,
         with the batch."""
-        try:
-            return self._for_shape(model, shape, self.device)
-        except DeviceError as error:
-            if self.device.provider != CUDA or isinstance(error, OutOfMemoryError):
-                raise
-            # A graph with arithmetic on shapes on the CPU cannot be captured.
-            return self._for_shape(model, shape, self.device.without_launch_graph())
+        if self.device.provider != CUDA:
+            return self.open_for(model, shape, self.device)
+        from .trial import fastest_session  # late: only a GPU has several ways
 
-    def _for_shape(self, model: bytes, shape: tuple[int, ...], device: Device) -> GraphSession:
-        session = GraphSession(model, self.file, device, self.threads, self.spinning, shape, self.bundle)
+        return fastest_session(self, model, shape)
+
+    def open_for(
+        self, model: bytes, shape: tuple[int, ...], device: Device, stream: Stream | None = None
+    ) -> GraphSession:
+        """The same by one way: what `device` says, which is this session's but for options."""
+        session = GraphSession(model, self.file, device, self.threads, self.spinning, shape, self.bundle, stream=stream)
         session.require_boundary(self._boundary)
         session.run(np.zeros(shape, np.float32))  # what cannot be captured fails here
         return session
 
     def bind(self, shape: tuple[int, ...], rule: ValueRule) -> BoundCall | DeviceCall | None:
         """Calls with inputs of this shape at the least cost; None where there is nothing to gain."""
+        if self._only_call is not None:
+            self._only_call.hold_to(rule)
+            return self._only_call
         if self.device.is_gpu:
             with contextlib.suppress(Exception):  # no memory left for more buffers: calls do without
-                return DeviceCall(self, self._shapes(shape), rule) if self._only_call is None else None
+                return DeviceCall(self, self._shapes(shape), rule)
         # On other providers binding an input copies it to the device; what is written to the array later is never seen.
         return BoundCall(self, self._shapes(shape), rule) if self.gains_from_bound_memory(shape) else None
 
@@ -151,9 +180,13 @@ class GraphSession:
         """onnxruntime's own."""
         return self._session.io_binding()
 
-    def bound_run(self, binding: Any) -> Callable[[], None]:
-        """What `InferenceSession.run_with_iobinding` calls in turn."""
-        return partial(self._session._sess.run_with_iobinding, binding._iobinding, None)
+    def bound_run(self, binding: Any, waits: bool = True) -> Callable[[], None]:
+        """What `InferenceSession.run_with_iobinding` calls in turn. waits: until the device is done, else for whoever
+        waits for the session's stream."""
+        options = None if waits else import_engine().RunOptions()
+        if options is not None:
+            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        return partial(self._session._sess.run_with_iobinding, binding._iobinding, options)
 
     def run(self, array: Float32) -> list[Float32]:
         """Run the graph on (N, ...) -> its outputs (N, ...), which belong to the caller.
@@ -186,13 +219,10 @@ class GraphSession:
         """
         self._require_own_process()
         with self._naming_errors(len(array)):
-            binding = self.io_binding()
-            name, *outputs = self.names
-            binding.bind_ortvalue_input(name, array._value)
-            for name in outputs:
-                binding.bind_output(name, *self.device.memory)
-            self.bound_run(binding)()
-            return [DeviceArray(value, self.device.memory) for value in binding.get_outputs()]
+            call = getattr(self._of_thread, "resident", None)
+            if call is None:
+                call = self._of_thread.resident = ResidentCall(self, self._memory)
+            return [DeviceArray(value, self._memory) for value in call(array._value)]
 
     def to_device(self, array: Float32) -> DeviceArray:
         """A copy in the device's memory. Raises as `run`."""
@@ -234,7 +264,7 @@ def _keep_inherited_sessions() -> None:
     """In a forked child: never free what it inherited. onnxruntime's threads are not there, and it would wait for them
     for ever, or crash, at the latest when the child exits."""
     for session in list(_sessions):
-        session.inherited = True
+        session.owner.is_of_parent = True
         for held in (session._session, session._session._sess):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
 
@@ -278,6 +308,10 @@ def _open(
         options.add_free_dimension_override_by_name(name, side)
     options.add_session_config_entry("session.load_model_format", "ONNX")
     records_nodes = device.is_gpu and hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info")
+    if fixed is None and device.may_share_memory and share_allocator(device.memory[1]):
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        # Weights are not taken from what is shared, which is never given back.
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     if records_nodes:  # arithmetic on shapes is the CPU's there, and the switch below would refuse it too
         options.add_session_config_entry(_RECORD_NODES, "1")
     elif device.provider != CPU:
@@ -299,9 +333,9 @@ def _open(
         raise DeviceError(
             f"device {device.name!r} cannot be used: onnxruntime opened {file} on {session.get_providers()[0]} instead"
         )
-    if records_nodes and (operators := real_work_on_cpu(session)):
+    if records_nodes and (left := real_work_on_cpu(session)):
         raise DeviceError(
-            f"device {device.name!r} cannot run {file} as a whole: it leaves {', '.join(operators)} to the CPU"
+            f"device {device.name!r} cannot run {file} as a whole: it leaves {', '.join(left)} to the CPU"
         )
     return session
 

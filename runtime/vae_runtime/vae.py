@@ -136,7 +136,10 @@ class VAE:
     def plan(self) -> dict[str, list[dict[str, Any]]]:
         """What runs for "encode" and "decode": per range of batch sizes its first (`from_batch`), the device,
         onnxruntime's provider, the precision, the file, threads and spinning (None: the engine's own choice), and the
-        batch sizes that have a session of their own since `warmup` (`fixed_batches`)."""
+        batch sizes that have a session of their own since `warmup` (`fixed_batches`). On a GPU also how each of these
+        works (`fixed_on_gpu`): as one graph of launches or kernel by kernel, the layout of its convolutions, how inputs
+        and outputs are copied, and for each way tried its time relative to the plain one's or why it was not taken
+        (`trials`)."""
         encoder, decoder = self._open_operations()
         return {
             "encode": [route.describe() for route in encoder.routes],
@@ -146,8 +149,9 @@ class VAE:
     def warmup(self, batch_sizes: Sequence[int] = (1,), size: tuple[int, int] | None = None) -> None:
         """Do now what the first call with so many examples would do, and on OpenVINO also what makes every such call
         faster: compile the graphs for just that batch size. Each costs memory and time there; results stay the same up
-        to rounding. On CUDA each becomes a graph of launches, which belongs to the thread that calls this, before other
-        threads use the GPU; calls in other threads run without it.
+        to rounding. On CUDA each becomes a graph of launches, and what may be faster is tried: convolutions with the
+        channels last, copies through pinned memory. It belongs to the thread that calls this, before other threads use
+        the GPU; calls in other threads run without it.
 
         batch_sizes: numbers of examples that `encode` and `decode` will be given in one call.
         size: (height, width) of these images, where the bundle leaves it free; None: `manifest.input.default_size`.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,7 +98,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
                 raise OSError("libcuda.so.1: cannot open shared object file")
             return driver
 
-        monkeypatch.setattr(module, "_driver", load)
+        monkeypatch.setattr(module, "driver", load)
         engine = SimpleNamespace(get_available_providers=lambda: list(providers), __file__="/nowhere/onnxruntime/x.py")
         monkeypatch.setattr(module, "import_engine", lambda: engine)
         for function in cached:
@@ -200,6 +202,8 @@ def test_options_of_a_session_are_those_of_the_precision(machine: Any) -> None:
     assert plain.session_options(None, False, "") == {
         "device_id": "1", "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC",
     }  # fmt: skip
+    assert "device_id" not in tf32.session_options(None, False, "")  # of which onnxruntime would print a warning
+    assert tf32.memory == ("cuda", 0)
     assert tf32.options["use_tf32"] == find_device("cuda", "fp16").options["use_tf32"] == "1"
     fixed = plain.session_options(None, True, "")
     assert (fixed["cudnn_conv_algo_search"], fixed["enable_cuda_graph"]) == ("EXHAUSTIVE", "1")
@@ -339,7 +343,7 @@ def test_sessions_for_one_batch_size_have_one_set_of_buffers(with_fixed_sessions
     three, four = ((batch, *with_fixed_sessions.manifest.input.example_shape) for batch in (3, 4))
     fixed = route.session(three)
     assert (fixed.fixed, route.session(four).fixed) == (three, None)
-    assert fixed.bind(three, UNIT_INTERVAL) is None
+    assert fixed.bind(three, UNIT_INTERVAL) is fixed.bind(three, UNIT_INTERVAL) is fixed._only_call
     first = fixed.run(images[:3])
     kept = [array.copy() for array in first]
     second = fixed.run(images[3:6])
@@ -368,6 +372,42 @@ def test_a_graph_of_launches_belongs_to_the_thread_that_made_it(with_fixed_sessi
         pool.submit(with_fixed_sessions.encode, images[:3]).result()
     assert route.session(shape) is not route.any_batch
     assert with_fixed_sessions._open_operations()[0]._free == {}  # nothing that this thread would take in its place
+
+
+def test_calls_in_its_thread_take_the_short_way(
+    with_fixed_sessions: VAE, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checked input goes straight to the session's memory; in another thread, to the session for any batch."""
+    real, short = DeviceCall.__call__, []
+
+    def call(self: DeviceCall, array: Any) -> Any:
+        result = real(self, array)
+        short.append(result is not None)
+        return result
+
+    monkeypatch.setattr(DeviceCall, "__call__", call)
+    expected = with_fixed_sessions.encode(images[:3])
+    assert short == [True]
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(with_fixed_sessions.encode, images[:3]).result()
+    assert short[1] is False
+    np.testing.assert_allclose(other.mean, expected.mean, atol=1e-6)
+    wrong = images[:3].copy()
+    wrong[1, 0, 3, 3] = 1.5
+    with pytest.raises(InputError, match="images has values from"):
+        with_fixed_sessions.encode(wrong)
+    np.testing.assert_array_equal(with_fixed_sessions.encode(images[:3]).logvar, expected.logvar)
+
+
+def test_sessions_for_one_batch_size_are_freed_with_it(with_fixed_sessions: VAE) -> None:
+    """At once, not when the collector of cycles comes by: they hold the GPU's memory."""
+    sessions = [weakref.ref(one) for one in with_fixed_sessions._open_operations()[0].routes[0]._fixed.values()]
+    gc.disable()
+    try:
+        with_fixed_sessions.close()
+        assert [session() for session in sessions] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_calls_from_before_do_not_take_its_place(with_fixed_sessions: VAE, images: np.ndarray) -> None:
@@ -399,28 +439,6 @@ def test_memory_that_lacks_for_more_buffers_costs_no_result(
         monkeypatch.setattr("vae_runtime.session.copy_to_device", fail)
         with pytest.raises(OutOfMemoryError, match=r"has not enough memory for encoder\.onnx at batch size 3; pass"):
             vae.encode_to_device(images[:3])
-
-
-def test_graph_that_cannot_be_captured_runs_without(
-    machine: Any, tiny_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """onnxruntime refuses to capture what it has not put onto the GPU as a whole."""
-    seen: list[str] = []
-    vae = VAE.load(tiny_path)
-    session, shape = vae._open_operations()[0].routes[0].any_batch, (3, *vae.manifest.input.example_shape)
-    real = GraphSession._for_shape
-
-    def make(self: GraphSession, model: bytes, shape: tuple[int, ...], device: Device) -> GraphSession:
-        seen.append(device.session_options(None, True, "")["enable_cuda_graph"])
-        if seen[-1] == "1":
-            raise DeviceError("this session cannot use the graph capture feature")
-        return real(self, model, shape, Device("cpu", CPU))
-
-    monkeypatch.setattr(GraphSession, "_for_shape", make)
-    machine(Driver(1))
-    session.device = find_device("cuda")
-    assert session.for_shape((tiny_path / "encoder.onnx").read_bytes(), shape).fixed == shape
-    assert seen == ["1", "0"]
 
 
 def test_reconstruction_that_stays_on_the_device_is_the_same(tiny: VAE, images: np.ndarray) -> None:

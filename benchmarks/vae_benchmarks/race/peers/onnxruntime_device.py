@@ -108,7 +108,7 @@ def _open_session(onnxruntime: Any, graph: bytes, threads: int, device: str, pre
     options.log_severity_level = 3
     settings = {}
     if device == "cuda":
-        settings = {"device_id": "0", "use_tf32": "1" if precision == "tf32" else "0"}
+        settings = {"use_tf32": "1" if precision == "tf32" else "0"}
         settings["cudnn_conv_algo_search"] = "EXHAUSTIVE"
     if batch is not None:
         settings["enable_cuda_graph"] = "1"
@@ -152,7 +152,7 @@ class Bound:
         self._x = make.ortvalue_from_numpy(example.copy(), device, 0)
         self._outputs = [make.ortvalue_from_shape_and_type(shape, np.float32, device, 0) for shape in shapes]
         self._new = lambda: [make.ortvalue_from_shape_and_type(shape, np.float32, device, 0) for shape in shapes]
-        self._engine, self._wait = onnxruntime, (lambda: synchronize(0)) if device == "cuda" else (lambda: None)
+        self._wait = (lambda: synchronize(0)) if device == "cuda" else (lambda: None)
         self._session, self._binding = session, session.io_binding()
         self._binding.bind_ortvalue_input(session.get_inputs()[0].name, self._x)
         for output, value in zip(session.get_outputs(), self._outputs, strict=True):
@@ -164,11 +164,12 @@ class Bound:
         return [to_host(value) for value in self._outputs]
 
     def on_device(self, value: Any) -> list[Any]:
-        self._engine.copy_tensors([value], [self._x])
+        self._x.update_inplace(value)
         self._wait()  # the copies run on another stream than the session
         self._session.run_with_iobinding(self._binding)
         outputs = self._new()
-        self._engine.copy_tensors(self._outputs, outputs)
+        for new, output in zip(outputs, self._outputs, strict=True):
+            new.update_inplace(output)
         self._wait()
         return outputs
 

@@ -1,0 +1,102 @@
+"""A CUDA stream of our own: copies between host and GPU in the order of the work, and one wait for all of it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from .cuda import ContextOf, driver
+from .errors import DeviceError
+from .preprocess import Float32
+
+_NON_BLOCKING, _PORTABLE = 1, 1  # CU_STREAM_NON_BLOCKING and CU_MEMHOSTALLOC_PORTABLE of cuda.h
+_of_thread = threading.local()
+
+
+class Stream:
+    """Work on a GPU in the order in which it is given; while it is entered, this thread's copies are on it.
+
+    Each thread has one per GPU, which lasts as long as the process: `Stream.of_thread(index)`.
+
+    handle: as onnxruntime's option `user_compute_stream` takes it.
+
+    Raises:
+        DeviceError: the driver refuses.
+    """
+
+    def __init__(self, index: int) -> None:
+        self._index, self._context = index, ContextOf(index)
+        stream = ctypes.c_void_p()
+        with self._context:
+            _require(driver().cuStreamCreate(ctypes.byref(stream), _NON_BLOCKING), "make a stream")
+        self._stream = stream
+        self._synchronize = driver().cuStreamSynchronize
+        self.handle = str(stream.value)
+
+    @classmethod
+    def of_thread(cls, index: int) -> Stream:
+        streams = _of_thread.__dict__.setdefault("streams", {})
+        if index not in streams:
+            streams[index] = cls(index)
+        found: Stream = streams[index]
+        return found
+
+    def __enter__(self) -> None:
+        self._context.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        self._context.__exit__()
+
+    def pinned(self, values: int) -> Float32:
+        """Host memory for so many numbers that the GPU reads and writes by itself, where other memory is copied once
+        more on the way. Freed with the array and all views of it."""
+        address = ctypes.c_void_p()
+        with self._context:
+            status = driver().cuMemHostAlloc(ctypes.byref(address), ctypes.c_size_t(4 * values), _PORTABLE)
+        _require(status, f"pin {4 * values} bytes of memory")
+        memory = (ctypes.c_float * values).from_address(address.value or 0)
+        freed = weakref.finalize(memory, _free, driver().cuMemFreeHost, self._context, address, os.getpid())
+        freed.atexit = False  # the driver may be gone by then, and takes its memory with it
+        return np.ctypeslib.as_array(memory)
+
+    def to_device(self, address: int, array: Float32) -> Callable[[], None]:
+        """What begins a copy from pinned memory to an address on the GPU."""
+        copy = driver().cuMemcpyHtoDAsync_v2
+        return self._begin(copy, ctypes.c_uint64(address), ctypes.c_void_p(array.ctypes.data), array.nbytes)
+
+    def to_host(self, array: Float32, address: int) -> Callable[[], None]:
+        """The same from the GPU."""
+        copy = driver().cuMemcpyDtoHAsync_v2
+        return self._begin(copy, ctypes.c_void_p(array.ctypes.data), ctypes.c_uint64(address), array.nbytes)
+
+    def on_device(self, target: int, source: int, size: int) -> Callable[[], None]:
+        """The same from one address on the GPU to another, of so many bytes."""
+        return self._begin(driver().cuMemcpyDtoDAsync_v2, ctypes.c_uint64(target), ctypes.c_uint64(source), size)
+
+    def wait(self) -> None:
+        """Until all that was begun is done."""
+        _require(self._synchronize(self._stream), "finish its work")
+
+    def _begin(self, copy: Callable[..., int], target: Any, source: Any, size: int) -> Callable[[], None]:
+        call = partial(copy, target, source, ctypes.c_size_t(size), self._stream)
+        return lambda: _require(call(), "begin a copy")
+
+
+def _require(status: int, what: str) -> None:
+    if status == 2:  # CUDA_ERROR_OUT_OF_MEMORY
+        raise MemoryError(f"the NVIDIA driver could not {what}: out of memory")
+    if status != 0:
+        raise DeviceError(f"the NVIDIA driver could not {what} (CUDA error {status})")
+
+
+def _free(free: Callable[[Any], int], context: ContextOf, address: ctypes.c_void_p, process: int) -> None:
+    if os.getpid() == process:  # a forked child has neither the context nor, for the GPU, the memory
+        with context:
+            free(address)

@@ -1,0 +1,277 @@
+"""A stream of our own and calls on it: with a driver of host memory, which does all work as late as CUDA may."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vae_runtime import VAE, DeviceError, InputError, cuda, cuda_stream
+from vae_runtime.bound import DeviceCall, StagedCall
+from vae_runtime.cuda_stream import Stream
+from vae_runtime.preprocess import UNIT_INTERVAL
+from vae_runtime.session import GraphSession
+
+CONTEXT = 1000  # of the only GPU
+
+
+class Driver:
+    """libcuda as far as a stream needs it. A copy is done when the stream is waited for, as late as CUDA allows."""
+
+    def __init__(self) -> None:
+        self.stack: list[int | None] = []
+        self.waiting: list[Callable[[], Any]] = []
+        self.pinned: dict[int, Any] = {}
+        self.status: dict[str, int] = {}  # what a call returns, where it is not 0
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def call(*arguments: Any) -> int:
+            if name not in ("cuCtxPushCurrent_v2", "cuDeviceGet", "cuDevicePrimaryCtxRetain"):
+                assert self.stack, f"{name} without a context"
+            if (status := self.status.get(name, 0)) == 0:
+                getattr(self, f"do_{name}")(*arguments)
+            return status
+
+        return call
+
+    def do_cuDeviceGet(self, device: Any, index: int) -> None:
+        device._obj.value = index
+
+    def do_cuDevicePrimaryCtxRetain(self, context: Any, device: ctypes.c_int) -> None:
+        context._obj.value = CONTEXT + device.value
+
+    def do_cuCtxPushCurrent_v2(self, context: ctypes.c_void_p) -> None:
+        self.stack.append(context.value)
+
+    def do_cuCtxPopCurrent_v2(self, context: Any) -> None:
+        self.stack.pop()
+
+    def do_cuStreamCreate(self, stream: Any, flags: int) -> None:
+        assert flags == 1
+        stream._obj.value = 77
+
+    def do_cuMemHostAlloc(self, address: Any, size: ctypes.c_size_t, flags: int) -> None:
+        memory = ctypes.create_string_buffer(size.value)
+        address._obj.value = ctypes.addressof(memory)
+        self.pinned[ctypes.addressof(memory)] = memory
+
+    def do_cuMemFreeHost(self, address: ctypes.c_void_p) -> None:
+        del self.pinned[address.value or 0]
+
+    def copy(self, target: Any, source: Any, size: ctypes.c_size_t, stream: ctypes.c_void_p) -> None:
+        assert stream.value == 77
+        self.waiting.append(lambda: ctypes.memmove(target.value, source.value, size.value))
+
+    do_cuMemcpyHtoDAsync_v2 = do_cuMemcpyDtoHAsync_v2 = do_cuMemcpyDtoDAsync_v2 = copy
+
+    def do_cuStreamSynchronize(self, stream: ctypes.c_void_p) -> None:
+        self.finish()
+
+    def finish(self) -> None:
+        waiting, self.waiting = self.waiting, []
+        for work in waiting:
+            work()
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+    found = Driver()
+    monkeypatch.setattr(cuda, "driver", lambda: found)
+    monkeypatch.setattr(cuda_stream, "driver", lambda: found)
+    monkeypatch.setattr(cuda_stream, "_of_thread", type(cuda_stream._of_thread)())
+    cuda._primary_context.cache_clear()
+    yield found
+    cuda._primary_context.cache_clear()
+
+
+def test_copies_are_in_order_and_done_after_the_wait(driver: Driver) -> None:
+    stream = Stream.of_thread(0)
+    assert (stream.handle, Stream.of_thread(0)) == ("77", stream)
+    there = np.zeros(3, np.float32)
+    given, found = stream.pinned(3), stream.pinned(3)
+    send, fetch = stream.to_device(there.ctypes.data, given), stream.to_host(found, there.ctypes.data)
+    for round_ in (1, 2):
+        given[:] = [round_, 2 * round_, 3 * round_]
+        with stream:
+            assert driver.stack == [CONTEXT]
+            send()
+            fetch()
+            assert not np.array_equal(found, given)
+            stream.wait()
+        np.testing.assert_array_equal(found, given)
+    assert driver.stack == []
+
+
+def test_pinned_memory_is_freed_with_the_last_view_of_it(driver: Driver) -> None:
+    array = Stream(0).pinned(6)
+    view = array.reshape(2, 3)[1]
+    del array
+    gc.collect()
+    assert len(driver.pinned) == 1
+    view[:] = 5
+    del view
+    gc.collect()
+    assert driver.pinned == {}
+    assert driver.stack == []
+
+
+def test_a_forked_process_frees_nothing(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    array = Stream(0).pinned(6)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    del array
+    gc.collect()
+    assert len(driver.pinned) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "work", "message"),
+    [
+        ("cuStreamCreate", lambda: Stream(0), r"could not make a stream \(CUDA error 700\)"),
+        ("cuMemHostAlloc", lambda: Stream(0).pinned(4), r"could not pin 16 bytes of memory \(CUDA error 700\)"),
+        ("cuCtxPushCurrent_v2", lambda: Stream(0), r"GPU 0 cannot be used in this thread \(CUDA error 700\)"),
+    ],
+)
+def test_what_the_driver_refuses_is_told(driver: Driver, call: str, work: Any, message: str) -> None:
+    driver.status[call] = 700
+    with pytest.raises(DeviceError, match=message):
+        work()
+    assert driver.stack == []
+
+
+def test_errors_of_copies_and_of_the_work_are_told(driver: Driver) -> None:
+    stream = Stream(0)
+    memory, there = stream.pinned(2), np.zeros(2, np.float32)
+    for call, begin in (
+        ("cuMemcpyHtoDAsync_v2", stream.to_device(there.ctypes.data, memory)),
+        ("cuMemcpyDtoHAsync_v2", stream.to_host(memory, there.ctypes.data)),
+        ("cuMemcpyDtoDAsync_v2", stream.on_device(there.ctypes.data, there.ctypes.data, 4)),
+        ("cuStreamSynchronize", stream.wait),
+    ):
+        driver.status[call] = 719
+        with pytest.raises(DeviceError, match=r"could not .* \(CUDA error 719\)"), stream:
+            begin()
+    driver.status["cuMemHostAlloc"] = 2
+    with pytest.raises(MemoryError, match="out of memory"):
+        stream.pinned(8)
+
+
+# --- calls on a stream, with "the device's memory" in that of the CPU -------------------------------------------------
+
+
+@pytest.fixture
+def halves(driver: Driver, tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[StagedCall, StagedCall]:
+    """Both halves for 3 examples. Their sessions' work is done when the stream is waited for, like the copies."""
+    real = GraphSession.bound_run
+
+    def bound_run(self: GraphSession, binding: Any, waits: bool = True) -> Callable[[], None]:
+        run = real(self, binding)
+        return run if waits else lambda: driver.waiting.append(run)
+
+    monkeypatch.setattr(GraphSession, "bound_run", bound_run)
+    vae, stream = VAE.load(tiny_path), Stream.of_thread(0)
+    calls = []
+    for half, shape in zip(vae._open_operations(), ((3, 1, 8, 8), (3, 4)), strict=True):
+        session = half.routes[0].any_batch
+        session.fixed = shape
+        calls.append(StagedCall(session, session._shapes(shape), stream))
+        calls[-1].hold_to(half._rule)
+    return calls[0], calls[1]
+
+
+def test_staged_calls_give_the_same(halves: tuple[StagedCall, StagedCall], tiny: VAE, images: np.ndarray) -> None:
+    encoder, decoder = halves
+    for start in (0, 3, 6):
+        x = images[start : start + 3]
+        expected = tiny.encode(x)
+        mean, logvar = encoder(x) or []
+        np.testing.assert_array_equal(mean, expected.mean)
+        np.testing.assert_array_equal(logvar, expected.logvar)
+        (image,) = decoder(expected.mean) or []
+        np.testing.assert_array_equal(image, tiny.decode(expected.mean))
+
+
+def test_staged_results_belong_to_the_caller(halves: tuple[StagedCall, StagedCall], images: np.ndarray) -> None:
+    encoder, _ = halves
+    first = encoder.run(images[:3])
+    kept = [array.copy() for array in first]
+    second = encoder.run(images[3:6])
+    assert not any(np.shares_memory(one, other) for one in first for other in second)
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_staged_inputs_are_checked(halves: tuple[StagedCall, StagedCall], images: np.ndarray) -> None:
+    wrong = images[:3].copy()
+    wrong[2, 0, 7, 7] = np.nan
+    assert halves[0](wrong) is None
+    strided = np.repeat(images[:3], 2, axis=0)[::2]
+    np.testing.assert_array_equal((halves[0](strided) or [])[0], halves[0].run(images[:3])[0])
+
+
+def test_latents_stay_on_the_device(
+    halves: tuple[StagedCall, StagedCall], driver: Driver, tiny: VAE, images: np.ndarray
+) -> None:
+    """One copy there, one from half to half, one back, and one wait."""
+    encoder, decoder = halves
+    waits: list[int] = []
+    finish = driver.finish
+    driver.finish = lambda: (waits.append(len(driver.waiting)), finish())[1]  # type: ignore[method-assign]
+    for start in (0, 3):
+        x = images[start : start + 3]
+        np.testing.assert_array_equal(encoder.then(decoder, x), tiny.reconstruct(x))
+    assert waits == [5, 5]
+
+
+@pytest.mark.parametrize("call", ["cuMemcpyHtoDAsync_v2", "cuStreamSynchronize", "cuCtxPushCurrent_v2"])
+def test_a_staged_call_that_fails_gives_nothing(
+    halves: tuple[StagedCall, StagedCall], driver: Driver, images: np.ndarray, call: str
+) -> None:
+    """The session's `run` then says why."""
+    encoder, decoder = halves
+    driver.status[call] = 700
+    assert encoder(images[:3]) is None
+    assert encoder.then(decoder, images[:3]) is None
+    with pytest.raises(DeviceError):
+        encoder.run(images[:3])
+    driver.status.clear()
+    driver.finish()
+    assert encoder(images[:3]) is not None
+
+
+def test_calls_on_two_streams_do_not_follow_each_other(
+    halves: tuple[StagedCall, StagedCall], images: np.ndarray
+) -> None:
+    encoder, decoder = halves
+    decoder._stream = Stream(0)
+    assert encoder.then(decoder, images[:3]) is None
+
+
+def test_outputs_lie_apart_in_one_piece_of_memory(tiny_path: Path) -> None:
+    """Each from where CUDA's own allocations may begin, in units of 256 bytes."""
+    session = VAE.load(tiny_path)._open_operations()[0].routes[0].any_batch
+    call = DeviceCall(session, session._shapes((3, 1, 8, 8)), UNIT_INTERVAL)
+    assert [(part.start, part.shape) for part in call._parts] == [(0, (3, 4)), (64, (3, 4))]
+    assert call(np.full((3, 1, 8, 8), 2, np.float32)) is None
+
+
+def test_reconstruct_takes_the_way_over_the_device(
+    halves: tuple[StagedCall, StagedCall], tiny_path: Path, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = VAE.load(tiny_path)
+    encoder, decoder = vae._open_operations()
+    expected = vae.reconstruct(images[:3])
+    monkeypatch.setattr(vae, "_is_on_one_gpu", True)
+    encoder.routes[0]._fixed[3, 1, 8, 8] = vae._open_operations()[1].routes[0].any_batch  # only that there is one
+    encoder._own[3, 1, 8, 8], decoder._own[3, 4] = halves
+    taken: list[bool] = []
+    real = StagedCall.then
+    monkeypatch.setattr(StagedCall, "then", lambda *a: taken.append(True) or real(*a))
+    np.testing.assert_array_equal(vae.reconstruct(images[:3]), expected)
+    with pytest.raises(InputError, match="images has values from"):
+        vae.reconstruct(images[:3] + 1)
+    assert taken == [True]

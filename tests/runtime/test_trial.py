@@ -1,0 +1,223 @@
+"""Which way a session for one shape of input takes on a GPU: the trial itself, with real sessions on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from vae_runtime import VAE, DeviceError, OutOfMemoryError, cuda, trial
+from vae_runtime.cuda import CUDA, share_allocator
+from vae_runtime.devices import CPU, Device
+from vae_runtime.session import GraphSession
+
+SHAPE = (3, 1, 8, 8)
+
+
+class Ways:
+    """What `open_for` is asked for, and what it makes of it. times: way -> of a call, relative to the plain way's."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, tiny_path: Path, **times: float | Exception) -> None:
+        self.times, self.opened = times, []
+        self.model = (tiny_path / "encoder.onnx").read_bytes()
+        self.session = VAE.load(tiny_path)._open_operations()[0].routes[0].any_batch
+        self.session.device = Device("cuda:0", CUDA, {"device_id": "0", "use_tf32": "0"})
+        self.wrong: set[str] = set()
+        self.operators: set[str] | None = {"Conv", "Relu"}
+        monkeypatch.setattr(GraphSession, "operators", property(lambda _: self.operators))
+        monkeypatch.setattr(GraphSession, "open_for", self.open_for)
+        monkeypatch.setattr(trial.Stream, "of_thread", lambda index: SimpleNamespace(handle="77"))
+        monkeypatch.setattr(trial, "_relative_time", lambda call, plain: (call(), plain(), self.times[self.last()])[2])
+
+    def last(self) -> str:
+        return self.opened[-1][-1]
+
+    def open_for(self, model: bytes, shape: tuple[int, ...], device: Device, stream: Any = None) -> Any:
+        assert (model, shape) == (self.model, SHAPE)
+        names = {"enable_cuda_graph": "alone", "prefer_nhwc": "NHWC", "user_compute_stream": "pinned"}
+        way = [word for option, word in names.items() if option in device.options]
+        self.opened.append(way or ["plain"])
+        assert (stream is not None) == ("pinned" in way)
+        if isinstance(error := self.times.get(self.last()), Exception):
+            raise error
+        session = GraphSession(self.model, "encoder.onnx", Device("cpu", CPU), fixed=shape)
+        session.require_boundary(self.session._boundary)
+        session.device = device
+        if self.last() in self.wrong:
+            real = session.run
+            session.run = lambda array: [out + 0.1 for out in real(array)]  # type: ignore[method-assign]
+        return session
+
+    def choose(self) -> GraphSession:
+        return trial.fastest_session(self.session, self.model, SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("nhwc", "pinned", "opened", "chosen"),
+    [
+        (1.0, 1.0, [["plain"], ["NHWC"], ["pinned"]], set()),
+        (0.9, 1.2, [["plain"], ["NHWC"], ["NHWC", "pinned"]], {"prefer_nhwc"}),
+        (1.1, 0.5, [["plain"], ["NHWC"], ["pinned"]], {"user_compute_stream"}),
+        (0.9, 0.5, [["plain"], ["NHWC"], ["NHWC", "pinned"]], {"prefer_nhwc", "user_compute_stream"}),
+        (0.98, 0.975, [["plain"], ["NHWC"], ["pinned"]], set()),  # too little to be worth it
+    ],
+)
+def test_the_faster_way_is_taken(
+    nhwc: float,
+    pinned: float,
+    opened: list[list[str]],
+    chosen: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_path: Path,
+) -> None:
+    ways = Ways(monkeypatch, tiny_path, NHWC=nhwc, pinned=pinned)
+    best = ways.choose()
+    assert best.device.options.keys() - {"device_id", "use_tf32"} == chosen
+    assert ways.opened == opened
+    assert best.trials == {"NHWC": nhwc, "pinned": pinned}
+
+
+def test_what_cannot_be_had_or_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> None:
+    ways = Ways(monkeypatch, tiny_path, NHWC=DeviceError("no such kernel"), pinned=0.5)
+    ways.wrong = {"pinned"}
+    best = ways.choose()
+    assert best.device.options.keys() == {"device_id", "use_tf32"}
+    assert best.trials["NHWC"] == "no such kernel"
+    assert str(best.trials["pinned"]).startswith("outputs differ by ")
+    assert str(best.trials["pinned"]).endswith(" of the largest, more than 0.0001")
+
+
+def test_memory_that_lacks_for_another_way_costs_no_result(monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> None:
+    ways = Ways(monkeypatch, tiny_path, NHWC=OutOfMemoryError("no memory"), pinned=MemoryError("none to pin"))
+    assert ways.choose().trials == {"NHWC": "no memory", "pinned": "none to pin"}
+
+
+def test_layouts_are_tried_only_where_there_are_convolutions(monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> None:
+    ways = Ways(monkeypatch, tiny_path, pinned=1.0, NHWC=1.0)
+    ways.operators = {"Gemm", "Relu"}
+    ways.choose()
+    assert ways.opened == [["plain"], ["pinned"]]
+    ways.operators = None  # this onnxruntime does not tell
+    ways.choose()
+    assert ways.opened[2:] == [["plain"], ["NHWC"], ["pinned"]]
+
+
+def test_what_the_caller_decides_is_not_tried(monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> None:
+    ways = Ways(monkeypatch, tiny_path)
+    ways.session.device = ways.session.device.with_option("prefer_nhwc", "0")
+    monkeypatch.setattr(trial.Stream, "of_thread", lambda index: pytest.fail("a stream was made"))
+    ways.session.device = ways.session.device.with_option("user_compute_stream", "5")
+    monkeypatch.setattr(GraphSession, "open_for", lambda self, model, shape, device: ways.session)
+    assert ways.choose() is ways.session
+
+
+def test_graph_that_cannot_be_captured_runs_without(monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> None:
+    """onnxruntime refuses to capture what it has not put onto the GPU as a whole."""
+    ways = Ways(monkeypatch, tiny_path, plain=DeviceError("cannot use the graph capture feature"), NHWC=1.0, pinned=1.0)
+    best = ways.choose()
+    assert ways.opened[:2] == [["plain"], ["alone"]]
+    assert best.describe_way()["launch_graph"] is False
+    ways.times["plain"] = OutOfMemoryError("full")
+    with pytest.raises(OutOfMemoryError, match="full"):
+        ways.choose()
+
+
+def test_the_plan_says_how_it_works(monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> None:
+    ways = Ways(monkeypatch, tiny_path, NHWC=0.5, pinned=2.0)
+    vae = VAE.load(tiny_path)
+    route = vae._open_operations()[0].routes[0]
+    assert "fixed_on_gpu" not in vae.plan["encode"][0]
+    route.any_batch.device = ways.session.device
+    route._fixed[SHAPE] = ways.choose()
+    assert vae.plan["encode"][0]["fixed_on_gpu"] == [
+        {
+            "shape": [3, 1, 8, 8],
+            "launch_graph": True,
+            "layout": "NHWC",
+            "copies": "pageable",
+            "trials": {"NHWC": 0.5, "pinned": 2.0},
+        }
+    ]
+
+
+def test_times_are_relative_to_the_plain_way() -> None:
+    def work(count: int) -> Any:
+        return lambda: np.ones(count).sum()
+
+    assert trial._relative_time(work(400_000), work(40_000)) > 2
+    assert trial._relative_time(work(40_000), work(400_000)) < 0.5
+
+
+# --- one pool of memory for both halves -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An onnxruntime that makes pools, as far as `share_allocator` asks."""
+    made: list[Any] = []
+    real = cuda.import_engine()
+    found = SimpleNamespace(
+        made=made,
+        error=None,
+        OrtAllocatorType=real.OrtAllocatorType,
+        OrtMemType=real.OrtMemType,
+        OrtMemoryInfo=real.OrtMemoryInfo,
+        OrtArenaCfg=real.OrtArenaCfg,
+    )
+
+    def create(provider: str, memory: Any, options: dict[str, str], settings: Any) -> None:
+        if found.error is not None:
+            raise found.error
+        made.append((provider, memory.device_id, options))
+
+    found.create_and_register_allocator_v2 = create
+    monkeypatch.setattr(cuda, "import_engine", lambda: found)
+    share_allocator.cache_clear()
+    yield found
+    share_allocator.cache_clear()
+
+
+def test_each_gpu_has_one_pool(engine: Any) -> None:
+    assert [share_allocator(index) for index in (0, 1, 0)] == [True] * 3
+    assert engine.made == [(CUDA, 0, {}), (CUDA, 1, {"device_id": "1"})]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_shared"),
+    [
+        ("An allocator for this device has already been registered for sharing.", True),
+        ("CUDA execution provider is not enabled in this build.", False),
+    ],
+)
+def test_a_pool_that_cannot_be_made_is_done_without(engine: Any, error: str, is_shared: bool) -> None:
+    engine.error = RuntimeError(error)
+    assert share_allocator(0) is is_shared
+
+
+def test_sessions_share_it_unless_the_caller_has_a_say(
+    engine: Any, tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Options(onnxruntime.SessionOptions):  # type: ignore[misc]
+        def add_session_config_entry(self, name: str, value: str) -> None:
+            taken[name] = value
+            super().add_session_config_entry(name, value)
+
+    gpu = Device("cuda:0", CUDA, {"device_id": "0", "use_tf32": "0"})
+    monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
+    for device, fixed, expected in (
+        (gpu, None, "1"),
+        (gpu, SHAPE, None),  # a graph of launches keeps the addresses that it was captured with
+        (gpu.with_option("gpu_mem_limit", "1000000"), None, None),
+        (Device("cpu", CPU), None, None),
+    ):
+        taken: dict[str, str] = {}
+        with contextlib.suppress(DeviceError), warnings.catch_warnings(action="ignore"):  # this build has no CUDA
+            GraphSession((tiny_path / "encoder.onnx").read_bytes(), "encoder.onnx", device, fixed=fixed)
+        assert taken.get("session.use_env_allocators") == expected
+        assert taken.get("session.use_device_allocator_for_initializers") == expected

@@ -1,12 +1,13 @@
-# make demo   train, export, run without torch, benchmark, on real handwritten digits
-# make test   the test suite
-# make lint   ruff and mypy
+# make demo       train, export, run without torch, benchmark, on real handwritten digits
+# make test       the test suite
+# make test-cuda  the tests of the runtime and of benchmarks on onnxruntime's CUDA provider, without a GPU
+# make lint       ruff and mypy
 # Each does its own set-up in .venv and may be run again.
 
 PYTHON ?= python3
 DEMO := demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-cuda lint clean
 
 demo: .venv/installed .venv-edge/installed
 	mkdir -p $(DEMO)
@@ -22,6 +23,12 @@ demo: .venv/installed .venv-edge/installed
 test: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+STAND_IN := $(CURDIR)/.cuda-stand-in
+test-cuda: .venv/installed
+	.venv/bin/python tests/cuda_stand_in/build.py $(STAND_IN)
+	LD_LIBRARY_PATH=$(STAND_IN)/lib PYTHONPATH=$(STAND_IN)/engine VAE_TEST_GPU=1 OMP_NUM_THREADS=1 \
+	    .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/runtime tests/benchmarks
+
 lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -36,4 +43,4 @@ lint: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-edge $(DEMO) dist
+	rm -rf .venv .venv-edge .cuda-stand-in $(DEMO) dist

@@ -26,6 +26,7 @@ def render(document: dict[str, Any], name: str) -> str:
         verdicts(document["cases"], units),
         failures(document["units"]),
         errors(units),
+        ways(units),
         overhead(units),
         bench(units, document["torch_loaded_first"]),
         race(units),
@@ -109,6 +110,24 @@ def errors(units: list[dict[str, Any]]) -> str:
         for check in measured:
             rows.append([unit["step"], unit["case"], check["check"], f"{check['found']:.2e}", f"{check['limit']:.0e}"])
     return section("Errors", ["step", "case", "what", "error", "at most"], rows)
+
+
+def ways(units: list[dict[str, Any]]) -> str:
+    """With the time of what was tried, relative to the plain way: NCHW, pageable copies."""
+    rows, notes = [], []
+    for unit in units:
+        for way in unit["figures"].get("ways", []):
+            trials = [f"{name} {found:.2f}" for name, found in way["trials"].items() if isinstance(found, float)]
+            trials += [f"{name}: {one_line(found)}" for name, found in way["trials"].items() if isinstance(found, str)]
+            taken = ["launch graph" if way["launch_graph"] else "kernel by kernel", way["layout"], way["copies"]]
+            shape = "x".join(map(str, way["shape"]))
+            rows.append([unit["case"], way["precision"], way["operation"], shape, *taken, "; ".join(trials) or _DASH])
+        memory = unit["figures"].get("memory", {})
+        if memory and None not in memory.values():
+            sizes = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in memory.items())
+            notes.append(f"GPU memory of {unit['case']} reconstructing 32 examples, pools of memory: {sizes}.")
+    head = ["case", "precision", "operation", "shape", "launches", "layout", "copies", "time of what was tried"]
+    return "\n".join(filter(None, [section("Ways", head, rows), "\n".join(notes)]))
 
 
 def overhead(units: list[dict[str, Any]]) -> str:

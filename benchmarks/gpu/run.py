@@ -11,6 +11,7 @@ of arrays and the race. It runs for --minutes; the same command with --resume go
     calls         every operation, 1 to 32 examples, cold and warm, host and device arrays, exchange with torch
     concurrency   16 threads on one VAE: bit for bit what one thread gets
     memory        too many examples are refused, and the next call works
+    ways          what VAE.warmup tried and took, and the memory of both halves
     overhead      VAE beside bare onnxruntime with IO binding
     bench-fp32 bench-tf32 bench-fp16   vae-bench, with the parts of each call
     race          vae-bench race on the device
@@ -44,7 +45,7 @@ from vae_runtime.errors import InputError, OutputError, VAEError
 FORMAT, FORMAT_VERSION = "vae-gpu-run", 1
 ENVIRONMENT = "environment"
 STEPS = (
-    *("golden", "fidelity", "calls", "concurrency", "memory", "overhead"),
+    *("golden", "fidelity", "calls", "concurrency", "memory", "ways", "overhead"),
     *("bench-fp32", "bench-tf32", "bench-fp16", "race"),
 )
 NEGATIVE_VERDICT = 3

@@ -37,6 +37,7 @@ STEPS: dict[str, Callable[[Findings, Job], None]] = {
     "calls": checks.calls,
     "concurrency": checks.concurrency,
     "memory": checks.memory,
+    "ways": timings.ways,
     "overhead": timings.overhead,
     **{f"bench-{precision}": partial(timings.bench, precision=precision) for precision in PRECISIONS},
     "race": timings.race,

@@ -1,4 +1,4 @@
-"""How fast it is: beside bare onnxruntime with IO binding, by `vae-bench`, and in the race."""
+"""How fast it is: by each way there is, beside bare onnxruntime with IO binding, by `vae-bench`, and in the race."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from findings import Findings, Job
 
+from vae_benchmarks.gpu import GpuFacts
 from vae_benchmarks.intervals import paired_ratio
 from vae_benchmarks.latency import alternate, collector_off
 from vae_benchmarks.worker import tile
@@ -31,6 +32,35 @@ BLOCKS, WARM_CALLS = 200, 10
 BENCH_OPTIONS = ("--batch", "1,32", "--threads", "1", "--seconds", "2", "--operation", "encode,decode,reconstruct")
 QUICK_BENCH = ("--batch", "2", "--threads", "1", "--rounds", "1", "--seconds", "0.01", "--operation", "encode,sample")
 QUICK_RACE = ("--points", "1x1", "--no-tune", "--rounds", "3")
+
+
+def ways(findings: Findings, job: Job) -> None:
+    """What `VAE.warmup` tried and took for each batch size, and what one pool of memory for both halves saves."""
+    if not job.is_gpu:
+        findings.skip("ways", "the CPU has one way")
+        return
+    rows = []
+    for precision in findings.precisions(job):
+        with findings.guard(precision), VAE.load(job.case.bundle, job.device, precision) as vae:
+            vae.warmup((2,) if job.quick else BATCHES)
+            for operation, (route, *_) in vae.plan.items():
+                rows += [{"precision": precision, "operation": operation, **way} for way in route["fixed_on_gpu"]]
+    findings.figure("ways", rows)
+    with findings.guard("memory"):
+        x = tile(job.case.reference()[INPUT], BATCHES[-1])
+        own = memory_of(job, x, {"arena_extend_strategy": "kNextPowerOfTwo"})  # the default, but said by the caller
+        findings.figure("memory", {"each its own": own, "one for both": memory_of(job, x, {})})
+
+
+def memory_of(job: Job, x: Float32, options: dict[str, str]) -> int | None:
+    """Bytes of the GPU that a `VAE` takes for reconstructions; None where nvidia-smi does not tell."""
+    index = find_device(job.device).memory[1]
+    facts = [GpuFacts.read(index)]
+    with VAE.load(job.case.bundle, job.device, provider_options=options) as vae:
+        vae.reconstruct(x)
+        facts.append(GpuFacts.read(index))
+    before, after = (None if one is None else one.memory_used_bytes for one in facts)
+    return None if before is None or after is None else after - before
 
 
 def overhead(findings: Findings, job: Job) -> None:

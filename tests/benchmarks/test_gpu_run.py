@@ -66,9 +66,25 @@ def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespa
     )
 
 
+def test_ways_are_shown_with_what_was_tried() -> None:
+    way = {"precision": "fp32", "operation": "encode", "shape": [8, 3, 64, 64], "launch_graph": True}
+    way |= {"layout": "NHWC", "copies": "pageable", "trials": {"NHWC": 0.81, "pinned": "no memory\nto pin"}}
+    plain = {**way, "operation": "decode", "launch_graph": False, "layout": "NCHW", "trials": {}}
+    figures = {"ways": [way, plain], "memory": {"each its own": 3 * 2**20, "one for both": 2**21}}
+    unit = {"step": "ways", "case": "conv64", "figures": figures}
+    text = report_text.ways([unit, {"step": "golden", "case": "conv64", "figures": {}}])
+    rows = [line for line in text.splitlines() if line.startswith("| conv64")]
+    assert rows == [
+        "| conv64 | fp32 | encode | 8x3x64x64 | launch graph | NHWC | pageable | NHWC 0.81; pinned: no memory to pin |",
+        "| conv64 | fp32 | decode | 8x3x64x64 | kernel by kernel | NCHW | pageable | – |",
+    ]
+    assert text.endswith("conv64 reconstructing 32 examples, pools of memory: each its own 3 MiB, one for both 2 MiB.")
+    assert report_text.ways([{"step": "ways", "case": "x", "figures": {"ways": [], "memory": {"own": None}}}]) == ""
+
+
 def test_every_step_passes_on_the_cpu(whole: SimpleNamespace) -> None:
     status = {step: unit["status"] for step, unit in whole.units.items()}
-    skipped = ("memory", "bench-tf32", "bench-fp16")
+    skipped = ("memory", "ways", "bench-tf32", "bench-fp16")
     assert status == {
         "environment": "passed",
         **{step: "skipped" if step in skipped else "passed" for step in run.STEPS if step != "race"},

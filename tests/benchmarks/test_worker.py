@@ -62,7 +62,7 @@ def test_one_round_measures_every_row(tiny: Path) -> None:
     answer = children.run_worker(
         "latency",
         bundle=str(tiny),
-        device="auto",
+        device="cpu",
         precision="auto",
         threads=None,
         rows=[["decode", 2], ["encode", 1]],

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import subprocess
 import sys
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vae_runtime import VAE, DeviceError, InputError, OutOfMemoryError
+from vae_runtime import VAE, DeviceError, InputError, OutOfMemoryError, trial
 from vae_runtime import cuda as module
 from vae_runtime.bound import DeviceCall
 from vae_runtime.cuda import (
@@ -28,6 +30,7 @@ from vae_runtime.cuda import (
     synchronize,
     why_not_cuda,
 )
+from vae_runtime.device_array import copy_to_device
 from vae_runtime.devices import CPU, Device, find_device, usable_devices
 from vae_runtime.preprocess import UNIT_INTERVAL
 from vae_runtime.session import GraphSession
@@ -469,6 +472,92 @@ def test_warm_calls_on_the_gpu_are_those_of_the_cpu(tiny_path: Path, tiny: VAE, 
             for size in (1, 2, 20):
                 np.testing.assert_allclose(vae.encode(images[:size]).mean, tiny.encode(images[:size]).mean, atol=1e-5)
                 np.testing.assert_allclose(vae.reconstruct(images[:size]), tiny.reconstruct(images[:size]), atol=1e-5)
+
+
+@pytest.fixture(params=["tiny.vae", "tiny-free.vae"])
+def both(request: pytest.FixtureRequest, tiny_path: Path) -> Iterator[tuple[VAE, VAE, np.ndarray]]:
+    """A bundle on the GPU and on the CPU, fully connected or convolutional, with 6 inputs."""
+    path = tiny_path.parent / request.param
+    with VAE.load(path, device="cuda") as gpu, VAE.load(path) as cpu:
+        yield gpu, cpu, np.random.default_rng(0).random((6, *cpu.manifest.input.example_shape), np.float32)
+
+
+@with_gpu
+@pytest.mark.parametrize("way", ["NHWC and pinned", "plain"])
+def test_every_way_on_the_gpu_gives_the_same(
+    both: tuple[VAE, VAE, np.ndarray], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, cpu, x = both
+    monkeypatch.setattr(trial, "_relative_time", lambda call, plain: 0.5 if way != "plain" else 2.0)
+    gpu.warmup([2])
+    found = gpu.plan["encode"][0]["fixed_on_gpu"][0]
+    assert found["launch_graph"]
+    assert found["copies"] == ("pageable" if way == "plain" else "pinned")
+    if "NHWC" in found["trials"]:
+        assert found["layout"] == ("NCHW" if way == "plain" else "NHWC")
+    for start in (0, 2, 4, 0):
+        part = x[start : start + 2]
+        posterior, expected = gpu.encode(part), cpu.encode(part)
+        np.testing.assert_allclose(posterior.mean, expected.mean, atol=1e-5)
+        np.testing.assert_allclose(posterior.logvar, expected.logvar, atol=1e-5)
+        np.testing.assert_allclose(gpu.decode(expected.mean), cpu.decode(expected.mean), atol=1e-5)
+        np.testing.assert_allclose(gpu.reconstruct(part), cpu.reconstruct(part), atol=1e-5)
+        np.testing.assert_allclose(gpu.reconstruct(x), cpu.reconstruct(x), atol=1e-5)
+    np.testing.assert_allclose(gpu.sample(2, seed=1), cpu.sample(2, seed=1), atol=1e-5)
+
+
+@with_gpu
+def test_threads_share_the_gpu(both: tuple[VAE, VAE, np.ndarray]) -> None:
+    """This one has a session of its own for 2 inputs, the others not; both halves share one pool of memory."""
+    gpu, cpu, x = both
+    gpu.warmup([2])
+    parts = [x[start : start + size] for start in range(4) for size in (1, 2, 3)]
+    expected = [(cpu.encode(part).mean, cpu.reconstruct(part)) for part in parts]
+
+    def work(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return gpu.encode(part).mean, gpu.reconstruct(part)
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            others = pool.map(work, parts)
+            mine = [work(part) for part in parts]
+            for found, wanted in zip((*mine, *others), (*expected, *expected), strict=True):
+                np.testing.assert_allclose(found[0], wanted[0], atol=1e-5)
+                np.testing.assert_allclose(found[1], wanted[1], atol=1e-5)
+
+
+@with_gpu
+def test_arrays_on_the_gpu_are_taken_and_given(both: tuple[VAE, VAE, np.ndarray]) -> None:
+    gpu, cpu, x = both
+    first, second = gpu.encode_to_device(x[:3]), gpu.encode_to_device(copy_to_device(x[3:], find_device("cuda")))
+    images = gpu.decode_to_device(first.mean)
+    assert (images.device, images.shape) == (("cuda", 0), x[:3].shape)
+    np.testing.assert_allclose(images.numpy(), cpu.reconstruct(x[:3]), atol=1e-5)
+    np.testing.assert_allclose(first.mean.numpy(), cpu.encode(x[:3]).mean, atol=1e-5)
+    np.testing.assert_allclose(second.mean.numpy(), cpu.encode(x[3:]).mean, atol=1e-5)
+    assert first.mean.__dlpack_device__() == (2, 0)
+    with pytest.raises(InputError, match="latents is a tensor"):
+        gpu.decode_to_device(copy_to_device(x[:3], find_device("cuda")))
+
+
+@with_gpu
+def test_memory_of_the_gpu_that_runs_out_is_told(tiny_path: Path, images: np.ndarray) -> None:
+    many = np.zeros((200_000, *images.shape[1:]), np.float32)
+    with VAE.load(tiny_path, device="cuda", provider_options={"gpu_mem_limit": str(2**24)}) as vae:
+        expected = vae.encode(images[:3]).mean
+        with pytest.raises(
+            OutOfMemoryError, match=r"cuda:0 has not enough memory for encoder\.onnx at batch size 200000"
+        ):
+            vae.encode(many, batch_size=len(many))
+        np.testing.assert_array_equal(vae.encode(images[:3]).mean, expected)
+        np.testing.assert_allclose(vae.encode(many[:3000]).mean[:1], vae.encode(many[:1]).mean, atol=1e-6)
+
+
+@with_gpu
+def test_nothing_is_printed(tiny_path: Path) -> None:
+    code = "import sys; from vae_runtime import VAE; VAE.load(sys.argv[1], device='cuda').warmup([1])"
+    done = subprocess.run([sys.executable, "-c", code, tiny_path], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_gpu_tests_are_not_skipped_where_they_are_wanted() -> None:

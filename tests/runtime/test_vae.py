@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from vae_runtime import VAE, BundleError, ClosedError, DeviceError, InputError, KindError, Posterior, to_uint8
+from vae_runtime.cuda import CUDA
 from vae_runtime.sampling import NormalStream
 from vae_runtime.session import GraphSession
 
@@ -290,7 +291,7 @@ def test_plan_tells_device_provider_precision_and_file(tiny_path: Path) -> None:
         assert vae.precision == "fp32"
         same = {"from_batch": 1, "device": vae.device, "precision": "fp32", "threads": None, "spinning": None}
         same["fixed_batches"] = []
-        same["provider"] = "CPUExecutionProvider" if vae.device == "cpu" else "CUDAExecutionProvider"
+        same |= {"provider": "CPUExecutionProvider"} if vae.device == "cpu" else {"provider": CUDA, "fixed_on_gpu": []}
         assert vae.plan == {"encode": [{**same, "file": "encoder.onnx"}], "decode": [{**same, "file": "decoder.onnx"}]}
         assert repr(vae) == f"VAE('tiny', vae, fp32 on {vae.device})"
     assert repr(vae) == "VAE('tiny', vae, closed)"

@@ -1,0 +1,207 @@
+// onnxruntime's own kernels, as far as the graphs of fully connected and convolutional bundles need them: what each
+// computes for its arguments, in the order of its declaration in onnxruntime's sources.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "stand_in.h"
+
+namespace {
+
+struct Divisor {  // onnxruntime::cuda::DivMod<int>
+  int value;
+  uint32_t magic, shift;
+};
+
+template <typename T, int capacity>
+struct List {  // onnxruntime::cuda::TArray
+  int32_t size;
+  T items[capacity];
+};
+
+class Arguments {
+ public:
+  explicit Arguments(void** arguments) : arguments_(arguments) {}
+  template <typename T>
+  T get(int index) const {
+    return *static_cast<T*>(arguments_[index]);
+  }
+  void* address(int index) const { return get<void*>(index); }
+
+ private:
+  void** arguments_;
+};
+
+bool has(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
+
+float relu(float x) { return x > 0 ? x : x == x ? 0 : x; }
+float sigmoid(float x) { return 1 / (1 + std::exp(-x)); }
+float same(float x) { return x; }
+
+template <typename From, typename To>
+Work unary(float (*function)(float), Arguments given) {
+  void *in = given.address(0), *out = given.address(1);
+  auto count = given.get<int64_t>(3);
+  return [=] {
+    for (int64_t i = 0; i < count; i++) at<To>(out)[i] = static_cast<To>(function(static_cast<float>(at<From>(in)[i])));
+  };
+}
+
+Work unary(const std::string& name, Arguments given) {
+  float (*function)(float) = has(name, "OP_Relu<")      ? relu
+                             : has(name, "OP_Sigmoid<") ? sigmoid
+                             : has(name, "OP_Cast<")    ? same
+                                                        : nullptr;
+  if (function == nullptr) return nullptr;
+  if (has(name, "<float, float")) return unary<float, float>(function, given);
+  if (has(name, "<float, __half")) return unary<float, Half>(function, given);
+  if (has(name, "<__half, float")) return unary<Half, float>(function, given);
+  if (has(name, "<__half, __half")) return unary<Half, Half>(function, given);
+  return nullptr;
+}
+
+template <typename T>
+Work clip(Arguments given) {
+  void *in = given.address(0), *out = given.address(1), *least = given.address(2), *most = given.address(3);
+  T low = given.get<T>(4), high = given.get<T>(5);
+  auto count = given.get<size_t>(6);
+  return [=] {
+    T from = least ? *at<T>(least) : low, to = most ? *at<T>(most) : high;
+    for (size_t i = 0; i < count; i++) at<T>(out)[i] = std::min(std::max(at<T>(in)[i], from), to);
+  };
+}
+
+template <typename T>
+Work broadcast_bias(Arguments given) {
+  void *bias = given.address(0), *out = given.address(1);
+  auto count = given.get<int64_t>(2);
+  int columns = given.get<Divisor>(3).value, row_stride = given.get<int>(4), column_stride = given.get<int>(5);
+  auto scale = static_cast<float>(given.get<T>(6));
+  return [=] {
+    for (int64_t i = 0; i < count; i++) {
+      int64_t from = i / columns * row_stride + i % columns * column_stride;
+      at<T>(out)[i] = static_cast<T>(scale * static_cast<float>(at<T>(bias)[from]));
+    }
+  };
+}
+
+Work split(Arguments given, int64_t unit) {  // unit: bytes of what one thread moves
+  auto sizes = given.get<List<int64_t, 4>>(0);
+  void* in = given.address(1);
+  auto outs = given.get<List<void*, 4>>(2);
+  auto row = given.get<int64_t>(3);
+  int64_t rows = given.get<int>(4) * unit / row;
+  return [=] {
+    int64_t start = 0;
+    for (int part = 0; part < sizes.size; start += sizes.items[part++])
+      for (int64_t i = 0; i < rows; i++)
+        memcpy(at<char>(outs.items[part]) + i * sizes.items[part], at<char>(in) + i * row + start,
+               static_cast<size_t>(sizes.items[part]));
+  };
+}
+
+template <typename T>
+Work split_evenly(Arguments given) {
+  int block = given.get<Divisor>(0).value, inner = given.get<Divisor>(1).value, part = given.get<Divisor>(2).value;
+  void* in = given.address(4);
+  auto outs = given.get<List<void*, 32>>(5);
+  int count = given.get<int>(6);
+  return [=] {
+    for (int i = 0; i < count; i++) {
+      int outer = i / block, along = i % block / inner, rest = i % inner;
+      at<T>(outs.items[along / part])[(outer * part + along % part) * inner + rest] = at<T>(in)[i];
+    }
+  };
+}
+
+template <typename T>
+Work transpose(Arguments given) {
+  int rank = given.get<int>(0), count = given.get<int>(5);
+  auto in_strides = given.get<List<int64_t, 8>>(1);
+  auto out_strides = given.get<List<Divisor, 8>>(3);
+  void *in = given.address(2), *out = given.address(4);
+  return [=] {
+    for (int i = 0; i < count; i++) {
+      int rest = i;
+      int64_t from = 0;
+      for (int axis = 0; axis < rank; axis++) {
+        from += rest / out_strides.items[axis].value * in_strides.items[axis];
+        rest %= out_strides.items[axis].value;
+      }
+      at<T>(out)[i] = at<T>(in)[from];
+    }
+  };
+}
+
+template <typename T>
+Work transpose_planes(Arguments given, int64_t planes) {
+  auto rows = given.get<int64_t>(0), columns = given.get<int64_t>(1);
+  void *in = given.address(3), *out = given.address(4);
+  return [=] {
+    for (int64_t plane = 0; plane < planes; plane++)
+      for (int64_t row = 0; row < rows; row++)
+        for (int64_t column = 0; column < columns; column++)
+          at<T>(out)[(plane * columns + column) * rows + row] = at<T>(in)[(plane * rows + row) * columns + column];
+  };
+}
+
+struct Nearest {  // onnxruntime::cuda::NearestMappingInfo
+  int origin, is_outside;
+};
+
+Work nearest_mapping(Arguments given) {
+  int in_height = given.get<int>(0), in_width = given.get<int>(1);
+  int out_height = given.get<int>(2), out_width = given.get<int>(3);
+  float scale_down = given.get<float>(4), scale_across = given.get<float>(5);
+  void* mapping = given.address(13);
+  return [=] {
+    auto* entry = at<Nearest>(mapping);
+    for (int y = 0; y < out_height; y++)
+      *entry++ = {std::min(static_cast<int>(static_cast<float>(y) / scale_down), in_height - 1), 0};
+    for (int x = 0; x < out_width; x++)
+      *entry++ = {std::min(static_cast<int>(static_cast<float>(x) / scale_across), in_width - 1), 0};
+  };
+}
+
+template <typename T>
+Work nearest(Arguments given) {
+  auto out_height = given.get<int64_t>(0), image_stride = given.get<int64_t>(2);
+  int row_stride = given.get<int>(3), image = given.get<Divisor>(4).value, row = given.get<Divisor>(5).value;
+  void *in = given.address(6), *out = given.address(7), *mapping = given.address(10);
+  auto count = given.get<int64_t>(8);
+  return [=] {
+    for (int64_t i = 0; i < count; i++) {
+      int64_t y = i % image / row, x = i % image % row;
+      int64_t from = i / image * image_stride + int64_t{at<Nearest>(mapping)[y].origin} * row_stride;
+      at<T>(out)[i] = at<T>(in)[from + at<Nearest>(mapping)[out_height + x].origin];
+    }
+  };
+}
+
+}  // namespace
+
+Work find_kernel(const std::string& name, void** arguments, unsigned grid_depth) {
+  Arguments given(arguments);
+  bool is_half = has(name, "<__half") || has(name, "<short");
+  if (has(name, "_UnaryElementWise<")) return unary(name, given);
+  if (has(name, "_Clip<")) return is_half ? clip<Half>(given) : clip<float>(given);
+  if (has(name, "BroadcastBiasKernel<")) return is_half ? broadcast_bias<Half>(given) : broadcast_bias<float>(given);
+  for (auto [type, bytes] : {std::pair{"<char>", 1}, {"<short>", 2}, {"<int>", 4}, {"<long>", 8}, {"<int4>", 16}})
+    if (has(name, ("_SplitSmallInnerKernel" + std::string(type)).c_str())) return split(given, bytes);
+  if (has(name, "_SplitKernelSameSplitDim<int, onnxruntime::cuda::TArray<void*, 32>")) return split_evenly<int32_t>(given);
+  if (has(name, "_SplitKernelSameSplitDim<short, onnxruntime::cuda::TArray<void*, 32>")) {
+    return split_evenly<int16_t>(given);
+  }
+  if (has(name, "::TransposeKernel<")) return is_half ? transpose<int16_t>(given) : transpose<int32_t>(given);
+  if (has(name, "Transpose3DKernel<")) {
+    return is_half ? transpose_planes<int16_t>(given, grid_depth) : transpose_planes<int32_t>(given, grid_depth);
+  }
+  if (has(name, "_ResizeNearestMappingKernel2D<float, onnxruntime::cuda::TransformCoordinate_ASYMMETRIC") &&
+      has(name, "NearestPixel_FLOOR")) {
+    return nearest_mapping(given);
+  }
+  if (has(name, "_ResizeNearestKernel2D<")) return is_half ? nearest<Half>(given) : nearest<float>(given);
+  return nullptr;
+}

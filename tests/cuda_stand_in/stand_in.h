@@ -1,0 +1,25 @@
+// What the parts of the stand-in share. See build.py for what it is.
+#pragma once
+
+#include <functional>
+#include <string>
+
+using Half = _Float16;
+using Work = std::function<void()>;  // on the GPU, done when its stream comes to it
+
+void say(const char* format, ...);  // a line to the file that CUDA_STAND_IN_LOG names, or to stderr
+
+// Where memory of the GPU really lies, which the host cannot touch by its own address; any other address as it is.
+void* host_address(const void* address);
+
+template <typename T>
+T* at(const void* address) {
+  return static_cast<T*>(host_address(address));
+}
+
+// Add to a stream, or to the graph that it is capturing.
+void enqueue(void* stream, Work work);
+
+// What a kernel does, by its demangled name, with the arguments and the grid that it is launched
+// with; empty where it is not known.
+Work find_kernel(const std::string& name, void** arguments, unsigned grid_depth);

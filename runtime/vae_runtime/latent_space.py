@@ -165,7 +165,7 @@ def principal_axes(batches: Iterable[Float32], count: int = 2) -> Axes:
     Raises:
         InputError: fewer than 2 latents, latents of fewer than `count` elements, or of more than 4096.
     """
-    centre, covariance = _moments(batch.reshape(len(batch), -1) for batch in batches)
+    centre, covariance = _moments((batch.reshape(len(batch), -1) for batch in batches), _LARGEST_COVARIANCE)
     if count > len(centre):
         raise InputError(f"the latents have {len(centre)} elements; {count} axes need as many")
     variances, vectors = np.linalg.eigh(covariance)  # rising
@@ -177,8 +177,8 @@ def principal_axes(batches: Iterable[Float32], count: int = 2) -> Axes:
 
 def unit_moments(batches: Iterable[Float32]) -> tuple[Float64, Float64]:
     """Mean and variance of each unit over latents, (units,) each; of channels over all positions too."""
-    centre, covariance = _moments(map(by_unit, batches))
-    return centre, np.diag(covariance)
+    means, variances = _moments(map(by_unit, batches))
+    return means, np.maximum(variances, 0)
 
 
 def by_unit(latents: Float32) -> Float32:
@@ -187,24 +187,27 @@ def by_unit(latents: Float32) -> Float32:
     return np.moveaxis(latents.reshape(len(latents), units, -1), 1, 2).reshape(-1, units)
 
 
-def _moments(batches: Iterable[Float32]) -> tuple[Float64, Float64]:
-    """Mean (D,) and covariance (D, D) of rows of one length."""
+def _moments(batches: Iterable[Float32], most: int | None = None) -> tuple[Float64, Float64]:
+    """Mean (D,) and variance (D,) of rows of one length or, where `most` says up to which D, their covariance (D, D)."""
     count, shift, total, products = 0, np.empty(0), np.empty(0), np.empty(0)
     for batch in batches:
         if not count:
             size = batch.shape[1]
-            if size > _LARGEST_COVARIANCE:
-                raise InputError(f"the latents have {size} elements; axes are found for up to {_LARGEST_COVARIANCE}")
+            if most is not None and size > most:
+                raise InputError(f"the latents have {size} elements; axes are found for up to {most}")
             # From near the centre, so that little cancels in the end.
-            shift, total, products = batch.mean(axis=0, dtype=np.float64), np.zeros(size), np.zeros((size, size))
+            shift, total = batch.mean(axis=0, dtype=np.float64), np.zeros(size)
+            products = np.zeros(size if most is None else (size, size))
         if batch.shape[1] != len(shift):
             raise InputError(f"latents have {len(shift)} and {batch.shape[1]} elements; axes need inputs of one size")
         moved = batch - shift
-        total, products, count = total + moved.sum(axis=0), products + moved.T @ moved, count + len(batch)
+        total += moved.sum(axis=0)
+        products += np.einsum("nd,nd->d", moved, moved) if most is None else moved.T @ moved
+        count += len(batch)
     if count < 2:
         raise InputError(f"the inputs are {count} in number; axes need at least 2")
     mean = total / count
-    return shift + mean, products / count - np.outer(mean, mean)
+    return shift + mean, products / count - (mean * mean if most is None else np.outer(mean, mean))
 
 
 def unit_axes(shape: tuple[int, ...], numbers: Sequence[int], means: Float64, variances: Float64) -> Axes:

@@ -277,6 +277,9 @@ def test_moments_of_channels_are_over_all_positions() -> None:
     means, variances = unit_moments([z[:20], z[20:]])
     np.testing.assert_allclose(means, z.mean(axis=(0, 2, 3), dtype=np.float64))
     np.testing.assert_allclose(variances, z.astype(np.float64).var(axis=(0, 2, 3)))
+    many = np.random.default_rng(1).normal(size=(3, 5000)).astype(np.float32)  # of which there is no covariance
+    np.testing.assert_allclose(unit_moments([many])[1], many.astype(np.float64).var(axis=0))
+    assert (unit_moments([np.full((7, 3), 0.1, np.float32)])[1] >= 0).all()
 
 
 def test_a_map_runs_to_the_right_and_up_at_even_quantiles() -> None:

@@ -40,11 +40,12 @@ class Owner:
 
     def __init__(self) -> None:
         self.is_of_parent = False  # this process was forked off the one that made it
-        self._thread = threading.get_ident()
+        self._of_thread = threading.local()  # unlike a thread's number, never another one's after its end
+        self._of_thread.is_owner = True
 
     @property
     def is_this_thread(self) -> bool:
-        return self._thread == threading.get_ident()
+        return getattr(self._of_thread, "is_owner", False)
 
 
 class BoundCall:

@@ -110,6 +110,7 @@ int cublasGemmEx(Handle* handle, int left_is_transposed, int right_is_transposed
 #define REFUSE(name) \
   int name() { return kNotSupported; }
 
+REFUSE(cublasDcopy_v2)
 REFUSE(cublasDgeam)
 REFUSE(cublasDgemmBatched)
 REFUSE(cublasDgemmStridedBatched)

@@ -22,11 +22,11 @@ import tempfile
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent
-ENGINE = "onnxruntime-gpu==1.31.1"  # kernels are told by name, and their arguments by place: of this version
+ENGINE = "onnxruntime-gpu==1.31.1"  # kernels are told by name, and their arguments by place; 1.28.0 runs too
 HEADERS = ("nvidia-cuda-runtime>=13,<14", "nvidia-cuda-crt>=13,<14")
 LIBRARIES = (
     *("libcuda.so.1", "libcudart.so.13", "libcublas.so.13", "libcublasLt.so.13"),
-    *("libcudnn.so.9", "libcurand.so.10"),
+    *("libcudnn.so.9", "libcurand.so.10", "libnvrtc.so.13", "libcufft.so.12"),
 )
 
 

@@ -41,9 +41,9 @@ float sigmoid(float x) { return 1 / (1 + std::exp(-x)); }
 float same(float x) { return x; }
 
 template <typename From, typename To>
-Work unary(float (*function)(float), Arguments given) {
+Work unary(float (*function)(float), Arguments given, bool counts_by_int) {
   void *in = given.address(0), *out = given.address(1);
-  auto count = given.get<int64_t>(3);
+  int64_t count = counts_by_int ? given.get<int>(3) : given.get<int64_t>(3);
   return [=] {
     for (int64_t i = 0; i < count; i++) at<To>(out)[i] = static_cast<To>(function(static_cast<float>(at<From>(in)[i])));
   };
@@ -55,10 +55,11 @@ Work unary(const std::string& name, Arguments given) {
                              : has(name, "OP_Cast<")    ? same
                                                         : nullptr;
   if (function == nullptr) return nullptr;
-  if (has(name, "<float, float")) return unary<float, float>(function, given);
-  if (has(name, "<float, __half")) return unary<float, Half>(function, given);
-  if (has(name, "<__half, float")) return unary<Half, float>(function, given);
-  if (has(name, "<__half, __half")) return unary<Half, Half>(function, given);
+  bool by_int = has(name, ", int)");
+  if (has(name, "<float, float")) return unary<float, float>(function, given, by_int);
+  if (has(name, "<float, __half")) return unary<float, Half>(function, given, by_int);
+  if (has(name, "<__half, float")) return unary<Half, float>(function, given, by_int);
+  if (has(name, "<__half, __half")) return unary<Half, Half>(function, given, by_int);
   return nullptr;
 }
 
@@ -71,6 +72,14 @@ Work clip(Arguments given) {
     T from = least ? *at<T>(least) : low, to = most ? *at<T>(most) : high;
     for (size_t i = 0; i < count; i++) at<T>(out)[i] = std::min(std::max(at<T>(in)[i], from), to);
   };
+}
+
+template <typename T>
+Work fill(Arguments given, bool counts_by_int) {
+  void* out = given.address(0);
+  T value = given.get<T>(1);
+  int64_t count = counts_by_int ? given.get<int>(2) : given.get<int64_t>(2);
+  return [=] { std::fill_n(at<T>(out), count, value); };
 }
 
 template <typename T>
@@ -187,6 +196,8 @@ Work find_kernel(const std::string& name, void** arguments, unsigned grid_depth)
   bool is_half = has(name, "<__half") || has(name, "<short");
   if (has(name, "_UnaryElementWise<")) return unary(name, given);
   if (has(name, "_Clip<")) return is_half ? clip<Half>(given) : clip<float>(given);
+  if (has(name, "::_Fill<float,")) return fill<float>(given, has(name, ", int)"));
+  if (has(name, "::_Fill<__half,")) return fill<Half>(given, has(name, ", int)"));
   if (has(name, "BroadcastBiasKernel<")) return is_half ? broadcast_bias<Half>(given) : broadcast_bias<float>(given);
   for (auto [type, bytes] : {std::pair{"<char>", 1}, {"<short>", 2}, {"<int>", 4}, {"<long>", 8}, {"<int4>", 16}})
     if (has(name, ("_SplitSmallInnerKernel" + std::string(type)).c_str())) return split(given, bytes);

@@ -7,6 +7,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ import pytest
 
 from vae_runtime import VAE, DeviceError, InputError, OutOfMemoryError, trial
 from vae_runtime import cuda as module
-from vae_runtime.bound import DeviceCall
+from vae_runtime.bound import DeviceCall, Owner
 from vae_runtime.cuda import (
     CUDA,
     TENSORRT,
@@ -375,6 +376,22 @@ def test_a_graph_of_launches_belongs_to_the_thread_that_made_it(with_fixed_sessi
         pool.submit(with_fixed_sessions.encode, images[:3]).result()
     assert route.session(shape) is not route.any_batch
     assert with_fixed_sessions._open_operations()[0]._free == {}  # nothing that this thread would take in its place
+
+
+def test_a_thread_is_not_taken_for_one_that_has_ended() -> None:
+    """The system gives the number of the one to the other."""
+    owners: list[Owner] = []
+    seen: list[bool] = []
+
+    def work() -> None:
+        owners.append(Owner())
+        seen.append(owners[0].is_this_thread)
+
+    for _ in range(3):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert seen == [True, False, False]
 
 
 def test_calls_in_its_thread_take_the_short_way(

@@ -188,7 +188,7 @@ def by_unit(latents: Float32) -> Float32:
 
 
 def _moments(batches: Iterable[Float32], most: int | None = None) -> tuple[Float64, Float64]:
-    """Mean (D,) and variance (D,) of rows of one length or, where `most` says up to which D, their covariance (D, D)."""
+    """Mean (D,) and variance (D,) of rows of one length or, where `most` says up to which D, the covariance (D, D)."""
     count, shift, total, products = 0, np.empty(0), np.empty(0), np.empty(0)
     for batch in batches:
         if not count:

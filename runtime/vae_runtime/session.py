@@ -79,6 +79,7 @@ class GraphSession:
         # A CUDA graph reads and writes the addresses that it was captured with, whatever a later run is given; and
         # onnxruntime keeps one per thread, so that another thread's first call would capture anew.
         self._only_call: DeviceCall | None = None
+        self.replays_on_device = False  # whether `replay_on_device` is to be taken
         self.trials: dict[str, float | str] = {}  # way -> its time relative to the plain one's, or why it was not taken
         self._of_thread = threading.local()  # what each thread has of this session
         _sessions.add(self)
@@ -128,6 +129,7 @@ class GraphSession:
             "launch_graph": options.get("enable_cuda_graph") == "1",
             "layout": "NHWC" if options.get("prefer_nhwc") == "1" else "NCHW",
             "copies": "pageable" if self._stream is None else "pinned",
+            "on_device": self.replays_on_device,
             "trials": self.trials,
         }
 
@@ -223,6 +225,13 @@ class GraphSession:
             if call is None:
                 call = self._of_thread.resident = ResidentCall(self, self._memory)
             return [DeviceArray(value, self._memory) for value in call(array._value)]
+
+    def replay_on_device(self, array: DeviceArray) -> list[DeviceArray] | None:
+        """The same by the graph of launches of a session for one shape with a stream; None where that is not to be had,
+        and `run_on_device` of the session for any batch says why."""
+        call = self._only_call
+        values = call.on_device(array._value) if isinstance(call, StagedCall) else None
+        return None if values is None else [DeviceArray(value, self._memory) for value in values]
 
     def to_device(self, array: Float32) -> DeviceArray:
         """A copy in the device's memory. Raises as `run`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -21,65 +22,102 @@ _ROUNDS, _BLOCK_SECONDS, _MOST_CALLS = 7, 2e-3, 100
 # How far another way's outputs may be off, relative to the largest: what the precision allows.
 _TOLERANCES = {"fp32": 1e-4, "tf32": 2e-3, "fp16": 5e-3}
 
+Run = Callable[[Float32], list[Float32]]
+
 
 def fastest_session(session: GraphSession, model: bytes, shape: tuple[int, ...]) -> GraphSession:
     """One for inputs of this shape, with the batch, in all else as `session`, whose file's bytes are `model`.
 
     Its kernels are launched as one graph where it can be captured. Convolutions with the channels last (NHWC), then
     copies through pinned memory on a stream of our own, are tried beside the plain way, and taken where calls are at
-    least 3% faster and their outputs as they should be. What the caller's options decide is left so. The result's
-    `trials` say how it went.
+    least 3% faster and their outputs as they should be; with the stream also for arrays on the device, beside the
+    session for any batch. What the caller's options decide is left so. The result's `trials` say how it went.
 
     Raises:
         DeviceError: not even the plain way is to be had, as for want of memory.
     """
-    best = _captured(session, model, shape)
-    options = session.device.options
-    array = np.random.default_rng(0).random(shape, np.float32)
-    trials: dict[str, float | str] = {}
-
-    def try_beside(plain: GraphSession, name: str, make: Callable[[], GraphSession]) -> GraphSession:
-        try:
-            other = make()
-            trials[name] = _compare(other, plain, array)
-        except (DeviceError, MemoryError) as error:
-            trials[name] = str(error)
-            return plain
-        found = trials[name]
-        return other if isinstance(found, float) and found <= _GAIN else plain
-
-    operators = session.operators
+    trial = _Trial(session, model, shape)
+    options, operators = session.device.options, session.operators
     if "prefer_nhwc" not in options and (operators is None or operators & _LAYOUT_OPERATORS):
-        device = best.device.with_option("prefer_nhwc", "1")
-        best = try_beside(best, "NHWC", lambda: session.open_for(model, shape, device))
+        trial.try_layout()
     if "user_compute_stream" not in options:
-        chosen = best.device
-        best = try_beside(best, "pinned", lambda: _staged(session, model, shape, chosen))
-    best.trials = trials
-    return best
+        trial.try_stream()
+    trial.best.trials = trial.results
+    return trial.best
 
 
-def _captured(session: GraphSession, model: bytes, shape: tuple[int, ...]) -> GraphSession:
-    try:
-        return session.open_for(model, shape, session.device)
-    except OutOfMemoryError:
-        raise
-    except DeviceError:  # a graph with arithmetic on shapes on the CPU cannot be captured
-        return session.open_for(model, shape, session.device.with_option("enable_cuda_graph", "0"))
+class _Trial:
+    """best: the fastest session so far. results: way -> its time relative to the best before, or why there is none."""
 
+    def __init__(self, session: GraphSession, model: bytes, shape: tuple[int, ...]) -> None:
+        self._session, self._model, self._shape = session, model, shape
+        self._array = np.random.default_rng(0).random(shape, np.float32)
+        self.best = self._captured()
+        self.results: dict[str, float | str] = {}
 
-def _staged(session: GraphSession, model: bytes, shape: tuple[int, ...], device: Device) -> GraphSession:
-    stream = Stream.of_thread(device.memory[1])
-    return session.open_for(model, shape, device.with_option("user_compute_stream", stream.handle), stream)
+    def try_layout(self) -> None:
+        device = self.best.device.with_option("prefer_nhwc", "1")
+        self._try("NHWC", lambda: self._open(device))
 
+    def try_stream(self) -> None:
+        plain = self.best
 
-def _compare(other: GraphSession, plain: GraphSession, array: Float32) -> float | str:
-    """The time of a call relative to that of the plain way, or how far off the outputs are where that is too far."""
-    tolerance = _TOLERANCES[plain.device.precision]
-    error = max(map(relative_error, other.run(array), plain.run(array)))
-    if not error <= tolerance:
-        return f"outputs differ by {error:.1e} of the largest, more than {tolerance:g}"
-    return _relative_time(lambda: other.run(array), lambda: plain.run(array))
+        def make() -> GraphSession:
+            stream = Stream.of_thread(plain.device.memory[1])
+            return self._open(plain.device.with_option("user_compute_stream", stream.handle), stream)
+
+        self._try("pinned", make)
+        if self.best is not plain:
+            self.best.replays_on_device = self._is_gain("on_device", self._compare_on_device)
+
+    def _open(self, device: Device, stream: Stream | None = None) -> GraphSession:
+        return self._session.open_for(self._model, self._shape, device, stream)
+
+    def _captured(self) -> GraphSession:
+        try:
+            return self._open(self._session.device)
+        except OutOfMemoryError:
+            raise
+        except DeviceError:  # a graph with arithmetic on shapes on the CPU cannot be captured
+            return self._open(self._session.device.with_option("enable_cuda_graph", "0"))
+
+    def _try(self, name: str, make: Callable[[], GraphSession]) -> None:
+        made: list[GraphSession] = []
+
+        def compare() -> float | str:
+            made.append(make())
+            return self._compare(made[0].run, self.best.run)
+
+        if self._is_gain(name, compare):
+            self.best = made[0]
+
+    def _is_gain(self, name: str, compare: Callable[[], float | str]) -> bool:
+        try:
+            found = compare()
+        except (DeviceError, MemoryError) as error:
+            found = str(error)
+        self.results[name] = found
+        return isinstance(found, float) and found <= _GAIN
+
+    def _compare(self, call: Run, plain: Run) -> float | str:
+        """The time of a call relative to that of the plain way, or how far off its outputs are, where too far."""
+        calls = partial(call, self._array), partial(plain, self._array)
+        return self._difference(*(one() for one in calls)) or _relative_time(*calls)
+
+    def _compare_on_device(self) -> float | str:
+        """The same of the graph of launches, between copies on the device, and of the session for any batch."""
+        there = self._session.to_device(self._array)
+        replay, run = partial(self.best.replay_on_device, there), partial(self._session.run_on_device, there)
+        found = replay()
+        if found is None:
+            return "it failed"
+        difference = self._difference([one.numpy() for one in found], [one.numpy() for one in run()])
+        return difference or _relative_time(replay, run)
+
+    def _difference(self, found: list[Float32], expected: list[Float32]) -> str:
+        """How far off outputs are, in words; empty where that is not too far."""
+        error, tolerance = max(map(relative_error, found, expected)), _TOLERANCES[self._session.device.precision]
+        return "" if error <= tolerance else f"outputs differ by {error:.1e} of the largest, more than {tolerance:g}"
 
 
 def _relative_time(call: Callable[[], object], plain: Callable[[], object]) -> float:

@@ -138,8 +138,8 @@ class VAE:
         onnxruntime's provider, the precision, the file, threads and spinning (None: the engine's own choice), and the
         batch sizes that have a session of their own since `warmup` (`fixed_batches`). On a GPU also how each of these
         works (`fixed_on_gpu`): as one graph of launches or kernel by kernel, the layout of its convolutions, how inputs
-        and outputs are copied, and for each way tried its time relative to the plain one's or why it was not taken
-        (`trials`)."""
+        and outputs are copied, whether arrays on the device take it too, and of each way tried the time relative to the
+        plain one's or why it was not taken (`trials`)."""
         encoder, decoder = self._open_operations()
         return {
             "encode": [route.describe() for route in encoder.routes],

@@ -520,6 +520,11 @@ def test_every_way_on_the_gpu_gives_the_same(
         np.testing.assert_allclose(gpu.decode(expected.mean), cpu.decode(expected.mean), atol=1e-5)
         np.testing.assert_allclose(gpu.reconstruct(part), cpu.reconstruct(part), atol=1e-5)
         np.testing.assert_allclose(gpu.reconstruct(x), cpu.reconstruct(x), atol=1e-5)
+        there = copy_to_device(part, find_device("cuda"))
+        kept, _ = gpu.encode_to_device(there), gpu.encode_to_device(copy_to_device(x[4:], find_device("cuda")))
+        np.testing.assert_allclose(kept.mean.numpy(), expected.mean, atol=1e-5)
+        np.testing.assert_allclose(gpu.decode_to_device(kept.mean).numpy(), cpu.reconstruct(part), atol=1e-5)
+    assert found["on_device"] == (way != "plain")
     np.testing.assert_allclose(gpu.sample(2, seed=1), cpu.sample(2, seed=1), atol=1e-5)
 
 

@@ -15,6 +15,8 @@ import pytest
 from vae_runtime import VAE, DeviceError, InputError, cuda, cuda_stream
 from vae_runtime.bound import DeviceCall, StagedCall
 from vae_runtime.cuda_stream import Stream
+from vae_runtime.device_array import copy_to_device
+from vae_runtime.devices import CPU, Device
 from vae_runtime.preprocess import UNIT_INTERVAL
 from vae_runtime.session import GraphSession
 
@@ -225,6 +227,20 @@ def test_latents_stay_on_the_device(
         x = images[start : start + 3]
         np.testing.assert_array_equal(encoder.then(decoder, x), tiny.reconstruct(x))
     assert waits == [5, 5]
+
+
+def test_arrays_on_the_device_are_copied_in_and_out(
+    halves: tuple[StagedCall, StagedCall], driver: Driver, tiny: VAE, images: np.ndarray
+) -> None:
+    encoder, _ = halves
+    values = [copy_to_device(images[start : start + 3], Device("cpu", CPU))._value for start in (0, 3)]
+    first, second = (encoder.on_device(value) or [] for value in values)
+    for found, start in ((first, 0), (second, 3)):
+        expected = tiny.encode(images[start : start + 3])
+        np.testing.assert_array_equal(found[0].numpy(), expected.mean)
+        np.testing.assert_array_equal(found[1].numpy(), expected.logvar)
+    driver.status["cuMemcpyDtoDAsync_v2"] = 700
+    assert encoder.on_device(values[0]) is None
 
 
 @pytest.mark.parametrize("call", ["cuMemcpyHtoDAsync_v2", "cuStreamSynchronize", "cuCtxPushCurrent_v2"])

@@ -34,6 +34,7 @@ class Ways:
         monkeypatch.setattr(GraphSession, "open_for", self.open_for)
         monkeypatch.setattr(trial.Stream, "of_thread", lambda index: SimpleNamespace(handle="77"))
         monkeypatch.setattr(trial, "_relative_time", lambda call, plain: (call(), plain(), self.times[self.last()])[2])
+        monkeypatch.setattr(trial._Trial, "_compare_on_device", lambda _: self.times.get("on_device", 1.0))
 
     def last(self) -> str:
         return self.opened[-1][-1]
@@ -80,7 +81,8 @@ def test_the_faster_way_is_taken(
     best = ways.choose()
     assert best.device.options.keys() - {"device_id", "use_tf32"} == chosen
     assert ways.opened == opened
-    assert best.trials == {"NHWC": nhwc, "pinned": pinned}
+    is_staged = "user_compute_stream" in chosen
+    assert best.trials == {"NHWC": nhwc, "pinned": pinned, **({"on_device": 1.0} if is_staged else {})}
 
 
 def test_what_cannot_be_had_or_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> None:
@@ -113,7 +115,7 @@ def test_what_the_caller_decides_is_not_tried(monkeypatch: pytest.MonkeyPatch, t
     ways.session.device = ways.session.device.with_option("prefer_nhwc", "0")
     monkeypatch.setattr(trial.Stream, "of_thread", lambda index: pytest.fail("a stream was made"))
     ways.session.device = ways.session.device.with_option("user_compute_stream", "5")
-    monkeypatch.setattr(GraphSession, "open_for", lambda self, model, shape, device: ways.session)
+    monkeypatch.setattr(GraphSession, "open_for", lambda self, *_: ways.session)
     assert ways.choose() is ways.session
 
 
@@ -141,9 +143,43 @@ def test_the_plan_says_how_it_works(monkeypatch: pytest.MonkeyPatch, tiny_path: 
             "launch_graph": True,
             "layout": "NHWC",
             "copies": "pageable",
+            "on_device": False,
             "trials": {"NHWC": 0.5, "pinned": 2.0},
         }
     ]
+
+
+@pytest.mark.parametrize(
+    ("found", "is_taken"), [(0.5, True), (0.99, False), ("it failed", False), (OutOfMemoryError("full"), False)]
+)
+def test_arrays_on_the_device_take_the_graph_where_it_is_faster(
+    found: Any, is_taken: bool, monkeypatch: pytest.MonkeyPatch, tiny_path: Path
+) -> None:
+    def compare(_: Any) -> Any:
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    ways = Ways(monkeypatch, tiny_path, NHWC=1.0, pinned=0.5)
+    monkeypatch.setattr(trial._Trial, "_compare_on_device", compare)
+    best = ways.choose()
+    assert best.replays_on_device is best.describe_way()["on_device"] is is_taken
+    assert best.trials["on_device"] == (str(found) if isinstance(found, Exception) else found)
+
+
+def test_the_graph_for_arrays_on_the_device_is_compared_with_the_session_for_any_batch(
+    monkeypatch: pytest.MonkeyPatch, tiny_path: Path
+) -> None:
+    ways = Ways(monkeypatch, tiny_path, NHWC=1.0, pinned=1.0, plain=0.25)
+    monkeypatch.undo()
+    monkeypatch.setattr(trial, "_relative_time", lambda call, plain: (call(), plain(), 0.25)[2])
+    ways.session.device = Device("cpu", CPU)
+    one = trial._Trial(ways.session, ways.model, SHAPE)
+    assert one._compare_on_device() == "it failed"  # the CPU has no graph of launches
+    one.best.replay_on_device = ways.session.run_on_device  # type: ignore[method-assign]
+    assert one._compare_on_device() == 0.25
+    one.best.replay_on_device = lambda array: ways.session.run_on_device(array)[::-1]  # type: ignore[method-assign]
+    assert str(one._compare_on_device()).startswith("outputs differ by ")
 
 
 def test_times_are_relative_to_the_plain_way() -> None:

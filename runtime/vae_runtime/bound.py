@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,10 +12,7 @@ from .engine import import_engine
 from .preprocess import Float32, ValueRule
 
 if TYPE_CHECKING:
-    from .cuda_stream import Stream
     from .session import GraphSession
-
-_ALIGNMENT = 64  # numbers; CUDA's own allocations begin at multiples of 256 bytes
 
 
 def to_host(value: Any) -> Float32:
@@ -108,181 +104,3 @@ class BoundPair:
         except Exception:
             return False
         return True
-
-
-class ResidentCall:
-    """From the memory of the session's device to new memory there. For one thread.
-
-    Below onnxruntime's public layer, which takes a third of such a call's time to look the device's name up.
-    """
-
-    def __init__(self, session: GraphSession, memory: tuple[str, int]) -> None:
-        self._input, *self._outputs = session.names
-        binding = session.io_binding()
-        self._binding, self._run = binding._iobinding, session.bound_run(binding)
-        self._device = import_engine().OrtDevice.make(*memory)._get_c_device()
-        self._wrap = import_engine().OrtValue
-
-    def __call__(self, value: Any) -> list[Any]:
-        """An `OrtValue` -> the outputs as such, which belong to the caller; raises what the engine raises."""
-        binding = self._binding
-        binding.bind_ortvalue_input(self._input, value._ortvalue)
-        for name in self._outputs:
-            binding.bind_output(name, self._device)  # anew: what stays bound would be overwritten
-        try:
-            self._run()
-            found = binding.get_outputs()
-            return [self._wrap(found[index]) for index in range(len(found))]
-        finally:
-            binding.clear_binding_inputs()
-            binding.clear_binding_outputs()
-
-
-class DeviceCall:
-    """The same with the input and the outputs in the memory of the session's device, always at the same addresses.
-
-    shapes: of the input, then of the outputs, by name.
-    """
-
-    def __init__(
-        self, session: GraphSession, shapes: dict[str, tuple[int, ...]], rule: ValueRule | None = None
-    ) -> None:
-        kind, index = session.device.memory
-        make = import_engine().OrtValue.ortvalue_from_shape_and_type
-        (name, shape), *outputs = shapes.items()
-        self._owner, self._is_shared, self._rule = session.owner, session.fixed is None, rule
-        self._input = make(shape, np.float32, kind, index)
-        # One after the other in one piece of memory, so that one copy brings them all.
-        self._parts = _layout([shape for _, shape in outputs])
-        self._outputs = make((self._parts[-1].stop,), np.float32, kind, index)
-        self._binding = session.io_binding()
-        self._binding.bind_ortvalue_input(name, self._input)
-        for (name, shape), part in zip(outputs, self._parts, strict=True):
-            address = self._outputs.data_ptr() + 4 * part.start
-            self._binding.bind_output(name, kind, index, np.float32, shape, address)
-        self._run = session.bound_run(self._binding)
-
-    def hold_to(self, rule: ValueRule) -> None:
-        """Take arrays whose values nobody has looked at."""
-        self._rule = rule
-
-    def __call__(self, array: Float32) -> list[Float32] | None:
-        """As `BoundCall`; None also in a thread that the session does not serve."""
-        array = np.ascontiguousarray(array)
-        if not self._may_run() or self._rule is None or not self._rule.holds(self._rule.view(array)):
-            return None
-        try:
-            return self.run(array)
-        except Exception:
-            return None
-
-    def run(self, array: Float32) -> list[Float32]:
-        """For a contiguous array that is known to be good; raises what the engine raises."""
-        self._input.update_inplace(array)
-        self._run()
-        found = to_host(self._outputs)
-        return [found[part.start : part.start + part.size].reshape(part.shape) for part in self._parts]
-
-    def _may_run(self) -> bool:
-        return (self._is_shared or self._owner.is_this_thread) and not self._owner.is_of_parent
-
-
-class StagedCall(DeviceCall):
-    """The same on a stream of our own, whose session has it for its work: through pinned memory, and one wait for both
-    copies and the work between them."""
-
-    def __init__(self, session: GraphSession, shapes: dict[str, tuple[int, ...]], stream: Stream) -> None:
-        super().__init__(session, shapes)
-        self._stream, self._memory = stream, session.device.memory
-        self._given = stream.pinned(math.prod(self._input.shape())).reshape(self._input.shape())
-        self._found = stream.pinned(self._parts[-1].stop)
-        self._send = stream.to_device(self._input.data_ptr(), self._given)
-        self._fetch = stream.to_host(self._found, self._outputs.data_ptr())
-        self._launch = session.bound_run(self._binding, waits=False)
-
-    def __call__(self, array: Float32) -> list[Float32] | None:
-        """As `DeviceCall`."""
-        if not self._may_run() or self._rule is None:
-            return None
-        self._given[...] = array
-        if not self._rule.holds(self._rule.view(self._given)):
-            return None
-        try:
-            return self._finish()
-        except Exception:
-            return None
-
-    def run(self, array: Float32) -> list[Float32]:
-        """As `DeviceCall.run`."""
-        self._given[...] = array
-        return self._finish()
-
-    def then(self, decoder: StagedCall, array: Float32) -> Float32 | None:
-        """The decoder's output for the first of this encoder's, which does not leave the GPU. array: known to be good.
-
-        None where this is not to be had: in another thread, on another stream, or as the engine fails.
-        """
-        if not self._may_run() or not decoder._may_run() or decoder._stream is not self._stream:
-            return None
-        size = 4 * self._parts[0].size
-        self._given[...] = array
-        try:
-            with self._stream:
-                self._send()
-                self._launch()
-                self._stream.on_device(decoder._input.data_ptr(), self._outputs.data_ptr(), size)()
-                decoder._launch()
-                decoder._fetch()
-                self._stream.wait()
-        except Exception:
-            return None
-        return decoder._copies()[0]
-
-    def on_device(self, value: Any) -> list[Any] | None:
-        """An `OrtValue` in the GPU's memory, finished -> the outputs as new ones there. None as of `then`."""
-        if not self._may_run():
-            return None
-        kind, index = self._memory
-        make, copy, given = import_engine().OrtValue.ortvalue_from_shape_and_type, self._stream.on_device, self._input
-        try:
-            found = [make(part.shape, np.float32, kind, index) for part in self._parts]
-            with self._stream:
-                copy(given.data_ptr(), value.data_ptr(), 4 * self._given.size)()
-                self._launch()
-                for new, part in zip(found, self._parts, strict=True):
-                    copy(new.data_ptr(), self._outputs.data_ptr() + 4 * part.start, 4 * part.size)()
-                self._stream.wait()
-        except Exception:
-            return None
-        return found
-
-    def _finish(self) -> list[Float32]:
-        with self._stream:
-            self._send()
-            self._launch()
-            self._fetch()
-            self._stream.wait()
-        return self._copies()
-
-    def _copies(self) -> list[Float32]:
-        return [self._found[part.start : part.start + part.size].reshape(part.shape).copy() for part in self._parts]
-
-
-class _Part(NamedTuple):
-    """Where an output lies in a piece of memory for several, in numbers."""
-
-    start: int
-    size: int
-    shape: tuple[int, ...]
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.size
-
-
-def _layout(shapes: Sequence[tuple[int, ...]]) -> list[_Part]:
-    parts: list[_Part] = []
-    for shape in shapes:
-        end = parts[-1].stop if parts else 0
-        parts.append(_Part(-(-end // _ALIGNMENT) * _ALIGNMENT, math.prod(shape), shape))
-    return parts

@@ -51,7 +51,9 @@ class Stream:
     def __enter__(self) -> None:
         self._context.__enter__()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:  # by Ctrl-C, say: nothing that was begun outlives the memory that it is for
+            self._synchronize(self._stream)
         self._context.__exit__()
 
     def pinned(self, values: int) -> Float32:

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .bound import BoundCall, BoundPair, DeviceCall, StagedCall
+from .bound import BoundCall, BoundPair
 from .boundary import Boundary
 from .device_array import DeviceArray, from_dlpack
+from .device_call import DeviceCall, StagedCall
 from .errors import InputError
 from .preprocess import Float32, ValueRule, fitting_memory, zeros
 from .sampling import check_count

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from .bound import BoundCall, DeviceCall, Owner, ResidentCall, StagedCall
+from .bound import BoundCall, Owner
 from .boundary import Boundary
 from .cuda import CUDA, operators, real_work_on_cpu, share_allocator
 from .device_array import DeviceArray, copy_to_device
+from .device_call import DeviceCall, ResidentCall, StagedCall
 from .devices import CPU, Device
 from .engine import first_line, import_engine
 from .errors import BundleError, ClosedError, DeviceError, InputError, OutOfMemoryError, VAEError

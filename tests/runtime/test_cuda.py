@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ import pytest
 
 from vae_runtime import VAE, DeviceError, InputError, OutOfMemoryError, trial
 from vae_runtime import cuda as module
-from vae_runtime.bound import DeviceCall, Owner
+from vae_runtime.bound import Owner
 from vae_runtime.cuda import (
     CUDA,
     TENSORRT,
@@ -32,6 +33,7 @@ from vae_runtime.cuda import (
     why_not_cuda,
 )
 from vae_runtime.device_array import copy_to_device
+from vae_runtime.device_call import DeviceCall
 from vae_runtime.devices import CPU, Device, find_device, usable_devices
 from vae_runtime.preprocess import UNIT_INTERVAL
 from vae_runtime.session import GraphSession
@@ -297,8 +299,11 @@ def on_device(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> VAE:
         finally:
             monkeypatch.setattr(Device, "is_gpu", False)
 
-    monkeypatch.setattr(GraphSession, "bind", bind)
-    return VAE.load(tiny_path)
+    vae = VAE.load(tiny_path)
+    for half in vae._open_operations():
+        session = half.routes[0].any_batch
+        monkeypatch.setattr(session, "bind", partial(bind, session))
+    return vae
 
 
 def test_bound_device_memory_gives_the_same(on_device: VAE, tiny: VAE, images: np.ndarray) -> None:

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from vae_runtime import VAE, DeviceError, InputError, cuda, cuda_stream
-from vae_runtime.bound import DeviceCall, StagedCall
 from vae_runtime.cuda_stream import Stream
 from vae_runtime.device_array import copy_to_device
+from vae_runtime.device_call import DeviceCall, StagedCall
 from vae_runtime.devices import CPU, Device
 from vae_runtime.preprocess import UNIT_INTERVAL
 from vae_runtime.session import GraphSession
@@ -108,6 +108,23 @@ def test_copies_are_in_order_and_done_after_the_wait(driver: Driver) -> None:
             stream.wait()
         np.testing.assert_array_equal(found, given)
     assert driver.stack == []
+
+
+def test_what_is_interrupted_is_finished(driver: Driver) -> None:
+    """So that nothing is written later into memory that is another's by then."""
+    stream, there = Stream(0), np.ones(3, np.float32)
+    found = stream.pinned(3)
+    fetch = stream.to_host(found, there.ctypes.data)
+
+    def interrupted() -> None:
+        with stream:
+            fetch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert (driver.waiting, driver.stack) == ([], [])
+    assert found.tolist() == [1, 1, 1]
 
 
 def test_pinned_memory_is_freed_with_the_last_view_of_it(driver: Driver) -> None:

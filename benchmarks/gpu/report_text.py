@@ -123,9 +123,9 @@ def ways(units: list[dict[str, Any]]) -> str:
             shape = "x".join(map(str, way["shape"]))
             rows.append([unit["case"], way["precision"], way["operation"], shape, *taken, "; ".join(trials) or _DASH])
         memory = unit["figures"].get("memory", {})
-        if memory and None not in memory.values():
+        if memory:
             sizes = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in memory.items())
-            notes.append(f"GPU memory of {unit['case']} reconstructing 32 examples, pools of memory: {sizes}.")
+            notes.append(f"GPU memory of {unit['case']} in fp32, reconstructing 32 examples; pools of memory: {sizes}.")
     head = ["case", "precision", "operation", "shape", "launches", "layout", "copies", "time of what was tried"]
     return "\n".join(filter(None, [section("Ways", head, rows), "\n".join(notes)]))
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from findings import Findings, Job
 
-from vae_benchmarks.gpu import GpuFacts
 from vae_benchmarks.intervals import paired_ratio
 from vae_benchmarks.latency import alternate, collector_off
 from vae_benchmarks.worker import tile
@@ -47,26 +46,26 @@ def ways(findings: Findings, job: Job) -> None:
                 rows += [{"precision": precision, "operation": operation, **way} for way in route["fixed_on_gpu"]]
     findings.figure("ways", rows)
     with findings.guard("memory"):
-        x = tile(job.case.reference()[INPUT], BATCHES[-1])
-        own = memory_of(job, x, {"arena_extend_strategy": "kNextPowerOfTwo"})  # the default, but said by the caller
-        findings.figure("memory", {"each its own": own, "one for both": memory_of(job, x, {})})
+        # What the caller says of memory gives each half a pool of its own; this is the default, but said.
+        own = memory_of(job, {"arena_extend_strategy": "kNextPowerOfTwo"})
+        findings.figure("memory", {"each its own": own, "one for both": memory_of(job, {})})
 
 
-def memory_of(job: Job, x: Float32, options: dict[str, str]) -> int | None:
-    """Bytes of the GPU that a `VAE` takes for reconstructions; None where nvidia-smi does not tell."""
-    index = find_device(job.device).memory[1]
-    facts = [GpuFacts.read(index)]
-    with VAE.load(job.case.bundle, job.device, provider_options=options) as vae:
-        vae.reconstruct(x)
-        facts.append(GpuFacts.read(index))
-    before, after = (None if one is None else one.memory_used_bytes for one in facts)
-    return None if before is None or after is None else after - before
+def memory_of(job: Job, options: dict[str, str]) -> int:
+    """Bytes of the GPU that a `VAE` takes for reconstructions, in a fresh process: a pool is never given back."""
+    request = json.dumps({"bundle": str(job.case.bundle), "device": job.device, "options": options})
+    command = [sys.executable, str(Path(__file__).with_name("memory_use.py")), request]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["it says nothing"])[-1])
+    return int(done.stdout)
 
 
 def overhead(findings: Findings, job: Job) -> None:
-    """`VAE` against the same sessions, bound once, with the same options: from host to host, and on the device."""
+    """`VAE` against bare sessions, bound once, with the provider's options that it took: from host to host, and on the
+    device. The stream and the pinned memory that it may copy with, and the graph that it may replay on the device, are
+    its own."""
     x = job.case.reference()[INPUT]
-    device = find_device(job.device)
     rows = []
     with VAE.load(job.case.bundle, job.device, threads=1) as vae:
         mean = vae.encode(x).mean
@@ -74,8 +73,8 @@ def overhead(findings: Findings, job: Job) -> None:
             vae.warmup([batch])
             for operation, array in (("encode", tile(x, batch)), ("decode", tile(mean, batch))):
                 for place, sides in (
-                    ("host", host_sides(job, vae, device, operation, array)),
-                    ("device", device_sides(job, vae, device, operation, array)),
+                    ("host", host_sides(job, vae, operation, array)),
+                    ("device", device_sides(job, vae, operation, array)),
                 ):
                     with findings.guard(f"{operation} {batch} {place}"):
                         rows.append(row(f"{operation}, batch {batch}, {place}", *sides, 10 if job.quick else BLOCKS))
@@ -85,8 +84,9 @@ def overhead(findings: Findings, job: Job) -> None:
 Sides = tuple[Callable[[], object], Callable[[], object]]
 
 
-def host_sides(job: Job, vae: VAE, device: Device, operation: str, array: Float32) -> Sides:
+def host_sides(job: Job, vae: VAE, operation: str, array: Float32) -> Sides:
     """Bare onnxruntime and `VAE` from a host array to host arrays, by a session for this batch size on a GPU."""
+    device = device_of(vae, operation, array.shape)
     session = bare_session(job, device, operation, len(array), is_fixed=device.is_gpu)
     make = import_engine().OrtValue.ortvalue_from_shape_and_type
     given, binding = make(array.shape, np.float32, *device.memory), session.io_binding()
@@ -103,8 +103,9 @@ def host_sides(job: Job, vae: VAE, device: Device, operation: str, array: Float3
     return bare, partial(getattr(vae, operation), array)
 
 
-def device_sides(job: Job, vae: VAE, device: Device, operation: str, array: Float32) -> Sides:
+def device_sides(job: Job, vae: VAE, operation: str, array: Float32) -> Sides:
     """The same from an array on the device to new ones there, by a session for any batch size."""
+    device = find_device(job.device)
     session = bare_session(job, device, operation, len(array), is_fixed=False)
     there = copy_to_device(array, device)
 
@@ -117,6 +118,14 @@ def device_sides(job: Job, vae: VAE, device: Device, operation: str, array: Floa
         return [DeviceArray(value, device.memory) for value in binding.get_outputs()]
 
     return bare, partial(vae.encode_to_device if operation == "encode" else vae.decode_to_device, there)
+
+
+def device_of(vae: VAE, operation: str, shape: tuple[int, ...]) -> Device:
+    """What the session for this shape was opened on, but for a stream of our own, which a bare session would not wait
+    for."""
+    half = vae._open_operations()[0 if operation == "encode" else 1]
+    device = half.route(shape[0]).session(shape).device
+    return device._replace(options={k: v for k, v in device.options.items() if k != "user_compute_stream"})
 
 
 def bare_session(job: Job, device: Device, operation: str, batch: int, is_fixed: bool) -> Any:

@@ -8,7 +8,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-from vae_runtime.cuda import driver_version, find_gpus
+from vae_runtime.cuda import ContextOf, driver, driver_version, find_gpus
+from vae_runtime.errors import DeviceError
 
 _SMI_SECONDS = 20.0  # a driver that is not kept loaded takes seconds to answer
 _BUS = "pci.bus_id"
@@ -57,6 +58,15 @@ class GpuFacts:
             utilization_percent=_number(shown.get("utilization.gpu")),
             memory_used_bytes=None if used is None else round(used * 2**20),
         )
+
+
+def memory_in_use(index: int) -> int:
+    """Bytes of GPU `index` that all processes take together, now."""
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    with ContextOf(index):
+        if (status := driver().cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))) != 0:
+            raise DeviceError(f"GPU {index} does not tell its memory (CUDA error {status})")
+    return total.value - free.value
 
 
 def _ask_smi(bus_id: str | None) -> dict[str, str]:

@@ -13,30 +13,37 @@ from typing import Any
 import numpy as np
 
 from .cuda import ContextOf, driver
-from .errors import DeviceError
+from .errors import DeviceError, OutOfMemoryError
 from .preprocess import Float32
 
 _NON_BLOCKING, _PORTABLE = 1, 1  # CU_STREAM_NON_BLOCKING and CU_MEMHOSTALLOC_PORTABLE of cuda.h
 _of_thread = threading.local()
+_idle: dict[int, list[ctypes.c_void_p]] = {}  # by GPU: streams of threads that have ended
 
 
 class Stream:
     """Work on a GPU in the order in which it is given; while it is entered, this thread's copies are on it.
 
-    Each thread has one per GPU, which lasts as long as the process: `Stream.of_thread(index)`.
+    Each thread has one per GPU, `Stream.of_thread(index)`, which another one gets after its end.
 
     handle: as onnxruntime's option `user_compute_stream` takes it.
 
     Raises:
-        DeviceError: the driver refuses.
+        DeviceError: the driver refuses. OutOfMemoryError: for want of memory.
     """
 
     def __init__(self, index: int) -> None:
         self._index, self._context = index, ContextOf(index)
-        stream = ctypes.c_void_p()
-        with self._context:
-            _require(driver().cuStreamCreate(ctypes.byref(stream), _NON_BLOCKING), "make a stream")
+        idle = _idle.setdefault(index, [])
+        try:
+            stream = idle.pop()
+        except IndexError:
+            stream = ctypes.c_void_p()
+            with self._context:
+                _require(driver().cuStreamCreate(ctypes.byref(stream), _NON_BLOCKING), "make a stream")
         self._stream = stream
+        # Never destroyed: a session that worked on it may be freed later.
+        weakref.finalize(self, idle.append, stream).atexit = False
         self._synchronize = driver().cuStreamSynchronize
         self.handle = str(stream.value)
 
@@ -93,7 +100,7 @@ class Stream:
 
 def _require(status: int, what: str) -> None:
     if status == 2:  # CUDA_ERROR_OUT_OF_MEMORY
-        raise MemoryError(f"the NVIDIA driver could not {what}: out of memory")
+        raise OutOfMemoryError(f"the NVIDIA driver could not {what}: there is none left")
     if status != 0:
         raise DeviceError(f"the NVIDIA driver could not {what} (CUDA error {status})")
 

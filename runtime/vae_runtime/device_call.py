@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -49,18 +49,23 @@ class ResidentCall:
 
 class DeviceCall:
     """From host memory to new host memory, by an input and outputs on the device that are always at the same addresses.
-    For one thread at a time.
+    For one call at a time.
 
-    shapes: of the input, then of the outputs, by name.
+    shapes: of the input, then of the outputs, by name. waits: a run of the graph ends when its work is done.
     """
 
     def __init__(
-        self, session: GraphSession, shapes: dict[str, tuple[int, ...]], rule: ValueRule | None = None
+        self,
+        session: GraphSession,
+        shapes: dict[str, tuple[int, ...]],
+        rule: ValueRule | None = None,
+        waits: bool = True,
     ) -> None:
-        kind, index = session.device.memory
+        kind, index = self._memory = session.device.memory
         make = import_engine().OrtValue.ortvalue_from_shape_and_type
         (name, shape), *outputs = shapes.items()
         self._owner, self._is_shared, self._rule = session.owner, session.fixed is None, rule
+        self.is_busy = False
         self._input = make(shape, np.float32, kind, index)
         # One after the other in one piece of memory, so that one copy brings them all.
         self._parts = _layout([shape for _, shape in outputs])
@@ -70,16 +75,18 @@ class DeviceCall:
         for (name, shape), part in zip(outputs, self._parts, strict=True):
             address = self._outputs.data_ptr() + 4 * part.start
             self._binding.bind_output(name, kind, index, np.float32, shape, address)
-        self._run = session.bound_run(self._binding)
+        self._run = session.bound_run(self._binding, waits)
 
     def hold_to(self, rule: ValueRule) -> None:
         """Take arrays whose values nobody has looked at."""
         self._rule = rule
 
     def __call__(self, array: Float32) -> list[Float32] | None:
-        """As `BoundCall`; None also in a thread that the session does not serve."""
+        """As `BoundCall`; None also in a thread that the session does not serve, and within another call of this."""
+        if not self._may_run() or self._rule is None:
+            return None
         array = np.ascontiguousarray(array)
-        if not self._may_run() or self._rule is None or not self._rule.holds(self._rule.view(array)):
+        if not self._rule.holds(self._rule.view(array)):
             return None
         try:
             return self.run(array)
@@ -88,13 +95,15 @@ class DeviceCall:
 
     def run(self, array: Float32) -> list[Float32]:
         """For a contiguous array that is known to be good; raises what the engine raises."""
-        self._input.update_inplace(array)
-        self._run()
-        found = to_host(self._outputs)
+        with _InUse(self):
+            self._input.update_inplace(array)
+            self._run()
+            found = to_host(self._outputs)
         return [found[part.start : part.start + part.size].reshape(part.shape) for part in self._parts]
 
     def _may_run(self) -> bool:
-        return (self._is_shared or self._owner.is_this_thread) and not self._owner.is_of_parent
+        is_mine = self._is_shared or self._owner.is_this_thread
+        return is_mine and not self.is_busy and not self._owner.is_of_parent
 
 
 class StagedCall(DeviceCall):
@@ -102,30 +111,32 @@ class StagedCall(DeviceCall):
     copies and the work between them."""
 
     def __init__(self, session: GraphSession, shapes: dict[str, tuple[int, ...]], stream: Stream) -> None:
-        super().__init__(session, shapes)
-        self._stream, self._memory = stream, session.device.memory
+        super().__init__(session, shapes, waits=False)
+        self._stream = stream
         self._given = stream.pinned(math.prod(self._input.shape())).reshape(self._input.shape())
         self._found = stream.pinned(self._parts[-1].stop)
         self._send = stream.to_device(self._input.data_ptr(), self._given)
         self._fetch = stream.to_host(self._found, self._outputs.data_ptr())
-        self._launch = session.bound_run(self._binding, waits=False)
+        self._to_decoder: tuple[StagedCall, Callable[[], None]] | None = None
 
     def __call__(self, array: Float32) -> list[Float32] | None:
         """As `DeviceCall`."""
         if not self._may_run() or self._rule is None:
             return None
-        self._given[...] = array
-        if not self._rule.holds(self._rule.view(self._given)):
-            return None
-        try:
-            return self._finish()
-        except Exception:
-            return None
+        with _InUse(self):
+            self._given[...] = array
+            if not self._rule.holds(self._rule.view(self._given)):
+                return None
+            try:
+                return self._finish()
+            except Exception:
+                return None
 
     def run(self, array: Float32) -> list[Float32]:
         """As `DeviceCall.run`."""
-        self._given[...] = array
-        return self._finish()
+        with _InUse(self):
+            self._given[...] = array
+            return self._finish()
 
     def then(self, decoder: StagedCall, array: Float32) -> Float32 | None:
         """The decoder's output for the first of this encoder's, which does not leave the GPU. array: known to be good.
@@ -134,19 +145,20 @@ class StagedCall(DeviceCall):
         """
         if not self._may_run() or not decoder._may_run() or decoder._stream is not self._stream:
             return None
-        size = 4 * self._parts[0].size
-        self._given[...] = array
-        try:
-            with self._stream:
-                self._send()
-                self._launch()
-                self._stream.on_device(decoder._input.data_ptr(), self._outputs.data_ptr(), size)()
-                decoder._launch()
-                decoder._fetch()
-                self._stream.wait()
-        except Exception:
-            return None
-        return decoder._copies()[0]
+        with _InUse(self, decoder):
+            self._given[...] = array
+            try:
+                hand_over = self._hand_over(decoder)
+                with self._stream:
+                    self._send()
+                    self._run()
+                    hand_over()
+                    decoder._run()
+                    decoder._fetch()
+                    self._stream.wait()
+            except Exception:
+                return None
+            return decoder._copies()[0]
 
     def on_device(self, value: Any) -> list[Any] | None:
         """An `OrtValue` in the GPU's memory, finished -> the outputs as new ones there. None as of `then`."""
@@ -154,28 +166,51 @@ class StagedCall(DeviceCall):
             return None
         kind, index = self._memory
         make, copy, given = import_engine().OrtValue.ortvalue_from_shape_and_type, self._stream.on_device, self._input
-        try:
-            found = [make(part.shape, np.float32, kind, index) for part in self._parts]
-            with self._stream:
-                copy(given.data_ptr(), value.data_ptr(), 4 * self._given.size)()
-                self._launch()
-                for new, part in zip(found, self._parts, strict=True):
-                    copy(new.data_ptr(), self._outputs.data_ptr() + 4 * part.start, 4 * part.size)()
-                self._stream.wait()
-        except Exception:
-            return None
+        with _InUse(self):
+            try:
+                found = [make(part.shape, np.float32, kind, index) for part in self._parts]
+                with self._stream:
+                    copy(given.data_ptr(), value.data_ptr(), 4 * self._given.size)()
+                    self._run()
+                    for new, part in zip(found, self._parts, strict=True):
+                        copy(new.data_ptr(), self._outputs.data_ptr() + 4 * part.start, 4 * part.size)()
+                    self._stream.wait()
+            except Exception:
+                return None
         return found
+
+    def _hand_over(self, decoder: StagedCall) -> Callable[[], None]:
+        """What begins the copy of the first output to the decoder's input."""
+        if self._to_decoder is None or self._to_decoder[0] is not decoder:
+            target, source, size = decoder._input.data_ptr(), self._outputs.data_ptr(), 4 * self._parts[0].size
+            self._to_decoder = decoder, self._stream.on_device(target, source, size)
+        return self._to_decoder[1]
 
     def _finish(self) -> list[Float32]:
         with self._stream:
             self._send()
-            self._launch()
+            self._run()
             self._fetch()
             self._stream.wait()
         return self._copies()
 
     def _copies(self) -> list[Float32]:
         return [self._found[part.start : part.start + part.size].reshape(part.shape).copy() for part in self._parts]
+
+
+class _InUse:
+    """While it lasts, another call in this thread, by a signal's handler say, finds the memory taken."""
+
+    def __init__(self, *calls: DeviceCall) -> None:
+        self._calls = calls
+
+    def __enter__(self) -> None:
+        for call in self._calls:
+            call.is_busy = True
+
+    def __exit__(self, *_: object) -> None:
+        for call in self._calls:
+            call.is_busy = False
 
 
 class _Part(NamedTuple):

@@ -33,7 +33,8 @@ _SHORT_NAMES = {CPU: "cpu", CUDA: "cuda", TENSORRT: "tensorrt", OPENVINO: "openv
 
 
 class Device(NamedTuple):
-    """name: as reported by `VAE.device`. provider: onnxruntime's name for it. options: that provider's own.
+    """name: as reported by `VAE.device`. provider: onnxruntime's name for it. options: that provider's own. given: what
+    of them is the caller's.
 
     plugin: the device as a plug-in offers it; None for a provider that is compiled into onnxruntime.
     """
@@ -43,6 +44,7 @@ class Device(NamedTuple):
     options: Mapping[str, str] = MappingProxyType({})
     plugin: Any = None
     precision: str = "fp32"
+    given: Mapping[str, str] = MappingProxyType({})
 
     @property
     def is_gpu(self) -> bool:
@@ -70,11 +72,11 @@ class Device(NamedTuple):
             return openvino_options(self.precision, threads, self.options, compiled_in=self.plugin is None)
         if self.provider == CUDA:
             options = {**CUDA_DEFAULTS, **(CUDA_FIXED_SHAPE if is_fixed else {}), **self.options}
-            if (
-                options["device_id"] == "0"
-            ):  # onnxruntime's own choice; where it is told, 1.26 and later print a warning
-                del options["device_id"]
-            return options
+            # Number 0 is onnxruntime's own choice; where it is told, 1.26 and later print a warning.
+            left_out = {"device_id"} if options["device_id"] == "0" else set()
+            # A session for any shape would replay the first one's launches.
+            left_out |= set() if is_fixed else {"enable_cuda_graph"}
+            return {name: value for name, value in options.items() if name not in left_out}
         if self.provider == TENSORRT:
             return {**tensorrt_cache(str(make_cache_folder("tensorrt", bundle))), **self.options}
         return dict(self.options)
@@ -100,7 +102,8 @@ def find_device(name: str, precision: str = "fp32", options: Mapping[str, str] |
     if able_providers is not None and provider not in able_providers:
         able = ", ".join(able_providers)
         raise DeviceError(f"precision {precision!r} is not to be had on device {name!r}; it is run by: {able}")
-    merged = {**_check_options(options, provider, fixed), **fixed}
+    given = _check_options(options, provider, fixed)
+    merged = {**given, **fixed}
     reason = _why_not(provider, merged)
     if reason is not None:
         raise DeviceError(f"device {name!r} cannot be used: {reason}")
@@ -114,7 +117,7 @@ def find_device(name: str, precision: str = "fp32", options: Mapping[str, str] |
     short = _SHORT_NAMES.get(provider, provider)
     if "device_id" in fixed:
         short = f"{short}:{fixed['device_id']}"
-    return Device(short, provider, merged, plugin, precision)
+    return Device(short, provider, merged, plugin, precision, given)
 
 
 def check_device_name(name: Any) -> None:

@@ -168,9 +168,10 @@ class Operation:
 
     def _prefer(self, session: GraphSession, shape: tuple[int, ...]) -> None:
         """Have calls of this shape take the memory of the session for it, where it has some."""
-        call = session.bind(shape, self._rule)
-        if isinstance(call, DeviceCall) and session.fixed == shape and self.route(shape[0]).session(shape) is session:
-            self._own[shape] = call
+        if session.fixed == shape and self.route(shape[0]).session(shape) is session:
+            call = session.bind(shape, self._rule)
+            if isinstance(call, DeviceCall):
+                self._own[shape] = call
 
     def run(self, checked: Float32, size: int, examples: int | None = None) -> list[Float32]:
         """What is known to be good, in chunks of `size`. examples: how many the whole call has, if these are a part."""
@@ -206,7 +207,9 @@ class Operation:
                 images = first.then(second, checked)
                 if images is not None:
                     return images
-            return decoder(self(checked)[0])[0]  # a graph of launches gains more than the copies of small latents cost
+            # A graph of launches gains more than the copies of small latents cost.
+            latents = route.session(checked.shape).run(checked)[0]
+            return decoder.run(latents, len(latents))[0]
         encode, decode = route.any_batch, decoder.route(len(checked)).any_batch
         parts = []
         for start in range(0, len(checked), size):

@@ -115,7 +115,7 @@ class GraphSession:
 
     @property
     def serves_this_thread(self) -> bool:
-        return self._only_call is None or self.owner.is_this_thread
+        return self._only_call is None or (self.owner.is_this_thread and not self._only_call.is_busy)
 
     @property
     def operators(self) -> set[str] | None:
@@ -125,13 +125,14 @@ class GraphSession:
     def describe_way(self) -> dict[str, Any]:
         """How a session for one shape on a GPU works."""
         options = self.device.session_options(self.threads, True, self.bundle)
+        is_on = {name: value.lower() in ("1", "true") for name, value in options.items()}
         return {
             "shape": list(self.fixed or ()),
-            "launch_graph": options.get("enable_cuda_graph") == "1",
-            "layout": "NHWC" if options.get("prefer_nhwc") == "1" else "NCHW",
+            "launch_graph": is_on.get("enable_cuda_graph", False),
+            "layout": "NHWC" if is_on.get("prefer_nhwc") else "NCHW",
             "copies": "pageable" if self._stream is None else "pinned",
             "on_device": self.replays_on_device,
-            "trials": self.trials,
+            "trials": dict(self.trials),
         }
 
     @property
@@ -142,7 +143,8 @@ class GraphSession:
 
     def for_shape(self, model: bytes, shape: tuple[int, ...]) -> GraphSession:
         """A session of the same graph, whose file's bytes are `model`, in all as this one, but for one shape of input,
-        with the batch."""
+        with the batch. Raises as `run`."""
+        self._require_own_process()
         if self.device.provider != CUDA:
             return self.open_for(model, shape, self.device)
         from .trial import fastest_session  # late: only a GPU has several ways
@@ -222,10 +224,12 @@ class GraphSession:
         """
         self._require_own_process()
         with self._naming_errors(len(array)):
-            call = getattr(self._of_thread, "resident", None)
-            if call is None:
-                call = self._of_thread.resident = ResidentCall(self, self._memory)
-            return [DeviceArray(value, self._memory) for value in call(array._value)]
+            # Taken out while it is in use: a signal's handler may make a call within this one.
+            call = getattr(self._of_thread, "resident", None) or ResidentCall(self, self._memory)
+            self._of_thread.resident = None
+            found = [DeviceArray(value, self._memory) for value in call(array._value)]
+            self._of_thread.resident = call
+            return found
 
     def replay_on_device(self, array: DeviceArray) -> list[DeviceArray] | None:
         """The same by the graph of launches of a session for one shape with a stream; None where that is not to be had,
@@ -257,7 +261,7 @@ class GraphSession:
             raise self._run_error(error, rows) from error
 
     def _run_error(self, error: Exception, rows: int) -> DeviceError:
-        if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _NO_MEMORY):
+        if _is_about_memory(error):
             free = None in self._boundary.input_shape
             smallest = "; go through large images in windows, with tile" if free else ", the smallest"
             return OutOfMemoryError(
@@ -375,5 +379,11 @@ def _open_error(error: Exception, file: str, device: Device) -> BundleError | De
     """A CPU session fails because of the graph; another device's may fail for its own reasons."""
     if device.provider == CPU or type(error).__name__ in ("InvalidGraph", "InvalidProtobuf"):
         return BundleError(f"{file} cannot be loaded by onnxruntime: {first_line(error)}")
-    options = f" with the options {dict(device.options)}" if device.options else ""
+    if _is_about_memory(error):
+        return OutOfMemoryError(f"{device.name} has not enough memory to open {file}")
+    options = f" with the options {dict(device.given)}" if device.given else ""
     return DeviceError(f"device {device.name!r} cannot run {file}{options}: {first_line(error)}")
+
+
+def _is_about_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _NO_MEMORY)

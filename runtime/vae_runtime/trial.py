@@ -116,8 +116,9 @@ class _Trial:
 
     def _difference(self, found: list[Float32], expected: list[Float32]) -> str:
         """How far off outputs are, in words; empty where that is not too far."""
-        error, tolerance = max(map(relative_error, found, expected)), _TOLERANCES[self._session.device.precision]
-        return "" if error <= tolerance else f"outputs differ by {error:.1e} of the largest, more than {tolerance:g}"
+        errors, tolerance = list(map(relative_error, found, expected)), _TOLERANCES[self._session.device.precision]
+        worst = next((error for error in errors if not error <= tolerance), None)  # NaN is not
+        return "" if worst is None else f"outputs differ by {worst:.1e} of the largest, more than {tolerance:g}"
 
 
 def _relative_time(call: Callable[[], object], plain: Callable[[], object]) -> float:

@@ -78,8 +78,23 @@ def test_ways_are_shown_with_what_was_tried() -> None:
         "| conv64 | fp32 | encode | 8x3x64x64 | launch graph | NHWC | pageable | NHWC 0.81; pinned: no memory to pin |",
         "| conv64 | fp32 | decode | 8x3x64x64 | kernel by kernel | NCHW | pageable | – |",
     ]
-    assert text.endswith("conv64 reconstructing 32 examples, pools of memory: each its own 3 MiB, one for both 2 MiB.")
-    assert report_text.ways([{"step": "ways", "case": "x", "figures": {"ways": [], "memory": {"own": None}}}]) == ""
+    assert text.endswith("reconstructing 32 examples; pools of memory: each its own 3 MiB, one for both 2 MiB.")
+    assert report_text.ways([{"step": "ways", "case": "x", "figures": {"ways": []}}]) == ""
+
+
+@pytest.mark.skipif(why_not_cuda() is not None, reason=f"no usable GPU: {why_not_cuda()}")
+def test_ways_and_memory_on_the_gpu(tiny: Path) -> None:
+    stream = io.StringIO()
+    timings.ways(Findings(stream), Job("cuda", Case.open(tiny), quick=True))
+    lines = child.parse_lines(stream.getvalue())
+    figures = {line["figure"]: line["value"] for line in lines if "figure" in line}
+    assert [line for line in lines if "check" in line] == []  # nothing failed
+    assert {(way["precision"], way["operation"]) for way in figures["ways"]} == {
+        (precision, operation) for precision in ("fp32", "tf32") for operation in ("encode", "decode")
+    }
+    assert all(way["launch_graph"] and "pinned" in way["trials"] for way in figures["ways"])
+    own, one = figures["memory"]["each its own"], figures["memory"]["one for both"]
+    assert own >= one > 2**16
 
 
 def test_every_step_passes_on_the_cpu(whole: SimpleNamespace) -> None:
@@ -394,19 +409,18 @@ def test_the_runtime_s_own_cost_on_planted_speeds() -> None:
 
 
 def test_both_sides_of_the_cost_give_the_same(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = find_device("cpu")
     with VAE.load(job.case.bundle) as vae:
         x = job.case.reference()["x"][:3]
         for operation, array in (("encode", x), ("decode", vae.encode(x).mean)):
-            bare, ours = timings.host_sides(job, vae, device, operation, array)
+            bare, ours = timings.host_sides(job, vae, operation, array)
             expected = ours().mean if operation == "encode" else ours()
             np.testing.assert_allclose(bare()[0], expected, atol=1e-6)
             with monkeypatch.context() as patch:  # as on a GPU: a session for this batch size
                 patch.setattr(vae_runtime.devices.Device, "is_gpu", True)
                 patch.setattr(vae_runtime.devices.Device, "memory", ("cpu", 0))
-                bare, _ = timings.host_sides(job, vae, device, operation, array)
+                bare, _ = timings.host_sides(job, vae, operation, array)
             np.testing.assert_allclose(bare()[0], expected, atol=1e-6)
-            bare, ours = timings.device_sides(job, vae, device, operation, array)
+            bare, ours = timings.device_sides(job, vae, operation, array)
             results = ours().mean if operation == "encode" else ours()
             np.testing.assert_allclose(bare()[0].numpy(), results.numpy(), atol=1e-6)
 

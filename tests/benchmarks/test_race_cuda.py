@@ -302,6 +302,11 @@ def test_bare_onnxruntime_with_everything_bound(tiny: Path, batch: int) -> None:
 def test_what_is_bound_for_a_cuda_graph_is_copied_in_and_out(tiny: Path) -> None:
     import onnxruntime
 
+    value = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32))
+    try:
+        value.update_inplace(value)
+    except TypeError:
+        pytest.skip(f"onnxruntime {onnxruntime.__version__} copies only arrays into its values")
     case = Case.open(tiny)
     reference = case.reference()
     session = onnxruntime_device._open_session(onnxruntime, case.graph("decoder"), 1, "cpu", "fp32", None)

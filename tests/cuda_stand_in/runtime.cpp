@@ -621,6 +621,10 @@ int cuStreamCreate(cudaStream_t* stream, unsigned flags) {
 
 int cuStreamSynchronize(cudaStream_t stream) { return contexts.empty() ? kNoContext : cudaStreamSynchronize(stream); }
 
+int cuMemGetInfo_v2(size_t* available, size_t* total) {
+  return contexts.empty() ? kNoContext : cudaMemGetInfo(available, total);
+}
+
 int cuMemHostAlloc(void** address, size_t size, unsigned flags) {
   return contexts.empty() ? kNoContext : cudaHostAlloc(address, size, flags);
 }

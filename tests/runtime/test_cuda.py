@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vae_runtime import VAE, DeviceError, InputError, OutOfMemoryError, trial
+from vae_runtime import VAE, DeviceError, InputError, OutOfMemoryError, device_array, trial
 from vae_runtime import cuda as module
 from vae_runtime.bound import Owner
 from vae_runtime.cuda import (
@@ -36,7 +38,7 @@ from vae_runtime.device_array import copy_to_device
 from vae_runtime.device_call import DeviceCall
 from vae_runtime.devices import CPU, Device, find_device, usable_devices
 from vae_runtime.preprocess import UNIT_INTERVAL
-from vae_runtime.session import GraphSession
+from vae_runtime.session import GraphSession, _open_error
 
 WHY_NOT = why_not_cuda()
 with_gpu = pytest.mark.skipif(WHY_NOT is not None, reason=f"no CUDA here: {WHY_NOT}")
@@ -213,6 +215,12 @@ def test_options_of_a_session_are_those_of_the_precision(machine: Any) -> None:
     assert tf32.options["use_tf32"] == find_device("cuda", "fp16").options["use_tf32"] == "1"
     fixed = plain.session_options(None, True, "")
     assert (fixed["cudnn_conv_algo_search"], fixed["enable_cuda_graph"]) == ("EXHAUSTIVE", "1")
+    # The graph of launches of a session for any shape would be the first shape's.
+    assert "enable_cuda_graph" not in find_device("cuda", options={"enable_cuda_graph": "1"}).session_options(
+        1, False, ""
+    )
+    none = find_device("cuda", options={"enable_cuda_graph": "0"})
+    assert none.session_options(None, True, "")["enable_cuda_graph"] == "0"
     given = find_device("cuda", options={"cudnn_conv_algo_search": "DEFAULT", "gpu_mem_limit": "1000000"})
     assert given.session_options(None, True, "")["cudnn_conv_algo_search"] == "DEFAULT"
     for name in ("use_tf32", "device_id"):
@@ -381,6 +389,70 @@ def test_a_graph_of_launches_belongs_to_the_thread_that_made_it(with_fixed_sessi
         pool.submit(with_fixed_sessions.encode, images[:3]).result()
     assert route.session(shape) is not route.any_batch
     assert with_fixed_sessions._open_operations()[0]._free == {}  # nothing that this thread would take in its place
+
+
+def test_opening_that_lacks_memory_is_told_as_that(machine: Any) -> None:
+    machine(Driver(1))
+    device = find_device("cuda", options={"prefer_nhwc": "0"}).with_option("user_compute_stream", "77")
+    error = _open_error(RuntimeError("CUDA failure 2: out of memory ; GPU=0"), "encoder.onnx", device)
+    assert isinstance(error, OutOfMemoryError)
+    assert str(error) == "cuda:0 has not enough memory to open encoder.onnx"
+    error = _open_error(RuntimeError("no such kernel"), "encoder.onnx", device)  # with what the caller said alone
+    assert str(error) == (
+        "device 'cuda:0' cannot run encoder.onnx with the options {'prefer_nhwc': '0'}: no such kernel"
+    )
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="needs POSIX signals")
+def test_calls_within_a_call_do_not_disturb_it(with_fixed_sessions: VAE, images: np.ndarray) -> None:
+    """By a signal's handler, in the same thread: warm calls, and calls with arrays on the device."""
+    inner, outer = images[3:6], images[:3]
+    there = copy_to_device(outer, find_device("cpu"))
+    device = with_fixed_sessions._open_operations()[0].routes[0].any_batch.device
+    assert device.memory == ("cpu", 0)
+    expected = with_fixed_sessions.encode(outer).mean, with_fixed_sessions.encode(inner).mean
+    calls, wrong = 0, 0
+
+    def handler(*_: Any) -> None:
+        nonlocal calls, wrong
+        calls += 1
+        wrong += not np.allclose(with_fixed_sessions.encode(inner).mean, expected[1], atol=1e-6)
+        wrong += not np.allclose(with_fixed_sessions.encode_to_device(inner).mean.numpy(), expected[1], atol=1e-6)
+        signal.setitimer(signal.ITIMER_REAL, 2e-4)
+
+    previous = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 2e-4)
+        deadline = time.monotonic() + 1
+        while time.monotonic() < deadline:
+            assert np.allclose(with_fixed_sessions.encode(outer).mean, expected[0], atol=1e-6)
+            found = with_fixed_sessions.encode_to_device(there).mean.numpy()
+            assert np.allclose(found, expected[0], atol=1e-6)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert calls > 20
+    assert wrong == 0
+
+
+def test_what_a_parent_process_made_is_not_used(with_fixed_sessions: VAE, images: np.ndarray) -> None:
+    operation = with_fixed_sessions._open_operations()[0]
+    own = operation._own[3, 1, 8, 8]
+    assert own(images[:3]) is not None
+    operation.routes[0].session((3, 1, 8, 8)).owner.is_of_parent = True
+    assert own(images[:3]) is None
+
+
+def test_another_thread_that_warms_up_changes_nothing(
+    with_fixed_sessions: VAE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operation = with_fixed_sessions._open_operations()[0]
+    before = dict(operation._own)
+    monkeypatch.setattr(GraphSession, "bind", lambda *_: pytest.fail("memory was bound"))
+    monkeypatch.setattr(operation, "_prepare", lambda shape: None)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(operation.warm, (3, 1, 8, 8), lambda file: b"").result()
+    assert operation._own == before
 
 
 def test_a_thread_is_not_taken_for_one_that_has_ended() -> None:
@@ -554,7 +626,9 @@ def test_threads_share_the_gpu(both: tuple[VAE, VAE, np.ndarray]) -> None:
 
 
 @with_gpu
-def test_arrays_on_the_gpu_are_taken_and_given(both: tuple[VAE, VAE, np.ndarray]) -> None:
+def test_arrays_on_the_gpu_are_taken_and_given(
+    both: tuple[VAE, VAE, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
     gpu, cpu, x = both
     first, second = gpu.encode_to_device(x[:3]), gpu.encode_to_device(copy_to_device(x[3:], find_device("cuda")))
     images = gpu.decode_to_device(first.mean)
@@ -563,6 +637,13 @@ def test_arrays_on_the_gpu_are_taken_and_given(both: tuple[VAE, VAE, np.ndarray]
     np.testing.assert_allclose(first.mean.numpy(), cpu.encode(x[:3]).mean, atol=1e-5)
     np.testing.assert_allclose(second.mean.numpy(), cpu.encode(x[3:]).mean, atol=1e-5)
     assert first.mean.__dlpack_device__() == (2, 0)
+    waits: list[int] = []
+    monkeypatch.setattr(device_array, "synchronize", waits.append)
+    gpu.decode_to_device(second.mean)
+    assert waits == []  # it is finished, and nobody else has it
+    second.mean.__dlpack__()
+    gpu.decode_to_device(second.mean)
+    assert waits == [0]  # whoever has it may still be at work on it
     with pytest.raises(InputError, match="latents is a tensor"):
         gpu.decode_to_device(copy_to_device(x[:3], find_device("cuda")))
 

@@ -6,13 +6,14 @@ import ctypes
 import gc
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from vae_runtime import VAE, DeviceError, InputError, cuda, cuda_stream
+from vae_runtime import VAE, DeviceError, InputError, OutOfMemoryError, cuda, cuda_stream
 from vae_runtime.cuda_stream import Stream
 from vae_runtime.device_array import copy_to_device
 from vae_runtime.device_call import DeviceCall, StagedCall
@@ -30,6 +31,7 @@ class Driver:
         self.stack: list[int | None] = []
         self.waiting: list[Callable[[], Any]] = []
         self.pinned: dict[int, Any] = {}
+        self.made = 0  # streams
         self.status: dict[str, int] = {}  # what a call returns, where it is not 0
 
     def __getattr__(self, name: str) -> Callable[..., int]:
@@ -57,6 +59,7 @@ class Driver:
     def do_cuStreamCreate(self, stream: Any, flags: int) -> None:
         assert flags == 1
         stream._obj.value = 77
+        self.made += 1
 
     def do_cuMemHostAlloc(self, address: Any, size: ctypes.c_size_t, flags: int) -> None:
         memory = ctypes.create_string_buffer(size.value)
@@ -87,6 +90,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     monkeypatch.setattr(cuda, "driver", lambda: found)
     monkeypatch.setattr(cuda_stream, "driver", lambda: found)
     monkeypatch.setattr(cuda_stream, "_of_thread", type(cuda_stream._of_thread)())
+    monkeypatch.setattr(cuda_stream, "_idle", {})
     cuda._primary_context.cache_clear()
     yield found
     cuda._primary_context.cache_clear()
@@ -176,8 +180,18 @@ def test_errors_of_copies_and_of_the_work_are_told(driver: Driver) -> None:
         with pytest.raises(DeviceError, match=r"could not .* \(CUDA error 719\)"), stream:
             begin()
     driver.status["cuMemHostAlloc"] = 2
-    with pytest.raises(MemoryError, match="out of memory"):
+    with pytest.raises(OutOfMemoryError, match="could not pin 32 bytes of memory: there is none left"):
         stream.pinned(8)
+
+
+def test_threads_take_the_streams_of_those_that_have_ended(driver: Driver) -> None:
+    kept: list[Stream] = []
+    for count, keeps in ((1, False), (1, True), (2, False), (2, False)):  # made so far
+        with ThreadPoolExecutor(1) as pool:
+            found = pool.submit(Stream.of_thread, 0).result()
+        kept += [found] * keeps  # as a session does that works on it
+        del found
+        assert driver.made == count
 
 
 # --- calls on a stream, with "the device's memory" in that of the CPU -------------------------------------------------
@@ -280,6 +294,9 @@ def test_calls_on_two_streams_do_not_follow_each_other(
     halves: tuple[StagedCall, StagedCall], images: np.ndarray
 ) -> None:
     encoder, decoder = halves
+    with ThreadPoolExecutor(1) as pool:  # nor calls in another thread
+        assert pool.submit(encoder.then, decoder, images[:3]).result() is None
+        assert pool.submit(encoder, images[:3]).result() is None
     decoder._stream = Stream(0)
     assert encoder.then(decoder, images[:3]) is None
 

@@ -28,7 +28,7 @@ class Ways:
         self.model = (tiny_path / "encoder.onnx").read_bytes()
         self.session = VAE.load(tiny_path)._open_operations()[0].routes[0].any_batch
         self.session.device = Device("cuda:0", CUDA, {"device_id": "0", "use_tf32": "0"})
-        self.wrong: set[str] = set()
+        self.wrong: dict[str, Any] = {}  # way -> what it makes of its last output
         self.operators: set[str] | None = {"Conv", "Relu"}
         monkeypatch.setattr(GraphSession, "operators", property(lambda _: self.operators))
         monkeypatch.setattr(GraphSession, "open_for", self.open_for)
@@ -52,7 +52,8 @@ class Ways:
         session.device = device
         if self.last() in self.wrong:
             real = session.run
-            session.run = lambda array: [out + 0.1 for out in real(array)]  # type: ignore[method-assign]
+            spoil = self.wrong[self.last()]
+            session.run = lambda array: [*(outs := real(array))[:-1], spoil(outs[-1])]  # type: ignore[method-assign]
         return session
 
     def choose(self) -> GraphSession:
@@ -87,12 +88,16 @@ def test_the_faster_way_is_taken(
 
 def test_what_cannot_be_had_or_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> None:
     ways = Ways(monkeypatch, tiny_path, NHWC=DeviceError("no such kernel"), pinned=0.5)
-    ways.wrong = {"pinned"}
+    ways.wrong = {"pinned": lambda output: output + 0.1}
     best = ways.choose()
     assert best.device.options.keys() == {"device_id", "use_tf32"}
     assert best.trials["NHWC"] == "no such kernel"
     assert str(best.trials["pinned"]).startswith("outputs differ by ")
     assert str(best.trials["pinned"]).endswith(" of the largest, more than 0.0001")
+    ways.wrong = {"pinned": lambda output: output * np.float32(np.nan)}
+    best = ways.choose()
+    assert best.trials["pinned"] == "outputs differ by nan of the largest, more than 0.0001"
+    assert best.device.options.keys() == {"device_id", "use_tf32"}
 
 
 def test_memory_that_lacks_for_another_way_costs_no_result(monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> None:
@@ -137,6 +142,7 @@ def test_the_plan_says_how_it_works(monkeypatch: pytest.MonkeyPatch, tiny_path: 
     assert "fixed_on_gpu" not in vae.plan["encode"][0]
     route.any_batch.device = ways.session.device
     route._fixed[SHAPE] = ways.choose()
+    vae.plan["encode"][0]["fixed_on_gpu"][0]["trials"]["NHWC"] = 7  # a copy
     assert vae.plan["encode"][0]["fixed_on_gpu"] == [
         {
             "shape": [3, 1, 8, 8],

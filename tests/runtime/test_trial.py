@@ -15,6 +15,7 @@ import pytest
 from vae_runtime import VAE, DeviceError, OutOfMemoryError, cuda, trial
 from vae_runtime.cuda import CUDA, share_allocator
 from vae_runtime.devices import CPU, Device
+from vae_runtime.manifest import PRECISIONS
 from vae_runtime.session import GraphSession
 
 SHAPE = (3, 1, 8, 8)
@@ -98,6 +99,15 @@ def test_what_cannot_be_had_or_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyP
     best = ways.choose()
     assert best.trials["pinned"] == "outputs differ by nan of the largest, more than 0.0001"
     assert best.device.options.keys() == {"device_id", "use_tf32"}
+
+
+@pytest.mark.parametrize("precision", [*PRECISIONS, "tf32"])
+def test_every_precision_has_its_tolerance(precision: str, monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> None:
+    ways = Ways(monkeypatch, tiny_path, NHWC=0.9, pinned=1.0)
+    ways.session.device = ways.session.device._replace(precision=precision)
+    assert ways.choose().trials == {"NHWC": 0.9, "pinned": 1.0}
+    ways.wrong = {"NHWC": lambda output: output + 0.1}
+    assert str(ways.choose().trials["NHWC"]).startswith("outputs differ by ")
 
 
 def test_memory_that_lacks_for_another_way_costs_no_result(monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> None:

@@ -54,11 +54,7 @@ def ways(findings: Findings, job: Job) -> None:
 def memory_of(job: Job, options: dict[str, str]) -> int:
     """Bytes of the GPU that a `VAE` takes for reconstructions, in a fresh process: a pool is never given back."""
     request = json.dumps({"bundle": str(job.case.bundle), "device": job.device, "options": options})
-    command = [sys.executable, str(Path(__file__).with_name("memory_use.py")), request]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError((done.stderr.strip().splitlines() or ["it says nothing"])[-1])
-    return int(done.stdout)
+    return int(run_python("memory_use.py", str(Path(__file__).with_name("memory_use.py")), request))
 
 
 def overhead(findings: Findings, job: Job) -> None:
@@ -188,16 +184,20 @@ def race(findings: Findings, job: Job) -> None:
 
 
 def run_command(*arguments: str) -> str:
-    """What `vae-bench` prints.
+    """What `vae-bench` prints. Raises as `run_python`."""
+    name = "vae-bench race" if arguments[0] == "race" else "vae-bench"
+    return run_python(name, "-m", "vae_benchmarks.cli", *arguments)
+
+
+def run_python(name: str, *arguments: str) -> str:
+    """What a process of Python with these arguments prints.
 
     Raises:
-        RuntimeError: it failed; with its last line.
+        RuntimeError: it failed; with its last line. name: what the message calls it.
     """
-    command = [sys.executable, "-m", "vae_benchmarks.cli", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
     print(done.stderr, file=sys.stderr)
     if done.returncode != 0:
         last = ([line.strip() for line in done.stderr.splitlines() if line.strip()] or ["it says nothing"])[-1]
-        name = "vae-bench race" if arguments[0] == "race" else "vae-bench"
         raise RuntimeError(f"{name} ended with exit code {done.returncode}: {last}")
     return done.stdout

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import subprocess
-import sys
 from dataclasses import dataclass
 
 from vae_runtime.cuda import ContextOf, driver, driver_version, find_gpus
@@ -96,9 +95,9 @@ def _bus_id(index: int) -> str | None:
     """Of GPU `index` in CUDA's order."""
     name, device = ctypes.create_string_buffer(32), ctypes.c_int()
     with contextlib.suppress(OSError, AttributeError):
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), index) == 0:
-            driver.cuDeviceGetPCIBusId(name, len(name), device)
+        cuda = driver()
+        if cuda.cuInit(0) == 0 and cuda.cuDeviceGet(ctypes.byref(device), index) == 0:
+            cuda.cuDeviceGetPCIBusId(name, len(name), device)
     return name.value.decode("ascii", "replace") or None
 
 

@@ -99,7 +99,11 @@ class DeviceCall:
             self._input.update_inplace(array)
             self._run()
             found = to_host(self._outputs)
-        return [found[part.start : part.start + part.size].reshape(part.shape) for part in self._parts]
+        return self._cut(found)
+
+    def _cut(self, found: Float32) -> list[Float32]:
+        """The outputs, as views of a copy of the memory that they share."""
+        return [found[part.start : part.stop].reshape(part.shape) for part in self._parts]
 
     def _may_run(self) -> bool:
         is_mine = self._is_shared or self._owner.is_this_thread
@@ -195,7 +199,7 @@ class StagedCall(DeviceCall):
         return self._copies()
 
     def _copies(self) -> list[Float32]:
-        return [self._found[part.start : part.start + part.size].reshape(part.shape).copy() for part in self._parts]
+        return [output.copy() for output in self._cut(self._found)]
 
 
 class _InUse:

@@ -15,9 +15,9 @@ from .errors import DeviceError, OutOfMemoryError
 from .fidelity import relative_error
 from .preprocess import Float32
 from .session import GraphSession
+from .tuning import GAIN
 
 _LAYOUT_OPERATORS = {"Conv", "ConvTranspose", "FusedConv"}  # that cuDNN also runs with the channels last
-_GAIN = 0.97  # what is not at least 3% faster is not worth another way than the plain one
 _ROUNDS, _BLOCK_SECONDS, _MOST_CALLS = 7, 2e-3, 100
 # How far another way's outputs may be off, relative to the largest: what the precision allows. In int8 what is rounded
 # the other way is off by a step of 255.
@@ -98,7 +98,7 @@ class _Trial:
         except (DeviceError, MemoryError) as error:
             found = str(error)
         self.results[name] = found
-        return isinstance(found, float) and found <= _GAIN
+        return isinstance(found, float) and found <= GAIN
 
     def _compare(self, call: Run, plain: Run) -> float | str:
         """The time of a call relative to that of the plain way, or how far off its outputs are, where too far."""

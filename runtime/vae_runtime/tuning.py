@@ -28,7 +28,7 @@ from .session import check_threads
 
 FORMAT, FORMAT_VERSION = "vae-tuning", 1
 OPERATIONS = ("encode", "decode")
-_GAIN = 0.97  # what is not at least 3% faster is not worth a less exact precision or another engine
+GAIN = 0.97  # what is not at least 3% faster is not worth a less exact precision, another engine or another way
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-ep-openvino")
 
 
@@ -160,9 +160,9 @@ def choose(
 
 
 def _fastest(entries: Sequence[Measured], operation: str, size: int) -> Candidate:
-    """The first of `entries`, the most exact and plainest first, that takes at most 1 / `_GAIN` of the least time."""
+    """The first of `entries`, the most exact and plainest first, that takes at most 1 / `GAIN` of the least time."""
     least = min(entry.seconds[operation][size] for entry in entries)
-    return next(entry.candidate for entry in entries if _GAIN * entry.seconds[operation][size] <= least)
+    return next(entry.candidate for entry in entries if GAIN * entry.seconds[operation][size] <= least)
 
 
 def _processor() -> str | None:

@@ -45,6 +45,7 @@ class Children:
             folder.mkdir()
             (folder / "sitecustomize.py").write_text(PRELOAD)
             places.insert(0, str(folder))
+        self._running: set[subprocess.Popen[bytes]] = set()
         self.environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
 
     def __enter__(self) -> Children:
@@ -57,20 +58,23 @@ class Children:
 
     def run(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
         """One step, for so long at most: its status, "passed", "failed", "crashed" or "skipped", and what it found."""
-        findings = Path(self._scratch.name) / "findings"
-        findings.write_text("")
+        handle, name = tempfile.mkstemp(dir=self._scratch.name)
+        os.close(handle)
+        findings = Path(name)
         started = time.monotonic()
         command = [sys.executable, str(STEPS_FILE), json.dumps({**request, "findings": str(findings)})]
         with tempfile.TemporaryFile() as output:
             process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, env=self.environment, start_new_session=True
             )
+            self._running.add(process)
             try:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(seconds)
                 timed_out = process.poll() is None
             finally:
                 end_group(process)
+                self._running.discard(process)
             output.seek(0)
             printed = output.read()
         lines = parse_lines(findings.read_text("utf-8"))
@@ -80,6 +84,11 @@ class Children:
         names = {request["case"]: Path(request["case"]).name, str(SOURCES): ".", sys.prefix: "python"}
         unit = {**summarize(lines, reason, printed), "seconds": time.monotonic() - started}
         return {name: clean(value, names) for name, value in unit.items()}
+
+    def stop(self) -> None:
+        """End all steps that are running, from another thread."""
+        for process in list(self._running):
+            end_group(process)
 
     def _reason(self, process: subprocess.Popen[bytes], printed: bytes) -> str:
         return f"the step {describe_exit(process.returncode, printed)}"

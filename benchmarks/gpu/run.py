@@ -25,7 +25,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from child import Children
 from report_text import render
 
+from vae_benchmarks.children import at_once
 from vae_benchmarks.document import load_document, save_document
 from vae_benchmarks.race import Case
 from vae_runtime.atomic import atomic_file
@@ -48,6 +51,7 @@ STEPS = (
     *("golden", "fidelity", "calls", "concurrency", "memory", "ways", "overhead"),
     *("bench-fp32", "bench-tf32", "bench-fp16", "race"),
 )
+TIMELESS = frozenset({"golden", "fidelity", "calls", "concurrency"})  # nothing is measured in them
 NEGATIVE_VERDICT = 3
 
 
@@ -67,6 +71,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu, which tries the steps themselves")
     parser.add_argument("--steps", default=",".join(STEPS), help="NAME,... of those above")
     parser.add_argument("--minutes", type=float, default=7.5, help="for this part; no step begins that may not end")
+    parser.add_argument("--jobs", type=int, default=1, help=f"of {', '.join(sorted(TIMELESS))}: so many at once")
     parser.add_argument("--rounds", type=int, default=6, help="of vae-bench; fewer are quicker and know less")
     parser.add_argument("--budget", type=float, default=60, help="seconds of the race for each case")
     parser.add_argument("--preload-torch", action="store_true", help="let every process load torch, whose CUDA is used")
@@ -79,6 +84,8 @@ def parse() -> argparse.Namespace:
     for name in arguments.steps:
         if name not in STEPS:
             parser.error(f"--steps has {name!r}; expected some of {', '.join(STEPS)}")
+    if arguments.jobs < 1:
+        parser.error(f"--jobs is {arguments.jobs}; expected at least 1")
     if arguments.resume and arguments.force:
         parser.error("--resume and --force exclude each other")
     return arguments
@@ -98,16 +105,25 @@ def run(arguments: argparse.Namespace) -> int:
     with Children(arguments.preload_torch) as children:
         request = {name: getattr(arguments, name) for name in ("device", "quick", "rounds", "budget")}
         request["preload"] = arguments.preload_torch
-        for step, case in [(ENVIRONMENT, f"part {document['parts']}"), *left]:
+
+        lock = threading.Lock()
+
+        def run_step(named: tuple[str, str]) -> None:
+            step, case = named
             remaining = deadline - time.monotonic()
             if len(ran) > 1 and not arguments.quick and remaining < seconds_of(step, arguments):
-                continue  # a shorter one may still have its turn
-            unit = children.run({**request, "step": step, "case": str(cases.get(case, ""))}, max(remaining, 1.0))
-            unit = {"step": step, "case": case, **unit}
-            ran.append(unit)
-            store(document, unit)
-            write(arguments.output, document)
-            print(line_of(unit), flush=True)
+                return  # a shorter one may still have its turn
+            found = children.run({**request, "step": step, "case": str(cases.get(case, ""))}, max(remaining, 1.0))
+            unit = {"step": step, "case": case, **found}
+            with lock:
+                ran.append(unit)
+                store(document, unit)
+                write(arguments.output, document)
+                print(line_of(unit), flush=True)
+
+        todo = [(ENVIRONMENT, f"part {document['parts']}"), *left]
+        for is_timeless, group in itertools.groupby(todo, lambda unit: unit[0] in TIMELESS):
+            at_once(run_step, list(group), arguments.jobs if is_timeless else 1, children.stop)
     open_units = [unit for unit in wanted if unit not in {(one["step"], one["case"]) for one in document["units"]}]
     print(f"{len(ran)} steps in {time.monotonic() - started:.0f} s; {arguments.output}.json, .md written")
     if open_units:
@@ -159,7 +175,10 @@ def store(document: dict[str, Any], unit: dict[str, Any]) -> None:
     """In place of the same step on the same case."""
     units = [one for one in document["units"] if (one["step"], one["case"]) != (unit["step"], unit["case"])]
     order = [ENVIRONMENT, *STEPS]
-    document["units"] = sorted([*units, unit], key=lambda one: order.index(one["step"]))
+    cases = {case: index for index, case in enumerate(document["cases"])}
+    document["units"] = sorted(
+        [*units, unit], key=lambda one: (order.index(one["step"]), cases.get(one["case"], len(cases)))
+    )
 
 
 def write(output: Path, document: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import faulthandler
 import json
 import os
 import platform
+import signal
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -46,6 +47,7 @@ STEPS: dict[str, Callable[[Findings, Job], None]] = {
 
 def main() -> None:
     faulthandler.enable()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what is found so far is still told
     request = json.loads(sys.argv[1])
     with Path(request["findings"]).open("w", encoding="utf-8") as stream:
         findings = Findings(stream)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import subprocess
@@ -17,6 +18,8 @@ from findings import Findings, Job
 
 from vae_benchmarks.intervals import paired_ratio
 from vae_benchmarks.latency import alternate, collector_off
+from vae_benchmarks.race import RaceReport
+from vae_benchmarks.race.text import format_markdown
 from vae_benchmarks.worker import tile
 from vae_runtime import VAE
 from vae_runtime.bound import to_host
@@ -28,7 +31,8 @@ from vae_runtime.preprocess import Float32
 
 BATCHES = (1, 32)
 BLOCKS, WARM_CALLS = 200, 10
-BENCH_OPTIONS = ("--batch", "1,32", "--threads", "1", "--seconds", "2", "--operation", "encode,decode,reconstruct")
+ENDING_SECONDS = 5.0
+BENCH_OPTIONS = ("--batch", "1,32", "--threads", "1", "--seconds", "0.5", "--operation", "encode,decode,reconstruct")
 QUICK_BENCH = ("--batch", "2", "--threads", "1", "--rounds", "1", "--seconds", "0.01", "--operation", "encode,sample")
 QUICK_RACE = ("--points", "1x1", "--no-tune", "--rounds", "3")
 
@@ -173,14 +177,19 @@ def bench(findings: Findings, job: Job, precision: str) -> None:
 
 
 def race(findings: Findings, job: Job) -> None:
-    """`vae-bench race` on the device; on the CPU the race is as it always is."""
+    """`vae-bench race` on the device; on the CPU the race is as it always is. What it has after a point is kept, also if
+    the time of this part is over."""
     options = ("--device", job.device) if job.is_gpu else ("--competitors", "ours,onnxruntime") if job.quick else ()
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "race"
         budget = ("--budget", str(job.budget), "--output", str(output))
-        run_command("race", str(job.case.folder), *options, *budget, *(QUICK_RACE if job.quick else ()))
-        findings.figure("race", json.loads((output / "race.json").read_bytes()))
-        findings.figure("race_text", (output / "race.md").read_text("utf-8"))
+        try:
+            run_command("race", str(job.case.folder), *options, *budget, *(QUICK_RACE if job.quick else ()))
+        finally:
+            if (found := output / "race.json").exists():
+                report = RaceReport.load(found)
+                findings.figure("race", report.to_dict())
+                findings.figure("race_text", format_markdown(report))
 
 
 def run_command(*arguments: str) -> str:
@@ -195,9 +204,19 @@ def run_python(name: str, *arguments: str) -> str:
     Raises:
         RuntimeError: it failed; with its last line. name: what the message calls it.
     """
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
-    print(done.stderr, file=sys.stderr)
-    if done.returncode != 0:
-        last = ([line.strip() for line in done.stderr.splitlines() if line.strip()] or ["it says nothing"])[-1]
-        raise RuntimeError(f"{name} ended with exit code {done.returncode}: {last}")
-    return done.stdout
+    with subprocess.Popen(
+        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            stdout, stderr = process.communicate()
+        except BaseException:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(ENDING_SECONDS)  # it ends its own processes
+            process.kill()
+            raise
+    print(stderr, file=sys.stderr)
+    if process.returncode != 0:
+        last = ([line.strip() for line in stderr.splitlines() if line.strip()] or ["it says nothing"])[-1]
+        raise RuntimeError(f"{name} ended with exit code {process.returncode}: {last}")
+    return stdout

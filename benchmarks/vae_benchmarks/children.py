@@ -1,4 +1,4 @@
-"""Run `worker.py` in a fresh process and hand back its answer, or raise its failure here."""
+"""Other processes: `worker.py` in a fresh one, for its answer; several at once; how one ended, in words."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import vae_runtime.errors as runtime_errors
 from vae_runtime.errors import VAEError
@@ -16,6 +18,8 @@ from vae_runtime.errors import VAEError
 from .errors import BenchmarkError
 
 _WORKER = Path(__file__).with_name("worker.py")
+
+_Item = TypeVar("_Item")
 
 
 def run_worker(task: str, **request: Any) -> dict[str, Any]:
@@ -57,6 +61,18 @@ def _revive(type: str, message: str) -> VAEError:
     error: VAEError = kind.__new__(kind, message)
     error.args = (message,)
     return error
+
+
+def at_once(work: Callable[[_Item], None], items: Sequence[_Item], count: int, stop: Callable[[], object]) -> None:
+    """Work on all items, `count` at a time. Whatever interrupts it calls `stop`, which has to end what is begun."""
+    with ThreadPoolExecutor(count) as pool:
+        try:
+            for done in [pool.submit(work, item) for item in items]:
+                done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            stop()
+            raise
 
 
 def describe_exit(returncode: int, stderr: bytes) -> str:

@@ -17,7 +17,8 @@ class Competitor:
 
     module: of `vae_benchmarks.race.peers`, or the path of a Python file; it has a function `open_entrant`.
     options: its further arguments. is_peer: not vae-edge itself. group: whom it is compared with, those of the same
-    group: on a GPU the precision, "" for all on the CPU.
+    group: on a GPU the precision, "" for all on the CPU. compiles: opening it leaves in its folder for temporary files
+    what makes the next opening of the same one quicker.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Competitor:
     options: dict[str, Any] = field(default_factory=dict)
     is_peer: bool = True
     group: str = ""
+    compiles: bool = False
 
 
 COMPETITORS: dict[str, Competitor] = {
@@ -64,7 +66,8 @@ def competitors_on(device: str) -> dict[str, Competitor]:
             engines["onnxruntime"] = "onnxruntime_device", {}
         for engine, (module, more) in engines.items():
             name, options = f"{engine}{_BETWEEN}{precision}", {"device": device, "precision": precision, **more}
-            found[name] = Competitor(name, module, options, engine != OURS, precision)
+            compiles = options.get("variant") in ("compile", "reduce-overhead")
+            found[name] = Competitor(name, module, options, engine != OURS, precision, compiles)
     return found
 
 

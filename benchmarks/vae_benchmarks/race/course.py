@@ -19,7 +19,9 @@ from vae_runtime import __version__
 from vae_runtime.cuda import why_not_cuda
 from vae_runtime.errors import DeviceError, InputError
 
+from ..children import at_once
 from ..machine import MachineFacts, choose_cores
+from .ahead import LOADED_BYTES, MEMORY_RESERVE, OPEN_TIMEOUT, available_bytes, compile_ahead
 from .case import Case
 from .competitors import Competitor, choose_competitors
 from .report import CaseResult, Point, PointResult, RaceReport, RaceSettings, Row, Runner, merge, rank
@@ -27,8 +29,7 @@ from .runner import Runner as Process
 from .runner import RunnerError, run_group
 from .schedule import order_of, plan_rounds
 
-OPEN_TIMEOUT, CALL_TIMEOUT = 1800.0, 600.0  # seconds: compiling a large network takes minutes
-MEMORY_RESERVE = 512 * 2**20  # bytes that stay free beside the competitors
+CALL_TIMEOUT = 600.0  # seconds
 _PACKAGES = (
     *("numpy", "onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-openvino", "openvino", "torch", "triton"),
     "nvidia-cudnn-cu13",
@@ -95,12 +96,16 @@ def race(
     )
     report = blank if before is None else merge((before, blank))
     done = {(case.case.name, one.point) for case in report.cases for one in case.points if one.rows}
-    for case in opened:
-        left = [point for point in settings.points if (case.name, point) not in done]
-        for result in _race_case(case, left, settings, field_of_race, progress or (lambda line: None)):
-            report = merge((report, _only(blank, result)))
-            if after_point is not None:
-                after_point(report)
+    tell = progress or (lambda line: None)
+    left = {case.name: [point for point in settings.points if (case.name, point) not in done] for case in opened}
+    with tempfile.TemporaryDirectory(prefix="vae-race-", ignore_cleanup_errors=True) as scratch:
+        if settings.device == "cuda":
+            compile_ahead([(case, point) for case in opened for point in left[case.name]], field_of_race, scratch, tell)
+        for case in opened:
+            for result in _race_case(case, left[case.name], settings, field_of_race, scratch, tell):
+                report = merge((report, _only(blank, result)))
+                if after_point is not None:
+                    after_point(report)
     return report
 
 
@@ -109,7 +114,12 @@ def _only(blank: RaceReport, result: CaseResult) -> RaceReport:
 
 
 def _race_case(
-    case: Case, points: Sequence[Point], settings: RaceSettings, competitors: Sequence[Competitor], tell: Progress
+    case: Case,
+    points: Sequence[Point],
+    settings: RaceSettings,
+    competitors: Sequence[Competitor],
+    scratch: str,
+    tell: Progress,
 ) -> Iterator[CaseResult]:
     """A result for each point, as it is done."""
     skipped = {}
@@ -120,7 +130,7 @@ def _race_case(
     if not able and skipped:
         yield CaseResult(case.facts, (), skipped)
     for point in able:
-        course = Course(case, point, settings, competitors, tell)
+        course = Course(case, point, settings, competitors, scratch, tell)
         yield CaseResult(case.facts, (course.run(settings.budget / len(settings.points)),), skipped)
 
 
@@ -145,33 +155,41 @@ class Course:
     """One case at one point."""
 
     def __init__(
-        self, case: Case, point: Point, settings: RaceSettings, competitors: Sequence[Competitor], tell: Progress
+        self,
+        case: Case,
+        point: Point,
+        settings: RaceSettings,
+        competitors: Sequence[Competitor],
+        scratch: str,
+        tell: Progress,
     ) -> None:
+        """scratch: folder for what compilers leave, which all courses of a race share."""
         self._case, self._point, self._settings = case, point, settings
         self._tell: Progress = lambda line: tell(f"{case.name} {point}: {line}")
         self._lanes = {one.name: Lane(one) for one in competitors}
         self._out: dict[str, dict[str, str]] = {"skipped": {}, "disqualified": {}, "failed": {}}
         self._cores = choose_cores(point.threads) or None
         self._fresh = False
-        self._scratch = ""
+        self._scratch = scratch
         self._environment: dict[str, str] = {}
 
     def run(self, budget: float) -> PointResult:
         """Race for about `budget` seconds. Whatever ends it, no process is left."""
         load = MachineFacts.read().load_average_1min
-        with tempfile.TemporaryDirectory(prefix="vae-race-", ignore_cleanup_errors=True) as self._scratch:
+        with tempfile.TemporaryDirectory(dir=self._scratch, ignore_cleanup_errors=True) as folder:
             if self._settings.tune:
-                self._environment = {_CACHE: str(Path(self._scratch) / "tuning")}
+                self._environment = {_CACHE: str(Path(folder) / "tuning")}
             tuned = self._tune()
             try:
+                if self._point.device == "cuda":
+                    self._load()
                 self._prepare()
                 rounds = self._run_rounds(budget)
                 for lane in list(self._lanes.values()):
                     if lane.process is not None:
                         self._ask(lane, "finish", CALL_TIMEOUT)
             finally:
-                for lane in self._lanes.values():
-                    self._close(lane)
+                self._close_all()
         return self._result(rounds, tuned, load)
 
     def _tune(self) -> str:
@@ -187,6 +205,21 @@ class Course:
             return f"no, exit code {finished.returncode}: {lines[-1] if lines else 'no message'}"
         return f"yes, {self._settings.tune_seconds:g} s"
 
+    def _load(self) -> None:
+        """Start everybody and let him load his engine, all at once where memory allows; nothing is measured in it."""
+        lanes = list(self._lanes.values())
+        if available_bytes() < len(lanes) * LOADED_BYTES + MEMORY_RESERVE:
+            return
+        self._tell("loading all engines")
+        for lane in lanes:
+            lane.process = Process(self._point.threads, None, self._scratch, self._environment)
+
+        def load(lane: Lane) -> None:
+            module = lane.competitor.module
+            self._ask(lane, "load", OPEN_TIMEOUT, module=module, device=self._point.device, cores=self._cores)
+
+        at_once(load, lanes, len(lanes), self._close_all)
+
     def _prepare(self) -> None:
         """Open, check and warm up everybody, and say who is out."""
         largest = 0
@@ -194,8 +227,7 @@ class Course:
             if largest and not self._fresh and available_bytes() < 1.2 * largest + MEMORY_RESERVE:
                 self._tell("not all competitors fit into memory together: a fresh process for every turn")
                 self._fresh = True
-                for other in self._lanes.values():
-                    self._close(other)
+                self._close_all()
             self._tell(f"{lane.name}: opening, checking, warming up")
             if self._open(lane, check=True):
                 if self._ask(lane, "finish", CALL_TIMEOUT):
@@ -207,7 +239,8 @@ class Course:
 
     def _open(self, lane: Lane, check: bool) -> bool:
         """A warm process for the lane; False where it is out."""
-        lane.process = Process(self._point.threads, self._cores, self._scratch, self._environment)
+        if lane.process is None:
+            lane.process = Process(self._point.threads, self._cores, self._scratch, self._environment)
         competitor = lane.competitor
         answer = self._ask(
             lane, "open", OPEN_TIMEOUT,
@@ -271,6 +304,10 @@ class Course:
         self._lanes.pop(lane.name, None)
         self._out[how][lane.name] = reason
 
+    def _close_all(self) -> None:
+        for lane in list(self._lanes.values()):
+            self._close(lane)
+
     def _close(self, lane: Lane) -> None:
         if lane.process is not None:
             lane.process.kill()
@@ -319,19 +356,6 @@ def _runner(lane: Lane) -> Runner:
     )
 
 
-def available_bytes() -> float:
-    """Memory that new processes can have; infinite where the system does not say."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text("ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    with contextlib.suppress(ImportError):
-        import psutil
-
-        return float(psutil.virtual_memory().available)
-    return float("inf")
-
-
 def _versions() -> Iterator[tuple[str, str]]:
     yield from (("python", platform.python_version()), ("vae-edge", __version__))
     for package in _PACKAGES:
@@ -369,4 +393,6 @@ CUDA_METHOD = {
     "weights and arithmetic, from float32 and to it; the checks allow tf32 and fp16 a root mean square error of 0.01",
     "choices": "where there are several ways to set an engine up, such as memory layouts, each half and each kind of "
     "call keeps what was fastest in a trial before the race, and the report says which",
+    "opening": "engines load at the same time, and torch.compile has compiled everything at the same time before, where "
+    "memory allows; trials, choices and checks have the machine to themselves, one competitor after the other",
 }

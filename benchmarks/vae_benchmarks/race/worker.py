@@ -40,6 +40,17 @@ class Stall:
         self._idle_since: tuple[float, float] | None = None
         self._idle = [0.0, 0.0]
 
+    def load(self, module: str, device: str, cores: list[int] | None) -> dict[str, Any]:
+        """Import the competitor's engine and start the device, then stay on these cores."""
+        peer = _peer(module)
+        if hasattr(peer, "load"):
+            peer.load(device)
+        if cores is not None:
+            for thread in Path("/proc/self/task").iterdir():
+                with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                    os.sched_setaffinity(int(thread.name), cores)
+        return {}
+
     def open(
         self, case: str, module: str, options: dict[str, Any], batch: int, threads: int, check: bool
     ) -> dict[str, Any]:
@@ -113,7 +124,7 @@ class Stall:
         return found
 
 
-REQUESTS = {"open": "open", "warm": "warm", "turn": "turn", "finish": "finish"}
+REQUESTS = {"load": "load", "open": "open", "warm": "warm", "turn": "turn", "finish": "finish"}
 
 
 def wait_until_idle() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +11,8 @@ import numpy as np
 
 from vae_runtime.bound import to_host
 from vae_runtime.cuda import synchronize, why_not_cuda
+from vae_runtime.devices import find_device
+from vae_runtime.errors import DeviceError
 from vae_runtime.manifest import LOGVAR, MEAN, RECONSTRUCTION
 from vae_runtime.preprocess import Float32
 
@@ -27,6 +30,12 @@ class Half(NamedTuple):
     from_host: Callable[[Float32], list[Float32]]
     on_device: Callable[[Any], list[Any]]
     words: str
+
+
+def load(device: str) -> None:
+    """Import onnxruntime and load CUDA's libraries."""
+    with contextlib.suppress(DeviceError):  # which `open_entrant` will raise
+        find_device(device)
 
 
 def open_entrant(case: Case, batch: int, threads: int, device: str, precision: str) -> Entrant:

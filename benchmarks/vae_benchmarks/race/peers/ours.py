@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,12 +11,19 @@ from vae_runtime.cuda import why_not_cuda
 from vae_runtime.device_array import DeviceArray, copy_to_device
 from vae_runtime.devices import PROVIDER_PRECISIONS, find_device
 from vae_runtime.engine import import_engine
+from vae_runtime.errors import DeviceError
 from vae_runtime.posterior import Posterior
 from vae_runtime.preprocess import Float32
 from vae_runtime.vae import DevicePosterior
 
 from ..case import Case
 from ..entrant import TOLERANCES, CannotRunError, Entrant, Resident
+
+
+def load(device: str) -> None:
+    """Import onnxruntime and load CUDA's libraries."""
+    with contextlib.suppress(DeviceError):  # which `open_entrant` will raise
+        find_device(device)
 
 
 def open_entrant(case: Case, batch: int, threads: int, device: str, precision: str, resident: bool = False) -> Entrant:

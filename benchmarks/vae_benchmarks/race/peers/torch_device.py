@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -15,6 +16,17 @@ from ..entrant import CannotRunError, Entrant, Resident, within_tolerance
 from .torch_modules import load_modules
 
 MODES = {"compile": None, "reduce-overhead": "reduce-overhead"}  # of torch.compile
+
+
+def load(device: str) -> None:
+    """Import torch and start CUDA; where that cannot be, `open_entrant` says why."""
+    with contextlib.suppress(ImportError):
+        import torch
+
+        from . import torch_halves  # noqa: F401
+
+        if device == "cuda" and torch.cuda.is_available():
+            torch.zeros(1, device=device)
 
 
 def open_entrant(case: Case, batch: int, threads: int, device: str, precision: str, variant: str) -> Entrant:

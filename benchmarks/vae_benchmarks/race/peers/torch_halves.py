@@ -146,6 +146,9 @@ def _compile(module: nn.Module, given: Tensor, mode: str | None, is_right: Calla
     for frozen in (True, False):
         # The flag counts when the first call compiles; a copy, because what is compiled already is kept by module.
         torch._inductor.config.freezing = frozen
+        # Who compiles the same thing again, in another process, takes its code from the cache, but measures himself
+        # which of several kernels is fastest.
+        torch._inductor.config.autotune_local_cache = False
         compiled = torch.compile(copy.deepcopy(module), dynamic=False, fullgraph=True, mode=mode)
         run = Run(_eager(compiled), is_fresh=mode is None)
         try:

@@ -1,0 +1,74 @@
+"""What takes long before a race on a GPU and measures nothing: for many competitors at once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vae_runtime.tuning import usable_cores
+
+from ..children import at_once
+from .case import Case
+from .competitors import Competitor
+from .report import Point
+from .runner import Runner as Process
+from .runner import RunnerError
+
+OPEN_TIMEOUT = 1800.0  # seconds: compiling a large network takes minutes
+MEMORY_RESERVE = 512 * 2**20  # bytes that stay free beside the competitors
+LOADED_BYTES = 4 * 2**30  # that a process with torch and CUDA's libraries may take
+
+
+def compile_ahead(
+    points: Sequence[tuple[Case, Point]],
+    competitors: Sequence[Competitor],
+    scratch: str,
+    tell: Callable[[str], None],
+) -> None:
+    """Open those that compile, in processes that are thrown away: what they compiled lies in the folder `scratch`, and
+    they open in seconds when their turn comes.
+
+    What compilers choose by trying it out is not kept, as the trials disturbed each other; see `torch_halves`.
+    """
+    jobs = [(case, point, one) for case, point in points for one in competitors if one.compiles]
+    count = min(usable_cores(), int((available_bytes() - MEMORY_RESERVE) // LOADED_BYTES))
+    if len(jobs) < 2 or count < 2:
+        return
+    tell(f"compiling ahead, {count} at once")
+    processes: list[Process] = []
+    stopped: list[bool] = []
+
+    def compile_one(job: tuple[Case, Point, Competitor]) -> None:
+        case, point, one = job
+        process = Process(point.threads, None, scratch)
+        processes.append(process)
+        if stopped:
+            process.kill()
+        request = {"case": str(case.folder), "module": one.module, "options": one.options}
+        try:
+            process.ask("open", OPEN_TIMEOUT, **request, batch=point.batch, threads=point.threads, check=False)
+        except RunnerError:
+            pass  # whoever cannot run says so when its turn comes
+        finally:
+            process.kill()
+
+    def stop() -> None:
+        stopped.append(True)
+        for process in processes:
+            process.kill()
+
+    at_once(compile_one, jobs, count, stop)
+
+
+def available_bytes() -> float:
+    """Memory that new processes can have; infinite where the system does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text("ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    with contextlib.suppress(ImportError):
+        import psutil
+
+        return float(psutil.virtual_memory().available)
+    return float("inf")

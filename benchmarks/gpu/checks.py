@@ -178,7 +178,8 @@ def import_torch(job: Job) -> tuple[Any, str]:
 
 
 def concurrency(findings: Findings, job: Job) -> None:
-    """16 threads on one `VAE` with mixed batch sizes: bit for bit what one thread gets."""
+    """16 threads on one `VAE` with mixed batch sizes: bit for bit what each call gives alone. Alone in a thread like
+    them: what the one that warmed up runs may take other kernels, see `fidelity`."""
     reference = job.case.reference()[INPUT]
     batches = [batch for batch in BATCHES if batch * reference[0].size <= MOST_VALUES]
     with VAE.load(job.case.bundle, job.device) as vae:
@@ -207,7 +208,8 @@ def encode_mean(vae: VAE, x: Float32) -> Float32:
 def run_threads(calls: dict[str, Callable[[], Float32]], rounds: int) -> tuple[int, list[str]]:
     """Every thread makes every call `rounds` times, each in an order of its own -> how many calls, and which gave
     something else than they do alone."""
-    alone = {name: [call() for _ in range(2)][-1] for name, call in calls.items()}
+    with ThreadPoolExecutor(1) as pool:
+        alone = {name: [pool.submit(call).result() for _ in range(2)][-1] for name, call in calls.items()}
     barrier = threading.Barrier(THREADS)
 
     def work(seed: int) -> list[str]:

@@ -204,18 +204,22 @@ def run_python(name: str, *arguments: str) -> str:
     Raises:
         RuntimeError: it failed; with its last line. name: what the message calls it.
     """
-    with subprocess.Popen(
-        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
         try:
-            stdout, stderr = process.communicate()
+            stdout, _ = process.communicate()
         except BaseException:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(ENDING_SECONDS)  # it ends its own processes
             process.kill()
             raise
-    print(stderr, file=sys.stderr)
+        finally:
+            errors.seek(0)
+            stderr = errors.read()
+            print(stderr, file=sys.stderr, flush=True)
     if process.returncode != 0:
         last = ([line.strip() for line in stderr.splitlines() if line.strip()] or ["it says nothing"])[-1]
         raise RuntimeError(f"{name} ended with exit code {process.returncode}: {last}")

@@ -6,14 +6,14 @@ import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from .cuda import ContextOf, driver
-from .errors import DeviceError, OutOfMemoryError
+from .cuda_graph import LaunchGraph, require
 from .preprocess import Float32
 
 _NON_BLOCKING, _PORTABLE = 1, 1  # CU_STREAM_NON_BLOCKING and CU_MEMHOSTALLOC_PORTABLE of cuda.h
@@ -40,7 +40,7 @@ class Stream:
         except IndexError:
             stream = ctypes.c_void_p()
             with self._context:
-                _require(driver().cuStreamCreate(ctypes.byref(stream), _NON_BLOCKING), "make a stream")
+                require(driver().cuStreamCreate(ctypes.byref(stream), _NON_BLOCKING), "make a stream")
         self._stream = stream
         # Never destroyed: a session that worked on it may be freed later.
         weakref.finalize(self, idle.append, stream).atexit = False
@@ -69,7 +69,7 @@ class Stream:
         address = ctypes.c_void_p()
         with self._context:
             status = driver().cuMemHostAlloc(ctypes.byref(address), ctypes.c_size_t(4 * values), _PORTABLE)
-        _require(status, f"pin {4 * values} bytes of memory")
+        require(status, f"pin {4 * values} bytes of memory")
         memory = (ctypes.c_float * values).from_address(address.value or 0)
         freed = weakref.finalize(memory, _free, driver().cuMemFreeHost, self._context, address, os.getpid())
         freed.atexit = False  # the driver may be gone by then, and takes its memory with it
@@ -89,20 +89,18 @@ class Stream:
         """The same from one address on the GPU to another, of so many bytes."""
         return self._begin(driver().cuMemcpyDtoDAsync_v2, ctypes.c_uint64(target), ctypes.c_uint64(source), size)
 
+    def capture(self, steps: Sequence[Callable[[], object]], host: Sequence[Float32]) -> LaunchGraph:
+        """What the steps give this stream, which is entered and has nothing to do, as one launch; none of it is done
+        yet. host: the arrays in host memory that they copy from or to."""
+        return LaunchGraph(self._context, self._stream, steps, [array.ctypes.data for array in host])
+
     def wait(self) -> None:
         """Until all that was begun is done."""
-        _require(self._synchronize(self._stream), "finish its work")
+        require(self._synchronize(self._stream), "finish its work")
 
     def _begin(self, copy: Callable[..., int], target: Any, source: Any, size: int) -> Callable[[], None]:
         call = partial(copy, target, source, ctypes.c_size_t(size), self._stream)
-        return lambda: _require(call(), "begin a copy")
-
-
-def _require(status: int, what: str) -> None:
-    if status == 2:  # CUDA_ERROR_OUT_OF_MEMORY
-        raise OutOfMemoryError(f"the NVIDIA driver could not {what}: there is none left")
-    if status != 0:
-        raise DeviceError(f"the NVIDIA driver could not {what} (CUDA error {status})")
+        return lambda: require(call(), "begin a copy")
 
 
 def _free(free: Callable[[Any], int], context: ContextOf, address: ctypes.c_void_p, process: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from .session import GraphSession
 
 _ALIGNMENT = 64  # numbers; CUDA's own allocations begin at multiples of 256 bytes
+_WARMUP_RUNS = 3  # in which onnxruntime chooses algorithms and lays out memory
 
 
 class ResidentCall:
@@ -123,24 +125,42 @@ class StagedCall(DeviceCall):
         self._fetch = stream.to_host(self._found, self._outputs.data_ptr())
         self._to_decoder: tuple[StagedCall, Callable[[], None]] | None = None
 
+    def hold_to(self, rule: ValueRule) -> None:
+        """As `DeviceCall`."""
+        super().hold_to(rule)
+        self._is_good = partial(rule.holds, rule.view(self._given))
+
     def __call__(self, array: Float32) -> list[Float32] | None:
         """As `DeviceCall`."""
         if not self._may_run() or self._rule is None:
             return None
-        with _InUse(self):
+        self.is_busy = True
+        try:
             self._given[...] = array
-            if not self._rule.holds(self._rule.view(self._given)):
-                return None
-            try:
-                return self._finish()
-            except Exception:
-                return None
+            with self._stream:
+                self._begin()
+                is_good = self._is_good()  # while the GPU is at work
+                self._stream.wait()
+            return self._cut(self._found.copy()) if is_good else None
+        except Exception:
+            return None
+        finally:
+            self.is_busy = False
 
     def run(self, array: Float32) -> list[Float32]:
         """As `DeviceCall.run`."""
         with _InUse(self):
             self._given[...] = array
-            return self._finish()
+            with self._stream:
+                self._begin()
+                self._stream.wait()
+            return self._cut(self._found.copy())
+
+    def _begin(self) -> None:
+        """The way there, the work and the way back."""
+        self._send()
+        self._run()
+        self._fetch()
 
     def then(self, decoder: StagedCall, array: Float32) -> Float32 | None:
         """The decoder's output for the first of this encoder's, which does not leave the GPU. array: known to be good.
@@ -162,7 +182,7 @@ class StagedCall(DeviceCall):
                     self._stream.wait()
             except Exception:
                 return None
-            return decoder._copies()[0]
+            return decoder._cut(decoder._found.copy())[0]
 
     def on_device(self, value: Any) -> list[Any] | None:
         """An `OrtValue` in the GPU's memory, finished -> the outputs as new ones there. None as of `then`."""
@@ -190,16 +210,19 @@ class StagedCall(DeviceCall):
             self._to_decoder = decoder, self._stream.on_device(target, source, size)
         return self._to_decoder[1]
 
-    def _finish(self) -> list[Float32]:
-        with self._stream:
-            self._send()
-            self._run()
-            self._fetch()
-            self._stream.wait()
-        return self._copies()
 
-    def _copies(self) -> list[Float32]:
-        return [output.copy() for output in self._cut(self._found)]
+class CapturedCall(StagedCall):
+    """The same with both copies and the work between them as one launch, without onnxruntime, whose session must not
+    make a graph of launches itself."""
+
+    def __init__(self, session: GraphSession, shapes: dict[str, tuple[int, ...]], stream: Stream) -> None:
+        super().__init__(session, shapes, stream)
+        for _ in range(_WARMUP_RUNS):
+            self.run(np.zeros(self._given.shape, np.float32))
+        steps, host = [self._send, self._run, self._fetch], [self._given, self._found]
+        with stream:
+            self._begin = stream.capture(steps, host).launch  # type: ignore[method-assign]
+            self._run = stream.capture([self._run], []).launch
 
 
 class _InUse:

@@ -17,7 +17,7 @@ from .bound import BoundCall, Owner
 from .boundary import Boundary
 from .cuda import CUDA, operators, real_work_on_cpu, share_allocator
 from .device_array import DeviceArray, copy_to_device
-from .device_call import DeviceCall, ResidentCall, StagedCall
+from .device_call import CapturedCall, DeviceCall, ResidentCall, StagedCall
 from .devices import CPU, Device
 from .engine import first_line, import_engine
 from .errors import BundleError, ClosedError, DeviceError, InputError, OutOfMemoryError, VAEError
@@ -51,7 +51,7 @@ class GraphSession:
     fixed: the only shape of input that it takes, and is made for, with the batch; None takes any.
     bundle: the digest of the bundle that the graph is from; by it a device keeps what it builds for the graph.
     any_size: height and width are free, and so may be large.
-    stream: of a GPU, on which the session has been told to work, see `StagedCall`.
+    stream: of a GPU, on which the session has been told to work, see `StagedCall`. captures: see `CapturedCall`.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class GraphSession:
         bundle: str = "",
         any_size: bool = False,
         stream: Stream | None = None,
+        captures: bool = False,
     ) -> None:
         check_graph(model, file)
         self.file = file
@@ -74,7 +75,7 @@ class GraphSession:
         self.fixed = fixed
         self.bundle = bundle
         self._process = os.getpid()
-        self._stream, self._memory = stream, device.memory
+        self._stream, self._captures, self._memory = stream, captures, device.memory
         self._session = _open(model, file, device, threads, spinning, fixed, bundle, any_size)
         self.owner = Owner()
         # A CUDA graph reads and writes the addresses that it was captured with, whatever a later run is given; and
@@ -109,9 +110,10 @@ class GraphSession:
         if self.fixed is not None and self.device.is_gpu:
             all_shapes, stream = self._shapes(self.fixed), self._stream
             with self._naming_errors(self.fixed[0]):
-                self._only_call = (
-                    DeviceCall(self, all_shapes) if stream is None else StagedCall(self, all_shapes, stream)
-                )
+                if stream is None:
+                    self._only_call = DeviceCall(self, all_shapes)
+                else:
+                    self._only_call = (CapturedCall if self._captures else StagedCall)(self, all_shapes, stream)
 
     @property
     def serves_this_thread(self) -> bool:
@@ -128,9 +130,9 @@ class GraphSession:
         is_on = {name: value.lower() in ("1", "true") for name, value in options.items()}
         return {
             "shape": list(self.fixed or ()),
-            "launch_graph": is_on.get("enable_cuda_graph", False),
+            "launch_graph": self._captures or is_on.get("enable_cuda_graph", False),
             "layout": "NHWC" if is_on.get("prefer_nhwc") else "NCHW",
-            "copies": "pageable" if self._stream is None else "pinned",
+            "copies": "pageable" if self._stream is None else "captured" if self._captures else "pinned",
             "on_device": self.replays_on_device,
             "trials": dict(self.trials),
         }
@@ -152,10 +154,17 @@ class GraphSession:
         return fastest_session(self, model, shape)
 
     def open_for(
-        self, model: bytes, shape: tuple[int, ...], device: Device, stream: Stream | None = None
+        self,
+        model: bytes,
+        shape: tuple[int, ...],
+        device: Device,
+        stream: Stream | None = None,
+        captures: bool = False,
     ) -> GraphSession:
         """The same by one way: what `device` says, which is this session's but for options."""
-        session = GraphSession(model, self.file, device, self.threads, self.spinning, shape, self.bundle, stream=stream)
+        session = GraphSession(
+            model, self.file, device, self.threads, self.spinning, shape, self.bundle, stream=stream, captures=captures
+        )
         session.require_boundary(self._boundary)
         session.run(np.zeros(shape, np.float32))  # what cannot be captured fails here
         return session

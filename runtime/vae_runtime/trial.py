@@ -29,10 +29,11 @@ Run = Callable[[Float32], list[Float32]]
 def fastest_session(session: GraphSession, model: bytes, shape: tuple[int, ...]) -> GraphSession:
     """One for inputs of this shape, with the batch, in all else as `session`, whose file's bytes are `model`.
 
-    Its kernels are launched as one graph where it can be captured. Convolutions with the channels last (NHWC), then
-    copies through pinned memory on a stream of our own, are tried beside the plain way, and taken where calls are at
-    least 3% faster and their outputs as they should be; with the stream also for arrays on the device, beside the
-    session for any batch. What the caller's options decide is left so. The result's `trials` say how it went.
+    Its kernels are launched as one graph where it can be captured. Tried beside this plain way, and taken where calls
+    are at least 3% faster and their outputs as they should be: convolutions with the channels last (NHWC); then, on a
+    stream of our own and through pinned memory, a graph with the copies in it too or, where that is not to be had, with
+    copies around it; with the stream also for arrays on the device, beside the session for any batch. What the caller's
+    options decide is left so. The result's `trials` say how it went.
 
     Raises:
         DeviceError: not even the plain way is to be had, as for want of memory.
@@ -63,16 +64,20 @@ class _Trial:
     def try_stream(self) -> None:
         plain = self.best
 
-        def make() -> GraphSession:
+        def make(captures: bool) -> GraphSession:
             stream = Stream.of_thread(plain.device.memory[1])
-            return self._open(plain.device.with_option("user_compute_stream", stream.handle), stream)
+            device = plain.device.with_option("user_compute_stream", stream.handle)
+            return self._open(device.with_option("enable_cuda_graph", "0") if captures else device, stream, captures)
 
-        self._try("pinned", make)
+        if "enable_cuda_graph" not in plain.device.options:  # said by the caller, or because it cannot be captured
+            self._try("captured", lambda: make(True))
+        if self.best is plain:
+            self._try("pinned", lambda: make(False))
         if self.best is not plain:
             self.best.replays_on_device = self._is_gain("on_device", self._compare_on_device)
 
-    def _open(self, device: Device, stream: Stream | None = None) -> GraphSession:
-        return self._session.open_for(self._model, self._shape, device, stream)
+    def _open(self, device: Device, stream: Stream | None = None, captures: bool = False) -> GraphSession:
+        return self._session.open_for(self._model, self._shape, device, stream, captures)
 
     def _captured(self) -> GraphSession:
         try:

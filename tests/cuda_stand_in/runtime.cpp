@@ -55,8 +55,8 @@ bool is_pinned(const void* address) {
 
 struct Stream {
   std::deque<Work> waiting;
-  std::vector<Work> captured;
-  bool is_capturing = false;
+  std::vector<Node> captured;
+  bool is_capturing = false, is_relaxed = false;
   bool is_blocking = true;  // waits for the default stream, and it for this one
 };
 Stream default_stream;
@@ -90,9 +90,9 @@ void finish_all() {
   for (Stream* stream : streams) finish(stream);
 }
 
-void refuse_while_capturing(const char* what) {
+void refuse_while_capturing(const char* what, bool even_relaxed = false) {
   for (Stream* stream : streams)
-    if (stream->is_capturing) say("not allowed while a graph is captured: %s", what);
+    if (stream->is_capturing && (even_relaxed || !stream->is_relaxed)) say("not allowed while a graph is captured: %s", what);
 }
 
 void copy(void* target, const void* source, size_t size) { memmove(at<void>(target), at<void>(source), size); }
@@ -148,17 +148,24 @@ void say(const char* format, ...) {
   va_end(arguments);
 }
 
+bool is_on_gpu(const void* address) {
+  Lock lock(mutex);
+  return block_of(address) != nullptr;
+}
+
 void* host_address(const void* address) {
   Lock lock(mutex);
   const Block* block = block_of(address);
   return block ? block->real + (static_cast<const char*>(address) - block->shown) : const_cast<void*>(address);
 }
 
-void enqueue(void* handle, Work work) {
+void enqueue(void* handle, Work work) { enqueue(handle, std::move(work), nullptr, nullptr); }
+
+void enqueue(void* handle, Work work, const void* source, const void* target) {
   Lock lock(mutex);
   Stream* stream = stream_of(handle);
   if (stream->is_capturing) {
-    stream->captured.push_back(std::move(work));
+    stream->captured.push_back({std::move(work), source, target});
     return;
   }
   if (stream == &default_stream) {
@@ -248,10 +255,10 @@ cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t size, cudaM
   bool from_pageable = !block_of(source) && !is_pinned(source), to_pageable = !block_of(target) && !is_pinned(target);
   if (from_pageable) {  // read before the call returns
     std::string bytes(static_cast<const char*>(source), size);
-    enqueue(handle, [=] { memmove(at<void>(target), bytes.data(), size); });
+    enqueue(handle, [=] { memmove(at<void>(target), bytes.data(), size); }, source, target);
     return cudaSuccess;
   }
-  enqueue(handle, [=] { copy(target, source, size); });
+  enqueue(handle, [=] { copy(target, source, size); }, source, target);
   if (to_pageable && !stream_of(handle)->is_capturing) finish(stream_of(handle));
   return cudaSuccess;
 }
@@ -309,7 +316,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
 
 cudaError_t cudaDeviceSynchronize() {
   Lock lock(mutex);
-  refuse_while_capturing("cudaDeviceSynchronize");
+  refuse_while_capturing("cudaDeviceSynchronize", true);
   finish_all();
   return cudaSuccess;
 }
@@ -356,12 +363,11 @@ cudaError_t cudaLaunchHostFunc(cudaStream_t handle, cudaHostFn_t function, void*
 
 // --- graphs of launches ---
 
-using Graph = std::vector<Work>;
-
-cudaError_t cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode) {
+cudaError_t cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode mode) {
   Lock lock(mutex);
   finish(stream_of(handle));
   stream_of(handle)->is_capturing = true;
+  stream_of(handle)->is_relaxed = mode == cudaStreamCaptureModeRelaxed;
   return cudaSuccess;
 }
 
@@ -388,7 +394,7 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph,
 cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t handle) {
   auto* graph = reinterpret_cast<Graph*>(executable);
   enqueue(handle, [=] {
-    for (Work& work : *graph) work();
+    for (Node& node : *graph) node.work();
   });
   return cudaSuccess;
 }
@@ -641,6 +647,26 @@ int cuMemcpyDtoHAsync_v2(void* target, const void* source, size_t size, cudaStre
 
 int cuMemcpyDtoDAsync_v2(void* target, const void* source, size_t size, cudaStream_t stream) {
   return contexts.empty() ? kNoContext : cudaMemcpyAsync(target, source, size, cudaMemcpyDeviceToDevice, stream);
+}
+
+int cuStreamBeginCapture_v2(cudaStream_t stream, int mode) {
+  return contexts.empty() ? kNoContext : cudaStreamBeginCapture(stream, static_cast<cudaStreamCaptureMode>(mode));
+}
+
+int cuStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) { return cudaStreamEndCapture(stream, graph); }
+
+int cuGraphInstantiateWithFlags(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long flags) {
+  return cudaGraphInstantiate(executable, graph, flags);
+}
+
+int cuGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
+  return contexts.empty() ? kNoContext : cudaGraphLaunch(executable, stream);
+}
+
+int cuGraphDestroy(cudaGraph_t graph) { return cudaGraphDestroy(graph); }
+
+int cuGraphExecDestroy(cudaGraphExec_t executable) {
+  return contexts.empty() ? kNoContext : cudaGraphExecDestroy(executable);
 }
 
 }  // extern "C"

@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <string>
+#include <vector>
 
 using Half = _Float16;
 using Work = std::function<void()>;  // on the GPU, done when its stream comes to it
@@ -17,8 +18,19 @@ T* at(const void* address) {
   return static_cast<T*>(host_address(address));
 }
 
+bool is_on_gpu(const void* address);
+
+struct Node {  // of a graph of launches
+  Work work;
+  const void *source = nullptr, *target = nullptr;  // of a copy
+};
+using Graph = std::vector<Node>;
+
 // Add to a stream, or to the graph that it is capturing.
 void enqueue(void* stream, Work work);
+
+// The same of a copy.
+void enqueue(void* stream, Work work, const void* source, const void* target);
 
 // What a kernel does, by its demangled name, with the arguments and the grid that it is launched
 // with; empty where it is not known.

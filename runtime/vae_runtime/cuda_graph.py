@@ -1,0 +1,126 @@
+"""Copies and kernels that a stream was given once, launched as one ever after: a CUDA graph of our own.
+
+From NVIDIA's CUDA Driver API, "Graph Management" and "Stream Management".
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from .cuda import ContextOf, driver
+from .errors import DeviceError, OutOfMemoryError
+
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED: other threads, and memory for work in between, are no concern of it
+# Of CUgraphNodeType in cuda.h: kernel, memcpy, memset, empty, memory allocation, memory free. A call of the host, or a
+# wait for another stream, was meant for the captured run alone.
+_REPEATABLE = {0, 1, 2, 5, 10, 11}
+_COPY = 1
+_HOST, _DEVICE, _UNIFIED = 1, 2, 4  # of CUmemorytype
+_MEMORY_TYPE = 2  # CU_POINTER_ATTRIBUTE_MEMORY_TYPE
+
+
+class _Copy(ctypes.Structure):
+    """CUDA_MEMCPY3D of cuda.h."""
+
+    _fields_ = [
+        *((f"{side}{name}", kind)
+          for side in ("source", "target")
+          for name, kind in (
+              ("_x", ctypes.c_size_t), ("_y", ctypes.c_size_t), ("_z", ctypes.c_size_t), ("_lod", ctypes.c_size_t),
+              ("_type", ctypes.c_int), ("_host", ctypes.c_void_p), ("_device", ctypes.c_void_p),
+              ("_array", ctypes.c_void_p), ("_reserved", ctypes.c_void_p),
+              ("_pitch", ctypes.c_size_t), ("_height", ctypes.c_size_t),
+          )),
+        ("width", ctypes.c_size_t), ("height", ctypes.c_size_t), ("depth", ctypes.c_size_t),
+    ]  # fmt: skip
+
+
+class LaunchGraph:
+    """What `steps` give `stream`, in the thread whose stream it is and while its context is this thread's.
+
+    The memory that they name has to outlive it. host: addresses of host memory that may be copied from or to; what lies
+    elsewhere may be gone, or another's, at the next launch.
+
+    Raises:
+        DeviceError: a step does what cannot be captured or repeated, or fails. OutOfMemoryError: for want of memory.
+    """
+
+    def __init__(
+        self, context: ContextOf, stream: ctypes.c_void_p, steps: Sequence[Callable[[], object]], host: Sequence[int]
+    ) -> None:
+        graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
+        cuda = driver()
+        require(cuda.cuStreamBeginCapture_v2(stream, _RELAXED), "record what a stream is given")
+        try:
+            for step in steps:
+                step()
+        finally:
+            status = cuda.cuStreamEndCapture(stream, ctypes.byref(graph))
+        require(status, "record what a stream is given")
+        try:
+            _require_repeatable(graph, host)
+            status = cuda.cuGraphInstantiateWithFlags(ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
+            require(status, "make a graph of launches")
+        finally:
+            cuda.cuGraphDestroy(graph)
+        self._launch, self._executable, self._stream = cuda.cuGraphLaunch, executable, stream
+        freed = weakref.finalize(self, _free, cuda.cuGraphExecDestroy, context, executable, os.getpid())
+        freed.atexit = False  # the driver may be gone by then, and takes it along
+
+    def launch(self) -> None:
+        """Begin all of it, in the stream's order."""
+        if (status := self._launch(self._executable, self._stream)) != 0:
+            require(status, "launch a graph")
+
+
+def require(status: int, what: str) -> None:
+    """Raise unless the driver's answer is that all went well."""
+    if status == 2:  # CUDA_ERROR_OUT_OF_MEMORY
+        raise OutOfMemoryError(f"the NVIDIA driver could not {what}: there is none left")
+    if status != 0:
+        raise DeviceError(f"the NVIDIA driver could not {what} (CUDA error {status})")
+
+
+def _require_repeatable(graph: ctypes.c_void_p, host: Sequence[int]) -> None:
+    for node in _nodes(graph):
+        kind = ctypes.c_int()
+        require(driver().cuGraphNodeGetType(node, ctypes.byref(kind)), "describe a graph")
+        if kind.value not in _REPEATABLE:
+            raise DeviceError(
+                f"what the stream is given has a step of the kind {kind.value}, which is for one run alone"
+            )
+        if kind.value != _COPY:
+            continue
+        copy = _Copy()
+        require(driver().cuGraphMemcpyNodeGetParams(node, ctypes.byref(copy)), "describe a graph")
+        for side in ("source", "target"):
+            address = _host_address(*(getattr(copy, f"{side}_{name}") for name in ("type", "host", "device")))
+            if address is not None and address not in host:
+                raise DeviceError("what the stream is given copies host memory that may be gone at the next launch")
+
+
+def _nodes(graph: ctypes.c_void_p) -> Iterator[ctypes.c_void_p]:
+    count = ctypes.c_size_t()
+    require(driver().cuGraphGetNodes(graph, None, ctypes.byref(count)), "describe a graph")
+    nodes = (ctypes.c_void_p * count.value)()
+    require(driver().cuGraphGetNodes(graph, nodes, ctypes.byref(count)), "describe a graph")
+    yield from map(ctypes.c_void_p, nodes)
+
+
+def _host_address(kind: int, host: int | None, device: int | None) -> int | None:
+    """Where one side of a copy lies, None if on a GPU."""
+    if kind == _UNIFIED:  # the driver tells by the address
+        found = ctypes.c_uint()
+        status = driver().cuPointerGetAttribute(ctypes.byref(found), _MEMORY_TYPE, ctypes.c_uint64(device or 0))
+        kind, host = (found.value if status == 0 else _HOST), device
+    return None if kind == _DEVICE else host or 0
+
+
+def _free(destroy: Callable[[Any], int], context: ContextOf, executable: ctypes.c_void_p, process: int) -> None:
+    if os.getpid() == process:  # a forked child has no context
+        with context:
+            destroy(executable)

@@ -1,0 +1,42 @@
+// What the driver tells of a graph of launches, with the driver's own types.
+
+#include <cuda.h>
+
+#include "stand_in.h"
+
+extern "C" {
+
+CUresult cuGraphGetNodes(CUgraph handle, CUgraphNode* nodes, size_t* count) {
+  auto* graph = reinterpret_cast<Graph*>(handle);
+  *count = graph->size();
+  if (nodes)
+    for (Node& node : *graph) *nodes++ = reinterpret_cast<CUgraphNode>(&node);
+  return CUDA_SUCCESS;
+}
+
+CUresult cuGraphNodeGetType(CUgraphNode node, CUgraphNodeType* type) {
+  *type = reinterpret_cast<Node*>(node)->target ? CU_GRAPH_NODE_TYPE_MEMCPY : CU_GRAPH_NODE_TYPE_KERNEL;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuGraphMemcpyNodeGetParams(CUgraphNode handle, CUDA_MEMCPY3D* copy) {
+  auto* node = reinterpret_cast<Node*>(handle);
+  *copy = {};
+  copy->srcMemoryType = copy->dstMemoryType = CU_MEMORYTYPE_UNIFIED;
+  copy->srcDevice = reinterpret_cast<CUdeviceptr>(node->source);
+  copy->dstDevice = reinterpret_cast<CUdeviceptr>(node->target);
+  if (!is_on_gpu(node->source)) {
+    copy->srcMemoryType = CU_MEMORYTYPE_HOST;
+    copy->srcHost = node->source;
+  }
+  return CUDA_SUCCESS;
+}
+
+CUresult cuPointerGetAttribute(void* found, CUpointer_attribute attribute, CUdeviceptr address) {
+  if (attribute != CU_POINTER_ATTRIBUTE_MEMORY_TYPE) return CUDA_ERROR_INVALID_VALUE;
+  bool is_gpu = is_on_gpu(reinterpret_cast<const void*>(address));
+  *static_cast<unsigned*>(found) = is_gpu ? CU_MEMORYTYPE_DEVICE : CU_MEMORYTYPE_HOST;
+  return CUDA_SUCCESS;
+}
+
+}  // extern "C"

@@ -122,10 +122,11 @@ def device_sides(job: Job, vae: VAE, operation: str, array: Float32) -> Sides:
 
 def device_of(vae: VAE, operation: str, shape: tuple[int, ...]) -> Device:
     """What the session for this shape was opened on, but for a stream of our own, which a bare session would not wait
-    for."""
+    for, and with it a graph of our own, in place of which the bare session makes one."""
     half = vae._open_operations()[0 if operation == "encode" else 1]
     device = half.route(shape[0]).session(shape).device
-    return device._replace(options={k: v for k, v in device.options.items() if k != "user_compute_stream"})
+    ours = {"user_compute_stream", "enable_cuda_graph"} if "user_compute_stream" in device.options else set()
+    return device._replace(options={name: value for name, value in device.options.items() if name not in ours})
 
 
 def bare_session(job: Job, device: Device, operation: str, batch: int, is_fixed: bool) -> Any:

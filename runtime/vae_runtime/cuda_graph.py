@@ -42,15 +42,15 @@ class _Copy(ctypes.Structure):
 class LaunchGraph:
     """What `steps` give `stream`, in the thread whose stream it is and while its context is this thread's.
 
-    The memory that they name has to outlive it. host: addresses of host memory that may be copied from or to; what lies
-    elsewhere may be gone, or another's, at the next launch.
+    The memory that they name has to outlive it. host: the addresses of host memory that may be copied from or to; what
+    lies elsewhere may be gone, or another's, at the next launch.
 
     Raises:
         DeviceError: a step does what cannot be captured or repeated, or fails. OutOfMemoryError: for want of memory.
     """
 
     def __init__(
-        self, context: ContextOf, stream: ctypes.c_void_p, steps: Sequence[Callable[[], object]], host: Sequence[int]
+        self, context: ContextOf, stream: ctypes.c_void_p, steps: Sequence[Callable[[], object]], host: Sequence[range]
     ) -> None:
         graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
         cuda = driver()
@@ -85,7 +85,7 @@ def require(status: int, what: str) -> None:
         raise DeviceError(f"the NVIDIA driver could not {what} (CUDA error {status})")
 
 
-def _require_repeatable(graph: ctypes.c_void_p, host: Sequence[int]) -> None:
+def _require_repeatable(graph: ctypes.c_void_p, host: Sequence[range]) -> None:
     for node in _nodes(graph):
         kind = ctypes.c_int()
         require(driver().cuGraphNodeGetType(node, ctypes.byref(kind)), "describe a graph")
@@ -99,7 +99,7 @@ def _require_repeatable(graph: ctypes.c_void_p, host: Sequence[int]) -> None:
         require(driver().cuGraphMemcpyNodeGetParams(node, ctypes.byref(copy)), "describe a graph")
         for side in ("source", "target"):
             address = _host_address(*(getattr(copy, f"{side}_{name}") for name in ("type", "host", "device")))
-            if address is not None and address not in host:
+            if address is not None and not any(address in memory for memory in host):
                 raise DeviceError("what the stream is given copies host memory that may be gone at the next launch")
 
 

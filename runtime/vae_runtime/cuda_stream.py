@@ -75,6 +75,14 @@ class Stream:
         freed.atexit = False  # the driver may be gone by then, and takes its memory with it
         return np.ctypeslib.as_array(memory)
 
+    def address_of(self, array: Float32) -> int:
+        """Where kernels on the GPU find pinned memory: nearly everywhere at its own address."""
+        address = ctypes.c_uint64()
+        with self._context:
+            status = driver().cuMemHostGetDevicePointer_v2(ctypes.byref(address), ctypes.c_void_p(array.ctypes.data), 0)
+        require(status, "show pinned memory to the GPU")
+        return address.value
+
     def to_device(self, address: int, array: Float32) -> Callable[[], None]:
         """What begins a copy from pinned memory to an address on the GPU."""
         copy = driver().cuMemcpyHtoDAsync_v2
@@ -92,7 +100,8 @@ class Stream:
     def capture(self, steps: Sequence[Callable[[], object]], host: Sequence[Float32]) -> LaunchGraph:
         """What the steps give this stream, which is entered and has nothing to do, as one launch; none of it is done
         yet. host: the arrays in host memory that they copy from or to."""
-        return LaunchGraph(self._context, self._stream, steps, [array.ctypes.data for array in host])
+        places = [range(array.ctypes.data, array.ctypes.data + array.nbytes) for array in host]
+        return LaunchGraph(self._context, self._stream, steps, places)
 
     def wait(self) -> None:
         """Until all that was begun is done."""

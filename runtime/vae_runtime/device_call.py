@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .bound import to_host
-from .engine import import_engine
+from .engine import first_line, import_engine
+from .errors import DeviceError, VAEError
 from .preprocess import Float32, ValueRule
 
 if TYPE_CHECKING:
@@ -123,7 +125,7 @@ class StagedCall(DeviceCall):
         self._found = stream.pinned(self._parts[-1].stop)
         self._send = stream.to_device(self._input.data_ptr(), self._given)
         self._fetch = stream.to_host(self._found, self._outputs.data_ptr())
-        self._to_decoder: tuple[StagedCall, Callable[[], None]] | None = None
+        self._to_decoder: tuple[StagedCall, list[Callable[[], None]]] | None = None
 
     def hold_to(self, rule: ValueRule) -> None:
         """As `DeviceCall`."""
@@ -172,13 +174,11 @@ class StagedCall(DeviceCall):
         with _InUse(self, decoder):
             self._given[...] = array
             try:
-                hand_over = self._hand_over(decoder)
+                if self._to_decoder is None or self._to_decoder[0] is not decoder:
+                    self._to_decoder = decoder, self._steps_to(decoder)
                 with self._stream:
-                    self._send()
-                    self._run()
-                    hand_over()
-                    decoder._run()
-                    decoder._fetch()
+                    for step in self._to_decoder[1]:
+                        step()
                     self._stream.wait()
             except Exception:
                 return None
@@ -203,26 +203,73 @@ class StagedCall(DeviceCall):
                 return None
         return found
 
+    def _steps_to(self, decoder: StagedCall) -> list[Callable[[], None]]:
+        return [self._send, self._run, self._hand_over(decoder), decoder._run, decoder._fetch]
+
     def _hand_over(self, decoder: StagedCall) -> Callable[[], None]:
         """What begins the copy of the first output to the decoder's input."""
-        if self._to_decoder is None or self._to_decoder[0] is not decoder:
-            target, source, size = decoder._input.data_ptr(), self._outputs.data_ptr(), 4 * self._parts[0].size
-            self._to_decoder = decoder, self._stream.on_device(target, source, size)
-        return self._to_decoder[1]
+        target, source = decoder._input.data_ptr(), self._outputs.data_ptr()
+        return self._stream.on_device(target, source, 4 * self._parts[0].size)
 
 
 class CapturedCall(StagedCall):
     """The same with both copies and the work between them as one launch, without onnxruntime, whose session must not
-    make a graph of launches itself."""
+    make a graph of launches itself.
+
+    begin: begins that launch.
+    """
 
     def __init__(self, session: GraphSession, shapes: dict[str, tuple[int, ...]], stream: Stream) -> None:
         super().__init__(session, shapes, stream)
+        self._names = list(shapes)
+        self._given[...] = 0
         for _ in range(_WARMUP_RUNS):
-            self.run(np.zeros(self._given.shape, np.float32))
-        steps, host = [self._send, self._run, self._fetch], [self._given, self._found]
-        with stream:
-            self._begin = stream.capture(steps, host).launch  # type: ignore[method-assign]
-            self._run = stream.capture([self._run], []).launch
+            with stream:
+                super()._begin()
+                stream.wait()
+        self._engine_run = self._run
+        self.begin = self._capture([self._send, self._engine_run, self._fetch])
+        self._run = self._capture([self._engine_run])
+
+    def begin_without_copies(self, session: GraphSession, reads: bool, writes: bool) -> Callable[[], None]:
+        """Another `begin`: the kernels themselves read the input from pinned memory, or write the outputs there ("zero
+        copy" in NVIDIA's CUDA C++ Best Practices Guide). session: the call's own. Raises `DeviceError` where the engine
+        or the driver does not do so."""
+        kind, index = self._memory
+        source = self._stream.address_of(self._given) if reads else self._input.data_ptr()
+        target = self._stream.address_of(self._found) if writes else self._outputs.data_ptr()
+        binding = session.io_binding()
+        name, *outputs = self._names
+        binding.bind_input(name, kind, index, np.float32, self._given.shape, source)
+        for name, part in zip(outputs, self._parts, strict=True):
+            binding.bind_output(name, kind, index, np.float32, part.shape, target + 4 * part.start)
+        steps = [session.bound_run(binding, waits=False)]
+        steps = [*([] if reads else [self._send]), *steps, *([] if writes else [self._fetch])]
+        try:
+            with self._stream:
+                for step in steps:
+                    step()
+                self._stream.wait()
+            return self._capture(steps)
+        except VAEError:
+            raise
+        except Exception as error:
+            raise DeviceError(first_line(error)) from error
+
+    def _capture(self, steps: Sequence[Callable[[], object]], *host: Float32) -> Callable[[], None]:
+        """As one launch. host: pinned memory that they copy from or to, beside this call's own."""
+        with self._stream:
+            return self._stream.capture(steps, [self._given, self._found, *host]).launch
+
+    def _begin(self) -> None:
+        self.begin()
+
+    def _steps_to(self, decoder: StagedCall) -> list[Callable[[], None]]:
+        if isinstance(decoder, CapturedCall):
+            steps = [self._send, self._engine_run, self._hand_over(decoder), decoder._engine_run, decoder._fetch]
+            with contextlib.suppress(Exception):  # then one by one
+                return [self._capture(steps, decoder._found)]
+        return super()._steps_to(decoder)
 
 
 class _InUse:

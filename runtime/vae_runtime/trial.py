@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 
 from .cuda_stream import Stream
+from .device_call import CapturedCall
 from .devices import Device
 from .errors import DeviceError, OutOfMemoryError
 from .fidelity import relative_error
@@ -30,10 +31,16 @@ def fastest_session(session: GraphSession, model: bytes, shape: tuple[int, ...])
     """One for inputs of this shape, with the batch, in all else as `session`, whose file's bytes are `model`.
 
     Its kernels are launched as one graph where it can be captured. Tried beside this plain way, and taken where calls
-    are at least 3% faster and their outputs as they should be: convolutions with the channels last (NHWC); then, on a
-    stream of our own and through pinned memory, a graph with the copies in it too or, where that is not to be had, with
-    copies around it; with the stream also for arrays on the device, beside the session for any batch. What the caller's
-    options decide is left so. The result's `trials` say how it went.
+    are at least 3% faster and their outputs as they should be, in this order:
+
+        NHWC        convolutions with the channels last
+        captured    on a stream of our own: copies through pinned memory, in the same graph as the work between them
+        pinned      where that is not to be had: the same with the copies around the graph
+        on_device   the graph for arrays that are on the device, beside the session for any batch
+        unfetched   kernels that write the outputs to pinned memory themselves, in place of a copy
+        unsent      kernels that read the input from there
+
+    What the caller's options decide is left so. The result's `trials` say how it went.
 
     Raises:
         DeviceError: not even the plain way is to be had, as for want of memory.
@@ -75,6 +82,26 @@ class _Trial:
             self._try("pinned", lambda: make(False))
         if self.best is not plain:
             self.best.replays_on_device = self._is_gain("on_device", self._compare_on_device)
+        if (call := self.best.captured_call) is not None:
+            self._try_without_copies(call)
+
+    def _try_without_copies(self, call: CapturedCall) -> None:
+        """Kernels that write outputs to pinned memory, then those that read the input from there too."""
+        self._try_ends(call, "unfetched", ["outputs"])
+        self._try_ends(call, "unsent", ["input", *self.best.without_copies])
+
+    def _try_ends(self, call: CapturedCall, name: str, ends: list[str]) -> None:
+        plain = call.begin
+        made: list[Callable[[], None]] = []
+
+        def compare() -> float | str:
+            made.append(call.begin_without_copies(self.best, reads="input" in ends, writes="outputs" in ends))
+            return self._compare(*(partial(_run_by, call, begin) for begin in (made[0], plain)))
+
+        if self._is_gain(name, compare):
+            call.begin, self.best.without_copies = made[0], ends
+        else:
+            call.begin = plain
 
     def _open(self, device: Device, stream: Stream | None = None, captures: bool = False) -> GraphSession:
         return self._session.open_for(self._model, self._shape, device, stream, captures)
@@ -125,6 +152,11 @@ class _Trial:
         errors, tolerance = list(map(relative_error, found, expected)), _TOLERANCES[self._session.device.precision]
         worst = next((error for error in errors if not error <= tolerance), None)  # NaN is not
         return "" if worst is None else f"outputs differ by {worst:.1e} of the largest, more than {tolerance:g}"
+
+
+def _run_by(call: CapturedCall, begin: Callable[[], None], array: Float32) -> list[Float32]:
+    call.begin = begin
+    return call.run(array)
 
 
 def _relative_time(call: Callable[[], object], plain: Callable[[], object]) -> float:

@@ -637,6 +637,14 @@ int cuMemHostAlloc(void** address, size_t size, unsigned flags) {
 
 int cuMemFreeHost(void* address) { return contexts.empty() ? kNoContext : cudaFreeHost(address); }
 
+int cuMemHostGetDevicePointer_v2(void** address, void* pinned_address, unsigned) {
+  Lock lock(mutex);
+  if (contexts.empty()) return kNoContext;
+  if (!is_pinned(pinned_address)) return cudaErrorInvalidValue;
+  *address = pinned_address;
+  return 0;
+}
+
 int cuMemcpyHtoDAsync_v2(void* target, const void* source, size_t size, cudaStream_t stream) {
   return contexts.empty() ? kNoContext : cudaMemcpyAsync(target, source, size, cudaMemcpyHostToDevice, stream);
 }

@@ -34,8 +34,9 @@ from vae_runtime.cuda import (
     synchronize,
     why_not_cuda,
 )
+from vae_runtime.cuda_stream import Stream
 from vae_runtime.device_array import copy_to_device
-from vae_runtime.device_call import DeviceCall
+from vae_runtime.device_call import CapturedCall, DeviceCall
 from vae_runtime.devices import CPU, Device, find_device, usable_devices
 from vae_runtime.preprocess import UNIT_INTERVAL
 from vae_runtime.session import GraphSession, _open_error
@@ -577,16 +578,29 @@ def both(request: pytest.FixtureRequest, tiny_path: Path) -> Iterator[tuple[VAE,
 
 
 @with_gpu
-@pytest.mark.parametrize("way", ["NHWC and pinned", "plain"])
+@pytest.mark.parametrize("way", ["without copies", "captured", "pinned", "plain"])
 def test_every_way_on_the_gpu_gives_the_same(
     both: tuple[VAE, VAE, np.ndarray], way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu, cpu, x = both
+
+    def refuse(*arguments: Any, **named: Any) -> Any:
+        raise DeviceError("refused")
+
     monkeypatch.setattr(trial, "_relative_time", lambda call, plain: 0.5 if way != "plain" else 2.0)
+    if way == "captured":
+        monkeypatch.setattr(CapturedCall, "begin_without_copies", refuse)
+    if way == "pinned":
+        monkeypatch.setattr(Stream, "capture", refuse)
     gpu.warmup([2])
     found = gpu.plan["encode"][0]["fixed_on_gpu"][0]
     assert found["launch_graph"]
-    assert found["copies"] == ("pageable" if way == "plain" else "pinned")
+    assert found["copies"] == {"plain": "pageable", "without copies": "captured"}.get(way, way)
+    assert found["without_copies"] == (["input", "outputs"] if way == "without copies" else [])
+    tried = {"plain": ["captured", "pinned"], "pinned": ["captured", "pinned", "on_device"]}
+    assert [name for name in found["trials"] if name != "NHWC"] == tried.get(
+        way, ["captured", "on_device", "unfetched", "unsent"]
+    )
     if "NHWC" in found["trials"]:
         assert found["layout"] == ("NCHW" if way == "plain" else "NHWC")
     for start in (0, 2, 4, 0):

@@ -6,6 +6,7 @@ It answers only once it is idle: an engine whose threads still spin would slow d
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import json
 import os
@@ -70,7 +71,10 @@ class Stall:
         if check:
             verdict = judge(entrant, reference)
             answer |= {"measure": verdict.measure, "errors": verdict.errors, "fault": verdict.fault}
-        return {**answer, "seconds": time.perf_counter() - begun}
+        seconds = time.perf_counter() - begun
+        gc.collect()
+        gc.freeze()  # what is there now stays, and would be looked through before every turn, for longer than some take
+        return {**answer, "seconds": seconds}
 
     def warm(self, operation: str) -> dict[str, Any]:
         """Call until it is as fast as it stays; the time of one call."""

@@ -90,9 +90,7 @@ def _require_repeatable(graph: ctypes.c_void_p, host: Sequence[range]) -> None:
         kind = ctypes.c_int()
         require(driver().cuGraphNodeGetType(node, ctypes.byref(kind)), "describe a graph")
         if kind.value not in _REPEATABLE:
-            raise DeviceError(
-                f"what the stream is given has a step of the kind {kind.value}, which is for one run alone"
-            )
+            raise DeviceError(f"what the stream is given has a step of kind {kind.value}, which is for one run alone")
         if kind.value != _COPY:
             continue
         copy = _Copy()

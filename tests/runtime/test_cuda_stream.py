@@ -8,20 +8,30 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
-from vae_runtime import VAE, DeviceError, InputError, OutOfMemoryError, cuda, cuda_stream
+from vae_runtime import VAE, DeviceError, InputError, OutOfMemoryError, cuda, cuda_graph, cuda_stream
+from vae_runtime.cuda_graph import LaunchGraph
 from vae_runtime.cuda_stream import Stream
 from vae_runtime.device_array import copy_to_device
-from vae_runtime.device_call import DeviceCall, StagedCall
+from vae_runtime.device_call import CapturedCall, DeviceCall, StagedCall
 from vae_runtime.devices import CPU, Device
 from vae_runtime.preprocess import UNIT_INTERVAL
 from vae_runtime.session import GraphSession
 
 CONTEXT = 1000  # of the only GPU
+
+
+class Node(NamedTuple):
+    """Of a graph. source, target: of a copy."""
+
+    work: Callable[[], Any]
+    kind: int = 0
+    source: int = 0
+    target: int = 0
 
 
 class Driver:
@@ -32,13 +42,17 @@ class Driver:
         self.waiting: list[Callable[[], Any]] = []
         self.pinned: dict[int, Any] = {}
         self.made = 0  # streams
+        self.captured: list[Node] | None = None
+        self.graphs: list[list[Node]] = []  # by handle, from 1
+        self.alive: set[int] = set()  # graphs that can be launched
+        self.launched: list[int] = []
         self.status: dict[str, int] = {}  # what a call returns, where it is not 0
 
     def __getattr__(self, name: str) -> Callable[..., int]:
         def call(*arguments: Any) -> int:
             if name not in ("cuCtxPushCurrent_v2", "cuDeviceGet", "cuDevicePrimaryCtxRetain"):
                 assert self.stack, f"{name} without a context"
-            if (status := self.status.get(name, 0)) == 0:
+            if (status := self.status.get(name, 0)) == 0 or name == "cuStreamEndCapture":  # which ends it in any case
                 getattr(self, f"do_{name}")(*arguments)
             return status
 
@@ -71,9 +85,67 @@ class Driver:
 
     def copy(self, target: Any, source: Any, size: ctypes.c_size_t, stream: ctypes.c_void_p) -> None:
         assert stream.value == 77
-        self.waiting.append(lambda: ctypes.memmove(target.value, source.value, size.value))
+        self.give(
+            Node(lambda: ctypes.memmove(target.value, source.value, size.value), 1, source.value or 0, target.value)
+        )
 
     do_cuMemcpyHtoDAsync_v2 = do_cuMemcpyDtoHAsync_v2 = do_cuMemcpyDtoDAsync_v2 = copy
+
+    def give(self, node: Node) -> None:
+        """To the stream, or to the graph that it is capturing."""
+        if self.captured is not None:
+            self.captured.append(node)
+        else:
+            self.waiting.append(node.work)
+
+    def do_cuMemHostGetDevicePointer_v2(self, address: Any, pinned: ctypes.c_void_p, flags: int) -> None:
+        assert pinned.value in self.pinned
+        address._obj.value = pinned.value
+
+    def do_cuStreamBeginCapture_v2(self, stream: ctypes.c_void_p, mode: int) -> None:
+        assert (stream.value, mode, self.waiting) == (77, 2, [])
+        self.captured = []
+
+    def do_cuStreamEndCapture(self, stream: ctypes.c_void_p, graph: Any) -> None:
+        assert self.captured is not None
+        self.graphs.append(self.captured)
+        self.captured, graph._obj.value = None, len(self.graphs)
+
+    def do_cuGraphGetNodes(self, graph: ctypes.c_void_p, nodes: Any, count: Any) -> None:
+        found = self.graphs[(graph.value or 0) - 1]
+        count._obj.value = len(found)
+        for index in range(len(found) if nodes is not None else 0):
+            nodes[index] = 1000 * (graph.value or 0) + index
+
+    def node(self, handle: ctypes.c_void_p) -> Node:
+        return self.graphs[(handle.value or 0) // 1000 - 1][(handle.value or 0) % 1000]
+
+    def do_cuGraphNodeGetType(self, node: ctypes.c_void_p, kind: Any) -> None:
+        kind._obj.value = self.node(node).kind
+
+    def do_cuGraphMemcpyNodeGetParams(self, node: ctypes.c_void_p, copy: Any) -> None:
+        copy._obj.source_type = copy._obj.target_type = 4
+        copy._obj.source_device, copy._obj.target_device = self.node(node)[2:]
+
+    def do_cuPointerGetAttribute(self, found: Any, attribute: int, address: ctypes.c_uint64) -> None:
+        assert attribute == 2
+        pinned = any(start <= address.value < start + len(memory) for start, memory in self.pinned.items())
+        found._obj.value = 1 if pinned else 2
+
+    def do_cuGraphInstantiateWithFlags(self, executable: Any, graph: ctypes.c_void_p, flags: Any) -> None:
+        executable._obj.value = graph.value
+        self.alive.add(graph.value or 0)
+
+    def do_cuGraphDestroy(self, graph: ctypes.c_void_p) -> None:
+        assert self.graphs[(graph.value or 0) - 1] is not None
+
+    def do_cuGraphLaunch(self, executable: ctypes.c_void_p, stream: ctypes.c_void_p) -> None:
+        assert executable.value in self.alive
+        self.launched.append(executable.value)
+        self.waiting += [node.work for node in self.graphs[executable.value - 1]]
+
+    def do_cuGraphExecDestroy(self, executable: ctypes.c_void_p) -> None:
+        self.alive.remove(executable.value or 0)
 
     def do_cuStreamSynchronize(self, stream: ctypes.c_void_p) -> None:
         self.finish()
@@ -89,6 +161,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     found = Driver()
     monkeypatch.setattr(cuda, "driver", lambda: found)
     monkeypatch.setattr(cuda_stream, "driver", lambda: found)
+    monkeypatch.setattr(cuda_graph, "driver", lambda: found)
     monkeypatch.setattr(cuda_stream, "_of_thread", type(cuda_stream._of_thread)())
     monkeypatch.setattr(cuda_stream, "_idle", {})
     cuda._primary_context.cache_clear()
@@ -194,26 +267,117 @@ def test_threads_take_the_streams_of_those_that_have_ended(driver: Driver) -> No
         assert driver.made == count
 
 
+# --- graphs of launches ---
+
+
+def capture(stream: Stream, *steps: Callable[[], Any], host: tuple[np.ndarray, ...] = ()) -> LaunchGraph:
+    with stream:
+        return stream.capture(steps, host)
+
+
+def test_what_was_captured_is_done_at_every_launch(driver: Driver) -> None:
+    stream, there = Stream(0), np.zeros(2, np.float32)
+    given, found = stream.pinned(2), stream.pinned(2)
+    steps = stream.to_device(there.ctypes.data, given), stream.to_host(found, there.ctypes.data)
+    graph = capture(stream, *steps, host=(given, found))
+    for value in (3, 4):
+        given[:] = value
+        assert not (found == value).any()
+        with stream:
+            graph.launch()
+            stream.wait()
+        assert found.tolist() == [value, value]
+    assert driver.alive == {1}
+    del graph
+    gc.collect()
+    assert (driver.alive, driver.stack) == (set(), [])
+
+
+def test_a_part_of_the_memory_that_may_be_copied_may_be_copied_too(driver: Driver) -> None:
+    stream, there = Stream(0), np.zeros(2, np.float32)
+    found = stream.pinned(6)
+    capture(stream, stream.to_host(found[4:], there.ctypes.data), host=(found,))
+
+
+@pytest.mark.parametrize("kind", [3, 6])  # calls of the host, waits for events
+def test_what_is_for_one_run_alone_is_not_captured(driver: Driver, kind: int) -> None:
+    with pytest.raises(DeviceError, match=f"has a step of kind {kind}, which is for one run alone"):
+        capture(Stream(0), lambda: driver.give(Node(lambda: None, kind)))
+    assert (driver.alive, driver.captured, driver.stack) == (set(), None, [])
+
+
+def test_copies_of_memory_that_may_be_gone_are_not_captured(driver: Driver) -> None:
+    stream, there = Stream(0), np.zeros(2, np.float32)
+    mine, other = stream.pinned(2), stream.pinned(2)
+    for step in (stream.to_device(there.ctypes.data, other), stream.to_host(other, there.ctypes.data)):
+        with pytest.raises(DeviceError, match="copies host memory that may be gone at the next launch"):
+            capture(stream, step, host=(mine,))
+    driver.status["cuPointerGetAttribute"] = 1  # memory that the driver does not know
+    with pytest.raises(DeviceError, match="copies host memory"):
+        capture(stream, stream.on_device(there.ctypes.data, there.ctypes.data, 4))
+
+
+@pytest.mark.parametrize(
+    ("call", "status", "error", "message"),
+    [
+        ("cuStreamBeginCapture_v2", 900, DeviceError, r"could not record what a stream is given \(CUDA error 900\)"),
+        ("cuStreamEndCapture", 901, DeviceError, r"could not record what a stream is given \(CUDA error 901\)"),
+        ("cuGraphGetNodes", 1, DeviceError, r"could not describe a graph \(CUDA error 1\)"),
+        ("cuGraphInstantiateWithFlags", 2, OutOfMemoryError, "could not make a graph of launches: there is none left"),
+    ],
+)
+def test_what_the_driver_does_not_capture_is_told(
+    driver: Driver, call: str, status: int, error: type[Exception], message: str
+) -> None:
+    stream = Stream(0)
+    driver.status[call] = status
+    with pytest.raises(error, match=message):
+        capture(stream, lambda: None)
+    driver.status.clear()
+    graph = capture(stream, lambda: None)
+    driver.status["cuGraphLaunch"] = 719
+    with pytest.raises(DeviceError, match=r"could not launch a graph \(CUDA error 719\)"), stream:
+        graph.launch()
+
+
+def test_a_step_that_fails_ends_the_capture(driver: Driver) -> None:
+    with pytest.raises(ZeroDivisionError):
+        capture(Stream(0), lambda: 1 // 0)
+    assert (driver.captured, driver.alive, driver.stack) == (None, set(), [])
+
+
 # --- calls on a stream, with "the device's memory" in that of the CPU -------------------------------------------------
 
 
-@pytest.fixture
-def halves(driver: Driver, tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[StagedCall, StagedCall]:
+WAYS = {
+    "staged": (StagedCall, None),
+    "captured": (CapturedCall, (False, False)),
+    "unfetched": (CapturedCall, (False, True)),
+    "without copies": (CapturedCall, (True, True)),
+}
+
+
+@pytest.fixture(params=WAYS)
+def halves(
+    request: pytest.FixtureRequest, driver: Driver, tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[StagedCall, StagedCall]:
     """Both halves for 3 examples. Their sessions' work is done when the stream is waited for, like the copies."""
-    real = GraphSession.bound_run
+    real, (kind, ends) = GraphSession.bound_run, WAYS[request.param]
 
     def bound_run(self: GraphSession, binding: Any, waits: bool = True) -> Callable[[], None]:
         run = real(self, binding)
-        return run if waits else lambda: driver.waiting.append(run)
+        return run if waits else lambda: driver.give(Node(run))
 
     monkeypatch.setattr(GraphSession, "bound_run", bound_run)
     vae, stream = VAE.load(tiny_path), Stream.of_thread(0)
-    calls = []
+    calls: list[StagedCall] = []
     for half, shape in zip(vae._open_operations(), ((3, 1, 8, 8), (3, 4)), strict=True):
         session = half.routes[0].any_batch
         session.fixed = shape
-        calls.append(StagedCall(session, session._shapes(shape), stream))
+        calls.append(kind(session, session._shapes(shape), stream))
         calls[-1].hold_to(half._rule)
+        if isinstance(calls[-1], CapturedCall) and ends is not None:
+            calls[-1].begin = calls[-1].begin_without_copies(session, *ends)
     return calls[0], calls[1]
 
 
@@ -260,6 +424,33 @@ def test_latents_stay_on_the_device(
     assert waits == [5, 5]
 
 
+def test_a_captured_call_is_one_launch(
+    halves: tuple[StagedCall, StagedCall], driver: Driver, images: np.ndarray
+) -> None:
+    encoder, decoder = halves
+    if not isinstance(encoder, CapturedCall):
+        assert driver.graphs == []
+        return
+    (latent, _), launched = encoder.run(images[:3]), driver.launched
+    (decoded,) = decoder.run(latent)
+    assert len(launched) == 2
+    for _ in range(2):
+        np.testing.assert_array_equal(encoder.then(decoder, images[:3]), decoded)
+    assert (len(launched), launched[2]) == (4, launched[3])
+
+
+def test_a_reconstruction_that_cannot_be_captured_goes_step_by_step(
+    halves: tuple[StagedCall, StagedCall], driver: Driver, tiny: VAE, images: np.ndarray
+) -> None:
+    encoder, decoder = halves
+    before = len(driver.graphs)
+    driver.status["cuStreamEndCapture"] = 901
+    for start in (0, 3):
+        x = images[start : start + 3]
+        np.testing.assert_array_equal(encoder.then(decoder, x), tiny.reconstruct(x))
+    assert len(driver.graphs) - before == isinstance(encoder, CapturedCall)  # it was tried once
+
+
 def test_arrays_on_the_device_are_copied_in_and_out(
     halves: tuple[StagedCall, StagedCall], driver: Driver, tiny: VAE, images: np.ndarray
 ) -> None:
@@ -274,12 +465,14 @@ def test_arrays_on_the_device_are_copied_in_and_out(
     assert encoder.on_device(values[0]) is None
 
 
-@pytest.mark.parametrize("call", ["cuMemcpyHtoDAsync_v2", "cuStreamSynchronize", "cuCtxPushCurrent_v2"])
+@pytest.mark.parametrize("call", ["work", "cuStreamSynchronize", "cuCtxPushCurrent_v2"])
 def test_a_staged_call_that_fails_gives_nothing(
     halves: tuple[StagedCall, StagedCall], driver: Driver, images: np.ndarray, call: str
 ) -> None:
     """The session's `run` then says why."""
     encoder, decoder = halves
+    if call == "work":
+        call = "cuGraphLaunch" if isinstance(encoder, CapturedCall) else "cuMemcpyHtoDAsync_v2"
     driver.status[call] = 700
     assert encoder(images[:3]) is None
     assert encoder.then(decoder, images[:3]) is None

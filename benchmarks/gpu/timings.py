@@ -30,7 +30,7 @@ from vae_runtime.manifest import INPUT, LATENT, LOGVAR, MEAN, RECONSTRUCTION
 from vae_runtime.preprocess import Float32
 
 BATCHES = (1, 32)
-BLOCKS, WARM_CALLS = 200, 10
+BLOCKS, WARM_CALLS = 60, 10
 ENDING_SECONDS = 5.0
 BENCH_OPTIONS = ("--batch", "1,32", "--threads", "1", "--seconds", "0.5", "--operation", "encode,decode,reconstruct")
 QUICK_BENCH = ("--batch", "2", "--threads", "1", "--rounds", "1", "--seconds", "0.01", "--operation", "encode,sample")

@@ -126,6 +126,12 @@ class StagedCall(DeviceCall):
         self._send = stream.to_device(self._input.data_ptr(), self._given)
         self._fetch = stream.to_host(self._found, self._outputs.data_ptr())
         self._to_decoder: tuple[StagedCall, list[Callable[[], None]]] | None = None
+        # As in `ResidentCall`.
+        self._wrap, self._device = (
+            import_engine().OrtValue,
+            import_engine().OrtDevice.make(*self._memory)._get_c_device(),
+        )
+        self._make = type(self._outputs._ortvalue).ortvalue_from_shape_and_type
 
     def hold_to(self, rule: ValueRule) -> None:
         """As `DeviceCall`."""
@@ -188,20 +194,20 @@ class StagedCall(DeviceCall):
         """An `OrtValue` in the GPU's memory, finished -> the outputs as new ones there. None as of `then`."""
         if not self._may_run():
             return None
-        kind, index = self._memory
-        make, copy, given = import_engine().OrtValue.ortvalue_from_shape_and_type, self._stream.on_device, self._input
         with _InUse(self):
             try:
-                found = [make(part.shape, np.float32, kind, index) for part in self._parts]
+                found = [self._make(part.shape, np.float32, self._device) for part in self._parts]
+                send = self._stream.on_device(self._input.data_ptr(), value.data_ptr(), 4 * self._given.size)
                 with self._stream:
-                    copy(given.data_ptr(), value.data_ptr(), 4 * self._given.size)()
+                    send()
                     self._run()
                     for new, part in zip(found, self._parts, strict=True):
-                        copy(new.data_ptr(), self._outputs.data_ptr() + 4 * part.start, 4 * part.size)()
+                        source = self._outputs.data_ptr() + 4 * part.start
+                        self._stream.on_device(new.data_ptr(), source, 4 * part.size)()
                     self._stream.wait()
             except Exception:
                 return None
-        return found
+        return [self._wrap(new) for new in found]
 
     def _steps_to(self, decoder: StagedCall) -> list[Callable[[], None]]:
         return [self._send, self._run, self._hand_over(decoder), decoder._run, decoder._fetch]

@@ -97,6 +97,16 @@ class Stream:
         """The same from one address on the GPU to another, of so many bytes."""
         return self._begin(driver().cuMemcpyDtoDAsync_v2, ctypes.c_uint64(target), ctypes.c_uint64(source), size)
 
+    def from_anywhere(self, target: int, size: int) -> Callable[[int], None]:
+        """The same from an address that is given each time."""
+        source = ctypes.c_uint64()
+        return _at(source, self._begin(driver().cuMemcpyDtoDAsync_v2, ctypes.c_uint64(target), source, size))
+
+    def to_anywhere(self, source: int, size: int) -> Callable[[int], None]:
+        """The same to an address that is given each time."""
+        target = ctypes.c_uint64()
+        return _at(target, self._begin(driver().cuMemcpyDtoDAsync_v2, target, ctypes.c_uint64(source), size))
+
     def capture(self, steps: Sequence[Callable[[], object]], host: Sequence[Float32]) -> LaunchGraph:
         """What the steps give this stream, which is entered and has nothing to do, as one launch; none of it is done
         yet. host: the arrays in host memory that they copy from or to."""
@@ -110,6 +120,14 @@ class Stream:
     def _begin(self, copy: Callable[..., int], target: Any, source: Any, size: int) -> Callable[[], None]:
         call = partial(copy, target, source, ctypes.c_size_t(size), self._stream)
         return lambda: require(call(), "begin a copy")
+
+
+def _at(place: ctypes.c_uint64, copy: Callable[[], None]) -> Callable[[int], None]:
+    def begin(address: int) -> None:
+        place.value = address  # read when the copy is begun, not when it is done
+        copy()
+
+    return begin
 
 
 def _free(free: Callable[[Any], int], context: ContextOf, address: ctypes.c_void_p, process: int) -> None:

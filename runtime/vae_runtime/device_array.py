@@ -5,6 +5,7 @@ The protocol: https://data-apis.org/array-api/latest/design_topics/data_intercha
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from .bound import to_host
@@ -32,7 +33,7 @@ class DeviceArray:
         self.device = device
         self._is_shared = False  # others may have it, and work on it that is under way
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, ...]:
         return tuple(self._value.shape())
 

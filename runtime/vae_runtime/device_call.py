@@ -126,6 +126,9 @@ class StagedCall(DeviceCall):
         self._send = stream.to_device(self._input.data_ptr(), self._given)
         self._fetch = stream.to_host(self._found, self._outputs.data_ptr())
         self._to_decoder: tuple[StagedCall, list[Callable[[], None]]] | None = None
+        self._take = stream.from_anywhere(self._input.data_ptr(), self._given.nbytes)
+        start = self._outputs.data_ptr()
+        self._give = [stream.to_anywhere(start + 4 * part.start, 4 * part.size) for part in self._parts]
         # As in `ResidentCall`.
         self._wrap, self._device = (
             import_engine().OrtValue,
@@ -197,13 +200,11 @@ class StagedCall(DeviceCall):
         with _InUse(self):
             try:
                 found = [self._make(part.shape, np.float32, self._device) for part in self._parts]
-                send = self._stream.on_device(self._input.data_ptr(), value.data_ptr(), 4 * self._given.size)
                 with self._stream:
-                    send()
+                    self._take(value.data_ptr())
                     self._run()
-                    for new, part in zip(found, self._parts, strict=True):
-                        source = self._outputs.data_ptr() + 4 * part.start
-                        self._stream.on_device(new.data_ptr(), source, 4 * part.size)()
+                    for new, give in zip(found, self._give, strict=True):
+                        give(new.data_ptr())
                     self._stream.wait()
             except Exception:
                 return None
@@ -237,20 +238,18 @@ class CapturedCall(StagedCall):
         self.begin = self._capture([self._send, self._engine_run, self._fetch])
         self._run = self._capture([self._engine_run])
 
-    def begin_without_copies(self, session: GraphSession, reads: bool, writes: bool) -> Callable[[], None]:
-        """Another `begin`: the kernels themselves read the input from pinned memory, or write the outputs there ("zero
-        copy" in NVIDIA's CUDA C++ Best Practices Guide). session: the call's own. Raises `DeviceError` where the engine
-        or the driver does not do so."""
+    def begin_unfetched(self, session: GraphSession) -> Callable[[], None]:
+        """Another `begin`: the kernels write the outputs to pinned memory themselves ("zero copy" in NVIDIA's CUDA C++
+        Best Practices Guide). session: the call's own. Raises `DeviceError` where the engine or the driver does not do
+        so."""
         kind, index = self._memory
-        source = self._stream.address_of(self._given) if reads else self._input.data_ptr()
-        target = self._stream.address_of(self._found) if writes else self._outputs.data_ptr()
+        target = self._stream.address_of(self._found)
         binding = session.io_binding()
         name, *outputs = self._names
-        binding.bind_input(name, kind, index, np.float32, self._given.shape, source)
+        binding.bind_ortvalue_input(name, self._input)
         for name, part in zip(outputs, self._parts, strict=True):
             binding.bind_output(name, kind, index, np.float32, part.shape, target + 4 * part.start)
-        steps = [session.bound_run(binding, waits=False)]
-        steps = [*([] if reads else [self._send]), *steps, *([] if writes else [self._fetch])]
+        steps = [self._send, session.bound_run(binding, waits=False)]
         try:
             with self._stream:
                 for step in steps:

@@ -82,7 +82,7 @@ class GraphSession:
         # onnxruntime keeps one per thread, so that another thread's first call would capture anew.
         self._only_call: DeviceCall | None = None
         self.replays_on_device = False  # whether `replay_on_device` is to be taken
-        self.without_copies: list[str] = []  # see `CapturedCall.begin_without_copies`
+        self.is_unfetched = False  # whether `CapturedCall.begin_unfetched` is taken
         self.trials: dict[str, float | str] = {}  # way -> its time relative to the plain one's, or why it was not taken
         self._of_thread = threading.local()  # what each thread has of this session
         _sessions.add(self)
@@ -139,7 +139,7 @@ class GraphSession:
             "launch_graph": self._captures or is_on.get("enable_cuda_graph", False),
             "layout": "NHWC" if is_on.get("prefer_nhwc") else "NCHW",
             "copies": "pageable" if self._stream is None else "captured" if self._captures else "pinned",
-            "without_copies": list(self.without_copies),
+            "unfetched": self.is_unfetched,
             "on_device": self.replays_on_device,
             "trials": dict(self.trials),
         }

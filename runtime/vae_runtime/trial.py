@@ -38,7 +38,6 @@ def fastest_session(session: GraphSession, model: bytes, shape: tuple[int, ...])
         pinned      where that is not to be had: the same with the copies around the graph
         on_device   the graph for arrays that are on the device, beside the session for any batch
         unfetched   kernels that write the outputs to pinned memory themselves, in place of a copy
-        unsent      kernels that read the input from there
 
     What the caller's options decide is left so. The result's `trials` say how it went.
 
@@ -83,25 +82,18 @@ class _Trial:
         if self.best is not plain:
             self.best.replays_on_device = self._is_gain("on_device", self._compare_on_device)
         if (call := self.best.captured_call) is not None:
-            self._try_without_copies(call)
+            self._try_unfetched(call)
 
-    def _try_without_copies(self, call: CapturedCall) -> None:
-        """Kernels that write outputs to pinned memory, then those that read the input from there too."""
-        self._try_ends(call, "unfetched", ["outputs"])
-        self._try_ends(call, "unsent", ["input", *self.best.without_copies])
-
-    def _try_ends(self, call: CapturedCall, name: str, ends: list[str]) -> None:
+    def _try_unfetched(self, call: CapturedCall) -> None:
         plain = call.begin
         made: list[Callable[[], None]] = []
 
         def compare() -> float | str:
-            made.append(call.begin_without_copies(self.best, reads="input" in ends, writes="outputs" in ends))
+            made.append(call.begin_unfetched(self.best))
             return self._compare(*(partial(_run_by, call, begin) for begin in (made[0], plain)))
 
-        if self._is_gain(name, compare):
-            call.begin, self.best.without_copies = made[0], ends
-        else:
-            call.begin = plain
+        self.best.is_unfetched = self._is_gain("unfetched", compare)
+        call.begin = made[0] if self.best.is_unfetched else plain
 
     def _open(self, device: Device, stream: Stream | None = None, captures: bool = False) -> GraphSession:
         return self._session.open_for(self._model, self._shape, device, stream, captures)

@@ -578,7 +578,7 @@ def both(request: pytest.FixtureRequest, tiny_path: Path) -> Iterator[tuple[VAE,
 
 
 @with_gpu
-@pytest.mark.parametrize("way", ["without copies", "captured", "pinned", "plain"])
+@pytest.mark.parametrize("way", ["unfetched", "captured", "pinned", "plain"])
 def test_every_way_on_the_gpu_gives_the_same(
     both: tuple[VAE, VAE, np.ndarray], way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -589,17 +589,17 @@ def test_every_way_on_the_gpu_gives_the_same(
 
     monkeypatch.setattr(trial, "_relative_time", lambda call, plain: 0.5 if way != "plain" else 2.0)
     if way == "captured":
-        monkeypatch.setattr(CapturedCall, "begin_without_copies", refuse)
+        monkeypatch.setattr(CapturedCall, "begin_unfetched", refuse)
     if way == "pinned":
         monkeypatch.setattr(Stream, "capture", refuse)
     gpu.warmup([2])
     found = gpu.plan["encode"][0]["fixed_on_gpu"][0]
     assert found["launch_graph"]
-    assert found["copies"] == {"plain": "pageable", "without copies": "captured"}.get(way, way)
-    assert found["without_copies"] == (["input", "outputs"] if way == "without copies" else [])
+    assert found["copies"] == {"plain": "pageable", "unfetched": "captured"}.get(way, way)
+    assert found["unfetched"] == (way == "unfetched")
     tried = {"plain": ["captured", "pinned"], "pinned": ["captured", "pinned", "on_device"]}
     assert [name for name in found["trials"] if name != "NHWC"] == tried.get(
-        way, ["captured", "on_device", "unfetched", "unsent"]
+        way, ["captured", "on_device", "unfetched"]
     )
     if "NHWC" in found["trials"]:
         assert found["layout"] == ("NCHW" if way == "plain" else "NHWC")

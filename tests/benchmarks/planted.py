@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vae_benchmarks.race.case import Case
 from vae_benchmarks.race.entrant import CannotRunError, Entrant, Resident
+
+
+def load(device: str) -> None:
+    """The configuration may tell that it was called, and in which processor affinity."""
+    os.environ["PLANTED_LOADED"] = f"on {device}"
 
 
 def open_entrant(
@@ -22,14 +29,22 @@ def open_entrant(
     precision: str = "fp32",
     variable: str = "",
     resident: float = 0.0,
+    compiles: str = "",
 ) -> Entrant:
     """Right answers for the case's own inputs after `milliseconds`, unless `fault` names something else. The
     configuration tells that environment variable of the worker. resident: milliseconds of the calls for data that stay
-    on its device, which keeps arrays as lists of one; 0 for none."""
+    on its device, which keeps arrays as lists of one; 0 for none. compiles: a name under which it leaves a file in its
+    folder for temporary files; the configuration tells how often it did so before."""
     if fault == "absent":
         raise CannotRunError("the planted engine is not installed")
     if fault == "broken":
         raise ValueError("the planted engine is broken\nand tells a long story")
+    configuration = os.environ.get(variable, f"{milliseconds:g} ms")
+    if compiles:
+        left = Path(tempfile.gettempdir()) / compiles
+        before = len(left.read_text()) if left.exists() else 0
+        left.write_text("x" * (before + 1))
+        configuration = f"compiled {before} times before"
     reference = {name: array[np.arange(batch) % len(array)] for name, array in case.reference().items()}
     buffer = np.empty_like(reference["reconstruction"])
     calls = 0
@@ -63,7 +78,7 @@ def open_entrant(
         decode=lambda z: answer(z, ("reconstruction",)),
         precisions=(precision,),
         engine="planted 1.0",
-        configuration=os.environ.get(variable, f"{milliseconds:g} ms"),
+        configuration=configuration,
         plan={"encode": [{"from_batch": 1, "precision": precision}]},
         resident=None
         if not resident

@@ -9,8 +9,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -556,6 +558,9 @@ class Scripted:
     def __exit__(self, *error: Any) -> None:
         pass
 
+    def stop(self) -> None:
+        pass
+
     def run(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
         key = request["step"], Path(request["case"]).stem
         Scripted.ran.append(key)
@@ -609,8 +614,30 @@ def test_a_crashed_step_is_recorded_and_runs_again(scripted: Any, tmp_path: Path
     assert [(unit["step"], unit["case"]) for unit in document["units"]] == [
         ("environment", "part 1"),
         ("environment", "part 2"),
-        *sorted(ALL, key=lambda key: (key[0] != "golden", key == ALL[0])),
+        *ALL,
     ]
+
+
+def test_only_what_measures_nothing_runs_side_by_side(scripted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, running, most = threading.Lock(), 0, {}
+    real = Scripted.run
+
+    def slow(self: Scripted, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+        nonlocal running
+        with lock:
+            running += 1
+            most[request["step"]] = max(most.get(request["step"], 0), running)
+        time.sleep(0.2)
+        with lock:
+            running -= 1
+        return real(self, request, seconds)
+
+    monkeypatch.setattr(Scripted, "run", slow)
+    assert scripted("--steps", "calls,golden,memory", "--jobs", "3") == 0
+    assert (max(most["golden"], most["calls"]), most["memory"], most["environment"]) == (3, 1, 1)
+    most.clear()
+    assert scripted("--force") == 0
+    assert set(most.values()) == {1}
 
 
 def test_parts_end_in_time_and_merge(scripted: Any, capsys: Any, tmp_path: Path) -> None:
@@ -634,6 +661,7 @@ def test_parts_end_in_time_and_merge(scripted: Any, capsys: Any, tmp_path: Path)
         (("--case", "/no/case"), 1, "/no/case is neither a case nor a bundle"),
         (("--steps", "fly"), 2, "--steps has 'fly'; expected some of golden, "),
         (("--resume", "--force"), 2, "--resume and --force exclude each other"),
+        (("--jobs", "0"), 2, "--jobs is 0; expected at least 1"),
     ],
 )
 def test_bad_input_is_answered_in_one_sentence(
@@ -664,7 +692,7 @@ def test_other_files_are_not_continued(scripted: Any, capsys: Any, tmp_path: Pat
 def test_every_step_has_its_time() -> None:
     assert list(run.STEPS) == list(steps.STEPS)
     arguments = SimpleNamespace(budget=60, rounds=6)
-    assert [run.seconds_of(step, arguments) for step in ("golden", "bench-tf32", "race")] == [60, 140, 180]
+    assert [run.seconds_of(step, arguments) for step in ("golden", "bench-tf32", "race")] == [15, 70, 210]
 
 
 @pytest.mark.skipif(why_not_cuda() is None, reason="this machine has a usable GPU")
@@ -680,6 +708,60 @@ def test_a_device_that_is_not_there_is_recorded(tiny: Path, tmp_path: Path) -> N
     assert "device 'cuda' cannot be used" in units["environment"]["checks"][0]["text"]
     assert [check["check"] for check in units["golden"]["checks"]] == ["fp32", "tf32"]
     assert "RuntimeError: vae-bench race ended with exit code" in units["race"]["reason"]
+
+
+def test_a_step_that_runs_can_be_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "step.py"
+    script.write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(child, "STEPS_FILE", script)
+    with child.Children(preload_torch=False) as running, ThreadPoolExecutor(1) as pool:
+        begun = time.monotonic()
+        unit = pool.submit(running.run, REQUEST, 60.0)
+        while not running._running:
+            time.sleep(0.01)
+        running.stop()
+        assert unit.result()["status"] == "crashed"
+    assert time.monotonic() - begun < 20
+
+
+@pytest.mark.parametrize("ending", ["in time", "late"])
+def test_a_race_that_is_ended_keeps_its_points(job: Job, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    real = timings.run_command
+
+    def run_command(*arguments: str) -> str:
+        answer = real(*arguments)
+        if ending == "late":  # after the last point, before all is written
+            Path(arguments[arguments.index("--output") + 1], "race.md").unlink()
+            raise SystemExit(143)
+        return answer
+
+    monkeypatch.setattr(timings, "run_command", run_command)
+    stream = io.StringIO()
+    with contextlib.suppress(SystemExit):
+        timings.race(Findings(stream), job)
+    figures = {line["figure"]: line["value"] for line in map(json.loads, stream.getvalue().splitlines())}
+    assert [str(point["point"]["batch"]) for point in figures["race"]["cases"][0]["points"]] == ["1"]
+    assert "× ours" in figures["race_text"]
+
+
+def test_a_step_that_is_ended_ends_what_it_runs(tmp_path: Path) -> None:
+    psutil = pytest.importorskip("psutil")
+    code = f"""
+import signal, sys
+sys.path[:0] = {[str(GPU), *child.PACKAGES]!r}
+import timings
+signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+timings.run_python("it", "-c", "import sys, time; print('said', file=sys.stderr, flush=True); time.sleep(60)")
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    while not (below := psutil.Process(process.pid).children()):
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.terminate()
+    _, stderr = process.communicate(timeout=20)
+    assert (process.returncode, "said" in stderr) == (143, True)
+    assert psutil.wait_procs(below, timeout=5)[1] == []
 
 
 def test_the_race_is_in_the_report(job: Job) -> None:

@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +20,10 @@ import pytest
 from click.testing import CliRunner
 
 import vae_benchmarks.cli as cli
+import vae_benchmarks.race.ahead as ahead
 import vae_benchmarks.race.course as course
 from vae_benchmarks import MachineFacts, ReportError, machine
+from vae_benchmarks.children import at_once
 from vae_benchmarks.gpu import GpuFacts
 from vae_benchmarks.race import Case, Competitor, Point, RaceReport, RaceSettings, merge, race
 from vae_benchmarks.race.competitors import COMPETITORS, CUDA_COMPETITORS, competitors_on, engine_of
@@ -97,6 +100,79 @@ def test_everyone_is_compared_within_his_precision(report: RaceReport) -> None:
         *((operation, "torch-cuda-fp32") for operation in DEVICE_OPERATIONS),
         *((operation, "torch-cuda-fp16") for operation in OPERATIONS),
     }
+
+
+def configurations(found: RaceReport) -> dict[str, str]:
+    return {runner.name: runner.configuration for point in found.cases[0].points for runner in point.runners}
+
+
+@pytest.mark.parametrize("memory", [float("inf"), 10.0 * 2**30])
+def test_engines_are_loaded_at_once_where_they_fit(
+    memory: float, tiny: Path, with_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(course, "available_bytes", lambda: memory)
+    field = tuple(planted(f"{name}-cuda-fp32", variable="PLANTED_LOADED", resident=0.1) for name in ("ours", "a", "b"))
+    found = race([tiny], on_cuda(), lines.append, competitors=field)
+    fits = memory > 100 * 2**30
+    assert set(configurations(found).values()) == {"on cuda" if fits else "0 ms"}
+    assert any("loading all engines" in line for line in lines) == fits
+
+
+def test_an_engine_that_cannot_be_loaded_is_out_and_the_others_race(tiny: Path, with_gpu: None, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text("def load(device):\n    raise OSError('libcuda is broken')\n")
+    field = (
+        planted("ours-cuda-fp32", resident=0.1),
+        dataclasses.replace(planted("torch-cuda-fp32"), module=str(broken)),
+    )
+    (point,) = race([tiny], on_cuda(), competitors=field).cases[0].points
+    assert point.failed == {"torch-cuda-fp32": "OSError: libcuda is broken"}
+    assert {row.competitor for row in point.rows} == {"ours-cuda-fp32"}
+
+
+@pytest.mark.parametrize("memory", [float("inf"), 5.0 * 2**30])
+def test_what_compiles_has_done_so_before_it_is_opened(
+    memory: float, tiny: Path, with_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ahead, "available_bytes", lambda: memory)
+    monkeypatch.setattr(ahead, "usable_cores", lambda: 4)
+    field = (
+        planted("ours-cuda-fp32", resident=0.1),
+        *(
+            dataclasses.replace(planted(f"{name}-cuda-fp32", compiles=name, resident=0.1, fault=fault), compiles=True)
+            for name, fault in (("a", ""), ("b", ""), ("c", "absent"))
+        ),
+    )
+    found = race([tiny], on_cuda(), competitors=field)
+    times = 1 if memory > 10 * 2**30 else 0
+    assert configurations(found) == {
+        "ours-cuda-fp32": "0 ms",
+        "a-cuda-fp32": f"compiled {times} times before",
+        "b-cuda-fp32": f"compiled {times} times before",
+    }
+    assert found.cases[0].points[0].skipped == {"c-cuda-fp32": "the planted engine is not installed"}
+
+
+def test_compilers_race_with_their_own_kernels_measured_again() -> None:
+    assert {name for name, one in CUDA_COMPETITORS.items() if one.compiles} == {
+        f"torch-{mode}-cuda-{precision}"
+        for mode in ("compile", "reduce-overhead")
+        for precision in ("fp32", "tf32", "fp16")
+    }
+
+
+def test_what_is_interrupted_while_much_is_done_at_once_stops_it() -> None:
+    stopped = threading.Event()
+    with pytest.raises(KeyboardInterrupt):
+        at_once(lambda item: interrupt(item, stopped), range(3), 3, stopped.set)
+    assert stopped.is_set()
+
+
+def interrupt(item: int, stopped: threading.Event) -> None:
+    if item == 0:
+        raise KeyboardInterrupt
+    assert stopped.wait(10)
 
 
 def test_calls_on_the_device_are_judged_too(report: RaceReport) -> None:

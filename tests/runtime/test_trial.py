@@ -22,10 +22,11 @@ SHAPE = (3, 1, 8, 8)
 
 
 class Ways:
-    """What `open_for` is asked for, and what it makes of it. times: way -> of a call, relative to the plain way's."""
+    """What `open_for` is asked for, and what it makes of it. times: way -> of a call, relative to the plain way's; a
+    graph with the copies in it cannot be had unless it has one."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, tiny_path: Path, **times: float | Exception) -> None:
-        self.times, self.opened = times, []
+        self.times, self.opened = {"captured": DeviceError("not to be captured"), **times}, []
         self.model = (tiny_path / "encoder.onnx").read_bytes()
         self.session = VAE.load(tiny_path)._open_operations()[0].routes[0].any_batch
         self.session.device = Device("cuda:0", CUDA, {"device_id": "0", "use_tf32": "0"})
@@ -40,17 +41,23 @@ class Ways:
     def last(self) -> str:
         return self.opened[-1][-1]
 
-    def open_for(self, model: bytes, shape: tuple[int, ...], device: Device, stream: Any = None) -> Any:
+    def open_for(
+        self, model: bytes, shape: tuple[int, ...], device: Device, stream: Any = None, captures: bool = False
+    ) -> Any:
         assert (model, shape) == (self.model, SHAPE)
         names = {"enable_cuda_graph": "alone", "prefer_nhwc": "NHWC", "user_compute_stream": "pinned"}
         way = [word for option, word in names.items() if option in device.options]
+        if captures:
+            assert {"alone", "pinned"} <= set(way)
+            assert device.options["enable_cuda_graph"] == "0"
+            way = [*(word for word in way if word == "NHWC"), "captured"]
         self.opened.append(way or ["plain"])
-        assert (stream is not None) == ("pinned" in way)
+        assert (stream is not None) == ("pinned" in way or captures)
         if isinstance(error := self.times.get(self.last()), Exception):
             raise error
-        session = GraphSession(self.model, "encoder.onnx", Device("cpu", CPU), fixed=shape)
+        session = GraphSession(self.model, "encoder.onnx", Device("cpu", CPU), fixed=shape, captures=captures)
         session.require_boundary(self.session._boundary)
-        session.device = device
+        session.device, session._stream = device, stream
         if self.last() in self.wrong:
             real = session.run
             spoil = self.wrong[self.last()]
@@ -62,29 +69,66 @@ class Ways:
 
 
 @pytest.mark.parametrize(
-    ("nhwc", "pinned", "opened", "chosen"),
+    ("nhwc", "captured", "pinned", "chosen"),
     [
-        (1.0, 1.0, [["plain"], ["NHWC"], ["pinned"]], set()),
-        (0.9, 1.2, [["plain"], ["NHWC"], ["NHWC", "pinned"]], {"prefer_nhwc"}),
-        (1.1, 0.5, [["plain"], ["NHWC"], ["pinned"]], {"user_compute_stream"}),
-        (0.9, 0.5, [["plain"], ["NHWC"], ["NHWC", "pinned"]], {"prefer_nhwc", "user_compute_stream"}),
-        (0.98, 0.975, [["plain"], ["NHWC"], ["pinned"]], set()),  # too little to be worth it
+        (1.0, 1.0, 1.0, set()),
+        (0.9, 1.1, 1.2, {"prefer_nhwc"}),
+        (1.1, 1.0, 0.5, {"user_compute_stream"}),
+        (0.9, 2.0, 0.5, {"prefer_nhwc", "user_compute_stream"}),
+        (0.98, 0.98, 0.975, set()),  # too little to be worth it
+        (1.1, 0.9, None, {"user_compute_stream", "enable_cuda_graph"}),
+        (0.9, 0.5, None, {"prefer_nhwc", "user_compute_stream", "enable_cuda_graph"}),
     ],
 )
 def test_the_faster_way_is_taken(
     nhwc: float,
-    pinned: float,
-    opened: list[list[str]],
+    captured: float,
+    pinned: float | None,
     chosen: set[str],
     monkeypatch: pytest.MonkeyPatch,
     tiny_path: Path,
 ) -> None:
-    ways = Ways(monkeypatch, tiny_path, NHWC=nhwc, pinned=pinned)
+    ways = Ways(monkeypatch, tiny_path, NHWC=nhwc, captured=captured, pinned=pinned)
     best = ways.choose()
     assert best.device.options.keys() - {"device_id", "use_tf32"} == chosen
-    assert ways.opened == opened
-    is_staged = "user_compute_stream" in chosen
-    assert best.trials == {"NHWC": nhwc, "pinned": pinned, **({"on_device": 1.0} if is_staged else {})}
+    layout = ["NHWC"] if "prefer_nhwc" in chosen else []
+    copies = [["captured"]] if pinned is None else [["captured"], ["pinned"]]  # the second in place of the first
+    assert ways.opened == [["plain"], ["NHWC"], *([*layout, *way] for way in copies)]
+    expected = {"NHWC": nhwc, "captured": captured, "pinned": pinned, "on_device": 1.0}
+    assert best.trials == {
+        name: time
+        for name, time in expected.items()
+        if time is not None and (name != "on_device" or "user_compute_stream" in chosen)
+    }
+    copies = "captured" if "enable_cuda_graph" in chosen else "pinned"
+    assert best.describe_way()["copies"] == (copies if "user_compute_stream" in chosen else "pageable")
+    assert best.describe_way()["launch_graph"]
+
+
+@pytest.mark.parametrize(
+    ("time", "is_taken"), [(0.9, True), (0.98, False), (DeviceError("not reached"), False), ("wrong", False)]
+)
+def test_outputs_are_written_to_the_host_where_that_is_faster(
+    time: Any, is_taken: bool, monkeypatch: pytest.MonkeyPatch, tiny_path: Path
+) -> None:
+    ways = Ways(monkeypatch, tiny_path, NHWC=1.0, captured=0.5)
+    call = SimpleNamespace(begin="copies")
+    outputs = {"copies": [np.ones(2, np.float32)], "writes": [np.full(2, 1 + (time == "wrong"), np.float32)]}
+    call.run = lambda array: outputs[call.begin]
+
+    def begin_unfetched(session: GraphSession) -> str:
+        assert session.describe_way()["copies"] == "captured"
+        if isinstance(time, Exception):
+            raise time
+        ways.times["captured"] = time
+        return "writes"
+
+    call.begin_unfetched = begin_unfetched
+    monkeypatch.setattr(GraphSession, "captured_call", property(lambda session: call if session._captures else None))
+    best = ways.choose()
+    assert best.is_unfetched is best.describe_way()["unfetched"] is is_taken
+    assert call.begin == ("writes" if is_taken else "copies")
+    assert str(best.trials["unfetched"]).startswith("outputs differ by 1" if time == "wrong" else str(time))
 
 
 def test_what_cannot_be_had_or_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> None:
@@ -105,24 +149,28 @@ def test_what_cannot_be_had_or_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyP
 def test_every_precision_has_its_tolerance(precision: str, monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> None:
     ways = Ways(monkeypatch, tiny_path, NHWC=0.9, pinned=1.0)
     ways.session.device = ways.session.device._replace(precision=precision)
-    assert ways.choose().trials == {"NHWC": 0.9, "pinned": 1.0}
+    assert ways.choose().trials == {"NHWC": 0.9, "captured": "not to be captured", "pinned": 1.0}
     ways.wrong = {"NHWC": lambda output: output + 0.1}
     assert str(ways.choose().trials["NHWC"]).startswith("outputs differ by ")
 
 
 def test_memory_that_lacks_for_another_way_costs_no_result(monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> None:
-    ways = Ways(monkeypatch, tiny_path, NHWC=OutOfMemoryError("no memory"), pinned=MemoryError("none to pin"))
-    assert ways.choose().trials == {"NHWC": "no memory", "pinned": "none to pin"}
+    errors = {"NHWC": OutOfMemoryError("no memory"), "captured": OutOfMemoryError("none"), "pinned": MemoryError("nor")}
+    assert Ways(monkeypatch, tiny_path, **errors).choose().trials == {
+        "NHWC": "no memory",
+        "captured": "none",
+        "pinned": "nor",
+    }
 
 
 def test_layouts_are_tried_only_where_there_are_convolutions(monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> None:
     ways = Ways(monkeypatch, tiny_path, pinned=1.0, NHWC=1.0)
     ways.operators = {"Gemm", "Relu"}
     ways.choose()
-    assert ways.opened == [["plain"], ["pinned"]]
+    assert ways.opened == [["plain"], ["captured"], ["pinned"]]
     ways.operators = None  # this onnxruntime does not tell
     ways.choose()
-    assert ways.opened[2:] == [["plain"], ["NHWC"], ["pinned"]]
+    assert ways.opened[3:] == [["plain"], ["NHWC"], ["captured"], ["pinned"]]
 
 
 def test_what_the_caller_decides_is_not_tried(monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> None:
@@ -138,7 +186,7 @@ def test_graph_that_cannot_be_captured_runs_without(monkeypatch: pytest.MonkeyPa
     """onnxruntime refuses to capture what it has not put onto the GPU as a whole."""
     ways = Ways(monkeypatch, tiny_path, plain=DeviceError("cannot use the graph capture feature"), NHWC=1.0, pinned=1.0)
     best = ways.choose()
-    assert ways.opened[:2] == [["plain"], ["alone"]]
+    assert ways.opened == [["plain"], ["alone"], ["alone", "NHWC"], ["alone", "pinned"]]
     assert best.describe_way()["launch_graph"] is False
     ways.times["plain"] = OutOfMemoryError("full")
     with pytest.raises(OutOfMemoryError, match="full"):
@@ -159,8 +207,9 @@ def test_the_plan_says_how_it_works(monkeypatch: pytest.MonkeyPatch, tiny_path: 
             "launch_graph": True,
             "layout": "NHWC",
             "copies": "pageable",
+            "unfetched": False,
             "on_device": False,
-            "trials": {"NHWC": 0.5, "pinned": 2.0},
+            "trials": {"NHWC": 0.5, "captured": "not to be captured", "pinned": 2.0},
         }
     ]
 

@@ -32,7 +32,7 @@ def compile_ahead(
     What compilers choose by trying it out is not kept, as the trials disturbed each other; see `torch_halves`.
     """
     jobs = [(case, point, one) for case, point in points for one in competitors if one.compiles]
-    count = min(usable_cores(), int((available_bytes() - MEMORY_RESERVE) // LOADED_BYTES))
+    count = int(min(usable_cores(), (available_bytes() - MEMORY_RESERVE) / LOADED_BYTES))
     if len(jobs) < 2 or count < 2:
         return
     tell(f"compiling ahead, {count} at once")

@@ -75,15 +75,18 @@ def synchronize(index: int) -> None:
 
 
 class ContextOf:
-    """While it lasts, this thread's calls of the driver are for GPU `index`, whatever they are for otherwise."""
+    """While it lasts, this thread's calls of the driver are for GPU `index`, whatever they are for otherwise.
+
+    handle: the context, for the driver.
+    """
 
     def __init__(self, index: int) -> None:
-        self._index, self._context = index, _primary_context(index)
+        self._index, self.handle = index, _primary_context(index)
         self._push, self._pop = driver().cuCtxPushCurrent_v2, driver().cuCtxPopCurrent_v2
         self._popped = ctypes.byref(ctypes.c_void_p())
 
     def __enter__(self) -> None:
-        if (status := self._push(self._context)) != 0:
+        if (status := self._push(self.handle)) != 0:
             raise DeviceError(f"GPU {self._index} cannot be used in this thread (CUDA error {status})")
 
     def __exit__(self, *_: object) -> None:

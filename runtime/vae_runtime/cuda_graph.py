@@ -9,6 +9,7 @@ import ctypes
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from .cuda import ContextOf, driver
@@ -52,29 +53,57 @@ class LaunchGraph:
     def __init__(
         self, context: ContextOf, stream: ctypes.c_void_p, steps: Sequence[Callable[[], object]], host: Sequence[range]
     ) -> None:
-        graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
-        cuda = driver()
+        graph, executable, cuda = ctypes.c_void_p(), ctypes.c_void_p(), driver()
         require(cuda.cuStreamBeginCapture_v2(stream, _RELAXED), "record what a stream is given")
         try:
             for step in steps:
                 step()
-        finally:
-            status = cuda.cuStreamEndCapture(stream, ctypes.byref(graph))
-        require(status, "record what a stream is given")
-        try:
-            _require_repeatable(graph, host)
-            status = cuda.cuGraphInstantiateWithFlags(ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
-            require(status, "make a graph of launches")
-        finally:
-            cuda.cuGraphDestroy(graph)
-        self._launch, self._executable, self._stream = cuda.cuGraphLaunch, executable, stream
-        freed = weakref.finalize(self, _free, cuda.cuGraphExecDestroy, context, executable, os.getpid())
+        except BaseException:
+            if cuda.cuStreamEndCapture(stream, ctypes.byref(graph)) == 0:
+                cuda.cuGraphDestroy(graph)
+            raise
+        require(cuda.cuStreamEndCapture(stream, ctypes.byref(graph)), "record what a stream is given")
+        self._graph, self._executable, self._context, self._stream = graph, executable, context, stream
+        freed = weakref.finalize(self, _free, cuda, context, executable, graph, os.getpid())
         freed.atexit = False  # the driver may be gone by then, and takes it along
+        self._launch = cuda.cuGraphLaunch
+        _require_repeatable(graph, host)
+        status = cuda.cuGraphInstantiateWithFlags(ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
+        require(status, "make a graph of launches")
 
     def launch(self) -> None:
         """Begin all of it, in the stream's order."""
         if (status := self._launch(self._executable, self._stream)) != 0:
             require(status, "launch a graph")
+
+    def copy(self, source: int, target: int, moves: str) -> MovableCopy:
+        """That one of its copies, of which one side is to move: "source" or "target". Raises `DeviceError` where there
+        is none."""
+        for node in _nodes(self._graph):
+            if _kind(node) == _COPY:
+                copy = _parameters(node)
+                if (copy.source_device, copy.target_device) == (source, target):
+                    return MovableCopy(self._executable, self._context, node, copy, f"{moves}_device")
+        raise DeviceError(f"no copy from {source:#x} to {target:#x} was recorded")
+
+
+class MovableCopy:
+    """A copy on the GPU in a graph that lasts at least as long: where it begins or ends in the launches to come."""
+
+    def __init__(
+        self, executable: ctypes.c_void_p, context: ContextOf, node: ctypes.c_void_p, copy: _Copy, side: str
+    ) -> None:
+        self._copy, self._side, self._address = copy, side, getattr(copy, side)
+        set_parameters = driver().cuGraphExecMemcpyNodeSetParams
+        self._set = partial(set_parameters, executable, node, ctypes.byref(copy), context.handle)
+
+    def move_to(self, address: int) -> None:
+        """An address on the GPU. Raises `DeviceError` where the driver does not move it."""
+        if self._address != address:
+            self._address = None  # until it is there
+            setattr(self._copy, self._side, address)
+            require(self._set(), "move a copy")
+            self._address = address
 
 
 def require(status: int, what: str) -> None:
@@ -87,18 +116,28 @@ def require(status: int, what: str) -> None:
 
 def _require_repeatable(graph: ctypes.c_void_p, host: Sequence[range]) -> None:
     for node in _nodes(graph):
-        kind = ctypes.c_int()
-        require(driver().cuGraphNodeGetType(node, ctypes.byref(kind)), "describe a graph")
-        if kind.value not in _REPEATABLE:
-            raise DeviceError(f"what the stream is given has a step of kind {kind.value}, which is for one run alone")
-        if kind.value != _COPY:
+        kind = _kind(node)
+        if kind not in _REPEATABLE:
+            raise DeviceError(f"what the stream is given has a step of kind {kind}, which is for one run alone")
+        if kind != _COPY:
             continue
-        copy = _Copy()
-        require(driver().cuGraphMemcpyNodeGetParams(node, ctypes.byref(copy)), "describe a graph")
+        copy = _parameters(node)
         for side in ("source", "target"):
             address = _host_address(*(getattr(copy, f"{side}_{name}") for name in ("type", "host", "device")))
             if address is not None and not any(address in memory for memory in host):
                 raise DeviceError("what the stream is given copies host memory that may be gone at the next launch")
+
+
+def _kind(node: ctypes.c_void_p) -> int:
+    kind = ctypes.c_int()
+    require(driver().cuGraphNodeGetType(node, ctypes.byref(kind)), "describe a graph")
+    return kind.value
+
+
+def _parameters(node: ctypes.c_void_p) -> _Copy:
+    copy = _Copy()
+    require(driver().cuGraphMemcpyNodeGetParams(node, ctypes.byref(copy)), "describe a graph")
+    return copy
 
 
 def _nodes(graph: ctypes.c_void_p) -> Iterator[ctypes.c_void_p]:
@@ -118,7 +157,9 @@ def _host_address(kind: int, host: int | None, device: int | None) -> int | None
     return None if kind == _DEVICE else host or 0
 
 
-def _free(destroy: Callable[[Any], int], context: ContextOf, executable: ctypes.c_void_p, process: int) -> None:
+def _free(cuda: Any, context: ContextOf, executable: ctypes.c_void_p, graph: ctypes.c_void_p, process: int) -> None:
     if os.getpid() == process:  # a forked child has no context
         with context:
-            destroy(executable)
+            if executable:  # it was made
+                cuda.cuGraphExecDestroy(executable)
+            cuda.cuGraphDestroy(graph)

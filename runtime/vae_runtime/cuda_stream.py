@@ -109,7 +109,7 @@ class Stream:
 
     def capture(self, steps: Sequence[Callable[[], object]], host: Sequence[Float32]) -> LaunchGraph:
         """What the steps give this stream, which is entered and has nothing to do, as one launch; none of it is done
-        yet. host: the arrays in host memory that they copy from or to."""
+        yet. host: the arrays in host memory that they copy from or to. Raises as `LaunchGraph`."""
         places = [range(array.ctypes.data, array.ctypes.data + array.nbytes) for array in host]
         return LaunchGraph(self._context, self._stream, steps, places)
 

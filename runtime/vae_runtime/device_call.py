@@ -16,6 +16,7 @@ from .errors import DeviceError, VAEError
 from .preprocess import Float32, ValueRule
 
 if TYPE_CHECKING:
+    from .cuda_graph import LaunchGraph, MovableCopy
     from .cuda_stream import Stream
     from .session import GraphSession
 
@@ -201,14 +202,18 @@ class StagedCall(DeviceCall):
             try:
                 found = [self._make(part.shape, np.float32, self._device) for part in self._parts]
                 with self._stream:
-                    self._take(value.data_ptr())
-                    self._run()
-                    for new, give in zip(found, self._give, strict=True):
-                        give(new.data_ptr())
+                    self._run_on_device(value.data_ptr(), [new.data_ptr() for new in found])
                     self._stream.wait()
             except Exception:
                 return None
         return [self._wrap(new) for new in found]
+
+    def _run_on_device(self, source: int, targets: list[int]) -> None:
+        """From one address on the GPU to others, one for each output."""
+        self._take(source)
+        self._run()
+        for give, target in zip(self._give, targets, strict=True):
+            give(target)
 
     def _steps_to(self, decoder: StagedCall) -> list[Callable[[], None]]:
         return [self._send, self._run, self._hand_over(decoder), decoder._run, decoder._fetch]
@@ -235,8 +240,10 @@ class CapturedCall(StagedCall):
                 super()._begin()
                 stream.wait()
         self._engine_run = self._run
-        self.begin = self._capture([self._send, self._engine_run, self._fetch])
-        self._run = self._capture([self._engine_run])
+        self.begin = self._capture([self._send, self._engine_run, self._fetch]).launch
+        self._run = self._capture([self._engine_run]).launch
+        self._resident: _Resident | None = None
+        self._is_resident = True  # until that turns out not to be had
 
     def begin_unfetched(self, session: GraphSession) -> Callable[[], None]:
         """Another `begin`: the kernels write the outputs to pinned memory themselves ("zero copy" in NVIDIA's CUDA C++
@@ -255,26 +262,61 @@ class CapturedCall(StagedCall):
                 for step in steps:
                     step()
                 self._stream.wait()
-            return self._capture(steps)
+            return self._capture(steps).launch
         except VAEError:
             raise
         except Exception as error:
             raise DeviceError(first_line(error)) from error
 
-    def _capture(self, steps: Sequence[Callable[[], object]], *host: Float32) -> Callable[[], None]:
+    def _capture(self, steps: Sequence[Callable[[], object]], *host: Float32) -> LaunchGraph:
         """As one launch. host: pinned memory that they copy from or to, beside this call's own."""
         with self._stream:
-            return self._stream.capture(steps, [self._given, self._found, *host]).launch
+            return self._stream.capture(steps, [self._given, self._found, *host])
 
     def _begin(self) -> None:
         self.begin()
+
+    def _run_on_device(self, source: int, targets: list[int]) -> None:
+        try:
+            if self._resident is None and self._is_resident:
+                self._is_resident = False  # unless it comes to the next line
+                self._resident, self._is_resident = self._capture_on_device(source, targets), True
+            if self._resident is not None:
+                self._resident.move(source, targets)
+        except Exception:  # then one by one
+            return super()._run_on_device(source, targets)
+        if self._resident is None:
+            return super()._run_on_device(source, targets)
+        self._resident.graph.launch()
+
+    def _capture_on_device(self, source: int, targets: list[int]) -> _Resident:
+        """The same as one launch, whose copies are moved from call to call."""
+        place, outputs = self._input.data_ptr(), self._outputs.data_ptr()
+        gives = [partial(give, target) for give, target in zip(self._give, targets, strict=True)]
+        graph = self._capture([partial(self._take, source), self._engine_run, *gives])
+        places = [outputs + 4 * part.start for part in self._parts]
+        fetched = [graph.copy(start, target, "target") for start, target in zip(places, targets, strict=True)]
+        return _Resident(graph, graph.copy(source, place, "source"), fetched)
 
     def _steps_to(self, decoder: StagedCall) -> list[Callable[[], None]]:
         if isinstance(decoder, CapturedCall):
             steps = [self._send, self._engine_run, self._hand_over(decoder), decoder._engine_run, decoder._fetch]
             with contextlib.suppress(Exception):  # then one by one
-                return [self._capture(steps, decoder._found)]
+                return [self._capture(steps, decoder._found).launch]
         return super()._steps_to(decoder)
+
+
+class _Resident(NamedTuple):
+    """What runs a call for arrays on the device: the graph, and the copies in it, of the input and of each output."""
+
+    graph: LaunchGraph
+    sent: MovableCopy
+    fetched: list[MovableCopy]
+
+    def move(self, source: int, targets: list[int]) -> None:
+        self.sent.move_to(source)
+        for copy, target in zip(self.fetched, targets, strict=True):
+            copy.move_to(target)
 
 
 class _InUse:

@@ -131,13 +131,15 @@ class _Trial:
 
     def _compare_on_device(self) -> float | str:
         """The same of the graph of launches, between copies on the device, and of the session for any batch."""
-        there = self._session.to_device(self._array)
-        replay, run = partial(self.best.replay_on_device, there), partial(self._session.run_on_device, there)
-        found = replay()
-        if found is None:
-            return "it failed"
-        difference = self._difference([one.numpy() for one in found], [one.numpy() for one in run()])
-        return difference or _relative_time(replay, run)
+        there, other = map(self._session.to_device, (self._array, 1 - self._array))
+        found = [self.best.replay_on_device(one) for one in (there, other)]  # all of it is alive: at other addresses
+        for replayed, one in zip(found, (there, other), strict=True):
+            if replayed is None:
+                return "it failed"
+            expected = self._session.run_on_device(one)
+            if difference := self._difference(*([array.numpy() for array in half] for half in (replayed, expected))):
+                return difference
+        return _relative_time(partial(self.best.replay_on_device, there), partial(self._session.run_on_device, there))
 
     def _difference(self, found: list[Float32], expected: list[Float32]) -> str:
         """How far off outputs are, in words; empty where that is not too far."""

@@ -32,6 +32,16 @@ CUresult cuGraphMemcpyNodeGetParams(CUgraphNode handle, CUDA_MEMCPY3D* copy) {
   return CUDA_SUCCESS;
 }
 
+CUresult cuGraphExecMemcpyNodeSetParams(CUgraphExec executable, CUgraphNode handle, const CUDA_MEMCPY3D* copy,
+                                        CUcontext) {
+  auto* node = reinterpret_cast<Node*>(handle);
+  auto* source = reinterpret_cast<const void*>(copy->srcDevice);
+  auto* target = reinterpret_cast<const void*>(copy->dstDevice);
+  if (!is_on_gpu(source) || !is_on_gpu(target)) return CUDA_ERROR_INVALID_VALUE;
+  (*reinterpret_cast<Graph*>(executable))[node->index].work = copying(source, target, node->size);
+  return CUDA_SUCCESS;
+}
+
 CUresult cuPointerGetAttribute(void* found, CUpointer_attribute attribute, CUdeviceptr address) {
   if (attribute != CU_POINTER_ATTRIBUTE_MEMORY_TYPE) return CUDA_ERROR_INVALID_VALUE;
   bool is_gpu = is_on_gpu(reinterpret_cast<const void*>(address));

@@ -148,6 +148,10 @@ void say(const char* format, ...) {
   va_end(arguments);
 }
 
+Work copying(const void* source, const void* target, size_t size) {
+  return [=] { copy(const_cast<void*>(target), source, size); };
+}
+
 bool is_on_gpu(const void* address) {
   Lock lock(mutex);
   return block_of(address) != nullptr;
@@ -159,13 +163,13 @@ void* host_address(const void* address) {
   return block ? block->real + (static_cast<const char*>(address) - block->shown) : const_cast<void*>(address);
 }
 
-void enqueue(void* handle, Work work) { enqueue(handle, std::move(work), nullptr, nullptr); }
+void enqueue(void* handle, Work work) { enqueue(handle, std::move(work), nullptr, nullptr, 0); }
 
-void enqueue(void* handle, Work work, const void* source, const void* target) {
+void enqueue(void* handle, Work work, const void* source, const void* target, size_t size) {
   Lock lock(mutex);
   Stream* stream = stream_of(handle);
   if (stream->is_capturing) {
-    stream->captured.push_back({std::move(work), source, target});
+    stream->captured.push_back({std::move(work), source, target, size, stream->captured.size()});
     return;
   }
   if (stream == &default_stream) {
@@ -255,10 +259,10 @@ cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t size, cudaM
   bool from_pageable = !block_of(source) && !is_pinned(source), to_pageable = !block_of(target) && !is_pinned(target);
   if (from_pageable) {  // read before the call returns
     std::string bytes(static_cast<const char*>(source), size);
-    enqueue(handle, [=] { memmove(at<void>(target), bytes.data(), size); }, source, target);
+    enqueue(handle, [=] { memmove(at<void>(target), bytes.data(), size); }, source, target, size);
     return cudaSuccess;
   }
-  enqueue(handle, [=] { copy(target, source, size); }, source, target);
+  enqueue(handle, copying(source, target, size), source, target, size);
   if (to_pageable && !stream_of(handle)->is_capturing) finish(stream_of(handle));
   return cudaSuccess;
 }

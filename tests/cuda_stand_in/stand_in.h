@@ -23,6 +23,8 @@ bool is_on_gpu(const void* address);
 struct Node {  // of a graph of launches
   Work work;
   const void *source = nullptr, *target = nullptr;  // of a copy
+  size_t size = 0;
+  size_t index = 0;  // in its graph, and in what is made of that
 };
 using Graph = std::vector<Node>;
 
@@ -30,7 +32,10 @@ using Graph = std::vector<Node>;
 void enqueue(void* stream, Work work);
 
 // The same of a copy.
-void enqueue(void* stream, Work work, const void* source, const void* target);
+void enqueue(void* stream, Work work, const void* source, const void* target, size_t size);
+
+// What a copy does.
+Work copying(const void* source, const void* target, size_t size);
 
 // What a kernel does, by its demangled name, with the arguments and the grid that it is launched
 // with; empty where it is not known.

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from findings import Findings, Job
 
+from vae_benchmarks.race.peers.torch_modules import load_modules
 from vae_benchmarks.worker import tile
 from vae_runtime import VAE, OutOfMemoryError
 from vae_runtime.device_array import copy_to_device
@@ -41,7 +42,8 @@ def golden(findings: Findings, job: Job) -> None:
 
 
 def fidelity(findings: Findings, job: Job) -> None:
-    """Every precision against the CPU's fp32, before and after `warmup`, which takes other kernels."""
+    """Every precision against the CPU's fp32, before and after `warmup`, which takes other kernels. Where the case has
+    torch's modules, also what torch itself is off by in the same precision on the device: how much is arithmetic's."""
     x = job.case.reference()[INPUT]
     with VAE.load(job.case.bundle) as cpu:
         mean = cpu.encode(x).mean
@@ -57,6 +59,36 @@ def fidelity(findings: Findings, job: Job) -> None:
                 ):
                     findings.check(f"{precision} {state} {name}", error_of(found, expected, job), LIMITS[precision])
                 findings.figure(f"{precision} {state} mean", relative_error(vae.encode(x).mean, mean))
+    torch, reason = import_torch(job)
+    if torch is None or job.case.torch is None:
+        findings.skip("torch's own", reason or "the bundle alone has no torch modules")
+        return
+    with findings.guard("torch's own"):
+        own = {precision: torch_results(job, torch, precision, x, mean) for precision in findings.precisions(job)}
+        expected = {"decode": decoded, "reconstruct": reconstructed}
+        findings.figure(
+            "torch",
+            {
+                precision: {name: error_of(array, expected[name], job) for name, array in found.items()}
+                for precision, found in own.items()
+            },
+        )
+
+
+def torch_results(job: Job, torch: Any, precision: str, x: Float32, mean: Float32) -> dict[str, Float32]:
+    """The case's own modules on the device, eager, in the precision as the race has it."""
+    assert job.case.torch is not None
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    place: dict[str, Any] = {
+        "device": job.device.replace("tensorrt", "cuda"),
+        "dtype": torch.float16 if precision == "fp16" else torch.float32,
+    }
+    encoder, decoder = (half.to(**place) for half in load_modules(job.case.torch, job.case.facts.name))
+    with torch.inference_mode():
+        latents = encoder(torch.from_numpy(x).to(**place))
+        latents = latents[0] if isinstance(latents, tuple) else latents
+        given = {"decode": torch.from_numpy(mean).to(**place), "reconstruct": latents}
+        return {name: decoder(array).float().cpu().numpy() for name, array in given.items()}
 
 
 def calls(findings: Findings, job: Job) -> None:

@@ -108,8 +108,17 @@ def errors(units: list[dict[str, Any]]) -> str:
             worst = max(measured, key=lambda check: check["found"] / check["limit"])
             measured = [{**worst, "check": f"{worst['check']}, the largest of {len(measured)}"}]
         for check in measured:
-            rows.append([unit["step"], unit["case"], check["check"], f"{check['found']:.2e}", f"{check['limit']:.0e}"])
-    return section("Errors", ["step", "case", "what", "error", "at most"], rows)
+            torch = own_error(unit, check["check"])
+            row = [unit["step"], unit["case"], check["check"], f"{check['found']:.2e}", f"{check['limit']:.0e}"]
+            rows.append([*row, _DASH if torch is None else f"{torch:.2e}"])
+    return section("Errors", ["step", "case", "what", "error", "at most", "torch's own"], rows)
+
+
+def own_error(unit: dict[str, Any], check: str) -> float | None:
+    """Of torch in the same precision, beside "fp16 warm decode" and its like."""
+    precision, *_, operation = check.split(" ")
+    found: float | None = unit["figures"].get("torch", {}).get(precision, {}).get(operation)
+    return found
 
 
 def ways(units: list[dict[str, Any]]) -> str:
@@ -119,14 +128,17 @@ def ways(units: list[dict[str, Any]]) -> str:
         for way in unit["figures"].get("ways", []):
             trials = [f"{name} {found:.2f}" for name, found in way["trials"].items() if isinstance(found, float)]
             trials += [f"{name}: {one_line(found)}" for name, found in way["trials"].items() if isinstance(found, str)]
-            taken = ["launch graph" if way["launch_graph"] else "kernel by kernel", way["layout"], way["copies"]]
+            copies = "captured, outputs written" if way["unfetched"] else way["copies"]
+            on_device = "graph" if way["on_device"] else "session for any batch"
+            taken = ["launch graph" if way["launch_graph"] else "kernel by kernel", way["layout"], copies, on_device]
             shape = "x".join(map(str, way["shape"]))
             rows.append([unit["case"], way["precision"], way["operation"], shape, *taken, "; ".join(trials) or _DASH])
         memory = unit["figures"].get("memory", {})
         if memory:
             sizes = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in memory.items())
             notes.append(f"GPU memory of {unit['case']} in fp32, reconstructing 32 examples; pools of memory: {sizes}.")
-    head = ["case", "precision", "operation", "shape", "launches", "layout", "copies", "time of what was tried"]
+    head = ["case", "precision", "operation", "shape", "launches", "layout", "copies", "arrays on the device"]
+    head.append("time of what was tried")
     return "\n".join(filter(None, [section("Ways", head, rows), "\n".join(notes)]))
 
 

@@ -1,9 +1,12 @@
-"""Reports made of seeded synthetic rounds, and one that was really measured."""
+"""Reports made of seeded synthetic rounds, and one that was really measured; a case with torch modules."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from vae_benchmarks import (
 )
 from vae_benchmarks.harness import describe_method
 from vae_benchmarks.latency import Samples, Warmup
+from vae_benchmarks.race import Case
 from vae_benchmarks.report import PlannedRoute, summarize
 
 DATA = Path(__file__).parents[1] / "data"
@@ -99,3 +103,62 @@ def autoencoder() -> Path:
 def measured(tiny: Path) -> Report:
     """Two rounds of four rows on the tiny bundle, with tiny budgets."""
     return benchmark(tiny, Settings(("sample", "reconstruct"), (1, 6), (1,), seconds=0.02, rounds=2))
+
+
+MODULES = """
+import torch
+from torch import nn
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 8))
+
+    def forward(self, x):
+        return self.body(x).chunk(2, dim=1)
+
+def build(name):
+    torch.manual_seed(0)
+    up = nn.Sequential(nn.Linear(4, 256), nn.Unflatten(1, (4, 8, 8)), nn.Conv2d(4, 1, 3, padding=1), nn.Sigmoid())
+    return Encoder(), up
+"""
+
+
+@pytest.fixture(scope="session")
+def torch_case(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle as a case, with torch modules of its shapes but other weights, and their outputs as reference."""
+    torch = pytest.importorskip("torch")
+    folder = tmp_path_factory.mktemp("torch") / "case"
+    (folder / "plain").mkdir(parents=True)
+    (folder / "torch").mkdir()
+    shutil.copytree(tiny, folder / "bundle.vae")
+    for half in ("encoder", "decoder"):
+        shutil.copy(tiny / f"{half}.onnx", folder / "plain")
+    (folder / "torch" / "modules.py").write_text(MODULES)
+    namespace: dict[str, Any] = {}
+    exec(MODULES, namespace)
+    encoder, decoder = namespace["build"]("small")
+    torch.save({"encoder": encoder.state_dict(), "decoder": decoder.state_dict()}, folder / "torch" / "weights.pt")
+    x = np.random.default_rng(0).random((4, 1, 8, 8), np.float32)
+    with torch.inference_mode():
+        mean, logvar = encoder(torch.from_numpy(x))
+        reconstruction = decoder(mean)
+    outputs = {"mean": mean, "logvar": logvar, "reconstruction": reconstruction}
+    np.savez(folder / "inputs.npz", x=x, **{name: value.numpy() for name, value in outputs.items()})
+    manifest = Case.open(tiny).manifest
+    document = {
+        "format": "vae-case",
+        "format_version": 1,
+        "name": "small",
+        "description": "small",
+        "kind": "vae",
+        "input_shape": list(manifest.input.shape),
+        "latent_shape": list(manifest.latent.shape),
+        "parameters": None,
+        "macs": None,
+        "data": None,
+        "quality": None,
+        "architecture": {"name": "small", "arguments": {}},
+    }
+    (folder / "case.json").write_text(json.dumps(document))
+    return folder

@@ -70,15 +70,18 @@ def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespa
 
 def test_ways_are_shown_with_what_was_tried() -> None:
     way = {"precision": "fp32", "operation": "encode", "shape": [8, 3, 64, 64], "launch_graph": True}
-    way |= {"layout": "NHWC", "copies": "pageable", "trials": {"NHWC": 0.81, "pinned": "no memory\nto pin"}}
+    way |= {"layout": "NHWC", "copies": "captured", "unfetched": True, "on_device": True}
+    way |= {"trials": {"NHWC": 0.81, "pinned": "no memory\nto pin"}}
     plain = {**way, "operation": "decode", "launch_graph": False, "layout": "NCHW", "trials": {}}
+    plain |= {"copies": "pageable", "unfetched": False, "on_device": False}
     figures = {"ways": [way, plain], "memory": {"each its own": 3 * 2**20, "one for both": 2**21}}
     unit = {"step": "ways", "case": "conv64", "figures": figures}
     text = report_text.ways([unit, {"step": "golden", "case": "conv64", "figures": {}}])
     rows = [line for line in text.splitlines() if line.startswith("| conv64")]
     assert rows == [
-        "| conv64 | fp32 | encode | 8x3x64x64 | launch graph | NHWC | pageable | NHWC 0.81; pinned: no memory to pin |",
-        "| conv64 | fp32 | decode | 8x3x64x64 | kernel by kernel | NCHW | pageable | – |",
+        "| conv64 | fp32 | encode | 8x3x64x64 | launch graph | NHWC | captured, outputs written | graph | NHWC 0.81;"
+        " pinned: no memory to pin |",
+        "| conv64 | fp32 | decode | 8x3x64x64 | kernel by kernel | NCHW | pageable | session for any batch | – |",
     ]
     assert text.endswith("reconstructing 32 examples; pools of memory: each its own 3 MiB, one for both 2 MiB.")
     assert report_text.ways([{"step": "ways", "case": "x", "figures": {"ways": []}}]) == ""
@@ -94,7 +97,7 @@ def test_ways_and_memory_on_the_gpu(tiny: Path) -> None:
     assert {(way["precision"], way["operation"]) for way in figures["ways"]} == {
         (precision, operation) for precision in ("fp32", "tf32") for operation in ("encode", "decode")
     }
-    assert all(way["launch_graph"] and "pinned" in way["trials"] for way in figures["ways"])
+    assert all(way["launch_graph"] and "captured" in way["trials"] for way in figures["ways"])
     own, one = figures["memory"]["each its own"], figures["memory"]["one for both"]
     assert own >= one > 2**16
 
@@ -218,6 +221,34 @@ def test_fidelity_is_looked_at_after_warming_up_too(job: Job, monkeypatch: pytes
     monkeypatch.setattr(VAE, "warmup", lambda vae, batch_sizes: warm.append(vae))
     monkeypatch.setattr(VAE, "decode", lambda vae, z, **options: real(vae, z, **options) + np.float32(vae in warm))
     assert failed_by(checks.fidelity, job) == {"fp32 warm decode", "fp32 warm reconstruct"}
+
+
+def test_torch_s_own_error_stands_beside_it(torch_case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The case's bundle has other weights than its modules, which here play a torch that is far off."""
+    job = Job("cpu", Case.open(torch_case), True, budget=1.0)
+    stream = io.StringIO()
+    checks.fidelity(Findings(stream), job)
+    lines = child.parse_lines(stream.getvalue())
+    figures = {line["figure"]: line["value"] for line in lines if "figure" in line}
+    assert figures["torch"]["fp32"].keys() == {"decode", "reconstruct"}
+    assert min(figures["torch"]["fp32"].values()) > 0.01
+    unit = {"step": "fidelity", "case": "small", "figures": {"torch": {"fp16": {"decode": 0.25}}}}
+    found = [{"check": f"fp16 warm {name}", "found": 0.5, "limit": 1.0} for name in ("decode", "reconstruct")]
+    text = report_text.errors([{**unit, "checks": found}])
+    assert "| fidelity | small | fp16 warm decode | 5.00e-01 | 1e+00 | 2.50e-01 |" in text
+    assert "| fidelity | small | fp16 warm reconstruct | 5.00e-01 | 1e+00 | – |" in text
+
+
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-6), ("fp16", 5e-3)])
+def test_torch_s_results_are_those_of_the_case(torch_case: Path, precision: str, error: float) -> None:
+    torch = pytest.importorskip("torch")
+    case = Case.open(torch_case)
+    reference = case.reference()
+    job = Job("cpu", case, True, budget=1.0)
+    found = checks.torch_results(job, torch, precision, reference["x"], reference["mean"])
+    for array in found.values():
+        np.testing.assert_allclose(array, reference["reconstruction"], atol=error)
+    assert (np.abs(found["decode"] - reference["reconstruction"]).max() > 1e-5) == (precision == "fp16")
 
 
 def test_the_limits_are_those_that_were_promised() -> None:

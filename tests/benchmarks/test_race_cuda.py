@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import shutil
 import subprocess
 import sys
 import threading
@@ -395,65 +393,6 @@ def test_what_is_bound_for_a_cuda_graph_is_copied_in_and_out(tiny: Path) -> None
     (value,) = bound.on_device(onnxruntime.OrtValue.ortvalue_from_numpy(z.copy(), "cpu", 0))
     bound.from_host(1 - z)
     np.testing.assert_allclose(value.numpy(), reference["reconstruction"], atol=1e-5)
-
-
-MODULES = """
-import torch
-from torch import nn
-
-class Encoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 8))
-
-    def forward(self, x):
-        return self.body(x).chunk(2, dim=1)
-
-def build(name):
-    torch.manual_seed(0)
-    up = nn.Sequential(nn.Linear(4, 256), nn.Unflatten(1, (4, 8, 8)), nn.Conv2d(4, 1, 3, padding=1), nn.Sigmoid())
-    return Encoder(), up
-"""
-
-
-@pytest.fixture(scope="module")
-def torch_case(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny bundle as a case, with torch modules of its shapes but other weights, and their outputs as reference."""
-    torch = pytest.importorskip("torch")
-    folder = tmp_path_factory.mktemp("torch") / "case"
-    (folder / "plain").mkdir(parents=True)
-    (folder / "torch").mkdir()
-    shutil.copytree(tiny, folder / "bundle.vae")
-    for half in ("encoder", "decoder"):
-        shutil.copy(tiny / f"{half}.onnx", folder / "plain")
-    (folder / "torch" / "modules.py").write_text(MODULES)
-    namespace: dict[str, Any] = {}
-    exec(MODULES, namespace)
-    encoder, decoder = namespace["build"]("small")
-    torch.save({"encoder": encoder.state_dict(), "decoder": decoder.state_dict()}, folder / "torch" / "weights.pt")
-    x = np.random.default_rng(0).random((4, 1, 8, 8), np.float32)
-    with torch.inference_mode():
-        mean, logvar = encoder(torch.from_numpy(x))
-        reconstruction = decoder(mean)
-    outputs = {"mean": mean, "logvar": logvar, "reconstruction": reconstruction}
-    np.savez(folder / "inputs.npz", x=x, **{name: value.numpy() for name, value in outputs.items()})
-    manifest = Case.open(tiny).manifest
-    document = {
-        "format": "vae-case",
-        "format_version": 1,
-        "name": "small",
-        "description": "small",
-        "kind": "vae",
-        "input_shape": list(manifest.input.shape),
-        "latent_shape": list(manifest.latent.shape),
-        "parameters": None,
-        "macs": None,
-        "data": None,
-        "quality": None,
-        "architecture": {"name": "small", "arguments": {}},
-    }
-    (folder / "case.json").write_text(json.dumps(document))
-    return folder
 
 
 def test_the_real_competitors_race_without_a_gpu(tiny: Path, with_gpu: None) -> None:

@@ -243,7 +243,7 @@ class CapturedCall(StagedCall):
         self.begin = self._capture([self._send, self._engine_run, self._fetch]).launch
         self._run = self._capture([self._engine_run]).launch
         self._resident: _Resident | None = None
-        self._is_resident = True  # until that turns out not to be had
+        self._was_captured_on_device = False
 
     def begin_unfetched(self, session: GraphSession) -> Callable[[], None]:
         """Another `begin`: the kernels write the outputs to pinned memory themselves ("zero copy" in NVIDIA's CUDA C++
@@ -277,17 +277,18 @@ class CapturedCall(StagedCall):
         self.begin()
 
     def _run_on_device(self, source: int, targets: list[int]) -> None:
-        try:
-            if self._resident is None and self._is_resident:
-                self._is_resident = False  # unless it comes to the next line
-                self._resident, self._is_resident = self._capture_on_device(source, targets), True
+        ready = None
+        with contextlib.suppress(Exception):  # else one by one
+            if not self._was_captured_on_device:
+                self._was_captured_on_device = True  # or cannot be
+                self._resident = self._capture_on_device(source, targets)
             if self._resident is not None:
                 self._resident.move(source, targets)
-        except Exception:  # then one by one
-            return super()._run_on_device(source, targets)
-        if self._resident is None:
-            return super()._run_on_device(source, targets)
-        self._resident.graph.launch()
+                ready = self._resident
+        if ready is None:
+            super()._run_on_device(source, targets)
+        else:
+            ready.graph.launch()
 
     def _capture_on_device(self, source: int, targets: list[int]) -> _Resident:
         """The same as one launch, whose copies are moved from call to call."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .engine import import_engine
+from .engine import import_engine, is_engine_error
 from .preprocess import Float32, ValueRule
 
 if TYPE_CHECKING:
@@ -66,7 +66,9 @@ class BoundCall:
             return None
         try:
             self._run()
-        except Exception:
+        except Exception as error:
+            if not is_engine_error(error):
+                raise
             return None
         return [output.copy() for output in self._outputs]
 
@@ -101,6 +103,8 @@ class BoundPair:
         try:
             self._encode()
             self._decode()
-        except Exception:
+        except Exception as error:
+            if not is_engine_error(error):
+                raise
             return False
         return True

@@ -41,7 +41,7 @@ class _Copy(ctypes.Structure):
 
 
 class LaunchGraph:
-    """What `steps` give `stream`, in the thread whose stream it is and while its context is this thread's.
+    """One launch of all that `steps` give `stream`. Made in the stream's own thread, within its context.
 
     The memory that they name has to outlive it. host: the addresses of host memory that may be copied from or to; what
     lies elsewhere may be gone, or another's, at the next launch.
@@ -54,12 +54,13 @@ class LaunchGraph:
         self, context: ContextOf, stream: ctypes.c_void_p, steps: Sequence[Callable[[], object]], host: Sequence[range]
     ) -> None:
         graph, executable, cuda = ctypes.c_void_p(), ctypes.c_void_p(), driver()
-        require(cuda.cuStreamBeginCapture_v2(stream, _RELAXED), "record what a stream is given")
         try:
+            require(cuda.cuStreamBeginCapture_v2(stream, _RELAXED), "record what a stream is given")
             for step in steps:
                 step()
         except BaseException:
-            if cuda.cuStreamEndCapture(stream, ctypes.byref(graph)) == 0:
+            cuda.cuStreamEndCapture(stream, ctypes.byref(graph))
+            if graph:
                 cuda.cuGraphDestroy(graph)
             raise
         require(cuda.cuStreamEndCapture(stream, ctypes.byref(graph)), "record what a stream is given")

@@ -16,7 +16,8 @@ from .cuda import ContextOf, driver
 from .cuda_graph import LaunchGraph, require
 from .preprocess import Float32
 
-_NON_BLOCKING, _PORTABLE = 1, 1  # CU_STREAM_NON_BLOCKING and CU_MEMHOSTALLOC_PORTABLE of cuda.h
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING of cuda.h
+_PORTABLE_AND_MAPPED = 3  # CU_MEMHOSTALLOC_PORTABLE and _DEVICEMAP: for every context, and for kernels
 _of_thread = threading.local()
 _idle: dict[int, list[ctypes.c_void_p]] = {}  # by GPU: streams of threads that have ended
 
@@ -26,7 +27,8 @@ class Stream:
 
     Each thread has one per GPU, `Stream.of_thread(index)`, which another one gets after its end.
 
-    handle: as onnxruntime's option `user_compute_stream` takes it.
+    handle: as onnxruntime's option `user_compute_stream` takes it. is_capturing: what it is given now is recorded, not
+        done.
 
     Raises:
         DeviceError: the driver refuses. OutOfMemoryError: for want of memory.
@@ -45,6 +47,7 @@ class Stream:
         # Never destroyed: a session that worked on it may be freed later.
         weakref.finalize(self, idle.append, stream).atexit = False
         self._synchronize = driver().cuStreamSynchronize
+        self.is_capturing = False
         self.handle = str(stream.value)
 
     @classmethod
@@ -59,16 +62,18 @@ class Stream:
         self._context.__enter__()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:  # by Ctrl-C, say: nothing that was begun outlives the memory that it is for
-            self._synchronize(self._stream)
-        self._context.__exit__()
+        try:
+            if kind is not None:  # by Ctrl-C, say: nothing that was begun outlives the memory that it is for
+                self._synchronize(self._stream)
+        finally:
+            self._context.__exit__()
 
     def pinned(self, values: int) -> Float32:
         """Host memory for so many numbers that the GPU reads and writes by itself, where other memory is copied once
         more on the way. Freed with the array and all views of it."""
         address = ctypes.c_void_p()
         with self._context:
-            status = driver().cuMemHostAlloc(ctypes.byref(address), ctypes.c_size_t(4 * values), _PORTABLE)
+            status = driver().cuMemHostAlloc(ctypes.byref(address), ctypes.c_size_t(4 * values), _PORTABLE_AND_MAPPED)
         require(status, f"pin {4 * values} bytes of memory")
         memory = (ctypes.c_float * values).from_address(address.value or 0)
         freed = weakref.finalize(memory, _free, driver().cuMemFreeHost, self._context, address, os.getpid())
@@ -111,7 +116,11 @@ class Stream:
         """What the steps give this stream, which is entered and has nothing to do, as one launch; none of it is done
         yet. host: the arrays in host memory that they copy from or to. Raises as `LaunchGraph`."""
         places = [range(array.ctypes.data, array.ctypes.data + array.nbytes) for array in host]
-        return LaunchGraph(self._context, self._stream, steps, places)
+        self.is_capturing = True
+        try:
+            return LaunchGraph(self._context, self._stream, steps, places)
+        finally:
+            self.is_capturing = False
 
     def wait(self) -> None:
         """Until all that was begun is done."""

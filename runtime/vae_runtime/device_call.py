@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .bound import to_host
-from .engine import first_line, import_engine
+from .engine import first_line, import_engine, is_engine_error
 from .errors import DeviceError, VAEError
 from .preprocess import Float32, ValueRule
 
@@ -88,29 +88,34 @@ class DeviceCall:
 
     def __call__(self, array: Float32) -> list[Float32] | None:
         """As `BoundCall`; None also in a thread that the session does not serve, and within another call of this."""
-        if not self._may_run() or self._rule is None:
+        if not self.may_run() or self._rule is None:
             return None
         array = np.ascontiguousarray(array)
         if not self._rule.holds(self._rule.view(array)):
             return None
         try:
             return self.run(array)
-        except Exception:
+        except Exception as error:
+            if not is_engine_error(error):
+                raise
             return None
 
     def run(self, array: Float32) -> list[Float32]:
         """For a contiguous array that is known to be good; raises what the engine raises."""
-        with _InUse(self):
+        self.is_busy = True
+        try:
             self._input.update_inplace(array)
             self._run()
-            found = to_host(self._outputs)
-        return self._cut(found)
+            return self._cut(to_host(self._outputs))
+        finally:
+            self.is_busy = False
 
     def _cut(self, found: Float32) -> list[Float32]:
         """The outputs, as views of a copy of the memory that they share."""
         return [found[part.start : part.stop].reshape(part.shape) for part in self._parts]
 
-    def _may_run(self) -> bool:
+    def may_run(self) -> bool:
+        """Whether a call may come now, in this thread; `is_busy` while one is under way."""
         is_mine = self._is_shared or self._owner.is_this_thread
         return is_mine and not self.is_busy and not self._owner.is_of_parent
 
@@ -144,7 +149,7 @@ class StagedCall(DeviceCall):
 
     def __call__(self, array: Float32) -> list[Float32] | None:
         """As `DeviceCall`."""
-        if not self._may_run() or self._rule is None:
+        if not self.may_run() or self._rule is None:
             return None
         self.is_busy = True
         try:
@@ -154,19 +159,28 @@ class StagedCall(DeviceCall):
                 is_good = self._is_good()  # while the GPU is at work
                 self._stream.wait()
             return self._cut(self._found.copy()) if is_good else None
-        except Exception:
+        except Exception as error:
+            if not is_engine_error(error):
+                raise
             return None
         finally:
             self.is_busy = False
 
     def run(self, array: Float32) -> list[Float32]:
         """As `DeviceCall.run`."""
-        with _InUse(self):
+        self.is_busy = True
+        try:
             self._given[...] = array
             with self._stream:
                 self._begin()
                 self._stream.wait()
             return self._cut(self._found.copy())
+        finally:
+            self.is_busy = False
+
+    def may_run(self) -> bool:
+        """As `DeviceCall`; nor while a graph is captured on the stream, which all calls of this thread share."""
+        return not self._stream.is_capturing and super().may_run()
 
     def _begin(self) -> None:
         """The way there, the work and the way back."""
@@ -179,34 +193,46 @@ class StagedCall(DeviceCall):
 
         None where this is not to be had: in another thread, on another stream, or as the engine fails.
         """
-        if not self._may_run() or not decoder._may_run() or decoder._stream is not self._stream:
+        if not self.may_run() or not decoder.may_run() or decoder._stream is not self._stream:
             return None
-        with _InUse(self, decoder):
+        self.is_busy = decoder.is_busy = True
+        try:
             self._given[...] = array
-            try:
-                if self._to_decoder is None or self._to_decoder[0] is not decoder:
-                    self._to_decoder = decoder, self._steps_to(decoder)
-                with self._stream:
-                    for step in self._to_decoder[1]:
-                        step()
-                    self._stream.wait()
-            except Exception:
-                return None
+            with self._stream:
+                for step in self.steps_to(decoder):
+                    step()
+                self._stream.wait()
             return decoder._cut(decoder._found.copy())[0]
+        except Exception as error:
+            if not is_engine_error(error):
+                raise
+            return None
+        finally:
+            self.is_busy = decoder.is_busy = False
+
+    def steps_to(self, decoder: StagedCall) -> list[Callable[[], None]]:
+        """What `then` begins, one after the other; made for the first call, or before it."""
+        if self._to_decoder is None or self._to_decoder[0] is not decoder:
+            self._to_decoder = decoder, self._make_steps_to(decoder)
+        return self._to_decoder[1]
 
     def on_device(self, value: Any) -> list[Any] | None:
         """An `OrtValue` in the GPU's memory, finished -> the outputs as new ones there. None as of `then`."""
-        if not self._may_run():
+        if not self.may_run():
             return None
-        with _InUse(self):
-            try:
-                found = [self._make(part.shape, np.float32, self._device) for part in self._parts]
-                with self._stream:
-                    self._run_on_device(value.data_ptr(), [new.data_ptr() for new in found])
-                    self._stream.wait()
-            except Exception:
-                return None
-        return [self._wrap(new) for new in found]
+        self.is_busy = True
+        try:
+            found = [self._make(part.shape, np.float32, self._device) for part in self._parts]
+            with self._stream:
+                self._run_on_device(value.data_ptr(), [new.data_ptr() for new in found])
+                self._stream.wait()
+            return [self._wrap(new) for new in found]
+        except Exception as error:
+            if not is_engine_error(error):
+                raise
+            return None
+        finally:
+            self.is_busy = False
 
     def _run_on_device(self, source: int, targets: list[int]) -> None:
         """From one address on the GPU to others, one for each output."""
@@ -215,7 +241,7 @@ class StagedCall(DeviceCall):
         for give, target in zip(self._give, targets, strict=True):
             give(target)
 
-    def _steps_to(self, decoder: StagedCall) -> list[Callable[[], None]]:
+    def _make_steps_to(self, decoder: StagedCall) -> list[Callable[[], None]]:
         return [self._send, self._run, self._hand_over(decoder), decoder._run, decoder._fetch]
 
     def _hand_over(self, decoder: StagedCall) -> Callable[[], None]:
@@ -250,22 +276,21 @@ class CapturedCall(StagedCall):
         Best Practices Guide). session: the call's own. Raises `DeviceError` where the engine or the driver does not do
         so."""
         kind, index = self._memory
-        target = self._stream.address_of(self._found)
-        binding = session.io_binding()
         name, *outputs = self._names
-        binding.bind_ortvalue_input(name, self._input)
-        for name, part in zip(outputs, self._parts, strict=True):
-            binding.bind_output(name, kind, index, np.float32, part.shape, target + 4 * part.start)
-        steps = [self._send, session.bound_run(binding, waits=False)]
         try:
+            target, binding = self._stream.address_of(self._found), session.io_binding()
+            binding.bind_ortvalue_input(name, self._input)
+            for name, part in zip(outputs, self._parts, strict=True):
+                binding.bind_output(name, kind, index, np.float32, part.shape, target + 4 * part.start)
+            steps = [self._send, session.bound_run(binding, waits=False)]
             with self._stream:
                 for step in steps:
                     step()
                 self._stream.wait()
             return self._capture(steps).launch
-        except VAEError:
-            raise
         except Exception as error:
+            if isinstance(error, VAEError) or not is_engine_error(error):
+                raise
             raise DeviceError(first_line(error)) from error
 
     def _capture(self, steps: Sequence[Callable[[], object]], *host: Float32) -> LaunchGraph:
@@ -299,12 +324,12 @@ class CapturedCall(StagedCall):
         fetched = [graph.copy(start, target, "target") for start, target in zip(places, targets, strict=True)]
         return _Resident(graph, graph.copy(source, place, "source"), fetched)
 
-    def _steps_to(self, decoder: StagedCall) -> list[Callable[[], None]]:
+    def _make_steps_to(self, decoder: StagedCall) -> list[Callable[[], None]]:
         if isinstance(decoder, CapturedCall):
             steps = [self._send, self._engine_run, self._hand_over(decoder), decoder._engine_run, decoder._fetch]
             with contextlib.suppress(Exception):  # then one by one
                 return [self._capture(steps, decoder._found).launch]
-        return super()._steps_to(decoder)
+        return super()._make_steps_to(decoder)
 
 
 class _Resident(NamedTuple):
@@ -318,21 +343,6 @@ class _Resident(NamedTuple):
         self.sent.move_to(source)
         for copy, target in zip(self.fetched, targets, strict=True):
             copy.move_to(target)
-
-
-class _InUse:
-    """While it lasts, another call in this thread, by a signal's handler say, finds the memory taken."""
-
-    def __init__(self, *calls: DeviceCall) -> None:
-        self._calls = calls
-
-    def __enter__(self) -> None:
-        for call in self._calls:
-            call.is_busy = True
-
-    def __exit__(self, *_: object) -> None:
-        for call in self._calls:
-            call.is_busy = False
 
 
 class _Part(NamedTuple):

@@ -74,8 +74,10 @@ class Device(NamedTuple):
             options = {**CUDA_DEFAULTS, **(CUDA_FIXED_SHAPE if is_fixed else {}), **self.options}
             # Number 0 is onnxruntime's own choice; where it is told, 1.26 and later print a warning.
             left_out = {"device_id"} if options["device_id"] == "0" else set()
-            # A session for any shape would replay the first one's launches.
-            left_out |= set() if is_fixed else {"enable_cuda_graph"}
+            # A session for any shape would replay the first one's launches. And an allocator of the application's gets
+            # back after each run what a graph still works in.
+            if not is_fixed or "gpu_external_alloc" in self.options:
+                left_out.add("enable_cuda_graph")
             return {name: value for name, value in options.items() if name not in left_out}
         if self.provider == TENSORRT:
             return {**tensorrt_cache(str(make_cache_folder("tensorrt", bundle))), **self.options}

@@ -48,6 +48,13 @@ def import_engine() -> Any:
     return onnxruntime
 
 
+def is_engine_error(error: Exception) -> bool:
+    """Whether a call of the engine raised it. Else a signal's handler did, within that call: `TimeoutError`, say, which
+    goes to whoever waits for it."""
+    module = type(error).__module__.partition(".")[0]
+    return module in ("builtins", "onnxruntime", "vae_runtime") and not isinstance(error, OSError)
+
+
 def ort_value_from_dlpack(capsule: Any) -> Any:
     """An `OrtValue` on the memory of a DLPack capsule, which it takes over."""
     onnxruntime = import_engine()

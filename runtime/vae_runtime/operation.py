@@ -201,12 +201,9 @@ class Operation:
         checked = self._check(array)
         size, route = self.chunk_size(batch_size, checked.shape[1:]), self.route(len(checked))
         if batch_size is None and route.session(checked.shape) is not route.any_batch:
-            first = self._own.get(checked.shape)
-            second = decoder._own.get((len(checked), *self._boundary.output_shapes(checked.shape[1:])[0]))
-            if isinstance(first, StagedCall) and isinstance(second, StagedCall):
-                images = first.then(second, checked)
-                if images is not None:
-                    return images
+            pair = self._staged_pair(decoder, checked.shape)
+            if pair is not None and (images := pair[0].then(pair[1], checked)) is not None:
+                return images
             # A graph of launches gains more than the copies of small latents cost.
             latents = route.session(checked.shape).run(checked)[0]
             return decoder.run(latents, len(latents))[0]
@@ -216,6 +213,18 @@ class Operation:
             mean, *_ = encode.run_on_device(encode.to_device(checked[start : start + size]))
             parts.append(decode.run_on_device(mean)[0].numpy())
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def warm_then(self, decoder: Operation, shape: tuple[int, ...]) -> None:
+        """Do what the first `then` with inputs of this shape would do once."""
+        pair = self._staged_pair(decoder, shape)
+        if pair is not None and all(call.may_run() for call in pair):
+            pair[0].steps_to(pair[1])
+
+    def _staged_pair(self, decoder: Operation, shape: tuple[int, ...]) -> tuple[StagedCall, StagedCall] | None:
+        """The calls of sessions for inputs of this shape and for their latents, where both are on a stream."""
+        first = self._own.get(shape)
+        second = decoder._own.get((shape[0], *self._boundary.output_shapes(shape[1:])[0]))
+        return (first, second) if isinstance(first, StagedCall) and isinstance(second, StagedCall) else None
 
     def run_each(self, array: Any) -> list[tuple[Route, list[Float32]]]:
         """The outputs of every route for the same input."""

@@ -19,7 +19,7 @@ from .cuda import CUDA, operators, real_work_on_cpu, share_allocator
 from .device_array import DeviceArray, copy_to_device
 from .device_call import CapturedCall, DeviceCall, ResidentCall, StagedCall
 from .devices import CPU, Device
-from .engine import first_line, import_engine
+from .engine import first_line, import_engine, is_engine_error
 from .errors import BundleError, ClosedError, DeviceError, InputError, OutOfMemoryError, VAEError
 from .graph_rules import check_graph
 from .manifest import Shape
@@ -118,7 +118,7 @@ class GraphSession:
 
     @property
     def serves_this_thread(self) -> bool:
-        return self._only_call is None or (self.owner.is_this_thread and not self._only_call.is_busy)
+        return self._only_call is None or self._only_call.may_run()
 
     @property
     def captured_call(self) -> CapturedCall | None:
@@ -274,6 +274,8 @@ class GraphSession:
         except VAEError:
             raise
         except Exception as error:
+            if not is_engine_error(error):
+                raise
             raise self._run_error(error, rows) from error
 
     def _run_error(self, error: Exception, rows: int) -> DeviceError:

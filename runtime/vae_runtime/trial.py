@@ -12,6 +12,7 @@ import numpy as np
 from .cuda_stream import Stream
 from .device_call import CapturedCall
 from .devices import Device
+from .engine import first_line, is_engine_error
 from .errors import DeviceError, OutOfMemoryError
 from .fidelity import relative_error
 from .preprocess import Float32
@@ -35,7 +36,7 @@ def fastest_session(session: GraphSession, model: bytes, shape: tuple[int, ...])
 
         NHWC        convolutions with the channels last
         captured    on a stream of our own: copies through pinned memory, in the same graph as the work between them
-        pinned      where that is not to be had: the same with the copies around the graph
+        pinned      where that is not taken: the same with the copies around the graph
         on_device   the graph for arrays that are on the device, beside the session for any batch
         unfetched   kernels that write the outputs to pinned memory themselves, in place of a copy
 
@@ -119,8 +120,10 @@ class _Trial:
     def _is_gain(self, name: str, compare: Callable[[], float | str]) -> bool:
         try:
             found = compare()
-        except (DeviceError, MemoryError) as error:
-            found = str(error)
+        except Exception as error:
+            if not is_engine_error(error):
+                raise
+            found = first_line(error)
         self.results[name] = found
         return isinstance(found, float) and found <= GAIN
 

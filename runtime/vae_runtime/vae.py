@@ -138,8 +138,9 @@ class VAE:
         onnxruntime's provider, the precision, the file, threads and spinning (None: the engine's own choice), and the
         batch sizes that have a session of their own since `warmup` (`fixed_batches`). On a GPU also how each of these
         works (`fixed_on_gpu`): as one graph of launches or kernel by kernel, the layout of its convolutions, how inputs
-        and outputs are copied, whether arrays on the device take it too, and of each way tried the time relative to the
-        plain one's or why it was not taken (`trials`)."""
+        and outputs are copied ("captured": in that graph), whether outputs need no copy (`unfetched`), whether arrays
+        on the device take it too, and of each way tried the time relative to the best before or why it was not taken
+        (`trials`)."""
         encoder, decoder = self._open_operations()
         return {
             "encode": [route.describe() for route in encoder.routes],
@@ -150,8 +151,9 @@ class VAE:
         """Do now what the first call with so many examples would do, and on OpenVINO also what makes every such call
         faster: compile the graphs for just that batch size. Each costs memory and time there; results stay the same up
         to rounding. On CUDA each becomes a graph of launches, and what may be faster is tried: convolutions with the
-        channels last, copies through pinned memory. It belongs to the thread that calls this, before other threads use
-        the GPU; calls in other threads run without it.
+        channels last, copies through pinned memory in the same graph or around it, outputs that the kernels write to
+        the host's memory. It belongs to the thread that calls this, before other threads use the GPU; calls in other
+        threads run without it.
 
         batch_sizes: numbers of examples that `encode` and `decode` will be given in one call.
         size: (height, width) of these images, where the bundle leaves it free; None: `manifest.input.default_size`.
@@ -167,6 +169,8 @@ class VAE:
         for batch in [check_count(count, "a batch size") for count in batch_sizes]:
             for operation, one in zip(self._open_operations(), shapes, strict=True):
                 operation.warm((batch, *one), self._bundle.read)
+            encoder, decoder = self._open_operations()
+            encoder.warm_then(decoder, (batch, *shape))
 
     def encode(
         self,

@@ -15,7 +15,7 @@ CUresult cuGraphGetNodes(CUgraph handle, CUgraphNode* nodes, size_t* count) {
 }
 
 CUresult cuGraphNodeGetType(CUgraphNode node, CUgraphNodeType* type) {
-  *type = reinterpret_cast<Node*>(node)->target ? CU_GRAPH_NODE_TYPE_MEMCPY : CU_GRAPH_NODE_TYPE_KERNEL;
+  *type = static_cast<CUgraphNodeType>(reinterpret_cast<Node*>(node)->kind);
   return CUDA_SUCCESS;
 }
 

@@ -163,13 +163,12 @@ void* host_address(const void* address) {
   return block ? block->real + (static_cast<const char*>(address) - block->shown) : const_cast<void*>(address);
 }
 
-void enqueue(void* handle, Work work) { enqueue(handle, std::move(work), nullptr, nullptr, 0); }
-
-void enqueue(void* handle, Work work, const void* source, const void* target, size_t size) {
+void enqueue(void* handle, Node node) {
   Lock lock(mutex);
   Stream* stream = stream_of(handle);
   if (stream->is_capturing) {
-    stream->captured.push_back({std::move(work), source, target, size, stream->captured.size()});
+    node.index = stream->captured.size();
+    stream->captured.push_back(std::move(node));
     return;
   }
   if (stream == &default_stream) {
@@ -177,7 +176,7 @@ void enqueue(void* handle, Work work, const void* source, const void* target, si
   } else if (stream->is_blocking) {
     finish(&default_stream);
   }
-  stream->waiting.push_back(std::move(work));
+  stream->waiting.push_back(std::move(node.work));
 }
 
 extern "C" {
@@ -259,10 +258,10 @@ cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t size, cudaM
   bool from_pageable = !block_of(source) && !is_pinned(source), to_pageable = !block_of(target) && !is_pinned(target);
   if (from_pageable) {  // read before the call returns
     std::string bytes(static_cast<const char*>(source), size);
-    enqueue(handle, [=] { memmove(at<void>(target), bytes.data(), size); }, source, target, size);
+    enqueue(handle, {[=] { memmove(at<void>(target), bytes.data(), size); }, Kind::kCopy, source, target, size});
     return cudaSuccess;
   }
-  enqueue(handle, copying(source, target, size), source, target, size);
+  enqueue(handle, {copying(source, target, size), Kind::kCopy, source, target, size});
   if (to_pageable && !stream_of(handle)->is_capturing) finish(stream_of(handle));
   return cudaSuccess;
 }
@@ -286,7 +285,7 @@ cudaError_t cudaMemset(void* target, int value, size_t size) {
 }
 
 cudaError_t cudaMemsetAsync(void* target, int value, size_t size, cudaStream_t handle) {
-  enqueue(handle, [=] { memset(at<void>(target), value, size); });
+  enqueue(handle, [=] { memset(at<void>(target), value, size); }, Kind::kFill);
   return cudaSuccess;
 }
 
@@ -327,7 +326,7 @@ cudaError_t cudaDeviceSynchronize() {
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned) {
   Stream* other = reinterpret_cast<Event*>(event)->recorded_on;
-  if (other) enqueue(handle, [=] { finish(other); });
+  if (other) enqueue(handle, [=] { finish(other); }, Kind::kEvent);
   return cudaSuccess;
 }
 
@@ -361,7 +360,7 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t, cudaEvent_t) 
 }
 
 cudaError_t cudaLaunchHostFunc(cudaStream_t handle, cudaHostFn_t function, void* data) {
-  enqueue(handle, [=] { function(data); });
+  enqueue(handle, [=] { function(data); }, Kind::kHost);
   return cudaSuccess;
 }
 

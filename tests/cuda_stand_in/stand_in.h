@@ -20,8 +20,11 @@ T* at(const void* address) {
 
 bool is_on_gpu(const void* address);
 
+enum class Kind { kKernel = 0, kCopy = 1, kFill = 2, kHost = 3, kEvent = 6 };  // as CUgraphNodeType has them
+
 struct Node {  // of a graph of launches
   Work work;
+  Kind kind = Kind::kKernel;
   const void *source = nullptr, *target = nullptr;  // of a copy
   size_t size = 0;
   size_t index = 0;  // in its graph, and in what is made of that
@@ -29,10 +32,8 @@ struct Node {  // of a graph of launches
 using Graph = std::vector<Node>;
 
 // Add to a stream, or to the graph that it is capturing.
-void enqueue(void* stream, Work work);
-
-// The same of a copy.
-void enqueue(void* stream, Work work, const void* source, const void* target, size_t size);
+void enqueue(void* stream, Node node);
+inline void enqueue(void* stream, Work work, Kind kind = Kind::kKernel) { enqueue(stream, Node{std::move(work), kind}); }
 
 // What a copy does.
 Work copying(const void* source, const void* target, size_t size);

@@ -220,6 +220,8 @@ def test_options_of_a_session_are_those_of_the_precision(machine: Any) -> None:
     assert "enable_cuda_graph" not in find_device("cuda", options={"enable_cuda_graph": "1"}).session_options(
         1, False, ""
     )
+    external = find_device("cuda", options={"gpu_external_alloc": "1", "gpu_external_free": "2"})
+    assert "enable_cuda_graph" not in external.session_options(None, True, "")
     none = find_device("cuda", options={"enable_cuda_graph": "0"})
     assert none.session_options(None, True, "")["enable_cuda_graph"] == "0"
     given = find_device("cuda", options={"cudnn_conv_algo_search": "DEFAULT", "gpu_mem_limit": "1000000"})
@@ -617,6 +619,22 @@ def test_every_way_on_the_gpu_gives_the_same(
         np.testing.assert_allclose(gpu.decode_to_device(kept.mean).numpy(), cpu.reconstruct(part), atol=1e-5)
     assert found["on_device"] == (way != "plain")
     np.testing.assert_allclose(gpu.sample(2, seed=1), cpu.sample(2, seed=1), atol=1e-5)
+
+
+@with_gpu
+def test_a_warm_reconstruction_has_been_captured_before(
+    both: tuple[VAE, VAE, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others may use the GPU by the time of the first."""
+    gpu, cpu, x = both
+    monkeypatch.setattr(trial, "_relative_time", lambda call, plain: 0.5)
+    gpu.warmup([2])
+    monkeypatch.setattr(Stream, "capture", lambda *_: pytest.fail("captured too late"))
+    np.testing.assert_allclose(gpu.reconstruct(x[:2]), cpu.reconstruct(x[:2]), atol=1e-5)
+    call = gpu._open_operations()[0]._own[2, *x.shape[1:]]
+    assert isinstance(call, CapturedCall)
+    assert call._to_decoder is not None
+    assert len(call._to_decoder[1]) == 1
 
 
 @with_gpu

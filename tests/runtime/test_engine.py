@@ -1,4 +1,4 @@
-"""Builds of onnxruntime that are installed over each other."""
+"""Builds of onnxruntime that are installed over each other; whose an error is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -16,7 +17,7 @@ from vae_runtime import engine as module
 from vae_runtime.cli import main
 from vae_runtime.cuda import CUDA
 from vae_runtime.devices import CPU, find_device
-from vae_runtime.engine import engine_clash, first_line
+from vae_runtime.engine import engine_clash, first_line, is_engine_error
 
 
 def site(folder: Path, *names: str) -> Path:
@@ -94,3 +95,45 @@ def test_cuda_is_asked_for_where_the_other_build_won(tmp_path: Path, monkeypatch
     engine_in(site(tmp_path, "onnxruntime-1.31.1"), monkeypatch, [CPU])
     with pytest.raises(DeviceError, match=r"has no CUDA provider; in a fresh environment run: pip install 'vae"):
         find_device(CUDA)
+
+
+class OwnError(Exception):
+    """An application's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "is_engines"),
+    [(RuntimeError("a"), True), (MemoryError(), True), (DeviceError("a"), True), (TimeoutError(), False),
+     (OwnError(), False)],
+)  # fmt: skip
+def test_whose_an_error_is(error: Exception, is_engines: bool) -> None:
+    assert is_engine_error(error) == is_engines
+
+
+def test_the_engine_s_own_errors_are_known(tiny: VAE) -> None:
+    session = tiny._open_operations()[0].routes[0].any_batch._session
+    with pytest.raises(Exception, match="rank") as caught:
+        session.run(None, {session.get_inputs()[0].name: np.zeros((1, 2), np.float32)})
+    assert is_engine_error(caught.value)
+
+
+@pytest.mark.parametrize("state", ["first call", "later call"])
+@pytest.mark.parametrize("error", [TimeoutError, OwnError])
+def test_what_a_signal_s_handler_raises_reaches_the_caller(
+    tiny_path: Path, images: np.ndarray, monkeypatch: pytest.MonkeyPatch, state: str, error: type[Exception]
+) -> None:
+    """It may come while the engine is at work; the call is not made again, and the error is not called the engine's."""
+
+    def interrupt(*arguments: Any) -> Any:
+        raise error("too long")
+
+    with VAE.load(tiny_path) as vae:
+        operation = vae._open_operations()[0]
+        if state == "later call":
+            vae.encode(images[:2])
+            ((call,),) = operation._free.values()
+            monkeypatch.setattr(call, "_run", interrupt)
+        else:
+            monkeypatch.setattr(operation.routes[0].any_batch, "_session", SimpleNamespace(run=interrupt))
+        with pytest.raises(error, match="too long"):
+            vae.encode(images[:2])

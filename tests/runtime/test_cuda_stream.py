@@ -357,6 +357,31 @@ def test_what_the_driver_does_not_capture_is_told(
         graph.launch()
 
 
+def test_a_copy_is_moved_where_its_address_is_another_one(driver: Driver) -> None:
+    """A move that failed is made again, though the address is the same."""
+    stream, target = Stream(0), np.zeros(1, np.float32)
+    sources = [np.full(1, value, np.float32) for value in (1, 2)]
+    first, second = (one.ctypes.data for one in sources)
+    graph = capture(stream, stream.on_device(target.ctypes.data, first, 4))
+    copy = graph.copy(first, target.ctypes.data, "source")
+    moves: list[int] = []
+    real = driver.do_cuGraphExecMemcpyNodeSetParams
+    driver.do_cuGraphExecMemcpyNodeSetParams = lambda *a: (moves.append(1), real(*a))[1]  # type: ignore[method-assign]
+    driver.status["cuGraphExecMemcpyNodeSetParams"] = 1
+    with pytest.raises(DeviceError, match=r"could not move a copy \(CUDA error 1\)"):
+        copy.move_to(second)
+    driver.status.clear()
+    for address, value in ((second, 2), (second, 2), (first, 1)):
+        copy.move_to(address)
+        with stream:
+            graph.launch()
+            stream.wait()
+        assert target[0] == value
+    assert len(moves) == 2
+    with pytest.raises(DeviceError, match="no copy from 0x1 to 0x2 was recorded"):
+        graph.copy(1, 2, "source")
+
+
 def test_ctrl_c_ends_the_capture_wherever_it_comes(driver: Driver) -> None:
     """Also right after it was begun: a stream that goes on capturing would be of no use to anybody."""
     stream, begin = Stream(0), driver.do_cuStreamBeginCapture_v2

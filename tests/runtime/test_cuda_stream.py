@@ -363,22 +363,23 @@ def test_a_copy_is_moved_where_its_address_is_another_one(driver: Driver) -> Non
     sources = [np.full(1, value, np.float32) for value in (1, 2)]
     first, second = (one.ctypes.data for one in sources)
     graph = capture(stream, stream.on_device(target.ctypes.data, first, 4))
-    copy = graph.copy(first, target.ctypes.data, "source")
+    with stream:
+        copy = graph.copy(first, target.ctypes.data, "source")
     moves: list[int] = []
     real = driver.do_cuGraphExecMemcpyNodeSetParams
     driver.do_cuGraphExecMemcpyNodeSetParams = lambda *a: (moves.append(1), real(*a))[1]  # type: ignore[method-assign]
     driver.status["cuGraphExecMemcpyNodeSetParams"] = 1
-    with pytest.raises(DeviceError, match=r"could not move a copy \(CUDA error 1\)"):
+    with pytest.raises(DeviceError, match=r"could not move a copy \(CUDA error 1\)"), stream:
         copy.move_to(second)
     driver.status.clear()
     for address, value in ((second, 2), (second, 2), (first, 1)):
-        copy.move_to(address)
         with stream:
+            copy.move_to(address)
             graph.launch()
             stream.wait()
         assert target[0] == value
     assert len(moves) == 2
-    with pytest.raises(DeviceError, match="no copy from 0x1 to 0x2 was recorded"):
+    with pytest.raises(DeviceError, match="no copy from 0x1 to 0x2 was recorded"), stream:
         graph.copy(1, 2, "source")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .bound import to_host
-from .engine import first_line, import_engine, is_engine_error
+from .engine import first_line, import_engine, is_engine_error, suppress_engine_errors
 from .errors import DeviceError, VAEError
 from .preprocess import Float32, ValueRule
 
@@ -93,12 +92,9 @@ class DeviceCall:
         array = np.ascontiguousarray(array)
         if not self._rule.holds(self._rule.view(array)):
             return None
-        try:
+        with suppress_engine_errors:
             return self.run(array)
-        except Exception as error:
-            if not is_engine_error(error):
-                raise
-            return None
+        return None
 
     def run(self, array: Float32) -> list[Float32]:
         """For a contiguous array that is known to be good; raises what the engine raises."""
@@ -153,18 +149,16 @@ class StagedCall(DeviceCall):
             return None
         self.is_busy = True
         try:
-            self._given[...] = array
-            with self._stream:
-                self._begin()
-                is_good = self._is_good()  # while the GPU is at work
-                self._stream.wait()
-            return self._cut(self._found.copy()) if is_good else None
-        except Exception as error:
-            if not is_engine_error(error):
-                raise
-            return None
+            with suppress_engine_errors:
+                self._given[...] = array
+                with self._stream:
+                    self._begin()
+                    is_good = self._is_good()  # while the GPU is at work
+                    self._stream.wait()
+                return self._cut(self._found.copy()) if is_good else None
         finally:
             self.is_busy = False
+        return None
 
     def run(self, array: Float32) -> list[Float32]:
         """As `DeviceCall.run`."""
@@ -197,18 +191,16 @@ class StagedCall(DeviceCall):
             return None
         self.is_busy = decoder.is_busy = True
         try:
-            self._given[...] = array
-            with self._stream:
-                for step in self.steps_to(decoder):
-                    step()
-                self._stream.wait()
-            return decoder._cut(decoder._found.copy())[0]
-        except Exception as error:
-            if not is_engine_error(error):
-                raise
-            return None
+            with suppress_engine_errors:
+                self._given[...] = array
+                with self._stream:
+                    for step in self.steps_to(decoder):
+                        step()
+                    self._stream.wait()
+                return decoder._cut(decoder._found.copy())[0]
         finally:
             self.is_busy = decoder.is_busy = False
+        return None
 
     def steps_to(self, decoder: StagedCall) -> list[Callable[[], None]]:
         """What `then` begins, one after the other; made for the first call, or before it."""
@@ -222,17 +214,15 @@ class StagedCall(DeviceCall):
             return None
         self.is_busy = True
         try:
-            found = [self._make(part.shape, np.float32, self._device) for part in self._parts]
-            with self._stream:
-                self._run_on_device(value.data_ptr(), [new.data_ptr() for new in found])
-                self._stream.wait()
-            return [self._wrap(new) for new in found]
-        except Exception as error:
-            if not is_engine_error(error):
-                raise
-            return None
+            with suppress_engine_errors:
+                found = [self._make(part.shape, np.float32, self._device) for part in self._parts]
+                with self._stream:
+                    self._run_on_device(value.data_ptr(), [new.data_ptr() for new in found])
+                    self._stream.wait()
+                return [self._wrap(new) for new in found]
         finally:
             self.is_busy = False
+        return None
 
     def _run_on_device(self, source: int, targets: list[int]) -> None:
         """From one address on the GPU to others, one for each output."""
@@ -303,7 +293,7 @@ class CapturedCall(StagedCall):
 
     def _run_on_device(self, source: int, targets: list[int]) -> None:
         ready = None
-        with contextlib.suppress(Exception):  # else one by one
+        with suppress_engine_errors:  # else one by one
             if not self._was_captured_on_device:
                 self._was_captured_on_device = True  # or cannot be
                 self._resident = self._capture_on_device(source, targets)
@@ -327,7 +317,7 @@ class CapturedCall(StagedCall):
     def _make_steps_to(self, decoder: StagedCall) -> list[Callable[[], None]]:
         if isinstance(decoder, CapturedCall):
             steps = [self._send, self._engine_run, self._hand_over(decoder), decoder._engine_run, decoder._fetch]
-            with contextlib.suppress(Exception):  # then one by one
+            with suppress_engine_errors:  # then one by one
                 return [self._capture(steps, decoder._found).launch]
         return super()._make_steps_to(decoder)
 

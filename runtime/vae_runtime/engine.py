@@ -55,6 +55,19 @@ def is_engine_error(error: Exception) -> bool:
     return module in ("builtins", "onnxruntime", "vae_runtime") and not isinstance(error, OSError)
 
 
+class _EngineErrors:
+    """Lets pass what the engine raises, and nothing else."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> bool:
+        return isinstance(error, Exception) and is_engine_error(error)
+
+
+suppress_engine_errors = _EngineErrors()  # as `contextlib.suppress`, in a tenth of a microsecond
+
+
 def ort_value_from_dlpack(capsule: Any) -> Any:
     """An `OrtValue` on the memory of a DLPack capsule, which it takes over."""
     onnxruntime = import_engine()

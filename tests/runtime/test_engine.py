@@ -110,6 +110,12 @@ def test_whose_an_error_is(error: Exception, is_engines: bool) -> None:
     assert is_engine_error(error) == is_engines
 
 
+def test_memory_that_lacks_for_an_array_is_the_engine_s() -> None:
+    with pytest.raises(MemoryError) as caught:
+        np.empty(2**60, np.uint8)
+    assert is_engine_error(caught.value)
+
+
 def test_the_engine_s_own_errors_are_known(tiny: VAE) -> None:
     session = tiny._open_operations()[0].routes[0].any_batch._session
     with pytest.raises(Exception, match="rank") as caught:

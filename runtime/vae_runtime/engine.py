@@ -49,8 +49,8 @@ def import_engine() -> Any:
 
 
 def is_engine_error(error: Exception) -> bool:
-    """Whether a call of the engine raised it, or numpy for want of memory. Else a signal's handler did, within that call:
-    `TimeoutError`, say, which goes to whoever waits for it."""
+    """Whether a call of the engine raised it, or numpy for want of memory. Else a signal's handler did within that
+    call: `TimeoutError`, say, which goes to whoever waits for it."""
     module = type(error).__module__.partition(".")[0]
     return module in ("builtins", "numpy", "onnxruntime", "vae_runtime") and not isinstance(error, OSError)
 

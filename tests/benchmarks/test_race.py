@@ -245,6 +245,9 @@ def test_order_changes_so_that_nobody_always_follows_the_same_one() -> None:
         ([0.001, 0.3], 10, 10, (10, 0.4)),  # the slow one takes 0.6 of each second
         ([1.0, 1.0], 20, 10, (5, 2.0)),
         ([5.0], 1, 10, (FEWEST_ROUNDS, 0.0)),
+        ([0.001] * 10, 8, 10, (8, 0.1)),  # no turn is shorter than a tenth of a second,
+        ([0.001] * 10, 3, 10, (6, 0.05)),  # but there are rounds enough for an interval
+        ([0.001] * 10, 3, 4, (4, 0.075)),
     ],
 )
 def test_rounds_and_turns_fit_into_the_budget(

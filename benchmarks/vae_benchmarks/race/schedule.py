@@ -7,6 +7,9 @@ from typing import TypeVar
 
 FEWEST_ROUNDS = 3
 CALLS_PER_TURN = 2  # at least: one that warms the caches again, one that is timed
+# In shorter turns, who runs much code per call mostly finds caches cold. Rather fewer rounds, but as many as an interval
+# by order statistics takes.
+TURN_SECONDS, ENOUGH_ROUNDS = 0.1, 6
 
 _Item = TypeVar("_Item")
 
@@ -16,10 +19,13 @@ def plan_rounds(call_seconds: Sequence[float], budget: float, rounds: int) -> tu
 
     call_seconds: of one call in each turn of a round. rounds: at most. A slow competitor takes its CALLS_PER_TURN calls
     however long they last; the others share what that leaves evenly. Where not even FEWEST_ROUNDS rounds of these fit,
-    they run all the same and the budget is exceeded.
+    they run all the same and the budget is exceeded. Turns of less than TURN_SECONDS each are avoided, down to
+    ENOUGH_ROUNDS rounds.
     """
     least = sorted(CALLS_PER_TURN * seconds for seconds in call_seconds)
-    count = max(FEWEST_ROUNDS, min(rounds, int(budget / max(sum(least), 1e-9))))
+    long_enough = sum(max(seconds, TURN_SECONDS) for seconds in least)
+    most = min(rounds, max(ENOUGH_ROUNDS, int(budget / long_enough)))
+    count = max(FEWEST_ROUNDS, min(most, int(budget / max(sum(least), 1e-9))))
     left = budget / count
     for index in range(len(least) - 1, -1, -1):  # those that need more than an even share, slowest first
         share = left / (index + 1)

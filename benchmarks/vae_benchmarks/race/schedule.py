@@ -7,8 +7,8 @@ from typing import TypeVar
 
 FEWEST_ROUNDS = 3
 CALLS_PER_TURN = 2  # at least: one that warms the caches again, one that is timed
-# In shorter turns, who runs much code per call mostly finds caches cold. Rather fewer rounds, but as many as an interval
-# by order statistics takes.
+# In shorter turns, who runs much code per call mostly finds caches cold. Rather fewer rounds, but as many as an
+# interval by order statistics takes.
 TURN_SECONDS, ENOUGH_ROUNDS = 0.1, 6
 
 _Item = TypeVar("_Item")

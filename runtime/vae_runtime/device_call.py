@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .session import GraphSession
 
 _ALIGNMENT = 64  # numbers; CUDA's own allocations begin at multiples of 256 bytes
+_PIECE = 2**16  # numbers that are sent at once
 _WARMUP_RUNS = 3  # in which onnxruntime chooses algorithms and lays out memory
 
 
@@ -125,7 +126,13 @@ class StagedCall(DeviceCall):
         self._stream = stream
         self._given = stream.pinned(math.prod(self._input.shape())).reshape(self._input.shape())
         self._found = stream.pinned(self._parts[-1].stop)
-        self._send = stream.to_device(self._input.data_ptr(), self._given)
+        self._flat, place = self._given.reshape(-1), self._input.data_ptr()
+        pieces = [slice(start, start + _PIECE) for start in range(0, self._flat.size, _PIECE)]
+        sends = [stream.to_device(place + 4 * piece.start, self._flat[piece]) for piece in pieces]
+        # Of a large input, each piece is on its way while the next one is copied to pinned memory; a small one is sent
+        # with the work.
+        self._pieces = list(zip(pieces, sends, strict=True)) if len(pieces) > 1 else []
+        self._sends = [] if self._pieces else sends
         self._fetch = stream.to_host(self._found, self._outputs.data_ptr())
         self._to_decoder: tuple[StagedCall, list[Callable[[], None]]] | None = None
         self._take = stream.from_anywhere(self._input.data_ptr(), self._given.nbytes)
@@ -150,8 +157,8 @@ class StagedCall(DeviceCall):
         self.is_busy = True
         try:
             with suppress_engine_errors:
-                self._given[...] = array
                 with self._stream:
+                    self._put(array)
                     self._begin()
                     is_good = self._is_good()  # while the GPU is at work
                     self._stream.wait()
@@ -164,8 +171,8 @@ class StagedCall(DeviceCall):
         """As `DeviceCall.run`."""
         self.is_busy = True
         try:
-            self._given[...] = array
             with self._stream:
+                self._put(array)
                 self._begin()
                 self._stream.wait()
             return self._cut(self._found.copy())
@@ -176,11 +183,20 @@ class StagedCall(DeviceCall):
         """As `DeviceCall`; nor while a graph is captured on the stream, which all calls of this thread share."""
         return not self._stream.is_capturing and super().may_run()
 
+    def _put(self, array: Float32) -> None:
+        """Into pinned memory; a large one is sent as well."""
+        if not self._pieces:
+            self._given[...] = array
+            return
+        flat = np.ascontiguousarray(array).reshape(-1)
+        for piece, send in self._pieces:
+            self._flat[piece] = flat[piece]
+            send()
+
     def _begin(self) -> None:
-        """The way there, the work and the way back."""
-        self._send()
-        self._run()
-        self._fetch()
+        """The way there, but for a large input's, the work and the way back."""
+        for step in (*self._sends, self._run, self._fetch):
+            step()
 
     def then(self, decoder: StagedCall, array: Float32) -> Float32 | None:
         """The decoder's output for the first of this encoder's, which does not leave the GPU. array: known to be good.
@@ -192,9 +208,10 @@ class StagedCall(DeviceCall):
         self.is_busy = decoder.is_busy = True
         try:
             with suppress_engine_errors:
-                self._given[...] = array
                 with self._stream:
-                    for step in self.steps_to(decoder):
+                    steps = self.steps_to(decoder)
+                    self._put(array)
+                    for step in steps:
                         step()
                     self._stream.wait()
                 return decoder._cut(decoder._found.copy())[0]
@@ -232,7 +249,7 @@ class StagedCall(DeviceCall):
             give(target)
 
     def _make_steps_to(self, decoder: StagedCall) -> list[Callable[[], None]]:
-        return [self._send, self._run, self._hand_over(decoder), decoder._run, decoder._fetch]
+        return [*self._sends, self._run, self._hand_over(decoder), decoder._run, decoder._fetch]
 
     def _hand_over(self, decoder: StagedCall) -> Callable[[], None]:
         """What begins the copy of the first output to the decoder's input."""
@@ -250,13 +267,13 @@ class CapturedCall(StagedCall):
     def __init__(self, session: GraphSession, shapes: dict[str, tuple[int, ...]], stream: Stream) -> None:
         super().__init__(session, shapes, stream)
         self._names = list(shapes)
-        self._given[...] = 0
         for _ in range(_WARMUP_RUNS):
             with stream:
+                self._put(np.zeros(self._given.shape, np.float32))
                 super()._begin()
                 stream.wait()
         self._engine_run = self._run
-        self.begin = self._capture([self._send, self._engine_run, self._fetch]).launch
+        self.begin = self._capture([*self._sends, self._engine_run, self._fetch]).launch
         self._run = self._capture([self._engine_run]).launch
         self._resident: _Resident | None = None
         self._was_captured_on_device = False
@@ -272,7 +289,7 @@ class CapturedCall(StagedCall):
             binding.bind_ortvalue_input(name, self._input)
             for name, part in zip(outputs, self._parts, strict=True):
                 binding.bind_output(name, kind, index, np.float32, part.shape, target + 4 * part.start)
-            steps = [self._send, session.bound_run(binding, waits=False)]
+            steps = [*self._sends, session.bound_run(binding, waits=False)]
             with self._stream:
                 for step in steps:
                     step()
@@ -316,7 +333,7 @@ class CapturedCall(StagedCall):
 
     def _make_steps_to(self, decoder: StagedCall) -> list[Callable[[], None]]:
         if isinstance(decoder, CapturedCall):
-            steps = [self._send, self._engine_run, self._hand_over(decoder), decoder._engine_run, decoder._fetch]
+            steps = [*self._sends, self._engine_run, self._hand_over(decoder), decoder._engine_run, decoder._fetch]
             with suppress_engine_errors:  # then one by one
                 return [self._capture(steps, decoder._found).launch]
         return super()._make_steps_to(decoder)

@@ -35,7 +35,8 @@ def fastest_session(session: GraphSession, model: bytes, shape: tuple[int, ...])
     are at least 3% faster and their outputs as they should be, in this order:
 
         NHWC        convolutions with the channels last
-        captured    on a stream of our own: copies through pinned memory, in the same graph as the work between them
+        captured    on a stream of our own: copies through pinned memory, in the same graph as the work between them;
+                    a large input is sent before, in pieces
         pinned      where that is not taken: the same with the copies around the graph
         on_device   the graph for arrays that are on the device, beside the session for any batch
         unfetched   kernels that write the outputs to pinned memory themselves, in place of a copy

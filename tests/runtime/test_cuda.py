@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vae_runtime import VAE, DeviceError, InputError, OutOfMemoryError, device_array, trial
+from vae_runtime import VAE, DeviceError, InputError, OutOfMemoryError, device_array, device_call, trial
 from vae_runtime import cuda as module
 from vae_runtime.bound import Owner
 from vae_runtime.cuda import (
@@ -580,7 +580,7 @@ def both(request: pytest.FixtureRequest, tiny_path: Path) -> Iterator[tuple[VAE,
 
 
 @with_gpu
-@pytest.mark.parametrize("way", ["unfetched", "captured", "pinned", "plain"])
+@pytest.mark.parametrize("way", ["unfetched", "in pieces", "captured", "pinned", "plain"])
 def test_every_way_on_the_gpu_gives_the_same(
     both: tuple[VAE, VAE, np.ndarray], way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -592,13 +592,15 @@ def test_every_way_on_the_gpu_gives_the_same(
     monkeypatch.setattr(trial, "_relative_time", lambda call, plain: 0.5 if way != "plain" else 2.0)
     if way == "captured":
         monkeypatch.setattr(CapturedCall, "begin_unfetched", refuse)
+    if way == "in pieces":
+        monkeypatch.setattr(device_call, "_PIECE", 50)
     if way == "pinned":
         monkeypatch.setattr(Stream, "capture", refuse)
     gpu.warmup([2])
     found = gpu.plan["encode"][0]["fixed_on_gpu"][0]
     assert found["launch_graph"]
-    assert found["copies"] == {"plain": "pageable", "unfetched": "captured"}.get(way, way)
-    assert found["unfetched"] == (way == "unfetched")
+    assert found["copies"] == {"plain": "pageable", "unfetched": "captured", "in pieces": "captured"}.get(way, way)
+    assert found["unfetched"] == (way in ("unfetched", "in pieces"))
     tried = {"plain": ["captured", "pinned"], "pinned": ["captured", "pinned", "on_device"]}
     assert [name for name in found["trials"] if name != "NHWC"] == tried.get(
         way, ["captured", "on_device", "unfetched"]

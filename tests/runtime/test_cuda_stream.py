@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from vae_runtime import VAE, DeviceError, InputError, OutOfMemoryError, cuda, cuda_graph, cuda_stream
+from vae_runtime import VAE, DeviceError, InputError, OutOfMemoryError, cuda, cuda_graph, cuda_stream, device_call
 from vae_runtime.cuda_graph import LaunchGraph
 from vae_runtime.cuda_stream import Stream
 from vae_runtime.device_array import copy_to_device
@@ -406,7 +406,8 @@ def test_a_step_that_fails_ends_the_capture(driver: Driver) -> None:
 # --- calls on a stream, with "the device's memory" in that of the CPU -------------------------------------------------
 
 
-WAYS = ("staged", "captured", "unfetched")
+WAYS = ("staged", "staged in pieces", "captured", "captured in pieces", "unfetched", "unfetched in pieces")
+PIECES = 4  # of the encoder's input, where it is sent in pieces
 
 
 @pytest.fixture(params=WAYS)
@@ -414,7 +415,10 @@ def halves(
     request: pytest.FixtureRequest, driver: Driver, tiny_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[StagedCall, StagedCall]:
     """Both halves for 3 examples. Their sessions' work is done when the stream is waited for, like the copies."""
-    real, kind = GraphSession.bound_run, StagedCall if request.param == "staged" else CapturedCall
+    way, _, in_pieces = request.param.partition(" ")
+    real, kind = GraphSession.bound_run, StagedCall if way == "staged" else CapturedCall
+    if in_pieces:
+        monkeypatch.setattr(device_call, "_PIECE", 50)
 
     def bound_run(self: GraphSession, binding: Any, waits: bool = True) -> Callable[[], None]:
         run = real(self, binding)
@@ -428,7 +432,7 @@ def halves(
         session.fixed = shape
         calls.append(kind(session, session._shapes(shape), stream))
         calls[-1].hold_to(half._rule)
-        if request.param == "unfetched" and isinstance(calls[-1], CapturedCall):
+        if way == "unfetched" and isinstance(calls[-1], CapturedCall):
             calls[-1].begin = calls[-1].begin_unfetched(session)
     return calls[0], calls[1]
 
@@ -443,6 +447,25 @@ def test_staged_calls_give_the_same(halves: tuple[StagedCall, StagedCall], tiny:
         np.testing.assert_array_equal(logvar, expected.logvar)
         (image,) = decoder(expected.mean) or []
         np.testing.assert_array_equal(image, tiny.decode(expected.mean))
+
+
+def test_each_piece_of_an_input_is_sent_before_the_next_is_copied(
+    halves: tuple[StagedCall, StagedCall], driver: Driver, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, _ = halves
+    if not encoder._pieces:
+        return
+    seen: list[int] = []  # how much of the input is in pinned memory when a piece is sent
+    real = driver.do_cuMemcpyHtoDAsync_v2
+    encoder._flat[:] = -1
+
+    def send(*arguments: Any) -> None:
+        seen.append(int((encoder._flat >= 0).sum()))
+        real(*arguments)
+
+    monkeypatch.setattr(driver, "do_cuMemcpyHtoDAsync_v2", send)
+    assert encoder(images[:3]) is not None
+    assert seen == [50, 100, 150, 192]
 
 
 def test_staged_results_belong_to_the_caller(halves: tuple[StagedCall, StagedCall], images: np.ndarray) -> None:
@@ -465,7 +488,7 @@ def test_staged_inputs_are_checked(halves: tuple[StagedCall, StagedCall], images
 def test_latents_stay_on_the_device(
     halves: tuple[StagedCall, StagedCall], driver: Driver, tiny: VAE, images: np.ndarray
 ) -> None:
-    """One copy there, one from half to half, one back, and one wait."""
+    """One copy there, or one for each piece, one from half to half, one back, and one wait."""
     encoder, decoder = halves
     waits: list[int] = []
     finish = driver.finish
@@ -473,7 +496,8 @@ def test_latents_stay_on_the_device(
     for start in (0, 3):
         x = images[start : start + 3]
         np.testing.assert_array_equal(encoder.then(decoder, x), tiny.reconstruct(x))
-    assert waits == [5, 5]
+    assert waits == [4 + len(encoder._sends + encoder._pieces)] * 2
+    assert len(encoder._sends + encoder._pieces) in (1, PIECES)
 
 
 def test_a_captured_call_is_one_launch(

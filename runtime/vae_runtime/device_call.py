@@ -34,8 +34,7 @@ class ResidentCall:
         self._input, *self._outputs = session.names
         binding = session.io_binding()
         self._binding, self._run = binding._iobinding, session.bound_run(binding)
-        self._device = import_engine().OrtDevice.make(*memory)._get_c_device()
-        self._wrap = import_engine().OrtValue
+        self._device, self._wrap = _engines_device(memory), import_engine().OrtValue
 
     def __call__(self, value: Any) -> list[Any]:
         """An `OrtValue` -> the outputs as such, which belong to the caller; raises what the engine raises."""
@@ -68,19 +67,22 @@ class DeviceCall:
     ) -> None:
         kind, index = self._memory = session.device.memory
         make = import_engine().OrtValue.ortvalue_from_shape_and_type
-        (name, shape), *outputs = shapes.items()
+        shape, *outputs = shapes.values()
         self._owner, self._is_shared, self._rule = session.owner, session.fixed is None, rule
         self.is_busy = False
         self._input = make(shape, np.float32, kind, index)
         # One after the other in one piece of memory, so that one copy brings them all.
-        self._parts = _layout([shape for _, shape in outputs])
+        self._parts = _layout(outputs)
         self._outputs = make((self._parts[-1].stop,), np.float32, kind, index)
-        self._binding = session.io_binding()
-        self._binding.bind_ortvalue_input(name, self._input)
-        for (name, shape), part in zip(outputs, self._parts, strict=True):
-            address = self._outputs.data_ptr() + 4 * part.start
-            self._binding.bind_output(name, kind, index, np.float32, shape, address)
-        self._run = session.bound_run(self._binding, waits)
+        self._run = self._bind(session, self._outputs.data_ptr(), waits)
+
+    def _bind(self, session: GraphSession, address: int, waits: bool) -> Callable[[], None]:
+        """What runs the graph from the input to outputs that lie from this address on."""
+        binding, (name, *outputs) = session.io_binding(), session.names
+        binding.bind_ortvalue_input(name, self._input)
+        for name, part in zip(outputs, self._parts, strict=True):
+            binding.bind_output(name, *self._memory, np.float32, part.shape, part.address(address))
+        return session.bound_run(binding, waits)
 
     def hold_to(self, rule: ValueRule) -> None:
         """Take arrays whose values nobody has looked at."""
@@ -135,14 +137,14 @@ class StagedCall(DeviceCall):
         self._sends = [] if self._pieces else sends
         self._fetch = stream.to_host(self._found, self._outputs.data_ptr())
         self._to_decoder: tuple[StagedCall, list[Callable[[], None]]] | None = None
-        self._take = stream.from_anywhere(self._input.data_ptr(), self._given.nbytes)
+        self._take = stream.from_anywhere(place, self._given.nbytes)
         start = self._outputs.data_ptr()
-        self._give = [stream.to_anywhere(start + 4 * part.start, 4 * part.size) for part in self._parts]
+        self._places = [part.address(start) for part in self._parts]
+        self._give = [
+            stream.to_anywhere(place, part.nbytes) for place, part in zip(self._places, self._parts, strict=True)
+        ]
         # As in `ResidentCall`.
-        self._wrap, self._device = (
-            import_engine().OrtValue,
-            import_engine().OrtDevice.make(*self._memory)._get_c_device(),
-        )
+        self._device, self._wrap = _engines_device(self._memory), import_engine().OrtValue
         self._make = type(self._outputs._ortvalue).ortvalue_from_shape_and_type
 
     def hold_to(self, rule: ValueRule) -> None:
@@ -253,8 +255,7 @@ class StagedCall(DeviceCall):
 
     def _hand_over(self, decoder: StagedCall) -> Callable[[], None]:
         """What begins the copy of the first output to the decoder's input."""
-        target, source = decoder._input.data_ptr(), self._outputs.data_ptr()
-        return self._stream.on_device(target, source, 4 * self._parts[0].size)
+        return self._stream.on_device(decoder._input.data_ptr(), self._places[0], self._parts[0].nbytes)
 
 
 class CapturedCall(StagedCall):
@@ -266,7 +267,6 @@ class CapturedCall(StagedCall):
 
     def __init__(self, session: GraphSession, shapes: dict[str, tuple[int, ...]], stream: Stream) -> None:
         super().__init__(session, shapes, stream)
-        self._names = list(shapes)
         for _ in range(_WARMUP_RUNS):
             with stream:
                 self._put(np.zeros(self._given.shape, np.float32))
@@ -282,14 +282,8 @@ class CapturedCall(StagedCall):
         """Another `begin`: the kernels write the outputs to pinned memory themselves ("zero copy" in NVIDIA's CUDA C++
         Best Practices Guide). session: the call's own. Raises `DeviceError` where the engine or the driver does not do
         so."""
-        kind, index = self._memory
-        name, *outputs = self._names
         try:
-            target, binding = self._stream.address_of(self._found), session.io_binding()
-            binding.bind_ortvalue_input(name, self._input)
-            for name, part in zip(outputs, self._parts, strict=True):
-                binding.bind_output(name, kind, index, np.float32, part.shape, target + 4 * part.start)
-            steps = [*self._sends, session.bound_run(binding, waits=False)]
+            steps = [*self._sends, self._bind(session, self._stream.address_of(self._found), waits=False)]
             with self._stream:
                 for step in steps:
                     step()
@@ -324,12 +318,10 @@ class CapturedCall(StagedCall):
 
     def _capture_on_device(self, source: int, targets: list[int]) -> _Resident:
         """The same as one launch, whose copies are moved from call to call."""
-        place, outputs = self._input.data_ptr(), self._outputs.data_ptr()
         gives = [partial(give, target) for give, target in zip(self._give, targets, strict=True)]
         graph = self._capture([partial(self._take, source), self._engine_run, *gives])
-        places = [outputs + 4 * part.start for part in self._parts]
-        fetched = [graph.copy(start, target, "target") for start, target in zip(places, targets, strict=True)]
-        return _Resident(graph, graph.copy(source, place, "source"), fetched)
+        fetched = [graph.copy(place, target, "target") for place, target in zip(self._places, targets, strict=True)]
+        return _Resident(graph, graph.copy(source, self._input.data_ptr(), "source"), fetched)
 
     def _make_steps_to(self, decoder: StagedCall) -> list[Callable[[], None]]:
         if isinstance(decoder, CapturedCall):
@@ -362,6 +354,19 @@ class _Part(NamedTuple):
     @property
     def stop(self) -> int:
         return self.start + self.size
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * self.size
+
+    def address(self, memory: int) -> int:
+        """Where it begins in memory that begins at this address."""
+        return memory + 4 * self.start
+
+
+def _engines_device(memory: tuple[str, int]) -> Any:
+    """A device as onnxruntime's own layer below the public one takes it."""
+    return import_engine().OrtDevice.make(*memory)._get_c_device()
 
 
 def _layout(shapes: Sequence[tuple[int, ...]]) -> list[_Part]:

@@ -167,9 +167,9 @@ class VAE:
         shape = self._input_shape(size)
         shapes = shape, self.manifest.latent_shape(shape)
         for batch in [check_count(count, "a batch size") for count in batch_sizes]:
-            for operation, one in zip(self._open_operations(), shapes, strict=True):
-                operation.warm((batch, *one), self._bundle.read)
             encoder, decoder = self._open_operations()
+            for operation, one in zip((encoder, decoder), shapes, strict=True):
+                operation.warm((batch, *one), self._bundle.read)
             encoder.warm_then(decoder, (batch, *shape))
 
     def encode(

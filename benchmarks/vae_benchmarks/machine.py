@@ -160,6 +160,18 @@ def _memory_bytes() -> int | None:
     return None
 
 
+def available_bytes() -> float:
+    """Memory that new processes can have; infinite where the system does not say."""
+    for line in _lines(Path("/proc/meminfo")):
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    with contextlib.suppress(ImportError):
+        import psutil
+
+        return float(psutil.virtual_memory().available)
+    return float("inf")
+
+
 def _governors() -> tuple[str, ...]:
     found = {_first_line(file) for file in _CPUS.glob("cpu[0-9]*/cpufreq/scaling_governor")}
     return tuple(sorted(found - {""}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,40 +125,54 @@ def build(name):
 
 
 @pytest.fixture(scope="session")
-def torch_case(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_case(tiny: Path) -> Callable[..., Path]:
+    """Makes a folder a case of the tiny bundle, without torch modules. arrays: of inputs.npz. facts: of case.json."""
+
+    def write(folder: Path, arrays: Mapping[str, Any], **facts: Any) -> Path:
+        (folder / "plain").mkdir(parents=True)
+        (folder / "torch").mkdir()
+        shutil.copytree(tiny, folder / "bundle.vae")
+        for half in ("encoder", "decoder"):
+            shutil.copy(tiny / f"{half}.onnx", folder / "plain")
+        np.savez(folder / "inputs.npz", **arrays)
+        manifest = Case.open(tiny).manifest
+        document = {
+            "format": "vae-case",
+            "format_version": 1,
+            "kind": manifest.kind,
+            "input_shape": list(manifest.input.shape),
+            "latent_shape": list(manifest.latent.shape),
+            "data": None,
+            **facts,
+        }
+        (folder / "case.json").write_text(json.dumps(document))
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def torch_case(write_case: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny bundle as a case, with torch modules of its shapes but other weights, and their outputs as reference."""
     torch = pytest.importorskip("torch")
-    folder = tmp_path_factory.mktemp("torch") / "case"
-    (folder / "plain").mkdir(parents=True)
-    (folder / "torch").mkdir()
-    shutil.copytree(tiny, folder / "bundle.vae")
-    for half in ("encoder", "decoder"):
-        shutil.copy(tiny / f"{half}.onnx", folder / "plain")
-    (folder / "torch" / "modules.py").write_text(MODULES)
     namespace: dict[str, Any] = {}
     exec(MODULES, namespace)
     encoder, decoder = namespace["build"]("small")
-    torch.save({"encoder": encoder.state_dict(), "decoder": decoder.state_dict()}, folder / "torch" / "weights.pt")
     x = np.random.default_rng(0).random((4, 1, 8, 8), np.float32)
     with torch.inference_mode():
         mean, logvar = encoder(torch.from_numpy(x))
         reconstruction = decoder(mean)
     outputs = {"mean": mean, "logvar": logvar, "reconstruction": reconstruction}
-    np.savez(folder / "inputs.npz", x=x, **{name: value.numpy() for name, value in outputs.items()})
-    manifest = Case.open(tiny).manifest
-    document = {
-        "format": "vae-case",
-        "format_version": 1,
-        "name": "small",
-        "description": "small",
-        "kind": "vae",
-        "input_shape": list(manifest.input.shape),
-        "latent_shape": list(manifest.latent.shape),
-        "parameters": None,
-        "macs": None,
-        "data": None,
-        "quality": None,
-        "architecture": {"name": "small", "arguments": {}},
-    }
-    (folder / "case.json").write_text(json.dumps(document))
+    folder = write_case(
+        tmp_path_factory.mktemp("torch") / "case",
+        {"x": x, **{name: value.numpy() for name, value in outputs.items()}},
+        name="small",
+        description="small",
+        parameters=None,
+        macs=None,
+        quality=None,
+        architecture={"name": "small", "arguments": {}},
+    )
+    (folder / "torch" / "modules.py").write_text(MODULES)
+    torch.save({"encoder": encoder.state_dict(), "decoder": decoder.state_dict()}, folder / "torch" / "weights.pt")
     return folder

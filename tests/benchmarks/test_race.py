@@ -320,32 +320,17 @@ def test_a_plan_of_any_form_is_printed(plan: Any, text: str) -> None:
 
 
 @pytest.fixture
-def case_folder(tiny: Path, tmp_path: Path) -> Path:
+def case_folder(write_case: Callable[..., Path], tiny: Path, tmp_path: Path) -> Path:
     """A case made of the tiny bundle, without torch modules that could be loaded."""
-    folder = tmp_path / "case"
-    (folder / "plain").mkdir(parents=True)
-    (folder / "torch").mkdir()
-    shutil.copytree(tiny, folder / "bundle.vae")
-    for half in ("encoder", "decoder"):
-        shutil.copy(tiny / f"{half}.onnx", folder / "plain")
-    golden = Case.open(tiny).reference()
-    np.savez(folder / "inputs.npz", **golden)
-    manifest = Case.open(tiny).manifest
-    document = {
-        "format": "vae-case",
-        "format_version": 1,
-        "name": "a-case",
-        "description": "tiny",
-        "kind": manifest.kind,
-        "input_shape": list(manifest.input.shape),
-        "latent_shape": list(manifest.latent.shape),
-        "parameters": 7,
-        "macs": {"encode": 1, "decode": 2},
-        "data": None,
-        "quality": {"psnr_db": 20.5},
-    }
-    (folder / "case.json").write_text(json.dumps(document))
-    return folder
+    return write_case(
+        tmp_path / "case",
+        Case.open(tiny).reference(),
+        name="a-case",
+        description="tiny",
+        parameters=7,
+        macs={"encode": 1, "decode": 2},
+        quality={"psnr_db": 20.5},
+    )
 
 
 def test_a_case_gives_its_own_inputs_and_graphs(case_folder: Path, tiny: Path) -> None:

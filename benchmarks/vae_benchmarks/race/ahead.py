@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from vae_runtime.tuning import usable_cores
 
 from ..children import at_once
+from ..machine import available_bytes
 from .case import Case
 from .competitors import Competitor
 from .report import Point
@@ -59,16 +58,3 @@ def compile_ahead(
             process.kill()
 
     at_once(compile_one, jobs, count, stop)
-
-
-def available_bytes() -> float:
-    """Memory that new processes can have; infinite where the system does not say."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text("ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    with contextlib.suppress(ImportError):
-        import psutil
-
-        return float(psutil.virtual_memory().available)
-    return float("inf")

@@ -53,6 +53,7 @@ _TORCH_VARIANTS = {
     "torch-reduce-overhead": "reduce-overhead",
     "torch-graph": "graph",
 }
+TORCH_MODES = {"compile": None, "reduce-overhead": "reduce-overhead"}  # of torch.compile, by variant
 _BETWEEN = "-cuda-"
 
 
@@ -66,7 +67,7 @@ def competitors_on(device: str) -> dict[str, Competitor]:
             engines["onnxruntime"] = "onnxruntime_device", {}
         for engine, (module, more) in engines.items():
             name, options = f"{engine}{_BETWEEN}{precision}", {"device": device, "precision": precision, **more}
-            compiles = options.get("variant") in ("compile", "reduce-overhead")
+            compiles = options.get("variant") in TORCH_MODES
             found[name] = Competitor(name, module, options, engine != OURS, precision, compiles)
     return found
 

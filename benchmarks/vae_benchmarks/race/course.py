@@ -20,8 +20,8 @@ from vae_runtime.cuda import why_not_cuda
 from vae_runtime.errors import DeviceError, InputError
 
 from ..children import at_once
-from ..machine import MachineFacts, choose_cores
-from .ahead import LOADED_BYTES, MEMORY_RESERVE, OPEN_TIMEOUT, available_bytes, compile_ahead
+from ..machine import MachineFacts, available_bytes, choose_cores
+from .ahead import LOADED_BYTES, MEMORY_RESERVE, OPEN_TIMEOUT, compile_ahead
 from .case import Case
 from .competitors import Competitor, choose_competitors
 from .report import CaseResult, Point, PointResult, RaceReport, RaceSettings, Row, Runner, merge, rank

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,8 +10,6 @@ import numpy as np
 
 from vae_runtime.bound import to_host
 from vae_runtime.cuda import synchronize, why_not_cuda
-from vae_runtime.devices import find_device
-from vae_runtime.errors import DeviceError
 from vae_runtime.manifest import LOGVAR, MEAN, RECONSTRUCTION
 from vae_runtime.preprocess import Float32
 
@@ -20,6 +17,7 @@ from ...worker import tile
 from ..case import Case
 from ..entrant import CannotRunError, Entrant, Resident, within_tolerance
 from .choice import Call, fastest
+from .ours import load as load  # of the same engine
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -30,12 +28,6 @@ class Half(NamedTuple):
     from_host: Callable[[Float32], list[Float32]]
     on_device: Callable[[Any], list[Any]]
     words: str
-
-
-def load(device: str) -> None:
-    """Import onnxruntime and load CUDA's libraries."""
-    with contextlib.suppress(DeviceError):  # which `open_entrant` will raise
-        find_device(device)
 
 
 def open_entrant(case: Case, batch: int, threads: int, device: str, precision: str) -> Entrant:

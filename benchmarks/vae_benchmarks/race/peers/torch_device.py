@@ -12,10 +12,9 @@ from vae_runtime.manifest import LOGVAR, MEAN, RECONSTRUCTION
 
 from ...worker import tile
 from ..case import Case
+from ..competitors import TORCH_MODES
 from ..entrant import CannotRunError, Entrant, Resident, within_tolerance
 from .torch_modules import load_modules
-
-MODES = {"compile": None, "reduce-overhead": "reduce-overhead"}  # of torch.compile
 
 
 def load(device: str) -> None:
@@ -59,7 +58,7 @@ def open_entrant(case: Case, batch: int, threads: int, device: str, precision: s
     torch.backends.cudnn.benchmark = True
     # For the rest of this process: entering it in every call would cost time. Compiled modules are not frozen under
     # inference_mode.
-    torch.set_grad_enabled(False) if variant in MODES else torch.inference_mode().__enter__()
+    torch.set_grad_enabled(False) if variant in TORCH_MODES else torch.inference_mode().__enter__()
     reference = {name: tile(array, batch) for name, array in case.reference().items()}
     latents = [name for name in (MEAN, LOGVAR) if name in reference]
     modules = load_modules(case.torch, case.facts.name)
@@ -94,7 +93,7 @@ def _why_not(torch: Any, device: str, variant: str) -> str | None:
             return f"torch {torch.__version__} sees no GPU"
     elif variant == "graph":
         return "a CUDA graph needs a GPU"
-    if variant not in MODES:
+    if variant not in TORCH_MODES:
         return None
     if device == "cuda" and importlib.util.find_spec("triton") is None:
         return "torch.compile needs triton on a GPU, which is not installed"

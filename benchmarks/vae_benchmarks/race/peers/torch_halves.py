@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from vae_runtime.preprocess import Float32
 
+from ..competitors import TORCH_MODES
 from .choice import fastest
-from .torch_device import MODES
 
 _WARMUP_CALLS = 3  # before a capture, as torch's documentation asks for
 
@@ -120,8 +120,8 @@ def at_boundary(module: nn.Module, given: Tensor, dtype: torch.dtype, channels_l
 def _runs(
     module: nn.Module, given: Tensor, dtype: torch.dtype, variant: str, is_right: Callable[[Arrays], bool]
 ) -> dict[str, Run]:
-    if variant in MODES:
-        word, run = _compile(at_boundary(module, given, dtype, False), given, MODES[variant], is_right)
+    if variant in TORCH_MODES:
+        word, run = _compile(at_boundary(module, given, dtype, False), given, TORCH_MODES[variant], is_right)
         return {word: run}
     layouts = {"contiguous": False}
     if any(part.ndim == 4 for part in module.parameters()):

@@ -78,7 +78,7 @@ def fidelity(findings: Findings, job: Job) -> None:
 def torch_results(job: Job, torch: Any, precision: str, x: Float32, mean: Float32) -> dict[str, Float32]:
     """The case's own modules on the device, eager, in the precision as the race has it."""
     assert job.case.torch is not None
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     place: dict[str, Any] = {
         "device": job.device.replace("tensorrt", "cuda"),
         "dtype": torch.float16 if precision == "fp16" else torch.float32,

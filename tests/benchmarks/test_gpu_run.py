@@ -223,7 +223,7 @@ def test_fidelity_is_looked_at_after_warming_up_too(job: Job, monkeypatch: pytes
     assert failed_by(checks.fidelity, job) == {"fp32 warm decode", "fp32 warm reconstruct"}
 
 
-def test_torch_s_own_error_stands_beside_it(torch_case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_s_own_error_stands_beside_it(torch_case: Path) -> None:
     """The case's bundle has other weights than its modules, which here play a torch that is far off."""
     job = Job("cpu", Case.open(torch_case), True, budget=1.0)
     stream = io.StringIO()

@@ -407,6 +407,8 @@ def test_a_step_that_fails_ends_the_capture(driver: Driver) -> None:
 
 
 WAYS = ("staged", "staged in pieces", "captured", "captured in pieces", "unfetched", "unfetched in pieces")
+only_in_pieces = pytest.mark.parametrize("halves", [way for way in WAYS if " " in way], indirect=True)
+only_captured = pytest.mark.parametrize("halves", [way for way in WAYS if "staged" not in way], indirect=True)
 PIECES = 4  # of the encoder's input, where it is sent in pieces
 
 
@@ -437,8 +439,11 @@ def halves(
     return calls[0], calls[1]
 
 
-def test_staged_calls_give_the_same(halves: tuple[StagedCall, StagedCall], tiny: VAE, images: np.ndarray) -> None:
+def test_staged_calls_give_the_same(
+    halves: tuple[StagedCall, StagedCall], driver: Driver, tiny: VAE, images: np.ndarray
+) -> None:
     encoder, decoder = halves
+    assert bool(driver.graphs) == isinstance(encoder, CapturedCall)
     for start in (0, 3, 6):
         x = images[start : start + 3]
         expected = tiny.encode(x)
@@ -449,12 +454,11 @@ def test_staged_calls_give_the_same(halves: tuple[StagedCall, StagedCall], tiny:
         np.testing.assert_array_equal(image, tiny.decode(expected.mean))
 
 
+@only_in_pieces
 def test_each_piece_of_an_input_is_sent_before_the_next_is_copied(
     halves: tuple[StagedCall, StagedCall], driver: Driver, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder, _ = halves
-    if not encoder._pieces:
-        return
     seen: list[int] = []  # how much of the input is in pinned memory when a piece is sent
     real = driver.do_cuMemcpyHtoDAsync_v2
     encoder._flat[:] = -1
@@ -500,13 +504,11 @@ def test_latents_stay_on_the_device(
     assert len(encoder._sends + encoder._pieces) in (1, PIECES)
 
 
+@only_captured
 def test_a_captured_call_is_one_launch(
     halves: tuple[StagedCall, StagedCall], driver: Driver, images: np.ndarray
 ) -> None:
     encoder, decoder = halves
-    if not isinstance(encoder, CapturedCall):
-        assert driver.graphs == []
-        return
     (latent, _), launched = encoder.run(images[:3]), driver.launched
     (decoded,) = decoder.run(latent)
     assert len(launched) == 2
@@ -515,13 +517,12 @@ def test_a_captured_call_is_one_launch(
     assert (len(launched), launched[2]) == (4, launched[3])
 
 
+@only_captured
 def test_arrays_on_the_device_take_one_launch_each(
     halves: tuple[StagedCall, StagedCall], driver: Driver, tiny: VAE, images: np.ndarray
 ) -> None:
     """Whatever their addresses; and step by step where a copy cannot be moved."""
     encoder, _ = halves
-    if not isinstance(encoder, CapturedCall):
-        return
     given = [copy_to_device(images[start : start + 3], Device("cpu", CPU))._value for start in (0, 3, 6)]
     kept: list[Any] = []
     for index in (0, 1, 2, 1):

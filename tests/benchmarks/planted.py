@@ -15,9 +15,9 @@ from vae_benchmarks.race.case import Case
 from vae_benchmarks.race.entrant import CannotRunError, Entrant, Resident
 
 
-def load(device: str) -> None:
+def load(precision: str, **options: Any) -> None:
     """The configuration may tell that it was called, and in which processor affinity."""
-    os.environ["PLANTED_LOADED"] = f"on {device}"
+    os.environ["PLANTED_LOADED"] = f"in {precision}"
 
 
 def open_entrant(

@@ -16,7 +16,7 @@ from .runner import RunnerError
 
 OPEN_TIMEOUT = 1800.0  # seconds: compiling a large network takes minutes
 MEMORY_RESERVE = 512 * 2**20  # bytes that stay free beside the competitors
-LOADED_BYTES = 4 * 2**30  # that a process with torch and CUDA's libraries may take
+LOADED_BYTES = 2 * 2**30  # that a process with torch and CUDA's libraries may take; 1.2 GB were seen
 
 
 def compile_ahead(

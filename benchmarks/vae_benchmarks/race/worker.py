@@ -41,11 +41,11 @@ class Stall:
         self._idle_since: tuple[float, float] | None = None
         self._idle = [0.0, 0.0]
 
-    def load(self, module: str, device: str, cores: list[int] | None) -> dict[str, Any]:
+    def load(self, module: str, options: dict[str, Any], cores: list[int] | None) -> dict[str, Any]:
         """Import the competitor's engine and start the device, then stay on these cores."""
         peer = _peer(module)
         if hasattr(peer, "load"):
-            peer.load(device)
+            peer.load(**options)
         if cores is not None:
             for thread in Path("/proc/self/task").iterdir():
                 with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile

@@ -20,8 +20,8 @@ from ..case import Case
 from ..entrant import TOLERANCES, CannotRunError, Entrant, Resident
 
 
-def load(device: str) -> None:
-    """Import onnxruntime and load CUDA's libraries."""
+def load(device: str, **options: Any) -> None:
+    """Import onnxruntime and load CUDA's libraries. options: the others of `open_entrant`."""
     with contextlib.suppress(DeviceError):  # which `open_entrant` will raise
         find_device(device)
 

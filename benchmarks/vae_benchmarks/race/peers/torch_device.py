@@ -17,15 +17,16 @@ from ..entrant import CannotRunError, Entrant, Resident, within_tolerance
 from .torch_modules import load_modules
 
 
-def load(device: str) -> None:
-    """Import torch and start CUDA; where that cannot be, `open_entrant` says why."""
+def load(device: str, variant: str, **options: Any) -> None:
+    """Import torch and, where it compiles, its compiler, and start CUDA. Where one of them cannot be had, `open_entrant`
+    says why. options: its others."""
     with contextlib.suppress(ImportError):
         import torch
 
-        from . import torch_halves  # noqa: F401
+        from . import torch_halves
 
-        if device == "cuda" and torch.cuda.is_available():
-            torch.zeros(1, device=device)
+        if _why_not(torch, device, variant) is None:
+            torch_halves.start(device, variant)
 
 
 def open_entrant(case: Case, batch: int, threads: int, device: str, precision: str, variant: str) -> Entrant:

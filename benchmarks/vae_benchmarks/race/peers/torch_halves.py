@@ -81,6 +81,25 @@ def open_half(
     return Half(from_host, resident, f"{word} on the device; {host_word} from the host")
 
 
+def start(device: str, variant: str) -> None:
+    """What the first use of the device, and of the compiler, does once per process and not for one module alone."""
+    given = torch.zeros(1, 2, device=device)
+    if variant in TORCH_MODES:
+        with torch.no_grad():
+            _compile(_Smallest().eval().to(device), given, TORCH_MODES[variant], lambda outputs: True)
+
+
+class _Smallest(nn.Module):
+    """Code of its own, so that what is compiled for it is not looked through in the calls of others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.inner(x))
+
+
 def finished(run: Run, synchronize: Callable[[], None]) -> Callable[[Tensor], Outputs]:
     """The forward pass with outputs that belong to the caller and are there when it returns."""
     call, is_fresh = run.call, run.is_fresh

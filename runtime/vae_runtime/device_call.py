@@ -228,20 +228,21 @@ class StagedCall(DeviceCall):
         return self._to_decoder[1]
 
     def on_device(self, value: Any) -> list[Any] | None:
-        """An `OrtValue` in the GPU's memory, finished -> the outputs as new ones there. None as of `then`."""
+        """An `OrtValue` in the GPU's memory, finished -> the outputs as new ones there; raises what the engine raises.
+
+        None in a thread that the session does not serve, and within another call of this.
+        """
         if not self.may_run():
             return None
         self.is_busy = True
         try:
-            with suppress_engine_errors:
-                found = [self._make(part.shape, np.float32, self._device) for part in self._parts]
-                with self._stream:
-                    self._run_on_device(value.data_ptr(), [new.data_ptr() for new in found])
-                    self._stream.wait()
-                return [self._wrap(new) for new in found]
+            found = [self._make(part.shape, np.float32, self._device) for part in self._parts]
+            with self._stream:
+                self._run_on_device(value.data_ptr(), [new.data_ptr() for new in found])
+                self._stream.wait()
+            return [self._wrap(new) for new in found]
         finally:
             self.is_busy = False
-        return None
 
     def _run_on_device(self, source: int, targets: list[int]) -> None:
         """From one address on the GPU to others, one for each output."""
@@ -262,11 +263,12 @@ class CapturedCall(StagedCall):
     """The same with both copies and the work between them as one launch, without onnxruntime, whose session must not
     make a graph of launches itself.
 
-    begin: begins that launch.
+    begin: begins that launch. in_steps: what is no launch of its own, "on_device" or "reconstruct", and why.
     """
 
     def __init__(self, session: GraphSession, shapes: dict[str, tuple[int, ...]], stream: Stream) -> None:
         super().__init__(session, shapes, stream)
+        self.in_steps: dict[str, str] = {}
         for _ in range(_WARMUP_RUNS):
             with stream:
                 self._put(np.zeros(self._given.shape, np.float32))
@@ -276,7 +278,6 @@ class CapturedCall(StagedCall):
         self.begin = self._capture([*self._sends, self._engine_run, self._fetch]).launch
         self._run = self._capture([self._engine_run]).launch
         self._resident: _Resident | None = None
-        self._was_captured_on_device = False
 
     def begin_unfetched(self, session: GraphSession) -> Callable[[], None]:
         """Another `begin`: the kernels write the outputs to pinned memory themselves ("zero copy" in NVIDIA's CUDA C++
@@ -303,18 +304,21 @@ class CapturedCall(StagedCall):
         self.begin()
 
     def _run_on_device(self, source: int, targets: list[int]) -> None:
-        ready = None
-        with suppress_engine_errors:  # else one by one
-            if not self._was_captured_on_device:
-                self._was_captured_on_device = True  # or cannot be
-                self._resident = self._capture_on_device(source, targets)
-            if self._resident is not None:
-                self._resident.move(source, targets)
-                ready = self._resident
-        if ready is None:
+        graph = self._between(source, targets)
+        if graph is None:
             super()._run_on_device(source, targets)
         else:
-            ready.graph.launch()
+            graph.launch()
+
+    def _between(self, source: int, targets: list[int]) -> LaunchGraph | None:
+        """The launch between these addresses; None where there is none."""
+        try:
+            if self._resident is None and "on_device" not in self.in_steps:
+                self._resident = self._capture_on_device(source, targets)
+            return None if self._resident is None else self._resident.move(source, targets)
+        except Exception as error:
+            self._go_in_steps("on_device", error)
+        return None
 
     def _capture_on_device(self, source: int, targets: list[int]) -> _Resident:
         """The same as one launch, whose copies are moved from call to call."""
@@ -326,9 +330,16 @@ class CapturedCall(StagedCall):
     def _make_steps_to(self, decoder: StagedCall) -> list[Callable[[], None]]:
         if isinstance(decoder, CapturedCall):
             steps = [*self._sends, self._engine_run, self._hand_over(decoder), decoder._engine_run, decoder._fetch]
-            with suppress_engine_errors:  # then one by one
+            try:
                 return [self._capture(steps, decoder._found).launch]
+            except Exception as error:
+                self._go_in_steps("reconstruct", error)
         return super()._make_steps_to(decoder)
+
+    def _go_in_steps(self, what: str, error: Exception) -> None:
+        if not is_engine_error(error):
+            raise error
+        self.in_steps[what] = first_line(error)
 
 
 class _Resident(NamedTuple):
@@ -338,10 +349,11 @@ class _Resident(NamedTuple):
     sent: MovableCopy
     fetched: list[MovableCopy]
 
-    def move(self, source: int, targets: list[int]) -> None:
+    def move(self, source: int, targets: list[int]) -> LaunchGraph:
         self.sent.move_to(source)
         for copy, target in zip(self.fetched, targets, strict=True):
             copy.move_to(target)
+        return self.graph
 
 
 class _Part(NamedTuple):

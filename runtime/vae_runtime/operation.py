@@ -11,6 +11,7 @@ from .bound import BoundCall, BoundPair
 from .boundary import Boundary
 from .device_array import DeviceArray, from_dlpack
 from .device_call import DeviceCall, StagedCall
+from .engine import suppress_engine_errors
 from .errors import InputError
 from .preprocess import Float32, ValueRule, fitting_memory, zeros
 from .sampling import check_count
@@ -193,7 +194,8 @@ class Operation:
             shared = from_dlpack(array, self._boundary, self.routes[0].any_batch.device, name)
         route, found = self.route(len(shared)), None
         if (fixed := route.session(shared.shape)).replays_on_device:
-            found = fixed.replay_on_device(shared)
+            with suppress_engine_errors:  # else the session for any batch tries, or says why not
+                found = fixed.replay_on_device(shared)
         return route.any_batch.run_on_device(shared) if found is None else found
 
     def then(self, decoder: Operation, array: Any, batch_size: int | None) -> Float32:

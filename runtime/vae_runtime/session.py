@@ -141,6 +141,7 @@ class GraphSession:
             "copies": "pageable" if self._stream is None else "captured" if self._captures else "pinned",
             "unfetched": self.is_unfetched,
             "on_device": self.replays_on_device,
+            "in_steps": dict(self.captured_call.in_steps if self.captured_call else {}),
             "trials": dict(self.trials),
         }
 
@@ -248,10 +249,11 @@ class GraphSession:
             return found
 
     def replay_on_device(self, array: DeviceArray) -> list[DeviceArray] | None:
-        """The same by the graph of launches of a session for one shape with a stream; None where that is not to be had,
-        and `run_on_device` of the session for any batch says why."""
+        """The same by the graph of launches of a session for one shape with a stream; None where it has none, and as
+        `StagedCall.on_device`."""
         call = self._only_call
-        values = call.on_device(array._value) if isinstance(call, StagedCall) else None
+        with self._naming_errors(len(array)):
+            values = call.on_device(array._value) if isinstance(call, StagedCall) else None
         return None if values is None else [DeviceArray(value, self._memory) for value in values]
 
     def to_device(self, array: Float32) -> DeviceArray:

@@ -139,7 +139,7 @@ class _Trial:
         found = [self.best.replay_on_device(one) for one in (there, other)]  # all of it is alive: at other addresses
         for replayed, one in zip(found, (there, other), strict=True):
             if replayed is None:
-                return "it failed"
+                return "there is no graph for this thread"
             expected = self._session.run_on_device(one)
             if difference := self._difference(*([array.numpy() for array in half] for half in (replayed, expected))):
                 return difference

@@ -139,8 +139,8 @@ class VAE:
         batch sizes that have a session of their own since `warmup` (`fixed_batches`). On a GPU also how each of these
         works (`fixed_on_gpu`): as one graph of launches or kernel by kernel, the layout of its convolutions, how inputs
         and outputs are copied ("captured": in that graph), whether outputs need no copy (`unfetched`), whether arrays
-        on the device take it too, and of each way tried the time relative to the best before or why it was not taken
-        (`trials`)."""
+        on the device take it too, what of these, or of `reconstruct`, could not be made one launch and why
+        (`in_steps`), and of each way tried the time relative to the best before or why it was not taken (`trials`)."""
         encoder, decoder = self._open_operations()
         return {
             "encode": [route.describe() for route in encoder.routes],

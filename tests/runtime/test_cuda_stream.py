@@ -534,6 +534,7 @@ def test_arrays_on_the_device_take_one_launch_each(
         is_whole = len(driver.graphs[driver.launched[-1] - 1]) == 1 + 1 + 2  # both copies of outputs too
         assert is_whole == (index != 2)
         driver.status.clear()
+    assert encoder.in_steps == {"on_device": "the NVIDIA driver could not move a copy (CUDA error 1)"}  # once
     for index, found in kept:
         expected = tiny.encode(images[3 * index : 3 * index + 3])
         np.testing.assert_array_equal(found[0].numpy(), expected.mean)
@@ -551,6 +552,8 @@ def test_where_a_copy_is_not_found_arrays_on_the_device_go_step_by_step(
         mean, _ = encoder.on_device(value) or []
         np.testing.assert_array_equal(mean.numpy(), tiny.encode(images[start : start + 3]).mean)
     assert len(driver.graphs) - before == isinstance(encoder, CapturedCall)  # it was tried once
+    if isinstance(encoder, CapturedCall):
+        assert encoder.in_steps == {"on_device": "the NVIDIA driver could not describe a graph (CUDA error 1)"}
 
 
 def test_a_reconstruction_that_cannot_be_captured_goes_step_by_step(
@@ -563,6 +566,8 @@ def test_a_reconstruction_that_cannot_be_captured_goes_step_by_step(
         x = images[start : start + 3]
         np.testing.assert_array_equal(encoder.then(decoder, x), tiny.reconstruct(x))
     assert len(driver.graphs) - before == isinstance(encoder, CapturedCall)  # it was tried once
+    if isinstance(encoder, CapturedCall):
+        assert encoder.in_steps["reconstruct"].startswith("the NVIDIA driver could not record")
 
 
 def test_arrays_on_the_device_are_copied_in_and_out(
@@ -576,7 +581,8 @@ def test_arrays_on_the_device_are_copied_in_and_out(
         np.testing.assert_array_equal(found[0].numpy(), expected.mean)
         np.testing.assert_array_equal(found[1].numpy(), expected.logvar)
     driver.status |= {"cuMemcpyDtoDAsync_v2": 700, "cuGraphLaunch": 700}
-    assert encoder.on_device(values[0]) is None
+    with pytest.raises(DeviceError, match="CUDA error 700"):
+        encoder.on_device(values[0])
 
 
 @pytest.mark.parametrize("call", ["work", "cuStreamSynchronize", "cuCtxPushCurrent_v2"])

@@ -112,7 +112,7 @@ def test_outputs_are_written_to_the_host_where_that_is_faster(
     time: Any, is_taken: bool, monkeypatch: pytest.MonkeyPatch, tiny_path: Path
 ) -> None:
     ways = Ways(monkeypatch, tiny_path, NHWC=1.0, captured=0.5)
-    call = SimpleNamespace(begin="copies")
+    call = SimpleNamespace(begin="copies", in_steps={"on_device": "no copies"})
     outputs = {"copies": [np.ones(2, np.float32)], "writes": [np.full(2, 1 + (time == "wrong"), np.float32)]}
     call.run = lambda array: outputs[call.begin]
 
@@ -127,6 +127,7 @@ def test_outputs_are_written_to_the_host_where_that_is_faster(
     monkeypatch.setattr(GraphSession, "captured_call", property(lambda session: call if session._captures else None))
     best = ways.choose()
     assert best.is_unfetched is best.describe_way()["unfetched"] is is_taken
+    assert best.describe_way()["in_steps"] == {"on_device": "no copies"}
     assert call.begin == ("writes" if is_taken else "copies")
     assert str(best.trials["unfetched"]).startswith("outputs differ by 1" if time == "wrong" else str(time))
 
@@ -209,6 +210,7 @@ def test_the_plan_says_how_it_works(monkeypatch: pytest.MonkeyPatch, tiny_path: 
             "copies": "pageable",
             "unfetched": False,
             "on_device": False,
+            "in_steps": {},
             "trials": {"NHWC": 0.5, "captured": "not to be captured", "pinned": 2.0},
         }
     ]
@@ -240,7 +242,7 @@ def test_the_graph_for_arrays_on_the_device_is_compared_with_the_session_for_any
     monkeypatch.setattr(trial, "_relative_time", lambda call, plain: (call(), plain(), 0.25)[2])
     ways.session.device = Device("cpu", CPU)
     one = trial._Trial(ways.session, ways.model, SHAPE)
-    assert one._compare_on_device() == "it failed"  # the CPU has no graph of launches
+    assert one._compare_on_device() == "there is no graph for this thread"  # on the CPU for none
     one.best.replay_on_device = ways.session.run_on_device  # type: ignore[method-assign]
     assert one._compare_on_device() == 0.25
     one.best.replay_on_device = lambda array: ways.session.run_on_device(array)[::-1]  # type: ignore[method-assign]

@@ -393,6 +393,6 @@ CUDA_METHOD = {
     "weights and arithmetic, from float32 and to it; the checks allow tf32 and fp16 a root mean square error of 0.01",
     "choices": "where there are several ways to set an engine up, such as memory layouts, each half and each kind of "
     "call keeps what was fastest in a trial before the race, and the report says which",
-    "opening": "engines and compilers load all at once, and before that torch.compile has compiled everything all at once, where "
-    "memory allows; trials, choices and checks have the machine to themselves, one competitor after the other",
+    "opening": "engines and compilers load all at once, and before that torch.compile has compiled everything all at "
+    "once, where memory allows; trials, choices and checks have the machine to themselves, one after the other",
 }

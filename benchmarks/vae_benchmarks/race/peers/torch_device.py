@@ -18,8 +18,8 @@ from .torch_modules import load_modules
 
 
 def load(device: str, variant: str, **options: Any) -> None:
-    """Import torch and, where it compiles, its compiler, and start CUDA. Where one of them cannot be had, `open_entrant`
-    says why. options: its others."""
+    """Import torch, for a compiled variant its compiler too, and start CUDA. Where one of them cannot be had,
+    `open_entrant` says why. options: its others."""
     with contextlib.suppress(ImportError):
         import torch
 

@@ -26,6 +26,8 @@ _BUILDS = {
     )
 }
 
+_ENGINE_ERRORS = (RuntimeError, ValueError, MemoryError)  # beside its own, of C++'s exceptions and its Python layer
+
 
 def import_engine() -> Any:
     """onnxruntime, imported on first use.
@@ -50,9 +52,9 @@ def import_engine() -> Any:
 
 def is_engine_error(error: Exception) -> bool:
     """Whether a call of the engine raised it, or numpy for want of memory. Else a signal's handler did within that
-    call: `TimeoutError`, say, which goes to whoever waits for it."""
-    module = type(error).__module__.partition(".")[0]
-    return module in ("builtins", "numpy", "onnxruntime", "vae_runtime") and not isinstance(error, OSError)
+    call, `TimeoutError`, say, which goes to whoever waits for it; or it is a mistake in this package."""
+    kind = type(error)
+    return kind in _ENGINE_ERRORS or kind.__module__.partition(".")[0] in ("numpy", "onnxruntime", "vae_runtime")
 
 
 class _EngineErrors:

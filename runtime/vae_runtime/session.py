@@ -19,7 +19,7 @@ from .cuda import CUDA, operators, real_work_on_cpu, share_allocator
 from .device_array import DeviceArray, copy_to_device
 from .device_call import CapturedCall, DeviceCall, ResidentCall, StagedCall
 from .devices import CPU, Device
-from .engine import first_line, import_engine, is_engine_error
+from .engine import first_line, import_engine, is_engine_error, suppress_engine_errors
 from .errors import BundleError, ClosedError, DeviceError, InputError, OutOfMemoryError, VAEError
 from .graph_rules import check_graph
 from .manifest import Shape
@@ -183,7 +183,7 @@ class GraphSession:
             self._only_call.hold_to(rule)
             return self._only_call
         if self.device.is_gpu:
-            with contextlib.suppress(Exception):  # no memory left for more buffers: calls do without
+            with suppress_engine_errors:  # no memory left for more buffers: calls do without
                 return DeviceCall(self, self._shapes(shape), rule)
         # On other providers binding an input copies it to the device; what is written to the array later is never seen.
         return BoundCall(self, self._shapes(shape), rule) if self.gains_from_bound_memory(shape) else None

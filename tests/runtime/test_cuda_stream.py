@@ -595,6 +595,7 @@ def test_a_staged_call_that_fails_gives_nothing(
         call = "cuGraphLaunch" if isinstance(encoder, CapturedCall) else "cuMemcpyHtoDAsync_v2"
     driver.status[call] = 700
     assert encoder(images[:3]) is None
+    driver.finish()
     assert encoder.then(decoder, images[:3]) is None
     with pytest.raises(DeviceError):
         encoder.run(images[:3])

@@ -104,7 +104,7 @@ class OwnError(Exception):
 @pytest.mark.parametrize(
     ("error", "is_engines"),
     [(RuntimeError("a"), True), (MemoryError(), True), (DeviceError("a"), True), (TimeoutError(), False),
-     (OwnError(), False)],
+     (OwnError(), False), (NameError("misspelt"), False), (TypeError("a"), False), (RecursionError(), False)],
 )  # fmt: skip
 def test_whose_an_error_is(error: Exception, is_engines: bool) -> None:
     assert is_engine_error(error) == is_engines

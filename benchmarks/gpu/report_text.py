@@ -129,9 +129,9 @@ def ways(units: list[dict[str, Any]]) -> str:
             trials = [f"{name} {found:.2f}" for name, found in way["trials"].items() if isinstance(found, float)]
             trials += [f"{name}: {one_line(found)}" for name, found in way["trials"].items() if isinstance(found, str)]
             trials += [f"{name} in steps: {one_line(found)}" for name, found in way.get("in_steps", {}).items()]
-            copies = "captured, outputs written" if way["unfetched"] else way["copies"]
+            copies = "captured, outputs written" if way["zero_copy"] else way["copies"]
             on_device = "graph" if way["on_device"] else "session for any batch"
-            taken = ["launch graph" if way["launch_graph"] else "kernel by kernel", way["layout"], copies, on_device]
+            taken = ["CUDA graph" if way["cuda_graph"] else "kernel by kernel", way["layout"], copies, on_device]
             shape = "x".join(map(str, way["shape"]))
             rows.append([unit["case"], way["precision"], way["operation"], shape, *taken, "; ".join(trials) or _DASH])
         memory = unit["figures"].get("memory", {})

@@ -205,7 +205,7 @@ def describe_method(facts: BundleFacts, size: tuple[int, ...] | None = None) -> 
         "clock": f"time.perf_counter_ns; calls are timed together where reading it takes more than {CLOCK_SHARE:.0%}",
         "warmup": f"VAE.warmup with the batch sizes of the report; {WARMUP_RULE}",
         "interval": "order statistics (binomial) of the rounds' medians; of all samples where the rounds are too few",
-        "split": "each part alone, until the device is done; a warm call on a GPU replays a graph of launches between "
+        "split": "each part alone, until the device is done; a warm call on a GPU replays a CUDA graph between "
         "copies of its own, what stays on the device only where that is faster, so that the parts may sum up to more "
         "than the call",
         "startup": "one fresh process per round, files in the system's cache, without the interpreter's own start",

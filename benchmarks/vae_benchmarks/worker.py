@@ -141,7 +141,7 @@ def make_call(vae: Any, operation: str, batch: int, size: list[int] | None = Non
 def make_parts(vae: Any, operation: str, batch: int, size: list[int] | None = None) -> dict[str, Callable[[], object]]:
     """The parts of "encode" or "decode", each a call without arguments that is over when its work on the device is.
 
-    Their sum need not be the whole: a warm call replays a graph of launches between copies of its own, and what stays
+    Their sum need not be the whole: a warm call replays a CUDA graph between copies of its own, and what stays
     on the device does so only where that is faster.
     """
     from functools import partial

@@ -70,7 +70,7 @@ class LaunchGraph:
         self._launch = cuda.cuGraphLaunch
         _require_repeatable(graph, host)
         status = cuda.cuGraphInstantiateWithFlags(ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
-        require(status, "make a graph of launches")
+        require(status, "make a CUDA graph")
 
     def launch(self) -> None:
         """Begin all of it, in the stream's order."""

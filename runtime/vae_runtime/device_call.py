@@ -261,7 +261,7 @@ class StagedCall(DeviceCall):
 
 class CapturedCall(StagedCall):
     """The same with both copies and the work between them as one launch, without onnxruntime, whose session must not
-    make a graph of launches itself.
+    make a CUDA graph itself.
 
     begin: begins that launch. in_steps: what is no launch of its own, "on_device" or "reconstruct", and why.
     """
@@ -279,7 +279,7 @@ class CapturedCall(StagedCall):
         self._run = self._capture([self._engine_run]).launch
         self._resident: _Resident | None = None
 
-    def begin_unfetched(self, session: GraphSession) -> Callable[[], None]:
+    def begin_zero_copy(self, session: GraphSession) -> Callable[[], None]:
         """Another `begin`: the kernels write the outputs to pinned memory themselves ("zero copy" in NVIDIA's CUDA C++
         Best Practices Guide). session: the call's own. Raises `DeviceError` where the engine or the driver does not do
         so."""

@@ -206,7 +206,7 @@ class Operation:
             pair = self._staged_pair(decoder, checked.shape)
             if pair is not None and (images := pair[0].then(pair[1], checked)) is not None:
                 return images
-            # A graph of launches gains more than the copies of small latents cost.
+            # A CUDA graph gains more than the copies of small latents cost.
             latents = route.session(checked.shape).run(checked)[0]
             return decoder.run(latents, len(latents))[0]
         encode, decode = route.any_batch, decoder.route(len(checked)).any_batch

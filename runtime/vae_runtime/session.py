@@ -82,7 +82,7 @@ class GraphSession:
         # onnxruntime keeps one per thread, so that another thread's first call would capture anew.
         self._only_call: DeviceCall | None = None
         self.replays_on_device = False  # whether `replay_on_device` is to be taken
-        self.is_unfetched = False  # whether `CapturedCall.begin_unfetched` is taken
+        self.is_zero_copy = False  # whether `CapturedCall.begin_zero_copy` is taken
         self.trials: dict[str, float | str] = {}  # way -> its time relative to the plain one's, or why it was not taken
         self._of_thread = threading.local()  # what each thread has of this session
         _sessions.add(self)
@@ -136,10 +136,10 @@ class GraphSession:
         is_on = {name: value.lower() in ("1", "true") for name, value in options.items()}
         return {
             "shape": list(self.fixed or ()),
-            "launch_graph": self._captures or is_on.get("enable_cuda_graph", False),
+            "cuda_graph": self._captures or is_on.get("enable_cuda_graph", False),
             "layout": "NHWC" if is_on.get("prefer_nhwc") else "NCHW",
             "copies": "pageable" if self._stream is None else "captured" if self._captures else "pinned",
-            "unfetched": self.is_unfetched,
+            "zero_copy": self.is_zero_copy,
             "on_device": self.replays_on_device,
             "in_steps": dict(self.captured_call.in_steps if self.captured_call else {}),
             "trials": dict(self.trials),
@@ -148,7 +148,7 @@ class GraphSession:
     @property
     def gains_from_fixed_shape(self) -> bool:
         """Whether a session made for one shape of input is faster than one for any. OpenVINO lays out its memory and
-        chooses its kernels by shape, CUDA replays a graph of launches; the CPU provider takes the same time."""
+        chooses its kernels by shape, CUDA replays a CUDA graph; the CPU provider takes the same time."""
         return self.device.provider in (OPENVINO, CUDA)
 
     def for_shape(self, model: bytes, shape: tuple[int, ...]) -> GraphSession:
@@ -249,7 +249,7 @@ class GraphSession:
             return found
 
     def replay_on_device(self, array: DeviceArray) -> list[DeviceArray] | None:
-        """The same by the graph of launches of a session for one shape with a stream; None where it has none, and as
+        """The same by the CUDA graph of a session for one shape with a stream; None where it has none, and as
         `StagedCall.on_device`."""
         call = self._only_call
         with self._naming_errors(len(array)):

@@ -39,7 +39,7 @@ def fastest_session(session: GraphSession, model: bytes, shape: tuple[int, ...])
                     a large input is sent before, in pieces
         pinned      where that is not taken: the same with the copies around the graph
         on_device   the graph for arrays that are on the device, beside the session for any batch
-        unfetched   kernels that write the outputs to pinned memory themselves, in place of a copy
+        zero_copy   kernels that write the outputs to pinned memory themselves, in place of a copy
 
     What the caller's options decide is left so. The result's `trials` say how it went.
 
@@ -84,18 +84,18 @@ class _Trial:
         if self.best is not plain:
             self.best.replays_on_device = self._is_gain("on_device", self._compare_on_device)
         if (call := self.best.captured_call) is not None:
-            self._try_unfetched(call)
+            self._try_zero_copy(call)
 
-    def _try_unfetched(self, call: CapturedCall) -> None:
+    def _try_zero_copy(self, call: CapturedCall) -> None:
         plain = call.begin
         made: list[Callable[[], None]] = []
 
         def compare() -> float | str:
-            made.append(call.begin_unfetched(self.best))
+            made.append(call.begin_zero_copy(self.best))
             return self._compare(*(partial(_run_by, call, begin) for begin in (made[0], plain)))
 
-        self.best.is_unfetched = self._is_gain("unfetched", compare)
-        call.begin = made[0] if self.best.is_unfetched else plain
+        self.best.is_zero_copy = self._is_gain("zero_copy", compare)
+        call.begin = made[0] if self.best.is_zero_copy else plain
 
     def _open(self, device: Device, stream: Stream | None = None, captures: bool = False) -> GraphSession:
         return self._session.open_for(self._model, self._shape, device, stream, captures)
@@ -134,7 +134,7 @@ class _Trial:
         return self._difference(*(one() for one in calls)) or _relative_time(*calls)
 
     def _compare_on_device(self) -> float | str:
-        """The same of the graph of launches, between copies on the device, and of the session for any batch."""
+        """The same of the CUDA graph, between copies on the device, and of the session for any batch."""
         there, other = map(self._session.to_device, (self._array, 1 - self._array))
         found = [self.best.replay_on_device(one) for one in (there, other)]  # all of it is alive: at other addresses
         for replayed, one in zip(found, (there, other), strict=True):

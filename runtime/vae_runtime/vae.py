@@ -137,8 +137,8 @@ class VAE:
         """What runs for "encode" and "decode": per range of batch sizes its first (`from_batch`), the device,
         onnxruntime's provider, the precision, the file, threads and spinning (None: the engine's own choice), and the
         batch sizes that have a session of their own since `warmup` (`fixed_batches`). On a GPU also how each of these
-        works (`fixed_on_gpu`): as one graph of launches or kernel by kernel, the layout of its convolutions, how inputs
-        and outputs are copied ("captured": in that graph), whether outputs need no copy (`unfetched`), whether arrays
+        works (`fixed_on_gpu`): as one CUDA graph or kernel by kernel, the layout of its convolutions, how inputs
+        and outputs are copied ("captured": in that graph), whether outputs need no copy (`zero_copy`), whether arrays
         on the device take it too, what of these, or of `reconstruct`, could not be made one launch and why
         (`in_steps`), and of each way tried the time relative to the best before or why it was not taken (`trials`)."""
         encoder, decoder = self._open_operations()
@@ -150,7 +150,7 @@ class VAE:
     def warmup(self, batch_sizes: Sequence[int] = (1,), size: tuple[int, int] | None = None) -> None:
         """Do now what the first call with so many examples would do, and on OpenVINO also what makes every such call
         faster: compile the graphs for just that batch size. Each costs memory and time there; results stay the same up
-        to rounding. On CUDA each becomes a graph of launches, and what may be faster is tried: convolutions with the
+        to rounding. On CUDA each becomes a CUDA graph, and what may be faster is tried: convolutions with the
         channels last, copies through pinned memory in the same graph or around it, outputs that the kernels write to
         the host's memory. It belongs to the thread that calls this, before other threads use the GPU; calls in other
         threads run without it.

@@ -69,17 +69,17 @@ def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespa
 
 
 def test_ways_are_shown_with_what_was_tried() -> None:
-    way = {"precision": "fp32", "operation": "encode", "shape": [8, 3, 64, 64], "launch_graph": True}
-    way |= {"layout": "NHWC", "copies": "captured", "unfetched": True, "on_device": True}
+    way = {"precision": "fp32", "operation": "encode", "shape": [8, 3, 64, 64], "cuda_graph": True}
+    way |= {"layout": "NHWC", "copies": "captured", "zero_copy": True, "on_device": True}
     way |= {"trials": {"NHWC": 0.81, "pinned": "no memory\nto pin"}}
-    plain = {**way, "operation": "decode", "launch_graph": False, "layout": "NCHW", "trials": {}}
-    plain |= {"copies": "pageable", "unfetched": False, "on_device": False}
+    plain = {**way, "operation": "decode", "cuda_graph": False, "layout": "NCHW", "trials": {}}
+    plain |= {"copies": "pageable", "zero_copy": False, "on_device": False}
     figures = {"ways": [way, plain], "memory": {"each its own": 3 * 2**20, "one for both": 2**21}}
     unit = {"step": "ways", "case": "conv64", "figures": figures}
     text = report_text.ways([unit, {"step": "golden", "case": "conv64", "figures": {}}])
     rows = [line for line in text.splitlines() if line.startswith("| conv64")]
     assert rows == [
-        "| conv64 | fp32 | encode | 8x3x64x64 | launch graph | NHWC | captured, outputs written | graph | NHWC 0.81;"
+        "| conv64 | fp32 | encode | 8x3x64x64 | CUDA graph | NHWC | captured, outputs written | graph | NHWC 0.81;"
         " pinned: no memory to pin |",
         "| conv64 | fp32 | decode | 8x3x64x64 | kernel by kernel | NCHW | pageable | session for any batch | – |",
     ]
@@ -97,7 +97,7 @@ def test_ways_and_memory_on_the_gpu(tiny: Path) -> None:
     assert {(way["precision"], way["operation"]) for way in figures["ways"]} == {
         (precision, operation) for precision in ("fp32", "tf32") for operation in ("encode", "decode")
     }
-    assert all(way["launch_graph"] and "captured" in way["trials"] for way in figures["ways"])
+    assert all(way["cuda_graph"] and "captured" in way["trials"] for way in figures["ways"])
     own, one = figures["memory"]["each its own"], figures["memory"]["one for both"]
     assert own >= one > 2**16
 

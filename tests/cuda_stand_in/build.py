@@ -2,7 +2,7 @@
 
     make test-cuda     builds it in .cuda-stand-in, and runs the tests for GPUs with it
 
-It shows whether sessions open, what lands on the CPU, which options are taken, how a graph of launches is captured and
+It shows whether sessions open, what lands on the CPU, which options are taken, how a CUDA graph is captured and
 replayed, what is copied when, what happens without memory, from many threads, and that results are right; nothing of
 speed. It works late and is strict where a GPU is (see runtime.cpp), and knows the kernels of fully connected and
 convolutional bundles; of others the outputs are NaN, and it says which. It needs g++ 12 or later on x86-64 Linux.

@@ -1,4 +1,4 @@
-// What the driver tells of a graph of launches, with the driver's own types.
+// What the driver tells of a CUDA graph, with the driver's own types.
 
 #include <cuda.h>
 

@@ -22,7 +22,7 @@ bool is_on_gpu(const void* address);
 
 enum class Kind { kKernel = 0, kCopy = 1, kFill = 2, kHost = 3, kEvent = 6 };  // as CUgraphNodeType has them
 
-struct Node {  // of a graph of launches
+struct Node {  // of a CUDA graph
   Work work;
   Kind kind = Kind::kKernel;
   const void *source = nullptr, *target = nullptr;  // of a copy

@@ -216,7 +216,7 @@ def test_options_of_a_session_are_those_of_the_precision(machine: Any) -> None:
     assert tf32.options["use_tf32"] == find_device("cuda", "fp16").options["use_tf32"] == "1"
     fixed = plain.session_options(None, True, "")
     assert (fixed["cudnn_conv_algo_search"], fixed["enable_cuda_graph"]) == ("EXHAUSTIVE", "1")
-    # The graph of launches of a session for any shape would be the first shape's.
+    # The CUDA graph of a session for any shape would be the first shape's.
     assert "enable_cuda_graph" not in find_device("cuda", options={"enable_cuda_graph": "1"}).session_options(
         1, False, ""
     )
@@ -580,7 +580,7 @@ def both(request: pytest.FixtureRequest, tiny_path: Path) -> Iterator[tuple[VAE,
 
 
 @with_gpu
-@pytest.mark.parametrize("way", ["unfetched", "in pieces", "captured", "pinned", "plain"])
+@pytest.mark.parametrize("way", ["zero_copy", "in pieces", "captured", "pinned", "plain"])
 def test_every_way_on_the_gpu_gives_the_same(
     both: tuple[VAE, VAE, np.ndarray], way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -591,19 +591,19 @@ def test_every_way_on_the_gpu_gives_the_same(
 
     monkeypatch.setattr(trial, "_relative_time", lambda call, plain: 0.5 if way != "plain" else 2.0)
     if way == "captured":
-        monkeypatch.setattr(CapturedCall, "begin_unfetched", refuse)
+        monkeypatch.setattr(CapturedCall, "begin_zero_copy", refuse)
     if way == "in pieces":
         monkeypatch.setattr(device_call, "_PIECE", 50)
     if way == "pinned":
         monkeypatch.setattr(Stream, "capture", refuse)
     gpu.warmup([2])
     found = gpu.plan["encode"][0]["fixed_on_gpu"][0]
-    assert found["launch_graph"]
-    assert found["copies"] == {"plain": "pageable", "unfetched": "captured", "in pieces": "captured"}.get(way, way)
-    assert found["unfetched"] == (way in ("unfetched", "in pieces"))
+    assert found["cuda_graph"]
+    assert found["copies"] == {"plain": "pageable", "zero_copy": "captured", "in pieces": "captured"}.get(way, way)
+    assert found["zero_copy"] == (way in ("zero_copy", "in pieces"))
     tried = {"plain": ["captured", "pinned"], "pinned": ["captured", "pinned", "on_device"]}
     assert [name for name in found["trials"] if name != "NHWC"] == tried.get(
-        way, ["captured", "on_device", "unfetched"]
+        way, ["captured", "on_device", "zero_copy"]
     )
     if "NHWC" in found["trials"]:
         assert found["layout"] == ("NCHW" if way == "plain" else "NHWC")

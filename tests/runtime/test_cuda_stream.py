@@ -340,7 +340,7 @@ def test_copies_of_memory_that_may_be_gone_are_not_captured(driver: Driver) -> N
         ("cuStreamBeginCapture_v2", 900, DeviceError, r"could not record what a stream is given \(CUDA error 900\)"),
         ("cuStreamEndCapture", 901, DeviceError, r"could not record what a stream is given \(CUDA error 901\)"),
         ("cuGraphGetNodes", 1, DeviceError, r"could not describe a graph \(CUDA error 1\)"),
-        ("cuGraphInstantiateWithFlags", 2, OutOfMemoryError, "could not make a graph of launches: there is none left"),
+        ("cuGraphInstantiateWithFlags", 2, OutOfMemoryError, "could not make a CUDA graph: there is none left"),
     ],
 )
 def test_what_the_driver_does_not_capture_is_told(
@@ -406,7 +406,7 @@ def test_a_step_that_fails_ends_the_capture(driver: Driver) -> None:
 # --- calls on a stream, with "the device's memory" in that of the CPU -------------------------------------------------
 
 
-WAYS = ("staged", "staged in pieces", "captured", "captured in pieces", "unfetched", "unfetched in pieces")
+WAYS = ("staged", "staged in pieces", "captured", "captured in pieces", "zero_copy", "unfetched in pieces")
 only_in_pieces = pytest.mark.parametrize("halves", [way for way in WAYS if " " in way], indirect=True)
 only_captured = pytest.mark.parametrize("halves", [way for way in WAYS if "staged" not in way], indirect=True)
 PIECES = 4  # of the encoder's input, where it is sent in pieces
@@ -434,8 +434,8 @@ def halves(
         session.fixed = shape
         calls.append(kind(session, session._shapes(shape), stream))
         calls[-1].hold_to(half._rule)
-        if way == "unfetched" and isinstance(calls[-1], CapturedCall):
-            calls[-1].begin = calls[-1].begin_unfetched(session)
+        if way == "zero_copy" and isinstance(calls[-1], CapturedCall):
+            calls[-1].begin = calls[-1].begin_zero_copy(session)
     return calls[0], calls[1]
 
 

@@ -102,7 +102,7 @@ def test_the_faster_way_is_taken(
     }
     copies = "captured" if "enable_cuda_graph" in chosen else "pinned"
     assert best.describe_way()["copies"] == (copies if "user_compute_stream" in chosen else "pageable")
-    assert best.describe_way()["launch_graph"]
+    assert best.describe_way()["cuda_graph"]
 
 
 @pytest.mark.parametrize(
@@ -116,20 +116,20 @@ def test_outputs_are_written_to_the_host_where_that_is_faster(
     outputs = {"copies": [np.ones(2, np.float32)], "writes": [np.full(2, 1 + (time == "wrong"), np.float32)]}
     call.run = lambda array: outputs[call.begin]
 
-    def begin_unfetched(session: GraphSession) -> str:
+    def begin_zero_copy(session: GraphSession) -> str:
         assert session.describe_way()["copies"] == "captured"
         if isinstance(time, Exception):
             raise time
         ways.times["captured"] = time
         return "writes"
 
-    call.begin_unfetched = begin_unfetched
+    call.begin_zero_copy = begin_zero_copy
     monkeypatch.setattr(GraphSession, "captured_call", property(lambda session: call if session._captures else None))
     best = ways.choose()
-    assert best.is_unfetched is best.describe_way()["unfetched"] is is_taken
+    assert best.is_zero_copy is best.describe_way()["zero_copy"] is is_taken
     assert best.describe_way()["in_steps"] == {"on_device": "no copies"}
     assert call.begin == ("writes" if is_taken else "copies")
-    assert str(best.trials["unfetched"]).startswith("outputs differ by 1" if time == "wrong" else str(time))
+    assert str(best.trials["zero_copy"]).startswith("outputs differ by 1" if time == "wrong" else str(time))
 
 
 def test_what_cannot_be_had_or_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_graph_that_cannot_be_captured_runs_without(monkeypatch: pytest.MonkeyPa
     ways = Ways(monkeypatch, tiny_path, plain=DeviceError("cannot use the graph capture feature"), NHWC=1.0, pinned=1.0)
     best = ways.choose()
     assert ways.opened == [["plain"], ["alone"], ["alone", "NHWC"], ["alone", "pinned"]]
-    assert best.describe_way()["launch_graph"] is False
+    assert best.describe_way()["cuda_graph"] is False
     ways.times["plain"] = OutOfMemoryError("full")
     with pytest.raises(OutOfMemoryError, match="full"):
         ways.choose()
@@ -205,10 +205,10 @@ def test_the_plan_says_how_it_works(monkeypatch: pytest.MonkeyPatch, tiny_path: 
     assert vae.plan["encode"][0]["fixed_on_gpu"] == [
         {
             "shape": [3, 1, 8, 8],
-            "launch_graph": True,
+            "cuda_graph": True,
             "layout": "NHWC",
             "copies": "pageable",
-            "unfetched": False,
+            "zero_copy": False,
             "on_device": False,
             "in_steps": {},
             "trials": {"NHWC": 0.5, "captured": "not to be captured", "pinned": 2.0},
@@ -315,7 +315,7 @@ def test_sessions_share_it_unless_the_caller_has_a_say(
     monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
     for device, fixed, expected in (
         (gpu, None, "1"),
-        (gpu, SHAPE, None),  # a graph of launches keeps the addresses that it was captured with
+        (gpu, SHAPE, None),  # a CUDA graph keeps the addresses that it was captured with
         (gpu.with_option("gpu_mem_limit", "1000000"), None, None),
         (Device("cpu", CPU), None, None),
     ):

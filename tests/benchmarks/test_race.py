@@ -598,8 +598,8 @@ def test_without_matplotlib_the_rest_is_written(
 def test_an_engine_that_is_not_installed_is_skipped_with_its_cure(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "openvino.py").write_text("raise ImportError")
     code = (
-        "import sys; from vae_benchmarks.race.worker import Stall; "
-        f"print(Stall().answer(dict(request='open', case={str(tiny)!r}, module='native_openvino', "
+        "import sys; from vae_benchmarks.race.worker import Worker; "
+        f"print(Worker().answer(dict(request='open', case={str(tiny)!r}, module='native_openvino', "
         "options={'precision': 'f32'}, batch=1, threads=1, check=True)))"
     )
     path = os.pathsep.join([str(tmp_path), *(part for part in sys.path if part)])

@@ -498,7 +498,7 @@ def test_every_way_from_the_host_gives_results_that_stay(
     monkeypatch.setattr(torch_halves, "_capture", capture)
     encoder, x, wanted = known["modules"][0], known["x"], known["mean"]
     with torch.inference_mode():
-        torch_halves.open_half(encoder, x, "cpu", precision, variant, lambda found: True)
+        torch_halves.open_half(encoder, x, lambda found: True, "cpu", precision, variant)
         layouts = {"contiguous", "channels_last"}
         ways = {"pageable", "pinned", "pinned results", *(["copies captured"] if variant == "graph" else [])}
         assert tried.keys() == layouts | {f"{layout}, {way}" for layout in layouts for way in ways}
@@ -556,7 +556,7 @@ def test_weights_are_frozen_where_that_works_and_is_right(
         return bool(np.allclose(found[0], image, atol=1e-4))
 
     with torch.no_grad(), flag.patch(freezing=False):
-        half = torch_halves.open_half(known["modules"][1], z, "cpu", "fp32", "reduce-overhead", is_right)
+        half = torch_halves.open_half(known["modules"][1], z, is_right, "cpu", "fp32", "reduce-overhead")
         assert half.words.startswith(f"{words} on the device; {words}, p")
         (kept,) = half.on_device(torch.from_numpy(z))
         half.on_device(torch.from_numpy(1 - z))
@@ -582,9 +582,9 @@ def test_a_device_without_cuda_is_skipped_by_name(torch_case: Path) -> None:
         pytest.skip("this machine has a usable GPU")
     torch = pytest.importorskip("torch")
     code = (
-        "import sys; from vae_benchmarks.race.worker import Stall; from vae_benchmarks.race import competitors as c\n"
+        "import sys; from vae_benchmarks.race.worker import Worker; from vae_benchmarks.race import competitors as c\n"
         "for name, one in c.CUDA_COMPETITORS.items():\n"
-        f"    print(name, Stall().answer(dict(request='open', case={str(torch_case)!r}, module=one.module,\n"
+        f"    print(name, Worker().answer(dict(request='open', case={str(torch_case)!r}, module=one.module,\n"
         "        options=one.options, batch=1, threads=1, check=True)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -10,9 +10,8 @@ from ..children import at_once
 from ..machine import available_bytes
 from .case import Case
 from .competitors import Competitor
+from .process import CompetitorError, Process
 from .report import Point
-from .runner import Runner as Process
-from .runner import RunnerError
 
 OPEN_TIMEOUT = 1800.0  # seconds: compiling a large network takes minutes
 MEMORY_RESERVE = 512 * 2**20  # bytes that stay free beside the competitors
@@ -47,7 +46,7 @@ def compile_ahead(
         request = {"case": str(case.folder), "module": one.module, "options": one.options}
         try:
             process.ask("open", OPEN_TIMEOUT, **request, batch=point.batch, threads=point.threads, check=False)
-        except RunnerError:
+        except CompetitorError:
             pass  # whoever cannot run says so when its turn comes
         finally:
             process.kill()

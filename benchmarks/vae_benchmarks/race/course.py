@@ -24,9 +24,8 @@ from ..machine import MachineFacts, available_bytes, choose_cores
 from .ahead import LOADED_BYTES, MEMORY_RESERVE, OPEN_TIMEOUT, compile_ahead
 from .case import Case
 from .competitors import Competitor, choose_competitors
+from .process import CompetitorError, Process, run_group
 from .report import CaseResult, Point, PointResult, RaceReport, RaceSettings, Row, Runner, merge, rank
-from .runner import Runner as Process
-from .runner import RunnerError, run_group
 from .schedule import order_of, plan_rounds
 
 CALL_TIMEOUT = 600.0  # seconds
@@ -262,7 +261,7 @@ class Course:
         assert lane.process is not None
         try:
             answer = lane.process.ask(request, timeout, **arguments)
-        except RunnerError as error:
+        except CompetitorError as error:
             self._drop(lane, "skipped" if error.skipped else "failed", str(error))
             return {}
         if request == "open" and arguments["check"]:

@@ -32,7 +32,7 @@ AGAIN_SHARE = 0.1  # of a turn's time, but at least one call, to warm the caches
 IDLE_STEP_SECONDS, IDLE_SHARE, IDLE_LIMIT_SECONDS = 0.01, 0.1, 3.0
 
 
-class Stall:
+class Worker:
     """The competitor of this process."""
 
     def __init__(self) -> None:
@@ -159,9 +159,9 @@ def main() -> None:
         os.sched_setaffinity(0, cores)  # before any engine starts its threads
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)  # whatever a library prints must not mix with the answers
-        stall = Stall()
+        worker = Worker()
         for line in sys.stdin:
-            print_line(answers, stall.answer(json.loads(line)))
+            print_line(answers, worker.answer(json.loads(line)))
     os._exit(0)  # some engines take seconds to take themselves apart, or crash over it
 
 

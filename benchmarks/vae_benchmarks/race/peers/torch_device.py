@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
-import shutil
 from typing import Any
 
-from vae_runtime.manifest import LOGVAR, MEAN, RECONSTRUCTION
-
-from ...worker import tile
 from ..case import Case
 from ..competitors import TORCH_MODES
-from ..entrant import CannotRunError, Entrant, Resident, within_tolerance
-from .torch_modules import load_modules
+from ..entrant import CannotRunError, Entrant, Resident
+from .torch_compile import why_not_compile
+from .torch_modules import load_halves
 
 
 def load(device: str, variant: str, **options: Any) -> None:
@@ -60,14 +56,9 @@ def open_entrant(case: Case, batch: int, threads: int, device: str, precision: s
     # For the rest of this process: entering it in every call would cost time. Compiled modules are not frozen under
     # inference_mode.
     torch.set_grad_enabled(False) if variant in TORCH_MODES else torch.inference_mode().__enter__()
-    reference = {name: tile(array, batch) for name, array in case.reference().items()}
-    latents = [name for name in (MEAN, LOGVAR) if name in reference]
-    modules = load_modules(case.torch, case.facts.name)
     encoder, decoder = (
-        torch_halves.open_half(
-            module, reference[given], device, precision, variant, within_tolerance(reference, names, precision)
-        )
-        for module, given, names in zip(modules, ("x", MEAN), (latents, [RECONSTRUCTION]), strict=True)
+        torch_halves.open_half(*half, device, precision, variant)
+        for half in load_halves(case, case.torch, batch, precision)
     )
     torch_halves.release_memory()
     on_gpu = f", CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}" if device == "cuda" else ""
@@ -98,8 +89,4 @@ def _why_not(torch: Any, device: str, variant: str) -> str | None:
         return None
     if device == "cuda" and importlib.util.find_spec("triton") is None:
         return "torch.compile needs triton on a GPU, which is not installed"
-    # On a GPU it compiles what launches the kernels, else the kernels themselves.
-    language, asked, names = ("C", "CC", ("gcc", "clang")) if device == "cuda" else ("C++", "CXX", ("g++", "clang++"))
-    if not any(map(shutil.which, (os.environ.get(asked, names[0]), *names))):
-        return f"torch.compile needs a {language} compiler, and there is none"
-    return None
+    return why_not_compile(device)

@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch._inductor.config
 from torch import Tensor, nn
 
 from vae_runtime.preprocess import Float32
 
 from ..competitors import TORCH_MODES
 from .choice import fastest
+from .torch_compile import compile_module
 
 _WARMUP_CALLS = 3  # before a capture, as torch's documentation asks for
 
@@ -52,10 +52,10 @@ class Run(NamedTuple):
 def open_half(
     module: nn.Module,
     example: Float32,
+    is_right: Callable[[Arrays], bool],
     device: str,
     precision: str,
     variant: str,
-    is_right: Callable[[Arrays], bool],
 ) -> Half:
     """The module in the ways that are fastest for `example`. variant: see `torch_device.open_entrant`."""
     dtype = torch.float16 if precision == "fp16" else torch.float32
@@ -160,28 +160,14 @@ def _eager(module: Callable[[Tensor], Any]) -> Callable[[Tensor], Outputs]:
 
 
 def _compile(module: nn.Module, given: Tensor, mode: str | None, is_right: Callable[[Arrays], bool]) -> tuple[str, Run]:
-    """The compiled module, frozen where that works and is right, and in words whether it is."""
-    failure = ""
-    for frozen in (True, False):
-        # The flag counts when the first call compiles; a copy, because what is compiled already is kept by module.
-        torch._inductor.config.freezing = frozen
-        # Who compiles the same thing again, in another process, takes its code from the cache, but measures himself
-        # which of several kernels is fastest.
-        torch._inductor.config.autotune_local_cache = False
-        compiled = torch.compile(copy.deepcopy(module), dynamic=False, fullgraph=True, mode=mode)
-        run = Run(_eager(compiled), is_fresh=mode is None)
-        try:
-            for _ in range(_WARMUP_CALLS):  # the first compiles, the second records a CUDA graph, the third replays it
-                found = to_arrays(run.call(given))
-        except Exception as error:
-            if not frozen:
-                raise
-            failure = f"not frozen, which failed with {type(error).__name__}"
-            continue
-        if is_right(found) or not frozen:
-            break
-        failure = "not frozen, which would change its outputs"
-    return failure or "frozen", run
+    def is_right_when_warm(run: Run) -> bool:
+        for _ in range(_WARMUP_CALLS):  # the first compiles, the second records a CUDA graph, the third replays it
+            found = to_arrays(run.call(given))
+        return is_right(found)
+
+    return compile_module(
+        module, mode, lambda compiled: Run(_eager(compiled), is_fresh=mode is None), is_right_when_warm
+    )
 
 
 class CapturedGraph:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
-import os
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from vae_runtime.manifest import INPUT, LOGVAR, MEAN, RECONSTRUCTION
 from vae_runtime.preprocess import Float32
 
 from ...worker import tile
 from ..case import Case
-from ..entrant import CannotRunError, Entrant
-from .choice import typical_seconds
+from ..entrant import CannotRunError, Entrant, within_tolerance
+from .choice import fastest
+from .torch_compile import compile_module, why_not_compile
 
-_TRIAL_CALLS = 7
+Arrays = tuple[Float32, ...]
+Call = Callable[[Float32], Arrays]
 
 
 def open_entrant(case: Case, batch: int, threads: int, compiled: bool) -> Entrant:
@@ -38,34 +40,49 @@ def open_entrant(case: Case, batch: int, threads: int, compiled: bool) -> Entran
         import torch
     except ImportError:
         raise CannotRunError("torch is not installed; pip install 'vae-edge[train]'") from None
-    if compiled and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "cl"))):
-        raise CannotRunError("torch.compile needs a C++ compiler, and there is none")
+    if compiled and (reason := why_not_compile("cpu")) is not None:
+        raise CannotRunError(reason)
     torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)
     # For the rest of this process: entering it in every call would cost time.
     torch.set_grad_enabled(False) if compiled else torch.inference_mode().__enter__()
-    encoder, decoder = load_modules(case.torch, case.facts.name)
-    reference = case.reference()
-    x, z = (tile(reference[name], batch) for name in ("x", "mean"))
-    if compiled:
-        found = [_compile(half, example) for half, example in ((encoder, x), (decoder, z))]
-        halves = [call for _, call in found]
-        words = f"torch.compile, dynamic=False, fullgraph=True, no_grad, encoder {found[0][0]}, decoder {found[1][0]}"
-    else:
-        chosen = [_in_faster_layout(half, example) for half, example in ((encoder, x), (decoder, z))]
-        halves = [call for _, call in chosen]
-        words = f"eager, inference_mode, encoder {chosen[0][0]}, decoder {chosen[1][0]}"
+    open_half = _compile if compiled else _in_faster_layout
+    (encoder_words, encoder), (decoder_words, decoder) = (
+        open_half(*half) for half in load_halves(case, case.torch, batch, "fp32")
+    )
+    how = "torch.compile, dynamic=False, fullgraph=True, no_grad" if compiled else "eager, inference_mode"
+    words = f"{how}, encoder {encoder_words}, decoder {decoder_words}"
     return Entrant(
-        encode=halves[0],
-        decode=halves[1],
+        encode=encoder,
+        decode=decoder,
         precisions=("fp32",),
         engine=f"torch {torch.__version__}",
         configuration=f"{words}, {threads} threads",
     )
 
 
+class TorchHalf(NamedTuple):
+    """A half as torch runs it. module: ready to run, on the CPU. example: its input. is_right: whether outputs for that
+    are as near to the reference as the race asks for."""
+
+    module: Any
+    example: Float32
+    is_right: Callable[[Arrays], bool]
+
+
+def load_halves(case: Case, folder: Path, batch: int, precision: str) -> tuple[TorchHalf, TorchHalf]:
+    """The encoder and the decoder of a case whose modules lie in `folder`. This runs the case's modules.py."""
+    reference = {name: tile(array, batch) for name, array in case.reference().items()}
+    latents = [name for name in (MEAN, LOGVAR) if name in reference]
+    encoder, decoder = load_modules(folder, case.facts.name)
+    return (
+        TorchHalf(encoder, reference[INPUT], within_tolerance(reference, latents, precision)),
+        TorchHalf(decoder, reference[MEAN], within_tolerance(reference, [RECONSTRUCTION], precision)),
+    )
+
+
 def load_modules(folder: Path, name: str) -> tuple[Any, Any]:
-    """The encoder and the decoder of a case, with their weights, ready to run. This runs the case's modules.py."""
+    """The encoder and the decoder of a case, with their weights, ready to run."""
     import json
 
     import torch
@@ -86,12 +103,12 @@ def load_modules(folder: Path, name: str) -> tuple[Any, Any]:
     return encoder, decoder
 
 
-def _call(module: Any, channels_last: bool = False) -> Callable[[Float32], tuple[Float32, ...]]:
+def _call(module: Any, channels_last: bool = False) -> Call:
     import torch
 
     from_numpy, layout = torch.from_numpy, torch.channels_last
 
-    def call(array: Float32) -> tuple[Float32, ...]:
+    def call(array: Float32) -> Arrays:
         given = from_numpy(array)
         out = module(given.to(memory_format=layout) if channels_last else given)
         return tuple(map(_to_numpy, out)) if isinstance(out, tuple) else (_to_numpy(out),)
@@ -104,34 +121,16 @@ def _to_numpy(tensor: Any) -> Float32:
     return array
 
 
-def _in_faster_layout(module: Any, example: Float32) -> tuple[str, Callable[[Float32], tuple[Float32, ...]]]:
+def _in_faster_layout(module: Any, example: Float32, is_right: Callable[[Arrays], bool]) -> tuple[str, Call]:
     """The call in the faster one of torch's two layouts, and that layout's name."""
-    import copy
-
     import torch
 
-    candidates = {"contiguous": _call(module)}
+    ways = {"contiguous": lambda: _call(module)}
     if any(part.ndim == 4 for part in module.parameters()):
         turned = copy.deepcopy(module).to(memory_format=torch.channels_last)
-        candidates["channels_last"] = _call(turned, channels_last=example.ndim == 4)
-    seconds = {name: typical_seconds(call, example, _TRIAL_CALLS) for name, call in candidates.items()}
-    fastest = min(seconds, key=lambda name: seconds[name])
-    return fastest, candidates[fastest]
+        ways["channels_last"] = lambda: _call(turned, channels_last=example.ndim == 4)
+    return fastest(ways, example, is_right)
 
 
-def _compile(module: Any, example: Float32) -> tuple[str, Callable[[Float32], tuple[Float32, ...]]]:
-    """The compiled call, frozen where that is right, and in words whether it is."""
-    import copy
-
-    import torch
-    import torch._inductor.config
-
-    expected = _call(module)(example)
-    for words in ("frozen", "not frozen, which would change its outputs"):
-        # The flag counts when the first call compiles; a copy, because what is compiled already is kept by module.
-        torch._inductor.config.freezing = words == "frozen"
-        call = _call(torch.compile(copy.deepcopy(module), dynamic=False, fullgraph=True))
-        found = call(example)
-        if all(np.allclose(one, other, rtol=1e-3, atol=1e-4) for one, other in zip(found, expected, strict=True)):
-            break
-    return words, call
+def _compile(module: Any, example: Float32, is_right: Callable[[Arrays], bool]) -> tuple[str, Call]:
+    return compile_module(module, None, _call, lambda call: is_right(call(example)))

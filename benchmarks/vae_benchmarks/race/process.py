@@ -24,7 +24,7 @@ _TF32_SETTINGS = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
 _WAIT_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # a user's own would change one engine only
 
 
-class RunnerError(BenchmarkError):
+class CompetitorError(BenchmarkError):
     """A competitor is out of the race; the message says why. `skipped`: it could not have taken part at all."""
 
     def __init__(self, message: str, skipped: bool = False) -> None:
@@ -69,7 +69,7 @@ def _kill_group(process: subprocess.Popen[str]) -> None:
             time.sleep(0.005)
 
 
-class Runner:
+class Process:
     """A worker process in a session of its own, so that it can be ended together with all that it started."""
 
     def __init__(
@@ -106,8 +106,8 @@ class Runner:
         """The answer to one request.
 
         Raises:
-            RunnerError: the competitor cannot run, failed, died or did not answer in `timeout` seconds; in all these
-                cases its process is gone.
+            CompetitorError: the competitor cannot run, failed, died or did not answer in `timeout` seconds; its
+                process is gone then.
         """
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
@@ -117,14 +117,14 @@ class Runner:
             line = self._lines.get(timeout=timeout)
         except queue.Empty:
             self.kill()
-            raise RunnerError(f"did not answer within {timeout:.0f} s") from None
+            raise CompetitorError(f"did not answer within {timeout:.0f} s") from None
         if not line:
-            raise RunnerError(self._ending())
+            raise CompetitorError(self._ending())
         answer: dict[str, Any] = json.loads(line)
         for kind in ("skip", "fail"):
             if kind in answer:
                 self.kill()
-                raise RunnerError(answer[kind], skipped=kind == "skip")
+                raise CompetitorError(answer[kind], skipped=kind == "skip")
         return answer
 
     def kill(self) -> None:

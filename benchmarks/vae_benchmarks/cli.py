@@ -11,7 +11,7 @@ import click
 
 from vae_runtime import __version__
 from vae_runtime.atomic import refuse_existing
-from vae_runtime.console import NEGATIVE_VERDICT, Group, Sides, json_option, print_json
+from vae_runtime.console import DEVICE_HELP, NEGATIVE_VERDICT, PRECISION_HELP, Group, Sides, json_option, print_json
 from vae_runtime.errors import OutputError
 
 from .compare import compare
@@ -96,8 +96,8 @@ def main() -> None:
     type=Items(click.INT, "auto"),
     help="Threads of one call on the CPU; auto is onnxruntime's choice.  [1,auto]",
 )
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N, auto or a provider's name.")
-@click.option("--precision", default="fp32", show_default=True, help="fp32, fp16, int8, tf32 or auto.")
+@click.option("--device", default="cpu", show_default=True, help=DEVICE_HELP)
+@click.option("--precision", default="fp32", show_default=True, help=PRECISION_HELP)
 @click.option("--size", type=Sides(), help="HEIGHTxWIDTH of images, where the bundle leaves it free.  [the bundle's]")
 @click.option("--seconds", default=_DEFAULTS.seconds, show_default=True, help="The most time to measure one row for.")
 @click.option("--rounds", default=_DEFAULTS.rounds, show_default=True, help="Fresh processes per row.")

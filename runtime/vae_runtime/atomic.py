@@ -72,6 +72,11 @@ def atomic_folder(path: str | os.PathLike[str], may_replace: Callable[[Path], bo
         shutil.rmtree(temporary, ignore_errors=True)  # what was left half done, or the old folder after an exchange
 
 
+def refuse_other_file(path: str | os.PathLike[str], force: bool) -> None:
+    """`refuse_existing`, but that a file, and no folder, may be replaced by `force`."""
+    refuse_existing(path, lambda old: force and old.is_file())
+
+
 def refuse_existing(path: str | os.PathLike[str], may_replace: Callable[[Path], bool] | None = None) -> None:
     """Raise `OutputError` if something stands at `path`, unless `may_replace(path)` allows it."""
     path = Path(path)

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .likelihood import LARGEST_PROBABILITY, SMALLEST_PROBABILITY, Float64, normaliser
+from .likelihood import LARGEST_PROBABILITY, SMALLEST_PROBABILITY, normaliser
 from .manifest import INPUT, LOGVAR, MEAN, RECONSTRUCTION, Likelihood, Manifest
 from .operation import Operation
-from .preprocess import Float32
+from .preprocess import Float32, Float64
 
 _ONE, _HALF = np.array(1, np.float32), np.array(0.5, np.float32)
 

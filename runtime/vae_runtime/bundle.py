@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import BundleError
-from .manifest import INPUT, LOGVAR, MANIFEST_FILE, MAX_MANIFEST_BYTES, MEAN, RECONSTRUCTION, Manifest
+from .manifest import FORMAT, INPUT, LOGVAR, MANIFEST_FILE, MAX_MANIFEST_BYTES, MEAN, RECONSTRUCTION, Manifest
 
 _BLOCK = 2**18
 
@@ -125,7 +125,9 @@ class Bundle:
 def is_bundle_folder(path: Path) -> bool:
     """Whether `path` is a folder that this software wrote as a bundle, whatever state its files are in."""
     try:
-        return not path.is_symlink() and b'"vae-bundle"' in _read_regular(path / MANIFEST_FILE, MAX_MANIFEST_BYTES)
+        return not path.is_symlink() and f'"{FORMAT}"'.encode() in _read_regular(
+            path / MANIFEST_FILE, MAX_MANIFEST_BYTES
+        )
     except BundleError:
         return False
 

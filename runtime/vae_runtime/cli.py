@@ -290,10 +290,10 @@ def _decoded_shape(file: LatentFile, spec: InputSpec) -> tuple[int, ...]:
     return shape if file.size is None else (shape[0], *file.size)
 
 
-def _report(count: int, output: str, written: int | None = None) -> None:
-    if written is not None and written < count:
+def _report(count: int, output: str, written: int) -> None:
+    if written < count:
         click.echo(f"{output} shows the first {written} of {count}; name an .npz file or a folder for all", err=True)
-    click.echo(f"{output}: {count if written is None else written} examples")
+    click.echo(f"{output}: {written} examples")
 
 
 def _engine_facts() -> dict[str, Any]:

@@ -59,14 +59,16 @@ def _exit(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
+DEVICE_HELP = "cpu, cuda, cuda:N, tensorrt, openvino, auto or a provider's name."
+PRECISION_HELP = "fp32, fp16, int8, bf16, tf32 or auto."
+
+
 def engine_options(function: _Function) -> _Function:
     """--device, --precision and --threads, alike wherever a bundle is run."""
     for option in (
         click.option("--threads", type=int, help="Threads of one call on the CPU.  [default: onnxruntime's choice]"),
-        click.option("--precision", default="fp32", show_default=True, help="fp32, fp16, int8, bf16, tf32 or auto."),
-        click.option(
-            "--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N, openvino, auto or a provider's name."
-        ),
+        click.option("--precision", default="fp32", show_default=True, help=PRECISION_HELP),
+        click.option("--device", default="cpu", show_default=True, help=DEVICE_HELP),
     ):
         function = option(function)
     return function

@@ -8,9 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
-from .preprocess import require_unmasked
-
-Float64 = NDArray[np.float64]
+from .preprocess import Float64, require_unmasked
 
 
 def auroc(scores: Any, labels: Any) -> float:

@@ -15,18 +15,16 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .errors import KindError, NotInBundleError
 from .likelihood import comparable, sums_of_log_likelihoods, targets
 from .manifest import Likelihood, Manifest
 from .operation import Operation
 from .posterior import Posterior, Reconstruction
-from .preprocess import Float32, check_layout, image_size, require_plain_array
+from .preprocess import Float32, Float64, check_layout, image_size, require_plain_array
 from .sampling import NormalStream, check_count, check_seed
 from .tiling import Progress
 
-Float64 = NDArray[np.float64]
 Operations = tuple[Operation, Operation]
 
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .errors import InputError
-from .preprocess import Float32
+from .preprocess import Float32, Float64
 from .sampling import check_count
-
-Float64 = NDArray[np.float64]
 
 METHODS = ("linear", "spherical")
 

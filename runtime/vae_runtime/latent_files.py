@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .atomic import atomic_file, atomic_folder, refuse_existing
+from .atomic import atomic_file, atomic_folder, refuse_other_file
 from .codec import UINT8, Quantized, check_quantized, dequantize, quantize, quantized_shapes
 from .errors import InputError, MissingExtraError
 from .manifest import LOGVAR, MEAN, Manifest
@@ -61,7 +61,7 @@ def open_latent_sink(
         raise InputError(f"output is {output!r}; encode writes .npz, .safetensors, or without a suffix a folder")
     if suffix and form is not None:
         raise InputError(f"--format is {form!r} with the file {output}; it is for the files in a folder")
-    refuse_existing(path, lambda old: force and old.is_file())
+    refuse_other_file(path, force)
     if suffix == ".npz":
         latent_shape = manifest.latent_shape(input_shape)
         shapes = (

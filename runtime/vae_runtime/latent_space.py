@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
-from .interpolation import Float64
-from .preprocess import Float32, fitting_memory, require_unmasked
+from .preprocess import Float32, Float64, fitting_memory, require_unmasked
 from .sampling import check_count
 
 Int64 = NDArray[np.int64]

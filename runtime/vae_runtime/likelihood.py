@@ -12,9 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .manifest import InputSpec, Likelihood
-from .preprocess import Float32, binarize
-
-Float64 = NDArray[np.float64]
+from .preprocess import Float32, Float64, binarize
 
 SMALLEST_PROBABILITY = float(np.finfo(np.float32).tiny)
 LARGEST_PROBABILITY = 1 - 2.0**-24

@@ -1,6 +1,6 @@
 """The bundle format, version 1: what `manifest.json` says and how it is written.
 
-The reader owns the format: export fills these dataclasses in, and `Manifest.to_json` is the one place that turns them
+The reader owns the format: export fills these records in, and `Manifest.to_json` is the one place that turns them
 into bytes (UTF-8, keys sorted, indent 2, final newline, no NaN). Unknown keys and precisions are ignored, so that the
 format can grow; a `format_version` above `FORMAT_VERSION` is refused.
 """
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from .calibration import Calibration
 from .errors import BundleError
-from .json_fields import MAX_ELEMENTS as MAX_ELEMENTS
+from .json_fields import MAX_ELEMENTS as MAX_ELEMENTS  # these two are the format's, for whoever writes it
 from .json_fields import Shape as Shape
 from .json_fields import holds, is_count, is_number, mapping, number, one_of, shape_of
 

@@ -18,6 +18,7 @@ from .errors import InputError
 from .manifest import BINARIZE_MODES, InputSpec, Shape
 
 Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
 UInt8 = NDArray[np.uint8]
 
 # k / 255 correctly rounded; a multiplication by 1/255 is not.

@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 
 from .errors import BundleError, InputError, KindError, NotInBundleError
 from .manifest import FittedPrior, Manifest
-from .preprocess import Float32
+from .preprocess import Float32, Float64
 from .sampling import NormalStream, TruncatedStream, UniformStream, check_seed, check_temperature, check_truncation
 
 PRIORS = ("standard", "fitted")
 
-Float64 = NDArray[np.float64]
 
 _SAFE_TEMPERATURE = 1e30  # up to here no standard normal number leaves float32
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import sinks
-from .atomic import atomic_file, refuse_existing
+from .atomic import atomic_file, refuse_other_file
 from .calibration import SCORE_METHODS
 from .command_inputs import (
     Source,
@@ -28,11 +28,11 @@ from .command_inputs import (
     inputs_argument,
 )
 from .console import NEGATIVE_VERDICT, Command, engine_options, json_option, print_json
-from .detection import Float64, auroc, average_precision, check_labels
+from .detection import auroc, average_precision, check_labels
 from .errors import InputError
 from .images import overlay
 from .labels import read_labels
-from .preprocess import Float32, to_model_input
+from .preprocess import Float32, Float64, to_model_input
 from .scoring import default_method, score_methods
 from .sources import ARRAY_SUFFIXES
 from .vae import VAE
@@ -231,7 +231,7 @@ def _check_outputs(output: str | None, maps: str | None, map_scale: float | None
             raise InputError(f"--output is {output!r}; expected the name of a .csv or .json file")
         if not Path(output).parent.is_dir():
             raise InputError(f"{output} cannot be written: there is no folder {Path(output).parent}")
-        refuse_existing(output, lambda old: force and old.is_file())
+        refuse_other_file(output, force)
     if map_scale is not None and not (maps is not None and 0 < map_scale < float("inf")):
         raise InputError(f"--map-scale is {map_scale}; expected a finite number above 0, with --maps")
 
@@ -255,7 +255,7 @@ def _open_maps(
     if output is None:
         yield (lambda batch, names: None), None
     elif Path(output).suffix.lower() in ARRAY_SUFFIXES:
-        refuse_existing(output, lambda old: force and old.is_file())
+        refuse_other_file(output, force)
         shape = source.example_shape()[1 if spec.is_image else 0 :]
         with sinks.ArrayWriter(Path(output), {"map": (len(source), *shape)}) as writer:
 

@@ -9,11 +9,11 @@ import numpy as np
 from .bound_score import BoundScore
 from .calibration import SCORE_METHODS
 from .errors import InputError, NotInBundleError
-from .evidence import Block, Float64, Operations, blocks, log_likelihood, require_likelihood
+from .evidence import Block, Operations, blocks, log_likelihood, require_likelihood
 from .likelihood import comparable, negative_log_likelihoods, squared_norms, sums_of_log_likelihoods, targets
 from .manifest import Likelihood, Manifest
 from .posterior import Posterior
-from .preprocess import Float32, zeros
+from .preprocess import Float32, Float64, zeros
 from .session import BOUND_VALUES
 
 _MAP_METHODS = ("reconstruction", "elbo")

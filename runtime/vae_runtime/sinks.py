@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .atomic import atomic_file, atomic_folder, refuse_existing
+from .atomic import atomic_file, atomic_folder, refuse_other_file
 from .errors import InputError, OutputError
 from .images import WRITTEN_SUFFIXES, grid, write_picture
 from .manifest import RECONSTRUCTION, InputSpec
@@ -62,7 +62,7 @@ def open_sink(
     suffix = path.suffix.lower()
     if suffix and form is not None:
         raise InputError(f"--format is {form!r} with the output {output}; it is for the pictures in a folder")
-    refuse_existing(path, lambda old: force and old.is_file())
+    refuse_other_file(path, force)
     if suffix in (".npy", ".npz"):
         shape = shape or spec.example_shape
         with ArrayWriter(path, {RECONSTRUCTION: (count, *shape)}) as writer:

@@ -87,13 +87,9 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def tuning_file(bundle: str) -> Path:
-    """Where the measurements for the bundle with this manifest digest lie, or would lie."""
-    return _file_of(_header(bundle))
-
-
 def read_tuning(bundle: str) -> list[Measured]:
-    """The measurements for a bundle on this machine; empty where there are none, or none that can be read."""
+    """The measurements for the bundle with this manifest digest on this machine; empty where there are none, or none
+    that can be read."""
     try:
         header = _header(bundle)
         data = json.loads(_file_of(header).read_text())

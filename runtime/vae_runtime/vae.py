@@ -79,8 +79,9 @@ class VAE:
         """Verify a bundle and open its two graphs.
 
         path: the bundle's folder. Every file in it is checked against the manifest.
-        device: "cpu", "cuda", "cuda:N", "openvino", an onnxruntime provider's name, or "auto": what `vae-run tune`
-            found fastest on this machine; where it was not run, CUDA where usable, else the CPU.
+        device: "cpu", "cuda", "cuda:N", "tensorrt", "tensorrt:N", "openvino", an onnxruntime provider's name, or
+            "auto": what `vae-run tune` found fastest on this machine; where it was not run, CUDA where usable, else
+            the CPU.
         precision: one that the bundle has files for ("fp32", "fp16", "int8"), "bf16" (OpenVINO) or "tf32" (CUDA), which
             run the fp32 graphs so, or "auto": what `vae-run tune` found fastest among those within the bundle's quality
             budget; where it was not run, fp32. "auto" may take another precision for calls with another number of

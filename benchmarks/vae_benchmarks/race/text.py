@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..table import align, describe_gpu, describe_machine
@@ -13,8 +13,6 @@ from .report import CaseResult, Point, PointResult, RaceReport, Ratio, Row, Runn
 
 _DASH = "–"
 _HEAD = ["operation", "competitor", "precision", "p50", "95% interval", "rounds", "calls", "× ours", "95% interval"]
-
-Table = Callable[[Sequence[Sequence[str]]], list[str]]
 
 
 def format_race(report: RaceReport) -> str:

@@ -14,8 +14,7 @@ from vae_runtime.calibration import LEAST_EXAMPLES, SCORE_METHODS, Calibration
 from vae_runtime.errors import InputError
 from vae_runtime.latent_space import by_unit
 from vae_runtime.manifest import PRIOR_FILE, ActiveUnits, InputSpec, Manifest
-from vae_runtime.preprocess import Float32, to_model_input
-from vae_runtime.prior import Float64
+from vae_runtime.preprocess import Float32, Float64, to_model_input
 from vae_runtime.scoring import score_methods
 from vae_runtime.tiling import Progress
 from vae_runtime.vae import VAE

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from vae_runtime.errors import InputError, MissingExtraError
 from vae_runtime.manifest import FITTED_PRIORS
-from vae_runtime.prior import Float64, GaussianMixture
+from vae_runtime.preprocess import Float64
+from vae_runtime.prior import GaussianMixture
 
 from . import strict
 

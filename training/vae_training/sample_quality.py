@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from vae_runtime.errors import InputError, MissingExtraError
-from vae_runtime.preprocess import Float32
-from vae_runtime.prior import Float64, GaussianMixture
+from vae_runtime.preprocess import Float32, Float64
+from vae_runtime.prior import GaussianMixture
 
 from .evaluate import batches
 from .feed import SAMPLES

@@ -17,6 +17,8 @@ from .engine import engine_clash, import_engine
 from .errors import DeviceError
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
+_LEGACY_STREAM = ctypes.c_void_p(1)  # CU_STREAM_LEGACY of cuda.h
+_CAPTURE_ERRORS = range(900, 910)  # CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED and its like
 _COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76  # of CUdevice_attribute in cuda.h
 
 # Arithmetic on shapes, which the CUDA provider leaves to the CPU: a few integers per call.
@@ -67,14 +69,32 @@ def driver_version() -> str | None:
 
 
 def synchronize(index: int) -> None:
-    """Wait for all work on GPU `index`, whichever context is this thread's, or none."""
+    """Wait for all work on GPU `index`, whichever context is this thread's, or none.
+
+    Raises:
+        DeviceError: some of it failed, or is being captured into a CUDA graph, which allows no such wait.
+    """
     with ContextOf(index):
-        status = driver().cuCtxSynchronize()
+        _require_done(index, driver().cuCtxSynchronize())
+
+
+def synchronize_default_stream(index: int) -> None:
+    """Wait for the work on the default stream of GPU `index`, and for what that waits for. Raises as `synchronize`."""
+    with ContextOf(index):
+        _require_done(index, driver().cuStreamSynchronize(_LEGACY_STREAM))
+
+
+def _require_done(index: int, status: int) -> None:
+    if status in _CAPTURE_ERRORS:
+        raise DeviceError(
+            f"GPU {index} has work that is being captured into a CUDA graph, in another thread, say, and allows no wait"
+            f" for it (CUDA error {status}); make this call before or after that"
+        )
     if status != 0:
         raise DeviceError(f"GPU {index} failed in work that was under way (CUDA error {status})")
 
 
-class ContextOf:
+class ContextOf(contextlib.AbstractContextManager[None]):
     """While it lasts, this thread's calls of the driver are for GPU `index`, whatever they are for otherwise.
 
     handle: the context, for the driver.
@@ -91,6 +111,15 @@ class ContextOf:
 
     def __exit__(self, *_: object) -> None:
         self._pop(self._popped)
+
+
+def context_of(memory: tuple[str, int]) -> contextlib.AbstractContextManager[None]:
+    """`ContextOf` the GPU with this memory, onnxruntime's name for it and a number; of others, nothing.
+
+    onnxruntime makes its GPU the thread's own in whatever it does, and would leave it so for the application.
+    """
+    kind, index = memory
+    return ContextOf(index) if kind == "cuda" else contextlib.nullcontext()
 
 
 def why_not_cuda(index: int = 0) -> str | None:

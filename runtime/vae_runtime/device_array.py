@@ -10,7 +10,7 @@ from typing import Any
 
 from .bound import to_host
 from .boundary import Boundary
-from .cuda import synchronize
+from .cuda import context_of, synchronize, synchronize_default_stream
 from .devices import Device
 from .engine import first_line, import_engine, ort_value_from_dlpack
 from .errors import InputError
@@ -18,12 +18,17 @@ from .preprocess import Float32
 
 _DLPACK_TYPES = {1: "cpu", 2: "cuda"}  # DLDeviceType of dlpack.h, for what onnxruntime calls by these names
 _LEGACY_STREAM = 1  # CUDA's default stream, in the protocol's numbering
+_ALIGNMENT = 16  # bytes that kernels load at once; CUDA's own allocations begin at multiples of 256
+
+
+# GPU -> whether arrays there were handed out for other streams than the default one; no entry while none was at all.
+_handed_out: dict[int, bool] = {}
 
 
 class DeviceArray:
     """float32, in the memory of a `VAE`'s device. Belongs to the caller; torch and others take it without a copy, as in
-    `torch.from_dlpack(array)`. Who reads it on a stream of its own finishes that work before it lets go of the array:
-    the memory is free for the next call then.
+    `torch.from_dlpack(array)`. Once they let go of it, the memory is free for the next call, which waits for what they
+    have begun with it until then.
 
     shape: with the batch first. device: onnxruntime's name for the memory and its number, ("cuda", 0) or ("cpu", 0).
     """
@@ -42,11 +47,19 @@ class DeviceArray:
 
     def numpy(self) -> Float32:
         """A copy in host memory."""
+        if self._is_shared:
+            await_others(self.device)
         return to_host(self._value)
 
     def __dlpack__(self, *, stream: Any = None, **_: Any) -> Any:
-        """The protocol's capsule. What is in the array was finished before it was handed out, on every stream."""
+        """The protocol's capsule. What is in the array was finished before it was handed out, on every stream.
+
+        stream: where it will be used, in the protocol's numbering.
+        """
         self._is_shared = True
+        if self.device[0] == "cuda":
+            index = self.device[1]
+            _handed_out[index] = _handed_out.get(index, False) or stream not in (None, _LEGACY_STREAM)
         return self._value._ortvalue.to_dlpack()
 
     def __dlpack_device__(self) -> tuple[int, int]:
@@ -57,15 +70,29 @@ class DeviceArray:
         return f"DeviceArray(shape={self.shape}, device={':'.join(map(str, self.device))})"
 
 
+def await_others(memory: tuple[str, int]) -> None:
+    """Wait for work of others on arrays that they were handed out: nothing orders it with what is done here next, in
+    memory that they have let go of, say."""
+    kind, index = memory
+    if index in _handed_out and kind == "cuda":
+        _synchronize(index)
+
+
+def _synchronize(index: int) -> None:
+    (synchronize if _handed_out.get(index) else synchronize_default_stream)(index)
+
+
 def copy_to_device(array: Float32, device: Device) -> DeviceArray:
     """A host array, copied into the device's memory."""
+    await_others(device.memory)
     kind, index = device.memory
     value = import_engine().OrtValue.ortvalue_from_numpy(array.copy() if kind == "cpu" else array, kind, index)
     return DeviceArray(value, device.memory)
 
 
 def from_dlpack(array: Any, boundary: Boundary, device: Device, name: str) -> DeviceArray:
-    """An array of another library, in the device's memory, shared and not copied. Its values are not looked at.
+    """An array of another library, in the device's memory, shared and not copied, once it is finished. Its values are
+    not looked at.
 
     boundary: of the graph that it is for.
 
@@ -75,6 +102,7 @@ def from_dlpack(array: Any, boundary: Boundary, device: Device, name: str) -> De
     is_ours = isinstance(array, DeviceArray) and not array._is_shared and array.device == device.memory
     if is_ours and boundary.accepts(array.shape[1:]):
         found: DeviceArray = array  # finished when it was made, and nobody else has it
+        await_others(device.memory)
         return found
     rule = f"expected float32 {boundary.rule()}, contiguous, on {':'.join(map(str, device.memory))}"
     if not hasattr(array, "__dlpack__") or not hasattr(array, "__dlpack_device__"):
@@ -84,13 +112,20 @@ def from_dlpack(array: Any, boundary: Boundary, device: Device, name: str) -> De
     if place != device.memory:
         raise InputError(f"{name} is on {place[0]}:{place[1]}; {rule}")
     try:
-        value = ort_value_from_dlpack(array.__dlpack__(stream=_LEGACY_STREAM) if device.is_gpu else array.__dlpack__())
+        with context_of(device.memory):  # torch hands out what is on its current GPU only
+            capsule = array.__dlpack__(stream=_LEGACY_STREAM) if device.is_gpu else array.__dlpack__()
+        value = ort_value_from_dlpack(capsule)
     except Exception as error:
         reason = "its memory is not contiguous" if "contiguous" in str(error) else first_line(error)
         raise InputError(f"{name} cannot be taken through DLPack: {reason}; {rule}") from None
     if value.data_type() != "tensor(float)" or not boundary.accepts(tuple(value.shape()[1:])) or value.shape()[0] < 1:
         raise InputError(f"{name} is a {value.data_type()} of shape {tuple(value.shape())}; {rule}")
     if device.is_gpu:
+        if value.data_ptr() % _ALIGNMENT:
+            raise InputError(
+                f"{name} begins at an address that is no multiple of {_ALIGNMENT}, as a part of a larger array may;"
+                " pass a copy of it"
+            )
         # The producer's work is ordered before the default stream, and onnxruntime runs on another one.
-        synchronize(device.memory[1])
+        _synchronize(device.memory[1])
     return DeviceArray(value, device.memory)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .bound import to_host
+from .cuda import context_of
+from .device_array import await_others
 from .engine import first_line, import_engine, is_engine_error, suppress_engine_errors
 from .errors import DeviceError, VAEError
 from .preprocess import Float32, ValueRule
@@ -70,6 +72,7 @@ class DeviceCall:
         shape, *outputs = shapes.values()
         self._owner, self._is_shared, self._rule = session.owner, session.fixed is None, rule
         self.is_busy = False
+        self._context = context_of(self._memory)
         self._input = make(shape, np.float32, kind, index)
         # One after the other in one piece of memory, so that one copy brings them all.
         self._parts = _layout(outputs)
@@ -103,9 +106,12 @@ class DeviceCall:
         """For a contiguous array that is known to be good; raises what the engine raises."""
         self.is_busy = True
         try:
-            self._input.update_inplace(array)
-            self._run()
-            return self._cut(to_host(self._outputs))
+            if self._is_shared:
+                await_others(self._memory)
+            with self._context:
+                self._input.update_inplace(array)
+                self._run()
+                return self._cut(to_host(self._outputs))
         finally:
             self.is_busy = False
 
@@ -289,6 +295,7 @@ class CapturedCall(StagedCall):
                 for step in steps:
                     step()
                 self._stream.wait()
+            self._found.fill(np.nan)  # what a launch does not write must not look right
             return self._capture(steps).launch
         except Exception as error:
             if isinstance(error, VAEError) or not is_engine_error(error):

@@ -9,14 +9,14 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import numpy as np
 
 from .bound import BoundCall, Owner
 from .boundary import Boundary
-from .cuda import CUDA, operators, real_work_on_cpu, share_allocator
-from .device_array import DeviceArray, copy_to_device
+from .cuda import CUDA, context_of, operators, real_work_on_cpu, share_allocator
+from .device_array import DeviceArray, await_others, copy_to_device
 from .device_call import CapturedCall, DeviceCall, ResidentCall, StagedCall
 from .devices import CPU, Device
 from .engine import first_line, import_engine, is_engine_error, suppress_engine_errors
@@ -76,7 +76,9 @@ class GraphSession:
         self.bundle = bundle
         self._process = os.getpid()
         self._stream, self._captures, self._memory = stream, captures, device.memory
-        self._session = _open(model, file, device, threads, spinning, fixed, bundle, any_size)
+        self._context = context_of(device.memory)
+        with self._context:
+            self._session = _open(model, file, device, threads, spinning, fixed, bundle, any_size)
         self.owner = Owner()
         # A CUDA graph reads and writes the addresses that it was captured with, whatever a later run is given; and
         # onnxruntime keeps one per thread, so that another thread's first call would capture anew.
@@ -183,7 +185,7 @@ class GraphSession:
             self._only_call.hold_to(rule)
             return self._only_call
         if self.device.is_gpu:
-            with suppress_engine_errors:  # no memory left for more buffers: calls do without
+            with suppress_engine_errors, self._context:  # no memory left for more buffers: calls do without
                 return DeviceCall(self, self._shapes(shape), rule)
         # On other providers binding an input copies it to the device; what is written to the array later is never seen.
         return BoundCall(self, self._shapes(shape), rule) if self.gains_from_bound_memory(shape) else None
@@ -221,6 +223,7 @@ class GraphSession:
         with self._naming_errors(len(array)):
             if self._only_call is not None:
                 return self._only_call.run(array)
+            await_others(self._memory)
             name, *outputs = self.names
             results = cast("list[Float32]", self._session.run(outputs, {name: array}))
         # onnxruntime does not hold a graph to the shapes that it declares.
@@ -252,8 +255,10 @@ class GraphSession:
         """The same by the CUDA graph of a session for one shape with a stream; None where it has none, and as
         `StagedCall.on_device`."""
         call = self._only_call
-        with self._naming_errors(len(array)):
+        try:
             values = call.on_device(array._value) if isinstance(call, StagedCall) else None
+        except Exception as error:
+            self._raise(error, len(array))
         return None if values is None else [DeviceArray(value, self._memory) for value in values]
 
     def to_device(self, array: Float32) -> DeviceArray:
@@ -272,13 +277,15 @@ class GraphSession:
     def _naming_errors(self, rows: int) -> Iterator[None]:
         """The engine's errors as ours, with the file, the device and the batch size."""
         try:
-            yield
-        except VAEError:
-            raise
+            with self._context:
+                yield
         except Exception as error:
-            if not is_engine_error(error):
-                raise
-            raise self._run_error(error, rows) from error
+            self._raise(error, rows)
+
+    def _raise(self, error: Exception, rows: int) -> NoReturn:
+        if isinstance(error, VAEError) or not is_engine_error(error):
+            raise error
+        raise self._run_error(error, rows) from error
 
     def _run_error(self, error: Exception, rows: int) -> DeviceError:
         if _is_about_memory(error):

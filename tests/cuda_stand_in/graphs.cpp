@@ -25,6 +25,8 @@ CUresult cuGraphMemcpyNodeGetParams(CUgraphNode handle, CUDA_MEMCPY3D* copy) {
   copy->srcMemoryType = copy->dstMemoryType = CU_MEMORYTYPE_UNIFIED;
   copy->srcDevice = reinterpret_cast<CUdeviceptr>(node->source);
   copy->dstDevice = reinterpret_cast<CUdeviceptr>(node->target);
+  copy->WidthInBytes = node->size;
+  copy->Height = copy->Depth = 1;
   if (!is_on_gpu(node->source)) {
     copy->srcMemoryType = CU_MEMORYTYPE_HOST;
     copy->srcHost = node->source;
@@ -33,11 +35,14 @@ CUresult cuGraphMemcpyNodeGetParams(CUgraphNode handle, CUDA_MEMCPY3D* copy) {
 }
 
 CUresult cuGraphExecMemcpyNodeSetParams(CUgraphExec executable, CUgraphNode handle, const CUDA_MEMCPY3D* copy,
-                                        CUcontext) {
+                                        CUcontext context) {
   auto* node = reinterpret_cast<Node*>(handle);
   auto* source = reinterpret_cast<const void*>(copy->srcDevice);
   auto* target = reinterpret_cast<const void*>(copy->dstDevice);
-  if (!is_on_gpu(source) || !is_on_gpu(target)) return CUDA_ERROR_INVALID_VALUE;
+  bool is_same_kind = copy->srcMemoryType == CU_MEMORYTYPE_UNIFIED && copy->dstMemoryType == CU_MEMORYTYPE_UNIFIED;
+  bool is_same_size = copy->WidthInBytes == node->size && copy->Height == 1 && copy->Depth == 1;
+  if (!is_on_gpu(source) || !is_on_gpu(target) || !is_same_kind || !is_same_size || context == nullptr)
+    return CUDA_ERROR_INVALID_VALUE;
   (*reinterpret_cast<Graph*>(executable))[node->index].work = copying(source, target, node->size);
   return CUDA_SUCCESS;
 }

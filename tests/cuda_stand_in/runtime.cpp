@@ -1,7 +1,8 @@
 // CUDA's runtime and driver: memory, copies, streams, events and graphs, for one GPU that there is not.
 //
 // Work is done as late as CUDA allows: when something waits for its stream. A result that is read too early, or memory
-// that is used again too early, therefore shows. The GPU's memory cannot be touched by the host, and is full of NaN.
+// that is used again too early, therefore shows; with CUDA_STAND_IN_EARLY set it is done at once, which shows what is
+// written too late. The GPU's memory cannot be touched by the host, and is full of NaN.
 
 #include <cuda_runtime_api.h>
 #include <cxxabi.h>
@@ -34,6 +35,7 @@ struct Block {  // the same memory twice: `shown` to the host, which may not tou
 };
 std::map<const char*, Block> blocks;
 std::map<const char*, size_t> pinned;
+std::set<const void*> mapped;  // those of `pinned` that kernels may use
 size_t used = 0;
 
 size_t capacity() {
@@ -56,7 +58,7 @@ bool is_pinned(const void* address) {
 struct Stream {
   std::deque<Work> waiting;
   std::vector<Node> captured;
-  bool is_capturing = false, is_relaxed = false;
+  bool is_capturing = false, is_relaxed = false, is_spoilt = false;
   bool is_blocking = true;  // waits for the default stream, and it for this one
 };
 Stream default_stream;
@@ -90,9 +92,16 @@ void finish_all() {
   for (Stream* stream : streams) finish(stream);
 }
 
-void refuse_while_capturing(const char* what, bool even_relaxed = false) {
+void refuse_while_capturing(const char* what) {
   for (Stream* stream : streams)
-    if (stream->is_capturing && (even_relaxed || !stream->is_relaxed)) say("not allowed while a graph is captured: %s", what);
+    if (stream->is_capturing && !stream->is_relaxed) say("not allowed while a graph is captured: %s", what);
+}
+
+bool spoils_a_capture() {
+  bool is_any = false;
+  for (Stream* stream : streams)
+    if (stream->is_capturing) is_any = stream->is_spoilt = true;
+  return is_any;
 }
 
 void copy(void* target, const void* source, size_t size) { memmove(at<void>(target), at<void>(source), size); }
@@ -177,6 +186,8 @@ void enqueue(void* handle, Node node) {
     finish(&default_stream);
   }
   stream->waiting.push_back(std::move(node.work));
+  static const bool is_early = getenv("CUDA_STAND_IN_EARLY") != nullptr;
+  if (is_early) finish(stream);
 }
 
 extern "C" {
@@ -222,6 +233,7 @@ cudaError_t cudaFreeHost(void* address) {
   Lock lock(mutex);
   finish_all();
   pinned.erase(static_cast<char*>(address));
+  mapped.erase(address);
   free(address);
   return cudaSuccess;
 }
@@ -319,7 +331,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
 
 cudaError_t cudaDeviceSynchronize() {
   Lock lock(mutex);
-  refuse_while_capturing("cudaDeviceSynchronize", true);
+  if (spoils_a_capture()) return cudaErrorStreamCaptureUnsupported;
   finish_all();
   return cudaSuccess;
 }
@@ -370,6 +382,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode mo
   Lock lock(mutex);
   finish(stream_of(handle));
   stream_of(handle)->is_capturing = true;
+  stream_of(handle)->is_spoilt = false;
   stream_of(handle)->is_relaxed = mode == cudaStreamCaptureModeRelaxed;
   return cudaSuccess;
 }
@@ -378,6 +391,11 @@ cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* graph) {
   Lock lock(mutex);
   Stream* stream = stream_of(handle);
   stream->is_capturing = false;
+  *graph = nullptr;
+  if (stream->is_spoilt) {
+    stream->captured.clear();
+    return cudaErrorStreamCaptureInvalidated;
+  }
   *graph = reinterpret_cast<cudaGraph_t>(new Graph(std::move(stream->captured)));
   stream->captured.clear();
   return cudaSuccess;
@@ -635,7 +653,11 @@ int cuMemGetInfo_v2(size_t* available, size_t* total) {
 }
 
 int cuMemHostAlloc(void** address, size_t size, unsigned flags) {
-  return contexts.empty() ? kNoContext : cudaHostAlloc(address, size, flags);
+  if (contexts.empty()) return kNoContext;
+  int status = cudaHostAlloc(address, size, flags);
+  Lock lock(mutex);
+  if (flags & cudaHostAllocMapped) mapped.insert(*address);
+  return status;
 }
 
 int cuMemFreeHost(void* address) { return contexts.empty() ? kNoContext : cudaFreeHost(address); }
@@ -643,7 +665,7 @@ int cuMemFreeHost(void* address) { return contexts.empty() ? kNoContext : cudaFr
 int cuMemHostGetDevicePointer_v2(void** address, void* pinned_address, unsigned) {
   Lock lock(mutex);
   if (contexts.empty()) return kNoContext;
-  if (!is_pinned(pinned_address)) return cudaErrorInvalidValue;
+  if (mapped.count(pinned_address) == 0) return cudaErrorInvalidValue;
   *address = pinned_address;
   return 0;
 }

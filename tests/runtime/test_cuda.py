@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import os
 import signal
 import subprocess
@@ -32,6 +33,7 @@ from vae_runtime.cuda import (
     find_gpus,
     real_work_on_cpu,
     synchronize,
+    synchronize_default_stream,
     why_not_cuda,
 )
 from vae_runtime.cuda_stream import Stream
@@ -51,7 +53,7 @@ class Driver:
     def __init__(self, gpus: int, status: int = 0) -> None:
         self.gpus, self.status = gpus, status
         self.stack: list[int | None] = []
-        self.waited: list[int | None] = []
+        self.waited: list[Any] = []
 
     def cuInit(self, flags: int) -> int:
         return self.status
@@ -86,7 +88,11 @@ class Driver:
 
     def cuCtxSynchronize(self) -> int:
         self.waited.append(self.stack[-1] if self.stack else None)
-        return 700 if self.status == 700 else 0
+        return self.status
+
+    def cuStreamSynchronize(self, stream: ctypes.c_void_p) -> int:
+        self.waited.append((self.stack[-1], stream.value))
+        return self.status
 
     def cuCtxPopCurrent_v2(self, context: Any) -> int:
         self.stack.pop()
@@ -172,6 +178,37 @@ def test_waiting_is_for_the_gpu_that_is_named(machine: Any) -> None:
     driver.status = 700
     with pytest.raises(DeviceError, match=r"GPU 1 failed in work that was under way \(CUDA error 700\)"):
         synchronize(1)
+    driver.status = 900
+    with pytest.raises(DeviceError, match=r"GPU 1 has work that is being captured into a CUDA graph, .*make this call"):
+        synchronize(1)
+    driver.status = 0
+    synchronize_default_stream(1)
+    assert driver.waited[-1] == (1001, 1)
+
+
+def test_the_application_s_gpu_stays_the_current_one(
+    tiny_path: Path, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime makes its own the current one in whatever it does."""
+    context = Context()
+    monkeypatch.setattr("vae_runtime.session.context_of", lambda memory: context)
+    with VAE.load(tiny_path) as vae:
+        assert context.entered == 2
+        vae.encode(images[:2])
+        assert context.entered == 3
+        vae.encode_to_device(images[:2])
+        assert context.entered == 5  # the way there, and the work
+    assert context.depth == 0
+
+
+class Context:
+    entered = depth = 0
+
+    def __enter__(self) -> None:
+        self.entered, self.depth = self.entered + 1, self.depth + 1
+
+    def __exit__(self, *_: object) -> None:
+        self.depth -= 1
 
 
 def test_cudnn_that_is_missing_is_named_though_onnxruntime_calls_it_optional(
@@ -672,7 +709,8 @@ def test_arrays_on_the_gpu_are_taken_and_given(
     np.testing.assert_allclose(second.mean.numpy(), cpu.encode(x[3:]).mean, atol=1e-5)
     assert first.mean.__dlpack_device__() == (2, 0)
     waits: list[int] = []
-    monkeypatch.setattr(device_array, "synchronize", waits.append)
+    monkeypatch.setattr(device_array, "_handed_out", {})
+    monkeypatch.setattr(device_array, "synchronize_default_stream", waits.append)
     gpu.decode_to_device(second.mean)
     assert waits == []  # it is finished, and nobody else has it
     second.mean.__dlpack__()
@@ -680,6 +718,31 @@ def test_arrays_on_the_gpu_are_taken_and_given(
     assert waits == [0]  # whoever has it may still be at work on it
     with pytest.raises(InputError, match="latents is a tensor"):
         gpu.decode_to_device(copy_to_device(x[:3], find_device("cuda")))
+
+
+@with_gpu
+@pytest.mark.parametrize("way", ["device", "host", "warm"])
+def test_memory_that_others_still_read_is_not_written_to(both: tuple[VAE, VAE, np.ndarray], way: str) -> None:
+    """They have begun to, on a stream of their own, and let go of the array."""
+    gpu, cpu, x = both
+    if way == "warm":
+        gpu.warmup([3])
+    stream = Stream(0)
+    for _ in range(3):
+        mean = gpu.encode_to_device(x[:3]).mean
+        capsule, size = mean.__dlpack__(stream=7), 4 * math.prod(mean.shape)
+        copied = copy_to_device(np.zeros(mean.shape, np.float32), find_device("cuda"))
+        with stream._context:
+            stream.on_device(copied._value.data_ptr(), mean._value.data_ptr(), size)()
+        del mean, capsule
+        if way == "host":
+            gpu.encode(x[3:])
+        else:
+            kept = gpu.encode_to_device(copy_to_device(x[3:], find_device("cuda")))
+            np.testing.assert_allclose(kept.mean.numpy(), cpu.encode(x[3:]).mean, atol=1e-5)
+        with stream:
+            stream.wait()
+        np.testing.assert_allclose(copied.numpy(), cpu.encode(x[:3]).mean, atol=1e-5)
 
 
 @with_gpu

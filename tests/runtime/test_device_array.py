@@ -8,7 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 
+import vae_runtime.device_array as device_array
 from vae_runtime import VAE, ClosedError, InputError
+from vae_runtime.device_array import DeviceArray, await_others, from_dlpack
+from vae_runtime.devices import Device
+
+GPU = ("cuda", 1)
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Which waits for work on a GPU there were."""
+    found: list[Any] = []
+    monkeypatch.setattr(device_array, "_handed_out", {})
+    monkeypatch.setattr(device_array, "synchronize", lambda index: found.append(("all", index)))
+    monkeypatch.setattr(device_array, "synchronize_default_stream", lambda index: found.append(("default", index)))
+    return found
 
 
 def test_results_on_the_device_are_those_of_the_host(tiny: VAE, images: np.ndarray) -> None:
@@ -40,6 +55,51 @@ def test_arrays_are_shared_with_torch_both_ways(tiny: VAE, images: np.ndarray) -
     np.testing.assert_allclose(mean.numpy(), (before + 1).numpy(), atol=1e-6)
     image = tiny.decode_to_device(before)
     np.testing.assert_allclose(torch.from_dlpack(image).numpy(), tiny.decode(before.numpy()), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("streams", "expected"),
+    [([], []), ([None], ["default"]), ([1], ["default"]), ([-1], ["all"]), ([1, 77, 1], ["all"]), ([2], ["all"])],
+)
+def test_work_of_those_who_were_handed_an_array_is_waited_for(
+    tiny: VAE, images: np.ndarray, waits: list[Any], streams: list[int | None], expected: list[str]
+) -> None:
+    """They may be at work on its memory when it is free for the next call. Streams are numbered as by the protocol."""
+    array = DeviceArray(tiny.encode_to_device(images[:2]).mean._value, GPU)
+    for stream in streams:
+        array.__dlpack__(stream=stream)
+    assert waits == []
+    for memory in (("cuda", 0), ("cpu", 1), GPU):
+        await_others(memory)
+    assert waits == [(which, 1) for which in expected]
+    waits.clear()
+    array.numpy()
+    assert waits == [(which, 1) for which in expected]
+
+
+def test_arrays_on_a_gpu_are_finished_and_aligned(
+    tiny: VAE, images: np.ndarray, waits: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels load 16 bytes at once; a part of another library's array may begin anywhere."""
+    torch = pytest.importorskip("torch")
+
+    class OnGpu:
+        def __init__(self, tensor: Any) -> None:
+            self._tensor, self.__dlpack_device__ = tensor, tensor.__dlpack_device__
+
+        def __dlpack__(self, stream: int) -> Any:
+            assert stream == 1
+            return self._tensor.__dlpack__()
+
+    monkeypatch.setattr(Device, "is_gpu", True)
+    monkeypatch.setattr(Device, "memory", ("cpu", 0))
+    operation = tiny._open_operations()[0]
+    flat = torch.zeros(2 * 64 + 4)
+    boundary, device = operation._boundary, operation.routes[0].any_batch.device
+    assert from_dlpack(OnGpu(flat[4:].view(2, 1, 8, 8)), boundary, device, "images").shape == (2, 1, 8, 8)
+    assert waits == [("default", 0)]
+    with pytest.raises(InputError, match=r"images begins at an address that is no multiple of 16, .*; pass a copy"):
+        from_dlpack(OnGpu(flat[3:-1].view(2, 1, 8, 8)), boundary, device, "images")
 
 
 def test_they_outlive_the_bundle(tiny_path: Path, images: np.ndarray) -> None:

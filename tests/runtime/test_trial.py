@@ -249,6 +249,24 @@ def test_the_graph_for_arrays_on_the_device_is_compared_with_the_session_for_any
     assert str(one._compare_on_device()).startswith("outputs differ by ")
 
 
+def test_arrays_on_the_device_are_at_new_addresses_in_each_timed_call() -> None:
+    alive: list[Any] = []
+
+    class Result:
+        def __init__(self, given: Any) -> None:
+            alive.append(given)
+
+        def __del__(self) -> None:
+            deaths.append(len(alive))
+
+    deaths: list[int] = []
+    call = trial._elsewhere_each_time(Result, ["there", "elsewhere"])  # type: ignore[arg-type, list-item]
+    for _ in range(4):
+        call()
+    assert alive == ["there", "elsewhere"] * 2
+    assert deaths == [2, 3, 4]  # each when the next one is there
+
+
 def test_times_are_relative_to_the_plain_way() -> None:
     def work(count: int) -> Any:
         return lambda: np.ones(count).sum()
@@ -313,6 +331,7 @@ def test_sessions_share_it_unless_the_caller_has_a_say(
 
     gpu = Device("cuda:0", CUDA, {"device_id": "0", "use_tf32": "0"})
     monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
+    monkeypatch.setattr("vae_runtime.session.context_of", lambda memory: contextlib.nullcontext())
     for device, fixed, expected in (
         (gpu, None, "1"),
         (gpu, SHAPE, None),  # a CUDA graph keeps the addresses that it was captured with

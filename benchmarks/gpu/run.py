@@ -157,7 +157,8 @@ def begin(arguments: argparse.Namespace, cases: list[str]) -> dict[str, Any]:
         if not arguments.resume:
             raise OutputError(f"{path} exists; go on with --resume, or begin anew with --force")
         document = load_document(path, "run.py")
-        if not isinstance(document, dict) or document.get("format_version") != FORMAT_VERSION:
+        ours = {"format": FORMAT, "format_version": FORMAT_VERSION}
+        if not isinstance(document, dict) or {key: document.get(key) for key in ours} != ours:
             raise OutputError(f"{path} was not written by run.py of this version; it is not continued")
         if document["device"] != arguments.device:
             raise InputError(f"--device is {arguments.device!r}; {path} was begun on {document['device']!r}")

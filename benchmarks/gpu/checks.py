@@ -47,17 +47,14 @@ def fidelity(findings: Findings, job: Job) -> None:
     x = job.case.reference()[INPUT]
     with VAE.load(job.case.bundle) as cpu:
         mean = cpu.encode(x).mean
-        decoded, reconstructed = cpu.decode(mean), cpu.reconstruct(x)
+        known = {"decode": cpu.decode(mean), "reconstruct": cpu.reconstruct(x)}
     for precision in findings.precisions(job):
         with findings.guard(precision), VAE.load(job.case.bundle, job.device, precision) as vae:
             for state in ("cold", "warm"):
                 if state == "warm":
                     vae.warmup([len(x)])
-                for name, found, expected in (
-                    ("decode", vae.decode(mean), decoded),
-                    ("reconstruct", vae.reconstruct(x), reconstructed),
-                ):
-                    findings.check(f"{precision} {state} {name}", error_of(found, expected, job), LIMITS[precision])
+                for name, found in {"decode": vae.decode(mean), "reconstruct": vae.reconstruct(x)}.items():
+                    findings.check(f"{precision} {state} {name}", error_of(found, known[name], job), LIMITS[precision])
                 findings.figure(f"{precision} {state} mean", relative_error(vae.encode(x).mean, mean))
     torch, reason = import_torch(job)
     if torch is None or job.case.torch is None:
@@ -65,11 +62,10 @@ def fidelity(findings: Findings, job: Job) -> None:
         return
     with findings.guard("torch's own"):
         own = {precision: torch_results(job, torch, precision, x, mean) for precision in findings.precisions(job)}
-        expected = {"decode": decoded, "reconstruct": reconstructed}
         findings.figure(
             "torch",
             {
-                precision: {name: error_of(array, expected[name], job) for name, array in found.items()}
+                precision: {name: error_of(array, known[name], job) for name, array in found.items()}
                 for precision, found in own.items()
             },
         )

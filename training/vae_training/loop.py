@@ -173,14 +173,14 @@ class Run:
         weight, capacity = self.kl_terms(step)
         self.objective.train()
         with self.accelerator.autocast():
-            terms = self.objective(x, noise, weight, capacity)
-        self.accelerator.backward(terms.loss)
+            loss: Tensor = self.objective(x, noise, weight, capacity)
+        self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.objective.parameters(), config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update_parameters(self.accelerator.unwrap_model(self.objective))
         self.state.step += 1
-        return terms.loss.detach()
+        return loss.detach()
 
     def kl_terms(self, step: int) -> tuple[float, float | None]:
         """The KL's weight at `step`, and the capacity it is drawn to, or None where it is drawn to 0."""

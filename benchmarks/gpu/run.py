@@ -43,6 +43,7 @@ from vae_benchmarks.children import at_once
 from vae_benchmarks.document import load_document, save_document
 from vae_benchmarks.race import Case
 from vae_runtime.atomic import atomic_file
+from vae_runtime.console import NEGATIVE_VERDICT
 from vae_runtime.errors import InputError, OutputError, VAEError
 
 FORMAT, FORMAT_VERSION = "vae-gpu-run", 1
@@ -53,7 +54,6 @@ STEPS = (
 )
 TIMELESS = frozenset({"golden", "fidelity", "calls", "concurrency"})  # nothing is measured in them
 SECONDS = {"golden": 15, "fidelity": 40, "calls": 40, "concurrency": 60, "memory": 15, "ways": 20, "overhead": 30}
-NEGATIVE_VERDICT = 3
 
 
 def main() -> int:

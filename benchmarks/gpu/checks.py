@@ -97,19 +97,31 @@ def calls(findings: Findings, job: Job) -> None:
             if state == "warm":
                 vae.warmup(BATCHES)
             for batch in BATCHES:
-                x, known = tile(reference, batch), expected[batch]
-                ways: dict[str, Callable[[], dict[str, Float32]]] = {
-                    "host": partial(results_on_host, vae, x),
-                    "device": partial(results_on_device, vae, x, known["mean"]),
-                    "host to device": partial(results_from_host, vae, x, known["mean"]),
-                }
-                for place, results in ways.items():
-                    with findings.guard(f"{state} batch {batch} {place}"):
-                        compare(findings, job, f"{state} batch {batch} {place}", results(), known)
-                with findings.guard(f"{state} batch {batch} repeats"):
-                    first, *others = (list(results_on_host(vae, x).values()) for _ in range(3))
-                    findings.equal(f"{state} batch {batch} repeats", [a for o in others for a in o], first * 2)
+                name, x = f"{state} batch {batch}", tile(reference, batch)
+                compare_every_way(findings, job, name, vae, x, expected[batch])
+                compare_repeated(findings, f"{name} repeats", vae, x)
         exchange(findings, job, vae, tile(reference, 7), expected[7])
+
+
+def compare_every_way(
+    findings: Findings, job: Job, name: str, vae: VAE, x: Float32, expected: dict[str, Float32]
+) -> None:
+    """From host arrays and from arrays on the device to either."""
+    ways: dict[str, Callable[[], dict[str, Float32]]] = {
+        "host": partial(results_on_host, vae, x),
+        "device": partial(results_on_device, vae, x, expected["mean"]),
+        "host to device": partial(results_from_host, vae, x, expected["mean"]),
+    }
+    for place, results in ways.items():
+        with findings.guard(f"{name} {place}"):
+            compare(findings, job, f"{name} {place}", results(), expected)
+
+
+def compare_repeated(findings: Findings, name: str, vae: VAE, x: Float32) -> None:
+    """The same calls once more, and again: bit for bit the same."""
+    with findings.guard(name):
+        first, *others = (list(results_on_host(vae, x).values()) for _ in range(3))
+        findings.equal(name, [array for other in others for array in other], first * 2)
 
 
 def results_on_host(vae: VAE, x: Float32) -> dict[str, Float32]:

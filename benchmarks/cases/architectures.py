@@ -8,7 +8,7 @@ units: images float32 (N, C, H, W) in [0, 1] -> mean and logvar, or the code alo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -170,11 +170,19 @@ class PlainBlock(nn.Module):
     @torch.no_grad()
     def scale_down(self, factor: float) -> None:
         """Make the last convolution's weights smaller, so that the block begins near the identity."""
-        self.body[-1].weight.mul_(factor)
+        last = self.body[-1]
+        assert isinstance(last, nn.Conv2d)
+        last.weight.mul_(factor)
 
 
 def _norm(width: int) -> tuple[nn.Module, nn.Module]:
     return nn.GroupNorm(math.gcd(width, 32), width), nn.SiLU()
 
 
-ARCHITECTURES = {"mlp": mlp, "default_conv": default_conv, "strided": strided, "resnet": resnet, "plain": plain}
+ARCHITECTURES: dict[str, Callable[..., tuple[nn.Module, nn.Module]]] = {
+    "mlp": mlp,
+    "default_conv": default_conv,
+    "strided": strided,
+    "resnet": resnet,
+    "plain": plain,
+}

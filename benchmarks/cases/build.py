@@ -190,8 +190,8 @@ def trained_conv(
     model = checkpoint.build_model()
     arguments = {"config": checkpoint.config.to_dict()}
     encoder, decoder = architectures.build("default_conv", **arguments)
-    encoder.body.load_state_dict(model.encoder.state_dict())
-    decoder[0].load_state_dict(model.decoder.state_dict())
+    encoder.get_submodule("body").load_state_dict(model.encoder.state_dict())
+    decoder.get_submodule("0").load_state_dict(model.decoder.state_dict())
     held_out = checkpoint.examples["held_out"].numpy()
     held_out = held_out if held_out.ndim == 4 else held_out[..., None]
     return Model(
@@ -235,7 +235,7 @@ def plain256(options: Options) -> Model:
     with torch.inference_mode():
         errors = [
             float((decoder.eval()(encoder.eval()(x)) - x).square().mean())
-            for x in torch.from_numpy(examples[:8]).split(1)
+            for x in torch.split(torch.from_numpy(examples[:8]), 1)
         ]
     return Model(
         architecture="plain",
@@ -298,7 +298,7 @@ def write_case(folder: Path, name: str, model: Model, options: Options) -> None:
     )
     x = torch.from_numpy(np.ascontiguousarray(model.examples[:INPUTS]))
     reference = run(model, x)
-    np.savez(folder / "inputs.npz", **{key: value.numpy() for key, value in reference.items()})
+    np.savez(folder / "inputs.npz", **{key: value.numpy() for key, value in reference.items()})  # type: ignore[arg-type]
     export_plainly(model.encoder, x, folder / "plain" / "encoder.onnx", "x", [*reference][1:-1])
     export_plainly(model.decoder, reference["mean"], folder / "plain" / "decoder.onnx", "z", ["reconstruction"])
     shutil.copy(architectures.__file__, folder / "torch" / "modules.py")
@@ -328,7 +328,7 @@ def write_case(folder: Path, name: str, model: Model, options: Options) -> None:
 def run(model: Model, x: Tensor) -> dict[str, Tensor]:
     """torch's own answer on x, one example at a time where images are large."""
     rows: list[dict[str, Tensor]] = []
-    for part in x.split(4):
+    for part in torch.split(x, 4):
         encoded = model.encoder(part)
         named = {"mean": encoded[0], "logvar": encoded[1]} if model.kind == "vae" else {"mean": encoded}
         rows.append({"x": part, **named, "reconstruction": model.decoder(named["mean"])})

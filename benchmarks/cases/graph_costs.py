@@ -258,7 +258,7 @@ def loads(now: Mapping[str, Graphs], before: Mapping[str, Graphs]) -> dict[str, 
     return found
 
 
-class Noise(CalibrationDataReader):
+class Noise(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
     def __init__(self, entry: onnx.ValueInfoProto) -> None:
         shape = [dimension.dim_value for dimension in entry.type.tensor_type.shape.dim[1:]]
         batches = np.random.default_rng(0).random((4, 16, *shape), dtype=np.float32)

@@ -87,9 +87,10 @@ def calls(bundle: Path, batches: list[int], blocks: int) -> list[dict[str, Any]]
     rows = []
     with VAE.load(bundle, threads=1) as vae:
         outputs = ["mean", "logvar"] if vae.manifest.kind == "vae" else ["mean"]
+        shape = vae.manifest.input.example_shape
         for batch in batches:
-            x = rng.random((batch, *vae.manifest.input.shape), dtype=np.float32)
-            z = rng.standard_normal((batch, *vae.manifest.latent.shape), dtype=np.float32)
+            x = rng.random((batch, *shape), dtype=np.float32)
+            z = rng.standard_normal((batch, *vae.manifest.latent_shape(shape)), dtype=np.float32)
             encode = partial(bare["encoder"].run, outputs, {"x": x}), partial(vae.encode, x)
             decode = partial(bare["decoder"].run, ["reconstruction"], {"z": z}), partial(vae.decode, z)
             rows.append(row(bundle, f"encode, batch {batch}", *alternate(*encode, blocks)))
@@ -100,7 +101,7 @@ def calls(bundle: Path, batches: list[int], blocks: int) -> list[dict[str, Any]]
 def start_up(bundle: Path) -> list[dict[str, Any]]:
     """Wall time and peak memory of fresh processes."""
     with VAE.load(bundle) as vae:
-        shape = (1, *vae.manifest.input.shape)
+        shape = (1, *vae.manifest.input.example_shape)
     rows = []
     for name, (theirs, ours) in PROGRAMS.items():
         seconds: tuple[list[float], list[float]] = ([], [])
@@ -148,9 +149,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     for entry in rows:
         show = bytes_text if entry["unit"] == "bytes" else seconds_text
         low, high = entry["interval"]
+        interval = "–" if low is None else f"{low:.3f} to {high:.3f}"  # too few blocks for one
         lines.append(
             f"| {entry['bundle']} | {entry['what']} | {show(entry['bare'])} | {show(entry['ours'])} "
-            f"| {entry['ratio']:.3f} | {low:.3f} to {high:.3f} |"
+            f"| {entry['ratio']:.3f} | {interval} |"
         )
     return "\n".join(lines)
 

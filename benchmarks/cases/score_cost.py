@@ -139,10 +139,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for entry in rows:
         low, high = entry["interval"]
+        interval = "–" if low is None else f"{low:.3f} to {high:.3f}"  # too few blocks for one
         both, score = (f"{entry[key] * 1e6:,.1f} µs" for key in ("encode_and_decode_s", "score_s"))
         lines.append(
             f"| {entry['model']} | {entry['method']} | {entry['batch']} | {both} | {score} "
-            f"| {entry['ratio']:.3f} | {low:.3f} to {high:.3f} |"
+            f"| {entry['ratio']:.3f} | {interval} |"
         )
     return "\n".join(lines)
 

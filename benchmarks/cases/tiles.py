@@ -79,8 +79,9 @@ class Encoder(nn.Module):
         blocks = [Block(3, 16, 2), Block(16, 16), Block(16, 32, 2), Block(32, 32)]
         self.body = nn.Sequential(*blocks, nn.Conv2d(32, 2 * LATENT, 3, padding=1))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.body(2 * x - 1).chunk(2, dim=1)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, logvar = self.body(2 * x - 1).chunk(2, dim=1)
+        return mean, logvar
 
 
 class Decoder(nn.Module):
@@ -100,6 +101,8 @@ def write_bundle(path: Path) -> dict[str, Any]:
     encoder, decoder = Encoder(), Decoder()
     for module in [*encoder.modules(), *decoder.modules()]:
         if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
             nn.init.uniform_(module.running_mean, -0.3, 0.3)
             nn.init.uniform_(module.running_var, 0.05, 0.3)
     x = np.random.default_rng(0).random((4, 3, 64, 64), dtype=np.float32)

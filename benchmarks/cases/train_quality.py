@@ -19,6 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from vae_benchmarks.machine import MachineFacts
+
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 DIGITS = ("--data", "digits")
 MNIST = ("--data", "{mnist}", "--split", "8000,1000,1000", "--order", "file")
@@ -76,14 +78,15 @@ def command(name: str, threads: int) -> list[str]:
 
 
 def machine(threads: int) -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
+    """cores: those that this process may run on. cpu_quota: the cgroup's limit, in cores, where there is one."""
+    facts, cpuinfo = MachineFacts.read(), Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
     instructions = [flag for flag in ("avx2", "avx512f", "amx_tile") if flag in flags]
     return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
+        "cpu": facts.cpu,
+        "cores": facts.cores_usable,
+        **({"cpu_quota": facts.cpu_quota} if facts.cpu_quota is not None else {}),
         "instructions": instructions,
         "threads": threads,
         **({"OMP_WAIT_POLICY": policy} if (policy := os.environ.get("OMP_WAIT_POLICY")) else {}),

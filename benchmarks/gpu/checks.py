@@ -47,17 +47,14 @@ def fidelity(findings: Findings, job: Job) -> None:
     x = job.case.reference()[INPUT]
     with VAE.load(job.case.bundle) as cpu:
         mean = cpu.encode(x).mean
-        decoded, reconstructed = cpu.decode(mean), cpu.reconstruct(x)
+        known = {"decode": cpu.decode(mean), "reconstruct": cpu.reconstruct(x)}
     for precision in findings.precisions(job):
         with findings.guard(precision), VAE.load(job.case.bundle, job.device, precision) as vae:
             for state in ("cold", "warm"):
                 if state == "warm":
                     vae.warmup([len(x)])
-                for name, found, expected in (
-                    ("decode", vae.decode(mean), decoded),
-                    ("reconstruct", vae.reconstruct(x), reconstructed),
-                ):
-                    findings.check(f"{precision} {state} {name}", error_of(found, expected, job), LIMITS[precision])
+                for name, found in {"decode": vae.decode(mean), "reconstruct": vae.reconstruct(x)}.items():
+                    findings.check(f"{precision} {state} {name}", error_of(found, known[name], job), LIMITS[precision])
                 findings.figure(f"{precision} {state} mean", relative_error(vae.encode(x).mean, mean))
     torch, reason = import_torch(job)
     if torch is None or job.case.torch is None:
@@ -65,11 +62,10 @@ def fidelity(findings: Findings, job: Job) -> None:
         return
     with findings.guard("torch's own"):
         own = {precision: torch_results(job, torch, precision, x, mean) for precision in findings.precisions(job)}
-        expected = {"decode": decoded, "reconstruct": reconstructed}
         findings.figure(
             "torch",
             {
-                precision: {name: error_of(array, expected[name], job) for name, array in found.items()}
+                precision: {name: error_of(array, known[name], job) for name, array in found.items()}
                 for precision, found in own.items()
             },
         )
@@ -101,19 +97,31 @@ def calls(findings: Findings, job: Job) -> None:
             if state == "warm":
                 vae.warmup(BATCHES)
             for batch in BATCHES:
-                x, known = tile(reference, batch), expected[batch]
-                ways: dict[str, Callable[[], dict[str, Float32]]] = {
-                    "host": partial(results_on_host, vae, x),
-                    "device": partial(results_on_device, vae, x, known["mean"]),
-                    "host to device": partial(results_from_host, vae, x, known["mean"]),
-                }
-                for place, results in ways.items():
-                    with findings.guard(f"{state} batch {batch} {place}"):
-                        compare(findings, job, f"{state} batch {batch} {place}", results(), known)
-                with findings.guard(f"{state} batch {batch} repeats"):
-                    first, *others = (list(results_on_host(vae, x).values()) for _ in range(3))
-                    findings.equal(f"{state} batch {batch} repeats", [a for o in others for a in o], first * 2)
+                name, x = f"{state} batch {batch}", tile(reference, batch)
+                compare_every_way(findings, job, name, vae, x, expected[batch])
+                compare_repeated(findings, f"{name} repeats", vae, x)
         exchange(findings, job, vae, tile(reference, 7), expected[7])
+
+
+def compare_every_way(
+    findings: Findings, job: Job, name: str, vae: VAE, x: Float32, expected: dict[str, Float32]
+) -> None:
+    """From host arrays and from arrays on the device to either."""
+    ways: dict[str, Callable[[], dict[str, Float32]]] = {
+        "host": partial(results_on_host, vae, x),
+        "device": partial(results_on_device, vae, x, expected["mean"]),
+        "host to device": partial(results_from_host, vae, x, expected["mean"]),
+    }
+    for place, results in ways.items():
+        with findings.guard(f"{name} {place}"):
+            compare(findings, job, f"{name} {place}", results(), expected)
+
+
+def compare_repeated(findings: Findings, name: str, vae: VAE, x: Float32) -> None:
+    """The same calls once more, and again: bit for bit the same."""
+    with findings.guard(name):
+        first, *others = (list(results_on_host(vae, x).values()) for _ in range(3))
+        findings.equal(name, [array for other in others for array in other], first * 2)
 
 
 def results_on_host(vae: VAE, x: Float32) -> dict[str, Float32]:

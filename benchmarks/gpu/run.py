@@ -43,6 +43,7 @@ from vae_benchmarks.children import at_once
 from vae_benchmarks.document import load_document, save_document
 from vae_benchmarks.race import Case
 from vae_runtime.atomic import atomic_file
+from vae_runtime.console import NEGATIVE_VERDICT
 from vae_runtime.errors import InputError, OutputError, VAEError
 
 FORMAT, FORMAT_VERSION = "vae-gpu-run", 1
@@ -53,7 +54,6 @@ STEPS = (
 )
 TIMELESS = frozenset({"golden", "fidelity", "calls", "concurrency"})  # nothing is measured in them
 SECONDS = {"golden": 15, "fidelity": 40, "calls": 40, "concurrency": 60, "memory": 15, "ways": 20, "overhead": 30}
-NEGATIVE_VERDICT = 3
 
 
 def main() -> int:
@@ -157,7 +157,8 @@ def begin(arguments: argparse.Namespace, cases: list[str]) -> dict[str, Any]:
         if not arguments.resume:
             raise OutputError(f"{path} exists; go on with --resume, or begin anew with --force")
         document = load_document(path, "run.py")
-        if not isinstance(document, dict) or document.get("format_version") != FORMAT_VERSION:
+        ours = {"format": FORMAT, "format_version": FORMAT_VERSION}
+        if not isinstance(document, dict) or {key: document.get(key) for key in ours} != ours:
             raise OutputError(f"{path} was not written by run.py of this version; it is not continued")
         if document["device"] != arguments.device:
             raise InputError(f"--device is {arguments.device!r}; {path} was begun on {document['device']!r}")

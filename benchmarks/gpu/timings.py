@@ -107,17 +107,18 @@ def device_sides(job: Job, vae: VAE, operation: str, array: Float32) -> Sides:
     """The same from an array on the device to new ones there, by a session for any batch size."""
     device = find_device(job.device)
     session = bare_session(job, device, operation, len(array), is_fixed=False)
-    there = copy_to_device(array, device)
+    given = import_engine().OrtValue.ortvalue_from_numpy(array, *device.memory)
 
     def bare() -> object:
         binding = session.io_binding()
-        binding.bind_ortvalue_input(INPUT if operation == "encode" else LATENT, there._value)
+        binding.bind_ortvalue_input(INPUT if operation == "encode" else LATENT, given)
         for name in outputs_of(job, operation):
             binding.bind_output(name, *device.memory)
         session.run_with_iobinding(binding)
         return [DeviceArray(value, device.memory) for value in binding.get_outputs()]
 
-    return bare, partial(vae.encode_to_device if operation == "encode" else vae.decode_to_device, there)
+    call = vae.encode_to_device if operation == "encode" else vae.decode_to_device
+    return bare, partial(call, copy_to_device(array, device))
 
 
 def device_of(vae: VAE, operation: str, shape: tuple[int, ...]) -> Device:

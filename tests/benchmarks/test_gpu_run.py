@@ -714,10 +714,23 @@ def test_force_begins_anew(scripted: Any, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out.json").read_text())["parts"] == 1
 
 
-def test_other_files_are_not_continued(scripted: Any, capsys: Any, tmp_path: Path) -> None:
-    (tmp_path / "out.json").write_text("[]")
+@pytest.mark.parametrize(
+    "document",
+    [
+        [],
+        {"format": "vae-bench-race", "format_version": run.FORMAT_VERSION, "cases": []},
+        {"format": run.FORMAT, "format_version": run.FORMAT_VERSION + 1, "device": "cpu"},
+        {"format_version": run.FORMAT_VERSION, "device": "cpu"},
+    ],
+    ids=["a list", "a race", "a later version", "no format"],
+)
+def test_other_files_are_not_continued(scripted: Any, capsys: Any, tmp_path: Path, document: Any) -> None:
+    (tmp_path / "out.json").write_text(json.dumps(document))
     assert scripted("--resume") == 1
-    assert "out.json was not written by run.py of this version" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error == f"Error: {tmp_path}/out.json was not written by run.py of this version; it is not continued\n"
+    assert Scripted.ran == []
+    assert json.loads((tmp_path / "out.json").read_text()) == document
 
 
 def test_every_step_has_its_time() -> None:

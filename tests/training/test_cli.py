@@ -31,7 +31,7 @@ FAST = (
 def vae_train(*args: object) -> int:
     """Run the command in this process and return its exit code."""
     try:
-        main([str(arg) for arg in args])
+        main([str(arg) for arg in args], prog_name="vae-train")
     except SystemExit as error:
         return int(error.code or 0)
     return 0
@@ -57,6 +57,7 @@ def test_json_is_one_document_and_nothing_else(tmp_path: Path, capfd: pytest.Cap
     assert vae_train(*FAST, "--output", tmp_path / "run", "--epochs", 1, "--json") == 0
     captured = capfd.readouterr()
     metrics = json.loads(captured.out)
+    assert list(metrics) == sorted(metrics)  # as every command prints JSON
     assert metrics == json.loads((tmp_path / "run/metrics.json").read_text())
     assert metrics["test"]["examples"] == 50
 
@@ -194,7 +195,17 @@ def test_importing_the_package_is_cheap_and_says_what_is_missing() -> None:
     assert shown.stdout.startswith("MissingExtraError vae_training.train needs torch, which is not installed; run: pip")
 
 
-def test_ctrl_c_returns_promptly_and_the_run_continues(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+@pytest.mark.parametrize(
+    ("number", "code", "message"),
+    [
+        (signal.SIGINT, 130, "Interrupted; continue with the same command and --resume."),
+        (signal.SIGTERM, 143, ""),
+    ],
+)
+def test_an_ended_command_returns_promptly_and_the_run_continues(
+    tmp_path: Path, number: signal.Signals, code: int, message: str
+) -> None:
     run = tmp_path / "run"
     command = [
         sys.executable,
@@ -213,13 +224,14 @@ def test_ctrl_c_returns_promptly_and_the_run_continues(tmp_path: Path) -> None:
     deadline = time.monotonic() + 60
     while not (run / "state").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=20)
-    assert process.returncode == 130, err
-    assert err.rstrip().endswith("Interrupted; continue with the same command and --resume.")
+    assert process.returncode == code, err
+    assert err.rstrip().endswith(message)
+    assert ("Interrupted" in err) == bool(message)
     assert "Traceback" not in err
     assert (run / "state/progress.pt").exists()
-    assert not (run / "model.pt").exists()
+    assert {path.name for path in run.iterdir()} == {"run.json", "state"}  # no model, and nothing half written
 
 
 def test_two_processes_train_one_model_and_speak_once(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 from vae_runtime.manifest import InputSpec
 from vae_training import feed
 from vae_training.data import Dataset
-from vae_training.feed import Feed, shift_images, standard_normal
+from vae_training.feed import Feed, shift_images, standard_normal, standard_rng
 
 
 @pytest.fixture
@@ -82,3 +82,17 @@ def test_noise_is_standard_normal_and_a_function_of_its_arguments() -> None:
     assert torch.equal(noise, standard_normal((1000, 20), 0, 1, 2, 3, cpu))
     for other in ((1, 1, 2, 3), (0, 2, 2, 3), (0, 1, 3, 3), (0, 1, 2, 4)):
         assert not torch.equal(noise, standard_normal((1000, 20), *other, cpu))
+
+
+PURPOSES = ("ORDER", "NOISE", "BINARIZE", "SHIFT", "EVALUATE", "RECALIBRATE", "CROP", "FLIP", "LIKELIHOOD", "SAMPLES")
+DRAWS = ("WEIGHTS", "CALIBRATION_CHOICE", "PRIOR_CHOICE")
+DRAWS += ("VALIDATION_PIXELS", "CALIBRATION_PIXELS", "TEST_PIXELS", "PRIOR_PIXELS")
+
+
+def test_no_two_purposes_draw_the_same_numbers() -> None:
+    constants = {name for name, value in vars(feed).items() if name.isupper() and isinstance(value, int)}
+    assert constants == {*PURPOSES, *DRAWS, "CACHE_BYTES"}
+    purposes = [getattr(feed, name) for name in PURPOSES]
+    assert 0 not in purposes  # it splits
+    assert len(set(purposes)) == len(purposes)
+    assert len({standard_rng(0, getattr(feed, name)).integers(2**63) for name in DRAWS}) == len(DRAWS)

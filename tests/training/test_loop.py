@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from vae_runtime.errors import DeviceError, InputError, MissingExtraError, OutputError, TrainingError
-from vae_training import loop
+from vae_training import feed, loop
 from vae_training.checkpoint import load_checkpoint
 from vae_training.config import TrainConfig
 from vae_training.evaluate import measure
@@ -127,6 +127,13 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Pa
     assert contents[0] == contents[1]
     assert contents[0] != contents[2]
     torch.random.set_rng_state(state)
+
+
+def test_each_draw_of_a_run_is_for_one_thing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    monkeypatch.setattr(loop, "standard_rng", lambda seed, draw: drawn.append(draw) or feed.standard_rng(seed, draw))
+    train(small(binarize="dynamic", likelihood="bernoulli"), tmp_path / "run", device="cpu")
+    assert sorted(drawn) == list(range(7))
 
 
 def test_the_test_part_is_never_trained_or_stopped_on(tmp_path: Path) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -13,8 +11,10 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from vae_runtime.errors import MissingExtraError, VAEError
+from vae_runtime.console import Command, json_option, print_json
+from vae_runtime.errors import MissingExtraError
 from vae_runtime.manifest import BINARIZE_MODES, COLOURS, KINDS, RESIZE_MODES
+from vae_runtime.version import __version__
 
 from .config import ACTIVATIONS, FAMILIES, LIKELIHOODS, MIXED_PRECISIONS, NORMS, TrainConfig
 from .folder import recorded_config
@@ -22,6 +22,18 @@ from .split import ORDERS
 
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(TrainConfig)}
+_INTERRUPTED = 130  # the exit code after Ctrl-C, as shells have it
+
+
+class _TrainCommand(Command):
+    """Ctrl-C is no failure: what was written last is kept, and the run goes on from there."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("Interrupted; continue with the same command and --resume.", err=True)
+            ctx.exit(_INTERRUPTED)
 
 
 def _option(name: str, help: str, **settings: Any) -> _Decorator:
@@ -64,7 +76,7 @@ class _Sides(_Numbers):
         return sides * 2 if len(sides) == 1 else sides
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.command(cls=_TrainCommand, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option(
     "--data", required=False, help="'digits', a folder of IDX files, a folder of pictures, an .npy or .npz file."
 )
@@ -133,10 +145,10 @@ class _Sides(_Numbers):
 @click.option("--resume", is_flag=True, help="Continue the run in the output folder exactly, with its settings.")
 @click.option("--force", is_flag=True, help="Begin anew over a run in the output folder.")
 @click.option("--tensorboard", is_flag=True, help="Log to the folder tensorboard/ in the output folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print the metrics as one JSON document on stdout.")
-@click.version_option(package_name="vae-edge")
+@json_option
+@click.version_option(__version__, prog_name="vae-train")
 @click.pass_context
-def command(ctx: click.Context, /, output: Path, as_json: bool, threads: int | None, **options: Any) -> None:
+def main(ctx: click.Context, /, output: Path, as_json: bool, threads: int | None, **options: Any) -> None:
     """Train a variational autoencoder; leave model.pt, metrics.json and pictures in the output folder."""
     settings = {name: options.pop(name) for name in _DEFAULTS}
     if options["resume"] and options["force"]:
@@ -150,9 +162,10 @@ def command(ctx: click.Context, /, output: Path, as_json: bool, threads: int | N
     metrics = _train(TrainConfig.from_dict(settings), output, threads, options)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks for all
         return
-    click.echo(
-        json.dumps(metrics, indent=2, ensure_ascii=False, allow_nan=False) if as_json else _summary(metrics, output)
-    )
+    if as_json:
+        print_json(metrics)
+    else:
+        click.echo(_summary(metrics, output))
 
 
 def _train(config: TrainConfig, output: Path, threads: int | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -214,20 +227,3 @@ def _samples(samples: dict[str, Any]) -> list[str]:
         if isinstance(figures, dict) and name != "train"
     )
     return [f"samples by prior, precision and recall against the test part: {shown}"] if shown else []
-
-
-def main(args: list[str] | None = None) -> None:
-    """Exit codes: 0 done, 1 an expected failure, told in one sentence on stderr, 2 wrong usage, 130 interrupted."""
-    try:
-        command.main(args, prog_name="vae-train", standalone_mode=False)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except VAEError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(1)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted; continue with the same command and --resume.", err=True)
-        sys.exit(130)

@@ -14,8 +14,12 @@ from vae_runtime.preprocess import Float32, binarize
 from .config import steps_per_epoch
 from .data import Dataset
 
-# The purposes of random numbers; splitting is purpose 0 (see split.py).
-ORDER, NOISE, BINARIZE, SHIFT, WEIGHTS, EVALUATE, RECALIBRATE, CROP, FLIP, LIKELIHOOD, SAMPLES = range(1, 12)
+# The purposes of random numbers; splitting is purpose 0 (see split.py). The numbers stay: they decide the weights.
+ORDER, NOISE, BINARIZE, SHIFT = range(1, 5)
+EVALUATE, RECALIBRATE, CROP, FLIP, LIKELIHOOD, SAMPLES = range(6, 12)
+# What is drawn once in a run, by `standard_rng`: the first weights; which examples recalibrate and which priors are
+# fitted to; and the pixels of each set of examples that is made binary.
+CALIBRATION_CHOICE, VALIDATION_PIXELS, CALIBRATION_PIXELS, TEST_PIXELS, PRIOR_CHOICE, WEIGHTS, PRIOR_PIXELS = range(7)
 CACHE_BYTES = 2**30  # float32 examples up to this size are prepared once, larger ones batch by batch
 
 
@@ -65,6 +69,11 @@ def shift_images(x: Float32, limit: int, rng: np.random.Generator) -> Float32:
     for index, (top, left) in enumerate(rng.integers(0, 2 * limit + 1, (len(x), 2))):
         moved[index] = padded[index, :, top : top + height, left : left + width]
     return moved
+
+
+def standard_rng(seed: int, draw: int) -> np.random.Generator:
+    """A numpy generator for `draw`, which belongs to no step."""
+    return np.random.default_rng((seed, BINARIZE, 2**40 + draw))
 
 
 def standard_normal(

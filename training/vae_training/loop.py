@@ -30,7 +30,18 @@ from .config import CAPACITY_RISE, TrainConfig
 from .data import Dataset
 from .devices import make_accelerator
 from .evaluate import figure_of_merit, measure, recalibrate
-from .feed import BINARIZE, NOISE, WEIGHTS, standard_normal
+from .feed import (
+    CALIBRATION_CHOICE,
+    CALIBRATION_PIXELS,
+    NOISE,
+    PRIOR_CHOICE,
+    PRIOR_PIXELS,
+    TEST_PIXELS,
+    VALIDATION_PIXELS,
+    WEIGHTS,
+    standard_normal,
+    standard_rng,
+)
 from .folder import RunFolder, open_run
 from .likelihood import measure_nll
 from .losses import Objective, capacity_at, kl_weight
@@ -127,10 +138,10 @@ class Run:
         fused = accelerator.device.type in ("cpu", "cuda")
         optimizer = make_optimizer(objective, config.learning_rate, config.weight_decay, fused)
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
-        self.validation = self.examples(self.parts.validation, 1)
+        self.validation = self.examples(self.parts.validation, VALIDATION_PIXELS)
         # Drawn, not the first: in file order these may be unlike the rest.
-        drawn = standard_rng(config.seed, 0).permutation(self.parts.train)[:RECALIBRATION_EXAMPLES]
-        self.calibration = self.examples(drawn, 2)
+        drawn = standard_rng(config.seed, CALIBRATION_CHOICE).permutation(self.parts.train)[:RECALIBRATION_EXAMPLES]
+        self.calibration = self.examples(drawn, CALIBRATION_PIXELS)
         self.state = State()
 
     def fit(self, checkpoint_seconds: float, writer: Any, progress: bool) -> None:
@@ -162,14 +173,14 @@ class Run:
         weight, capacity = self.kl_terms(step)
         self.objective.train()
         with self.accelerator.autocast():
-            terms = self.objective(x, noise, weight, capacity)
-        self.accelerator.backward(terms.loss)
+            loss: Tensor = self.objective(x, noise, weight, capacity)
+        self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.objective.parameters(), config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update_parameters(self.accelerator.unwrap_model(self.objective))
         self.state.step += 1
-        return terms.loss.detach()
+        return loss.detach()
 
     def kl_terms(self, step: int) -> tuple[float, float | None]:
         """The KL's weight at `step`, and the capacity it is drawn to, or None where it is drawn to 0."""
@@ -274,7 +285,7 @@ class Run:
         objective.load_state_dict(self.state.best_weights)
         objective.eval()
         if self.accelerator.is_main_process:
-            test = self.examples(self.parts.test, 3)
+            test = self.examples(self.parts.test, TEST_PIXELS)
             figures = {
                 "test": measure(objective, test, self.config.seed),
                 "validation": measure(objective, self.validation, self.config.seed),
@@ -295,14 +306,14 @@ class Run:
         test = self.parts.test[: sample_quality.MAX_TEST]
         elements = math.prod(self.data.spec.example_shape)
         most = min(sample_quality.MAX_TRAIN, max(100, sample_quality.MAX_TRAIN_ELEMENTS // elements))
-        train = standard_rng(self.config.seed, 4).permutation(self.parts.train)[:most]
+        train = standard_rng(self.config.seed, PRIOR_CHOICE).permutation(self.parts.train)[:most]
         if not sample_quality.can_measure(objective, min(len(test), len(train))):
             return None
-        encoded = self.examples(train, 5)
+        encoded = self.examples(train, PRIOR_PIXELS)
         if self.config.binarize == "dynamic":  # samples are grey, as are the probabilities that binary images have
             grey = self.data.model_input(train), self.data.model_input(test)
             return measure_samples(objective, encoded, *grey, self.config.seed)
-        return measure_samples(objective, encoded, encoded, self.examples(test, 3), self.config.seed)
+        return measure_samples(objective, encoded, encoded, self.examples(test, TEST_PIXELS), self.config.seed)
 
 
 def initial_objective(config: TrainConfig, data: Dataset, parts: Parts) -> Objective:
@@ -320,11 +331,6 @@ def initial_objective(config: TrainConfig, data: Dataset, parts: Parts) -> Objec
     scale = float(left.abs().mean() if config.likelihood == "laplace" else left.square().mean().sqrt())
     likelihood = config.likelihood or "bernoulli"
     return Objective(model, likelihood, scale if scale > 0 else 1.0, config.free_bits, config.gradient_weight)
-
-
-def standard_rng(seed: int, draw: int) -> np.random.Generator:
-    """A numpy generator for what belongs to no step."""
-    return np.random.default_rng((seed, BINARIZE, 2**40 + draw))
 
 
 @contextmanager

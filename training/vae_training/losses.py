@@ -6,7 +6,6 @@ Every function returns one number per example, summed over its elements, so that
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -70,11 +69,6 @@ def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
     return kl_per_dimension(mean, logvar).flatten(1).sum(1)
 
 
-def elbo(negative_log_likelihood: Tensor, kl: Tensor) -> Tensor:
-    """The evidence lower bound, (N,) nats: always with the weight 1, whatever β was trained with."""
-    return -(negative_log_likelihood + kl)
-
-
 def free_bits_kl(kl: Tensor, free_bits: float) -> Tensor:
     """KL per dimension (N, *latent_shape) -> a scalar, in which each dimension costs at least `free_bits` nats.
 
@@ -104,15 +98,6 @@ def capacity_at(step: int, rising_steps: int, capacity: float) -> float:
     return capacity * min(1.0, step / rising_steps) if rising_steps > 0 else capacity
 
 
-@dataclass(frozen=True)
-class Terms:
-    """The parts of the loss of one batch. loss: the scalar to minimise; the others per example, (N,) nats."""
-
-    loss: Tensor
-    reconstruction: Tensor
-    kl: Tensor
-
-
 class Objective(nn.Module):
     """A model together with its likelihood: one module, so that everything trained goes through one `forward`.
 
@@ -140,9 +125,10 @@ class Objective(nn.Module):
             # Data that are reconstructed exactly would send the scale to 0 and the density to infinity.
             self.min_log_scale = math.log(scale) + math.log(1e-4)
 
-    def forward(self, x: Tensor, noise: Tensor, weight: float = 1.0, capacity: float | None = None) -> Terms:
-        """x: input and target (N, *input_shape); noise (N, *latent_shape): for the posterior; weight: of the KL.
+    def forward(self, x: Tensor, noise: Tensor, weight: float = 1.0, capacity: float | None = None) -> Tensor:
+        """The loss of one batch, a scalar in nats per example.
 
+        x: input and target (N, *input_shape); noise (N, *latent_shape): for the posterior; weight: of the KL.
         capacity: nats; given, the batch's mean KL is drawn to it instead of to 0, see `capacity_gap`.
         """
         if isinstance(self.model, VAE):
@@ -154,12 +140,11 @@ class Objective(nn.Module):
             regularisation = weight * cost
         else:
             logits = self.model.decode_logits(self.model.encode(x)).float()
-            regularisation, summed = logits.new_zeros(()), logits.new_zeros(len(x))
-        reconstruction = self.negative_log_likelihood(logits, x)
-        loss = reconstruction.mean() + regularisation
+            regularisation = logits.new_zeros(())
+        loss = self.negative_log_likelihood(logits, x).mean() + regularisation
         if self.gradient_weight:
             loss = loss + self.gradient_weight * self._edges(logits, x)
-        return Terms(loss, reconstruction, summed)
+        return loss
 
     def negative_log_likelihood(self, logits: Tensor, x: Tensor) -> Tensor:
         """The decoder's logits and the target x, (N, *input_shape) -> -log p(x|z), (N,) nats."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from vae_export.graphs import EncoderGraph, encoder_to_onnx
 from vae_export.half import HalfGraph, to_half
-from vae_runtime.devices import Device
+from vae_runtime.devices import CPU, Device
 from vae_runtime.session import GraphSession
 
 X = np.random.default_rng(0).uniform(0.5, 1, (24, 3, 8, 8)).astype(np.float32)
@@ -25,7 +25,7 @@ def to_graph(*layers: nn.Module) -> bytes:
 
 def run(graph: bytes | None, x: np.ndarray = X) -> np.ndarray:
     assert graph is not None
-    session = GraphSession(graph, "graph", Device("cpu", "CPUExecutionProvider"), threads=1)
+    session = GraphSession(graph, "graph", Device("cpu", CPU), threads=1)
     return session._session.run(["mean"], {"x": x})[0]
 
 

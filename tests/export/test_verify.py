@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import onnx
@@ -62,6 +64,14 @@ def test_a_graph_that_differs_is_refused(conv, half: int, message: str) -> None:
     altered = tuple(shifted(graph, 0.01) if index == half else graph for index, graph in enumerate(graphs))
     with pytest.raises(ExportError, match=message):
         verify(altered, reference, x, spec, 1e-5)
+
+
+def test_an_engine_that_is_incomplete_is_told_in_words(conv, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rest = ModuleType("onnxruntime")  # what is left where one build was uninstalled beside another
+    rest.__path__ = [str(tmp_path)]
+    monkeypatch.setitem(sys.modules, "onnxruntime", rest)
+    with pytest.raises(ExportError, match="the installed onnxruntime is incomplete"):
+        verify(*conv, 1e-5)
 
 
 def test_every_batch_size_is_run(conv, monkeypatch: pytest.MonkeyPatch) -> None:

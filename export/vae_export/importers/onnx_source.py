@@ -10,6 +10,7 @@ import onnx
 import onnx.inliner
 from onnx import TensorProto, helper, numpy_helper, version_converter
 
+from vae_runtime.devices import CPU
 from vae_runtime.engine import import_engine
 from vae_runtime.errors import CheckpointError, ExportError, InputError
 from vae_runtime.graph_rules import RANDOM_OPERATORS
@@ -72,7 +73,7 @@ def open_graph(path: Path, half: str) -> OnnxSource:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
     try:
-        session = engine.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = engine.InferenceSession(str(path), options, providers=[CPU])
     except Exception as error:
         raise ExportError(f"onnxruntime does not load the {half}: {reason(error)}") from error
     return OnnxSource(half, to_opset(model, opset, half), session, opset)

@@ -13,7 +13,7 @@ from vae_runtime.manifest import INPUT, LATENT, InputSpec, LatentSpec, Likelihoo
 from vae_runtime.preprocess import Float32
 
 from .calibrate import calibration_inputs
-from .half import to_half
+from .float16 import to_float16
 from .imported import Halves
 from .judge import Judge, Pair
 from .layers import HALVES, Candidate, LayerSearch
@@ -66,7 +66,7 @@ def _int8(
 def _fp16(
     graphs: tuple[bytes, bytes], inputs: Mapping[str, Float32], final: Judge
 ) -> tuple[Candidate, Measurement] | None:
-    encoder, decoder = to_half(graphs[0], inputs[INPUT]), to_half(graphs[1], inputs[LATENT])
+    encoder, decoder = to_float16(graphs[0], inputs[INPUT]), to_float16(graphs[1], inputs[LATENT])
     if encoder.graph is None and decoder.graph is None:
         return None
     twins = encoder.twin, decoder.twin

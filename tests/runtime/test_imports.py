@@ -46,7 +46,7 @@ IN_ONE_MODULE = {
     "vae_export/diffusers_model.py": {"diffusers"},
     "vae_export/pythae_model.py": {"pythae"},
     "vae_export/weights.py": {"safetensors"},
-    "vae_export/half.py": {"onnxruntime.quantization.onnx_model", "onnxruntime.transformers.float16"},
+    "vae_export/float16.py": {"onnxruntime.quantization.onnx_model", "onnxruntime.transformers.float16"},
 }
 
 

@@ -18,7 +18,7 @@ from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_floa
 
 from vae_runtime.preprocess import Float32
 
-from .calibrate import activation_ranges
+from .activation_ranges import activation_ranges
 from .graphs import plain, with_node_names
 
 MAX_FLOAT16 = float(np.finfo(np.float16).max)

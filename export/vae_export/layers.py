@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from .calibrate import METHODS
+from .activation_ranges import METHODS
 from .judge import Judge, Pair
 from .quality import Budget, Measurement
 from .quantize import QuantizableGraph

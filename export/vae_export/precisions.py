@@ -12,7 +12,7 @@ from vae_runtime.engine import first_line
 from vae_runtime.manifest import INPUT, LATENT, InputSpec, LatentSpec, Likelihood, Precision
 from vae_runtime.preprocess import Float32
 
-from .calibrate import calibration_inputs
+from .activation_ranges import activation_inputs
 from .float16 import to_float16
 from .imported import Halves
 from .judge import Judge, Pair
@@ -44,8 +44,8 @@ def make_precisions(
 ) -> Made:
     """Make and measure every wanted precision of the two fp32 graphs."""
     final = Judge(graphs, spec, latent, likelihood, wanted.held_out)
-    trial = Judge(graphs, spec, latent, likelihood, wanted.calibration[:TRIAL_EXAMPLES])
-    inputs = calibration_inputs(reference, wanted.calibration)
+    trial = Judge(graphs, spec, latent, likelihood, wanted.activation_examples[:TRIAL_EXAMPLES])
+    inputs = activation_inputs(reference, wanted.activation_examples)
     made = Made()
     for name in wanted.names:
         try:

@@ -390,7 +390,7 @@ def test_few_examples_are_warned_of() -> None:
     message = "int8 is calibrated on 5 and measured on 4 examples; with fewer than 32 of each"
     with pytest.warns(FewExamplesWarning, match=message):
         wanted = check_wanted(["int8", "fp32"], Budget(), False, digits(9))
-    assert (wanted.names, len(wanted.calibration), len(wanted.held_out)) == (("int8",), 5, 4)
+    assert (wanted.names, len(wanted.activation_examples), len(wanted.held_out)) == (("int8",), 5, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_wanted(["fp32"], Budget(), False, digits(9))

@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import nn
 
-from vae_export.calibrate import METHODS, activation_ranges
+from vae_export.activation_ranges import METHODS, activation_ranges
 from vae_export.graphs import EncoderGraph, encoder_to_onnx
 from vae_export.quantize import QuantizableGraph
 from vae_runtime.devices import CPU, Device

@@ -20,6 +20,7 @@ from vae_runtime.session import GraphSession
 from .graphs import DecoderGraph, EncoderGraph, decoder_to_onnx, encoder_to_onnx
 from .imported import Halves
 from .in_memory import open_graph
+from .reason import reason
 
 BATCH_SIZES = (1, 2, 7, 32)
 FREE_BATCH_SIZES = (1, 3)  # where height and width are free, each at two sizes: such models take long
@@ -125,8 +126,7 @@ def run_both(halves: Halves, x: Float32) -> tuple[dict[str, Float32], Float32]:
     except VAEError:
         raise
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ExportError(f"the model does not run on inputs of shape {x.shape}: {reason}") from error
+        raise ExportError(f"the model does not run on inputs of shape {x.shape}: {reason(error)}") from error
 
 
 def _errors(

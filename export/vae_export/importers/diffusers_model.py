@@ -22,9 +22,9 @@ from vae_runtime.errors import CheckpointError, ExportError, InputError, Missing
 
 from ..graphs import DecoderGraph, EncoderGraph
 from ..imported import Imported
+from ..reason import reason
 from ..verify import Reference
 from .diffusers_weights import read_weights
-from .trial import reason
 from .weights import assign
 
 CONFIG = "config.json"

@@ -16,7 +16,7 @@ from vae_runtime.errors import CheckpointError, ExportError, InputError
 from vae_runtime.graph_rules import RANDOM_OPERATORS
 
 from ..graphs import MAX_BYTES, OPSET
-from .trial import reason
+from ..reason import reason
 
 Shape = tuple[int | None, ...]
 TYPES: dict[int, np.dtype[Any]] = {TensorProto.FLOAT: np.dtype(np.float32), TensorProto.FLOAT16: np.dtype(np.float16)}

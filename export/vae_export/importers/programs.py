@@ -23,10 +23,10 @@ from vae_runtime.manifest import INPUT, LATENT, LOGVAR, MEAN, RECONSTRUCTION
 from vae_runtime.preprocess import Float32
 
 from ..graphs import OPSET, DecoderGraph, EncoderGraph, decoder_to_onnx, encoder_to_onnx, finish
+from ..reason import reason
 from ..verify import Reference
 from .script_code import check_archive, check_graphs
 from .torch_program import EXPORTED, SCRIPT
-from .trial import reason
 
 Shape = tuple[int | None, ...]
 

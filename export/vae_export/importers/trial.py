@@ -16,6 +16,7 @@ from vae_runtime.manifest import LOGVAR, MEAN
 from vae_runtime.preprocess import Float32
 
 from ..imported import INPUT_RANGES, Halves, ImportOptions
+from ..reason import reason
 
 SIDE = 64  # of the images that a network of free sizes is tried with
 MIXING_TOLERANCE = 1e-3  # relative to max|outputs|: what the engine's kernels make of another batch size stays below
@@ -207,12 +208,3 @@ def run(half: Callable[[Any], Any], inputs: Any, name: str) -> Any:
         raise ExportError(
             f"the {name} does not run on a batch of shape {tuple(inputs.shape)}: {reason(error)}"
         ) from error
-
-
-def reason(error: BaseException) -> str:
-    """An error of a library in one line; TorchScript has the cause in the last one."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    text = lines[-1] if "TorchScript interpreter" in lines[0] else lines[0]
-    return text if text.startswith(type(error).__name__) else f"{type(error).__name__}: {text}"

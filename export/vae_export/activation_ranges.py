@@ -18,7 +18,7 @@ from vae_runtime.posterior import Posterior
 from vae_runtime.preprocess import Float32
 from vae_runtime.sampling import NormalStream
 
-from .imported import Halves
+from .halves import Halves
 
 # Ways of calibration by their names in the manifest, tried in this order. onnxruntime's entropy has nothing to choose
 # from at its default of 128 bins, and its time grows with their square.

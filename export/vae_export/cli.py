@@ -25,8 +25,7 @@ from vae_runtime.version import __version__
 
 from .bundle import check_output
 from .imported import HELD_OUT, INPUT_RANGES, SPREADS, ImportOptions
-from .quality import Budget
-from .wanted import FewExamplesWarning
+from .quality import Budget, FewExamplesWarning
 
 if TYPE_CHECKING:
     from vae_training.checkpoint import Checkpoint

@@ -18,6 +18,7 @@ from vae_runtime.codec import UINT8
 from vae_runtime.errors import BundleError, ExportError, InputError
 from vae_runtime.manifest import (
     COLOURS,
+    GOLDEN_FILE,
     INPUT,
     KINDS,
     LOGVAR,
@@ -38,13 +39,14 @@ from vae_training.checkpoint import Checkpoint
 
 from .bundle import check_output, write_bundle
 from .graphs import DecoderGraph, EncoderGraph
-from .imported import HELD_OUT, Halves, Imported
+from .halves import HALF_NAMES, Halves, graph_file
+from .imported import HELD_OUT, Imported
 from .judge import CODEC_EXAMPLES, Judge
 from .on_data import OnData, plan_on_data
 from .quality import Budget
 from .tiling import find_tiling
 from .verify import Reference, latent_pattern, run_both, verify
-from .wanted import Made, Wanted, check_wanted
+from .wanted_precisions import Made, Wanted, check_wanted
 
 GOLDEN_COUNT = 4
 GOLDEN_TOLERANCE = 1e-4  # of fp32, at least: between machines and engine versions results differ by rounding
@@ -376,15 +378,16 @@ def _export(
     # An error that was let through here must not fail a self-test elsewhere.
     golden_error = judge.golden_error(golden_values, (None, None), "fp32")
     tolerances = {"fp32": max(GOLDEN_TOLERANCE, float(f"{2 * golden_error:.2g}")), **made.tolerance}
+    files = dict(zip(map(graph_file, HALF_NAMES), graphs, strict=True))
     manifest = Manifest(
         kind=halves.kind,
         name=name,
         input=spec,
         latent=latent,
         likelihood=likelihood,
-        precisions={"fp32": Precision("encoder.onnx", "decoder.onnx", fidelity.to_dict()), **made.precisions},
+        precisions={"fp32": Precision(*files, fidelity.to_dict()), **made.precisions},
         files={},
-        golden=Golden("golden.npz", golden[0], tolerances),
+        golden=Golden(GOLDEN_FILE, golden[0], tolerances),
         training=training,
         producer=_producer(),
         budget=wanted.budget.to_dict(),
@@ -393,7 +396,7 @@ def _export(
         tiling=find_tiling(graphs, spec, x[:1], dict.fromkeys(names, latents)) if spec.is_free else None,
         latent_codecs={UINT8: judge.codec_cost()} if spec.is_image and real else {},
     )
-    files = {"encoder.onnx": graphs[0], "decoder.onnx": graphs[1], **made.graphs}
+    files |= made.graphs
     manifest, extra = on_data.measure(manifest, files)
     return write_bundle(path, manifest, files, golden_values, force, extra)
 

@@ -18,7 +18,7 @@ from vae_runtime.preprocess import Float32
 from vae_runtime.session import GraphSession
 
 from .graphs import DecoderGraph, EncoderGraph, decoder_to_onnx, encoder_to_onnx
-from .imported import Halves
+from .halves import Halves
 from .in_memory import open_graph
 from .reason import reason
 

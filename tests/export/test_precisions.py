@@ -17,7 +17,7 @@ from vae_export.graphs import DecoderGraph, EncoderGraph
 from vae_export.judge import Judge
 from vae_export.precisions import make_precisions
 from vae_export.verify import Reference
-from vae_export.wanted import Made, Wanted, check_wanted
+from vae_export.wanted_precisions import Made, Wanted, check_wanted
 from vae_runtime import VAE
 from vae_runtime.errors import InputError
 from vae_runtime.manifest import InputSpec, LatentSpec, Likelihood, Manifest

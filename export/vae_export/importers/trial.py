@@ -15,7 +15,8 @@ from vae_runtime.errors import ExportError, InputError
 from vae_runtime.manifest import LOGVAR, MEAN
 from vae_runtime.preprocess import Float32
 
-from ..imported import INPUT_RANGES, Halves, ImportOptions
+from ..halves import Halves
+from ..imported import INPUT_RANGES, ImportOptions
 from ..reason import reason
 
 SIDE = 64  # of the images that a network of free sizes is tried with

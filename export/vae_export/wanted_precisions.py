@@ -11,13 +11,9 @@ from vae_runtime.errors import InputError
 from vae_runtime.manifest import PRECISIONS, Precision
 from vae_runtime.preprocess import Float32
 
-from .quality import Budget
+from .quality import Budget, FewExamplesWarning
 
 FEW_EXAMPLES = 32
-
-
-class FewExamplesWarning(UserWarning):
-    """There are so few examples that on others a precision's quality may be another, and a fitted prior not fit."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,6 @@ BETWEEN = (
     "Transpose", "Unsqueeze",
 )  # fmt: skip
 ABSORBED = ("Clip", "Relu")  # become part of the range of a convolution's result
-DOMAINS = ("", "com.microsoft")
 
 
 class QuantizableGraph:

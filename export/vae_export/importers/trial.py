@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vae_runtime.errors import ExportError, InputError
-from vae_runtime.manifest import LOGVAR, MEAN
+from vae_runtime.manifest import KINDS, LOGVAR, MEAN
 from vae_runtime.preprocess import Float32
 
 from ..halves import Halves
@@ -21,16 +21,14 @@ from ..reason import reason
 
 SIDE = 64  # of the images that a network of free sizes is tried with
 MIXING_TOLERANCE = 1e-3  # relative to max|outputs|: what the engine's kernels make of another batch size stays below
-KINDS = ("vae", "autoencoder")
 
 
 class Sizes(NamedTuple):
-    """What `Imported` has under these names, and latent_shape, H and W None where free."""
+    """What `Imported` has under these names."""
 
     input_shape: tuple[int | None, ...]
     multiple_of: int
     default_size: tuple[int, int] | None
-    latent_shape: tuple[int | None, ...]
 
 
 def check_options(options: ImportOptions, factory: bool = False, pickles: bool = False) -> None:
@@ -103,14 +101,14 @@ def try_out(halves: Halves, shape: tuple[int | None, ...], options: ImportOption
     if None not in shape:
         _check_halves(halves, x, mean.shape[1:])
         check_range(halves, x, options)
-        return Sizes(shape, 1, None, mean.shape[1:])
+        return Sizes(shape, 1, None)
     factor = _factor(x, mean, options)
     side = x.shape[2] // factor
     for size in ((side, side), (side + 1, max(side - 1, 1))):
         x = noise((shape[0], size[0] * factor, size[1] * factor), 3, None)
         _check_halves(halves, x, (mean.shape[1], *size))
     check_range(halves, x, options)
-    return Sizes(shape, factor, (side * factor, side * factor), (mean.shape[1], None, None))
+    return Sizes(shape, factor, (side * factor, side * factor))
 
 
 def require_batch(shape: tuple[int, ...], rows: int) -> None:

@@ -18,13 +18,15 @@ from vae_runtime.bundle import Bundle
 from vae_runtime.calibration import LEAST_EXAMPLES, SCORE_METHODS
 from vae_runtime.console import NEGATIVE_VERDICT, Command, describe_latent, json_option, print_json
 from vae_runtime.errors import InputError, MissingExtraError
-from vae_runtime.manifest import INPUT, KINDS, PRECISIONS, InputSpec, Manifest, Precision
+from vae_runtime.manifest import GOLDEN_FILE, INPUT, KINDS, PRECISIONS, InputSpec, Manifest, Precision
 from vae_runtime.sources import PictureSource, open_inputs
 from vae_runtime.tiling import Progress
 from vae_runtime.version import __version__
 
+from . import importers
 from .bundle import check_output
 from .imported import HELD_OUT, INPUT_RANGES, SPREADS, ImportOptions
+from .importers.options import FLAGS
 from .quality import Budget, FewExamplesWarning
 
 if TYPE_CHECKING:
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
 EXAMPLES_LIMIT = 1024  # from --data; more inputs find no further error and only take longer
 IMPORTED_EXAMPLES, IMPORTED_EXAMPLES_FP32 = 128, 16  # of models from elsewhere, which may take a minute for one image
 MOST_EXAMPLES, MOST_VALUES = 10_000, 2**28  # for --prior and --calibrate; the values are 1 GiB in float32
-OURS = "model"  # what --from calls a model.pt
 READ_ROWS = 256  # of an array file, held at once
 
 
@@ -192,13 +193,11 @@ def _progress(label: str) -> Iterator[Progress]:
 def _is_ours(source: str, origin: str | None) -> bool:
     """Whether SOURCE is read as a model.pt: one by its content, or what cannot be anything else."""
     if origin is not None:
-        return origin == OURS
+        return origin == importers.OURS
     path = Path(source)
     if path.is_dir() or (not path.exists() and set(source) & set(":,")):
         return False
-    from .importers import recognised
-
-    return not recognised(source)
+    return not importers.recognised(source)
 
 
 def _export_ours(
@@ -213,7 +212,6 @@ def _export_ours(
     from vae_training.checkpoint import load_checkpoint
 
     from .export import export_checkpoint
-    from .importers.options import FLAGS
 
     if options != ImportOptions():
         given = next(one.name for one in fields(options) if getattr(options, one.name) != one.default)
@@ -238,7 +236,6 @@ def _export_imported(
     options: ImportOptions,
     settings: dict[str, Any],
 ) -> Manifest:
-    from . import importers
     from .export import example_spec, export_imported
 
     if settings["golden"] == "held-out":
@@ -348,7 +345,7 @@ def _describe(target: Path, manifest: Manifest) -> str:
     lines += [_describe_quality(key, precision) for key, precision in manifest.precisions.items() if key != "fp32"]
     if manifest.golden.source != "synthetic":
         count = len(Bundle.open(target).golden()[INPUT])
-        lines.append(f"  golden.npz holds {count} real input{'s' * (count > 1)}; --golden synthetic keeps them out")
+        lines.append(f"  {GOLDEN_FILE} holds {count} real input{'s' * (count > 1)}; --golden synthetic keeps them out")
     return "\n".join(lines)
 
 

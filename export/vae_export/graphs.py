@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from vae_runtime.errors import BundleError, ExportError
 from vae_runtime.graph_rules import check_graph
 from vae_runtime.manifest import INPUT, LATENT, LOGVAR, MEAN, RECONSTRUCTION
+from vae_training.models import LOGVAR_MAX, LOGVAR_MIN
 
 from .reason import innermost_reason
 from .rewrite import rewrite
 
 OPSET, IR_VERSION = 20, 10  # read by onnxruntime 1.18 and newer
-LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
 MAX_BYTES = 2**31 - 2**20  # of one protocol buffer message, with some room for its frame
 
 

@@ -19,7 +19,8 @@ from vae_runtime.errors import ExportError, InputError, VAEError
 
 from ..imported import Imported, ImportOptions
 from ..reason import reason
-from .trial import check_options, require_shape, try_out
+from .options import check_options, require_shape
+from .trial import try_out
 
 KIND = "factory"
 _NAME = r"[A-Za-z_]\w*"

@@ -15,8 +15,9 @@ from vae_runtime.errors import InputError
 
 from ..halves import HALF_NAMES
 from ..imported import Imported, ImportOptions
+from .options import check_options, require_shape
 from .pair import default_name, find_pair, has_pair
-from .trial import check_options, require_shape, try_out
+from .trial import try_out
 
 KIND = "onnx"
 MAX_VARINT_BYTES = 10

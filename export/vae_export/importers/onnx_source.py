@@ -17,6 +17,7 @@ from vae_runtime.graph_rules import RANDOM_OPERATORS
 
 from ..graphs import MAX_BYTES, OPSET
 from ..reason import reason
+from .options import FLAGS
 
 Shape = tuple[int | None, ...]
 TYPES: dict[int, np.dtype[Any]] = {TensorProto.FLOAT: np.dtype(np.float32), TensorProto.FLOAT16: np.dtype(np.float16)}
@@ -90,7 +91,7 @@ def agree(encoder: OnnxSource, asked: Shape | None) -> Shape | None:
         known = own and (None not in own or (len(own) == 3 and own[0] is not None and own[1:] == (None, None)))
         return own if known else None
     if own and (len(own) != len(asked) or any(side not in (None, size) for side, size in zip(own, asked, strict=True))):
-        raise InputError(f"--input is {asked}, but the encoder takes {own}")
+        raise InputError(f"{FLAGS['input_shape']} is {asked}, but the encoder takes {own}")
     return asked
 
 

@@ -7,9 +7,9 @@ import math
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import click
 import numpy as np
@@ -36,6 +36,38 @@ EXAMPLES_LIMIT = 1024  # from --data; more inputs find no further error and only
 IMPORTED_EXAMPLES, IMPORTED_EXAMPLES_FP32 = 128, 16  # of models from elsewhere, which may take a minute for one image
 MOST_EXAMPLES, MOST_VALUES = 10_000, 2**28  # for --prior and --calibrate; the values are 1 GiB in float32
 READ_ROWS = 256  # of an array file, held at once
+
+
+@dataclass(frozen=True)
+class _Request:
+    """SOURCE and where it goes, with what is said about it and which files are to be read.
+
+    name: None where none is given. origin: of --from. options: of a model from elsewhere.
+    """
+
+    source: str
+    target: Path
+    name: str | None
+    origin: str | None
+    data: tuple[str, ...]
+    calibrate: tuple[str, ...]
+    options: ImportOptions
+
+
+class _Settings(TypedDict, total=False):
+    """What `export_checkpoint` and `export_imported` both take; what is not there is left to them."""
+
+    golden: str | None
+    tolerance: float
+    precisions: list[str]
+    budget: Budget
+    keep: bool
+    prior: str | None
+    prior_examples: np.ndarray
+    calibrate: Any
+    scores: list[str] | None
+    progress: Progress
+    force: bool
 
 
 class InputShape(click.ParamType):
@@ -81,7 +113,7 @@ class InputShape(click.ParamType):
     f" than fp32 {IMPORTED_EXAMPLES}, evenly spaced over all.",
 )  # fmt: skip
 @click.option(
-    "--golden", type=click.Choice(["held-out", "examples", "synthetic"]),
+    "--golden", type=click.Choice([HELD_OUT, "examples", "synthetic"]),
     help="Inputs that travel in the bundle: the checkpoint's held-out ones, those of --data, or seeded noise."
     "  [default: held-out; with --data examples; for other sources synthetic]",
 )  # fmt: skip
@@ -155,13 +187,15 @@ def main(
     check_output(target, force)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", FewExamplesWarning)
-        settings: dict[str, Any] = {"golden": golden, "precisions": names, "budget": budget, "keep": keep}
-        settings |= {"prior": prior, "calibrate": calibrate, "scores": _parse_scores(scores, calibrate), "force": force}
-        settings |= {} if tolerance is None else {"tolerance": tolerance}
+        settings = _Settings(golden=golden, precisions=names, budget=budget, keep=keep, prior=prior, force=force)
+        settings["scores"] = _parse_scores(scores, calibrate)
+        if tolerance is not None:
+            settings["tolerance"] = tolerance
+        request = _Request(source, target, name, origin, data, calibrate, ImportOptions(**options))
         try:
             export = _export_ours if _is_ours(source, origin) else _export_imported
             with _progress("calibrating") as settings["progress"]:
-                manifest = export(source, target, name, origin, data, ImportOptions(**options), settings)
+                manifest = export(request, settings)
         except ModuleNotFoundError as error:
             raise MissingExtraError(error.name or "a package", "export", "vae-export") from None
     for warning in caught:
@@ -200,54 +234,38 @@ def _is_ours(source: str, origin: str | None) -> bool:
     return not importers.recognised(source)
 
 
-def _export_ours(
-    source: str,
-    target: Path,
-    name: str | None,
-    origin: str | None,
-    data: tuple[str, ...],
-    options: ImportOptions,
-    settings: dict[str, Any],
-) -> Manifest:
+def _export_ours(request: _Request, settings: _Settings) -> Manifest:
     from vae_training.checkpoint import load_checkpoint
 
     from .export import export_checkpoint
 
+    options = request.options
     if options != ImportOptions():
         given = next(one.name for one in fields(options) if getattr(options, one.name) != one.default)
-        raise InputError(f"{FLAGS[given]} is for models from elsewhere; {source} says all itself")
-    checkpoint = load_checkpoint(source)
+        raise InputError(f"{FLAGS[given]} is for models from elsewhere; {request.source} says all itself")
+    checkpoint = load_checkpoint(request.source)
     spec = checkpoint.input
     if checkpoint.config.is_fully_convolutional:  # trained on crops; pictures of any size become such
         spec = spec._replace(resize="crop")
-    examples = _read_examples(data, spec, EXAMPLES_LIMIT) if data else None
-    _read_more(settings, data, spec)
-    return export_checkpoint(
-        checkpoint, target, name=name or _default_name(checkpoint, source), examples=examples, **settings
-    )
+    examples = _read_examples(request.data, spec, EXAMPLES_LIMIT) if request.data else None
+    _read_more(request, settings, spec)
+    name = request.name or _default_name(checkpoint, request.source)
+    return export_checkpoint(checkpoint, request.target, name=name, examples=examples, **settings)
 
 
-def _export_imported(
-    source: str,
-    target: Path,
-    name: str | None,
-    origin: str | None,
-    data: tuple[str, ...],
-    options: ImportOptions,
-    settings: dict[str, Any],
-) -> Manifest:
+def _export_imported(request: _Request, settings: _Settings) -> Manifest:
     from .export import example_spec, export_imported
 
-    if settings["golden"] == "held-out":
+    if settings["golden"] == HELD_OUT:
         raise InputError(
-            f"--golden is 'held-out', which a model.pt has; {source} is none, choose examples or synthetic"
+            f"--golden is {HELD_OUT!r}, which a model.pt has; {request.source} is none, choose examples or synthetic"
         )
-    imported = importers.load(source, origin, options)
+    imported = importers.load(request.source, request.origin, request.options)
     limit = IMPORTED_EXAMPLES_FP32 if settings["precisions"] == ["fp32"] else IMPORTED_EXAMPLES
     spec = example_spec(imported)
-    examples = _read_examples(data, spec, limit) if data else None
-    _read_more(settings, data, spec)
-    return export_imported(imported, target, name=name, examples=examples, **settings)
+    examples = _read_examples(request.data, spec, limit) if request.data else None
+    _read_more(request, settings, spec)
+    return export_imported(imported, request.target, name=request.name, examples=examples, **settings)
 
 
 def _default_output(source: str) -> Path:
@@ -270,18 +288,17 @@ def _default_output(source: str) -> Path:
     return path.with_name(f"{name}.vae")
 
 
-def _read_more(settings: dict[str, Any], data: tuple[str, ...], spec: InputSpec) -> None:
+def _read_more(request: _Request, settings: _Settings, spec: InputSpec) -> None:
     """Read what --prior and --calibrate need, of which more helps, unlike for verifying."""
     limit = max(1, min(MOST_EXAMPLES, MOST_VALUES // math.prod(spec.example_shape)))
-    if settings["prior"] is not None and data:
-        settings["prior_examples"] = _read_examples(data, spec, limit)
-    calibrate = settings["calibrate"]
-    if HELD_OUT in calibrate:
-        if len(calibrate) > 1:
-            raise InputError(f"--calibrate has {HELD_OUT!r} and {len(calibrate) - 1} other(s); give one or the other")
+    if settings["prior"] is not None and request.data:
+        settings["prior_examples"] = _read_examples(request.data, spec, limit)
+    if HELD_OUT in request.calibrate:
+        if others := len(request.calibrate) - 1:
+            raise InputError(f"--calibrate has {HELD_OUT!r} and {others} other(s); give one or the other")
         settings["calibrate"] = HELD_OUT
-    else:
-        settings["calibrate"] = _read_examples(calibrate, spec, limit) if calibrate else None
+    elif request.calibrate:
+        settings["calibrate"] = _read_examples(request.calibrate, spec, limit)
 
 
 def _read_examples(data: tuple[str, ...], spec: InputSpec, limit: int) -> np.ndarray:

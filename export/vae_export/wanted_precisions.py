@@ -73,6 +73,6 @@ def check_wanted(
             f"{names[0]} is calibrated on {len(activation_examples)} and measured on {len(held_out)} examples;"
             f" with fewer than {FEW_EXAMPLES} of each its quality on others is a guess",
             FewExamplesWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return Wanted(names, budget, keep, activation_examples, held_out)

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from vae_export.bundle import write_bundle
-from vae_export.cli import _describe, _read_examples, _read_more, main
+from vae_export.cli import _describe, _read_examples, _read_more, _Request, main
 from vae_export.imported import ImportOptions
 from vae_export.importers.options import FLAGS
 from vae_runtime import VAE
@@ -166,9 +166,10 @@ def test_few_examples_for_a_prior_are_warned_of(model_file: Path, tmp_path: Path
 
 def test_large_examples_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
+    request = _Request("model.pt", Path("a.vae"), None, None, (), ("a",), ImportOptions())
     monkeypatch.setattr("vae_export.cli._read_examples", lambda data, spec, limit: taken.append(limit))
     for shape in ((1, 28, 28), (3, 256, 256), (3, 20000, 20000)):
-        _read_more({"prior": None, "calibrate": ("a",)}, (), InputSpec("image", shape))
+        _read_more(request, {"prior": None}, InputSpec("image", shape))
     assert taken == [10_000, 2**28 // (3 * 256 * 256), 1]
 
 

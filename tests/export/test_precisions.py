@@ -19,7 +19,7 @@ from vae_export.precisions import make_precisions
 from vae_export.verify import Reference
 from vae_export.wanted_precisions import Made, Wanted, check_wanted
 from vae_runtime import VAE
-from vae_runtime.errors import InputError
+from vae_runtime.errors import InputError, OutputError
 from vae_runtime.manifest import InputSpec, LatentSpec, Likelihood, Manifest
 
 datasets = pytest.importorskip("sklearn.datasets", reason="real examples come from scikit-learn")
@@ -384,6 +384,13 @@ def test_a_wrong_request_is_named_before_any_work(tmp_path: Path, options: dict[
     with pytest.raises(InputError, match=message):
         export_bundle(*exact_pair(), tmp_path / "a.vae", **{"examples": digits(), "kind": "autoencoder", **options})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_warning_points_at_the_line_that_exports(tmp_path: Path) -> None:
+    pair, target = exact_pair(), tmp_path / "absent" / "a.vae"
+    with pytest.warns(FewExamplesWarning) as caught, pytest.raises(OutputError):
+        export_bundle(*pair, target, examples=digits(9), kind="autoencoder", precisions=["int8"])
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_few_examples_are_warned_of() -> None:

@@ -1,6 +1,6 @@
 """From a PyTorch model to a verified bundle of two ONNX graphs.
 
-from vae_export import export_bundle
+from vae_export import Budget, export_bundle
 
 export_bundle(encoder, decoder, "my.vae", examples=x)
 export_bundle(encoder, decoder, "my.vae", examples=x, precisions=["fp32", "int8"], budget=Budget(psnr_db=0.2))
@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vae_runtime.errors import MissingExtraError
 from vae_runtime.version import __version__
 
-from .quality import Budget
-from .wanted import FewExamplesWarning
+from .quality import Budget, FewExamplesWarning
 
 if TYPE_CHECKING:
     from .export import export_bundle, export_checkpoint

@@ -7,9 +7,9 @@ import math
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import click
 import numpy as np
@@ -18,15 +18,16 @@ from vae_runtime.bundle import Bundle
 from vae_runtime.calibration import LEAST_EXAMPLES, SCORE_METHODS
 from vae_runtime.console import NEGATIVE_VERDICT, Command, describe_latent, json_option, print_json
 from vae_runtime.errors import InputError, MissingExtraError
-from vae_runtime.manifest import INPUT, KINDS, PRECISIONS, InputSpec, Manifest, Precision
+from vae_runtime.manifest import GOLDEN_FILE, INPUT, KINDS, PRECISIONS, InputSpec, Manifest, Precision
 from vae_runtime.sources import PictureSource, open_inputs
 from vae_runtime.tiling import Progress
 from vae_runtime.version import __version__
 
+from . import importers
 from .bundle import check_output
 from .imported import HELD_OUT, INPUT_RANGES, SPREADS, ImportOptions
-from .quality import Budget
-from .wanted import FewExamplesWarning
+from .importers.options import FLAGS
+from .quality import Budget, FewExamplesWarning
 
 if TYPE_CHECKING:
     from vae_training.checkpoint import Checkpoint
@@ -34,8 +35,39 @@ if TYPE_CHECKING:
 EXAMPLES_LIMIT = 1024  # from --data; more inputs find no further error and only take longer
 IMPORTED_EXAMPLES, IMPORTED_EXAMPLES_FP32 = 128, 16  # of models from elsewhere, which may take a minute for one image
 MOST_EXAMPLES, MOST_VALUES = 10_000, 2**28  # for --prior and --calibrate; the values are 1 GiB in float32
-OURS = "model"  # what --from calls a model.pt
 READ_ROWS = 256  # of an array file, held at once
+
+
+@dataclass(frozen=True)
+class _Request:
+    """SOURCE and where it goes, with what is said about it and which files are to be read.
+
+    name: None where none is given. origin: of --from. options: of a model from elsewhere.
+    """
+
+    source: str
+    target: Path
+    name: str | None
+    origin: str | None
+    data: tuple[str, ...]
+    calibrate: tuple[str, ...]
+    options: ImportOptions
+
+
+class _Settings(TypedDict, total=False):
+    """What `export_checkpoint` and `export_imported` both take; what is not there is left to them."""
+
+    golden: str | None
+    tolerance: float
+    precisions: list[str]
+    budget: Budget
+    keep: bool
+    prior: str | None
+    prior_examples: np.ndarray
+    calibrate: Any
+    scores: list[str] | None
+    progress: Progress
+    force: bool
 
 
 class InputShape(click.ParamType):
@@ -81,7 +113,7 @@ class InputShape(click.ParamType):
     f" than fp32 {IMPORTED_EXAMPLES}, evenly spaced over all.",
 )  # fmt: skip
 @click.option(
-    "--golden", type=click.Choice(["held-out", "examples", "synthetic"]),
+    "--golden", type=click.Choice([HELD_OUT, "examples", "synthetic"]),
     help="Inputs that travel in the bundle: the checkpoint's held-out ones, those of --data, or seeded noise."
     "  [default: held-out; with --data examples; for other sources synthetic]",
 )  # fmt: skip
@@ -155,13 +187,15 @@ def main(
     check_output(target, force)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", FewExamplesWarning)
-        settings: dict[str, Any] = {"golden": golden, "precisions": names, "budget": budget, "keep": keep}
-        settings |= {"prior": prior, "calibrate": calibrate, "scores": _parse_scores(scores, calibrate), "force": force}
-        settings |= {} if tolerance is None else {"tolerance": tolerance}
+        settings = _Settings(golden=golden, precisions=names, budget=budget, keep=keep, prior=prior, force=force)
+        settings["scores"] = _parse_scores(scores, calibrate)
+        if tolerance is not None:
+            settings["tolerance"] = tolerance
+        request = _Request(source, target, name, origin, data, calibrate, ImportOptions(**options))
         try:
             export = _export_ours if _is_ours(source, origin) else _export_imported
             with _progress("calibrating") as settings["progress"]:
-                manifest = export(source, target, name, origin, data, ImportOptions(**options), settings)
+                manifest = export(request, settings)
         except ModuleNotFoundError as error:
             raise MissingExtraError(error.name or "a package", "export", "vae-export") from None
     for warning in caught:
@@ -193,65 +227,45 @@ def _progress(label: str) -> Iterator[Progress]:
 def _is_ours(source: str, origin: str | None) -> bool:
     """Whether SOURCE is read as a model.pt: one by its content, or what cannot be anything else."""
     if origin is not None:
-        return origin == OURS
+        return origin == importers.OURS
     path = Path(source)
     if path.is_dir() or (not path.exists() and set(source) & set(":,")):
         return False
-    from .importers import recognised
-
-    return not recognised(source)
+    return not importers.recognised(source)
 
 
-def _export_ours(
-    source: str,
-    target: Path,
-    name: str | None,
-    origin: str | None,
-    data: tuple[str, ...],
-    options: ImportOptions,
-    settings: dict[str, Any],
-) -> Manifest:
+def _export_ours(request: _Request, settings: _Settings) -> Manifest:
     from vae_training.checkpoint import load_checkpoint
 
     from .export import export_checkpoint
-    from .importers.options import FLAGS
 
+    options = request.options
     if options != ImportOptions():
         given = next(one.name for one in fields(options) if getattr(options, one.name) != one.default)
-        raise InputError(f"{FLAGS[given]} is for models from elsewhere; {source} says all itself")
-    checkpoint = load_checkpoint(source)
+        raise InputError(f"{FLAGS[given]} is for models from elsewhere; {request.source} says all itself")
+    checkpoint = load_checkpoint(request.source)
     spec = checkpoint.input
     if checkpoint.config.is_fully_convolutional:  # trained on crops; pictures of any size become such
         spec = spec._replace(resize="crop")
-    examples = _read_examples(data, spec, EXAMPLES_LIMIT) if data else None
-    _read_more(settings, data, spec)
-    return export_checkpoint(
-        checkpoint, target, name=name or _default_name(checkpoint, source), examples=examples, **settings
-    )
+    examples = _read_examples(request.data, spec, EXAMPLES_LIMIT) if request.data else None
+    _read_more(request, settings, spec)
+    name = request.name or _default_name(checkpoint, request.source)
+    return export_checkpoint(checkpoint, request.target, name=name, examples=examples, **settings)
 
 
-def _export_imported(
-    source: str,
-    target: Path,
-    name: str | None,
-    origin: str | None,
-    data: tuple[str, ...],
-    options: ImportOptions,
-    settings: dict[str, Any],
-) -> Manifest:
-    from . import importers
+def _export_imported(request: _Request, settings: _Settings) -> Manifest:
     from .export import example_spec, export_imported
 
-    if settings["golden"] == "held-out":
+    if settings["golden"] == HELD_OUT:
         raise InputError(
-            f"--golden is 'held-out', which a model.pt has; {source} is none, choose examples or synthetic"
+            f"--golden is {HELD_OUT!r}, which a model.pt has; {request.source} is none, choose examples or synthetic"
         )
-    imported = importers.load(source, origin, options)
+    imported = importers.load(request.source, request.origin, request.options)
     limit = IMPORTED_EXAMPLES_FP32 if settings["precisions"] == ["fp32"] else IMPORTED_EXAMPLES
     spec = example_spec(imported)
-    examples = _read_examples(data, spec, limit) if data else None
-    _read_more(settings, data, spec)
-    return export_imported(imported, target, name=name, examples=examples, **settings)
+    examples = _read_examples(request.data, spec, limit) if request.data else None
+    _read_more(request, settings, spec)
+    return export_imported(imported, request.target, name=request.name, examples=examples, **settings)
 
 
 def _default_output(source: str) -> Path:
@@ -274,18 +288,17 @@ def _default_output(source: str) -> Path:
     return path.with_name(f"{name}.vae")
 
 
-def _read_more(settings: dict[str, Any], data: tuple[str, ...], spec: InputSpec) -> None:
+def _read_more(request: _Request, settings: _Settings, spec: InputSpec) -> None:
     """Read what --prior and --calibrate need, of which more helps, unlike for verifying."""
     limit = max(1, min(MOST_EXAMPLES, MOST_VALUES // math.prod(spec.example_shape)))
-    if settings["prior"] is not None and data:
-        settings["prior_examples"] = _read_examples(data, spec, limit)
-    calibrate = settings["calibrate"]
-    if HELD_OUT in calibrate:
-        if len(calibrate) > 1:
-            raise InputError(f"--calibrate has {HELD_OUT!r} and {len(calibrate) - 1} other(s); give one or the other")
+    if settings["prior"] is not None and request.data:
+        settings["prior_examples"] = _read_examples(request.data, spec, limit)
+    if HELD_OUT in request.calibrate:
+        if others := len(request.calibrate) - 1:
+            raise InputError(f"--calibrate has {HELD_OUT!r} and {others} other(s); give one or the other")
         settings["calibrate"] = HELD_OUT
-    else:
-        settings["calibrate"] = _read_examples(calibrate, spec, limit) if calibrate else None
+    elif request.calibrate:
+        settings["calibrate"] = _read_examples(request.calibrate, spec, limit)
 
 
 def _read_examples(data: tuple[str, ...], spec: InputSpec, limit: int) -> np.ndarray:
@@ -349,7 +362,7 @@ def _describe(target: Path, manifest: Manifest) -> str:
     lines += [_describe_quality(key, precision) for key, precision in manifest.precisions.items() if key != "fp32"]
     if manifest.golden.source != "synthetic":
         count = len(Bundle.open(target).golden()[INPUT])
-        lines.append(f"  golden.npz holds {count} real input{'s' * (count > 1)}; --golden synthetic keeps them out")
+        lines.append(f"  {GOLDEN_FILE} holds {count} real input{'s' * (count > 1)}; --golden synthetic keeps them out")
     return "\n".join(lines)
 
 

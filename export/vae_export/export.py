@@ -7,7 +7,9 @@ import importlib.metadata
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,9 +20,9 @@ from vae_runtime.codec import UINT8
 from vae_runtime.errors import BundleError, ExportError, InputError
 from vae_runtime.manifest import (
     COLOURS,
+    GOLDEN_FILE,
     INPUT,
     KINDS,
-    LOGVAR,
     MEAN,
     RECONSTRUCTION,
     Golden,
@@ -38,13 +40,14 @@ from vae_training.checkpoint import Checkpoint
 
 from .bundle import check_output, write_bundle
 from .graphs import DecoderGraph, EncoderGraph
-from .imported import HELD_OUT, Halves, Imported
+from .halves import HALF_NAMES, Halves, graph_file
+from .imported import HELD_OUT, Imported
 from .judge import CODEC_EXAMPLES, Judge
 from .on_data import OnData, plan_on_data
 from .quality import Budget
 from .tiling import find_tiling
 from .verify import Reference, latent_pattern, run_both, verify
-from .wanted import Made, Wanted, check_wanted
+from .wanted_precisions import Made, check_wanted
 
 GOLDEN_COUNT = 4
 GOLDEN_TOLERANCE = 1e-4  # of fp32, at least: between machines and engine versions results differ by rounding
@@ -53,6 +56,44 @@ SYNTHETIC_SEED = 0
 SYNTHETIC_EXAMPLES = 4  # where an imported model comes without real ones
 DEFAULT_SIDE = 64  # of images where neither examples nor the model name a size
 DEFAULT_BUDGET = Budget()
+_NONE: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What all three ways of exporting take alike, see `export_bundle`; name and golden are settled."""
+
+    path: str | os.PathLike[str]
+    name: str
+    golden: str
+    tolerance: float
+    precisions: Sequence[str]
+    budget: Budget
+    keep: bool
+    prior: str | None
+    scores: Sequence[str] | None
+    progress: Progress | None
+    force: bool
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What an export is made with. x, golden and real are as the encoder takes them.
+
+    x: to verify with. parts: of it, one for the ranges of activations, one to measure a precision with; None: even rows
+        and odd rows. golden: the first of these are the golden ones, or like these where they are synthetic.
+    real: for the active units; None: there are only synthetic ones.
+    prior, calibrate: what a prior is fitted to, and whose scores are calibrated; None: nobody's. calibrate_source: what
+        those are.
+    """
+
+    x: Float32
+    parts: tuple[Float32, Float32] | None
+    golden: Float32
+    real: Float32 | None
+    prior: Any
+    calibrate: Any
+    calibrate_source: str = "data"
 
 
 def export_checkpoint(
@@ -89,49 +130,40 @@ def export_checkpoint(
     Raises:
         ExportError, InputError, OutputError: see `export_bundle`.
     """
-    held_out = checkpoint.examples["held_out"].numpy()
-    inputs = [examples] if examples is not None else [held_out, checkpoint.examples["train"].numpy()]
-    x = np.concatenate([to_model_input(part, checkpoint.input, "examples") for part in inputs])
-    source = golden or ("examples" if examples is not None else "held-out")
-    if source == "examples" and examples is None:
+    golden = golden or (HELD_OUT if examples is None else "examples")
+    if golden == "examples" and examples is None:
         raise InputError(
             "golden is 'examples', but none were given; pass some (--data) or choose held-out or synthetic"
         )
-    golden_inputs = to_model_input(held_out, checkpoint.input, "examples") if source == "held-out" else x
-    parts = None if examples is not None else (x[len(held_out) :], x[: len(held_out)])
-    wanted = check_wanted(precisions, budget, keep, x, parts)
-    model = checkpoint.build_model()
-    spec = _free_size(checkpoint.input, model.config.multiple_of)
-    if prior_examples is None:
-        prior_examples = checkpoint.examples["train"].numpy() if examples is None else examples
-    own = isinstance(calibrate, str) and calibrate == HELD_OUT
-    on_data = plan_on_data(
-        checkpoint.input,
-        any_size=spec.is_free,
-        units=to_model_input(held_out, checkpoint.input, "examples"),
-        prior=prior,
-        prior_examples=prior_examples,
-        calibrate=held_out if own else calibrate,
-        scores=scores,
-        progress=progress,
-        source=HELD_OUT if own else "data",
+    options = _Options(path, name, golden, tolerance, precisions, budget, keep, prior, scores, progress, force)
+    spec, own = checkpoint.input, checkpoint.examples
+    held_out = to_model_input(own["held_out"].numpy(), spec, "examples")
+    if examples is None:
+        train = to_model_input(own["train"].numpy(), spec, "examples")
+        x, parts, default_prior = np.concatenate([held_out, train]), (train, held_out), train
+    else:
+        x, parts, default_prior = to_model_input(examples, spec, "examples"), None, examples
+    calibrates_own = isinstance(calibrate, str) and calibrate == HELD_OUT
+    inputs = _Inputs(
+        x,
+        parts,
+        golden=held_out if golden == HELD_OUT else x,
+        real=held_out,
+        prior=default_prior if prior_examples is None else prior_examples,
+        calibrate=held_out if calibrates_own else calibrate,
+        calibrate_source=HELD_OUT if calibrates_own else "data",
     )
-    threshold = checkpoint.likelihood.binarize == "threshold"
+    model = checkpoint.build_model()
     # The models of vae_training clamp logvar and end images in a sigmoid themselves.
+    threshold = checkpoint.likelihood.binarize == "threshold"
     encoder = EncoderGraph(_Half(model, "encode"), checkpoint.kind, threshold=threshold, clamp=False)
     return _export(
         Reference(encoder, DecoderGraph(_Half(model, "decode"), clamp=False)),
-        path,
-        spec=spec,
-        x=x,
-        golden=(source, golden_inputs),
-        likelihood=checkpoint.likelihood,
-        name=name,
+        _free_size(spec, model.config.multiple_of),
+        inputs,
+        options,
+        checkpoint.likelihood,
         training={**checkpoint.dataset, "metrics": dict(checkpoint.metrics)},
-        tolerance=tolerance,
-        wanted=wanted,
-        on_data=on_data,
-        force=force,
     )
 
 
@@ -166,46 +198,29 @@ def export_imported(
     Raises:
         ExportError, InputError, OutputError: see `export_bundle`.
     """
-    source = golden or ("synthetic" if examples is None else "examples")
-    _check_choice("golden", source, ("examples", "synthetic"))
-    if examples is None and (source == "examples" or set(precisions) - {"fp32"} - set(imported.refused)):
-        wants = "golden 'examples'" if source == "examples" else f"precision {sorted(set(precisions) - {'fp32'})[0]!r}"
+    golden = golden or ("synthetic" if examples is None else "examples")
+    _check_choice("golden", golden, ("examples", "synthetic"))
+    if examples is None and (golden == "examples" or set(precisions) - {"fp32"} - set(imported.refused)):
+        wants = "golden 'examples'" if golden == "examples" else f"precision {sorted(set(precisions) - {'fp32'})[0]!r}"
         raise InputError(f"{wants} needs real inputs, and there are none; pass some (--data)")
+    refused = {one: {"reason": imported.refused[one], "quality": {}} for one in precisions if one in imported.refused}
+    name = name or imported.name
+    precisions = [one for one in precisions if one not in refused]
+    options = _Options(path, name, golden, tolerance, precisions, budget, keep, prior, scores, progress, force)
     spec = example_spec(imported)
     x = synthetic_inputs(spec, SYNTHETIC_EXAMPLES) if examples is None else to_model_input(examples, spec, "examples")
-    wanted = check_wanted([one for one in precisions if one not in imported.refused], budget, keep, x)
-    refused = {one: {"reason": imported.refused[one], "quality": {}} for one in precisions if one in imported.refused}
-    likelihood = Likelihood.from_dict(imported.likelihood) if imported.likelihood is not None else None
-    on_data = plan_on_data(
-        spec,
-        any_size=imported.is_free,
-        units=None if examples is None else x,
-        prior=prior,
-        prior_examples=examples if prior_examples is None else prior_examples,
-        calibrate=calibrate,
-        scores=scores,
-        progress=progress,
-    )
+    prior_examples = examples if prior_examples is None else prior_examples
+    inputs = _Inputs(x, None, x, None if examples is None else x, prior_examples, calibrate)
+    if imported.is_free:
+        spec = InputSpec("image", imported.input_shape, spec.colour, "exact", imported.multiple_of, x.shape[2:])
     return _export(
         imported.halves,
-        path,
-        spec=spec._replace(
-            shape=imported.input_shape, resize="exact", multiple_of=imported.multiple_of, default_size=x.shape[2:]
-        )
-        if imported.is_free
-        else spec,
-        x=x,
-        golden=(source, x),
-        likelihood=likelihood,
-        name=name or imported.name,
-        training={},
-        tolerance=tolerance,
-        wanted=wanted,
-        on_data=on_data,
-        force=force,
+        spec,
+        inputs,
+        options,
+        None if imported.likelihood is None else Likelihood.from_dict(imported.likelihood),
         origin=imported.origin,
         refused=refused,
-        real=examples is not None,
     )
 
 
@@ -283,34 +298,18 @@ def export_bundle(
     except BundleError as error:
         raise InputError(str(error)) from None
     threshold = parsed is not None and parsed.binarize == "threshold"
-    wanted = check_wanted(precisions, budget, keep, x)
-    on_data = plan_on_data(
-        spec._replace(shape=x.shape[1:], multiple_of=1),
-        any_size=spec.is_free,
-        units=x,
-        prior=prior,
-        prior_examples=x,
-        calibrate=_without_torch(calibrate),
-        scores=scores,
-        progress=progress,
-    )
+    scale, shift = float(latent_scale), float(latent_shift)
+    name = name or Path(path).stem
+    options = _Options(path, name, golden, tolerance, precisions, budget, keep, prior, scores, progress, force)
     with _evaluation_mode(encoder, decoder):
         return _export(
             Reference(
-                EncoderGraph(encoder, kind, float(latent_scale), float(latent_shift), threshold),
-                DecoderGraph(decoder, spec.is_image, float(latent_scale), float(latent_shift)),
+                EncoderGraph(encoder, kind, scale, shift, threshold), DecoderGraph(decoder, spec.is_image, scale, shift)
             ),
-            path,
-            spec=spec,
-            x=x,
-            golden=(golden, x),
-            likelihood=parsed,
-            name=name or Path(path).stem,
-            training={},
-            tolerance=tolerance,
-            wanted=wanted,
-            on_data=on_data,
-            force=force,
+            spec,
+            _Inputs(x, None, golden=x, real=x, prior=x, calibrate=_without_torch(calibrate)),
+            options,
+            parsed,
         )
 
 
@@ -338,68 +337,80 @@ def _free_size(spec: InputSpec, multiple: int, always: bool = False) -> InputSpe
 
 def _export(
     halves: Halves,
-    path: str | os.PathLike[str],
-    *,
     spec: InputSpec,
-    x: Float32,
-    golden: tuple[str, Float32],
+    inputs: _Inputs,
+    options: _Options,
     likelihood: Likelihood | None,
-    name: str,
-    training: Mapping[str, Any],
-    tolerance: float,
-    wanted: Wanted,
-    on_data: OnData,
-    force: bool,
-    origin: Mapping[str, Any] | None = None,
-    refused: Mapping[str, Mapping[str, Any]] | None = None,
-    real: bool = True,
+    *,
+    training: Mapping[str, Any] = _NONE,
+    origin: Mapping[str, Any] = _NONE,
+    refused: Mapping[str, Mapping[str, Any]] = _NONE,
 ) -> Manifest:
-    """real: the examples are; what a codec costs is not measured on noise."""
-    _check_choice("golden", golden[0], GOLDEN_SOURCES)
-    _check_positive("tolerance", tolerance)
-    check_output(path, force)
+    x = inputs.x
+    wanted = check_wanted(options.precisions, options.budget, options.keep, x, inputs.parts)
+    on_data = _check(spec, inputs, options)
     pair = x[np.arange(2) % len(x)]  # two rows: a batch traced at one would be taken for a constant
-    latents = _try_out(halves, pair, spec)
+    encoded = _try_out(halves, pair, spec)
+    latents = encoded[MEAN]
     on_data.check(latents.shape[1:])
     graphs = halves.to_onnx(pair, latents, spec.is_free)
-    fidelity = verify(graphs, halves, x, spec, tolerance)
+    fidelity = verify(graphs, halves, x, spec, options.tolerance)
     prior = {"type": "standard_normal"} if halves.kind == "vae" else None
     latent = LatentSpec(latent_pattern(spec, latents.shape[1:]), prior)
-    names = (MEAN, LOGVAR) if halves.kind == "vae" else (MEAN,)
-    golden_values = _golden_values(halves, golden, spec)
+    golden = _golden_values(halves, options.golden, inputs.golden, spec)
     made = Made()
     if wanted.names:
         from .precisions import make_precisions  # late: what it needs of onnxruntime takes a second to import
 
-        made = make_precisions(wanted, graphs, halves, spec, latent, likelihood, golden_values)
+        made = make_precisions(wanted, graphs, halves, spec, latent, likelihood, golden)
     judge = Judge(graphs, spec, latent, likelihood, x[:CODEC_EXAMPLES])
     # An error that was let through here must not fail a self-test elsewhere.
-    golden_error = judge.golden_error(golden_values, (None, None), "fp32")
+    golden_error = judge.golden_error(golden, (None, None), "fp32")
     tolerances = {"fp32": max(GOLDEN_TOLERANCE, float(f"{2 * golden_error:.2g}")), **made.tolerance}
+    encoder, decoder = map(graph_file, HALF_NAMES)
     manifest = Manifest(
         kind=halves.kind,
-        name=name,
+        name=options.name,
         input=spec,
         latent=latent,
         likelihood=likelihood,
-        precisions={"fp32": Precision("encoder.onnx", "decoder.onnx", fidelity.to_dict()), **made.precisions},
+        precisions={"fp32": Precision(encoder, decoder, fidelity.to_dict()), **made.precisions},
         files={},
-        golden=Golden("golden.npz", golden[0], tolerances),
+        golden=Golden(GOLDEN_FILE, options.golden, tolerances),
         training=training,
         producer=_producer(),
         budget=wanted.budget.to_dict(),
-        refused={**made.refused, **(refused or {})},
-        origin=origin or {},
-        tiling=find_tiling(graphs, spec, x[:1], dict.fromkeys(names, latents)) if spec.is_free else None,
-        latent_codecs={UINT8: judge.codec_cost()} if spec.is_image and real else {},
+        refused={**made.refused, **refused},
+        origin=origin,
+        tiling=find_tiling(graphs, spec, x[:1], encoded) if spec.is_free else None,
+        # What a codec costs is not measured on noise.
+        latent_codecs={UINT8: judge.codec_cost()} if spec.is_image and inputs.real is not None else {},
     )
-    files = {"encoder.onnx": graphs[0], "decoder.onnx": graphs[1], **made.graphs}
+    files = {encoder: graphs[0], decoder: graphs[1], **made.graphs}
     manifest, extra = on_data.measure(manifest, files)
-    return write_bundle(path, manifest, files, golden_values, force, extra)
+    return write_bundle(options.path, manifest, files, golden, options.force, extra)
 
 
-def _try_out(halves: Halves, x: Float32, spec: InputSpec) -> Float32:
-    """Run both halves once where they are from, check the shapes of what comes out, and return the latents."""
+def _check(spec: InputSpec, inputs: _Inputs, options: _Options) -> OnData:
+    """What is to be computed on data. Raises `InputError` and `OutputError` before any work is done."""
+    on_data = plan_on_data(
+        spec,
+        inputs.real,
+        prior=options.prior,
+        prior_examples=inputs.prior,
+        calibrate=inputs.calibrate,
+        source=inputs.calibrate_source,
+        scores=options.scores,
+        progress=options.progress,
+    )
+    _check_choice("golden", options.golden, GOLDEN_SOURCES)
+    _check_positive("tolerance", options.tolerance)
+    check_output(options.path, options.force)
+    return on_data
+
+
+def _try_out(halves: Halves, x: Float32, spec: InputSpec) -> dict[str, Float32]:
+    """What the encoder gives, after both halves have run once where they are from; the shapes are checked."""
     encoded, reconstruction = run_both(halves, x)
     if len(encoded) != (2 if halves.kind == "vae" else 1):
         expected = "mean and logvar" if halves.kind == "vae" else "its code alone"
@@ -421,11 +432,10 @@ def _try_out(halves: Halves, x: Float32, spec: InputSpec) -> Float32:
             f"the encoder returns shape {mean.shape} for inputs of {x.shape}; with height and width free and multiples"
             f" of {spec.multiple_of}, expected (N, C, {grid[0]}, {grid[1]})"
         )
-    return mean
+    return encoded
 
 
-def _golden_values(halves: Halves, golden: tuple[str, Float32], spec: InputSpec) -> dict[str, Float32]:
-    source, examples = golden
+def _golden_values(halves: Halves, source: str, examples: Float32, spec: InputSpec) -> dict[str, Float32]:
     if source == "synthetic":
         examples = synthetic_inputs(spec, GOLDEN_COUNT, examples)
     x = np.ascontiguousarray(examples[:GOLDEN_COUNT])

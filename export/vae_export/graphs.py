@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from vae_runtime.errors import BundleError, ExportError
 from vae_runtime.graph_rules import check_graph
 from vae_runtime.manifest import INPUT, LATENT, LOGVAR, MEAN, RECONSTRUCTION
+from vae_training.models import LOGVAR_MAX, LOGVAR_MIN
 
+from .reason import innermost_reason
 from .rewrite import rewrite
 
 OPSET, IR_VERSION = 20, 10  # read by onnxruntime 1.18 and newer
-LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
 MAX_BYTES = 2**31 - 2**20  # of one protocol buffer message, with some room for its frame
 
 
@@ -120,7 +121,7 @@ def _to_onnx(module: nn.Module, example: Tensor, input_name: str, outputs: list[
     except ExportError:
         raise
     except Exception as error:
-        raise ExportError(f"the {half} cannot be exported by torch.onnx: {_reason(error)}") from error
+        raise ExportError(f"the {half} cannot be exported by torch.onnx: {innermost_reason(error)}") from error
     assert program is not None  # with dynamo=True
     return finish(program.model_proto, half)
 
@@ -211,15 +212,7 @@ def _check_contract(model: onnx.ModelProto, data: bytes, half: str) -> None:
         check_graph(data, f"the {half}")
         onnx.checker.check_model(model, full_check=True)
     except (BundleError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"the {half} cannot go into a bundle: {_reason(error)}") from error
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost cause, in one line: torch wraps it in pages of advice."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        raise ExportError(f"the {half} cannot go into a bundle: {innermost_reason(error)}") from error
 
 
 @contextlib.contextmanager

@@ -1,19 +1,38 @@
-"""A bundle that is not on any disk yet, run by the runtime's own code."""
+"""Graphs and bundles that are not on any disk yet, run by the runtime's own code: on the CPU with one thread, so that
+sums are the same at every export."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
+from vae_runtime.boundary import Boundary
 from vae_runtime.bundle import Bundle
+from vae_runtime.devices import CPU, Device
+from vae_runtime.errors import BundleError, DeviceError, ExportError
 from vae_runtime.manifest import Manifest
 from vae_runtime.operation import Candidate
 from vae_runtime.plan import open_halves, same_plan
+from vae_runtime.session import GraphSession
 from vae_runtime.vae import VAE
 
 
+def open_graph(graph: bytes, half: str, boundary: Boundary) -> GraphSession:
+    """A session on one half, whose tensors are those of `boundary`.
+
+    Raises:
+        ExportError: the graph does not load or has other tensors.
+    """
+    try:
+        session = GraphSession(graph, f"the {half}", Device("cpu", CPU), threads=1)
+        session.require_boundary(boundary)
+    except (BundleError, DeviceError) as error:
+        raise ExportError(str(error)) from error
+    return session
+
+
 def run_in_memory(manifest: Manifest, files: Mapping[str, bytes]) -> VAE:
-    """The fp32 graphs on the CPU with one thread, so that sums are the same at every export."""
+    """The bundle with its fp32 graphs."""
     bundle = _Unwritten(manifest, files)
     return VAE(bundle, *open_halves(bundle, same_plan(Candidate("cpu", "fp32", threads=1))), "fp32")
 

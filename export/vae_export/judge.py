@@ -8,10 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from vae_runtime.boundary import Boundary, decoder_boundary, encoder_boundary
+from vae_runtime.boundary import decoder_boundary, encoder_boundary
 from vae_runtime.codec import dequantize, quantize
-from vae_runtime.devices import Device
-from vae_runtime.errors import BundleError, DeviceError, ExportError
 from vae_runtime.fidelity import data_range, golden_error, relative_error
 from vae_runtime.likelihood import negative_log_likelihood, targets
 from vae_runtime.manifest import INPUT, LOGVAR, MEAN, RECONSTRUCTION, InputSpec, LatentSpec, Likelihood
@@ -19,6 +17,7 @@ from vae_runtime.posterior import Posterior
 from vae_runtime.preprocess import Float32
 from vae_runtime.session import GraphSession
 
+from .in_memory import open_graph
 from .quality import NOISE_SEED, Figures, Measurement
 
 Pair = tuple[bytes | None, bytes | None]  # encoder and decoder; None is fp32's
@@ -100,10 +99,10 @@ class Judge:
         return {"examples": len(x), **{name: float(f"{value:.4g}") for name, value in figures.items()}}
 
     def _open_encoder(self, graph: bytes | None) -> GraphSession:
-        return _open(graph or self._graphs[0], "the encoder", self._boundaries[0])
+        return open_graph(graph or self._graphs[0], "encoder", self._boundaries[0])
 
     def _open_decoder(self, graph: bytes | None) -> GraphSession:
-        return _open(graph or self._graphs[1], "the decoder", self._boundaries[1])
+        return open_graph(graph or self._graphs[1], "decoder", self._boundaries[1])
 
     def _encode(self, session: GraphSession) -> dict[str, Float32]:
         parts = [session.run(self._x[i : i + BATCH_SIZE]) for i in range(0, len(self._x), BATCH_SIZE)]
@@ -121,15 +120,6 @@ class Judge:
             drawn = self._decode(decoder, posterior.sample(NOISE_SEED))
             nll = negative_log_likelihood(self._likelihood, drawn, self._target)
             return Figures(psnr, float((nll + posterior.kl()).mean()) / math.prod(self._x.shape[1:]))
-
-
-def _open(graph: bytes, label: str, boundary: Boundary) -> GraphSession:
-    try:
-        session = GraphSession(graph, label, Device("cpu", "CPUExecutionProvider"), threads=1)
-        session.require_boundary(boundary)
-    except (BundleError, DeviceError) as error:
-        raise ExportError(str(error)) from error
-    return session
 
 
 def _psnr(reconstruction: Float32, x: Float32, peak: float) -> float:

@@ -85,9 +85,8 @@ class OnData:
 
 def plan_on_data(
     spec: InputSpec,
-    *,
-    any_size: bool,
     units: Float32 | None,
+    *,
     prior: str | None = None,
     prior_examples: Any = None,
     calibrate: Any = None,
@@ -97,23 +96,24 @@ def plan_on_data(
 ) -> OnData:
     """What the caller asked for, checked before any work is done.
 
-    spec: of one example. any_size: the bundle leaves height and width free. prior: "gaussian" or "mixture:10", to be
-        fitted to `prior_examples`. calibrate: the examples for it. scores: which of them to calibrate; None: all.
+    spec: of the bundle's inputs; the examples are of its default size where it has free sizes. prior: "gaussian" or
+        "mixture:10", to be fitted to `prior_examples`. calibrate: the examples for it. scores: which of them to
+        calibrate; None: all.
 
     Raises:
         InputError: an argument breaks a rule, or there are no real examples for what was asked for.
     """
-    fit = None
+    fit, example = None, spec._replace(shape=spec.example_shape, multiple_of=1, default_size=None)
     if prior is not None:
         kind, components = parse_prior(prior)
-        if any_size:
+        if spec.is_free:
             raise InputError(
                 f"prior is {prior!r}, which is fitted to latents of one shape; this model leaves height and width free"
             )
         if prior_examples is None:
             raise InputError(f"prior {prior!r} needs real inputs, and there are none; pass some (--data)")
-        fit = PriorFit(kind, components, to_model_input(prior_examples, spec, "the prior's examples"))
-    checked = None if calibrate is None else _check_calibration(calibrate, spec, source)
+        fit = PriorFit(kind, components, to_model_input(prior_examples, example, "the prior's examples"))
+    checked = None if calibrate is None else _check_calibration(calibrate, example, source)
     return OnData(units, fit, checked, source, _check_scores(scores), progress)
 
 

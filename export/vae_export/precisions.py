@@ -12,14 +12,14 @@ from vae_runtime.engine import first_line
 from vae_runtime.manifest import INPUT, LATENT, InputSpec, LatentSpec, Likelihood, Precision
 from vae_runtime.preprocess import Float32
 
-from .calibrate import calibration_inputs
-from .half import to_half
-from .imported import Halves
+from .activation_ranges import activation_inputs
+from .float16 import to_float16
+from .halves import HALF_NAMES, Halves, graph_file
+from .int8_search import Candidate, LayerSearch
 from .judge import Judge, Pair
-from .layers import HALVES, Candidate, LayerSearch
 from .quality import Budget, Measurement
 from .quantize import QuantizableGraph
-from .wanted import Made, Wanted
+from .wanted_precisions import Made, Wanted
 
 TRIAL_EXAMPLES = 64  # of those that calibrate; the choices of a search are many, and need no more
 # A device passes its self-test with twice the error that this machine makes on the golden inputs. Another one rounds
@@ -44,8 +44,8 @@ def make_precisions(
 ) -> Made:
     """Make and measure every wanted precision of the two fp32 graphs."""
     final = Judge(graphs, spec, latent, likelihood, wanted.held_out)
-    trial = Judge(graphs, spec, latent, likelihood, wanted.calibration[:TRIAL_EXAMPLES])
-    inputs = calibration_inputs(reference, wanted.calibration)
+    trial = Judge(graphs, spec, latent, likelihood, wanted.activation_examples[:TRIAL_EXAMPLES])
+    inputs = activation_inputs(reference, wanted.activation_examples)
     made = Made()
     for name in wanted.names:
         try:
@@ -66,11 +66,11 @@ def _int8(
 def _fp16(
     graphs: tuple[bytes, bytes], inputs: Mapping[str, Float32], final: Judge
 ) -> tuple[Candidate, Measurement] | None:
-    encoder, decoder = to_half(graphs[0], inputs[INPUT]), to_half(graphs[1], inputs[LATENT])
+    encoder, decoder = to_float16(graphs[0], inputs[INPUT]), to_float16(graphs[1], inputs[LATENT])
     if encoder.graph is None and decoder.graph is None:
         return None
     twins = encoder.twin, decoder.twin
-    kept = {name: half.kept for name, half in zip(HALVES, (encoder, decoder), strict=True)}
+    kept = {name: half.kept for name, half in zip(HALF_NAMES, (encoder, decoder), strict=True)}
     notes = {"calibration_examples": len(inputs[INPUT]), "kept_fp32": kept}
     return Candidate((encoder.graph, decoder.graph), twins, notes), final.measure(twins)
 
@@ -101,8 +101,8 @@ def _decide(
         made.refused[name] = {"reason": reason, "quality": quality}
         return
     files = [
-        f"{half}.{name}.onnx" if graph is not None else f"{half}.onnx"
-        for half, graph in zip(HALVES, candidate.graphs, strict=True)
+        graph_file(half, "fp32" if graph is None else name)
+        for half, graph in zip(HALF_NAMES, candidate.graphs, strict=True)
     ]
     made.graphs |= {file: graph for file, graph in zip(files, candidate.graphs, strict=True) if graph is not None}
     made.precisions[name] = Precision(files[0], files[1], fidelity, quality)

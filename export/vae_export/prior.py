@@ -16,7 +16,7 @@ from vae_runtime.preprocess import Float32
 from vae_runtime.vae import VAE
 from vae_training.fit_prior import MAX_DIMENSIONS, draw_aggregate, fit_prior
 
-from .wanted import FewExamplesWarning
+from .quality import FewExamplesWarning
 
 SEED = 0  # of the posterior draws, and of the fit
 DRAWS = 10_000  # from the posteriors of all examples together; of more examples, one of each

@@ -12,6 +12,10 @@ from vae_runtime.errors import InputError
 NOISE_SEED = 0  # of the one posterior draw per example that -ELBO is measured with, the same in every precision
 
 
+class FewExamplesWarning(UserWarning):
+    """There are so few examples that on others a precision's quality may be another, and a fitted prior not fit."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """How much worse than fp32 a precision may be, both 0 or more.

@@ -18,7 +18,7 @@ from onnxruntime.quantization import QDQQuantizer, QuantType, quant_pre_process
 
 from vae_runtime.preprocess import Float32
 
-from .calibrate import activation_ranges
+from .activation_ranges import activation_ranges
 from .graphs import plain, with_node_names
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")
@@ -28,7 +28,6 @@ BETWEEN = (
     "Transpose", "Unsqueeze",
 )  # fmt: skip
 ABSORBED = ("Clip", "Relu")  # become part of the range of a convolution's result
-DOMAINS = ("", "com.microsoft")
 
 
 class QuantizableGraph:

@@ -11,15 +11,16 @@ import numpy as np
 import torch
 
 from vae_runtime.boundary import decoder_boundary, encoder_boundary
-from vae_runtime.devices import Device
-from vae_runtime.errors import BundleError, ExportError, VAEError
+from vae_runtime.errors import ExportError, VAEError
 from vae_runtime.fidelity import data_range, relative_error
 from vae_runtime.manifest import LOGVAR, MEAN, RECONSTRUCTION, InputSpec, Shape
 from vae_runtime.preprocess import Float32
 from vae_runtime.session import GraphSession
 
 from .graphs import DecoderGraph, EncoderGraph, decoder_to_onnx, encoder_to_onnx
-from .imported import Halves
+from .halves import Halves
+from .in_memory import open_graph
+from .reason import reason
 
 BATCH_SIZES = (1, 2, 7, 32)
 FREE_BATCH_SIZES = (1, 3)  # where height and width are free, each at two sizes: such models take long
@@ -125,8 +126,7 @@ def run_both(halves: Halves, x: Float32) -> tuple[dict[str, Float32], Float32]:
     except VAEError:
         raise
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ExportError(f"the model does not run on inputs of shape {x.shape}: {reason}") from error
+        raise ExportError(f"the model does not run on inputs of shape {x.shape}: {reason(error)}") from error
 
 
 def _errors(
@@ -195,17 +195,10 @@ def open_graphs(
         ExportError: a graph does not load or has other tensors than the contract says.
     """
     kind, latent = "vae" if LOGVAR in encoded else "autoencoder", latent_pattern(spec, encoded[MEAN].shape[1:])
-    boundaries = encoder_boundary(kind, spec, latent), decoder_boundary(spec, latent)
-    try:
-        encoder, decoder = (
-            GraphSession(graph, f"the {half}", Device("cpu", "CPUExecutionProvider"), threads=1)
-            for graph, half in zip(graphs, ("encoder", "decoder"), strict=True)
-        )
-        for session, boundary in zip((encoder, decoder), boundaries, strict=True):
-            session.require_boundary(boundary)
-    except BundleError as error:
-        raise ExportError(str(error)) from error
-    return encoder, decoder
+    return (
+        open_graph(graphs[0], "encoder", encoder_boundary(kind, spec, latent)),
+        open_graph(graphs[1], "decoder", decoder_boundary(spec, latent)),
+    )
 
 
 def latent_pattern(spec: InputSpec, shape: tuple[int, ...]) -> Shape:

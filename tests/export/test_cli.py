@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ import pytest
 from click.testing import CliRunner
 
 from vae_export.bundle import write_bundle
-from vae_export.cli import _describe, _read_examples, _read_more, main
+from vae_export.cli import _describe, _read_examples, _read_more, _Request, main
+from vae_export.imported import ImportOptions
+from vae_export.importers.options import FLAGS
 from vae_runtime import VAE
 from vae_runtime.bundle import Bundle
 from vae_runtime.manifest import InputSpec
@@ -21,6 +24,12 @@ from vae_runtime.manifest import InputSpec
 
 def run(*arguments: object):
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_messages_name_the_options_of_a_source_as_the_command_line_does() -> None:
+    flags = {parameter.name: parameter.opts[0] for parameter in main.params}
+    names = {field.name for field in fields(ImportOptions)}
+    assert {name: flags[name] for name in names} == FLAGS
 
 
 def test_the_output_is_beside_the_model_by_default(model_file: Path) -> None:
@@ -157,9 +166,10 @@ def test_few_examples_for_a_prior_are_warned_of(model_file: Path, tmp_path: Path
 
 def test_large_examples_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
+    request = _Request("model.pt", Path("a.vae"), None, None, (), ("a",), ImportOptions())
     monkeypatch.setattr("vae_export.cli._read_examples", lambda data, spec, limit: taken.append(limit))
     for shape in ((1, 28, 28), (3, 256, 256), (3, 20000, 20000)):
-        _read_more({"prior": None, "calibrate": ("a",)}, (), InputSpec("image", shape))
+        _read_more(request, {"prior": None}, InputSpec("image", shape))
     assert taken == [10_000, 2**28 // (3 * 256 * 256), 1]
 
 

@@ -17,9 +17,9 @@ from vae_export.graphs import DecoderGraph, EncoderGraph
 from vae_export.judge import Judge
 from vae_export.precisions import make_precisions
 from vae_export.verify import Reference
-from vae_export.wanted import Made, Wanted, check_wanted
+from vae_export.wanted_precisions import Made, Wanted, check_wanted
 from vae_runtime import VAE
-from vae_runtime.errors import InputError
+from vae_runtime.errors import InputError, OutputError
 from vae_runtime.manifest import InputSpec, LatentSpec, Likelihood, Manifest
 
 datasets = pytest.importorskip("sklearn.datasets", reason="real examples come from scikit-learn")
@@ -386,11 +386,18 @@ def test_a_wrong_request_is_named_before_any_work(tmp_path: Path, options: dict[
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_warning_points_at_the_line_that_exports(tmp_path: Path) -> None:
+    pair, target = exact_pair(), tmp_path / "absent" / "a.vae"
+    with pytest.warns(FewExamplesWarning) as caught, pytest.raises(OutputError):
+        export_bundle(*pair, target, examples=digits(9), kind="autoencoder", precisions=["int8"])
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 def test_few_examples_are_warned_of() -> None:
     message = "int8 is calibrated on 5 and measured on 4 examples; with fewer than 32 of each"
     with pytest.warns(FewExamplesWarning, match=message):
         wanted = check_wanted(["int8", "fp32"], Budget(), False, digits(9))
-    assert (wanted.names, len(wanted.calibration), len(wanted.held_out)) == (("int8",), 5, 4)
+    assert (wanted.names, len(wanted.activation_examples), len(wanted.held_out)) == (("int8",), 5, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_wanted(["fp32"], Budget(), False, digits(9))

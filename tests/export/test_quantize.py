@@ -13,10 +13,10 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import nn
 
-from vae_export.calibrate import METHODS, activation_ranges
+from vae_export.activation_ranges import METHODS, activation_ranges
 from vae_export.graphs import EncoderGraph, encoder_to_onnx
 from vae_export.quantize import QuantizableGraph
-from vae_runtime.devices import Device
+from vae_runtime.devices import CPU, Device
 from vae_runtime.session import GraphSession
 
 RNG = np.random.default_rng(0)
@@ -28,7 +28,7 @@ def to_graph(*layers: nn.Module, example: np.ndarray = IMAGES) -> bytes:
 
 
 def run(graph: bytes, x: np.ndarray) -> np.ndarray:
-    session = GraphSession(graph, "graph", Device("cpu", "CPUExecutionProvider"), threads=1)
+    session = GraphSession(graph, "graph", Device("cpu", CPU), threads=1)
     return session._session.run(["mean"], {"x": x})[0]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import onnx
@@ -12,7 +14,7 @@ from onnx import numpy_helper
 
 from vae_export.export import _Half
 from vae_export.graphs import DecoderGraph, EncoderGraph
-from vae_export.verify import BATCH_SIZES, Fidelity, Reference, one_thread, verify
+from vae_export.verify import BATCH_SIZES, Fidelity, Reference, one_thread, run_both, verify
 from vae_runtime.errors import ExportError
 from vae_runtime.preprocess import to_model_input
 
@@ -64,6 +66,14 @@ def test_a_graph_that_differs_is_refused(conv, half: int, message: str) -> None:
         verify(altered, reference, x, spec, 1e-5)
 
 
+def test_an_engine_that_is_incomplete_is_told_in_words(conv, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rest = ModuleType("onnxruntime")  # what is left where one build was uninstalled beside another
+    rest.__path__ = [str(tmp_path)]
+    monkeypatch.setitem(sys.modules, "onnxruntime", rest)
+    with pytest.raises(ExportError, match="the installed onnxruntime is incomplete"):
+        verify(*conv, 1e-5)
+
+
 def test_every_batch_size_is_run(conv, monkeypatch: pytest.MonkeyPatch) -> None:
     from vae_runtime.session import GraphSession
 
@@ -103,6 +113,22 @@ def test_a_model_that_gives_nan_is_refused(conv) -> None:
         next(reference._decoder.parameters()).fill_(float("nan"))
     with pytest.raises(ExportError, match="has NaN or infinite values in PyTorch itself"):
         verify(graphs, reference, x, spec, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(ValueError("\n"), "ValueError"), (RuntimeError("\ntoo wide\nfor it"), "RuntimeError: too wide")],
+)
+def test_what_a_models_own_code_raises_is_told_in_one_line(error: Exception, told: str) -> None:
+    class Failing(Reference):
+        def __init__(self) -> None:
+            pass
+
+        def encode(self, x: np.ndarray) -> dict[str, np.ndarray]:
+            raise error
+
+    with pytest.raises(ExportError, match=f"^the model does not run on inputs of shape \\(2, 3\\): {told}$"):
+        run_both(Failing(), np.zeros((2, 3), np.float32))
 
 
 def test_fidelity_is_rounded_to_two_digits() -> None:

@@ -40,13 +40,13 @@ IN_ONE_MODULE = {
     "vae_benchmarks/picture.py": {"matplotlib"},
     "vae_training/rate_distortion.py": {"matplotlib"},
     "vae_benchmarks/loadgen.py": {"mlperf_loadgen"},
-    "vae_export/calibrate.py": {"onnxruntime.quantization"},
+    "vae_export/activation_ranges.py": {"onnxruntime.quantization"},
     "vae_export/quantize.py": {"onnxruntime.quantization"},
     "vae_export/factory.py": {"?"},  # the module that its user names
     "vae_export/diffusers_model.py": {"diffusers"},
     "vae_export/pythae_model.py": {"pythae"},
     "vae_export/weights.py": {"safetensors"},
-    "vae_export/half.py": {"onnxruntime.quantization.onnx_model", "onnxruntime.transformers.float16"},
+    "vae_export/float16.py": {"onnxruntime.quantization.onnx_model", "onnxruntime.transformers.float16"},
 }
 
 

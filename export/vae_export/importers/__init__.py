@@ -39,7 +39,7 @@ class Importer(Protocol):
 
 
 IMPORTERS: tuple[Importer, ...] = (diffusers_folder, pythae_folder, factory, torch_program, onnx_pair)
-OURS, MODEL = "model", "a model.pt of vae-train"  # for `--from`, and in words
+OURS, MODEL = "model", "a model.pt of vae-train"  # which the command line reads: for `--from`, and in words
 
 
 def recognised(source: str) -> list[Importer]:

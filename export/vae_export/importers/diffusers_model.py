@@ -22,9 +22,10 @@ from vae_runtime.errors import CheckpointError, ExportError, InputError, Missing
 
 from ..graphs import DecoderGraph, EncoderGraph
 from ..imported import Imported
+from ..reason import reason
 from ..verify import Reference
 from .diffusers_weights import read_weights
-from .trial import reason
+from .options import FLAGS
 from .weights import assign
 
 CONFIG = "config.json"
@@ -194,8 +195,8 @@ def _shape(
     sides = [side for side in asked[1:] if side is not None]
     if len(asked) != 3 or asked[0] != free[0] or len(sides) != 2 or any(side % multiple for side in sides):
         raise InputError(
-            f"--input is {asked}; this model takes {free[0]} channels, and a height and a width that are multiples of "
-            f"{multiple}"
+            f"{FLAGS['input_shape']} is {asked}; this model takes {free[0]} channels, and a height and a width that "
+            f"are multiples of {multiple}"
         )
     return asked, 1, None
 

@@ -18,7 +18,9 @@ from typing import Any
 from vae_runtime.errors import ExportError, InputError, VAEError
 
 from ..imported import Imported, ImportOptions
-from .trial import check_options, reason, require_shape, try_out
+from ..reason import reason
+from .options import check_options, require_shape
+from .trial import try_out
 
 KIND = "factory"
 _NAME = r"[A-Za-z_]\w*"

@@ -11,6 +11,7 @@ from vae_runtime.errors import ExportError, InputError
 from vae_runtime.preprocess import Float32
 
 from ..imported import SPREADS, ImportOptions
+from .options import FLAGS, wrong_option
 
 Trial = tuple[bool, str]  # whether a decoder takes a latent and gives inputs of the right shape; if not, why
 _Array = TypeVar("_Array", Tensor, Float32)
@@ -29,17 +30,17 @@ def settle_meaning(named: str | None, least: float, options: ImportOptions) -> s
         InputError: it may as well be a standard deviation, or is not what the options say.
     """
     if options.spread not in (None, *SPREADS):
-        raise InputError(f"--spread is {options.spread!r}; expected one of {', '.join(SPREADS)}")
+        raise wrong_option(options, "spread", f"; expected one of {', '.join(SPREADS)}")
     if named is not None and options.spread not in (None, named):
-        raise InputError(f"--spread is {options.spread!r}, but the encoder names it {named}")
+        raise wrong_option(options, "spread", f", but the encoder names it {named}")
     meaning = named or options.spread
     if meaning is None and least >= 0:
         raise InputError(
             f"the second of the encoder's outputs is never negative (at least {least:.2g}), which a log-variance rarely"
-            f" is; say what it is with --spread {', '.join(SPREADS)}"
+            f" is; say what it is with {FLAGS['spread']} {', '.join(SPREADS)}"
         )
     if meaning in ("std", "variance") and least < 0:
-        raise InputError(f"--spread is {meaning!r}, but the encoder gives {least:.2g}; it is never negative")
+        raise InputError(f"{FLAGS['spread']} is {meaning!r}, but the encoder gives {least:.2g}; it is never negative")
     return meaning or "logvar"
 
 
@@ -47,9 +48,9 @@ def require_kind(kind: str, options: ImportOptions) -> None:
     """Raises: InputError: the options say another kind than was found, or what a code's spread is."""
     if options.kind not in (None, kind):
         found = "one tensor, which the decoder takes" if kind == "autoencoder" else "a mean and a spread"
-        raise InputError(f"--kind is {options.kind!r}, but the encoder returns {found}: it is of kind {kind!r}")
+        raise wrong_option(options, "kind", f", but the encoder returns {found}: it is of kind {kind!r}")
     if kind == "autoencoder" and options.spread is not None:
-        raise InputError(f"--spread is {options.spread!r}, but an autoencoder's code has none")
+        raise wrong_option(options, "spread", ", but an autoencoder's code has none")
 
 
 def is_split(shape: tuple[int, ...], whole: Trial, half: Trial, options: ImportOptions) -> bool:
@@ -65,7 +66,7 @@ def is_split(shape: tuple[int, ...], whole: Trial, half: Trial, options: ImportO
     if whole[0] and half[0] and options.kind is None:
         raise InputError(
             f"the encoder returns one tensor of shape {tuple(shape)}, and the decoder takes it both whole and by half;"
-            " pass --kind autoencoder (a code) or --kind vae (mean and log-variance)"
+            f" pass {FLAGS['kind']} autoencoder (a code) or {FLAGS['kind']} vae (mean and log-variance)"
         )
     if not whole[0] and not half[0]:
         raise ExportError(

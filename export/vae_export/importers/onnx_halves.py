@@ -10,8 +10,8 @@ import numpy as np
 from vae_runtime.errors import ExportError
 from vae_runtime.manifest import INPUT, LATENT, LOGVAR, MEAN, RECONSTRUCTION
 from vae_runtime.preprocess import Float32
+from vae_training.models import LOGVAR_MAX, LOGVAR_MIN
 
-from ..graphs import LOGVAR_MAX, LOGVAR_MIN
 from ..imported import ImportOptions
 from .meaning import Trial, is_split, require_kind, settle_meaning, to_logvar
 from .onnx_source import OnnxSource

@@ -13,9 +13,11 @@ from pathlib import Path
 from vae_runtime.bundle import is_bundle_folder
 from vae_runtime.errors import InputError
 
+from ..halves import HALF_NAMES
 from ..imported import Imported, ImportOptions
+from .options import check_options, require_shape
 from .pair import default_name, find_pair, has_pair
-from .trial import check_options, require_shape, try_out
+from .trial import try_out
 
 KIND = "onnx"
 MAX_VARINT_BYTES = 10
@@ -76,7 +78,7 @@ def load(source: str, options: ImportOptions) -> Imported:
         raise InputError(f"{source} is a bundle already; vae-run and vae-bench take it as it is")
     encoder, decoder = (
         open_graph(path, half)
-        for path, half in zip(find_pair(source, is_onnx, "an ONNX file"), ("encoder", "decoder"), strict=True)
+        for path, half in zip(find_pair(source, is_onnx, "an ONNX file"), HALF_NAMES, strict=True)
     )
     shape = require_shape(agree(encoder, options.input_shape), options)
     halves = OnnxHalves(encoder, decoder, shape, options)

@@ -10,12 +10,14 @@ import onnx
 import onnx.inliner
 from onnx import TensorProto, helper, numpy_helper, version_converter
 
+from vae_runtime.devices import CPU
 from vae_runtime.engine import import_engine
 from vae_runtime.errors import CheckpointError, ExportError, InputError
 from vae_runtime.graph_rules import RANDOM_OPERATORS
 
 from ..graphs import MAX_BYTES, OPSET
-from .trial import reason
+from ..reason import reason
+from .options import FLAGS
 
 Shape = tuple[int | None, ...]
 TYPES: dict[int, np.dtype[Any]] = {TensorProto.FLOAT: np.dtype(np.float32), TensorProto.FLOAT16: np.dtype(np.float16)}
@@ -72,7 +74,7 @@ def open_graph(path: Path, half: str) -> OnnxSource:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
     try:
-        session = engine.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = engine.InferenceSession(str(path), options, providers=[CPU])
     except Exception as error:
         raise ExportError(f"onnxruntime does not load the {half}: {reason(error)}") from error
     return OnnxSource(half, to_opset(model, opset, half), session, opset)
@@ -89,7 +91,7 @@ def agree(encoder: OnnxSource, asked: Shape | None) -> Shape | None:
         known = own and (None not in own or (len(own) == 3 and own[0] is not None and own[1:] == (None, None)))
         return own if known else None
     if own and (len(own) != len(asked) or any(side not in (None, size) for side, size in zip(own, asked, strict=True))):
-        raise InputError(f"--input is {asked}, but the encoder takes {own}")
+        raise InputError(f"{FLAGS['input_shape']} is {asked}, but the encoder takes {own}")
     return asked
 
 

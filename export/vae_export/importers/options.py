@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from vae_runtime.errors import CheckpointError, InputError
+from vae_runtime.manifest import KINDS
 
-from ..imported import ImportOptions
+from ..imported import INPUT_RANGES, ImportOptions
 
 FLAGS = {  # by field of ImportOptions
     "weights": "--weights",
@@ -24,6 +26,11 @@ FLAGS = {  # by field of ImportOptions
 _MAX_JSON = 2**20
 
 
+def wrong_option(options: ImportOptions, name: str, rule: str) -> InputError:
+    """To be raised for an option with its value; `rule` goes on right behind that."""
+    return InputError(f"{FLAGS[name]} is {getattr(options, name)!r}{rule}")
+
+
 def refuse_options(options: ImportOptions, why: str, *names: str) -> None:
     """Raises: InputError: one of these options was given; `why` ends the sentence."""
     for name in names:
@@ -36,7 +43,49 @@ def require_agreement(options: ImportOptions, name: str, told: Any, source: str)
     """Raises: InputError: the option `name` was given and is not what the source tells."""
     value = getattr(options, name)
     if value is not None and value != told:
-        raise InputError(f"{FLAGS[name]} is {value!r}, but {source} says {told!r}")
+        raise wrong_option(options, name, f", but {source} says {told!r}")
+
+
+def check_options(options: ImportOptions, factory: bool = False, pickles: bool = False) -> None:
+    """Raise `InputError` for an option with an impossible value, or one that only a factory takes."""
+    if options.weights is not None and not factory:
+        raise InputError(f"{FLAGS['weights']} is for a factory; this source has its weights in it")
+    if not pickles:
+        refuse_options(options, "nothing in this source is unpickled", "trust_pickle")
+    for name, allowed in (("kind", KINDS), ("input_range", INPUT_RANGES)):
+        if getattr(options, name) not in (None, *allowed):
+            raise wrong_option(options, name, f"; expected one of {', '.join(allowed)}")
+    if options.latent_scale is not None and not 0 < options.latent_scale < math.inf:
+        raise wrong_option(options, "latent_scale", "; expected a finite number above 0")
+    if options.latent_shift is not None and not math.isfinite(options.latent_shift):
+        raise wrong_option(options, "latent_shift", "; expected a finite number")
+    if options.multiple_of is not None and options.multiple_of < 1:
+        raise wrong_option(options, "multiple_of", "; expected 1 or more")
+
+
+def require_shape(shape: tuple[int | None, ...] | None, options: ImportOptions) -> tuple[int | None, ...]:
+    """The shape of inputs, checked together with the options that go with it; None: nobody said it.
+
+    Raises:
+        InputError: an option is missing or contradicts the shape.
+    """
+    if shape is None:
+        raise InputError(f"the source does not say what its inputs are; pass {FLAGS['input_shape']}, such as 3x64x64")
+    free = shape[1:] == (None, None)
+    sizes = (shape[0],) if free else shape
+    if len(shape) not in (1, 3) or not all(isinstance(size, int) and size > 0 for size in sizes):
+        rule = "expected (C, H, W), (C, None, None) for free sizes, or (D,)"
+        raise InputError(f"{FLAGS['input_shape']} is {shape}; {rule}")
+    if len(shape) == 3 and options.input_range is None:
+        raise InputError(
+            f"the source does not say whether its images lie in [0, 1] or [-1, 1]; pass {FLAGS['input_range']} unit or"
+            " signed"
+        )
+    if len(shape) == 1 and options.input_range is not None:
+        raise wrong_option(options, "input_range", ", but the inputs are vectors, which have no range")
+    if not free and options.multiple_of not in (None, 1):
+        raise wrong_option(options, "multiple_of", f", but the inputs {shape} have no free size")
+    return shape
 
 
 def bundle_name(folder: Path, subfolder: str) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from vae_runtime.errors import InputError
 
-HALVES = ("encoder", "decoder")
+from ..halves import HALF_NAMES
+
 MAX_ENTRIES = 1000  # of a folder that are looked at
 Fits = Callable[[Path], bool]
 
@@ -18,7 +19,7 @@ def has_pair(source: str, fits: Fits) -> bool:
         if (named := _named(source)) is not None:
             return all(map(fits, named))
         files = _files(Path(source))
-        return all(any(_is_half(path, source, half) and fits(path) for path in files) for half in HALVES)
+        return all(any(_is_half(path, source, half) and fits(path) for path in files) for half in HALF_NAMES)
     except (OSError, ValueError):
         return False
 
@@ -39,7 +40,7 @@ def find_pair(source: str, fits: Fits, what: str) -> tuple[Path, Path]:
         if _is_half(named[0], "", "decoder") and _is_half(named[1], "", "encoder"):
             raise InputError(f"source is {source!r}; expected the encoder first, then the decoder")
         return named
-    encoder, decoder = (_find(source, fits, half, what) for half in HALVES)
+    encoder, decoder = (_find(source, fits, half, what) for half in HALF_NAMES)
     return encoder, decoder
 
 
@@ -84,5 +85,5 @@ def _files(folder: Path) -> list[Path]:
 def _is_half(path: Path, folder: str, half: str) -> bool:
     """Whether a path, below `folder`, says that it is this half and not the other."""
     name = (path.relative_to(folder).as_posix() if folder else path.name).lower()
-    other = HALVES[1 - HALVES.index(half)]
+    other = HALF_NAMES[1 - HALF_NAMES.index(half)]
     return half in name and other not in name

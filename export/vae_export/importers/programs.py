@@ -23,10 +23,11 @@ from vae_runtime.manifest import INPUT, LATENT, LOGVAR, MEAN, RECONSTRUCTION
 from vae_runtime.preprocess import Float32
 
 from ..graphs import OPSET, DecoderGraph, EncoderGraph, decoder_to_onnx, encoder_to_onnx, finish
+from ..reason import reason
 from ..verify import Reference
+from .options import FLAGS
 from .script_code import check_archive, check_graphs
 from .torch_program import EXPORTED, SCRIPT
-from .trial import reason
 
 Shape = tuple[int | None, ...]
 
@@ -49,7 +50,7 @@ class Program:
             own in (None, size) for own, size in zip(self.shape, asked, strict=True)
         )
         if not fits:
-            raise InputError(f"--input is {asked}, but the encoder was exported for {self.shape}")
+            raise InputError(f"{FLAGS['input_shape']} is {asked}, but the encoder was exported for {self.shape}")
         return asked
 
 
@@ -136,7 +137,7 @@ def _open_exported(path: Path, trusted: bool) -> Program:
     if not trusted:
         raise InputError(
             f"{path} is a torch.export program, and reading one runs code that may be hidden in it; pass"
-            " --trust-pickle if you know where it comes from, or save TorchScript or ONNX instead"
+            f" {FLAGS['trust_pickle']} if you know where it comes from, or save TorchScript or ONNX instead"
         )
     try:
         with path.open("rb") as file:

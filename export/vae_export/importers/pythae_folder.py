@@ -9,7 +9,7 @@ from typing import Any
 from vae_runtime.errors import CheckpointError, ExportError, InputError
 
 from ..imported import Imported, ImportOptions
-from .options import bundle_name, peek_json, read_json, refuse_options, require_agreement
+from .options import FLAGS, bundle_name, peek_json, read_json, refuse_options, require_agreement
 
 KIND = "pythae"
 CONFIG, SUBFOLDER = "model_config.json", "final_model"
@@ -74,7 +74,7 @@ def load(source: str, options: ImportOptions) -> Imported:
     if custom and not options.trust_pickle:
         raise ExportError(
             f"{folder} has a pickled {' and '.join(custom)} of its own, and unpickling runs whatever code is in it; "
-            "if you trust where it is from, pass --trust-pickle"
+            f"if you trust where it is from, pass {FLAGS['trust_pickle']}"
         )
     kind = _kind(name, config)
     require_agreement(options, "kind", kind, class_name(name))
@@ -111,13 +111,13 @@ def _input_shape(config: dict[str, Any], asked: tuple[int | None, ...] | None) -
     if not isinstance(told, list) or not told or not all(isinstance(n, int) and n > 0 for n in told):
         raise CheckpointError(f"{CONFIG} has input_dim {told!r}; expected a list of whole numbers")
     if asked is not None and not _is_possible(tuple(told), asked):
-        raise InputError(f"--input is {asked}, but {CONFIG} has input_dim {tuple(told)}")
+        raise InputError(f"{FLAGS['input_shape']} is {asked}, but {CONFIG} has input_dim {tuple(told)}")
     if asked is not None:
         return tuple(side for side in asked if side is not None)
     if len(told) not in (1, 3):
         raise InputError(
-            f"{CONFIG} has input_dim {tuple(told)}, neither (D,) nor (C, H, W); say with --input what they are, "
-            f"as in --input {math.prod(told)}"
+            f"{CONFIG} has input_dim {tuple(told)}, neither (D,) nor (C, H, W); say with {FLAGS['input_shape']} what "
+            f"they are, as in {FLAGS['input_shape']} {math.prod(told)}"
         )
     return tuple(told)
 
@@ -141,8 +141,8 @@ def _is_signed(config: dict[str, Any], custom: list[str], image: bool, options: 
         return False
     if options.input_range is None:
         raise InputError(
-            "the decoder is not pythae's own, so the range of its images is not known; say it with --input-range unit, "
-            "for [0, 1], or --input-range signed, for [-1, 1]"
+            "the decoder is not pythae's own, so the range of its images is not known; say it with "
+            f"{FLAGS['input_range']} unit, for [0, 1], or {FLAGS['input_range']} signed, for [-1, 1]"
         )
     return options.input_range == "signed"
 

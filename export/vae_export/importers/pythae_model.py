@@ -16,9 +16,9 @@ from vae_runtime.errors import CheckpointError, ExportError, MissingExtraError
 
 from ..graphs import DecoderGraph, EncoderGraph
 from ..imported import Imported
+from ..reason import reason
 from ..verify import Reference
 from .pythae_folder import CONFIG, class_name
-from .trial import reason
 from .weights import assign, read_pickled
 
 WEIGHTS, STATE = "model.pt", "model_state_dict"

@@ -16,7 +16,7 @@ import torch
 
 from vae_runtime.errors import CheckpointError, ExportError
 
-from .trial import reason
+from ..reason import reason
 
 MAX_NAME = 500  # of a record; torch's reader lists longer ones cut off
 OPERATORS = ("save", "from_file")  # of aten; no other of its operators, nor of prim's, reaches files

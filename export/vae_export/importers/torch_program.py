@@ -9,8 +9,9 @@ import zipfile
 from pathlib import Path
 
 from ..imported import Imported, ImportOptions
+from .options import check_options, require_shape
 from .pair import default_name, find_pair, has_pair
-from .trial import check_options, require_shape, try_out
+from .trial import try_out
 
 KIND = "program"
 SCRIPT, EXPORTED = "TorchScript", "torch.export"

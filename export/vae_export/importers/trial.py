@@ -15,62 +15,21 @@ from vae_runtime.errors import ExportError, InputError
 from vae_runtime.manifest import LOGVAR, MEAN
 from vae_runtime.preprocess import Float32
 
-from ..imported import INPUT_RANGES, Halves, ImportOptions
+from ..halves import Halves
+from ..imported import ImportOptions
+from ..reason import reason
+from .options import FLAGS, wrong_option
 
 SIDE = 64  # of the images that a network of free sizes is tried with
 MIXING_TOLERANCE = 1e-3  # relative to max|outputs|: what the engine's kernels make of another batch size stays below
-KINDS = ("vae", "autoencoder")
 
 
 class Sizes(NamedTuple):
-    """What `Imported` has under these names, and latent_shape, H and W None where free."""
+    """What `Imported` has under these names."""
 
     input_shape: tuple[int | None, ...]
     multiple_of: int
     default_size: tuple[int, int] | None
-    latent_shape: tuple[int | None, ...]
-
-
-def check_options(options: ImportOptions, factory: bool = False, pickles: bool = False) -> None:
-    """Raise `InputError` for an option with an impossible value, or one that only a factory takes."""
-    if options.weights is not None and not factory:
-        raise InputError("--weights is for a factory; this source has its weights in it")
-    if options.trust_pickle and not pickles:
-        raise InputError("--trust-pickle is of no use here: nothing in this source is unpickled")
-    for name, value, allowed in (
-        ("--kind", options.kind, KINDS), ("--input-range", options.input_range, INPUT_RANGES),
-    ):  # fmt: skip
-        if value is not None and value not in allowed:
-            raise InputError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
-    if options.latent_scale is not None and not 0 < options.latent_scale < np.inf:
-        raise InputError(f"--latent-scale is {options.latent_scale!r}; expected a finite number above 0")
-    if options.latent_shift is not None and not np.isfinite(options.latent_shift):
-        raise InputError(f"--latent-shift is {options.latent_shift!r}; expected a finite number")
-    if options.multiple_of is not None and options.multiple_of < 1:
-        raise InputError(f"--multiple-of is {options.multiple_of}; expected 1 or more")
-
-
-def require_shape(shape: tuple[int | None, ...] | None, options: ImportOptions) -> tuple[int | None, ...]:
-    """The shape of inputs, checked together with the options that go with it; None: nobody said it.
-
-    Raises:
-        InputError: an option is missing or contradicts the shape.
-    """
-    if shape is None:
-        raise InputError("the source does not say what its inputs are; pass --input, such as 3x64x64")
-    free = shape[1:] == (None, None)
-    sizes = (shape[0],) if free else shape
-    if len(shape) not in (1, 3) or not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise InputError(f"--input is {shape}; expected (C, H, W), (C, None, None) for free sizes, or (D,)")
-    if len(shape) == 3 and options.input_range is None:
-        raise InputError(
-            "the source does not say whether its images lie in [0, 1] or [-1, 1]; pass --input-range unit or signed"
-        )
-    if len(shape) == 1 and options.input_range is not None:
-        raise InputError(f"--input-range is {options.input_range!r}, but the inputs are vectors, which have no range")
-    if not free and options.multiple_of not in (None, 1):
-        raise InputError(f"--multiple-of is {options.multiple_of}, but the inputs {shape} have no free size")
-    return shape
 
 
 def noise(shape: tuple[int | None, ...], rows: int, multiple_of: int | None, seed: int = 0) -> Float32:
@@ -101,14 +60,14 @@ def try_out(halves: Halves, shape: tuple[int | None, ...], options: ImportOption
     if None not in shape:
         _check_halves(halves, x, mean.shape[1:])
         check_range(halves, x, options)
-        return Sizes(shape, 1, None, mean.shape[1:])
+        return Sizes(shape, 1, None)
     factor = _factor(x, mean, options)
     side = x.shape[2] // factor
     for size in ((side, side), (side + 1, max(side - 1, 1))):
         x = noise((shape[0], size[0] * factor, size[1] * factor), 3, None)
         _check_halves(halves, x, (mean.shape[1], *size))
     check_range(halves, x, options)
-    return Sizes(shape, factor, (side * factor, side * factor), (mean.shape[1], None, None))
+    return Sizes(shape, factor, (side * factor, side * factor))
 
 
 def require_batch(shape: tuple[int, ...], rows: int) -> None:
@@ -127,9 +86,8 @@ def check_range(halves: Halves, x: Float32, options: ImportOptions) -> None:
     latents = _encode(halves, x)[MEAN]
     wild = np.random.default_rng(0).standard_normal(latents.shape, dtype=np.float32)
     if all(float(_decode(halves, wild * np.float32(size)).min()) >= 0.5 for size in (1, 30)):
-        raise InputError(
-            "--input-range is 'signed', but the decoder gives no value below 0, as one for images in [0, 1]"
-        )
+        rule = ", but the decoder gives no value below 0, as one for images in [0, 1]"
+        raise wrong_option(options, "input_range", rule)
 
 
 def _factor(x: Float32, mean: Float32, options: ImportOptions) -> int:
@@ -138,11 +96,11 @@ def _factor(x: Float32, mean: Float32, options: ImportOptions) -> int:
     if mean.ndim != 4 or mean.shape[2] != mean.shape[3] or side % mean.shape[2]:
         raise ExportError(
             f"the encoder returns shape {mean.shape} for inputs of shape {x.shape}; with free sizes a latent is"
-            " (C, H/f, W/f) for one whole f: fix the size, such as --input 3x64x64"
+            f" (C, H/f, W/f) for one whole f: fix the size, such as {FLAGS['input_shape']} 3x64x64"
         )
     factor = side // mean.shape[2]
     if options.multiple_of not in (None, factor):
-        raise InputError(f"--multiple-of is {options.multiple_of}, but latents are {factor} times smaller than images")
+        raise wrong_option(options, "multiple_of", f", but latents are {factor} times smaller than images")
     return factor
 
 
@@ -207,12 +165,3 @@ def run(half: Callable[[Any], Any], inputs: Any, name: str) -> Any:
         raise ExportError(
             f"the {name} does not run on a batch of shape {tuple(inputs.shape)}: {reason(error)}"
         ) from error
-
-
-def reason(error: BaseException) -> str:
-    """An error of a library in one line; TorchScript has the cause in the last one."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    text = lines[-1] if "TorchScript interpreter" in lines[0] else lines[0]
-    return text if text.startswith(type(error).__name__) else f"{type(error).__name__}: {text}"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vae_runtime.errors import CheckpointError, MissingExtraError
 
-from .trial import reason
+from ..reason import reason
 
 SHOWN = 3  # names in an error
 

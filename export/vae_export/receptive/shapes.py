@@ -37,7 +37,7 @@ def constant_values(array: NDArray[Any]) -> Values | None:
     return [Fraction(number) for number in array.reshape(-1).tolist()]
 
 
-def evaluate(node: onnx.NodeProto, given: dict[str, Any], inputs: Sequence[Values | None]) -> Values | None:
+def evaluate(node: onnx.NodeProto, inputs: Sequence[Values | None]) -> Values | None:
     """What a node gives whose inputs are values; None for operators that are not followed."""
     if any(values is None for values in inputs):
         return None

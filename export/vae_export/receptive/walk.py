@@ -95,7 +95,7 @@ class Walk:
             return
         if node.op_type == "Shape" and data and isinstance(data[0], Grid):
             self._values[node.output[0]] = sliced([_dimension(axis) for axis in data[0].axes], given)
-        elif not data and (values := evaluate(node, given, [self._value(name) for name in node.input])) is not None:
+        elif not data and (values := evaluate(node, [self._value(name) for name in node.input])) is not None:
             self._values[node.output[0]] = values
         else:
             self._visit_data(node, given, data)

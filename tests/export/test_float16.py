@@ -11,9 +11,9 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import nn
 
+from vae_export.float16 import Float16Graph, to_float16
 from vae_export.graphs import EncoderGraph, encoder_to_onnx
-from vae_export.half import HalfGraph, to_half
-from vae_runtime.devices import Device
+from vae_runtime.devices import CPU, Device
 from vae_runtime.session import GraphSession
 
 X = np.random.default_rng(0).uniform(0.5, 1, (24, 3, 8, 8)).astype(np.float32)
@@ -25,7 +25,7 @@ def to_graph(*layers: nn.Module) -> bytes:
 
 def run(graph: bytes | None, x: np.ndarray = X) -> np.ndarray:
     assert graph is not None
-    session = GraphSession(graph, "graph", Device("cpu", "CPUExecutionProvider"), threads=1)
+    session = GraphSession(graph, "graph", Device("cpu", CPU), threads=1)
     return session._session.run(["mean"], {"x": x})[0]
 
 
@@ -50,40 +50,40 @@ def plain_graph() -> bytes:
 
 
 @pytest.fixture(scope="module")
-def half(plain_graph: bytes) -> HalfGraph:
-    return to_half(plain_graph, X)
+def converted(plain_graph: bytes) -> Float16Graph:
+    return to_float16(plain_graph, X)
 
 
-def test_the_boundary_is_float32_and_the_inside_float16(plain_graph: bytes, half: HalfGraph) -> None:
-    assert half.graph is not None
-    model = onnx.load_from_string(half.graph)
+def test_the_boundary_is_float32_and_the_inside_float16(plain_graph: bytes, converted: Float16Graph) -> None:
+    assert converted.graph is not None
+    model = onnx.load_from_string(converted.graph)
     before = onnx.load_from_string(plain_graph).graph
     assert [(end.name, end.type) for end in model.graph.input] == [(end.name, end.type) for end in before.input]
     assert [(end.name, end.type) for end in model.graph.output] == [(end.name, end.type) for end in before.output]
     weights = [tensor for tensor in model.graph.initializer if tensor.name.endswith("weight")]
     assert {tensor.data_type for tensor in weights} == {TensorProto.FLOAT16}
-    assert half.kept == []
+    assert converted.kept == []
     assert {entry.domain: entry.version for entry in model.opset_import} == {"": 20}
     onnx.checker.check_model(model, full_check=True)
 
 
-def test_the_image_is_made_in_float32(half: HalfGraph) -> None:
-    model = onnx.shape_inference.infer_shapes(onnx.load_from_string(half.graph or b""))
+def test_the_image_is_made_in_float32(converted: Float16Graph) -> None:
+    model = onnx.shape_inference.infer_shapes(onnx.load_from_string(converted.graph or b""))
     types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
     (sigmoid,) = (node for node in model.graph.node if node.op_type == "Sigmoid")
     assert types[sigmoid.input[0]] == TensorProto.FLOAT
     assert sigmoid.output[0] == "mean"
 
 
-def test_it_agrees_with_fp32_and_with_its_twin(plain_graph: bytes, half: HalfGraph) -> None:
+def test_it_agrees_with_fp32_and_with_its_twin(plain_graph: bytes, converted: Float16Graph) -> None:
     expected = run(plain_graph)
-    assert 0 < np.abs(run(half.graph) - expected).max() < 2e-3
-    assert 0 < np.abs(run(half.twin) - expected).max() < 2e-3
+    assert 0 < np.abs(run(converted.graph) - expected).max() < 2e-3
+    assert 0 < np.abs(run(converted.twin) - expected).max() < 2e-3
 
 
 def test_nodes_that_would_overflow_stay_in_fp32() -> None:
     graph = to_graph(*scaled(make_layers(), 1e6, 2, 4))
-    result = to_half(graph, X)
+    result = to_float16(graph, X)
     kept = [node.op_type for node in onnx.load_from_string(graph).graph.node if node.name in result.kept]
     assert Counter(kept) == {"Conv": 2, "Relu": 1}  # the one that writes, the one that reads, and what is between
     expected = run(graph)
@@ -93,7 +93,7 @@ def test_nodes_that_would_overflow_stay_in_fp32() -> None:
 def test_the_twin_overflows_where_a_device_would_and_the_cpu_does_not() -> None:
     x = X * 100  # real inputs far beyond those that were calibrated on
     graph = to_graph(*scaled(make_layers(), 1e4, 2, 4))
-    result = to_half(graph, X / 1e4)
+    result = to_float16(graph, X / 1e4)
     assert result.kept == []
     assert np.isfinite(run(result.graph, x)).all()  # onnxruntime computes it in float32
     assert not np.isfinite(run(result.twin, x)).all()
@@ -106,12 +106,12 @@ def test_weights_that_float16_does_not_hold_stay_in_fp32(plain_graph: bytes, wei
     model = onnx.load_from_string(plain_graph)
     first = next(tensor for tensor in model.graph.initializer if tensor.name == "encoder.0.weight")
     first.CopyFrom(numpy_helper.from_array(np.full_like(numpy_helper.to_array(first), weight), first.name))
-    names = to_half(model.SerializeToString(), X * 0).kept
+    names = to_float16(model.SerializeToString(), X * 0).kept
     assert [node.op_type for node in model.graph.node if node.name in names] == ["Conv"] * kept
 
 
 def test_where_nothing_can_be_in_float16_there_is_no_graph() -> None:
-    result = to_half(to_graph(nn.Conv2d(3, 2, 3)), X * 1e6)
+    result = to_float16(to_graph(nn.Conv2d(3, 2, 3)), X * 1e6)
     assert (result.graph, result.twin) == (None, None)
     assert len(result.kept) == 1
 
@@ -129,7 +129,7 @@ def test_values_between_two_nodes_in_fp32_never_pass_through_float16() -> None:
     torch.manual_seed(0)
     fork, after = Fork(), nn.Conv2d(4, 2, 1)
     graph = to_graph(fork, nn.ReLU(), after)
-    result = to_half(graph, X)
+    result = to_float16(graph, X)
     assert result.graph is not None
     expected = run(graph)
     assert np.abs(run(result.twin) - expected).max() < 2e-3 * np.abs(expected).max()
@@ -137,15 +137,15 @@ def test_values_between_two_nodes_in_fp32_never_pass_through_float16() -> None:
     assert len({name for node in model.graph.node for name in node.output}) == sum(
         len(node.output) for node in model.graph.node
     )
-    halves = [t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT16]
+    narrow = [t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT16]
     assert any(
-        np.array_equal(numpy_helper.to_array(t), after.weight.detach().numpy().astype(np.float16)) for t in halves
+        np.array_equal(numpy_helper.to_array(t), after.weight.detach().numpy().astype(np.float16)) for t in narrow
     )
 
 
 def test_a_float16_value_that_two_nodes_in_fp32_read_is_cast_once() -> None:
     torch.manual_seed(0)
     graph = to_graph(nn.Conv2d(3, 2, 3), nn.SiLU())  # a sigmoid and a product, both after the last layer
-    result = to_half(graph, X)
+    result = to_float16(graph, X)
     onnx.checker.check_model(onnx.load_from_string(result.graph or b""), full_check=True)
     assert np.abs(run(result.graph) - run(graph)).max() < 2e-3

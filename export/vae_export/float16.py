@@ -18,17 +18,17 @@ from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_floa
 
 from vae_runtime.preprocess import Float32
 
-from .calibrate import activation_ranges
+from .activation_ranges import activation_ranges
 from .graphs import plain, with_node_names
 
-MAX_HALF = float(np.finfo(np.float16).max)
+MAX_FLOAT16 = float(np.finfo(np.float16).max)
 MARGIN = 4.0  # by which activations may exceed those of the calibration examples
 LOST_WEIGHT = 1e-2  # of a weight's norm; more is lost only where values lie below float16's smallest
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 FLOAT_OPERATORS = (*DEFAULT_OP_BLOCK_LIST, "Softmax", "Exp", "Pow", "ReduceSum", "ReduceMean", "ReduceL2")
 
 
-class HalfGraph(NamedTuple):
+class Float16Graph(NamedTuple):
     """One half in fp16.
 
     graph: what ships. twin: what is measured in its place. Both are None where no layer can be in float16.
@@ -40,21 +40,21 @@ class HalfGraph(NamedTuple):
     kept: list[str]
 
 
-def to_half(graph: bytes, x: Float32) -> HalfGraph:
+def to_float16(graph: bytes, x: Float32) -> Float16Graph:
     """One half in fp16, with its activations over the inputs `x` measured."""
     model = with_node_names(onnx.shape_inference.infer_shapes(onnx.load_from_string(graph)))
     kept = _unsafe(model, x)
     blocked = {*kept, *_tail(model.graph)}
     if not any(node.op_type in WEIGHTED and node.name not in blocked for node in model.graph.node):
-        return HalfGraph(None, None, kept)
+        return Float16Graph(None, None, kept)
     converted = _convert(model, blocked)
-    return HalfGraph(converted, _twin(converted), kept)
+    return Float16Graph(converted, _twin(converted), kept)
 
 
 def _unsafe(model: onnx.ModelProto, x: Float32) -> list[str]:
     """Nodes that read or write values near float16's limit, or whose weights float16 does not hold."""
     ranges = activation_ranges(model, x)
-    wide = {name for name in ranges.keys() if _largest(ranges[name]) * MARGIN > MAX_HALF}  # noqa: SIM118
+    wide = {name for name in ranges.keys() if _largest(ranges[name]) * MARGIN > MAX_FLOAT16}  # noqa: SIM118
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     wide |= {name for name, value in constants.items() if value.dtype == np.float32 and not _fits(value)}
     return [node.name for node in model.graph.node if not wide.isdisjoint((*node.input, *node.output))]
@@ -126,21 +126,21 @@ def _twin(converted: bytes) -> bytes:
     """The same computation in float32, in which whatever was float16 is rounded to it."""
     model = onnx.shape_inference.infer_shapes(onnx.load_from_string(converted), strict_mode=True)
     graph = model.graph
-    half = {value.name for value in graph.value_info if value.type.tensor_type.elem_type == TensorProto.FLOAT16}
+    narrow = {value.name for value in graph.value_info if value.type.tensor_type.elem_type == TensorProto.FLOAT16}
     for tensor in graph.initializer:
         if tensor.data_type == TensorProto.FLOAT16:
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
     nodes = []
     for node in graph.node:
-        rounded = [name for name in node.output if name in half]
-        node.output[:] = [f"{name}_unrounded" if name in half else name for name in node.output]
+        rounded = [name for name in node.output if name in narrow]
+        node.output[:] = [f"{name}_unrounded" if name in narrow else name for name in node.output]
         for attribute in node.attribute:
             if node.op_type == "Cast" and attribute.i == TensorProto.FLOAT16:
                 attribute.i = TensorProto.FLOAT
         nodes.append(node)
         for name in rounded:
-            nodes.append(helper.make_node("Cast", [f"{name}_unrounded"], [f"{name}_half"], to=TensorProto.FLOAT16))
-            nodes.append(helper.make_node("Cast", [f"{name}_half"], [name], to=TensorProto.FLOAT))
+            nodes.append(helper.make_node("Cast", [f"{name}_unrounded"], [f"{name}_float16"], to=TensorProto.FLOAT16))
+            nodes.append(helper.make_node("Cast", [f"{name}_float16"], [name], to=TensorProto.FLOAT))
     del graph.node[:]
     graph.node.extend(nodes)
     data: bytes = plain(model).SerializeToString(deterministic=True)

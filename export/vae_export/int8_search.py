@@ -6,13 +6,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from .calibrate import METHODS
+from .activation_ranges import METHODS
+from .halves import HALF_NAMES
 from .judge import Judge, Pair
 from .quality import Budget, Measurement
 from .quantize import QuantizableGraph
 
 ENOUGH = 0.5  # of the budget: a way of calibration that uses no more is taken without trying the next
-HALVES = ("encoder", "decoder")
 Layer = tuple[int, str]  # which half, and the node's name
 
 
@@ -89,12 +89,12 @@ class LayerSearch:
     def _measured(self, kept: Collection[Layer]) -> tuple[Candidate, Measurement]:
         graphs = self._build([layer for layer in self._layers if layer not in kept])
         notes = {
-            "calibration": dict(zip(HALVES, self._methods, strict=True)),
+            "calibration": dict(zip(HALF_NAMES, self._methods, strict=True)),
             "calibration_examples": self._halves[0].examples,
             "kept_fp32": {
                 name: [node for node in self._halves[half].nodes if (half, node) in kept]
-                for half, name in enumerate(HALVES)
+                for half, name in enumerate(HALF_NAMES)
             },
-            "layers": {name: len(self._halves[half].nodes) for half, name in enumerate(HALVES)},
+            "layers": {name: len(self._halves[half].nodes) for half, name in enumerate(HALF_NAMES)},
         }
         return Candidate(graphs, graphs, notes), self._final.measure(graphs)

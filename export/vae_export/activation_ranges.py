@@ -18,10 +18,10 @@ from vae_runtime.posterior import Posterior
 from vae_runtime.preprocess import Float32
 from vae_runtime.sampling import NormalStream
 
-from .imported import Halves
+from .halves import Halves
 
-# By name, as the manifest has them; tried in this order. onnxruntime's entropy has nothing to choose from at its
-# default of 128 bins, and its time grows with their square.
+# Ways of calibration by their names in the manifest, tried in this order. onnxruntime's entropy has nothing to choose
+# from at its default of 128 bins, and its time grows with their square.
 METHODS: dict[str, tuple[CalibrationMethod, dict[str, Any]]] = {
     "minmax": (CalibrationMethod.MinMax, {}),
     "percentile 99.99": (CalibrationMethod.Percentile, {"percentile": 99.99, "symmetric": False}),
@@ -34,8 +34,8 @@ HISTOGRAM_VALUES = 2**28  # activations counted into histograms, half a minute's
 DRAW_SEED = 1
 
 
-def calibration_inputs(reference: Halves, x: Float32) -> dict[str, Float32]:
-    """What the halves are calibrated on, by tensor: `x` itself, and all that a decoder is given in use.
+def activation_inputs(reference: Halves, x: Float32) -> dict[str, Float32]:
+    """What the halves' activations are measured on, by tensor: `x` itself, and all that a decoder is given in use.
 
     Those are the modes of the posteriors, draws from them, and draws from the prior; a plain autoencoder's codes.
     """

@@ -11,27 +11,24 @@ from vae_runtime.errors import InputError
 from vae_runtime.manifest import PRECISIONS, Precision
 from vae_runtime.preprocess import Float32
 
-from .quality import Budget
+from .quality import Budget, FewExamplesWarning
 
 FEW_EXAMPLES = 32
-
-
-class FewExamplesWarning(UserWarning):
-    """There are so few examples that on others a precision's quality may be another, and a fitted prior not fit."""
 
 
 @dataclass(frozen=True)
 class Wanted:
     """What is asked for.
 
-    names: precisions beside fp32. keep: write what misses the budget too, marked. calibration, held_out: examples as
-        the encoder takes them; the latter measure, and by that decide how many layers of int8 stay in fp32.
+    names: precisions beside fp32. keep: write what misses the budget too, marked. activation_examples, held_out: as the
+        encoder takes them; the former tell the ranges of activations, the latter measure, and by that decide how many
+        layers of int8 stay in fp32.
     """
 
     names: tuple[str, ...]
     budget: Budget
     keep: bool
-    calibration: Float32
+    activation_examples: Float32
     held_out: Float32
 
 
@@ -65,17 +62,17 @@ def check_wanted(
     names = tuple(name for name in PRECISIONS if name in precisions and name != "fp32")
     if not names:
         return Wanted((), budget, keep, x, x)
-    calibration, held_out = parts or (x[::2], x[1::2])
-    fewest = min(len(calibration), len(held_out))
+    activation_examples, held_out = parts or (x[::2], x[1::2])
+    fewest = min(len(activation_examples), len(held_out))
     if not fewest:
         raise InputError(
             f"examples has {len(x)} row(s); a precision beside fp32 is calibrated on one and measured on one"
         )
     if fewest < FEW_EXAMPLES:
         warnings.warn(
-            f"{names[0]} is calibrated on {len(calibration)} and measured on {len(held_out)} examples;"
+            f"{names[0]} is calibrated on {len(activation_examples)} and measured on {len(held_out)} examples;"
             f" with fewer than {FEW_EXAMPLES} of each its quality on others is a guess",
             FewExamplesWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-    return Wanted(names, budget, keep, calibration, held_out)
+    return Wanted(names, budget, keep, activation_examples, held_out)

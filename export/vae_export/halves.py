@@ -1,0 +1,42 @@
+"""The encoder and the decoder of any model, as the export takes them."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from vae_runtime.preprocess import Float32
+
+HALF_NAMES = ("encoder", "decoder")  # in this order everywhere
+
+
+def graph_file(half: str, precision: str = "fp32") -> str:
+    """The name in a bundle of one half's graph: encoder.onnx, encoder.int8.onnx."""
+    return f"{half}.onnx" if precision == "fp32" else f"{half}.{precision}.onnx"
+
+
+class Halves(Protocol):
+    """Runs both halves where they come from, and makes their ONNX graphs. Everything is in the bundle's units.
+
+    kind: "vae" or "autoencoder". against: what computes the reference, for the manifest: "pytorch", "onnxruntime", ...
+    """
+
+    kind: str
+    against: str
+
+    def encode(self, x: Float32) -> dict[str, Float32]:
+        """x (N, *input_shape) -> {"mean", "logvar"}, each (N, *latent_shape); of an autoencoder {"mean"}, its code."""
+        ...
+
+    def decode(self, z: Float32) -> Float32:
+        """z (N, *latent_shape) -> reconstruction (N, *input_shape), for images in [0, 1]."""
+        ...
+
+    def to_onnx(self, x: Float32, z: Float32, free: bool) -> tuple[bytes, bytes]:
+        """The encoder's and the decoder's ONNX file under the contract of a bundle.
+
+        x, z: batches of two or more rows, which show shapes. free: height and width are dynamic, not those of `x`.
+
+        Raises:
+            ExportError: it cannot be exported, or the result breaks the contract.
+        """
+        ...

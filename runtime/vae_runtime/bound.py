@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .engine import import_engine, is_engine_error
-from .preprocess import Float32, ValueRule
+from .preprocess import PIXEL, Float32, UInt8, ValueRule, copy_pixels
 
 if TYPE_CHECKING:
     from .session import GraphSession
@@ -31,6 +31,20 @@ def _bind(session: GraphSession, values: dict[str, Any]) -> tuple[Any, Callable[
     return binding, session.bound_run(binding)
 
 
+def taker(target: Float32, rule: ValueRule) -> Callable[[Float32 | UInt8], bool]:
+    """Copies float32 or pixels into memory of the same shape, and tells whether the rule holds for the values."""
+    checked, holds = rule.view(target), rule.holds
+
+    def take(array: Float32 | UInt8) -> bool:
+        if array.dtype is PIXEL:
+            copy_pixels(target, array)
+            return True
+        target[...] = array
+        return holds(checked)
+
+    return take
+
+
 class Owner:
     """Whose a session is: of the process that made it and, where its memory is for one thread alone, of that one."""
 
@@ -50,19 +64,18 @@ class BoundCall:
     def __init__(self, session: GraphSession, shapes: dict[str, tuple[int, ...]], rule: ValueRule) -> None:
         value = import_engine().OrtValue.ortvalue_from_numpy  # shares the array's memory
         arrays: dict[str, Float32] = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
-        self._input, *self._outputs = arrays.values()
-        self._checked, self._holds = rule.view(self._input), rule.holds
+        given, *self._outputs = arrays.values()
+        self._take = taker(given, rule)
         self._owner = session.owner
         self._binding, self._run = _bind(session, {name: value(array) for name, array in arrays.items()})
 
     def __call__(self, array: Float32) -> list[Float32] | None:
-        """The outputs for an array of the input's shape, which belong to the caller.
+        """The outputs for an array of the input's shape, float32 or pixels, which belong to the caller.
 
         None where the rule does not hold for its values, or the engine fails: `GraphSession.run` then says what is
         wrong.
         """
-        self._input[...] = array
-        if not self._holds(self._checked) or self._owner.is_of_parent:
+        if not self._take(array) or self._owner.is_of_parent:
             return None
         try:
             self._run()
@@ -86,8 +99,7 @@ class BoundPair:
         value = import_engine().OrtValue.ortvalue_from_numpy
         encoder, decoder = sessions
         self._owner, self._sessions = encoder.owner, sessions
-        self._input = arrays[encoder.names[0]]
-        self._checked, self._holds = rule.view(self._input), rule.holds
+        self._take = taker(arrays[encoder.names[0]], rule)
         values = {name: value(array) for name, array in arrays.items()}
         source, result = decoder.names
         _, self._encode = encoding = _bind(encoder, {name: values[name] for name in encoder.names})
@@ -95,10 +107,9 @@ class BoundPair:
         self._alive = encoding, decoding
 
     def __call__(self, array: Float32) -> bool:
-        """Fill the memory with what an array of the input's shape gives. False where the rule does not hold for its
-        values, or the engine fails: `GraphSession.run` then says what is wrong."""
-        self._input[...] = array
-        if not self._holds(self._checked) or self._owner.is_of_parent:
+        """Fill the memory with what an array of the input's shape gives, float32 or pixels. False where the rule does
+        not hold for its values, or the engine fails: `GraphSession.run` then says what is wrong."""
+        if not self._take(array) or self._owner.is_of_parent:
             return False
         try:
             self._encode()

@@ -14,7 +14,7 @@ from .cuda import context_of
 from .device_array import await_others
 from .engine import first_line, import_engine, is_engine_error, suppress_engine_errors
 from .errors import DeviceError, VAEError
-from .preprocess import Float32, ValueRule
+from .preprocess import PIXEL, Float32, UInt8, ValueRule, copy_pixels, from_pixels
 
 if TYPE_CHECKING:
     from .cuda_graph import LaunchGraph, MovableCopy
@@ -91,15 +91,15 @@ class DeviceCall:
         """Take arrays whose values nobody has looked at."""
         self._rule = rule
 
-    def __call__(self, array: Float32) -> list[Float32] | None:
+    def __call__(self, array: Float32 | UInt8) -> list[Float32] | None:
         """As `BoundCall`; None also in a thread that the session does not serve, and within another call of this."""
         if not self.may_run() or self._rule is None:
             return None
-        array = np.ascontiguousarray(array)
-        if not self._rule.holds(self._rule.view(array)):
+        values: Float32 = from_pixels(array) if array.dtype is PIXEL else np.ascontiguousarray(array)
+        if not self._rule.holds(self._rule.view(values)):
             return None
         with suppress_engine_errors:
-            return self.run(array)
+            return self.run(values)
         return None
 
     def run(self, array: Float32) -> list[Float32]:
@@ -158,7 +158,7 @@ class StagedCall(DeviceCall):
         super().hold_to(rule)
         self._is_good = partial(rule.holds, rule.view(self._given))
 
-    def __call__(self, array: Float32) -> list[Float32] | None:
+    def __call__(self, array: Float32 | UInt8) -> list[Float32] | None:
         """As `DeviceCall`."""
         if not self.may_run() or self._rule is None:
             return None
@@ -191,14 +191,15 @@ class StagedCall(DeviceCall):
         """As `DeviceCall`; nor while a graph is captured on the stream, which all calls of this thread share."""
         return not self._stream.is_capturing and super().may_run()
 
-    def _put(self, array: Float32) -> None:
+    def _put(self, array: Float32 | UInt8) -> None:
         """Into pinned memory; a large one is sent as well."""
+        copy = copy_pixels if array.dtype is PIXEL else np.copyto
         if not self._pieces:
-            self._given[...] = array
+            copy(self._given, array)
             return
         flat = np.ascontiguousarray(array).reshape(-1)
         for piece, send in self._pieces:
-            self._flat[piece] = flat[piece]
+            copy(self._flat[piece], flat[piece])
             send()
 
     def _begin(self) -> None:

@@ -13,7 +13,7 @@ from .device_array import DeviceArray, from_dlpack
 from .device_call import DeviceCall, StagedCall
 from .engine import suppress_engine_errors
 from .errors import InputError
-from .preprocess import Float32, ValueRule, fitting_memory, zeros
+from .preprocess import PIXEL, Float32, UInt8, ValueRule, fitting_memory, zeros
 from .sampling import check_count
 from .session import GraphSession
 
@@ -88,12 +88,19 @@ class Operation:
 
     boundary: of its graphs. check: whatever the caller passed -> what the graph takes, or an `InputError`. rule: the
         same for the values alone, fast, for arrays that were good in all else.
+    channels_first: uint8 arrays as the graph's input is laid out, or None; for graphs that take images.
     routes: by rising `from_batch`, the first from 1; by the examples of a whole call, not of a chunk.
     """
 
     def __init__(
-        self, boundary: Boundary, check: Callable[[Any], Float32], rule: ValueRule, routes: Sequence[Route]
+        self,
+        boundary: Boundary,
+        check: Callable[[Any], Float32],
+        rule: ValueRule,
+        routes: Sequence[Route],
+        channels_first: Callable[[UInt8], UInt8 | None] = lambda pixels: None,
     ) -> None:
+        self.channels_first = channels_first
         self.routes = tuple(routes)
         self._boundary = boundary
         self._check = check
@@ -104,23 +111,26 @@ class Operation:
     def __call__(self, array: Any, batch_size: int | None = None) -> list[Float32]:
         """-> the graph's outputs, which belong to the caller."""
         # No subclass: masks and the like are for the check.
-        if batch_size is None and type(array) is _ARRAY and array.dtype is _FLOAT32:
-            own = self._own.get(array.shape)
-            if own is not None and (results := own(array)) is not None:
+        given = array if type(array) is _ARRAY and batch_size is None else None
+        if given is not None and given.dtype is not _FLOAT32:
+            given = self.channels_first(given) if given.dtype is PIXEL else None
+        if given is not None:
+            own = self._own.get(given.shape)
+            if own is not None and (results := own(given)) is not None:
                 return results
-            free = self._free.get(array.shape)
+            free = self._free.get(given.shape)
             try:
                 call = free.pop() if free else None  # what is popped no other thread has
             except IndexError:  # another thread took the last one in between
                 call = None
             if call is not None and free is not None:
-                results = call(array)
+                results = call(given)
                 free.append(call)
                 if results is not None:
                     return results
         checked = self._check(array)
         results = self.run(checked, self.chunk_size(batch_size, checked.shape[1:]))
-        if batch_size is None and array.dtype is _FLOAT32:
+        if given is not None:
             self._prepare(checked.shape)
         return results
 

@@ -12,7 +12,7 @@ from .errors import DeviceError, InputError
 from .latents import to_decoder_input
 from .manifest import PRECISIONS, Manifest
 from .operation import Candidate, Operation, Route
-from .preprocess import FINITE, UNIT_INTERVAL, to_model_input
+from .preprocess import FINITE, UNIT_INTERVAL, channels_first, to_model_input
 from .session import GraphSession
 
 # By operation: from how many examples on which candidate runs.
@@ -119,6 +119,7 @@ def open_halves(
             lambda array: to_model_input(array, manifest.input, name),
             UNIT_INTERVAL if manifest.input.is_image else FINITE,
             open_routes("encode"),
+            lambda pixels: channels_first(pixels, manifest.input),
         ),
         Operation(
             boundaries["decode"],

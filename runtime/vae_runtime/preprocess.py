@@ -21,9 +21,8 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 UInt8 = NDArray[np.uint8]
 
-# k / 255 correctly rounded; a multiplication by 1/255 is not.
-_UNIT = (np.arange(256) / 255).astype(np.float32)
-
+PIXEL = np.dtype(np.uint8)
+_WHITE = np.float32(255)
 _ONE_BITS = int(np.float32(1).view(np.uint32))
 
 
@@ -64,7 +63,7 @@ def to_model_input(array: Any, spec: InputSpec, name: str = "images") -> Float32
     check_layout(array, spec, name)
     with fitting_memory(name, array.shape):
         if array.dtype == np.uint8:
-            return _from_uint8(array, spec)
+            return from_pixels(_channels_first(array, spec.shape[0]))
         array = as_graph_input(array)  # first: what does not fit need not be read either
     check_range(array, spec, name)
     return cast("Float32", array)
@@ -226,9 +225,34 @@ def binarize(images: Float32, mode: str, rng: np.random.Generator | None = None)
     raise InputError(f"binarize has mode {mode!r}; expected one of {', '.join(BINARIZE_MODES)}")
 
 
-def _from_uint8(array: UInt8, spec: InputSpec) -> Float32:
-    planar = array[:, None] if spec.shape[0] == 1 else array.transpose(0, 3, 1, 2)  # (N, C, H, W)
-    return _UNIT[np.ascontiguousarray(planar)]
+def channels_first(array: UInt8, spec: InputSpec) -> UInt8 | None:
+    """uint8 (N, H, W[, C]) -> a view of it as (N, C, H, W); None where it has not the channels of `spec`."""
+    channels = spec.shape[0] or 0
+    if (
+        not spec.is_image
+        or array.ndim != (3 if channels == 1 else 4)
+        or (array.ndim == 4 and array.shape[3] != channels)
+    ):
+        return None
+    return _channels_first(array, channels)
+
+
+def _channels_first(array: UInt8, channels: int | None) -> UInt8:
+    return array[:, None] if channels == 1 else array.transpose(0, 3, 1, 2)
+
+
+def copy_pixels(target: Float32, pixels: NDArray[Any]) -> None:
+    """uint8 [0, 255] -> float32 [0, 1] in an array of the same shape: k / 255, correctly rounded, which k · (1 / 255)
+    is not."""
+    np.copyto(target, pixels)
+    np.divide(target, _WHITE, out=target)
+
+
+def from_pixels(pixels: NDArray[Any]) -> Float32:
+    """uint8 [0, 255] -> float32 [0, 1], contiguous."""
+    target = np.empty(pixels.shape, np.float32)
+    copy_pixels(target, pixels)
+    return target
 
 
 def _byte_order(array: NDArray[Any]) -> str:

@@ -93,8 +93,10 @@ class Scoring:
         if type(inputs) is not np.ndarray or inputs.size > BOUND_VALUES:
             return None
         if inputs.dtype == np.uint8:
-            inputs = self._operations[0].check(inputs)
+            inputs = self._operations[0].channels_first(inputs)
         elif inputs.dtype != np.float32:
+            return None
+        if inputs is None:
             return None
         key = method, inputs.shape
         try:

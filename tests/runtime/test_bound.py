@@ -34,6 +34,27 @@ def test_it_is_really_taken(tiny_path: Path, images: np.ndarray, monkeypatch: py
     assert calls == [3, 3]
 
 
+@pytest.mark.parametrize("path", ["tiny_path", "rgb_path"])
+def test_pixels_take_it_too(path: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grey without an axis for the channel, colour with it as the last."""
+    with VAE.load(request.getfixturevalue(path), threads=1) as vae:
+        channels, *sides = vae.manifest.input.example_shape
+        shape = (3, *sides) if channels == 1 else (3, *sides, channels)
+        some, others = np.random.default_rng(0).integers(0, 256, (2, *shape), np.uint8)
+        found = [vae.encode(some), vae.score(some, method="reconstruction")]
+        monkeypatch.setattr(GraphSession, "run", lambda self, array: pytest.fail("went the slow way"))
+        found += [vae.encode(some), vae.encode(others), vae.encode(some[::-1])]
+        for pixels, posterior in zip((some, some, others, some[::-1]), (found[0], *found[2:]), strict=True):
+            planar = pixels[:, None] if channels == 1 else pixels.transpose(0, 3, 1, 2)
+            expected = vae.encode((planar / 255).astype(np.float32))
+            np.testing.assert_array_equal(posterior.mean, expected.mean)
+            np.testing.assert_array_equal(posterior.logvar, expected.logvar)
+        monkeypatch.undo()
+        for wrong in (some[:, :-1], some[..., None], some[0]):
+            with pytest.raises(InputError, match=r"has shape .*; expected \(N, .*\) uint8"):
+                vae.encode(wrong)
+
+
 def test_results_are_those_of_an_unbound_run_bit_for_bit(tiny: VAE, plain: VAE, images: np.ndarray) -> None:
     for size in (1, 2, 20, 1, 7, 2):
         found, expected = tiny.encode(images[:size]), plain.encode(images[:size])

@@ -470,6 +470,9 @@ def test_staged_calls_give_the_same(
         np.testing.assert_array_equal(logvar, expected.logvar)
         (image,) = decoder(expected.mean) or []
         np.testing.assert_array_equal(image, tiny.decode(expected.mean))
+        pixels = np.round(x[:, 0].transpose(0, 2, 1) * 255).astype(np.uint8).transpose(0, 2, 1)  # not contiguous
+        mean, _ = encoder(pixels[:, None]) or []
+        np.testing.assert_array_equal(mean, tiny.encode(pixels).mean)
 
 
 @only_in_pieces

@@ -6,8 +6,8 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from vae_runtime.arguments import check_threads
 from vae_runtime.errors import InputError
-from vae_runtime.session import check_threads
 
 OPERATIONS = ("encode", "sample", "decode", "reconstruct", "score")
 LARGEST_BATCH = 65536

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from vae_runtime.arguments import check_count
 from vae_runtime.codec import UINT8
 from vae_runtime.errors import BundleError, ExportError, InputError
 from vae_runtime.manifest import (
@@ -33,7 +34,6 @@ from vae_runtime.manifest import (
     Precision,
 )
 from vae_runtime.preprocess import Float32, require_plain_array, to_model_input
-from vae_runtime.sampling import check_count
 from vae_runtime.tiling import Progress
 from vae_runtime.version import __version__
 from vae_training.checkpoint import Checkpoint

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from .arguments import check_count
 from .errors import InputError
 from .manifest import INPUT, LATENT, LOGVAR, MEAN, RECONSTRUCTION, InputSpec, Shape
 from .preprocess import padded_size
-from .sampling import check_count
 
 
 class Boundary(NamedTuple):

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .arguments import check_count
 from .errors import KindError, NotInBundleError
 from .likelihood import comparable, sums_of_log_likelihoods, targets
 from .manifest import Likelihood, Manifest
 from .operation import Operation
 from .posterior import Posterior, Reconstruction
 from .preprocess import Float32, Float64, check_layout, image_size, require_plain_array
-from .sampling import NormalStream, check_count, check_seed
+from .sampling import NormalStream, check_seed
 from .tiling import Progress
 
 Operations = tuple[Operation, Operation]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from .arguments import check_choice, check_count
 from .errors import InputError
 from .preprocess import Float32, Float64
-from .sampling import check_count
 
 METHODS = ("linear", "spherical")
 
@@ -22,8 +22,7 @@ def interpolate_latents(start: Float32, end: Float32, steps: int, method: str = 
         InputError: fewer than 2 steps, or another method.
     """
     steps = check_count(steps, "steps", least=2)
-    if method not in METHODS:
-        raise InputError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
+    check_choice(method, "method", METHODS)
     a, b = start.astype(np.float64).ravel(), end.astype(np.float64).ravel()
     try:
         t = np.linspace(0.0, 1.0, steps)[:, None]

@@ -10,6 +10,7 @@ import click
 import numpy as np
 
 from . import sinks, sources
+from .arguments import check_count
 from .command_inputs import (
     Source,
     batches_with_progress,
@@ -39,7 +40,6 @@ from .latent_space import (
 from .latents import to_decoder_input
 from .manifest import Manifest
 from .preprocess import Float32, image_size, zeros
-from .sampling import check_count
 from .vae import VAE
 
 AXES = ("active", "pca")

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .arguments import check_count
 from .errors import InputError
 from .preprocess import Float32, Float64, fitting_memory, require_unmasked
-from .sampling import check_count
 
 Int64 = NDArray[np.int64]
 

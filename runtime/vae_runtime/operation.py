@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .arguments import check_count
 from .bound import BoundCall, BoundPair
 from .boundary import Boundary
 from .device_array import DeviceArray, from_dlpack
@@ -14,7 +15,6 @@ from .device_call import DeviceCall, StagedCall
 from .engine import suppress_engine_errors
 from .errors import InputError
 from .preprocess import PIXEL, Float32, UInt8, ValueRule, fitting_memory, zeros
-from .sampling import check_count
 from .session import GraphSession
 
 # At most this many values per input chunk unless the caller says otherwise: 64 images of 3×128×128, and about 50 times

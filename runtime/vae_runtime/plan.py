@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .arguments import check_choice
 from .boundary import decoder_boundary, encoder_boundary
 from .bundle import Bundle
 from .devices import PROVIDER_PRECISIONS, find_device
@@ -53,10 +54,7 @@ def _can_run(bundle: Bundle, candidate: Candidate) -> bool:
 
 def check_precision(asked: Any, manifest: Manifest) -> None:
     """Raise `InputError` for no name of a precision, `DeviceError` for one that the bundle lacks."""
-    if not isinstance(asked, str) or asked not in (*PRECISIONS, *PROVIDER_PRECISIONS, "auto"):
-        raise InputError(
-            f"precision is {asked!r}; expected one of {', '.join((*PRECISIONS, *PROVIDER_PRECISIONS, 'auto'))}"
-        )
+    check_choice(asked, "precision", (*PRECISIONS, *PROVIDER_PRECISIONS, "auto"))
     if asked in PRECISIONS and asked not in manifest.precisions:
         raise DeviceError(
             f"precision {asked!r} is not in {manifest.name}, which has {', '.join(sorted(manifest.precisions))}"

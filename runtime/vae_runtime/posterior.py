@@ -8,9 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .arguments import check_flag
 from .errors import KindError
 from .preprocess import Float32
-from .sampling import NormalStream, check_flag, check_temperature
+from .sampling import NormalStream, check_temperature
 
 
 @dataclass(frozen=True, eq=False, init=False)

@@ -94,20 +94,6 @@ def check_seed(seed: Any) -> int | None:
     return None if seed is None else int(seed)
 
 
-def check_count(value: Any, name: str, least: int = 1) -> int:
-    """A whole number from `least`."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise InputError(f"{name} is {value!r}; expected a whole number from {least}")
-    return int(value)
-
-
-def check_flag(value: Any, name: str) -> bool:
-    """True or False."""
-    if not isinstance(value, (bool, np.bool_)):
-        raise InputError(f"{name} is {value!r}; expected True or False")
-    return bool(value)
-
-
 def check_temperature(temperature: Any) -> np.float32:
     """The factor on the standard deviation: a finite number from 0, where 0 gives the mean itself."""
     if not _is_real(temperature) or not 0 <= temperature <= _LARGEST:

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from .arguments import check_choice
 from .bound_score import BoundScore
 from .calibration import SCORE_METHODS
-from .errors import InputError, NotInBundleError
+from .errors import NotInBundleError
 from .evidence import Block, Operations, blocks, log_likelihood, require_likelihood
 from .likelihood import comparable, negative_log_likelihoods, squared_norms, sums_of_log_likelihoods, targets
 from .manifest import Likelihood, Manifest
@@ -45,7 +46,7 @@ class Scoring:
         self, inputs: Any, method: str | None, n_samples: int, seed: int | None, batch_size: int | None
     ) -> Float64:
         """As `VAE.score`."""
-        method = self._default if method is None else _one_of(method, SCORE_METHODS)
+        method = self._default if method is None else check_choice(method, "method", SCORE_METHODS)
         if method == "log_likelihood":
             return -log_likelihood(self._manifest, self._operations, inputs, n_samples, seed, batch_size, shared=True)
         likelihood = require_likelihood(self._manifest, "score with method 'elbo'") if method == "elbo" else None
@@ -59,7 +60,7 @@ class Scoring:
 
     def score_map(self, inputs: Any, method: str, batch_size: int | None) -> Float32:
         """As `VAE.score_map`."""
-        method, manifest, maps = _one_of(method, _MAP_METHODS), self._manifest, None
+        method, manifest, maps = check_choice(method, "method", _MAP_METHODS), self._manifest, None
         likelihood = require_likelihood(manifest, "score_map with method 'elbo'") if method == "elbo" else None
         for block in blocks(manifest, self._operations[0], inputs, batch_size):
             _, decoded = self._reconstruct(block, len(inputs))
@@ -76,7 +77,7 @@ class Scoring:
 
     def threshold(self, quantile: float, method: str | None) -> float:
         """As `VAE.threshold`."""
-        method = self._default if method is None else _one_of(method, SCORE_METHODS)
+        method = self._default if method is None else check_choice(method, "method", SCORE_METHODS)
         calibration = self._manifest.calibration
         if calibration is None:
             raise NotInBundleError(
@@ -131,9 +132,3 @@ class Scoring:
             return np.asarray(squared_norms(means - x).astype(np.float64) / x.shape[1])
         x = comparable(self._manifest.input, targets(likelihood, block.x))
         return posterior.kl() - sums_of_log_likelihoods(likelihood, means[:, None], x)[:, 0]
-
-
-def _one_of(method: Any, allowed: tuple[str, ...]) -> str:
-    if not isinstance(method, str) or method not in allowed:
-        raise InputError(f"method is {method!r}; expected one of {', '.join(allowed)}")
-    return method

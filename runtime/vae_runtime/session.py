@@ -20,7 +20,7 @@ from .device_array import DeviceArray, await_others, copy_to_device
 from .device_call import CapturedCall, DeviceCall, ResidentCall, StagedCall
 from .devices import CPU, Device
 from .engine import first_line, import_engine, is_engine_error, suppress_engine_errors
-from .errors import BundleError, ClosedError, DeviceError, InputError, OutOfMemoryError, VAEError
+from .errors import BundleError, ClosedError, DeviceError, OutOfMemoryError, VAEError
 from .graph_rules import check_graph
 from .manifest import Shape
 from .plugins import OPENVINO
@@ -312,17 +312,6 @@ def _keep_inherited_sessions() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_keep_inherited_sessions)
-
-
-def check_threads(threads: Any) -> int | None:
-    """`threads` as onnxruntime takes it: a whole number from 1, or None for its own choice."""
-    if threads is None:
-        return None
-    if isinstance(threads, bool) or not isinstance(threads, (int, np.integer)) or not 1 <= threads <= 4096:
-        raise InputError(
-            f"threads is {threads!r}; expected a whole number from 1 to 4096, or None for onnxruntime's own choice"
-        )
-    return int(threads)
 
 
 def _open(

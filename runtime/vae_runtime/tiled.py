@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .arguments import check_count
 from .boundary import check_cut
 from .errors import ApproximateTilingWarning, InputError
 from .manifest import HalfTiling, Manifest
@@ -23,7 +24,6 @@ from .preprocess import (
     to_model_input,
     zeros,
 )
-from .sampling import check_count
 from .tiling import Progress, TilePlan, run_tiled
 
 

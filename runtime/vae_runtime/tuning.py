@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .arguments import check_threads
 from .cache import cache_folder, make_cache_folder
 from .cuda import driver_version, find_gpus
 from .devices import PROVIDER_PRECISIONS, check_device_name
@@ -24,7 +25,6 @@ from .engine import import_engine
 from .errors import OutputError
 from .manifest import PRECISIONS
 from .operation import Candidate
-from .session import check_threads
 
 FORMAT, FORMAT_VERSION = "vae-tuning", 1
 OPERATIONS = ("encode", "decode")

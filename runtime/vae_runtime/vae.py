@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from .arguments import check_count, check_flag, check_threads
 from .boundary import check_cut, check_sides
 from .bundle import Bundle
 from .device_array import DeviceArray
@@ -32,9 +33,7 @@ from .preprocess import (
     to_model_input,
     zeros,
 )
-from .sampling import check_count, check_flag
 from .selftest import SelfTest, run_routes
-from .session import check_threads
 
 if TYPE_CHECKING:
     from .prior import GaussianMixture

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from vae_runtime.arguments import check_threads
 from vae_runtime.errors import InputError
-from vae_runtime.session import check_threads
 
 from ..document import from_document, load_document, save_document
 from ..errors import ReportError

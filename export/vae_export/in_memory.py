@@ -24,11 +24,9 @@ def open_graph(graph: bytes, half: str, boundary: Boundary) -> GraphSession:
         ExportError: the graph does not load or has other tensors.
     """
     try:
-        session = GraphSession(graph, f"the {half}", Device("cpu", CPU), threads=1)
-        session.require_boundary(boundary)
+        return GraphSession(graph, f"the {half}", Device("cpu", CPU), boundary, threads=1)
     except (BundleError, DeviceError) as error:
         raise ExportError(str(error)) from error
-    return session
 
 
 def run_in_memory(manifest: Manifest, files: Mapping[str, bytes]) -> VAE:

@@ -95,17 +95,15 @@ def open_halves(
             if candidate not in sessions:
                 found = find_device(candidate.device, precision, provider_options)
                 # One graph's bytes in memory at a time, and each session made from bytes that were just checked.
-                session = GraphSession(
+                sessions[candidate] = GraphSession(
                     bundle.read(file),
                     file,
                     found,
+                    boundaries[operation],
                     candidate.threads,
                     candidate.spinning,
                     bundle=bundle.digest,
-                    any_size=manifest.input.is_free,
                 )
-                session.require_boundary(boundaries[operation])
-                sessions[candidate] = session
             if not routes or routes[-1].any_batch is not sessions[candidate]:
                 routes.append(Route(from_batch, sessions[candidate], precision))
         return routes

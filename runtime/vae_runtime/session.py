@@ -46,11 +46,11 @@ class GraphSession:
 
     Safe to share between threads; not usable in a process forked after it was made.
 
+    boundary: its tensors, as the manifest promises them; a graph with others is a `BundleError`.
     threads, spinning: of onnxruntime's own thread pool; None leaves each to onnxruntime. Other providers have their own
         pools: OpenVINO takes `threads` too, and none takes `spinning`.
     fixed: the only shape of input that it takes, and is made for, with the batch; None takes any.
     bundle: the digest of the bundle that the graph is from; by it a device keeps what it builds for the graph.
-    any_size: height and width are free, and so may be large.
     stream: of a GPU, on which the session has been told to work, see `StagedCall`. captures: see `CapturedCall`.
     """
 
@@ -59,11 +59,11 @@ class GraphSession:
         model: bytes,
         file: str,
         device: Device,
+        boundary: Boundary,
         threads: int | None = None,
         spinning: bool | None = None,
         fixed: tuple[int, ...] | None = None,
         bundle: str = "",
-        any_size: bool = False,
         stream: Stream | None = None,
         captures: bool = False,
     ) -> None:
@@ -78,6 +78,7 @@ class GraphSession:
         self._stream, self._captures, self._memory = stream, captures, device.memory
         self._context = context_of(device.memory)
         with self._context:
+            any_size = None in boundary.input_shape and fixed is None
             self._session = _open(model, file, device, threads, spinning, fixed, bundle, any_size)
         self.owner = Owner()
         # A CUDA graph reads and writes the addresses that it was captured with, whatever a later run is given; and
@@ -88,8 +89,16 @@ class GraphSession:
         self.trials: dict[str, float | str] = {}  # way -> its time relative to the plain one's, or why it was not taken
         self._of_thread = threading.local()  # what each thread has of this session
         _sessions.add(self)
+        self._boundary, self.names = boundary, [boundary.input, *boundary.outputs]
+        self._require_boundary(boundary)
+        if fixed is not None and device.is_gpu:
+            with self._naming_errors(fixed[0]):
+                if stream is None:
+                    self._only_call = DeviceCall(self, self._shapes(fixed))
+                else:
+                    self._only_call = (CapturedCall if captures else StagedCall)(self, self._shapes(fixed), stream)
 
-    def require_boundary(self, boundary: Boundary) -> None:
+    def _require_boundary(self, boundary: Boundary) -> None:
         """Raise `BundleError` unless the graph has exactly these tensors, float32, of these shapes after the batch."""
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         shape = self.fixed[1:] if self.fixed is not None else boundary.input_shape
@@ -106,17 +115,8 @@ class GraphSession:
                 raise BundleError(
                     f"{self.file} has the {side} {described}; the manifest promises float32 {expected} after the batch"
                 )
-        self._boundary = boundary
-        self.names = [boundary.input, *boundary.outputs]
         if self.fixed is None and isinstance(inputs[0].shape[0], int):
             raise BundleError(f"{self.file} has a fixed batch size; a bundle's graphs take any")
-        if self.fixed is not None and self.device.is_gpu:
-            all_shapes, stream = self._shapes(self.fixed), self._stream
-            with self._naming_errors(self.fixed[0]):
-                if stream is None:
-                    self._only_call = DeviceCall(self, all_shapes)
-                else:
-                    self._only_call = (CapturedCall if self._captures else StagedCall)(self, all_shapes, stream)
 
     @property
     def serves_this_thread(self) -> bool:
@@ -172,10 +172,8 @@ class GraphSession:
         captures: bool = False,
     ) -> GraphSession:
         """The same by one way: what `device` says, which is this session's but for options."""
-        session = GraphSession(
-            model, self.file, device, self.threads, self.spinning, shape, self.bundle, stream=stream, captures=captures
-        )
-        session.require_boundary(self._boundary)
+        settings = self.threads, self.spinning, shape, self.bundle
+        session = GraphSession(model, self.file, device, self._boundary, *settings, stream=stream, captures=captures)
         session.run(np.zeros(shape, np.float32))  # what cannot be captured fails here
         return session
 

@@ -55,8 +55,8 @@ class Ways:
         assert (stream is not None) == ("pinned" in way or captures)
         if isinstance(error := self.times.get(self.last()), Exception):
             raise error
-        session = GraphSession(self.model, "encoder.onnx", Device("cpu", CPU), fixed=shape, captures=captures)
-        session.require_boundary(self.session._boundary)
+        boundary = self.session._boundary
+        session = GraphSession(self.model, "encoder.onnx", Device("cpu", CPU), boundary, fixed=shape, captures=captures)
         session.device, session._stream = device, stream
         if self.last() in self.wrong:
             real = session.run
@@ -330,6 +330,8 @@ def test_sessions_share_it_unless_the_caller_has_a_say(
             super().add_session_config_entry(name, value)
 
     gpu = Device("cuda:0", CUDA, {"device_id": "0", "use_tf32": "0"})
+    with VAE.load(tiny_path) as vae:
+        boundary = vae._open_operations()[0].routes[0].any_batch._boundary
     monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
     monkeypatch.setattr("vae_runtime.session.context_of", lambda memory: contextlib.nullcontext())
     for device, fixed, expected in (
@@ -340,6 +342,6 @@ def test_sessions_share_it_unless_the_caller_has_a_say(
     ):
         taken: dict[str, str] = {}
         with contextlib.suppress(DeviceError), warnings.catch_warnings(action="ignore"):  # this build has no CUDA
-            GraphSession((tiny_path / "encoder.onnx").read_bytes(), "encoder.onnx", device, fixed=fixed)
+            GraphSession((tiny_path / "encoder.onnx").read_bytes(), "encoder.onnx", device, boundary, fixed=fixed)
         assert taken.get("session.use_env_allocators") == expected
         assert taken.get("session.use_device_allocator_for_initializers") == expected

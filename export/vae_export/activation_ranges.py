@@ -44,7 +44,7 @@ def activation_inputs(reference: Halves, x: Float32) -> dict[str, Float32]:
     if posterior.logvar is None:
         return {INPUT: x, LATENT: posterior.mean}
     prior = NormalStream(DRAW_SEED).draw(len(x), posterior.mean.shape[1:])
-    return {INPUT: x, LATENT: np.concatenate([posterior.mean, posterior.sample(DRAW_SEED), prior])}
+    return {INPUT: x, LATENT: np.concatenate([posterior.mean, posterior.sample(seed=DRAW_SEED), prior])}
 
 
 def activation_ranges(model: onnx.ModelProto, x: Float32, method: str = "minmax") -> Any:

@@ -117,7 +117,7 @@ class Judge:
             psnr = _psnr(self._decode(decoder, posterior.mode()), self._x, self._peak)
             if self._likelihood is None:
                 return Figures(psnr, None)
-            drawn = self._decode(decoder, posterior.sample(NOISE_SEED))
+            drawn = self._decode(decoder, posterior.sample(seed=NOISE_SEED))
             nll = negative_log_likelihood(self._likelihood, drawn, self._target)
             return Figures(psnr, float((nll + posterior.kl()).mean()) / math.prod(self._x.shape[1:]))
 

@@ -45,10 +45,11 @@ class Posterior:
         """The most likely latent, which is the mean (for an autoencoder: the code). Shares memory with `mean`."""
         return self.mean
 
-    def sample(self, seed: int | None = None, temperature: float = 1.0) -> Float32:
+    def sample(self, *, seed: int | None = None, temperature: float = 1.0) -> Float32:
         """One latent per example by reparameterisation, mean + temperature · std · ε -> float32 (N, *latent_shape).
 
-        The same seed gives the same ε for the n-th example, whatever the batch.
+        The same seed gives the same ε for the n-th example, whatever the batch. For several per example, sample with
+        several seeds, or `VAE.reconstruct(n_samples=...)`, which decodes them.
 
         Raises:
             KindError: a plain autoencoder has no distribution to draw from.

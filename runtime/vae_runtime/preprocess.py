@@ -83,7 +83,7 @@ def check_layout(array: NDArray[Any], spec: InputSpec, name: str) -> None:
     if found == expected:
         return
     if not spec.is_free or len(found) != len(expected) or not all(map(_fits, found, expected)):
-        raise InputError(f"{name} has shape {array.shape}; expected {describe(spec)}{_shape_hint(array.shape, spec)}")
+        raise InputError(f"{name} has shape {array.shape}; expected {describe(spec)}{_shape_hint(array, spec)}")
     height, width = (side for side, wanted in zip(found, expected, strict=True) if wanted is None)
     if height % spec.multiple_of or width % spec.multiple_of:
         raise InputError(
@@ -259,6 +259,9 @@ def _byte_order(array: NDArray[Any]) -> str:
     return "" if array.dtype.isnative else " in foreign byte order"
 
 
+_CHANNELS_FIRST = "; float32 images are channels first"
+
+
 def _dtype_hint(array: NDArray[Any], spec: InputSpec) -> str:
     if array.dtype.kind == "f":
         return "; convert with .astype(numpy.float32)"
@@ -267,14 +270,18 @@ def _dtype_hint(array: NDArray[Any], spec: InputSpec) -> str:
     return ""
 
 
-def _shape_hint(shape: tuple[int, ...], spec: InputSpec) -> str:
+def _shape_hint(array: NDArray[Any], spec: InputSpec) -> str:
+    shape, channels, *sides = array.shape, *spec.shape
+
     def matches(wanted: Shape) -> bool:
         return len(shape) == len(wanted) and all(map(_fits, shape, wanted))
 
-    if matches(spec.shape) or (
-        spec.is_image and (matches(spec.shape[1:]) or matches((*spec.shape[1:], spec.shape[0])))
-    ):
+    if matches(spec.shape) or (spec.is_image and (matches((*sides,)) or matches((*sides, channels)))):
         return "; this looks like a single example without a batch: add one with array[None]"
-    if spec.is_image and matches((None, *spec.shape[1:], spec.shape[0])):
-        return "; float32 images are channels first"
+    if spec.is_image and matches((None, *sides, channels)):
+        return "; grey ones have no axis for it: array[..., 0]" if array.dtype == PIXEL else _CHANNELS_FIRST
+    if channels == 1 and matches((None, *sides)):
+        return "; float32 images have an axis for the channel: array[:, None]"
+    if array.dtype == PIXEL and matches((None, *spec.shape)):
+        return "; uint8 images are channels last"
     return ""

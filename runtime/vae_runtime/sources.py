@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .errors import InputError
 from .images import PICTURE_SUFFIXES, list_pictures, picture_size, read_picture, read_pictures
-from .manifest import InputSpec
+from .manifest import MEAN, InputSpec
 from .preprocess import check_layout, padded_size
 
 ARRAY_SUFFIXES = (".npy", ".npz")
@@ -135,8 +135,9 @@ class ArraySource:
             if key in names:
                 return f"{key}.npy"
         if len(names) != 1:
+            hint = "; latents are for vae-run decode, and for nearest --encoded" if MEAN in names else ""
             raise InputError(
-                f"{self.path} holds the arrays {names}; expected one of {', '.join(keys)}, or a single array"
+                f"{self.path} holds the arrays {names}; expected one of {', '.join(keys)}, or a single array{hint}"
             )
         return f"{names[0]}.npy"
 

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -342,7 +342,8 @@ class VAE:
         stay in its memory. pad, tile, progress: as in `encode`; the result has the size of the inputs.
 
         n_samples: decode so many draws from the posterior of each input in place of its mean -> `Reconstruction`, their
-            mean and standard deviation, which say where the model is not sure. Memory is that of one batch of draws.
+            mean and standard deviation, which say where the model is not sure; of one draw the latter is 0. Memory is
+            that of one batch of draws.
         seed: of these draws, which for the n-th example do not depend on `batch_size`; None: fresh ones.
 
         Raises:
@@ -659,6 +660,9 @@ class VAE:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a VAE cannot be pickled or copied; load the bundle where it is needed, in each process")
 
     def __repr__(self) -> str:
         state = "closed" if self._operations is None else f"{self._precision} on {self.device}"

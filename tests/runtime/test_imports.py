@@ -155,7 +155,7 @@ def test_encoding_and_decoding_load_nothing_of_what_few_applications_ask(python:
 import sys
 from vae_runtime import VAE
 with VAE.load(sys.argv[1]) as vae:
-    vae.decode(vae.encode(vae.golden()["x"]).sample(0))
+    vae.decode(vae.encode(vae.golden()["x"]).sample(seed=0))
 late = "bound_score evidence latent_space likelihood prior scoring tiled tune".split()
 print([name for name in late if "vae_runtime." + name in sys.modules])
 """

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -88,10 +90,16 @@ def test_code_of_an_autoencoder_has_no_distribution(call: str) -> None:
     assert code.mode() is code.mean
 
 
-@pytest.mark.parametrize(("arguments", "message"), [((-1,), "seed is -1"), ((0, -1.0), "temperature is -1.0")])
-def test_sample_refuses_wrong_arguments(posterior: Posterior, arguments: tuple[float, ...], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        posterior.sample(*arguments)  # type: ignore[arg-type]
+@pytest.mark.parametrize("arguments", [{"seed": -1}, {"seed": 0, "temperature": -1.0}])
+def test_sample_refuses_wrong_arguments(posterior: Posterior, arguments: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=rf"^{[*arguments][-1]} is -1"):
+        posterior.sample(**arguments)
+
+
+def test_a_number_alone_is_not_taken_for_a_seed(posterior: Posterior) -> None:
+    """Elsewhere it is how many to draw."""
+    with pytest.raises(TypeError, match="positional"):
+        posterior.sample(5)  # type: ignore[misc]
 
 
 def test_kl_per_dimension_adds_up_to_kl(posterior: Posterior) -> None:

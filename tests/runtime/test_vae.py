@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import pickle
 import shutil
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy as shallow_copy
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -370,7 +373,13 @@ def test_returned_arrays_are_writeable_and_later_calls_do_not_change_them(tiny: 
     def calls(x: np.ndarray, seed: int) -> list[np.ndarray]:
         posterior = tiny.encode(x)
         assert posterior.logvar is not None
-        found = [posterior.mean, posterior.logvar, posterior.std, posterior.sample(seed), tiny.decode(posterior.mean)]
+        found = [
+            posterior.mean,
+            posterior.logvar,
+            posterior.std,
+            posterior.sample(seed=seed),
+            tiny.decode(posterior.mean),
+        ]
         return [
             *found,
             tiny.sample(len(x), seed),
@@ -409,7 +418,7 @@ def test_sixteen_threads_get_bit_for_bit_what_one_gets(tiny_path: Path) -> None:
 
     def work(vae: VAE, index: int) -> tuple[bytes, ...]:
         posterior = vae.encode(batches[index])
-        return (posterior.mean.tobytes(), posterior.sample(index).tobytes(), vae.decode(posterior.mean).tobytes(),
+        return (posterior.mean.tobytes(), posterior.sample(seed=index).tobytes(), vae.decode(posterior.mean).tobytes(),
                 vae.sample(3, seed=index).tobytes())  # fmt: skip
 
     with VAE.load(tiny_path, threads=1) as vae:
@@ -556,6 +565,12 @@ def test_warmup_makes_the_first_call_take_bound_memory(
 def test_warmup_refuses_what_is_no_batch_size(tiny: VAE, sizes: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         tiny.warmup(sizes)
+
+
+@pytest.mark.parametrize("duplicate", [pickle.dumps, shallow_copy, deepcopy])
+def test_what_cannot_be_pickled_says_what_to_do(tiny: VAE, duplicate: Any) -> None:
+    with pytest.raises(TypeError, match="a VAE cannot be pickled or copied; load the bundle where it is needed"):
+        duplicate(tiny)
 
 
 def test_warmup_of_a_closed_bundle_is_refused(tiny_path: Path) -> None:

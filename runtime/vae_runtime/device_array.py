@@ -20,7 +20,6 @@ _DLPACK_TYPES = {1: "cpu", 2: "cuda"}  # DLDeviceType of dlpack.h, for what onnx
 _LEGACY_STREAM = 1  # CUDA's default stream, in the protocol's numbering
 _ALIGNMENT = 16  # bytes that kernels load at once; CUDA's own allocations begin at multiples of 256
 
-
 # GPU -> whether arrays there were handed out for other streams than the default one; no entry while none was at all.
 _handed_out: dict[int, bool] = {}
 

@@ -227,12 +227,8 @@ def binarize(images: Float32, mode: str, rng: np.random.Generator | None = None)
 
 def channels_first(array: UInt8, spec: InputSpec) -> UInt8 | None:
     """uint8 (N, H, W[, C]) -> a view of it as (N, C, H, W); None where it has not the channels of `spec`."""
-    channels = spec.shape[0] or 0
-    if (
-        not spec.is_image
-        or array.ndim != (3 if channels == 1 else 4)
-        or (array.ndim == 4 and array.shape[3] != channels)
-    ):
+    channels = spec.shape[0]
+    if not spec.is_image or array.ndim < 3 or array.shape[3:] != (() if channels == 1 else (channels,)):
         return None
     return _channels_first(array, channels)
 
@@ -280,7 +276,7 @@ def _shape_hint(array: NDArray[Any], spec: InputSpec) -> str:
         return "; this looks like a single example without a batch: add one with array[None]"
     if spec.is_image and matches((None, *sides, channels)):
         return "; grey ones have no axis for it: array[..., 0]" if array.dtype == PIXEL else _CHANNELS_FIRST
-    if channels == 1 and matches((None, *sides)):
+    if spec.is_image and channels == 1 and matches((None, *sides)):
         return "; float32 images have an axis for the channel: array[:, None]"
     if array.dtype == PIXEL and matches((None, *spec.shape)):
         return "; uint8 images are channels last"

@@ -223,6 +223,7 @@ WRONG: list[tuple[InputSpec, Any, str]] = [
     (VECTOR, np.zeros((1, 6), np.uint8), r"dtype uint8; expected \(N, 6\) float32$"),
     (VECTOR, np.zeros((1, 6)), r"dtype float64; expected \(N, 6\) float32; convert with"),
     (VECTOR, np.zeros(6, np.float32), r"shape \(6,\); expected \(N, 6\) float32; this looks like a single example"),
+    (InputSpec("vector", (1,)), np.zeros(6, np.float32), r"shape \(6,\); expected \(N, 1\) float32$"),
     (VECTOR, np.zeros((1, 7), np.float32), r"shape \(1, 7\); expected \(N, 6\) float32$"),
     (VECTOR, np.full((1, 6), np.nan, np.float32), "images has NaN; vectors are finite"),
     (VECTOR, np.full((1, 6), -np.inf, np.float32), "values from -inf to -inf; vectors are finite"),

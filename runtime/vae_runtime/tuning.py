@@ -19,7 +19,7 @@ from typing import Any
 
 from .arguments import check_threads
 from .cache import cache_folder, make_cache_folder
-from .cuda import driver_version, find_gpus
+from .cuda import CUDA, TENSORRT, driver_version, find_gpus
 from .devices import PROVIDER_PRECISIONS, check_device_name
 from .engine import import_engine
 from .errors import OutputError
@@ -69,14 +69,17 @@ def machine_key() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    versions.setdefault("onnxruntime", import_engine().__version__)
+    engine = import_engine()
+    versions.setdefault("onnxruntime", engine.__version__)
+    # Asking the driver starts CUDA in this process, and children forked off it later could not use it.
+    asks = not {CUDA, TENSORRT}.isdisjoint(engine.get_available_providers())
     return {
         "processor": _processor() or platform.processor() or platform.machine(),
         "cores": usable_cores(),
         "system": f"{platform.system()} {platform.machine()}",
         "engines": versions,
-        "gpus": [gpu.name for gpu in find_gpus()[0]],
-        "driver": driver_version(),
+        "gpus": [gpu.name for gpu in find_gpus()[0]] if asks else [],
+        "driver": driver_version() if asks else None,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,22 @@ def test_another_machine_or_engine_has_its_own_file(monkeypatch: pytest.MonkeyPa
     key = {**module.machine_key(), change: "another"}
     monkeypatch.setattr(module, "machine_key", lambda: key)
     assert read_tuning("a" * 64) == []
+
+
+@pytest.mark.parametrize(("provider", "expected"), [("CUDAExecutionProvider", 1), ("AzureExecutionProvider", 0)])
+def test_the_gpus_driver_is_started_only_where_the_engine_can_use_it(
+    provider: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Children that are forked off later could not use CUDA: torch's in the same application, say."""
+    asked: list[int] = []
+    gpu = SimpleNamespace(name="NVIDIA H200")
+    monkeypatch.setattr(module, "find_gpus", lambda: (asked.append(1), ((gpu,), None))[1])
+    monkeypatch.setattr(module, "driver_version", lambda: asked.append(1) or "13.0")
+    engine = SimpleNamespace(__version__="1.31.1", get_available_providers=lambda: [provider, "CPUExecutionProvider"])
+    monkeypatch.setattr(module, "import_engine", lambda: engine)
+    key = module.machine_key()
+    assert (key["gpus"], key["driver"]) == ((["NVIDIA H200"], "13.0") if expected else ([], None))
+    assert len(asked) == 2 * expected
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from .harness import benchmark
 from .loadgen_cli import loadgen_command
 from .race.cli import race_command
 from .report import FORMAT, Report
-from .settings import OPERATIONS, Settings
+from .settings import INPUTS, OPERATIONS, Settings
 from .table import format_comparison, format_report
 
 _DEFAULTS = Settings()
@@ -91,6 +91,14 @@ def main() -> None:
 )
 @click.option("--batch", "batches", multiple=True, type=Items(click.INT), help="Examples per call.  [1,8,32]")
 @click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    type=Items(click.Choice(INPUTS)),
+    metavar="DTYPE,...",
+    help=f"{', '.join(INPUTS)}: what encode, reconstruct and score are given; uint8 is for images.  [float32]",
+)
+@click.option(
     "--threads",
     multiple=True,
     type=Items(click.INT, "auto"),
@@ -114,11 +122,11 @@ def main() -> None:
 @click.option("--force", is_flag=True, help="Replace an existing report.")
 @json_option
 def run(bundle: str, output: str | None, force: bool, as_json: bool, **options: Any) -> None:
-    """Measure BUNDLE. Every combination of operation, batch and threads is one row.
+    """Measure BUNDLE. Every combination of operation, batch, input and threads is one row.
 
     Lists are given with commas or by repeating the option. Progress goes to stderr.
     """
-    for name in ("operations", "batches", "threads"):
+    for name in ("operations", "batches", "inputs", "threads"):
         items = tuple(item for group in options.pop(name) for item in group)
         options[name] = items or getattr(_DEFAULTS, name)
     settings = Settings(**options)

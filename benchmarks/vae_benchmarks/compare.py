@@ -25,7 +25,7 @@ SAME, UNDECIDED = "no difference", "too few rounds"
 class ComparisonRow:
     """One figure of both reports.
 
-    figure: "latency", or a figure of the start-up such as "load_ms". operation ... precision: None for the start-up.
+    figure: "latency", or a figure of the start-up such as "load_ms". operation ... input: None for the start-up.
     unit: "ms" or "bytes". a, b: the medians of the rounds' medians.
     ratio: how many times larger a round of B is than one of A (Hodges-Lehmann: the median over all pairs of rounds).
     low, high: its interval; None where the rounds are too few.
@@ -38,6 +38,7 @@ class ComparisonRow:
     threads: int | None
     device: str | None
     precision: str | None
+    input: str | None
     unit: str
     a: float
     b: float
@@ -45,6 +46,13 @@ class ComparisonRow:
     low: float | None
     high: float | None
     verdict: str
+
+    @property
+    def key(self) -> RowKey | None:
+        """None for the start-up."""
+        if self.operation is None:
+            return None
+        return RowKey(**{name: getattr(self, name) for name in RowKey._fields})
 
     @property
     def is_worse(self) -> bool:
@@ -114,8 +122,9 @@ def compare(a: Report, b: Report, threshold: float = 0.05, confidence: float = 0
 
 def describe_row(key: RowKey) -> str:
     """A row in words."""
-    operation, batch, threads, device, precision = key
-    return f"{operation}, batch {batch}, threads {'auto' if threads is None else threads}, {device}, {precision}"
+    what = key.operation if key.input is None else f"{key.operation} of {key.input}"
+    threads = "auto" if key.threads is None else key.threads
+    return f"{what}, batch {key.batch}, threads {threads}, {key.device}, {key.precision}"
 
 
 def _judge(
@@ -136,9 +145,9 @@ def _judge(
         verdict = _MORE[unit]
     elif high is not None and high < 1 and 1 / ratio > 1 + threshold:
         verdict = _LESS[unit]
-    operation, batch, threads, device, precision = key or (None,) * 5
+    named = {name: getattr(key, name, None) for name in RowKey._fields}
     return ComparisonRow(
-        figure, operation, batch, threads, device, precision, unit, median_a, median_b, ratio, low, high, verdict
+        figure, **named, unit=unit, a=median_a, b=median_b, ratio=ratio, low=low, high=high, verdict=verdict
     )
 
 
@@ -150,7 +159,10 @@ def _differences(a: Report, b: Report) -> Iterator[str]:
         "the versions differ": ("versions", ()),
         "the bundles differ": ("bundle", ("folder",)),
         # Which rows there are shows in the rows themselves.
-        "the settings differ": ("settings", ("operations", "batches", "threads", "device", "precision", "size")),
+        "the settings differ": (
+            "settings",
+            ("operations", "batches", "threads", "inputs", "device", "precision", "size"),
+        ),
         "the conditions of the start-up differ": ("startup", StartupReport.FIGURES),
     }
     for what, (part, ignored) in compared.items():

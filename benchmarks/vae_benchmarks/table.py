@@ -5,10 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from .compare import SAME, UNDECIDED, Comparison, ComparisonRow
+from .compare import SAME, UNDECIDED, Comparison, ComparisonRow, describe_row
 from .gpu import GpuFacts
 from .machine import MachineFacts
-from .report import PartReport, PlannedRoute, Report, SplitReport, StartupReport
+from .report import LatencyReport, PartReport, PlannedRoute, Report, SplitReport, StartupReport
 
 _DASH = "–"
 _WIDTH = 112
@@ -108,9 +108,9 @@ def _startup(startup: StartupReport) -> str:
     for figure, label in _FIGURES.items():
         scale, unit = (1.0, "ms") if figure.endswith("_ms") else (2.0**20, "MiB")
         repeated = getattr(startup, figure)
-        peak = f", batch {startup.peak_batch}" if figure == "peak_rss_bytes" else ""
+        conditions = {"first_call_ms": f", {startup.input}", "peak_rss_bytes": f", batch {startup.peak_batch}"}
         values = [f"{value / scale:.1f}" for value in (repeated.median, repeated.min, repeated.max)]
-        lines.append([label + peak, *values, unit])
+        lines.append([label + conditions.get(figure, ""), *values, unit])
     return "\n".join(align(lines, left=(0, 4)))
 
 
@@ -121,18 +121,19 @@ def _latency(report: Report) -> str:
     def show(value: float | None) -> str:
         return _DASH if value is None else f"{value * scale:.{digits}f}"
 
-    head = ["operation", "batch", "threads", f"p50 {unit}", f"{report.settings.confidence:.0%} interval", "p90", "p99"]
-    lines = [[*head, "mean", "min", "examples/s", "samples"]]
+    interval = f"{report.settings.confidence:.0%} interval"
+    head = ["operation", "input", "batch", "threads", f"p50 {unit}", interval]
+    lines = [[*head, "p90", "p99", "mean", "min", "examples/s", "samples"]]
     for row in report.latency:
-        interval = f"{show(row.p50_low_ms)}–{show(row.p50_high_ms)}{'' if row.width_reached else '*'}"
+        ends = f"{show(row.p50_low_ms)}–{show(row.p50_high_ms)}{'' if row.width_reached else '*'}"
         lines.append(
             [
-                *(row.operation, str(row.batch), "auto" if row.threads is None else str(row.threads)),
-                *(show(row.p50_ms), interval, show(row.p90_ms), show(row.p99_ms), show(row.mean_ms), show(row.min_ms)),
+                *_named(row),
+                *(show(row.p50_ms), ends, show(row.p90_ms), show(row.p99_ms), show(row.mean_ms), show(row.min_ms)),
                 *(f"{row.throughput_per_second:,.0f}", str(row.count)),
             ]
         )
-    return "\n".join(align(lines, left=(0,)))
+    return "\n".join(align(lines, left=(0, 1)))
 
 
 def _split(report: Report) -> str:
@@ -149,13 +150,17 @@ def _split(report: Report) -> str:
         return [f"{part.p50_ms * scale:.{digits}f}", f"{low}–{high}"]
 
     interval = f"{report.settings.confidence:.0%} interval"
-    head = ["p50 of parts", "batch", "threads", f"call {unit}"]
+    head = ["p50 of parts", "input", "batch", "threads", f"call {unit}"]
     lines = [[*head, *(cell for part in SplitReport.PARTS for cell in (part.replace("_", " "), interval))]]
     for row, split in rows:
-        threads = "auto" if row.threads is None else str(row.threads)
         parts = [cell for part in SplitReport.PARTS for cell in show(getattr(split, part))]
-        lines.append([row.operation, str(row.batch), threads, f"{row.p50_ms * scale:.{digits}f}", *parts])
-    return "\n".join(align(lines, left=(0,)))
+        lines.append([*_named(row), f"{row.p50_ms * scale:.{digits}f}", *parts])
+    return "\n".join(align(lines, left=(0, 1)))
+
+
+def _named(row: LatencyReport) -> list[str]:
+    threads = "auto" if row.threads is None else str(row.threads)
+    return [row.operation, row.input or _DASH, str(row.batch), threads]
 
 
 def _footnotes(report: Report) -> str:
@@ -182,10 +187,7 @@ def _footnotes(report: Report) -> str:
 
 
 def _compared(row: ComparisonRow) -> list[str]:
-    label = _FIGURES.get(row.figure, row.figure)
-    if row.operation is not None:
-        threads = "auto" if row.threads is None else row.threads
-        label = f"{row.operation}, batch {row.batch}, threads {threads}, {row.device}, {row.precision}"
+    label = _FIGURES.get(row.figure, row.figure) if row.key is None else describe_row(row.key)
     scale, unit = (1.0, "ms") if row.unit == "ms" else (2.0**20, "MiB")
     interval = _DASH if row.low is None or row.high is None else f"{row.low:.3f}–{row.high:.3f}"
     return [label, *(f"{_digits(value / scale)} {unit}" for value in (row.a, row.b)), f"{row.ratio:.3f}", interval]

@@ -13,7 +13,7 @@ import pytest
 
 from vae_benchmarks import Comparison, ComparisonRow, GpuFacts, Report, Settings, StartupReport, compare
 from vae_benchmarks.latency import Clock, measure
-from vae_benchmarks.report import summarize
+from vae_benchmarks.report import RowKey, summarize
 from vae_benchmarks.table import format_comparison
 from vae_runtime.errors import InputError
 
@@ -112,7 +112,7 @@ def test_a_really_measured_delay_is_found(make_report: MakeReport) -> None:
             measure(lambda: time.sleep(seconds), seconds=0.02, wanted=5, confidence=0.95, width=0.05, clock=clock)
             for _ in range(8)
         ]
-        row = summarize(("encode", 1, 1, "cpu", "fp32"), rounds, settings)
+        row = summarize(RowKey("encode", 1, 1, "cpu", "fp32", "float32"), rounds, settings)
         return dataclasses.replace(make_report(0), latency=(row,))
 
     comparison = compare(measured(0.001), measured(0.005))
@@ -133,10 +133,32 @@ def test_rows_of_one_report_only_are_listed(make_report: MakeReport) -> None:
     b = make_report(2, {**BASE, ("encode", 32, None): 1.0})
     comparison = compare(a, b)
     assert comparison.only_in_a == ("decode, batch 32, threads 1, cpu, fp32",)
-    assert comparison.only_in_b == ("encode, batch 32, threads auto, cpu, fp32",)
+    assert comparison.only_in_b == ("encode of float32, batch 32, threads auto, cpu, fp32",)
     text = format_comparison(comparison, "a.json", "b.json")
     assert "only in A: decode, batch 32" in text
-    assert "only in B: encode, batch 32" in text
+    assert "only in B: encode of float32, batch 32" in text
+
+
+def of_uint8(report: Report, only: bool = False) -> Report:
+    """Rows of uint8 that take twice as long, beside those of float32 or in place of them."""
+    taking = [row for row in report.latency if row.input is not None]
+    slower = [dataclasses.replace(r, input="uint8", round_p50_ms=tuple(2 * v for v in r.round_p50_ms)) for r in taking]
+    others = [row for row in report.latency if not only or row.input is None]
+    settings = dataclasses.replace(report.settings, inputs=("uint8",) if only else ("float32", "uint8"))
+    return dataclasses.replace(report, latency=(*others, *slower), settings=settings)
+
+
+def test_inputs_are_compared_with_those_of_their_dtype(make_report: MakeReport) -> None:
+    a, b = make_report(1), make_report(2)
+    comparison = compare(of_uint8(a), of_uint8(b))
+    assert {row.input: round(row.b, 1) for row in comparison.rows if row.operation == "encode"} == {
+        "float32": 0.1,
+        "uint8": 0.2,
+    }
+    assert (changed_rows(comparison), comparison.only_in_a, comparison.warnings) == ({}, (), ())
+    before = compare(a, of_uint8(b))
+    assert before.only_in_b == ("encode of uint8, batch 1, threads 1, cpu, fp32",)
+    assert (len(before.rows), changed_rows(before)) == (10, {})
 
 
 def test_another_gpu_is_warned_of_and_other_clocks_are_not(make_report: MakeReport) -> None:
@@ -187,7 +209,7 @@ def test_the_document_is_plain_json(make_report: MakeReport) -> None:
     assert sorted(document) == sorted(
         ["format", "format_version", "confidence", "threshold", "warnings", "rows", "only_in_a", "only_in_b", "worse"]
     )
-    row = "a b batch device figure high low operation precision ratio threads unit verdict"
+    row = "a b batch device figure high input low operation precision ratio threads unit verdict"
     assert " ".join(sorted(document["rows"][0])) == row
 
 

@@ -26,12 +26,13 @@ from vae_benchmarks import (
     StartupReport,
     benchmark,
 )
+from vae_benchmarks.children import run_worker
 from vae_benchmarks.latency import Samples, Warmup
-from vae_benchmarks.report import summarize
+from vae_benchmarks.report import RowKey, summarize
 from vae_benchmarks.table import format_report
 from vae_runtime.errors import BundleError, InputError, OutputError
 
-KEY = ("encode", 4, 1, "cpu", "fp32")
+KEY = RowKey("encode", 4, 1, "cpu", "fp32", "float32")
 
 DOCUMENT_KEYS = {
     "": "bundle clock created format format_version gpus latency machine method plan settings skipped startup versions",
@@ -41,13 +42,13 @@ DOCUMENT_KEYS = {
     "memory_bytes memory_limit_bytes system",
     "method": "calls clock inputs interval latents memory sample split startup warmup",
     "plan": "decode encode",
-    "settings": "batches confidence device operations precision rounds seconds size split threads width",
-    "startup": "first_call_ms import_ms load_ms peak_batch peak_rss_bytes rss_after_import_bytes rss_after_load_bytes "
-    "threads to_first_result_ms",
+    "settings": "batches confidence device inputs operations precision rounds seconds size split threads width",
+    "startup": "first_call_ms import_ms input load_ms peak_batch peak_rss_bytes rss_after_import_bytes "
+    "rss_after_load_bytes threads to_first_result_ms",
     "versions": "numpy onnxruntime python vae_edge",
 }
 ROW_KEYS = (
-    "batch calls_per_sample count device interval_from mean_ms measured_seconds min_ms operation p50_high_ms "
+    "batch calls_per_sample count device input interval_from mean_ms measured_seconds min_ms operation p50_high_ms "
     "p50_low_ms p50_ms p90_ms p99_ms precision round_p50_ms split stdev_ms threads throughput_per_second warmup_calls "
     "warmup_seconds warmup_stable width width_reached"
 )
@@ -110,7 +111,9 @@ def test_percentiles_of_known_values() -> None:
 
 def test_a_real_report_is_complete(measured: Report) -> None:
     assert [row.key for row in measured.latency] == [
-        (operation, batch, 1, "cpu", "fp32") for operation in ("sample", "reconstruct") for batch in (1, 6)
+        (operation, batch, 1, "cpu", "fp32", dtype)
+        for operation, dtype in (("sample", None), ("reconstruct", "float32"))
+        for batch in (1, 6)
     ]
     for row in measured.latency:
         assert len(row.round_p50_ms) == 2
@@ -161,12 +164,43 @@ def test_reports_from_before_a_key_was_added_are_read(measured: Report) -> None:
     assert document.pop("gpus") == []
     assert document["settings"].pop("split") is None
     assert document["settings"].pop("size") is None
+    assert document["settings"].pop("inputs") == ["float32"]
+    assert document["startup"].pop("input") == "float32"
+    assert [row.pop("input") for row in document["latency"]] == [None, None, "float32", "float32"]
     assert document["method"].pop("split")
     assert [row.pop("split") for row in document["latency"]] == [None] * 4
     older = Report.from_dict(document)
     assert "Parts:" not in format_report(older)
     measured = dataclasses.replace(measured, method=older.method)
     assert Report.from_dict(document) == measured
+
+
+def test_both_dtypes_are_measured_and_named(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[str] = []
+
+    def start_with(task: str, **request: Any) -> dict[str, Any]:
+        starts.extend([request["dtype"]] if task == "startup" else [])
+        return run_worker(task, **request)
+
+    monkeypatch.setattr("vae_benchmarks.harness.run_worker", start_with)
+    settings = Settings(("encode", "sample"), (1,), (1,), seconds=0.02, rounds=2, inputs=("uint8", "float32"))
+    report = benchmark(tiny, settings)
+    assert [(row.operation, row.input) for row in report.latency] == [
+        ("encode", "uint8"),
+        ("encode", "float32"),
+        ("sample", None),
+    ]
+    assert (report.startup.input, starts) == ("uint8", ["uint8"] * 3)
+    report.save(tmp_path / "both.json")
+    assert Report.load(tmp_path / "both.json") == report
+    text = format_report(report)
+    assert "the bundle's 4 golden inputs (synthetic), as uint8 and as float32, repeated up to the batch size" in text
+    assert "\nfirst reconstruct, batch 1, uint8 " in text
+    assert [line.split()[:2] for line in text.splitlines() if line.startswith(("encode", "sample"))] == [
+        ["encode", "uint8"],
+        ["encode", "float32"],
+        ["sample", "–"],
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +230,7 @@ def test_the_parts_are_shown_beside_the_call(split: Report, measured: Report) ->
     head = next(index for index, line in enumerate(lines) if line.startswith("p50 of parts"))
     assert "host to device" in lines[head]
     assert [line.split()[:1] for line in lines[head + 1 : head + 4]] == [["encode"], ["decode"], []]
-    assert len(lines[head + 1].split()) == 3 + 1 + 2 * 3
+    assert len(lines[head + 1].split()) == 4 + 1 + 2 * 3
     assert any(line.startswith("Parts: each part alone") for line in lines)
     assert "p50 of parts" not in format_report(measured)
 
@@ -298,6 +332,8 @@ def test_files_that_are_not_there_are_named(measured: Report, tmp_path: Path) ->
         ({"batches": (1, 0)}, "batch is 0; expected a whole number from 1 to 65536"),
         ({"batches": (2.5,)}, "batch is 2.5; expected a whole number"),
         ({"threads": (0,)}, "threads is 0; expected a whole number from 1"),
+        ({"inputs": ("int8",)}, "input is 'int8'; expected one of float32, uint8"),
+        ({"inputs": ()}, "inputs is (); expected at least one, in a tuple"),
         ({"rounds": 0}, "rounds is 0; expected a whole number from 1 to 100"),
         ({"seconds": 0}, "seconds is 0; expected a number between 0 and 86400"),
         ({"seconds": -1.0}, "seconds is -1.0; expected a number"),
@@ -324,7 +360,9 @@ def test_the_table_shows_every_row_and_its_units(make_report: Callable[..., Repo
     assert "p50 µs" in head
     assert "95% interval" in head
     row = next(line for line in lines if line.startswith("decode") and " auto " in line)
-    assert len(row.split()) == 11
+    assert len(row.split()) == 12
+    assert row.split()[1] == "–"
+    assert next(line for line in lines if line.startswith("encode")).split()[1] == "float32"
     assert "MiB" in text
     assert "a CPU, x86_64, 8 of 8 logical cores (4 physical), 16.0 GiB memory, governor performance" in text
     assert "*" not in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +13,15 @@ import numpy as np
 
 from vae_runtime.errors import InputError
 
-from .intervals import shift_interval
+from .intervals import rounds_for_shift, shift_interval
 from .report import Report, RowKey, StartupReport
 
 FORMAT, FORMAT_VERSION = "vae-bench-comparison", 1
+LATENCY = "latency"
 
 _MORE, _LESS = {"ms": "slower", "bytes": "more memory"}, {"ms": "faster", "bytes": "less memory"}
 SAME, UNDECIDED = "no difference", "too few rounds"
+VERDICTS = (*_MORE.values(), *_LESS.values(), SAME)
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Comparison:
 
     confidence: that all intervals hold together (Bonferroni). threshold: the least effect that counts, 0.05 for 5%.
     warnings: what differs between the machines, versions, bundles and settings. only_in_a, only_in_b: rows, in words,
-    that the other report does not have.
+    that the other report does not have. reason: why no latency could be judged; None where at least one was.
     """
 
     confidence: float
@@ -74,16 +77,39 @@ class Comparison:
     rows: tuple[ComparisonRow, ...]
     only_in_a: tuple[str, ...]
     only_in_b: tuple[str, ...]
+    reason: str | None
 
     @property
     def is_worse(self) -> bool:
         """Whether anything became slower, or takes more memory, beyond noise."""
         return any(row.is_worse for row in self.rows)
 
+    @property
+    def verdict(self) -> str:
+        """ "worse", "not worse", or "no verdict": a start-up that did not change says nothing about calls."""
+        if self.is_worse:
+            return "worse"
+        return "not worse" if self.reason is None else "no verdict"
+
+    @property
+    def judged(self) -> dict[str, int]:
+        """How many rows have which verdict, without those that have none."""
+        return self._count(VERDICTS)
+
+    @property
+    def not_judged(self) -> dict[str, int]:
+        """How many rows have no verdict, and why."""
+        only = {"only in A": len(self.only_in_a), "only in B": len(self.only_in_b)}
+        return {**self._count((UNDECIDED,)), **{why: count for why, count in only.items() if count}}
+
+    def _count(self, verdicts: Sequence[str]) -> dict[str, int]:
+        found = Counter(row.verdict for row in self.rows)
+        return {verdict: found[verdict] for verdict in verdicts if found[verdict]}
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON document, as plain values."""
-        document = dataclasses.asdict(self)
-        return {"format": FORMAT, "format_version": FORMAT_VERSION, **document, "worse": self.is_worse}
+        document = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        return {**document, "verdict": self.verdict, "worse": self.is_worse, "not_judged": self.not_judged}
 
 
 def compare(a: Report, b: Report, threshold: float = 0.05, confidence: float = 0.95) -> Comparison:
@@ -105,7 +131,7 @@ def compare(a: Report, b: Report, threshold: float = 0.05, confidence: float = 0
     rounds_a, rounds_b = ({row.key: row.round_p50_ms for row in report.latency} for report in (a, b))
     shared = [key for key in rounds_a if key in rounds_b]
     each = 1 - (1 - confidence) / (len(shared) + len(StartupReport.FIGURES))
-    rows = [_judge("latency", key, "ms", rounds_a[key], rounds_b[key], each, threshold) for key in shared]
+    rows = [_judge(LATENCY, key, "ms", rounds_a[key], rounds_b[key], each, threshold) for key in shared]
     for figure in StartupReport.FIGURES:
         unit = figure.rpartition("_")[2]
         values_a, values_b = (getattr(report.startup, figure).values for report in (a, b))
@@ -117,7 +143,17 @@ def compare(a: Report, b: Report, threshold: float = 0.05, confidence: float = 0
         rows=tuple(rows),
         only_in_a=tuple(describe_row(key) for key in rounds_a if key not in rounds_b),
         only_in_b=tuple(describe_row(key) for key in rounds_b if key not in rounds_a),
+        reason=_why_not_judged(rows, each),
     )
+
+
+def _why_not_judged(rows: Sequence[ComparisonRow], confidence: float) -> str | None:
+    latency = [row for row in rows if row.figure == LATENCY]
+    if any(row.verdict != UNDECIDED for row in latency):
+        return None
+    if not latency:
+        return "no row is in both reports"
+    return f"the rounds are too few: {len(rows)} rows need {rounds_for_shift(confidence)} in each report (--rounds)"
 
 
 def describe_row(key: RowKey) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from .compare import SAME, UNDECIDED, Comparison, ComparisonRow, describe_row
+from .compare import SAME, Comparison, ComparisonRow, describe_row
 from .gpu import GpuFacts
 from .machine import MachineFacts
 from .report import LatencyReport, PartReport, PlannedRoute, Report, SplitReport, StartupReport
@@ -205,12 +205,15 @@ def _hidden(comparison: Comparison) -> list[str]:
 
 
 def _summary(comparison: Comparison) -> str:
-    counts = dict.fromkeys(("slower", "more memory", "faster", "less memory", SAME, UNDECIDED), 0)
-    for row in comparison.rows:
-        counts[row.verdict] += 1
-    found = ", ".join(f"{verdict}: {count}" for verdict, count in counts.items() if count)
-    beyond = f"beyond noise and {comparison.threshold:.0%}"
-    return f"{'WORSE' if comparison.is_worse else 'not worse'} {beyond} ({found})"
+    def show(counts: dict[str, int]) -> str:
+        return ", ".join(f"{what}: {count}" for what, count in counts.items())
+
+    judged, left = comparison.judged, comparison.not_judged
+    if comparison.verdict == "no verdict":
+        return f"NO VERDICT: {comparison.reason} ({show({**judged, **left})})"
+    verdict = "WORSE" if comparison.is_worse else "not worse"
+    summary = f"{verdict} beyond noise and {comparison.threshold:.0%} ({show(judged)})"
+    return f"{summary}; not judged: {sum(left.values())} ({show(left)})" if left else summary
 
 
 def align(rows: Sequence[Sequence[str]], left: tuple[int, ...]) -> list[str]:

@@ -203,6 +203,26 @@ def test_compare_exits_with_3_only_when_something_became_slower(saved: Callable[
     assert run("compare", a, slow, "--threshold", "0.5").exit_code == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"latency_ms": BASE, "rounds": 3}, "the rounds are too few: 9 rows need 6 in each report (--rounds)"),
+        ({"latency_ms": {("encode", 64, 1): 0.1}}, "no row is in both reports"),
+    ],
+)
+def test_compare_exits_with_1_where_it_judged_nothing(
+    saved: Callable[..., Path], changes: dict[str, Any], reason: str
+) -> None:
+    a, b = saved("a", 1, latency_ms=BASE), saved("b", 2, **changes)
+    if "rounds" in changes:
+        a = saved("a", 1, **changes)
+    result = run("compare", a, b)
+    assert (result.exit_code, result.stderr) == (1, f"Error: no verdict: {reason}\n")
+    assert result.stdout.splitlines()[-1].startswith(f"NO VERDICT: {reason} (")
+    result = run("compare", a, b, "--json")
+    assert (result.exit_code, json.loads(result.stdout)["verdict"]) == (1, "no verdict")
+
+
 def test_compare_as_json(saved: Callable[..., Path]) -> None:
     a, slow = saved("a", 1, latency_ms=BASE), saved("c", 3, latency_ms={**BASE, ("encode", 1, 1): 0.13})
     result = run("compare", a, slow, "--json")

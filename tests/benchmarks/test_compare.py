@@ -125,7 +125,43 @@ def test_too_few_rounds_give_no_verdict(make_report: MakeReport) -> None:
     row = row_of(comparison, "latency", "encode")
     assert (row.low, row.high, row.verdict) == (None, None, "too few rounds")
     assert row.ratio == pytest.approx(5, rel=0.1)
-    assert not comparison.is_worse
+    assert (comparison.is_worse, comparison.verdict) == (False, "no verdict")
+    assert comparison.reason == "the rounds are too few: 10 rows need 6 in each report (--rounds)"
+    assert compare(make_report(1, rounds=5), make_report(2, rounds=5)).verdict == "no verdict"
+    assert compare(make_report(1, rounds=6), make_report(2, rounds=6)).verdict == "not worse"
+    assert format_comparison(comparison, "a", "b").splitlines()[-1] == (
+        "NO VERDICT: the rounds are too few: 10 rows need 6 in each report (--rounds) (too few rounds: 10)"
+    )
+
+
+def test_a_start_up_alone_gives_no_verdict_but_may_be_worse(make_report: MakeReport) -> None:
+    a, others = make_report(1, BASE), {("encode", 64, 1): 1.0, ("decode", 64, 1): 1.0}
+    comparison = compare(a, make_report(2, others))
+    assert (len(comparison.rows), comparison.verdict) == (len(StartupReport.FIGURES), "no verdict")
+    assert comparison.reason == "no row is in both reports"
+    assert format_comparison(comparison, "a", "b").splitlines()[-1] == (
+        "NO VERDICT: no row is in both reports (no difference: 7, only in A: 3, only in B: 2)"
+    )
+    slow = compare(a, make_report(2, others, load_ms=90))
+    assert slow.verdict == "worse"
+    assert format_comparison(slow, "a", "b").splitlines()[-1] == (
+        "WORSE beyond noise and 5% (slower: 1, no difference: 6); not judged: 5 (only in A: 3, only in B: 2)"
+    )
+
+
+def test_rows_without_a_verdict_are_counted_beside_one(make_report: MakeReport) -> None:
+    a, b = make_report(1, {**BASE, ("decode", 32, 1): 1.0}), make_report(2, BASE)
+    short = dataclasses.replace(b.latency[0], round_p50_ms=b.latency[0].round_p50_ms[:2])
+    b = dataclasses.replace(b, latency=(short, *b.latency[1:]))
+    comparison = compare(a, b)
+    assert (comparison.verdict, comparison.reason) == ("not worse", None)
+    assert comparison.not_judged == {"too few rounds": 1, "only in A": 1}
+    last = format_comparison(comparison, "a", "b").splitlines()[-1]
+    assert last == ("not worse beyond noise and 5% (no difference: 9); not judged: 2 (too few rounds: 1, only in A: 1)")
+    slow = compare(a, make_report(2, {**BASE, ("encode", 1, 1): 0.2}))
+    assert format_comparison(slow, "a", "b").splitlines()[-1] == (
+        "WORSE beyond noise and 5% (slower: 1, no difference: 9); not judged: 1 (only in A: 1)"
+    )
 
 
 def test_rows_of_one_report_only_are_listed(make_report: MakeReport) -> None:
@@ -206,9 +242,10 @@ def test_the_table_ends_with_the_verdict(make_report: MakeReport) -> None:
 
 def test_the_document_is_plain_json(make_report: MakeReport) -> None:
     document = json.loads(json.dumps(compare(make_report(1), make_report(2)).to_dict(), allow_nan=False))
-    assert sorted(document) == sorted(
-        ["format", "format_version", "confidence", "threshold", "warnings", "rows", "only_in_a", "only_in_b", "worse"]
+    assert " ".join(sorted(document)) == (
+        "confidence format format_version not_judged only_in_a only_in_b reason rows threshold verdict warnings worse"
     )
+    assert (document["verdict"], document["reason"], document["not_judged"]) == ("not worse", None, {})
     row = "a b batch device figure high input low operation precision ratio threads unit verdict"
     assert " ".join(sorted(document["rows"][0])) == row
 

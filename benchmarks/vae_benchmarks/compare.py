@@ -14,6 +14,7 @@ import numpy as np
 from vae_runtime.errors import InputError
 
 from .intervals import rounds_for_shift, shift_interval
+from .pairing import Difference, Pairing, describe_row, pair_rows, why_no_pair
 from .report import Report, RowKey, StartupReport
 
 FORMAT, FORMAT_VERSION = "vae-bench-comparison", 1
@@ -28,7 +29,8 @@ VERDICTS = (*_MORE.values(), *_LESS.values(), SAME)
 class ComparisonRow:
     """One figure of both reports.
 
-    figure: "latency", or a figure of the start-up such as "load_ms". operation ... input: None for the start-up.
+    figure: "latency", or a figure of the start-up such as "load_ms". operation ... input: of A, see
+        `Comparison.differs`; None for the start-up.
     unit: "ms" or "bytes". a, b: the medians of the rounds' medians.
     ratio: how many times larger a round of B is than one of A (Hodges-Lehmann: the median over all pairs of rounds).
     low, high: its interval; None where the rounds are too few.
@@ -69,6 +71,7 @@ class Comparison:
     confidence: that all intervals hold together (Bonferroni). threshold: the least effect that counts, 0.05 for 5%.
     warnings: what differs between the machines, versions, bundles and settings. only_in_a, only_in_b: rows, in words,
     that the other report does not have. reason: why no latency could be judged; None where at least one was.
+    differs: in what all rows of B differ from all of A; rows are matched across it if it is one thing alone.
     """
 
     confidence: float
@@ -78,6 +81,7 @@ class Comparison:
     only_in_a: tuple[str, ...]
     only_in_b: tuple[str, ...]
     reason: str | None
+    differs: tuple[Difference, ...]
 
     @property
     def is_worse(self) -> bool:
@@ -115,6 +119,9 @@ class Comparison:
 def compare(a: Report, b: Report, threshold: float = 0.05, confidence: float = 0.95) -> Comparison:
     """Judge B against A, row by row, from the medians of their rounds.
 
+    Rows are the same in both reports, or differ in one of threads, device, precision and input of which each report has
+    a single value: one report of fp32 and one of int8, say.
+
     A row is slower where the whole interval of the ratio B/A lies above 1 and the ratio is above 1 + threshold; faster
     likewise, with the reports exchanged. The intervals come from ranks alone (see `intervals.shift_interval`) and are
     widened so that all of them hold together (Bonferroni): `confidence` is the chance that of two measurements of the
@@ -129,9 +136,11 @@ def compare(a: Report, b: Report, threshold: float = 0.05, confidence: float = 0
     if not 0.5 < confidence < 1:
         raise InputError(f"confidence is {confidence!r}; expected a number between 0.5 and 1, both excluded")
     rounds_a, rounds_b = ({row.key: row.round_p50_ms for row in report.latency} for report in (a, b))
-    shared = [key for key in rounds_a if key in rounds_b]
-    each = 1 - (1 - confidence) / (len(shared) + len(StartupReport.FIGURES))
-    rows = [_judge(LATENCY, key, "ms", rounds_a[key], rounds_b[key], each, threshold) for key in shared]
+    paired = pair_rows(a, b)
+    each = 1 - (1 - confidence) / (len(paired.pairs) + len(StartupReport.FIGURES))
+    rows = [
+        _judge(LATENCY, key_a, "ms", rounds_a[key_a], rounds_b[key_b], each, threshold) for key_a, key_b in paired.pairs
+    ]
     for figure in StartupReport.FIGURES:
         unit = figure.rpartition("_")[2]
         values_a, values_b = (getattr(report.startup, figure).values for report in (a, b))
@@ -139,28 +148,22 @@ def compare(a: Report, b: Report, threshold: float = 0.05, confidence: float = 0
     return Comparison(
         confidence=confidence,
         threshold=threshold,
-        warnings=(*_differences(a, b), *_busy(a, b)),
+        warnings=(*_differences(a, b, paired.differs), *_busy(a, b)),
         rows=tuple(rows),
-        only_in_a=tuple(describe_row(key) for key in rounds_a if key not in rounds_b),
-        only_in_b=tuple(describe_row(key) for key in rounds_b if key not in rounds_a),
-        reason=_why_not_judged(rows, each),
+        only_in_a=tuple(map(describe_row, paired.only_in_a)),
+        only_in_b=tuple(map(describe_row, paired.only_in_b)),
+        reason=_why_not_judged(rows, paired, each),
+        differs=paired.differs,
     )
 
 
-def _why_not_judged(rows: Sequence[ComparisonRow], confidence: float) -> str | None:
+def _why_not_judged(rows: Sequence[ComparisonRow], paired: Pairing, confidence: float) -> str | None:
     latency = [row for row in rows if row.figure == LATENCY]
     if any(row.verdict != UNDECIDED for row in latency):
         return None
     if not latency:
-        return "no row is in both reports"
+        return why_no_pair(paired)
     return f"the rounds are too few: {len(rows)} rows need {rounds_for_shift(confidence)} in each report (--rounds)"
-
-
-def describe_row(key: RowKey) -> str:
-    """A row in words."""
-    what = key.operation if key.input is None else f"{key.operation} of {key.input}"
-    threads = "auto" if key.threads is None else key.threads
-    return f"{what}, batch {key.batch}, threads {threads}, {key.device}, {key.precision}"
 
 
 def _judge(
@@ -187,19 +190,19 @@ def _judge(
     )
 
 
-def _differences(a: Report, b: Report) -> Iterator[str]:
-    """What makes the comparison one of more than the software under test."""
+def _differences(a: Report, b: Report, differs: Sequence[Difference]) -> Iterator[str]:
+    """What makes the comparison one of more than the software under test, and of what `differs` says."""
     compared = {
         "the machines differ": ("machine", ("load_average_1min",)),
         "the GPUs differ": ("gpus", ("sm_clock_mhz", "memory_clock_mhz", "utilization_percent", "memory_used_bytes")),
         "the versions differ": ("versions", ()),
         "the bundles differ": ("bundle", ("folder",)),
         # Which rows there are shows in the rows themselves.
-        "the settings differ": (
-            "settings",
-            ("operations", "batches", "threads", "inputs", "device", "precision", "size"),
+        "the settings differ": ("settings", ("operations", "batches", "threads", "inputs", "device", "precision")),
+        "the conditions of the start-up differ": (
+            "startup",
+            (*StartupReport.FIGURES, *(found.axis for found in differs)),
         ),
-        "the conditions of the start-up differ": ("startup", StartupReport.FIGURES),
     }
     for what, (part, ignored) in compared.items():
         one, other = (_plain(getattr(report, part)) for report in (a, b))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from .compare import SAME, Comparison, ComparisonRow, describe_row
+from .compare import SAME, Comparison, ComparisonRow
 from .gpu import GpuFacts
 from .machine import MachineFacts
+from .pairing import Difference, describe_row
 from .report import LatencyReport, PartReport, PlannedRoute, Report, SplitReport, StartupReport
 
 _DASH = "–"
@@ -33,8 +34,8 @@ def format_report(report: Report) -> str:
 def format_comparison(comparison: Comparison, name_a: str, name_b: str) -> str:
     """Warnings, one line per row, rows of one report only, and the verdict."""
     head = ["figure", "A", "B", "B/A", f"{comparison.confidence:.0%} interval", "verdict"]
-    rows = [[*_compared(row), row.verdict] for row in comparison.rows]
-    lines = [f"A  {name_a}", f"B  {name_b}"]
+    rows = [[*_compared(row, comparison.differs), row.verdict] for row in comparison.rows]
+    lines = [f"A  {name_a}", f"B  {name_b}", *map(str, comparison.differs)]
     lines += [f"warning: {warning}" for warning in comparison.warnings]
     lines += ["", *align([head, *rows], left=(0, 5)), ""]
     for name, only in (("A", comparison.only_in_a), ("B", comparison.only_in_b)):
@@ -186,8 +187,8 @@ def _footnotes(report: Report) -> str:
     return "\n".join(textwrap.fill(line, _WIDTH, subsequent_indent="   ") for line in lines)
 
 
-def _compared(row: ComparisonRow) -> list[str]:
-    label = _FIGURES.get(row.figure, row.figure) if row.key is None else describe_row(row.key)
+def _compared(row: ComparisonRow, differs: Sequence[Difference]) -> list[str]:
+    label = _FIGURES.get(row.figure, row.figure) if row.key is None else describe_row(row.key, differs)
     scale, unit = (1.0, "ms") if row.unit == "ms" else (2.0**20, "MiB")
     interval = _DASH if row.low is None or row.high is None else f"{row.low:.3f}–{row.high:.3f}"
     return [label, *(f"{_digits(value / scale)} {unit}" for value in (row.a, row.b)), f"{row.ratio:.3f}", interval]

@@ -207,7 +207,7 @@ def test_compare_exits_with_3_only_when_something_became_slower(saved: Callable[
     ("changes", "reason"),
     [
         ({"latency_ms": BASE, "rounds": 3}, "the rounds are too few: 9 rows need 6 in each report (--rounds)"),
-        ({"latency_ms": {("encode", 64, 1): 0.1}}, "no row is in both reports"),
+        ({"latency_ms": {("encode", 64, 1): 0.1}}, "no row is in both reports, which differ in batch (A 1, B 64)"),
     ],
 )
 def test_compare_exits_with_1_where_it_judged_nothing(
@@ -221,6 +221,22 @@ def test_compare_exits_with_1_where_it_judged_nothing(
     assert result.stdout.splitlines()[-1].startswith(f"NO VERDICT: {reason} (")
     result = run("compare", a, b, "--json")
     assert (result.exit_code, json.loads(result.stdout)["verdict"]) == (1, "no verdict")
+
+
+def test_compare_answers_whether_another_precision_is_faster(saved: Callable[..., Path], tmp_path: Path) -> None:
+    a, b = saved("a", 1, latency_ms=BASE), saved("b", 2, latency_ms={**BASE, ("encode", 1, 1): 0.05})
+    document = json.loads(b.read_text())
+    for row in document["latency"]:
+        row["precision"] = "int8"
+    b.write_text(json.dumps(document))
+    result = run("compare", a, b)
+    assert result.exit_code == 0
+    assert "\nprecision: A fp32, B int8\n" in result.stdout
+    assert result.stdout.splitlines()[-1] == "not worse beyond noise and 5% (faster: 1, no difference: 8)"
+    assert json.loads(run("compare", a, b, "--json").stdout)["differs"] == [
+        {"axis": "precision", "a": "fp32", "b": "int8"}
+    ]
+    assert run("compare", b, a).exit_code == 3
 
 
 def test_compare_as_json(saved: Callable[..., Path]) -> None:

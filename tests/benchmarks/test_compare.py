@@ -138,9 +138,9 @@ def test_a_start_up_alone_gives_no_verdict_but_may_be_worse(make_report: MakeRep
     a, others = make_report(1, BASE), {("encode", 64, 1): 1.0, ("decode", 64, 1): 1.0}
     comparison = compare(a, make_report(2, others))
     assert (len(comparison.rows), comparison.verdict) == (len(StartupReport.FIGURES), "no verdict")
-    assert comparison.reason == "no row is in both reports"
+    assert comparison.reason == "no row is in both reports, which differ in batch (A 1 and 8, B 64)"
     assert format_comparison(comparison, "a", "b").splitlines()[-1] == (
-        "NO VERDICT: no row is in both reports (no difference: 7, only in A: 3, only in B: 2)"
+        f"NO VERDICT: {comparison.reason} (no difference: 7, only in A: 3, only in B: 2)"
     )
     slow = compare(a, make_report(2, others, load_ms=90))
     assert slow.verdict == "worse"
@@ -197,6 +197,103 @@ def test_inputs_are_compared_with_those_of_their_dtype(make_report: MakeReport) 
     assert (len(before.rows), changed_rows(before)) == (10, {})
 
 
+def other(report: Report, **changes: str | int | None) -> Report:
+    """All rows with another device, say."""
+    return dataclasses.replace(report, latency=tuple(dataclasses.replace(row, **changes) for row in report.latency))
+
+
+ONE_THREAD = {("encode", 1, 1): 0.1, ("decode", 1, 1): 0.2}
+
+
+@pytest.mark.parametrize(
+    ("axis", "a", "b", "said", "label"),
+    [
+        (
+            "precision",
+            "fp32",
+            "int8",
+            "precision: A fp32, B int8",
+            "encode of float32, batch 1, threads 1, cpu, fp32 -> int8",
+        ),
+        (
+            "device",
+            "cpu",
+            "openvino",
+            "device: A cpu, B openvino",
+            "encode of float32, batch 1, threads 1, cpu -> openvino, fp32",
+        ),
+        ("threads", 1, None, "threads: A 1, B auto", "encode of float32, batch 1, threads 1 -> auto, cpu, fp32"),
+        (
+            "input",
+            "float32",
+            "uint8",
+            "input: A float32, B uint8",
+            "encode of float32 -> uint8, batch 1, threads 1, cpu, fp32",
+        ),
+    ],
+)
+def test_reports_that_differ_in_one_thing_are_compared_across_it(
+    make_report: MakeReport, axis: str, a: str | int, b: str | int | None, said: str, label: str
+) -> None:
+    slow = {**ONE_THREAD, ("encode", 1, 1): 0.2}
+    comparison = compare(make_report(1, ONE_THREAD), other(make_report(2, slow), **{axis: b}))
+    assert [(found.axis, found.a, found.b) for found in comparison.differs] == [(axis, a, b)]
+    assert (comparison.only_in_a, comparison.only_in_b, comparison.reason) == ((), (), None)
+    assert changed_rows(comparison) == {"encode": "slower"}
+    lines = format_comparison(comparison, "a.json", "b.json").splitlines()
+    assert lines[2] == said
+    assert sum(line.startswith(f"{label} ") for line in lines) == 1
+    decode = next(line for line in lines if line.startswith("decode"))
+    assert ("->" in decode) == (axis != "input")  # decode takes no inputs
+
+
+def test_the_start_up_s_own_condition_is_no_news_where_it_is_what_differs(make_report: MakeReport) -> None:
+    a, b = make_report(1, ONE_THREAD), other(make_report(2, ONE_THREAD), threads=4)
+    b = dataclasses.replace(b, startup=dataclasses.replace(b.startup, threads=4))
+    assert compare(a, b).warnings == ()
+    b = dataclasses.replace(b, latency=a.latency)
+    assert compare(a, b).warnings == ("the conditions of the start-up differ: threads 1 -> 4",)
+
+
+def test_reports_that_differ_in_several_things_are_not_matched(make_report: MakeReport) -> None:
+    a, b = make_report(1, ONE_THREAD), other(make_report(2, ONE_THREAD), precision="int8", device="openvino")
+    comparison = compare(a, b)
+    assert (comparison.verdict, len(comparison.only_in_a), len(comparison.only_in_b)) == ("no verdict", 2, 2)
+    assert comparison.reason == (
+        "no row is in both reports, which differ in device (A cpu, B openvino), precision (A fp32, B int8); rows are "
+        "matched across a difference in one of threads, device, precision, input alone, where each report has a single "
+        "value of it"
+    )
+    assert format_comparison(comparison, "a", "b").splitlines()[2:4] == [
+        "device: A cpu, B openvino",
+        "precision: A fp32, B int8",
+    ]
+
+
+def test_an_axis_with_several_values_is_not_matched_across(make_report: MakeReport) -> None:
+    several = {("encode", 1, 1): 0.1, ("encode", 1, None): 0.1}
+    a, b = make_report(1, several), make_report(2, {("encode", 1, 4): 0.1})
+    comparison = compare(a, b)
+    assert (comparison.differs, comparison.verdict) == ((), "no verdict")
+    assert (comparison.reason or "").startswith(
+        "no row is in both reports, which differ in threads (A 1 and auto, B 4); rows are matched across a difference"
+    )
+    shared = compare(a, make_report(2, {("encode", 1, 1): 0.1}))
+    assert (shared.differs, shared.only_in_a) == ((), ("encode of float32, batch 1, threads auto, cpu, fp32",))
+    assert [row.threads for row in shared.rows if row.operation] == [1]
+    both = other(make_report(2, several), precision="int8")  # several thread counts, which are the same in both
+    assert [(row.threads, row.verdict) for row in compare(a, both).rows if row.operation] == [
+        (1, "no difference"),
+        (None, "no difference"),
+    ]
+
+
+def test_other_sizes_are_warned_of(make_report: MakeReport) -> None:
+    a = make_report(1)
+    b = dataclasses.replace(a, settings=dataclasses.replace(a.settings, size=(32, 48)))
+    assert compare(a, b).warnings == ("the settings differ: size None -> (32, 48)",)
+
+
 def test_another_gpu_is_warned_of_and_other_clocks_are_not(make_report: MakeReport) -> None:
     gpu = GpuFacts("GPU large", 2**37, "9.0", "13.0", "580.95", 1980, 1980, 3201, 700, 97, 2**31)
     a = dataclasses.replace(make_report(0), gpus=(gpu,))
@@ -243,7 +340,8 @@ def test_the_table_ends_with_the_verdict(make_report: MakeReport) -> None:
 def test_the_document_is_plain_json(make_report: MakeReport) -> None:
     document = json.loads(json.dumps(compare(make_report(1), make_report(2)).to_dict(), allow_nan=False))
     assert " ".join(sorted(document)) == (
-        "confidence format format_version not_judged only_in_a only_in_b reason rows threshold verdict warnings worse"
+        "confidence differs format format_version not_judged only_in_a only_in_b reason rows threshold "
+        "verdict warnings worse"
     )
     assert (document["verdict"], document["reason"], document["not_judged"]) == ("not worse", None, {})
     row = "a b batch device figure high input low operation precision ratio threads unit verdict"

@@ -72,6 +72,7 @@ class Comparison:
     warnings: what differs between the machines, versions, bundles and settings. only_in_a, only_in_b: rows, in words,
     that the other report does not have. reason: why no latency could be judged; None where at least one was.
     differs: in what all rows of B differ from all of A; rows are matched across it if it is one thing alone.
+    busy: "A", "B" or both: whose machine was busy with other work, which no interval knows of.
     """
 
     confidence: float
@@ -82,6 +83,7 @@ class Comparison:
     only_in_b: tuple[str, ...]
     reason: str | None
     differs: tuple[Difference, ...]
+    busy: tuple[str, ...]
 
     @property
     def is_worse(self) -> bool:
@@ -154,6 +156,7 @@ def compare(a: Report, b: Report, threshold: float = 0.05, confidence: float = 0
         only_in_b=tuple(map(describe_row, paired.only_in_b)),
         reason=_why_not_judged(rows, paired, each),
         differs=paired.differs,
+        busy=tuple(name for name, report in (("A", a), ("B", b)) if report.machine.is_busy),
     )
 
 

@@ -214,7 +214,12 @@ def _summary(comparison: Comparison) -> str:
         return f"NO VERDICT: {comparison.reason} ({show({**judged, **left})})"
     verdict = "WORSE" if comparison.is_worse else "not worse"
     summary = f"{verdict} beyond noise and {comparison.threshold:.0%} ({show(judged)})"
-    return f"{summary}; not judged: {sum(left.values())} ({show(left)})" if left else summary
+    if left:
+        summary += f"; not judged: {sum(left.values())} ({show(left)})"
+    if busy := comparison.busy:
+        when = f"{' and '.join(busy)} {'were' if len(busy) > 1 else 'was'} measured"
+        summary += f"; the machine was busy when {when}: other work may have made this verdict, measure on a quiet one"
+    return summary
 
 
 def align(rows: Sequence[Sequence[str]], left: tuple[int, ...]) -> list[str]:

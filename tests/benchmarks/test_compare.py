@@ -337,10 +337,34 @@ def test_the_table_ends_with_the_verdict(make_report: MakeReport) -> None:
     assert format_comparison(same, "a", "b").splitlines()[-1] == "not worse beyond noise and 5% (no difference: 10)"
 
 
+@pytest.mark.parametrize(
+    ("loads", "when"), [((7.0, 0.1), "A was"), ((0.1, 7.0), "B was"), ((7.0, 7.0), "A and B were"), ((0.1, 0.1), None)]
+)
+@pytest.mark.parametrize("encode_ms", [0.1, 0.2])
+def test_a_verdict_on_a_busy_machine_says_so(
+    make_report: MakeReport, loads: tuple[float, float], when: str | None, encode_ms: float
+) -> None:
+    a, b = (
+        dataclasses.replace(report, machine=dataclasses.replace(report.machine, load_average_1min=load))
+        for report, load in zip(
+            (make_report(1), make_report(2, {**BASE, ("encode", 1, 1): encode_ms})), loads, strict=True
+        )
+    )
+    comparison = compare(a, b)
+    quiet = "WORSE beyond noise and 5% (slower: 1, no difference: 9)"
+    if encode_ms == 0.1:
+        quiet = "not worse beyond noise and 5% (no difference: 10)"
+    last = format_comparison(comparison, "a", "b").splitlines()[-1]
+    said = f"; the machine was busy when {when} measured: other work may have made this verdict, measure on a quiet one"
+    assert last == (quiet if when is None else quiet + said)
+    assert comparison.is_worse == (encode_ms == 0.2)
+    assert comparison.to_dict()["busy"] == tuple(name for name, load in zip("AB", loads, strict=True) if load > 1)
+
+
 def test_the_document_is_plain_json(make_report: MakeReport) -> None:
     document = json.loads(json.dumps(compare(make_report(1), make_report(2)).to_dict(), allow_nan=False))
     assert " ".join(sorted(document)) == (
-        "confidence differs format format_version not_judged only_in_a only_in_b reason rows threshold "
+        "busy confidence differs format format_version not_judged only_in_a only_in_b reason rows threshold "
         "verdict warnings worse"
     )
     assert (document["verdict"], document["reason"], document["not_judged"]) == ("not worse", None, {})

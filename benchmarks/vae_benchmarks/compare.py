@@ -156,7 +156,7 @@ def compare(a: Report, b: Report, threshold: float = 0.05, confidence: float = 0
         only_in_b=tuple(map(describe_row, paired.only_in_b)),
         reason=_why_not_judged(rows, paired, each),
         differs=paired.differs,
-        busy=tuple(name for name, report in (("A", a), ("B", b)) if report.machine.is_busy),
+        busy=tuple(name for name, report in (("A", a), ("B", b)) if report.busy_with is not None),
     )
 
 
@@ -227,9 +227,8 @@ def _plain(part: Any) -> dict[str, Any]:
 
 def _busy(a: Report, b: Report) -> Iterator[str]:
     for name, report in (("A", a), ("B", b)):
-        if report.machine.is_busy:
-            load, cores = report.machine.load_average_1min, report.machine.cores_usable
-            yield f"the machine was busy when {name} was measured: load average {load} on {cores} cores"
+        if report.busy_with is not None:
+            yield f"the machine was busy when {name} was measured: {report.busy_with}"
 
 
 def _show(value: Any) -> str:

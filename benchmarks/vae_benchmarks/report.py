@@ -21,6 +21,7 @@ from .settings import TAKE_INPUTS, Settings
 
 FORMAT = "vae-bench-report"
 FORMAT_VERSION = 1
+BUSY_CORES, BUSY_SHARE = 0.25, 0.05  # other work that is worth a word: more cores than this, and more of all cores
 
 
 class RowKey(NamedTuple):
@@ -276,6 +277,8 @@ class Report:
     created: UTC, ISO 8601. plan: what really ran, as `VAE.plan` says. skipped: operation -> why it was not measured.
     method: how the figures came about, in words. gpus: on a GPU, what each measuring process found right after its last
         timed call; empty on other devices.
+    other_cores_busy: how many cores other processes kept busy meanwhile, on average; None where the system does not
+        tell, and in reports from before it was looked at.
     """
 
     created: str
@@ -290,6 +293,20 @@ class Report:
     startup: StartupReport
     latency: tuple[LatencyReport, ...]
     gpus: tuple[GpuFacts, ...] = ()
+    other_cores_busy: float | None = None
+
+    @property
+    def busy_with(self) -> str | None:
+        """In words, what else the machine did while this was measured; None where that was too little to matter.
+
+        The load average is of the minute before, whatever ran then: it counts only where nothing better is known.
+        """
+        cores = self.machine.cores_usable or 1
+        if self.other_cores_busy is None:
+            return f"load average {self.machine.load_average_1min} on {cores} cores" if self.machine.is_busy else None
+        if self.other_cores_busy <= max(BUSY_CORES, BUSY_SHARE * cores):
+            return None
+        return f"other work took {self.other_cores_busy:.2f} of {cores} cores"
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document, as plain values."""

@@ -50,7 +50,8 @@ def _facts(report: Report) -> str:
         "runs on": _plan(report.plan),
         "machine": describe_machine(machine),
         **({"GPU": describe_gpus(report.gpus)} if report.gpus else {}),
-        "system": f"{machine.system}, load average {_or_dash(machine.load_average_1min, '{:.2f}')} at the start",
+        "system": f"{machine.system}, load average {_or_dash(machine.load_average_1min, '{:.2f}')} at the start"
+        + ("" if report.other_cores_busy is None else f", {report.other_cores_busy:.2f} cores busy with other work"),
         "versions": f"vae-edge {versions.vae_edge}, onnxruntime {versions.onnxruntime}, numpy {versions.numpy}, "
         f"Python {versions.python}",
         "inputs": report.method["inputs"],
@@ -165,7 +166,7 @@ def _named(row: LatencyReport) -> list[str]:
 
 
 def _footnotes(report: Report) -> str:
-    rows, machine, lines = report.latency, report.machine, []
+    rows, lines = report.latency, []
     if not all(row.width_reached for row in rows):
         lines.append(
             f"*  wider than the {report.settings.width:.0%} of the median that was asked for; more --seconds, more "
@@ -180,8 +181,8 @@ def _footnotes(report: Report) -> str:
     if any(row.threads is None for row in rows):
         lines.append("threads auto: onnxruntime's own choice, one for each physical core.")
     lines += [f"{operation} was skipped: {reason}." for operation, reason in report.skipped.items()]
-    if machine.is_busy:
-        lines.append("The machine was busy with other work when this began: expect slower and less stable figures.")
+    if report.busy_with is not None:
+        lines.append(f"The machine was busy, {report.busy_with}: expect slower and less stable figures.")
     shown = {title: name for title, name in _METHOD.items() if title != "Parts" or any(row.split for row in rows)}
     lines += [f"{title}: {report.method[name]}." for title, name in shown.items()]
     return "\n".join(textwrap.fill(line, _WIDTH, subsequent_indent="   ") for line in lines)

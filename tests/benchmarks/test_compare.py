@@ -361,6 +361,13 @@ def test_a_verdict_on_a_busy_machine_says_so(
     assert comparison.to_dict()["busy"] == tuple(name for name, load in zip("AB", loads, strict=True) if load > 1)
 
 
+def test_other_work_that_was_measured_is_named(make_report: MakeReport) -> None:
+    a, b = make_report(1), dataclasses.replace(make_report(2), other_cores_busy=1.25)
+    comparison = compare(a, b)
+    assert comparison.warnings == ("the machine was busy when B was measured: other work took 1.25 of 8 cores",)
+    assert comparison.busy == ("B",)
+
+
 def test_the_document_is_plain_json(make_report: MakeReport) -> None:
     document = json.loads(json.dumps(compare(make_report(1), make_report(2)).to_dict(), allow_nan=False))
     assert " ".join(sorted(document)) == (

@@ -35,7 +35,8 @@ from vae_runtime.errors import BundleError, InputError, OutputError
 KEY = RowKey("encode", 4, 1, "cpu", "fp32", "float32")
 
 DOCUMENT_KEYS = {
-    "": "bundle clock created format format_version gpus latency machine method plan settings skipped startup versions",
+    "": "bundle clock created format format_version gpus latency machine method other_cores_busy plan settings skipped "
+    "startup versions",
     "bundle": "folder golden golden_source kind manifest_file_sha256 name",
     "clock": "cost_ns resolution_ns",
     "machine": "architecture cores_logical cores_physical cores_usable cpu cpu_quota governors gpu load_average_1min "
@@ -162,6 +163,7 @@ def test_reports_from_before_a_key_was_added_are_read(measured: Report) -> None:
     for route in (*document["plan"]["encode"], *document["plan"]["decode"]):
         assert route.pop("fixed_batches") == []
     assert document.pop("gpus") == []
+    assert 0 <= document.pop("other_cores_busy") <= (measured.machine.cores_usable or 1) + 0.5
     assert document["settings"].pop("split") is None
     assert document["settings"].pop("size") is None
     assert document["settings"].pop("inputs") == ["float32"]
@@ -171,7 +173,7 @@ def test_reports_from_before_a_key_was_added_are_read(measured: Report) -> None:
     assert [row.pop("split") for row in document["latency"]] == [None] * 4
     older = Report.from_dict(document)
     assert "Parts:" not in format_report(older)
-    measured = dataclasses.replace(measured, method=older.method)
+    measured = dataclasses.replace(measured, method=older.method, other_cores_busy=None)
     assert Report.from_dict(document) == measured
 
 
@@ -376,10 +378,34 @@ def test_the_table_says_what_was_not_reached(make_report: Callable[..., Report])
     busy = dataclasses.replace(report.machine, load_average_1min=7.5)
     text = format_report(dataclasses.replace(report, machine=busy))
     assert "*  wider than the 5% of the median that was asked for" in text
-    assert "The machine was busy" in text
+    assert "The machine was busy, load average 7.5 on 8 cores: expect slower" in text
     few = format_report(make_report(0, rounds=1))
     assert "With so few rounds" in few
     assert "–  too few samples" in few
+
+
+@pytest.mark.parametrize(
+    ("load", "others", "cores", "words"),
+    [
+        (0.1, 0.02, 2, None),
+        (0.1, 1.0, 2, "other work took 1.00 of 2 cores"),  # which the load average shows only a minute later
+        (2.0, 0.02, 2, None),  # of what ran before
+        (2.0, None, 2, "load average 2.0 on 2 cores"),
+        (0.1, None, 2, None),
+        (0.1, 1.0, 64, None),
+        (0.1, 4.0, 64, "other work took 4.00 of 64 cores"),
+    ],
+)
+def test_what_a_busy_machine_is(
+    make_report: Callable[..., Report], load: float, others: float | None, cores: int, words: str | None
+) -> None:
+    report = make_report(0)
+    machine = dataclasses.replace(report.machine, load_average_1min=load, cores_usable=cores)
+    report = dataclasses.replace(report, machine=machine, other_cores_busy=others)
+    assert report.busy_with == words
+    text = format_report(report)
+    assert ("The machine was busy" in text) == (words is not None)
+    assert (f"at the start, {others:.2f} cores busy with other work\n" in text) if others else "with other" not in text
 
 
 def test_a_bundle_that_is_replaced_meanwhile_is_noticed(tmp_path: Path, tiny: Path) -> None:

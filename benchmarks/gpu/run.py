@@ -79,7 +79,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few repetitions: it tries the steps, not the device")
     parser.add_argument("--resume", action="store_true", help="keep what is in OUTPUT.json; crashed steps run again")
     parser.add_argument("--retry", action="store_true", help="with --resume: failed steps run again too")
-    parser.add_argument("--force", action="store_true", help="begin anew over what is in OUTPUT.json")
+    parser.add_argument("--force", action="store_true", help="begin anew over what run.py wrote to OUTPUT.json")
     arguments = parser.parse_args()
     arguments.steps = [name.strip() for name in arguments.steps.split(",")]
     for name in arguments.steps:
@@ -152,18 +152,23 @@ def open_cases(paths: list[Path]) -> dict[str, Path]:
 
 def begin(arguments: argparse.Namespace, cases: list[str]) -> dict[str, Any]:
     """The document to go on with."""
-    path = json_file(arguments.output)
-    if path.exists() and not arguments.force:
-        if not arguments.resume:
+    path, text = json_file(arguments.output), text_file(arguments.output)
+    if not path.exists() and text.exists():
+        raise OutputError(f"{text} exists without {path.name}; choose a name that is not taken")
+    if path.exists():
+        if not (arguments.force or arguments.resume):
             raise OutputError(f"{path} exists; go on with --resume, or begin anew with --force")
         document = load_document(path, "run.py")
-        ours = {"format": FORMAT, "format_version": FORMAT_VERSION}
-        if not isinstance(document, dict) or {key: document.get(key) for key in ours} != ours:
-            raise OutputError(f"{path} was not written by run.py of this version; it is not continued")
-        if document["device"] != arguments.device:
-            raise InputError(f"--device is {arguments.device!r}; {path} was begun on {document['device']!r}")
-        document["cases"] = list(dict.fromkeys([*document["cases"], *cases]))
-        return document
+        found = document if isinstance(document, dict) else {}
+        if arguments.force and found.get("format") != FORMAT:
+            raise OutputError(f"{path} is not a report of run.py; --force replaces nothing else")
+        if arguments.resume:
+            if (found.get("format"), found.get("format_version")) != (FORMAT, FORMAT_VERSION):
+                raise OutputError(f"{path} was not written by run.py of this version; it is not continued")
+            if found["device"] != arguments.device:
+                raise InputError(f"--device is {arguments.device!r}; {path} was begun on {found['device']!r}")
+            found["cases"] = list(dict.fromkeys([*found["cases"], *cases]))
+            return found
     path.parent.mkdir(parents=True, exist_ok=True)
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {
@@ -185,12 +190,16 @@ def store(document: dict[str, Any], unit: dict[str, Any]) -> None:
 
 def write(output: Path, document: dict[str, Any]) -> None:
     save_document(json_file(output), document)
-    with atomic_file(output.with_name(f"{output.name}.md")) as stream:
+    with atomic_file(text_file(output)) as stream:
         stream.write(render(document, output.name).encode())
 
 
 def json_file(output: Path) -> Path:
     return output.with_name(f"{output.name}.json")
+
+
+def text_file(output: Path) -> Path:
+    return output.with_name(f"{output.name}.md")
 
 
 def line_of(unit: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from .gpu import GpuFacts
 from .harness import benchmark
 from .intervals import median_interval, shift_interval
 from .machine import MachineFacts
+from .pairing import Difference
 from .report import (
     BundleFacts,
     ClockFacts,
@@ -35,6 +36,7 @@ __all__ = [
     "ClockFacts",
     "Comparison",
     "ComparisonRow",
+    "Difference",
     "GpuFacts",
     "LatencyReport",
     "MachineFacts",

@@ -15,11 +15,12 @@ from vae_runtime.console import DEVICE_HELP, NEGATIVE_VERDICT, PRECISION_HELP, G
 from vae_runtime.errors import OutputError
 
 from .compare import compare
+from .errors import BenchmarkError
 from .harness import benchmark
 from .loadgen_cli import loadgen_command
 from .race.cli import race_command
 from .report import FORMAT, Report
-from .settings import OPERATIONS, Settings
+from .settings import INPUTS, OPERATIONS, Settings
 from .table import format_comparison, format_report
 
 _DEFAULTS = Settings()
@@ -75,7 +76,7 @@ def main() -> None:
     other engines on the same weights; or drive it with MLPerf's LoadGen.
 
     Everything is measured in fresh processes, through the calls that applications make, in several rounds. Exit code 3:
-    compare found something that became slower, or takes more memory, beyond noise.
+    compare found something that became slower, or takes more memory, beyond noise; 1 where it could judge nothing.
     """
 
 
@@ -90,6 +91,14 @@ def main() -> None:
     help=f"{', '.join(OPERATIONS)}.  [all]",
 )
 @click.option("--batch", "batches", multiple=True, type=Items(click.INT), help="Examples per call.  [1,8,32]")
+@click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    type=Items(click.Choice(INPUTS)),
+    metavar="DTYPE,...",
+    help=f"{', '.join(INPUTS)}: what encode, reconstruct and score are given; uint8 is for images.  [float32]",
+)
 @click.option(
     "--threads",
     multiple=True,
@@ -114,11 +123,11 @@ def main() -> None:
 @click.option("--force", is_flag=True, help="Replace an existing report.")
 @json_option
 def run(bundle: str, output: str | None, force: bool, as_json: bool, **options: Any) -> None:
-    """Measure BUNDLE. Every combination of operation, batch and threads is one row.
+    """Measure BUNDLE. Every combination of operation, batch, input and threads is one row.
 
     Lists are given with commas or by repeating the option. Progress goes to stderr.
     """
-    for name in ("operations", "batches", "threads"):
+    for name in ("operations", "batches", "inputs", "threads"):
         items = tuple(item for group in options.pop(name) for item in group)
         options[name] = items or getattr(_DEFAULTS, name)
     settings = Settings(**options)
@@ -144,13 +153,16 @@ def run(bundle: str, output: str | None, force: bool, as_json: bool, **options: 
 def comparison(ctx: click.Context, /, a: str, b: str, threshold: float, confidence: float, as_json: bool) -> None:
     """Say what is faster or slower in B.json than in A.json, beyond noise.
 
-    Exit code 3 if anything became slower or takes more memory.
+    Exit code 3 if anything became slower or takes more memory; 1 if no latency could be judged, which is no sign that
+    nothing became slower.
     """
     result = compare(Report.load(a), Report.load(b), threshold, confidence)
     if as_json:
         print_json(result.to_dict())
     else:
         click.echo(format_comparison(result, a, b))
+    if result.verdict == "no verdict":
+        raise BenchmarkError(f"no verdict: {result.reason}")
     ctx.exit(NEGATIVE_VERDICT if result.is_worse else 0)
 
 

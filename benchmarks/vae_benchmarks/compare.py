@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,20 +13,24 @@ import numpy as np
 
 from vae_runtime.errors import InputError
 
-from .intervals import shift_interval
+from .intervals import rounds_for_shift, shift_interval
+from .pairing import Difference, Pairing, describe_row, pair_rows, why_no_pair
 from .report import Report, RowKey, StartupReport
 
 FORMAT, FORMAT_VERSION = "vae-bench-comparison", 1
+LATENCY = "latency"
 
 _MORE, _LESS = {"ms": "slower", "bytes": "more memory"}, {"ms": "faster", "bytes": "less memory"}
 SAME, UNDECIDED = "no difference", "too few rounds"
+VERDICTS = (*_MORE.values(), *_LESS.values(), SAME)
 
 
 @dataclass(frozen=True)
 class ComparisonRow:
     """One figure of both reports.
 
-    figure: "latency", or a figure of the start-up such as "load_ms". operation ... precision: None for the start-up.
+    figure: "latency", or a figure of the start-up such as "load_ms". operation ... input: of A, see
+        `Comparison.differs`; None for the start-up.
     unit: "ms" or "bytes". a, b: the medians of the rounds' medians.
     ratio: how many times larger a round of B is than one of A (Hodges-Lehmann: the median over all pairs of rounds).
     low, high: its interval; None where the rounds are too few.
@@ -38,6 +43,7 @@ class ComparisonRow:
     threads: int | None
     device: str | None
     precision: str | None
+    input: str | None
     unit: str
     a: float
     b: float
@@ -45,6 +51,13 @@ class ComparisonRow:
     low: float | None
     high: float | None
     verdict: str
+
+    @property
+    def key(self) -> RowKey | None:
+        """None for the start-up."""
+        if self.operation is None:
+            return None
+        return RowKey(**{name: getattr(self, name) for name in RowKey._fields})
 
     @property
     def is_worse(self) -> bool:
@@ -57,7 +70,9 @@ class Comparison:
 
     confidence: that all intervals hold together (Bonferroni). threshold: the least effect that counts, 0.05 for 5%.
     warnings: what differs between the machines, versions, bundles and settings. only_in_a, only_in_b: rows, in words,
-    that the other report does not have.
+    that the other report does not have. reason: why no latency could be judged; None where at least one was.
+    differs: in what all rows of B differ from all of A; rows are matched across it if it is one thing alone.
+    busy: "A", "B" or both: whose machine was busy with other work, which no interval knows of.
     """
 
     confidence: float
@@ -66,20 +81,48 @@ class Comparison:
     rows: tuple[ComparisonRow, ...]
     only_in_a: tuple[str, ...]
     only_in_b: tuple[str, ...]
+    reason: str | None
+    differs: tuple[Difference, ...]
+    busy: tuple[str, ...]
 
     @property
     def is_worse(self) -> bool:
         """Whether anything became slower, or takes more memory, beyond noise."""
         return any(row.is_worse for row in self.rows)
 
+    @property
+    def verdict(self) -> str:
+        """ "worse", "not worse", or "no verdict": a start-up that did not change says nothing about calls."""
+        if self.is_worse:
+            return "worse"
+        return "not worse" if self.reason is None else "no verdict"
+
+    @property
+    def judged(self) -> dict[str, int]:
+        """How many rows have which verdict, without those that have none."""
+        return self._count(VERDICTS)
+
+    @property
+    def not_judged(self) -> dict[str, int]:
+        """How many rows have no verdict, and why."""
+        only = {"only in A": len(self.only_in_a), "only in B": len(self.only_in_b)}
+        return {**self._count((UNDECIDED,)), **{why: count for why, count in only.items() if count}}
+
+    def _count(self, verdicts: Sequence[str]) -> dict[str, int]:
+        found = Counter(row.verdict for row in self.rows)
+        return {verdict: found[verdict] for verdict in verdicts if found[verdict]}
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON document, as plain values."""
-        document = dataclasses.asdict(self)
-        return {"format": FORMAT, "format_version": FORMAT_VERSION, **document, "worse": self.is_worse}
+        document = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        return {**document, "verdict": self.verdict, "worse": self.is_worse, "not_judged": self.not_judged}
 
 
 def compare(a: Report, b: Report, threshold: float = 0.05, confidence: float = 0.95) -> Comparison:
     """Judge B against A, row by row, from the medians of their rounds.
+
+    Rows are the same in both reports, or differ in one of threads, device, precision and input of which each report has
+    a single value: one report of fp32 and one of int8, say.
 
     A row is slower where the whole interval of the ratio B/A lies above 1 and the ratio is above 1 + threshold; faster
     likewise, with the reports exchanged. The intervals come from ranks alone (see `intervals.shift_interval`) and are
@@ -95,9 +138,11 @@ def compare(a: Report, b: Report, threshold: float = 0.05, confidence: float = 0
     if not 0.5 < confidence < 1:
         raise InputError(f"confidence is {confidence!r}; expected a number between 0.5 and 1, both excluded")
     rounds_a, rounds_b = ({row.key: row.round_p50_ms for row in report.latency} for report in (a, b))
-    shared = [key for key in rounds_a if key in rounds_b]
-    each = 1 - (1 - confidence) / (len(shared) + len(StartupReport.FIGURES))
-    rows = [_judge("latency", key, "ms", rounds_a[key], rounds_b[key], each, threshold) for key in shared]
+    paired = pair_rows(a, b)
+    each = 1 - (1 - confidence) / (len(paired.pairs) + len(StartupReport.FIGURES))
+    rows = [
+        _judge(LATENCY, key_a, "ms", rounds_a[key_a], rounds_b[key_b], each, threshold) for key_a, key_b in paired.pairs
+    ]
     for figure in StartupReport.FIGURES:
         unit = figure.rpartition("_")[2]
         values_a, values_b = (getattr(report.startup, figure).values for report in (a, b))
@@ -105,17 +150,23 @@ def compare(a: Report, b: Report, threshold: float = 0.05, confidence: float = 0
     return Comparison(
         confidence=confidence,
         threshold=threshold,
-        warnings=(*_differences(a, b), *_busy(a, b)),
+        warnings=(*_differences(a, b, paired.differs), *_busy(a, b)),
         rows=tuple(rows),
-        only_in_a=tuple(describe_row(key) for key in rounds_a if key not in rounds_b),
-        only_in_b=tuple(describe_row(key) for key in rounds_b if key not in rounds_a),
+        only_in_a=tuple(map(describe_row, paired.only_in_a)),
+        only_in_b=tuple(map(describe_row, paired.only_in_b)),
+        reason=_why_not_judged(rows, paired, each),
+        differs=paired.differs,
+        busy=tuple(name for name, report in (("A", a), ("B", b)) if report.busy_with is not None),
     )
 
 
-def describe_row(key: RowKey) -> str:
-    """A row in words."""
-    operation, batch, threads, device, precision = key
-    return f"{operation}, batch {batch}, threads {'auto' if threads is None else threads}, {device}, {precision}"
+def _why_not_judged(rows: Sequence[ComparisonRow], paired: Pairing, confidence: float) -> str | None:
+    latency = [row for row in rows if row.figure == LATENCY]
+    if any(row.verdict != UNDECIDED for row in latency):
+        return None
+    if not latency:
+        return why_no_pair(paired)
+    return f"the rounds are too few: {len(rows)} rows need {rounds_for_shift(confidence)} in each report (--rounds)"
 
 
 def _judge(
@@ -136,22 +187,25 @@ def _judge(
         verdict = _MORE[unit]
     elif high is not None and high < 1 and 1 / ratio > 1 + threshold:
         verdict = _LESS[unit]
-    operation, batch, threads, device, precision = key or (None,) * 5
+    named = {name: getattr(key, name, None) for name in RowKey._fields}
     return ComparisonRow(
-        figure, operation, batch, threads, device, precision, unit, median_a, median_b, ratio, low, high, verdict
+        figure, **named, unit=unit, a=median_a, b=median_b, ratio=ratio, low=low, high=high, verdict=verdict
     )
 
 
-def _differences(a: Report, b: Report) -> Iterator[str]:
-    """What makes the comparison one of more than the software under test."""
+def _differences(a: Report, b: Report, differs: Sequence[Difference]) -> Iterator[str]:
+    """What makes the comparison one of more than the software under test, and of what `differs` says."""
     compared = {
         "the machines differ": ("machine", ("load_average_1min",)),
         "the GPUs differ": ("gpus", ("sm_clock_mhz", "memory_clock_mhz", "utilization_percent", "memory_used_bytes")),
         "the versions differ": ("versions", ()),
         "the bundles differ": ("bundle", ("folder",)),
         # Which rows there are shows in the rows themselves.
-        "the settings differ": ("settings", ("operations", "batches", "threads", "device", "precision", "size")),
-        "the conditions of the start-up differ": ("startup", StartupReport.FIGURES),
+        "the settings differ": ("settings", ("operations", "batches", "threads", "inputs", "device", "precision")),
+        "the conditions of the start-up differ": (
+            "startup",
+            (*StartupReport.FIGURES, *(found.axis for found in differs)),
+        ),
     }
     for what, (part, ignored) in compared.items():
         one, other = (_plain(getattr(report, part)) for report in (a, b))
@@ -173,9 +227,8 @@ def _plain(part: Any) -> dict[str, Any]:
 
 def _busy(a: Report, b: Report) -> Iterator[str]:
     for name, report in (("A", a), ("B", b)):
-        if report.machine.is_busy:
-            load, cores = report.machine.load_average_1min, report.machine.cores_usable
-            yield f"the machine was busy when {name} was measured: load average {load} on {cores} cores"
+        if report.busy_with is not None:
+            yield f"the machine was busy when {name} was measured: {report.busy_with}"
 
 
 def _show(value: Any) -> str:

@@ -6,7 +6,7 @@ from vae_runtime.errors import VAEError
 
 
 class BenchmarkError(VAEError):
-    """A measuring process died or did not answer."""
+    """A measuring process died or did not answer, nobody could be timed, or nothing could be compared."""
 
 
 class ReportError(VAEError):

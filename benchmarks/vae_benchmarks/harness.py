@@ -22,7 +22,7 @@ from vae_runtime.preprocess import describe
 from .children import run_worker
 from .gpu import GpuFacts
 from .latency import CLOCK_SHARE, WARMUP_RULE, Samples, Warmup
-from .machine import MachineFacts
+from .machine import CpuTime, MachineFacts
 from .plain import from_plain
 from .report import (
     BundleFacts,
@@ -62,9 +62,9 @@ def benchmark(
     tell = progress or (lambda line: None)
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     machine = MachineFacts.read()
-    facts = _bundle_facts(Path(bundle), settings.size)
+    facts = _bundle_facts(Path(bundle), settings)
     measured, skipped = _skip_what_cannot_run(settings, Path(bundle))
-    path = str(bundle)
+    path, before = str(bundle), CpuTime.read()
     tell("one start beforehand, so that the files are in the system's cache")
     _start_up(path, measured)
     starts, workers = [], []
@@ -73,6 +73,7 @@ def benchmark(
         starts.append(_start_up(path, measured))
         for threads in measured.threads[:: -1 if number % 2 else 1]:
             workers.append((threads, _measure_round(path, measured, threads, number)))
+    after = CpuTime.read()
     if _manifest_file_sha256(Path(bundle)) != facts.manifest_file_sha256:
         raise BundleError(f"{bundle} was replaced while it was being measured")
     _, last = workers[-1]
@@ -89,19 +90,22 @@ def benchmark(
             name: tuple(from_plain(PlannedRoute, route, "the plan") for route in routes)
             for name, routes in last["plan"].items()
         },
-        method=describe_method(facts, settings.size),
+        method=describe_method(facts, settings),
         skipped=skipped,
         startup=_startup_report(starts, measured),
         latency=_latency_reports(workers, measured),
         gpus=tuple(from_plain(GpuFacts, answer["gpu"], "the GPU") for _, answer in workers if answer["gpu"]),
+        other_cores_busy=after.others_since(before) if before and after else None,
     )
 
 
-def _bundle_facts(path: Path, size: tuple[int, ...] | None) -> BundleFacts:
+def _bundle_facts(path: Path, settings: Settings) -> BundleFacts:
     bundle = Bundle.open(path)
-    golden, manifest = bundle.golden(), bundle.manifest
+    golden, manifest, size = bundle.golden(), bundle.manifest, settings.size
     if size is not None and (not manifest.input.is_free or any(side % manifest.input.multiple_of for side in size)):
         raise InputError(f"size is {size}; {manifest.name} takes inputs of {describe(manifest.input)}")
+    if "uint8" in settings.inputs and not manifest.input.is_image:
+        raise InputError(f"input is 'uint8'; {manifest.name} takes vectors, {describe(manifest.input)}")
     return BundleFacts(
         folder=path.resolve().name,
         name=manifest.name,
@@ -140,12 +144,13 @@ def _start_up(path: str, settings: Settings) -> dict[str, float]:
         threads=settings.threads[0],
         batch=max(settings.batches),
         size=settings.size,
+        dtype=settings.inputs[0],
     )
 
 
 def _measure_round(path: str, settings: Settings, threads: int | None, number: int) -> dict[str, Any]:
-    """One process with one thread count: what it answers, its rows keyed by (operation, batch)."""
-    rows = [(operation, batch) for operation in settings.operations for batch in settings.batches]
+    """One process with one thread count: what it answers, its rows keyed as in `Settings.rows`."""
+    rows = settings.rows()
     turn = number * len(rows) // settings.rounds
     rows = rows[turn:] + rows[:turn]
     answer = run_worker(
@@ -180,23 +185,26 @@ def _latency_reports(workers: list[tuple[int | None, dict[str, Any]]], settings:
     for threads in settings.threads:
         rounds = [answer for asked, answer in workers if asked == threads]
         device, precision = rounds[0]["device"], rounds[0]["precision"]
-        for operation in settings.operations:
-            for batch in settings.batches:
-                key: RowKey = (operation, batch, threads, device, precision)
-                splits = [parts for one in rounds if (parts := one["splits"][operation, batch]) is not None]
-                reports.append(summarize(key, [one["rows"][operation, batch] for one in rounds], settings, splits))
+        for row in settings.rows():
+            operation, batch, dtype = row
+            splits = [parts for one in rounds if (parts := one["splits"][row]) is not None]
+            key = RowKey(operation, batch, threads, device, precision, dtype)
+            reports.append(summarize(key, [one["rows"][row] for one in rounds], settings, splits))
     return tuple(reports)
 
 
 def _startup_report(starts: list[dict[str, float]], settings: Settings) -> StartupReport:
     figures = {name: Repeated.of([start[name] for start in starts]) for name in StartupReport.FIGURES}
-    return StartupReport(threads=settings.threads[0], peak_batch=max(settings.batches), **figures)
+    return StartupReport(
+        threads=settings.threads[0], peak_batch=max(settings.batches), input=settings.inputs[0], **figures
+    )
 
 
-def describe_method(facts: BundleFacts, size: tuple[int, ...] | None = None) -> dict[str, str]:
-    """How the figures come about, in words, for the report. size: (height, width) of the images, if it was chosen."""
+def describe_method(facts: BundleFacts, settings: Settings) -> dict[str, str]:
+    """How the figures come about, in words, for the report."""
+    size, dtypes = settings.size, " and ".join(f"as {dtype}" for dtype in settings.inputs)
     cut = "" if size is None else f", cut or mirrored to {size[0]}x{size[1]} (height x width)"
-    inputs = f"the bundle's {facts.golden} golden inputs ({facts.golden_source}){cut}"
+    inputs = f"the bundle's {facts.golden} golden inputs ({facts.golden_source}){cut}, {dtypes}"
     return {
         "inputs": f"{inputs}, repeated up to the batch size",
         "latents": "the means of these inputs' posteriors",
@@ -205,9 +213,9 @@ def describe_method(facts: BundleFacts, size: tuple[int, ...] | None = None) -> 
         "clock": f"time.perf_counter_ns; calls are timed together where reading it takes more than {CLOCK_SHARE:.0%}",
         "warmup": f"VAE.warmup with the batch sizes of the report; {WARMUP_RULE}",
         "interval": "order statistics (binomial) of the rounds' medians; of all samples where the rounds are too few",
-        "split": "each part alone, until the device is done; a warm call on a GPU replays a CUDA graph between "
-        "copies of its own, what stays on the device only where that is faster, so that the parts may sum up to more "
-        "than the call",
+        "split": "each part alone, until the device is done, from an array of float32; a warm call on a GPU replays a "
+        "CUDA graph between copies of its own, what stays on the device only where that is faster, so that the parts "
+        "may sum up to more than the call",
         "startup": "one fresh process per round, files in the system's cache, without the interpreter's own start",
         "memory": "resident memory of the whole process as the system counts it",
     }

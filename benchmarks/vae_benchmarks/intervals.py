@@ -82,6 +82,11 @@ def shift_interval(a: Sequence[float], b: Sequence[float], confidence: float) ->
     return float(np.median(differences)), differences[lower - 1], differences[-lower]
 
 
+def rounds_for_shift(confidence: float) -> int:
+    """How many values both samples of one size need until `shift_interval` has an interval."""
+    return next(count for count in itertools.count(1) if _rank_sum_ranks(count, count, confidence) >= 1)
+
+
 def _rank_sum_ranks(m: int, n: int, confidence: float) -> int:
     """The largest c with 2·P(U <= c - 1) <= 1 - confidence, U the Mann-Whitney statistic of samples of m and n."""
     total, limit = 0, (1 - confidence) / 2 * (1 + 1e-9) * math.comb(m + n, m)

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -61,6 +62,37 @@ class MachineFacts:
     def is_busy(self) -> bool:
         """Whether other work kept more than half of the cores busy in the minute before."""
         return self.load_average_1min is not None and self.load_average_1min > 0.5 * (self.cores_usable or 1)
+
+
+@dataclass(frozen=True)
+class CpuTime:
+    """In seconds, at one moment: how long the cores that this process may run on were busy in all, how long this
+    process and the ended ones that it started ran, and a clock."""
+
+    busy: float
+    own: float
+    clock: float
+
+    @classmethod
+    def read(cls, root: Path = Path("/")) -> CpuTime | None:
+        """Now; None where the system does not tell, which Linux does. root: of the file system."""
+        if sys.platform != "linux":
+            return None
+        ticks, usable = 0, {f"cpu{number}" for number in os.sched_getaffinity(0)}
+        for line in _lines(root / "proc/stat"):
+            name, _, counted = line.partition(" ")
+            if name in usable:
+                counts = [int(count) for count in counted.split()]
+                # All but idle and waiting, and guests, which the first two hold already.
+                ticks += sum(counts[:3]) + sum(counts[5:8])
+        times = os.times()
+        own = times.user + times.system + times.children_user + times.children_system
+        return cls(ticks / os.sysconf("SC_CLK_TCK"), own, time.perf_counter()) if ticks else None
+
+    def others_since(self, before: CpuTime) -> float:
+        """How many cores everybody else kept busy in between, on average."""
+        elapsed = self.clock - before.clock
+        return max(0.0, (self.busy - before.busy - (self.own - before.own)) / elapsed) if elapsed > 0 else 0.0
 
 
 def choose_cores(count: int) -> tuple[int, ...] | None:

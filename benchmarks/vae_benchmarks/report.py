@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +17,22 @@ from .gpu import GpuFacts
 from .intervals import median_interval, smallest_count
 from .latency import Samples
 from .machine import MachineFacts
-from .settings import Settings
+from .settings import TAKE_INPUTS, Settings
 
 FORMAT = "vae-bench-report"
 FORMAT_VERSION = 1
+BUSY_CORES, BUSY_SHARE = 0.25, 0.05  # other work that is worth a word: more cores than this, and more of all cores
 
-RowKey = tuple[str, int, int | None, str, str]
+
+class RowKey(NamedTuple):
+    """What makes a row the same as one of another report; the fields are those of `LatencyReport`."""
+
+    operation: str
+    batch: int
+    threads: int | None
+    device: str
+    precision: str
+    input: str | None
 
 
 @dataclass(frozen=True)
@@ -41,8 +51,9 @@ class PartReport:
 class SplitReport:
     """The parts of encode or decode, each timed alone and to its end on the device.
 
-    host_to_device: `copy_to_device` of the input. compute: `encode_to_device` or `decode_to_device` of what is there
-    already. device_to_host: `DeviceArray.numpy` of all outputs.
+    host_to_device: `copy_to_device` of the array as float32; no part has the conversion of uint8. compute:
+    `encode_to_device` or `decode_to_device` of what is there already. device_to_host: `DeviceArray.numpy` of all
+    outputs.
     """
 
     host_to_device: PartReport
@@ -68,6 +79,8 @@ class LatencyReport:
     warmup_calls, warmup_seconds: in all rounds, not part of the figures above; warmup_stable: in every round.
     round_p50_ms: the median of each round, each in a process of its own, in the order of time.
     split: its parts, as `Settings.split` says; None where they were not measured.
+    input: the dtype of what it was given, "float32" or "uint8", whose conversion is part of the call; None of decode
+        and sample, which take no inputs. Reports from before there was a choice do not have it: all were of float32.
     """
 
     operation: str
@@ -95,18 +108,22 @@ class LatencyReport:
     measured_seconds: float
     round_p50_ms: tuple[float, ...]
     split: SplitReport | None = None
+    input: str | None = "float32"
+
+    def __post_init__(self) -> None:
+        if self.operation not in TAKE_INPUTS:
+            object.__setattr__(self, "input", None)
 
     @property
     def key(self) -> RowKey:
         """What makes this row the same as one of another report."""
-        return (self.operation, self.batch, self.threads, self.device, self.precision)
+        return RowKey(self.operation, self.batch, self.threads, self.device, self.precision, self.input)
 
 
 def summarize(
     key: RowKey, rounds: Sequence[Samples], settings: Settings, splits: Sequence[dict[str, Samples]] = ()
 ) -> LatencyReport:
     """All rounds of one row -> its figures. splits: the parts of each round, where they were measured."""
-    operation, batch, threads, device, precision = key
     pooled = _pool(rounds)
     grouped = max(one.calls_per_sample for one in rounds)
     median, mean = summarize_part(rounds, settings.confidence), float(pooled.mean())
@@ -118,11 +135,7 @@ def summarize(
         return float(np.quantile(pooled, q)) if enough and grouped == 1 else None
 
     return LatencyReport(
-        operation=operation,
-        batch=batch,
-        threads=threads,
-        device=device,
-        precision=precision,
+        **key._asdict(),
         count=len(pooled),
         calls_per_sample=grouped,
         p50_ms=p50,
@@ -134,7 +147,7 @@ def summarize(
         mean_ms=mean,
         min_ms=float(pooled.min()),
         stdev_ms=float(pooled.std(ddof=1)) if len(pooled) > 1 else None,
-        throughput_per_second=batch / (mean / 1000),
+        throughput_per_second=key.batch / (mean / 1000),
         width=width,
         width_reached=width is not None and width <= settings.width,
         warmup_calls=sum(one.warmup.calls for one in rounds),
@@ -187,7 +200,7 @@ class StartupReport:
     import_ms: to import vae_runtime and onnxruntime, numpy with them. load_ms: `VAE.load`, the verification of every
     file included. first_call_ms: the first reconstruct, of one example. to_first_result_ms: the sum of the three; the
     start of the interpreter is not part of it. rss_*: resident memory of the whole process, as the system counts it;
-    peak_rss_bytes: after the first result and one reconstruct of `peak_batch` examples.
+    peak_rss_bytes: after the first result and one reconstruct of `peak_batch` examples. input: their dtype.
     """
 
     threads: int | None
@@ -199,6 +212,7 @@ class StartupReport:
     rss_after_import_bytes: Repeated
     rss_after_load_bytes: Repeated
     peak_rss_bytes: Repeated
+    input: str = "float32"
 
     FIGURES = (
         "import_ms",
@@ -263,6 +277,8 @@ class Report:
     created: UTC, ISO 8601. plan: what really ran, as `VAE.plan` says. skipped: operation -> why it was not measured.
     method: how the figures came about, in words. gpus: on a GPU, what each measuring process found right after its last
         timed call; empty on other devices.
+    other_cores_busy: how many cores other processes kept busy meanwhile, on average; None where the system does not
+        tell, and in reports from before it was looked at.
     """
 
     created: str
@@ -277,6 +293,20 @@ class Report:
     startup: StartupReport
     latency: tuple[LatencyReport, ...]
     gpus: tuple[GpuFacts, ...] = ()
+    other_cores_busy: float | None = None
+
+    @property
+    def busy_with(self) -> str | None:
+        """In words, what else the machine did while this was measured; None where that was too little to matter.
+
+        The load average is of the minute before, whatever ran then: it counts only where nothing better is known.
+        """
+        cores = self.machine.cores_usable or 1
+        if self.other_cores_busy is None:
+            return f"load average {self.machine.load_average_1min} on {cores} cores" if self.machine.is_busy else None
+        if self.other_cores_busy <= max(BUSY_CORES, BUSY_SHARE * cores):
+            return None
+        return f"other work took {self.other_cores_busy:.2f} of {cores} cores"
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document, as plain values."""

@@ -10,6 +10,8 @@ from vae_runtime.arguments import check_threads
 from vae_runtime.errors import InputError
 
 OPERATIONS = ("encode", "sample", "decode", "reconstruct", "score")
+TAKE_INPUTS = frozenset({"encode", "reconstruct", "score"})  # decode takes latents, sample nothing
+INPUTS = ("float32", "uint8")
 LARGEST_BATCH = 65536
 LARGEST_SIDE = 65536
 MOST_ROUNDS = 100
@@ -17,8 +19,9 @@ MOST_ROUNDS = 100
 
 @dataclass(frozen=True)
 class Settings:
-    """Every combination of operations, batches and threads is one row of the report.
+    """Every combination of operations, batches, inputs and threads is one row of the report.
 
+    inputs: the dtypes in which operations that take inputs get them; "uint8" is for images alone.
     threads: of one call on the CPU; None is onnxruntime's own choice, all cores.
     device, precision: as `VAE.load` takes them.
     seconds: the most time that one row is measured for, all rounds together, warm-up not counted.
@@ -42,9 +45,10 @@ class Settings:
     width: float = 0.05
     split: bool | None = None
     size: tuple[int, ...] | None = None
+    inputs: tuple[str, ...] = ("float32",)
 
     def __post_init__(self) -> None:
-        for name in ("operations", "batches", "threads"):
+        for name in ("operations", "batches", "threads", "inputs"):
             given = getattr(self, name)
             if not isinstance(given, (tuple, list)) or not given:
                 raise InputError(f"{name} is {given!r}; expected at least one, in a tuple")
@@ -52,6 +56,9 @@ class Settings:
         for operation in self.operations:
             if operation not in OPERATIONS:
                 raise InputError(f"operation is {operation!r}; expected one of {', '.join(OPERATIONS)}")
+        for dtype in self.inputs:
+            if dtype not in INPUTS:
+                raise InputError(f"input is {dtype!r}; expected one of {', '.join(INPUTS)}")
         for batch in self.batches:
             check_whole("batch", batch, LARGEST_BATCH)
         for threads in self.threads:
@@ -66,6 +73,15 @@ class Settings:
         check_number("seconds", self.seconds, 0, 86400)
         check_number("confidence", self.confidence, 0.5, 1)
         check_number("width", self.width, 0, 1)
+
+    def rows(self) -> list[tuple[str, int, str | None]]:
+        """Operation, batch and the inputs' dtype, None where it takes none, of every row at one thread count."""
+        return [
+            (operation, batch, dtype)
+            for operation in self.operations
+            for batch in self.batches
+            for dtype in (self.inputs if operation in TAKE_INPUTS else (None,))
+        ]
 
     def without(self, operation: str) -> Settings:
         """The same settings without one operation."""

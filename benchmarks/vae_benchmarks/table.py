@@ -5,10 +5,11 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from .compare import SAME, UNDECIDED, Comparison, ComparisonRow
+from .compare import SAME, Comparison, ComparisonRow
 from .gpu import GpuFacts
 from .machine import MachineFacts
-from .report import PartReport, PlannedRoute, Report, SplitReport, StartupReport
+from .pairing import Difference, describe_row
+from .report import LatencyReport, PartReport, PlannedRoute, Report, SplitReport, StartupReport
 
 _DASH = "–"
 _WIDTH = 112
@@ -33,8 +34,8 @@ def format_report(report: Report) -> str:
 def format_comparison(comparison: Comparison, name_a: str, name_b: str) -> str:
     """Warnings, one line per row, rows of one report only, and the verdict."""
     head = ["figure", "A", "B", "B/A", f"{comparison.confidence:.0%} interval", "verdict"]
-    rows = [[*_compared(row), row.verdict] for row in comparison.rows]
-    lines = [f"A  {name_a}", f"B  {name_b}"]
+    rows = [[*_compared(row, comparison.differs), row.verdict] for row in comparison.rows]
+    lines = [f"A  {name_a}", f"B  {name_b}", *map(str, comparison.differs)]
     lines += [f"warning: {warning}" for warning in comparison.warnings]
     lines += ["", *align([head, *rows], left=(0, 5)), ""]
     for name, only in (("A", comparison.only_in_a), ("B", comparison.only_in_b)):
@@ -49,7 +50,8 @@ def _facts(report: Report) -> str:
         "runs on": _plan(report.plan),
         "machine": describe_machine(machine),
         **({"GPU": describe_gpus(report.gpus)} if report.gpus else {}),
-        "system": f"{machine.system}, load average {_or_dash(machine.load_average_1min, '{:.2f}')} at the start",
+        "system": f"{machine.system}, load average {_or_dash(machine.load_average_1min, '{:.2f}')} at the start"
+        + ("" if report.other_cores_busy is None else f", {report.other_cores_busy:.2f} cores busy with other work"),
         "versions": f"vae-edge {versions.vae_edge}, onnxruntime {versions.onnxruntime}, numpy {versions.numpy}, "
         f"Python {versions.python}",
         "inputs": report.method["inputs"],
@@ -108,9 +110,9 @@ def _startup(startup: StartupReport) -> str:
     for figure, label in _FIGURES.items():
         scale, unit = (1.0, "ms") if figure.endswith("_ms") else (2.0**20, "MiB")
         repeated = getattr(startup, figure)
-        peak = f", batch {startup.peak_batch}" if figure == "peak_rss_bytes" else ""
+        conditions = {"first_call_ms": f", {startup.input}", "peak_rss_bytes": f", batch {startup.peak_batch}"}
         values = [f"{value / scale:.1f}" for value in (repeated.median, repeated.min, repeated.max)]
-        lines.append([label + peak, *values, unit])
+        lines.append([label + conditions.get(figure, ""), *values, unit])
     return "\n".join(align(lines, left=(0, 4)))
 
 
@@ -121,18 +123,19 @@ def _latency(report: Report) -> str:
     def show(value: float | None) -> str:
         return _DASH if value is None else f"{value * scale:.{digits}f}"
 
-    head = ["operation", "batch", "threads", f"p50 {unit}", f"{report.settings.confidence:.0%} interval", "p90", "p99"]
-    lines = [[*head, "mean", "min", "examples/s", "samples"]]
+    interval = f"{report.settings.confidence:.0%} interval"
+    head = ["operation", "input", "batch", "threads", f"p50 {unit}", interval]
+    lines = [[*head, "p90", "p99", "mean", "min", "examples/s", "samples"]]
     for row in report.latency:
-        interval = f"{show(row.p50_low_ms)}–{show(row.p50_high_ms)}{'' if row.width_reached else '*'}"
+        ends = f"{show(row.p50_low_ms)}–{show(row.p50_high_ms)}{'' if row.width_reached else '*'}"
         lines.append(
             [
-                *(row.operation, str(row.batch), "auto" if row.threads is None else str(row.threads)),
-                *(show(row.p50_ms), interval, show(row.p90_ms), show(row.p99_ms), show(row.mean_ms), show(row.min_ms)),
+                *_named(row),
+                *(show(row.p50_ms), ends, show(row.p90_ms), show(row.p99_ms), show(row.mean_ms), show(row.min_ms)),
                 *(f"{row.throughput_per_second:,.0f}", str(row.count)),
             ]
         )
-    return "\n".join(align(lines, left=(0,)))
+    return "\n".join(align(lines, left=(0, 1)))
 
 
 def _split(report: Report) -> str:
@@ -149,17 +152,21 @@ def _split(report: Report) -> str:
         return [f"{part.p50_ms * scale:.{digits}f}", f"{low}–{high}"]
 
     interval = f"{report.settings.confidence:.0%} interval"
-    head = ["p50 of parts", "batch", "threads", f"call {unit}"]
+    head = ["p50 of parts", "input", "batch", "threads", f"call {unit}"]
     lines = [[*head, *(cell for part in SplitReport.PARTS for cell in (part.replace("_", " "), interval))]]
     for row, split in rows:
-        threads = "auto" if row.threads is None else str(row.threads)
         parts = [cell for part in SplitReport.PARTS for cell in show(getattr(split, part))]
-        lines.append([row.operation, str(row.batch), threads, f"{row.p50_ms * scale:.{digits}f}", *parts])
-    return "\n".join(align(lines, left=(0,)))
+        lines.append([*_named(row), f"{row.p50_ms * scale:.{digits}f}", *parts])
+    return "\n".join(align(lines, left=(0, 1)))
+
+
+def _named(row: LatencyReport) -> list[str]:
+    threads = "auto" if row.threads is None else str(row.threads)
+    return [row.operation, row.input or _DASH, str(row.batch), threads]
 
 
 def _footnotes(report: Report) -> str:
-    rows, machine, lines = report.latency, report.machine, []
+    rows, lines = report.latency, []
     if not all(row.width_reached for row in rows):
         lines.append(
             f"*  wider than the {report.settings.width:.0%} of the median that was asked for; more --seconds, more "
@@ -174,18 +181,15 @@ def _footnotes(report: Report) -> str:
     if any(row.threads is None for row in rows):
         lines.append("threads auto: onnxruntime's own choice, one for each physical core.")
     lines += [f"{operation} was skipped: {reason}." for operation, reason in report.skipped.items()]
-    if machine.is_busy:
-        lines.append("The machine was busy with other work when this began: expect slower and less stable figures.")
+    if report.busy_with is not None:
+        lines.append(f"The machine was busy, {report.busy_with}: expect slower and less stable figures.")
     shown = {title: name for title, name in _METHOD.items() if title != "Parts" or any(row.split for row in rows)}
     lines += [f"{title}: {report.method[name]}." for title, name in shown.items()]
     return "\n".join(textwrap.fill(line, _WIDTH, subsequent_indent="   ") for line in lines)
 
 
-def _compared(row: ComparisonRow) -> list[str]:
-    label = _FIGURES.get(row.figure, row.figure)
-    if row.operation is not None:
-        threads = "auto" if row.threads is None else row.threads
-        label = f"{row.operation}, batch {row.batch}, threads {threads}, {row.device}, {row.precision}"
+def _compared(row: ComparisonRow, differs: Sequence[Difference]) -> list[str]:
+    label = _FIGURES.get(row.figure, row.figure) if row.key is None else describe_row(row.key, differs)
     scale, unit = (1.0, "ms") if row.unit == "ms" else (2.0**20, "MiB")
     interval = _DASH if row.low is None or row.high is None else f"{row.low:.3f}–{row.high:.3f}"
     return [label, *(f"{_digits(value / scale)} {unit}" for value in (row.a, row.b)), f"{row.ratio:.3f}", interval]
@@ -203,12 +207,20 @@ def _hidden(comparison: Comparison) -> list[str]:
 
 
 def _summary(comparison: Comparison) -> str:
-    counts = dict.fromkeys(("slower", "more memory", "faster", "less memory", SAME, UNDECIDED), 0)
-    for row in comparison.rows:
-        counts[row.verdict] += 1
-    found = ", ".join(f"{verdict}: {count}" for verdict, count in counts.items() if count)
-    beyond = f"beyond noise and {comparison.threshold:.0%}"
-    return f"{'WORSE' if comparison.is_worse else 'not worse'} {beyond} ({found})"
+    def show(counts: dict[str, int]) -> str:
+        return ", ".join(f"{what}: {count}" for what, count in counts.items())
+
+    judged, left = comparison.judged, comparison.not_judged
+    if comparison.verdict == "no verdict":
+        return f"NO VERDICT: {comparison.reason} ({show({**judged, **left})})"
+    verdict = "WORSE" if comparison.is_worse else "not worse"
+    summary = f"{verdict} beyond noise and {comparison.threshold:.0%} ({show(judged)})"
+    if left:
+        summary += f"; not judged: {sum(left.values())} ({show(left)})"
+    if busy := comparison.busy:
+        when = f"{' and '.join(busy)} {'were' if len(busy) > 1 else 'was'} measured"
+        summary += f"; the machine was busy when {when}: other work may have made this verdict, measure on a quiet one"
+    return summary
 
 
 def align(rows: Sequence[Sequence[str]], left: tuple[int, ...]) -> list[str]:

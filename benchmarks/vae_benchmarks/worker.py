@@ -35,7 +35,13 @@ def main() -> None:
 
 
 def measure_startup(
-    bundle: str, device: str, precision: str, threads: int | None, batch: int, size: list[int] | None = None
+    bundle: str,
+    device: str,
+    precision: str,
+    threads: int | None,
+    batch: int,
+    size: list[int] | None = None,
+    dtype: str = "float32",
 ) -> dict[str, Any]:
     """Times in ms and memory in bytes from here to the first result, then the peak after one call with `batch`."""
     begin = time.perf_counter_ns()
@@ -49,7 +55,7 @@ def measure_startup(
     vae = vae_runtime.VAE.load(bundle, device=device, precision=precision, threads=threads)
     loaded = time.perf_counter_ns()
     rss_after_load = resident_bytes()[0]
-    inputs = examples(vae, batch, size)
+    inputs = examples(vae, batch, size, dtype)
     call_begin = time.perf_counter_ns()
     vae.reconstruct(inputs[:1])
     first_result = time.perf_counter_ns()
@@ -80,7 +86,7 @@ def measure_latency(
     split: bool | None = None,
     size: list[int] | None = None,
 ) -> dict[str, Any]:
-    """One round: every row, [operation, batch], one after the other in this process.
+    """One round: every row, [operation, batch, dtype], one after the other in this process.
 
     size: of the images, see `examples`. split: whether to time the parts of a call too, each for a third of `seconds`;
         None does so on GPUs.
@@ -96,12 +102,12 @@ def measure_latency(
     clock = Clock.measure()
     timed = partial(measure, wanted=wanted, confidence=confidence, width=width, clock=clock)
     with VAE.load(bundle, device=device, precision=precision, threads=threads) as vae:
-        vae.warmup(sorted({batch for _, batch in rows}), None if size is None else (size[0], size[1]))
-        calls = [make_call(vae, operation, batch, size) for operation, batch in rows]
+        vae.warmup(sorted({batch for _, batch, _ in rows}), None if size is None else (size[0], size[1]))
+        calls = [make_call(vae, operation, batch, size, dtype) for operation, batch, dtype in rows]
         results = [timed(call, seconds=seconds) for call in calls]
         kind, index = target(vae, "encode", 1).memory
         splits: list[dict[str, Any] | None] = [None] * len(rows)
-        for number, (operation, batch) in enumerate(rows):
+        for number, (operation, batch, _) in enumerate(rows):
             if operation in ("encode", "decode") and (kind == "cuda" if split is None else split):
                 parts = make_parts(vae, operation, batch, size)
                 splits[number] = {
@@ -120,10 +126,12 @@ def measure_latency(
         }
 
 
-def make_call(vae: Any, operation: str, batch: int, size: list[int] | None = None) -> Any:
+def make_call(
+    vae: Any, operation: str, batch: int, size: list[int] | None = None, dtype: str | None = "float32"
+) -> Any:
     """A call without arguments to the public `vae.<operation>`, on `batch` of the bundle's golden inputs.
 
-    size: (height, width), see `examples`.
+    size: (height, width), see `examples`. dtype: of what takes inputs; nothing else looks at it.
 
     The decoder gets the means of their posteriors. Nothing but the call itself happens in it.
     """
@@ -132,10 +140,9 @@ def make_call(vae: Any, operation: str, batch: int, size: list[int] | None = Non
     if operation == "sample":
         # A seed spares drawing entropy from the system.
         return partial(vae.sample, batch, seed=0, size=None if size is None else tuple(size))
-    inputs = examples(vae, batch, size)
     if operation == "decode":
-        return partial(vae.decode, vae.encode(inputs).mode())
-    return partial(getattr(vae, operation), inputs)
+        return partial(vae.decode, vae.encode(examples(vae, batch, size)).mode())
+    return partial(getattr(vae, operation), examples(vae, batch, size, dtype))
 
 
 def make_parts(vae: Any, operation: str, batch: int, size: list[int] | None = None) -> dict[str, Callable[[], object]]:
@@ -179,9 +186,14 @@ def target(vae: Any, operation: str, batch: int) -> Any:
     return find_device(route["device"], route["precision"])
 
 
-def examples(vae: Any, batch: int, size: list[int] | None) -> Any:
-    """So many of the bundle's golden inputs; of another (height, width), cut or mirrored at their edges to it."""
+def examples(vae: Any, batch: int, size: list[int] | None, dtype: str | None = "float32") -> Any:
+    """So many of the bundle's golden inputs; of another (height, width), cut or mirrored at their edges to it.
+
+    dtype: "uint8" makes them images as files have them, (N, H, W[, C]), rounded where they were none.
+    """
     import numpy as np
+
+    from vae_runtime import to_uint8
 
     golden = vae.golden()["x"]
     if size is not None:
@@ -189,7 +201,7 @@ def examples(vae: Any, batch: int, size: list[int] | None) -> Any:
         golden = np.pad(golden, ((0, 0), (0, 0), (0, more[0]), (0, more[1])), mode="symmetric")[
             ..., : size[0], : size[1]
         ]
-    return tile(golden, batch)
+    return tile(to_uint8(golden) if dtype == "uint8" else golden, batch)
 
 
 def tile(examples: Any, batch: int) -> Any:

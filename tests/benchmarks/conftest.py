@@ -25,7 +25,7 @@ from vae_benchmarks import (
 from vae_benchmarks.harness import describe_method
 from vae_benchmarks.latency import Samples, Warmup
 from vae_benchmarks.race import Case
-from vae_benchmarks.report import PlannedRoute, summarize
+from vae_benchmarks.report import PlannedRoute, RowKey, summarize
 
 DATA = Path(__file__).parents[1] / "data"
 QUIET = MachineFacts("Linux", "x86_64", "a CPU", 8, 4, 8, None, 2**34, None, ("performance",), 0.1)
@@ -55,7 +55,9 @@ def make_report() -> Callable[..., Report]:
         settings = Settings(operations=("encode", "decode"), batches=(1, 8), rounds=rounds)
         rows = tuple(
             summarize(
-                (*key, "cpu", "fp32"), [synthetic_samples(rng, value, noise, count) for _ in range(rounds)], settings
+                RowKey(*key, "cpu", "fp32", "float32"),
+                [synthetic_samples(rng, value, noise, count) for _ in range(rounds)],
+                settings,
             )
             for key, value in latency_ms.items()
         )
@@ -75,7 +77,7 @@ def make_report() -> Callable[..., Report]:
                 name: (PlannedRoute(1, "cpu", "CPUExecutionProvider", "fp32", f"{name}r.onnx", 1, None),)
                 for name in ("encode", "decode")
             },
-            method=describe_method(bundle),
+            method=describe_method(bundle, settings),
             skipped={},
             startup=StartupReport(threads=1, peak_batch=8, **figures),
             latency=rows,

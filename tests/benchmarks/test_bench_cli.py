@@ -54,6 +54,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch, measured: Report) -> list[Settings
         (("--operation", "decode,encode"), {"operations": ("decode", "encode")}),
         (("--seconds", "2.5", "--rounds", "6", "--confidence", "0.9", "--width", "0.1"), None),
         (("--device", "auto", "--precision", "int8"), {"device": "auto", "precision": "int8"}),
+        (("--input", "uint8"), {"inputs": ("uint8",)}),
+        (("--input", "uint8, float32"), {"inputs": ("uint8", "float32")}),
         (("--split",), {"split": True}),
         (("--no-split",), {"split": False}),
     ],
@@ -150,6 +152,12 @@ def test_force_replaces_only_reports(recorded: list[Settings], tiny: Path, tmp_p
             1,
             "nothing is left to measure: tiny-vectors is a plain autoencoder",
         ),
+        (
+            ("AUTOENCODER", "--input", "float32,uint8"),
+            1,
+            "input is 'uint8'; tiny-vectors takes vectors, (N, 5) float32",
+        ),
+        (("TINY", "--input", "int8"), 2, "Invalid value for '--input': 'int8' is not one of 'float32', 'uint8'."),
         (("TINY", "--batch", "x"), 2, "Invalid value for '--batch': 'x' is not a valid integer."),
         (("TINY", "--batch", ""), 2, "Invalid value for '--batch': '' is not a valid integer."),
         (("TINY", "--threads", "many"), 2, "Invalid value for '--threads': 'many' is not a valid integer."),
@@ -193,6 +201,42 @@ def test_compare_exits_with_3_only_when_something_became_slower(saved: Callable[
     assert result.exit_code == 3
     assert "slower" in result.stdout
     assert run("compare", a, slow, "--threshold", "0.5").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"latency_ms": BASE, "rounds": 3}, "the rounds are too few: 9 rows need 6 in each report (--rounds)"),
+        ({"latency_ms": {("encode", 64, 1): 0.1}}, "no row is in both reports, which differ in batch (A 1, B 64)"),
+    ],
+)
+def test_compare_exits_with_1_where_it_judged_nothing(
+    saved: Callable[..., Path], changes: dict[str, Any], reason: str
+) -> None:
+    a, b = saved("a", 1, latency_ms=BASE), saved("b", 2, **changes)
+    if "rounds" in changes:
+        a = saved("a", 1, **changes)
+    result = run("compare", a, b)
+    assert (result.exit_code, result.stderr) == (1, f"Error: no verdict: {reason}\n")
+    assert result.stdout.splitlines()[-1].startswith(f"NO VERDICT: {reason} (")
+    result = run("compare", a, b, "--json")
+    assert (result.exit_code, json.loads(result.stdout)["verdict"]) == (1, "no verdict")
+
+
+def test_compare_answers_whether_another_precision_is_faster(saved: Callable[..., Path], tmp_path: Path) -> None:
+    a, b = saved("a", 1, latency_ms=BASE), saved("b", 2, latency_ms={**BASE, ("encode", 1, 1): 0.05})
+    document = json.loads(b.read_text())
+    for row in document["latency"]:
+        row["precision"] = "int8"
+    b.write_text(json.dumps(document))
+    result = run("compare", a, b)
+    assert result.exit_code == 0
+    assert "\nprecision: A fp32, B int8\n" in result.stdout
+    assert result.stdout.splitlines()[-1] == "not worse beyond noise and 5% (faster: 1, no difference: 8)"
+    assert json.loads(run("compare", a, b, "--json").stdout)["differs"] == [
+        {"axis": "precision", "a": "fp32", "b": "int8"}
+    ]
+    assert run("compare", b, a).exit_code == 3
 
 
 def test_compare_as_json(saved: Callable[..., Path]) -> None:

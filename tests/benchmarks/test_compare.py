@@ -13,7 +13,7 @@ import pytest
 
 from vae_benchmarks import Comparison, ComparisonRow, GpuFacts, Report, Settings, StartupReport, compare
 from vae_benchmarks.latency import Clock, measure
-from vae_benchmarks.report import summarize
+from vae_benchmarks.report import RowKey, summarize
 from vae_benchmarks.table import format_comparison
 from vae_runtime.errors import InputError
 
@@ -112,7 +112,7 @@ def test_a_really_measured_delay_is_found(make_report: MakeReport) -> None:
             measure(lambda: time.sleep(seconds), seconds=0.02, wanted=5, confidence=0.95, width=0.05, clock=clock)
             for _ in range(8)
         ]
-        row = summarize(("encode", 1, 1, "cpu", "fp32"), rounds, settings)
+        row = summarize(RowKey("encode", 1, 1, "cpu", "fp32", "float32"), rounds, settings)
         return dataclasses.replace(make_report(0), latency=(row,))
 
     comparison = compare(measured(0.001), measured(0.005))
@@ -125,7 +125,43 @@ def test_too_few_rounds_give_no_verdict(make_report: MakeReport) -> None:
     row = row_of(comparison, "latency", "encode")
     assert (row.low, row.high, row.verdict) == (None, None, "too few rounds")
     assert row.ratio == pytest.approx(5, rel=0.1)
-    assert not comparison.is_worse
+    assert (comparison.is_worse, comparison.verdict) == (False, "no verdict")
+    assert comparison.reason == "the rounds are too few: 10 rows need 6 in each report (--rounds)"
+    assert compare(make_report(1, rounds=5), make_report(2, rounds=5)).verdict == "no verdict"
+    assert compare(make_report(1, rounds=6), make_report(2, rounds=6)).verdict == "not worse"
+    assert format_comparison(comparison, "a", "b").splitlines()[-1] == (
+        "NO VERDICT: the rounds are too few: 10 rows need 6 in each report (--rounds) (too few rounds: 10)"
+    )
+
+
+def test_a_start_up_alone_gives_no_verdict_but_may_be_worse(make_report: MakeReport) -> None:
+    a, others = make_report(1, BASE), {("encode", 64, 1): 1.0, ("decode", 64, 1): 1.0}
+    comparison = compare(a, make_report(2, others))
+    assert (len(comparison.rows), comparison.verdict) == (len(StartupReport.FIGURES), "no verdict")
+    assert comparison.reason == "no row is in both reports, which differ in batch (A 1 and 8, B 64)"
+    assert format_comparison(comparison, "a", "b").splitlines()[-1] == (
+        f"NO VERDICT: {comparison.reason} (no difference: 7, only in A: 3, only in B: 2)"
+    )
+    slow = compare(a, make_report(2, others, load_ms=90))
+    assert slow.verdict == "worse"
+    assert format_comparison(slow, "a", "b").splitlines()[-1] == (
+        "WORSE beyond noise and 5% (slower: 1, no difference: 6); not judged: 5 (only in A: 3, only in B: 2)"
+    )
+
+
+def test_rows_without_a_verdict_are_counted_beside_one(make_report: MakeReport) -> None:
+    a, b = make_report(1, {**BASE, ("decode", 32, 1): 1.0}), make_report(2, BASE)
+    short = dataclasses.replace(b.latency[0], round_p50_ms=b.latency[0].round_p50_ms[:2])
+    b = dataclasses.replace(b, latency=(short, *b.latency[1:]))
+    comparison = compare(a, b)
+    assert (comparison.verdict, comparison.reason) == ("not worse", None)
+    assert comparison.not_judged == {"too few rounds": 1, "only in A": 1}
+    last = format_comparison(comparison, "a", "b").splitlines()[-1]
+    assert last == ("not worse beyond noise and 5% (no difference: 9); not judged: 2 (too few rounds: 1, only in A: 1)")
+    slow = compare(a, make_report(2, {**BASE, ("encode", 1, 1): 0.2}))
+    assert format_comparison(slow, "a", "b").splitlines()[-1] == (
+        "WORSE beyond noise and 5% (slower: 1, no difference: 9); not judged: 1 (only in A: 1)"
+    )
 
 
 def test_rows_of_one_report_only_are_listed(make_report: MakeReport) -> None:
@@ -133,10 +169,129 @@ def test_rows_of_one_report_only_are_listed(make_report: MakeReport) -> None:
     b = make_report(2, {**BASE, ("encode", 32, None): 1.0})
     comparison = compare(a, b)
     assert comparison.only_in_a == ("decode, batch 32, threads 1, cpu, fp32",)
-    assert comparison.only_in_b == ("encode, batch 32, threads auto, cpu, fp32",)
+    assert comparison.only_in_b == ("encode of float32, batch 32, threads auto, cpu, fp32",)
     text = format_comparison(comparison, "a.json", "b.json")
     assert "only in A: decode, batch 32" in text
-    assert "only in B: encode, batch 32" in text
+    assert "only in B: encode of float32, batch 32" in text
+
+
+def of_uint8(report: Report, only: bool = False) -> Report:
+    """Rows of uint8 that take twice as long, beside those of float32 or in place of them."""
+    taking = [row for row in report.latency if row.input is not None]
+    slower = [dataclasses.replace(r, input="uint8", round_p50_ms=tuple(2 * v for v in r.round_p50_ms)) for r in taking]
+    others = [row for row in report.latency if not only or row.input is None]
+    settings = dataclasses.replace(report.settings, inputs=("uint8",) if only else ("float32", "uint8"))
+    return dataclasses.replace(report, latency=(*others, *slower), settings=settings)
+
+
+def test_inputs_are_compared_with_those_of_their_dtype(make_report: MakeReport) -> None:
+    a, b = make_report(1), make_report(2)
+    comparison = compare(of_uint8(a), of_uint8(b))
+    assert {row.input: round(row.b, 1) for row in comparison.rows if row.operation == "encode"} == {
+        "float32": 0.1,
+        "uint8": 0.2,
+    }
+    assert (changed_rows(comparison), comparison.only_in_a, comparison.warnings) == ({}, (), ())
+    before = compare(a, of_uint8(b))
+    assert before.only_in_b == ("encode of uint8, batch 1, threads 1, cpu, fp32",)
+    assert (len(before.rows), changed_rows(before)) == (10, {})
+
+
+def other(report: Report, **changes: str | int | None) -> Report:
+    """All rows with another device, say."""
+    return dataclasses.replace(report, latency=tuple(dataclasses.replace(row, **changes) for row in report.latency))
+
+
+ONE_THREAD = {("encode", 1, 1): 0.1, ("decode", 1, 1): 0.2}
+
+
+@pytest.mark.parametrize(
+    ("axis", "a", "b", "said", "label"),
+    [
+        (
+            "precision",
+            "fp32",
+            "int8",
+            "precision: A fp32, B int8",
+            "encode of float32, batch 1, threads 1, cpu, fp32 -> int8",
+        ),
+        (
+            "device",
+            "cpu",
+            "openvino",
+            "device: A cpu, B openvino",
+            "encode of float32, batch 1, threads 1, cpu -> openvino, fp32",
+        ),
+        ("threads", 1, None, "threads: A 1, B auto", "encode of float32, batch 1, threads 1 -> auto, cpu, fp32"),
+        (
+            "input",
+            "float32",
+            "uint8",
+            "input: A float32, B uint8",
+            "encode of float32 -> uint8, batch 1, threads 1, cpu, fp32",
+        ),
+    ],
+)
+def test_reports_that_differ_in_one_thing_are_compared_across_it(
+    make_report: MakeReport, axis: str, a: str | int, b: str | int | None, said: str, label: str
+) -> None:
+    slow = {**ONE_THREAD, ("encode", 1, 1): 0.2}
+    comparison = compare(make_report(1, ONE_THREAD), other(make_report(2, slow), **{axis: b}))
+    assert [(found.axis, found.a, found.b) for found in comparison.differs] == [(axis, a, b)]
+    assert (comparison.only_in_a, comparison.only_in_b, comparison.reason) == ((), (), None)
+    assert changed_rows(comparison) == {"encode": "slower"}
+    lines = format_comparison(comparison, "a.json", "b.json").splitlines()
+    assert lines[2] == said
+    assert sum(line.startswith(f"{label} ") for line in lines) == 1
+    decode = next(line for line in lines if line.startswith("decode"))
+    assert ("->" in decode) == (axis != "input")  # decode takes no inputs
+
+
+def test_the_start_up_s_own_condition_is_no_news_where_it_is_what_differs(make_report: MakeReport) -> None:
+    a, b = make_report(1, ONE_THREAD), other(make_report(2, ONE_THREAD), threads=4)
+    b = dataclasses.replace(b, startup=dataclasses.replace(b.startup, threads=4))
+    assert compare(a, b).warnings == ()
+    b = dataclasses.replace(b, latency=a.latency)
+    assert compare(a, b).warnings == ("the conditions of the start-up differ: threads 1 -> 4",)
+
+
+def test_reports_that_differ_in_several_things_are_not_matched(make_report: MakeReport) -> None:
+    a, b = make_report(1, ONE_THREAD), other(make_report(2, ONE_THREAD), precision="int8", device="openvino")
+    comparison = compare(a, b)
+    assert (comparison.verdict, len(comparison.only_in_a), len(comparison.only_in_b)) == ("no verdict", 2, 2)
+    assert comparison.reason == (
+        "no row is in both reports, which differ in device (A cpu, B openvino), precision (A fp32, B int8); rows are "
+        "matched across a difference in one of threads, device, precision, input alone, where each report has a single "
+        "value of it"
+    )
+    assert format_comparison(comparison, "a", "b").splitlines()[2:4] == [
+        "device: A cpu, B openvino",
+        "precision: A fp32, B int8",
+    ]
+
+
+def test_an_axis_with_several_values_is_not_matched_across(make_report: MakeReport) -> None:
+    several = {("encode", 1, 1): 0.1, ("encode", 1, None): 0.1}
+    a, b = make_report(1, several), make_report(2, {("encode", 1, 4): 0.1})
+    comparison = compare(a, b)
+    assert (comparison.differs, comparison.verdict) == ((), "no verdict")
+    assert (comparison.reason or "").startswith(
+        "no row is in both reports, which differ in threads (A 1 and auto, B 4); rows are matched across a difference"
+    )
+    shared = compare(a, make_report(2, {("encode", 1, 1): 0.1}))
+    assert (shared.differs, shared.only_in_a) == ((), ("encode of float32, batch 1, threads auto, cpu, fp32",))
+    assert [row.threads for row in shared.rows if row.operation] == [1]
+    both = other(make_report(2, several), precision="int8")  # several thread counts, which are the same in both
+    assert [(row.threads, row.verdict) for row in compare(a, both).rows if row.operation] == [
+        (1, "no difference"),
+        (None, "no difference"),
+    ]
+
+
+def test_other_sizes_are_warned_of(make_report: MakeReport) -> None:
+    a = make_report(1)
+    b = dataclasses.replace(a, settings=dataclasses.replace(a.settings, size=(32, 48)))
+    assert compare(a, b).warnings == ("the settings differ: size None -> (32, 48)",)
 
 
 def test_another_gpu_is_warned_of_and_other_clocks_are_not(make_report: MakeReport) -> None:
@@ -182,12 +337,45 @@ def test_the_table_ends_with_the_verdict(make_report: MakeReport) -> None:
     assert format_comparison(same, "a", "b").splitlines()[-1] == "not worse beyond noise and 5% (no difference: 10)"
 
 
+@pytest.mark.parametrize(
+    ("loads", "when"), [((7.0, 0.1), "A was"), ((0.1, 7.0), "B was"), ((7.0, 7.0), "A and B were"), ((0.1, 0.1), None)]
+)
+@pytest.mark.parametrize("encode_ms", [0.1, 0.2])
+def test_a_verdict_on_a_busy_machine_says_so(
+    make_report: MakeReport, loads: tuple[float, float], when: str | None, encode_ms: float
+) -> None:
+    a, b = (
+        dataclasses.replace(report, machine=dataclasses.replace(report.machine, load_average_1min=load))
+        for report, load in zip(
+            (make_report(1), make_report(2, {**BASE, ("encode", 1, 1): encode_ms})), loads, strict=True
+        )
+    )
+    comparison = compare(a, b)
+    quiet = "WORSE beyond noise and 5% (slower: 1, no difference: 9)"
+    if encode_ms == 0.1:
+        quiet = "not worse beyond noise and 5% (no difference: 10)"
+    last = format_comparison(comparison, "a", "b").splitlines()[-1]
+    said = f"; the machine was busy when {when} measured: other work may have made this verdict, measure on a quiet one"
+    assert last == (quiet if when is None else quiet + said)
+    assert comparison.is_worse == (encode_ms == 0.2)
+    assert comparison.to_dict()["busy"] == tuple(name for name, load in zip("AB", loads, strict=True) if load > 1)
+
+
+def test_other_work_that_was_measured_is_named(make_report: MakeReport) -> None:
+    a, b = make_report(1), dataclasses.replace(make_report(2), other_cores_busy=1.25)
+    comparison = compare(a, b)
+    assert comparison.warnings == ("the machine was busy when B was measured: other work took 1.25 of 8 cores",)
+    assert comparison.busy == ("B",)
+
+
 def test_the_document_is_plain_json(make_report: MakeReport) -> None:
     document = json.loads(json.dumps(compare(make_report(1), make_report(2)).to_dict(), allow_nan=False))
-    assert sorted(document) == sorted(
-        ["format", "format_version", "confidence", "threshold", "warnings", "rows", "only_in_a", "only_in_b", "worse"]
+    assert " ".join(sorted(document)) == (
+        "busy confidence differs format format_version not_judged only_in_a only_in_b reason rows threshold "
+        "verdict warnings worse"
     )
-    row = "a b batch device figure high low operation precision ratio threads unit verdict"
+    assert (document["verdict"], document["reason"], document["not_judged"]) == ("not worse", None, {})
+    row = "a b batch device figure high input low operation precision ratio threads unit verdict"
     assert " ".join(sorted(document["rows"][0])) == row
 
 

@@ -733,6 +733,36 @@ def test_other_files_are_not_continued(scripted: Any, capsys: Any, tmp_path: Pat
     assert json.loads((tmp_path / "out.json").read_text()) == document
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["[]", '{"format": "vae-bench-race", "format_version": 1}', '{"weights": [1, 2]}', "not json"],
+    ids=["a list", "a race", "somebody's", "no json"],
+)
+def test_force_replaces_only_what_it_wrote(scripted: Any, capsys: Any, tmp_path: Path, content: str) -> None:
+    (tmp_path / "out.json").write_text(content)
+    assert scripted("--force") == 1
+    assert capsys.readouterr().err.startswith(f"Error: {tmp_path}/out.json is not ")
+    assert Scripted.ran == []
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"out.json": content}
+
+
+def test_force_replaces_what_another_version_of_it_wrote(scripted: Any, tmp_path: Path) -> None:
+    (tmp_path / "out.json").write_text(json.dumps({"format": run.FORMAT, "format_version": run.FORMAT_VERSION + 1}))
+    assert scripted("--force") == 0
+    assert json.loads((tmp_path / "out.json").read_text())["format_version"] == run.FORMAT_VERSION
+
+
+@pytest.mark.parametrize("arguments", [(), ("--force",), ("--resume",)])
+def test_a_text_of_somebody_else_is_not_replaced(
+    scripted: Any, capsys: Any, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    (tmp_path / "out.md").write_text("notes")
+    assert scripted(*arguments) == 1
+    error = f"Error: {tmp_path}/out.md exists without out.json; choose a name that is not taken\n"
+    assert (capsys.readouterr().err, Scripted.ran) == (error, [])
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"out.md": "notes"}
+
+
 def test_every_step_has_its_time() -> None:
     assert list(run.STEPS) == list(steps.STEPS)
     arguments = SimpleNamespace(budget=60, rounds=6)

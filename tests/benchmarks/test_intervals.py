@@ -14,6 +14,7 @@ from vae_benchmarks.intervals import (
     _rank_sum_ranks,
     median_interval,
     median_ranks,
+    rounds_for_shift,
     shift_interval,
     smallest_count,
 )
@@ -96,6 +97,13 @@ def test_shift_interval_of_few_values() -> None:
     assert shift_interval([1, 2, 3], [4, 5, 6], 0.95) is None
     estimate, low, high = shift_interval([1, 2, 3, 4], [11, 12, 13, 14], 0.95) or (0, 0, 0)
     assert (estimate, low, high) == (10, 7, 13)
+
+
+@pytest.mark.parametrize(("confidence", "count"), [(0.95, 4), (0.995, 6), (1 - 0.05 / 300, 8), (1 - 0.05 / 330, 9)])
+def test_the_fewest_rounds_with_an_interval(confidence: float, count: int) -> None:
+    assert rounds_for_shift(confidence) == count
+    assert shift_interval(range(count), range(count), confidence) is not None
+    assert shift_interval(range(count - 1), range(count - 1), confidence) is None
 
 
 def test_shift_interval_covers_as_promised() -> None:

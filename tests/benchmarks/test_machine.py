@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from vae_benchmarks import MachineFacts
-from vae_benchmarks.machine import cpu_quota, memory_limit
+from vae_benchmarks.machine import CpuTime, cpu_quota, memory_limit
 
 
 def make_root(root: Path, files: dict[str, str]) -> Path:
@@ -64,6 +66,36 @@ def test_the_facts_of_this_machine() -> None:
     assert facts.cores_logical == os.cpu_count()
     assert 1 <= (facts.cores_usable or 0) <= (facts.cores_logical or 0)
     assert facts.memory_bytes is None or facts.memory_bytes > 2**28
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
+def test_how_long_the_usable_cores_were_busy(tmp_path: Path) -> None:
+    usable, second = sorted(os.sched_getaffinity(0)), os.sysconf("SC_CLK_TCK")
+    # user, nice, system, idle, waiting, interrupts, soft interrupts, stolen; guests are in user and nice already
+    counts = " ".join(str(seconds * second) for seconds in (1, 2, 3, 1000, 2000, 4, 5, 6, 1, 1))
+    cores = "\n".join(f"cpu{number} {counts}" for number in (*usable, max(usable) + 1))
+    root = make_root(tmp_path, {"proc/stat": f"cpu  {counts}\n{cores}\nintr 1 2 3\n"})
+    time = CpuTime.read(root)
+    assert time is not None
+    assert time.busy == 21 * len(usable)
+    assert CpuTime.read(root / "nothing") is None
+
+
+def test_what_others_take_of_the_cores() -> None:
+    before = CpuTime(busy=100.0, own=5.0, clock=1000.0)
+    assert CpuTime(busy=130.0, own=15.0, clock=1010.0).others_since(before) == 2.0
+    assert CpuTime(busy=100.0, own=15.0, clock=1010.0).others_since(before) == 0.0  # both clocks are coarse
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
+def test_the_work_of_processes_that_this_one_started_is_its_own() -> None:
+    before = CpuTime.read()
+    assert before is not None
+    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 1: pass"], check=True)
+    after = CpuTime.read()
+    assert after is not None
+    assert after.own - before.own >= 1
+    assert after.busy - before.busy >= 0.9
 
 
 @pytest.mark.parametrize(("load", "cores", "busy"), [(None, 8, False), (3.9, 8, False), (4.1, 8, True), (0.6, 1, True)])

@@ -26,28 +26,30 @@ from vae_benchmarks import (
     StartupReport,
     benchmark,
 )
+from vae_benchmarks.children import run_worker
 from vae_benchmarks.latency import Samples, Warmup
-from vae_benchmarks.report import summarize
+from vae_benchmarks.report import RowKey, summarize
 from vae_benchmarks.table import format_report
 from vae_runtime.errors import BundleError, InputError, OutputError
 
-KEY = ("encode", 4, 1, "cpu", "fp32")
+KEY = RowKey("encode", 4, 1, "cpu", "fp32", "float32")
 
 DOCUMENT_KEYS = {
-    "": "bundle clock created format format_version gpus latency machine method plan settings skipped startup versions",
+    "": "bundle clock created format format_version gpus latency machine method other_cores_busy plan settings skipped "
+    "startup versions",
     "bundle": "folder golden golden_source kind manifest_file_sha256 name",
     "clock": "cost_ns resolution_ns",
     "machine": "architecture cores_logical cores_physical cores_usable cpu cpu_quota governors gpu load_average_1min "
     "memory_bytes memory_limit_bytes system",
     "method": "calls clock inputs interval latents memory sample split startup warmup",
     "plan": "decode encode",
-    "settings": "batches confidence device operations precision rounds seconds size split threads width",
-    "startup": "first_call_ms import_ms load_ms peak_batch peak_rss_bytes rss_after_import_bytes rss_after_load_bytes "
-    "threads to_first_result_ms",
+    "settings": "batches confidence device inputs operations precision rounds seconds size split threads width",
+    "startup": "first_call_ms import_ms input load_ms peak_batch peak_rss_bytes rss_after_import_bytes "
+    "rss_after_load_bytes threads to_first_result_ms",
     "versions": "numpy onnxruntime python vae_edge",
 }
 ROW_KEYS = (
-    "batch calls_per_sample count device interval_from mean_ms measured_seconds min_ms operation p50_high_ms "
+    "batch calls_per_sample count device input interval_from mean_ms measured_seconds min_ms operation p50_high_ms "
     "p50_low_ms p50_ms p90_ms p99_ms precision round_p50_ms split stdev_ms threads throughput_per_second warmup_calls "
     "warmup_seconds warmup_stable width width_reached"
 )
@@ -110,7 +112,9 @@ def test_percentiles_of_known_values() -> None:
 
 def test_a_real_report_is_complete(measured: Report) -> None:
     assert [row.key for row in measured.latency] == [
-        (operation, batch, 1, "cpu", "fp32") for operation in ("sample", "reconstruct") for batch in (1, 6)
+        (operation, batch, 1, "cpu", "fp32", dtype)
+        for operation, dtype in (("sample", None), ("reconstruct", "float32"))
+        for batch in (1, 6)
     ]
     for row in measured.latency:
         assert len(row.round_p50_ms) == 2
@@ -159,14 +163,46 @@ def test_reports_from_before_a_key_was_added_are_read(measured: Report) -> None:
     for route in (*document["plan"]["encode"], *document["plan"]["decode"]):
         assert route.pop("fixed_batches") == []
     assert document.pop("gpus") == []
+    assert 0 <= document.pop("other_cores_busy") <= (measured.machine.cores_usable or 1) + 0.5
     assert document["settings"].pop("split") is None
     assert document["settings"].pop("size") is None
+    assert document["settings"].pop("inputs") == ["float32"]
+    assert document["startup"].pop("input") == "float32"
+    assert [row.pop("input") for row in document["latency"]] == [None, None, "float32", "float32"]
     assert document["method"].pop("split")
     assert [row.pop("split") for row in document["latency"]] == [None] * 4
     older = Report.from_dict(document)
     assert "Parts:" not in format_report(older)
-    measured = dataclasses.replace(measured, method=older.method)
+    measured = dataclasses.replace(measured, method=older.method, other_cores_busy=None)
     assert Report.from_dict(document) == measured
+
+
+def test_both_dtypes_are_measured_and_named(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[str] = []
+
+    def start_with(task: str, **request: Any) -> dict[str, Any]:
+        starts.extend([request["dtype"]] if task == "startup" else [])
+        return run_worker(task, **request)
+
+    monkeypatch.setattr("vae_benchmarks.harness.run_worker", start_with)
+    settings = Settings(("encode", "sample"), (1,), (1,), seconds=0.02, rounds=2, inputs=("uint8", "float32"))
+    report = benchmark(tiny, settings)
+    assert [(row.operation, row.input) for row in report.latency] == [
+        ("encode", "uint8"),
+        ("encode", "float32"),
+        ("sample", None),
+    ]
+    assert (report.startup.input, starts) == ("uint8", ["uint8"] * 3)
+    report.save(tmp_path / "both.json")
+    assert Report.load(tmp_path / "both.json") == report
+    text = format_report(report)
+    assert "the bundle's 4 golden inputs (synthetic), as uint8 and as float32, repeated up to the batch size" in text
+    assert "\nfirst reconstruct, batch 1, uint8 " in text
+    assert [line.split()[:2] for line in text.splitlines() if line.startswith(("encode", "sample"))] == [
+        ["encode", "uint8"],
+        ["encode", "float32"],
+        ["sample", "–"],
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +232,7 @@ def test_the_parts_are_shown_beside_the_call(split: Report, measured: Report) ->
     head = next(index for index, line in enumerate(lines) if line.startswith("p50 of parts"))
     assert "host to device" in lines[head]
     assert [line.split()[:1] for line in lines[head + 1 : head + 4]] == [["encode"], ["decode"], []]
-    assert len(lines[head + 1].split()) == 3 + 1 + 2 * 3
+    assert len(lines[head + 1].split()) == 4 + 1 + 2 * 3
     assert any(line.startswith("Parts: each part alone") for line in lines)
     assert "p50 of parts" not in format_report(measured)
 
@@ -298,6 +334,8 @@ def test_files_that_are_not_there_are_named(measured: Report, tmp_path: Path) ->
         ({"batches": (1, 0)}, "batch is 0; expected a whole number from 1 to 65536"),
         ({"batches": (2.5,)}, "batch is 2.5; expected a whole number"),
         ({"threads": (0,)}, "threads is 0; expected a whole number from 1"),
+        ({"inputs": ("int8",)}, "input is 'int8'; expected one of float32, uint8"),
+        ({"inputs": ()}, "inputs is (); expected at least one, in a tuple"),
         ({"rounds": 0}, "rounds is 0; expected a whole number from 1 to 100"),
         ({"seconds": 0}, "seconds is 0; expected a number between 0 and 86400"),
         ({"seconds": -1.0}, "seconds is -1.0; expected a number"),
@@ -324,7 +362,9 @@ def test_the_table_shows_every_row_and_its_units(make_report: Callable[..., Repo
     assert "p50 µs" in head
     assert "95% interval" in head
     row = next(line for line in lines if line.startswith("decode") and " auto " in line)
-    assert len(row.split()) == 11
+    assert len(row.split()) == 12
+    assert row.split()[1] == "–"
+    assert next(line for line in lines if line.startswith("encode")).split()[1] == "float32"
     assert "MiB" in text
     assert "a CPU, x86_64, 8 of 8 logical cores (4 physical), 16.0 GiB memory, governor performance" in text
     assert "*" not in text
@@ -338,10 +378,34 @@ def test_the_table_says_what_was_not_reached(make_report: Callable[..., Report])
     busy = dataclasses.replace(report.machine, load_average_1min=7.5)
     text = format_report(dataclasses.replace(report, machine=busy))
     assert "*  wider than the 5% of the median that was asked for" in text
-    assert "The machine was busy" in text
+    assert "The machine was busy, load average 7.5 on 8 cores: expect slower" in text
     few = format_report(make_report(0, rounds=1))
     assert "With so few rounds" in few
     assert "–  too few samples" in few
+
+
+@pytest.mark.parametrize(
+    ("load", "others", "cores", "words"),
+    [
+        (0.1, 0.02, 2, None),
+        (0.1, 1.0, 2, "other work took 1.00 of 2 cores"),  # which the load average shows only a minute later
+        (2.0, 0.02, 2, None),  # of what ran before
+        (2.0, None, 2, "load average 2.0 on 2 cores"),
+        (0.1, None, 2, None),
+        (0.1, 1.0, 64, None),
+        (0.1, 4.0, 64, "other work took 4.00 of 64 cores"),
+    ],
+)
+def test_what_a_busy_machine_is(
+    make_report: Callable[..., Report], load: float, others: float | None, cores: int, words: str | None
+) -> None:
+    report = make_report(0)
+    machine = dataclasses.replace(report.machine, load_average_1min=load, cores_usable=cores)
+    report = dataclasses.replace(report, machine=machine, other_cores_busy=others)
+    assert report.busy_with == words
+    text = format_report(report)
+    assert ("The machine was busy" in text) == (words is not None)
+    assert (f"at the start, {others:.2f} cores busy with other work\n" in text) if others else "with other" not in text
 
 
 def test_a_bundle_that_is_replaced_meanwhile_is_noticed(tmp_path: Path, tiny: Path) -> None:

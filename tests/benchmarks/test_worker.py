@@ -14,7 +14,7 @@ import pytest
 
 import vae_runtime.errors as errors
 from vae_benchmarks import BenchmarkError, children, worker
-from vae_runtime import VAE, DeviceArray, DevicePosterior
+from vae_runtime import VAE, DeviceArray, DevicePosterior, to_uint8
 from vae_runtime.errors import MissingExtraError, VAEError
 
 STARTUP = {"device": "cpu", "precision": "fp32", "threads": 1, "batch": 8}
@@ -50,6 +50,57 @@ def test_images_of_another_size_are_cut_or_mirrored(free: Path) -> None:
         assert code.shape == (2, 2, 10, 4)
 
 
+@pytest.mark.parametrize(("name", "shape", "rows"), [("tiny", (6, 8, 8), None), ("free", (6, 20, 8, 3), [20, 8])])
+def test_uint8_inputs_are_images_as_files_have_them(
+    request: pytest.FixtureRequest, name: str, shape: tuple[int, ...], rows: list[int] | None
+) -> None:
+    with VAE.load(request.getfixturevalue(name), threads=1) as vae:
+        images = worker.examples(vae, 6, rows, "uint8")
+        assert (images.dtype, images.shape, images.flags.c_contiguous) == (np.uint8, shape, True)
+        np.testing.assert_array_equal(images, to_uint8(worker.examples(vae, 6, rows)))
+        for operation, value in (
+            ("encode", vae.encode(images).mean),
+            ("reconstruct", vae.reconstruct(images)),
+            ("score", vae.score(images)),
+        ):
+            call = worker.make_call(vae, operation, 6, rows, "uint8")
+            assert call.args[0].dtype == np.uint8
+            result = call()
+            np.testing.assert_array_equal(getattr(result, "mean", result) if operation == "encode" else result, value)
+        for operation in ("decode", "sample"):  # of the same latents as beside float32
+            expected = worker.make_call(vae, operation, 6, rows)()
+            np.testing.assert_array_equal(worker.make_call(vae, operation, 6, rows, None)(), expected)
+
+
+def test_each_row_is_measured_with_its_dtype(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    real = worker.make_call
+
+    def make_call(*arguments: object) -> object:
+        made.append(real(*arguments).args[0].dtype)
+        return real(*arguments)
+
+    monkeypatch.setattr(worker, "make_call", make_call)
+    rows = [["encode", 2, "uint8"], ["score", 1, "float32"], ["decode", 1, None]]
+    engine = {name: STARTUP[name] for name in ("device", "precision", "threads")}
+    worker.measure_latency(str(tiny), **engine, rows=rows, seconds=0.01, wanted=5, confidence=0.95, width=0.5)
+    assert made == [np.uint8, np.float32, np.float32]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+def test_the_first_call_is_of_the_inputs_dtype(tiny: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    given: list[tuple[str, int]] = []
+    real = VAE.reconstruct
+
+    def reconstruct(vae: VAE, inputs: np.ndarray) -> np.ndarray:
+        given.append((str(inputs.dtype), len(inputs)))
+        return real(vae, inputs)
+
+    monkeypatch.setattr(VAE, "reconstruct", reconstruct)
+    worker.measure_startup(str(tiny), **STARTUP, dtype=dtype)
+    assert given == [(dtype, 1), (dtype, 8)]
+
+
 def test_tiled_inputs_are_contiguous_and_new() -> None:
     examples = np.arange(12, dtype=np.float32).reshape(3, 4)
     tiled = worker.tile(examples, 7)
@@ -65,7 +116,7 @@ def test_one_round_measures_every_row(tiny: Path) -> None:
         device="cpu",
         precision="auto",
         threads=None,
-        rows=[["decode", 2], ["encode", 1]],
+        rows=[["decode", 2, None], ["encode", 1, "float32"]],
         seconds=0.01,
         wanted=5,
         confidence=0.95,

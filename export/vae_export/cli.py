@@ -27,7 +27,7 @@ from . import importers
 from .bundle import check_output
 from .imported import HELD_OUT, INPUT_RANGES, SPREADS, ImportOptions
 from .importers.options import FLAGS
-from .quality import Budget, FewExamplesWarning
+from .quality import Budget, ExportWarning
 
 if TYPE_CHECKING:
     from vae_training.checkpoint import Checkpoint
@@ -102,6 +102,11 @@ class InputShape(click.ParamType):
 @click.option("--multiple-of", type=click.IntRange(1), help="What free heights and widths are multiples of.")
 @click.option(
     "--input-range", type=click.Choice(INPUT_RANGES), help="Of SOURCE's images: unit, [0, 1]; signed, [-1, 1]."
+)
+@click.option(
+    "--logits",
+    is_flag=True,
+    help="SOURCE's decoder gives logits; the graph gets the sigmoid of them.",
 )
 @click.option("--spread", type=click.Choice(SPREADS), help="What SOURCE's encoder gives beside the mean.")
 @click.option("--latent-scale", type=float, help="The bundle's latents are (z - shift) * scale of SOURCE's.")
@@ -186,7 +191,7 @@ def main(
     target = Path(output) if output else _default_output(source)
     check_output(target, force)
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", FewExamplesWarning)
+        warnings.simplefilter("always", ExportWarning)
         settings = _Settings(golden=golden, precisions=names, budget=budget, keep=keep, prior=prior, force=force)
         settings["scores"] = _parse_scores(scores, calibrate)
         if tolerance is not None:
@@ -199,7 +204,7 @@ def main(
         except ModuleNotFoundError as error:
             raise MissingExtraError(error.name or "a package", "export", "vae-export") from None
     for warning in caught:
-        if issubclass(warning.category, FewExamplesWarning):
+        if issubclass(warning.category, ExportWarning):
             click.echo(f"Warning: {warning.message}", err=True)
     if as_json:
         print_json({"bundle": str(target), "manifest": manifest.to_dict()})

@@ -39,6 +39,7 @@ from vae_runtime.version import __version__
 from vae_training.checkpoint import Checkpoint
 
 from .bundle import check_output, write_bundle
+from .decoder_range import check_decoder_range
 from .graphs import DecoderGraph, EncoderGraph
 from .halves import HALF_NAMES, Halves, graph_file
 from .imported import HELD_OUT, Imported
@@ -208,6 +209,7 @@ def export_imported(
     precisions = [one for one in precisions if one not in refused]
     options = _Options(path, name, golden, tolerance, precisions, budget, keep, prior, scores, progress, force)
     spec = example_spec(imported)
+    input_range = imported.input_range if spec.is_image else None
     x = synthetic_inputs(spec, SYNTHETIC_EXAMPLES) if examples is None else to_model_input(examples, spec, "examples")
     prior_examples = examples if prior_examples is None else prior_examples
     inputs = _Inputs(x, None, x, None if examples is None else x, prior_examples, calibrate)
@@ -219,6 +221,7 @@ def export_imported(
         inputs,
         options,
         None if imported.likelihood is None else Likelihood.from_dict(imported.likelihood),
+        input_range=input_range,
         origin=imported.origin,
         refused=refused,
     )
@@ -233,6 +236,7 @@ def export_bundle(
     kind: str = "vae",
     name: str | None = None,
     likelihood: Mapping[str, Any] | None = None,
+    logits: bool = False,
     latent_scale: float = 1.0,
     latent_shift: float = 0.0,
     colour: str | None = None,
@@ -258,6 +262,7 @@ def export_bundle(
         verified.
     name: None takes the file name of `path`.
     likelihood: for example {"type": "gaussian", "scale": 0.1} or {"type": "bernoulli"}; None where it is not known.
+    logits: the decoder gives logits, and the graph gets the sigmoid that makes a reconstruction of them.
     latent_scale, latent_shift: the bundle's latents are (z - shift) · scale; logvar grows by 2·log(scale).
     colour: "grey" or "rgb", None by the number of channels. resize: "exact", "stretch" or "crop", how a picture file of
         another size becomes an input.
@@ -304,12 +309,14 @@ def export_bundle(
     with _evaluation_mode(encoder, decoder):
         return _export(
             Reference(
-                EncoderGraph(encoder, kind, scale, shift, threshold), DecoderGraph(decoder, spec.is_image, scale, shift)
+                EncoderGraph(encoder, kind, scale, shift, threshold),
+                DecoderGraph(decoder, spec.is_image, scale, shift, logits),
             ),
             spec,
             _Inputs(x, None, golden=x, real=x, prior=x, calibrate=_without_torch(calibrate)),
             options,
             parsed,
+            input_range="unit" if spec.is_image else None,
         )
 
 
@@ -342,6 +349,7 @@ def _export(
     options: _Options,
     likelihood: Likelihood | None,
     *,
+    input_range: str | None = None,
     training: Mapping[str, Any] = _NONE,
     origin: Mapping[str, Any] = _NONE,
     refused: Mapping[str, Mapping[str, Any]] = _NONE,
@@ -353,6 +361,8 @@ def _export(
     encoded = _try_out(halves, pair, spec)
     latents = encoded[MEAN]
     on_data.check(latents.shape[1:])
+    if input_range is not None:
+        check_decoder_range(halves, x, input_range == "signed", real=inputs.real is not None)
     graphs = halves.to_onnx(pair, latents, spec.is_free)
     fidelity = verify(graphs, halves, x, spec, options.tolerance)
     prior = {"type": "standard_normal"} if halves.kind == "vae" else None

@@ -71,17 +71,25 @@ class DecoderGraph(nn.Module):
     """z (N, *latent_shape) -> reconstruction (N, *input_shape), the mean of p(x|z).
 
     clamp: cut the result to [0, 1]; for images, unless the decoder ends in that range itself.
+    logits: the decoder gives logits, of which the sigmoid makes the mean.
     """
 
-    def __init__(self, decoder: nn.Module, clamp: bool, scale: float = 1.0, shift: float = 0.0) -> None:
+    def __init__(
+        self, decoder: nn.Module, clamp: bool, scale: float = 1.0, shift: float = 0.0, logits: bool = False
+    ) -> None:
         super().__init__()
-        self.decoder, self.clamp, self.scale, self.shift = decoder, clamp, scale, shift
+        self.decoder, self.clamp, self.scale, self.shift = decoder, clamp and not logits, scale, shift
+        self.logits = logits
 
     def forward(self, z: Tensor) -> Tensor:
+        reconstruction = self.uncut(z)
+        return reconstruction.clamp(0, 1) if self.clamp else reconstruction
+
+    def uncut(self, z: Tensor) -> Tensor:
         z = z if self.scale == 1 else z / self.scale
         z = z if self.shift == 0 else z + self.shift
         reconstruction: Tensor = self.decoder(z)
-        return reconstruction.clamp(0, 1) if self.clamp else reconstruction
+        return reconstruction.sigmoid() if self.logits else reconstruction
 
 
 def encoder_to_onnx(graph: EncoderGraph, example: Tensor, free: bool = False) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,11 +68,14 @@ class Reference:
         self.kind, self.against = encoder.kind, against
 
     def encode(self, x: Float32) -> dict[str, Float32]:
-        outputs = self._run(self._encoder, x)
+        outputs = self._run(self._encoder, x, 32)
         return dict(zip((MEAN, LOGVAR), outputs, strict=False))
 
     def decode(self, z: Float32) -> Float32:
-        return self._run(self._decoder, z)[0]
+        return self._run(self._decoder, z, _decoded_at_once(z))[0]
+
+    def uncut(self, z: Float32) -> Float32:
+        return self._run(self._decoder.uncut, z, _decoded_at_once(z))[0]
 
     def to_onnx(self, x: Float32, z: Float32, free: bool) -> tuple[bytes, bytes]:
         return (
@@ -80,13 +83,17 @@ class Reference:
             decoder_to_onnx(self._decoder, torch.from_numpy(z), free),
         )
 
-    def _run(self, module: torch.nn.Module, array: Float32) -> list[Float32]:
+    def _run(self, half: Callable[[torch.Tensor], Any], array: Float32, most: int) -> list[Float32]:
         with torch.no_grad(), one_thread():
-            spatial = array.ndim == 4 and module is self._decoder  # each latent is a large image, perhaps
-            size = max(1, min(4 if spatial else 32, _BATCH_VALUES // array[0].size))
-            batches = [module(torch.from_numpy(array[i : i + size].copy())) for i in range(0, len(array), size)]
+            size = max(1, min(most, _BATCH_VALUES // array[0].size))
+            batches = [half(torch.from_numpy(array[i : i + size].copy())) for i in range(0, len(array), size)]
         rows = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
         return [torch.cat(parts).float().numpy() for parts in zip(*rows, strict=True)]
+
+
+def _decoded_at_once(z: Float32) -> int:
+    """How many latents are decoded at once: one with height and width is a large image, perhaps."""
+    return 4 if z.ndim == 4 else 32
 
 
 def verify(graphs: tuple[bytes, bytes], halves: Halves, x: Float32, spec: InputSpec, tolerance: float) -> Fidelity:
@@ -114,15 +121,16 @@ def verify(graphs: tuple[bytes, bytes], halves: Halves, x: Float32, spec: InputS
     )
 
 
-def run_both(halves: Halves, x: Float32) -> tuple[dict[str, Float32], Float32]:
-    """The latents of `x` and their reconstructions, as the halves give them where they come from.
+def run_both(halves: Halves, x: Float32, cut: bool = True) -> tuple[dict[str, Float32], Float32]:
+    """The latents of `x` and their reconstructions, as the halves give them where they come from. cut: see
+    `Halves.uncut`.
 
     Raises:
         ExportError: they do not run on such inputs, whatever their own code raises.
     """
     try:
         encoded = halves.encode(x)
-        return encoded, halves.decode(encoded[MEAN])
+        return encoded, (halves.decode if cut else halves.uncut)(encoded[MEAN])
     except VAEError:
         raise
     except Exception as error:

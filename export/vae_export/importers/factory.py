@@ -69,6 +69,7 @@ def load(source: str, options: ImportOptions) -> Imported:
         sizes.input_shape,
         sizes.multiple_of,
         sizes.default_size,
+        options.input_range,
         origin={"library": "torch", "version": torch.__version__, "factory": source},
     )
 

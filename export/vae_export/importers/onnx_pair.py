@@ -89,6 +89,7 @@ def load(source: str, options: ImportOptions) -> Imported:
         sizes.input_shape,
         sizes.multiple_of,
         sizes.default_size,
+        options.input_range,
         origin={
             "library": "onnx",
             "version": onnx.__version__,

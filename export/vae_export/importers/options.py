@@ -19,6 +19,7 @@ FLAGS = {  # by field of ImportOptions
     "input_shape": "--input",
     "multiple_of": "--multiple-of",
     "input_range": "--input-range",
+    "logits": "--logits",
     "latent_scale": "--latent-scale",
     "latent_shift": "--latent-shift",
     "spread": "--spread",

@@ -66,7 +66,8 @@ def make_graphs(
 ) -> tuple[EncoderGraph, DecoderGraph]:
     """Both networks under the contract of a bundle, in evaluation mode.
 
-    encoder: takes (N, *shape) in the options' range; decoder gives it. See `outputs` for the forms of what they return.
+    encoder: takes (N, *shape) in the options' range; decoder gives it, or logits. See `outputs` for the
+        forms of what they return.
 
     Raises:
         ExportError: a network does not run, or returns what is not understood.
@@ -79,7 +80,7 @@ def make_graphs(
     reading = read(encoder, decoder, noise(shape, PROBES, options.multiple_of), options)
     graphs = (
         EncoderGraph(Encoder(encoder, signed, reading), reading.kind, scale, shift),
-        DecoderGraph(Decoder(decoder, signed), len(shape) == 3, scale, shift),
+        DecoderGraph(Decoder(decoder, signed and not options.logits), len(shape) == 3, scale, shift, options.logits),
     )
     return graphs[0].eval(), graphs[1].eval()
 

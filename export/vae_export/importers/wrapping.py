@@ -50,6 +50,9 @@ class Wrapped:
     def clip(self, x: str, low: float, high: float) -> str:
         return self._add("Clip", [x, self._constant(low), self._constant(high)])
 
+    def sigmoid(self, x: str) -> str:
+        return self._add("Sigmoid", [x])
+
     def log(self, x: str) -> str:
         return self._add("Log", [x])
 

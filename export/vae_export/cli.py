@@ -17,7 +17,7 @@ import numpy as np
 from vae_runtime.bundle import Bundle
 from vae_runtime.calibration import LEAST_EXAMPLES, SCORE_METHODS
 from vae_runtime.console import NEGATIVE_VERDICT, Command, describe_latent, json_option, print_json
-from vae_runtime.errors import InputError, MissingExtraError
+from vae_runtime.errors import CheckpointError, InputError, MissingExtraError
 from vae_runtime.manifest import GOLDEN_FILE, INPUT, KINDS, PRECISIONS, InputSpec, Manifest, Precision
 from vae_runtime.sources import PictureSource, open_inputs
 from vae_runtime.tiling import Progress
@@ -26,6 +26,7 @@ from vae_runtime.version import __version__
 from . import importers
 from .bundle import check_output
 from .imported import HELD_OUT, INPUT_RANGES, SPREADS, ImportOptions
+from .importers.hints import refuse_misstated, refuse_weights
 from .importers.options import FLAGS
 from .quality import Budget, ExportWarning
 
@@ -245,10 +246,15 @@ def _export_ours(request: _Request, settings: _Settings) -> Manifest:
     from .export import export_checkpoint
 
     options = request.options
+    refuse_misstated(request.source)
+    try:
+        checkpoint = load_checkpoint(request.source)
+    except CheckpointError:
+        refuse_weights(request.source)
+        raise
     if options != ImportOptions():
         given = next(one.name for one in fields(options) if getattr(options, one.name) != one.default)
         raise InputError(f"{FLAGS[given]} is for models from elsewhere; {request.source} says all itself")
-    checkpoint = load_checkpoint(request.source)
     spec = checkpoint.input
     if checkpoint.config.is_fully_convolutional:  # trained on crops; pictures of any size become such
         spec = spec._replace(resize="crop")

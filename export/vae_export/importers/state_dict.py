@@ -26,13 +26,13 @@ def load_weights(module: nn.Module, path: Path) -> None:
         MissingExtraError: it is a safetensors file and safetensors is not installed.
     """
     try:
-        content = read_safetensors(path, "safetensors") if _is_safetensors(path) else read_pickled(path)
+        content = read_safetensors(path, "safetensors") if is_safetensors(path) else read_pickled(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     assign(module, _without_prefix(_find_tensors(content, path), module.state_dict()), path)
 
 
-def _is_safetensors(path: Path) -> bool:
+def is_safetensors(path: Path) -> bool:
     """Its first 8 bytes are the size of a JSON object that follows."""
     if not path.is_file():
         return False
@@ -45,13 +45,24 @@ def _find_tensors(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     """The dict of tensors in what was read: itself, or under one of the usual keys."""
     if _is_state_dict(content):
         return dict(content)
-    found = [key for key in HOLDERS if _is_state_dict(content.get(key))]
+    found = _holders(content)
     if len(found) == 1:
         return dict(content[found[0]])
     keys = ", ".join(map(str, list(content)[:8]))
     if found:
         raise CheckpointError(f"{path} holds weights under {', '.join(found)}; save one of them in a file of its own")
     raise CheckpointError(f"{path} holds no tensors under {', '.join(HOLDERS)}; its keys are {keys}")
+
+
+def holds_tensors(content: Any) -> bool:
+    """Whether what was read is a dict of tensors, or has one under a usual key, and is no checkpoint of ours."""
+    if not isinstance(content, Mapping) or "format" in content:
+        return False
+    return _is_state_dict(content) or bool(_holders(content))
+
+
+def _holders(content: Mapping[str, Any]) -> list[str]:
+    return [key for key in HOLDERS if _is_state_dict(content.get(key))]
 
 
 def _is_state_dict(value: Any) -> bool:

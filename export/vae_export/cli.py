@@ -28,6 +28,7 @@ from .bundle import check_output
 from .imported import HELD_OUT, INPUT_RANGES, SPREADS, ImportOptions
 from .importers.hints import refuse_misstated, refuse_weights
 from .importers.options import FLAGS
+from .likelihood import parse_likelihood
 from .quality import Budget, ExportWarning
 
 if TYPE_CHECKING:
@@ -43,13 +44,14 @@ READ_ROWS = 256  # of an array file, held at once
 class _Request:
     """SOURCE and where it goes, with what is said about it and which files are to be read.
 
-    name: None where none is given. origin: of --from. options: of a model from elsewhere.
+    name: None where none is given. origin: of --from. likelihood, options: of a model from elsewhere.
     """
 
     source: str
     target: Path
     name: str | None
     origin: str | None
+    likelihood: str | None
     data: tuple[str, ...]
     calibrate: tuple[str, ...]
     options: ImportOptions
@@ -110,6 +112,11 @@ class InputShape(click.ParamType):
     help="SOURCE's decoder gives logits; the graph gets the sigmoid of them.",
 )
 @click.option("--spread", type=click.Choice(SPREADS), help="What SOURCE's encoder gives beside the mean.")
+@click.option(
+    "--likelihood", metavar="TYPE[:SCALE]",
+    help="p(x|z) of SOURCE, where it does not say it: bernoulli, gaussian:SCALE or laplace:SCALE in the bundle's units;"
+    " bernoulli:dynamic or bernoulli:threshold where its images were made binary in training. For scores in nats.",
+)  # fmt: skip
 @click.option("--latent-scale", type=float, help="The bundle's latents are (z - shift) * scale of SOURCE's.")
 @click.option("--latent-shift", type=float, help="See --latent-scale.")
 @click.option(
@@ -166,6 +173,7 @@ def main(
     output: str | None,
     name: str | None,
     origin: str | None,
+    likelihood: str | None,
     data: tuple[str, ...],
     golden: str | None,
     tolerance: float | None,
@@ -189,6 +197,7 @@ def main(
     Exit code 3: the bundle is written, but without a precision that missed the budget.
     """
     names, budget = _parse_precisions(precisions), Budget(budget_psnr, budget_nats)
+    parse_likelihood(likelihood)  # before the work
     target = Path(output) if output else _default_output(source)
     check_output(target, force)
     with warnings.catch_warnings(record=True) as caught:
@@ -197,7 +206,7 @@ def main(
         settings["scores"] = _parse_scores(scores, calibrate)
         if tolerance is not None:
             settings["tolerance"] = tolerance
-        request = _Request(source, target, name, origin, data, calibrate, ImportOptions(**options))
+        request = _Request(source, target, name, origin, likelihood, data, calibrate, ImportOptions(**options))
         try:
             export = _export_ours if _is_ours(source, origin) else _export_imported
             with _progress("calibrating") as settings["progress"]:
@@ -252,9 +261,10 @@ def _export_ours(request: _Request, settings: _Settings) -> Manifest:
     except CheckpointError:
         refuse_weights(request.source)
         raise
-    if options != ImportOptions():
-        given = next(one.name for one in fields(options) if getattr(options, one.name) != one.default)
-        raise InputError(f"{FLAGS[given]} is for models from elsewhere; {request.source} says all itself")
+    given = [FLAGS[one.name] for one in fields(options) if getattr(options, one.name) != one.default]
+    given += ["--likelihood"] if request.likelihood is not None else []
+    if given:
+        raise InputError(f"{given[0]} is for models from elsewhere; {request.source} says all itself")
     spec = checkpoint.input
     if checkpoint.config.is_fully_convolutional:  # trained on crops; pictures of any size become such
         spec = spec._replace(resize="crop")
@@ -276,7 +286,9 @@ def _export_imported(request: _Request, settings: _Settings) -> Manifest:
     spec = example_spec(imported)
     examples = _read_examples(request.data, spec, limit) if request.data else None
     _read_more(request, settings, spec)
-    return export_imported(imported, request.target, name=request.name, examples=examples, **settings)
+    return export_imported(
+        imported, request.target, name=request.name, likelihood=request.likelihood, examples=examples, **settings
+    )
 
 
 def _default_output(source: str) -> Path:

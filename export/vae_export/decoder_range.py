@@ -31,8 +31,9 @@ def check_decoder_range(halves: Halves, x: Float32, signed: bool, real: bool) ->
     """Refuse a decoder that visibly gives something else than images in [0, 1], in the bundle's units; warn of one
     that often leaves that range.
 
-    x: inputs (N, ...); real: no noise, on which the means of posteriors tell less, so that draws from the prior are
-        asked too. signed: the decoder is said to give [-1, 1].
+    x: inputs (N, ...), images, or vectors of which a Bernoulli likelihood is. signed: the decoder is said to give
+        [-1, 1]. real: they are no noise, on which the means of posteriors tell less, so that draws from the prior are
+        asked too.
 
     Raises:
         ExportError: the model does not run on so many inputs.
@@ -49,7 +50,8 @@ def check_decoder_range(halves: Halves, x: Float32, signed: bool, real: bool) ->
     low, high = float(values.min()), float(values.max())
     found = f"the decoder gives values from {low:.3g} to {high:.3g}, {share:.0%} of them more than {MARGIN} outside"
     if refused:
-        raise InputError(f"{found} [0, 1], where images are; {_advice(low, high, signed)}")
+        there = "where images are" if x.ndim > 2 else "where the means of a Bernoulli likelihood are"
+        raise InputError(f"{found} [0, 1], {there}; {_advice(low, high, signed or x.ndim == 2)}")
     if share > WARNED:
         warnings.warn(f"{found} [0, 1]; they are cut to it", DecoderRangeWarning, stacklevel=2)
 
@@ -59,9 +61,9 @@ def _outside(values: Float32) -> float:
     return float(np.mean((values < -MARGIN) | (values > 1 + MARGIN)))
 
 
-def _advice(low: float, high: float, signed: bool) -> str:
+def _advice(low: float, high: float, logits_alone: bool) -> str:
     logits = "--logits (logits=True), which puts the sigmoid into the graph"
-    if not signed and low >= -1 - MARGIN and high <= 1 + MARGIN:
+    if not logits_alone and low >= -1 - MARGIN and high <= 1 + MARGIN:
         return (
             "they look like images in [-1, 1]: say so with --input-range signed (input_range='signed'); or, if they are"
             f" logits, with {logits}"

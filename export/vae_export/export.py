@@ -44,8 +44,10 @@ from .graphs import DecoderGraph, EncoderGraph
 from .halves import HALF_NAMES, Halves, graph_file
 from .imported import HELD_OUT, Imported
 from .judge import CODEC_EXAMPLES, Judge
+from .likelihood import agree, parse_likelihood
 from .on_data import OnData, plan_on_data
 from .quality import Budget
+from .threshold import Thresholded
 from .tiling import find_tiling
 from .verify import Reference, latent_pattern, run_both, verify
 from .wanted_precisions import Made, check_wanted
@@ -174,6 +176,7 @@ def export_imported(
     *,
     examples: np.ndarray | None = None,
     name: str | None = None,
+    likelihood: Mapping[str, Any] | str | None = None,
     golden: str | None = None,
     tolerance: float = 1e-4,
     precisions: Sequence[str] = ("fp32",),
@@ -190,6 +193,7 @@ def export_imported(
 
     examples: real inputs, as `vae_runtime.VAE.encode` takes them, of one size; None takes seeded synthetic ones, and
         the manifest says so. Precisions beside fp32 need real ones.
+    likelihood: see `export_bundle`; None: what the source tells, if it does.
     golden: "examples" or "synthetic"; None: examples where there are any.
     name, tolerance, precisions, budget, keep: see `export_bundle`. A precision that the model's source rules out is not
         made, and the manifest's `refused` says why.
@@ -209,19 +213,23 @@ def export_imported(
     precisions = [one for one in precisions if one not in refused]
     options = _Options(path, name, golden, tolerance, precisions, budget, keep, prior, scores, progress, force)
     spec = example_spec(imported)
-    input_range = imported.input_range if spec.is_image else None
+    told = parse_likelihood(imported.likelihood)
+    parsed = agree(parse_likelihood(likelihood), told)
+    halves = imported.halves
+    if parsed != told and parsed is not None and parsed.binarize == "threshold":
+        halves = Thresholded(halves)
     x = synthetic_inputs(spec, SYNTHETIC_EXAMPLES) if examples is None else to_model_input(examples, spec, "examples")
     prior_examples = examples if prior_examples is None else prior_examples
     inputs = _Inputs(x, None, x, None if examples is None else x, prior_examples, calibrate)
     if imported.is_free:
         spec = InputSpec("image", imported.input_shape, spec.colour, "exact", imported.multiple_of, x.shape[2:])
     return _export(
-        imported.halves,
+        halves,
         spec,
         inputs,
         options,
-        None if imported.likelihood is None else Likelihood.from_dict(imported.likelihood),
-        input_range=input_range,
+        parsed,
+        input_range=imported.input_range if spec.is_image else _range_of_means(parsed),
         origin=imported.origin,
         refused=refused,
     )
@@ -235,7 +243,7 @@ def export_bundle(
     examples: Any,
     kind: str = "vae",
     name: str | None = None,
-    likelihood: Mapping[str, Any] | None = None,
+    likelihood: Mapping[str, Any] | str | None = None,
     logits: bool = False,
     latent_scale: float = 1.0,
     latent_shift: float = 0.0,
@@ -261,7 +269,8 @@ def export_bundle(
     examples: real inputs, at least one, numpy or torch, as `vae_runtime.VAE.encode` takes them; the more, the better
         verified.
     name: None takes the file name of `path`.
-    likelihood: for example {"type": "gaussian", "scale": 0.1} or {"type": "bernoulli"}; None where it is not known.
+    likelihood: for example {"type": "gaussian", "scale": 0.1} or {"type": "bernoulli"}, or in short "gaussian:0.1" or
+        "bernoulli"; the scale is in the bundle's units. None where it is not known.
     logits: the decoder gives logits, and the graph gets the sigmoid that makes a reconstruction of them.
     latent_scale, latent_shift: the bundle's latents are (z - shift) · scale; logvar grows by 2·log(scale).
     colour: "grey" or "rgb", None by the number of channels. resize: "exact", "stretch" or "crop", how a picture file of
@@ -298,10 +307,7 @@ def export_bundle(
     spec, x = _inputs(examples, colour, resize)
     if multiple_of is not None:
         spec = _free_size(spec, check_count(multiple_of, "multiple_of"), always=True)
-    try:
-        parsed = Likelihood.from_dict(likelihood) if likelihood is not None else None
-    except BundleError as error:
-        raise InputError(str(error)) from None
+    parsed = parse_likelihood(likelihood)
     threshold = parsed is not None and parsed.binarize == "threshold"
     scale, shift = float(latent_scale), float(latent_shift)
     name = name or Path(path).stem
@@ -316,7 +322,7 @@ def export_bundle(
             _Inputs(x, None, golden=x, real=x, prior=x, calibrate=_without_torch(calibrate)),
             options,
             parsed,
-            input_range="unit" if spec.is_image else None,
+            input_range="unit" if spec.is_image else _range_of_means(parsed),
         )
 
 
@@ -330,6 +336,11 @@ def example_spec(imported: Imported) -> InputSpec:
         shape = (shape[0], *(imported.default_size or (side, side)))
     colour = {count: key for key, count in COLOURS.items()}.get(shape[0] or 0)
     return InputSpec("image", shape, colour, "crop")
+
+
+def _range_of_means(likelihood: Likelihood | None) -> str | None:
+    """The range of vectors that are probabilities; None: they may be anything."""
+    return "unit" if likelihood is not None and likelihood.type == "bernoulli" else None
 
 
 def _free_size(spec: InputSpec, multiple: int, always: bool = False) -> InputSpec:

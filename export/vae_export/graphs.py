@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
@@ -175,6 +176,24 @@ def finish(model: onnx.ModelProto, half: str) -> bytes:
     rewrite(model)
     data: bytes = model.SerializeToString(deterministic=True)
     _check_contract(model, data, half)
+    return data
+
+
+def with_threshold(encoder: bytes) -> bytes:
+    """The file of an encoder, finished, that takes x >= 0.5 in place of x."""
+    model = onnx.load_from_string(encoder)
+    for node in model.graph.node:
+        node.input[:] = ["x.binary" if name == INPUT else name for name in node.input]
+    half = onnx.numpy_helper.from_array(np.array(0.5, np.float32), "x.threshold")
+    first = [
+        onnx.helper.make_node("GreaterOrEqual", [INPUT, half.name], ["x.above"], "x.above"),
+        onnx.helper.make_node("Cast", ["x.above"], ["x.binary"], "x.binary", to=onnx.TensorProto.FLOAT),
+    ]
+    model.graph.initializer.append(half)
+    for position, node in enumerate(first):
+        model.graph.node.insert(position, node)
+    data: bytes = model.SerializeToString(deterministic=True)
+    _check_contract(model, data, "encoder")
     return data
 
 

@@ -166,7 +166,7 @@ def test_few_examples_for_a_prior_are_warned_of(model_file: Path, tmp_path: Path
 
 def test_large_examples_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
-    request = _Request("model.pt", Path("a.vae"), None, None, (), ("a",), ImportOptions())
+    request = _Request("model.pt", Path("a.vae"), None, None, None, (), ("a",), ImportOptions())
     monkeypatch.setattr("vae_export.cli._read_examples", lambda data, spec, limit: taken.append(limit))
     for shape in ((1, 28, 28), (3, 256, 256), (3, 20000, 20000)):
         _read_more(request, {"prior": None}, InputSpec("image", shape))

@@ -53,7 +53,7 @@ def check_decoder_range(halves: Halves, x: Float32, signed: bool, real: bool) ->
         there = "where images are" if x.ndim > 2 else "where the means of a Bernoulli likelihood are"
         raise InputError(f"{found} [0, 1], {there}; {_advice(low, high, signed or x.ndim == 2)}")
     if share > WARNED:
-        warnings.warn(f"{found} [0, 1]; they are cut to it", DecoderRangeWarning, stacklevel=2)
+        warnings.warn(f"{found} [0, 1]; they are cut to it", DecoderRangeWarning, stacklevel=4)
 
 
 def _outside(values: Float32) -> float:

@@ -42,7 +42,8 @@ from .bundle import check_output, write_bundle
 from .decoder_range import check_decoder_range
 from .graphs import DecoderGraph, EncoderGraph
 from .halves import HALF_NAMES, Halves, graph_file
-from .imported import HELD_OUT, Imported
+from .imported import HELD_OUT, INPUT_RANGES, Arguments, Imported
+from .importers.modules import Modules
 from .judge import CODEC_EXAMPLES, Judge
 from .likelihood import agree, parse_likelihood
 from .on_data import OnData, plan_on_data
@@ -236,14 +237,16 @@ def export_imported(
 
 
 def export_bundle(
-    encoder: nn.Module,
-    decoder: nn.Module,
+    encoder: Any,
+    decoder: Any,
     path: str | os.PathLike[str],
     *,
     examples: Any,
     kind: str = "vae",
     name: str | None = None,
     likelihood: Mapping[str, Any] | str | None = None,
+    input_range: str | None = None,
+    spread: str | None = None,
     logits: bool = False,
     latent_scale: float = 1.0,
     latent_shift: float = 0.0,
@@ -263,14 +266,19 @@ def export_bundle(
 ) -> Manifest:
     """Export any two modules as a bundle, verified against PyTorch on `examples`.
 
-    encoder: x -> (mean, logvar), or for kind="autoencoder" x -> code. decoder: z -> reconstruction. Both take and give
-        physical units: images float32 (N, C, H, W) in [0, 1] (the result is cut to that range), vectors float32 (N, D).
-        They are put into evaluation mode for the export and left as they were.
+    encoder: a torch.nn.Module, or a method of one, x -> (mean, logvar), or for kind="autoencoder" x -> code. What it
+        returns may be a pair, a dict, a torch.distributions.Normal, or one tensor with the mean and the logvar along
+        the channels. decoder: z -> reconstruction. Both take and give images float32 (N, C, H, W) (the result is cut to
+        [0, 1]), or vectors float32 (N, D). They are put into evaluation mode for the export and left as they were.
     examples: real inputs, at least one, numpy or torch, as `vae_runtime.VAE.encode` takes them; the more, the better
         verified.
     name: None takes the file name of `path`.
     likelihood: for example {"type": "gaussian", "scale": 0.1} or {"type": "bernoulli"}, or in short "gaussian:0.1" or
         "bernoulli"; the scale is in the bundle's units. None where it is not known.
+    input_range: of the images that the modules take and give: "unit", [0, 1], or "signed", [-1, 1]; None: unit. The
+        bundle's own are in [0, 1] in either case.
+    spread: what the encoder gives beside the mean, where it has no name: "logvar", "log_std", "std" or "variance";
+        None: logvar, unless it is never negative.
     logits: the decoder gives logits, and the graph gets the sigmoid that makes a reconstruction of them.
     latent_scale, latent_shift: the bundle's latents are (z - shift) · scale; logvar grows by 2·log(scale).
     colour: "grey" or "rgb", None by the number of channels. resize: "exact", "stretch" or "crop", how a picture file of
@@ -296,8 +304,10 @@ def export_bundle(
         and how many there are.
 
     Raises:
-        ExportError: torch cannot export a half, it breaks the contract, or it differs by more than the tolerance.
-        InputError: an argument breaks a rule. OutputError: `path` exists, or cannot be written.
+        ExportError: a half does not run, is random or mixes the rows of a batch, torch cannot export it, it breaks the
+            contract, or it differs by more than the tolerance.
+        InputError: an argument breaks a rule, or contradicts what a half gives.
+        OutputError: `path` exists, or cannot be written.
     """
     _check_choice("kind", kind, KINDS)
     _check_choice("golden", golden, ("examples", "synthetic"))
@@ -309,21 +319,22 @@ def export_bundle(
         spec = _free_size(spec, check_count(multiple_of, "multiple_of"), always=True)
     parsed = parse_likelihood(likelihood)
     threshold = parsed is not None and parsed.binarize == "threshold"
-    scale, shift = float(latent_scale), float(latent_shift)
+    said = Arguments(
+        kind=kind,
+        input_range=_image_range(input_range, spec),
+        logits=logits,
+        latent_scale=float(latent_scale),
+        latent_shift=float(latent_shift),
+        spread=spread,
+    )
     name = name or Path(path).stem
     options = _Options(path, name, golden, tolerance, precisions, budget, keep, prior, scores, progress, force)
-    with _evaluation_mode(encoder, decoder):
-        return _export(
-            Reference(
-                EncoderGraph(encoder, kind, scale, shift, threshold),
-                DecoderGraph(decoder, spec.is_image, scale, shift, logits),
-            ),
-            spec,
-            _Inputs(x, None, golden=x, real=x, prior=x, calibrate=_without_torch(calibrate)),
-            options,
-            parsed,
-            input_range="unit" if spec.is_image else _range_of_means(parsed),
-        )
+    inputs = _Inputs(x, None, golden=x, real=x, prior=x, calibrate=_without_torch(calibrate))
+    check_output(path, force)  # before any work
+    modules = Modules(encoder, decoder)
+    with _evaluation_mode(modules.encoder, modules.decoder):
+        halves = modules.open(x, said, threshold)
+        return _export(halves, spec, inputs, options, parsed, input_range=said.input_range or _range_of_means(parsed))
 
 
 def example_spec(imported: Imported) -> InputSpec:
@@ -336,6 +347,14 @@ def example_spec(imported: Imported) -> InputSpec:
         shape = (shape[0], *(imported.default_size or (side, side)))
     colour = {count: key for key, count in COLOURS.items()}.get(shape[0] or 0)
     return InputSpec("image", shape, colour, "crop")
+
+
+def _image_range(said: str | None, spec: InputSpec) -> str | None:
+    """`input_range` of `export_bundle`, settled; None for vectors."""
+    if said is not None and not spec.is_image:
+        raise InputError(f"input_range is {said!r}, but the inputs are vectors, which have no range")
+    _check_choice("input_range", said or "unit", INPUT_RANGES)
+    return said or ("unit" if spec.is_image else None)
 
 
 def _range_of_means(likelihood: Likelihood | None) -> str | None:

@@ -11,7 +11,7 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,13 @@ from vae_training.models import LOGVAR_MAX, LOGVAR_MIN
 from .reason import innermost_reason
 from .rewrite import rewrite
 
+Call = Callable[[nn.Module, Tensor], Any]
 OPSET, IR_VERSION = 20, 10  # read by onnxruntime 1.18 and newer
 MAX_BYTES = 2**31 - 2**20  # of one protocol buffer message, with some room for its frame
+
+
+def _plainly(network: nn.Module, x: Tensor) -> Any:
+    return network(x)
 
 
 class EncoderGraph(nn.Module):
@@ -38,6 +43,7 @@ class EncoderGraph(nn.Module):
         [-30, 20] first, grows by 2 · log(scale).
     threshold: the model was trained on binary images, so x becomes x >= 0.5.
     clamp: False where the encoder clamps logvar itself.
+    call: (encoder, x) -> what is said of the encoder above, where it takes or gives something else.
     """
 
     def __init__(
@@ -48,15 +54,16 @@ class EncoderGraph(nn.Module):
         shift: float = 0.0,
         threshold: bool = False,
         clamp: bool = True,
+        call: Call = _plainly,
     ) -> None:
         super().__init__()
         self.encoder, self.kind, self.scale, self.shift = encoder, kind, scale, shift
-        self.threshold, self.clamp = threshold, clamp
+        self.threshold, self.clamp, self.call = threshold, clamp, call
 
     def forward(self, x: Tensor) -> Any:
         if self.threshold:
             x = (x >= 0.5).to(x.dtype)
-        output = self.encoder(x)
+        output = self.call(self.encoder, x)
         if self.kind == "autoencoder":
             return self._to_unit(output)
         mean, logvar = output
@@ -73,14 +80,21 @@ class DecoderGraph(nn.Module):
 
     clamp: cut the result to [0, 1]; for images, unless the decoder ends in that range itself.
     logits: the decoder gives logits, of which the sigmoid makes the mean.
+    call: (decoder, z) -> the reconstruction, or its logits, where the decoder gives something else.
     """
 
     def __init__(
-        self, decoder: nn.Module, clamp: bool, scale: float = 1.0, shift: float = 0.0, logits: bool = False
+        self,
+        decoder: nn.Module,
+        clamp: bool,
+        scale: float = 1.0,
+        shift: float = 0.0,
+        logits: bool = False,
+        call: Call = _plainly,
     ) -> None:
         super().__init__()
         self.decoder, self.clamp, self.scale, self.shift = decoder, clamp and not logits, scale, shift
-        self.logits = logits
+        self.logits, self.call = logits, call
 
     def forward(self, z: Tensor) -> Tensor:
         reconstruction = self.uncut(z)
@@ -89,7 +103,7 @@ class DecoderGraph(nn.Module):
     def uncut(self, z: Tensor) -> Tensor:
         z = z if self.scale == 1 else z / self.scale
         z = z if self.shift == 0 else z + self.shift
-        reconstruction: Tensor = self.decoder(z)
+        reconstruction: Tensor = self.call(self.decoder, z)
         return reconstruction.sigmoid() if self.logits else reconstruction
 
 

@@ -66,3 +66,7 @@ class ImportOptions:
     latent_scale: float | None = None
     latent_shift: float | None = None
     spread: str | None = None
+
+
+class Arguments(ImportOptions):
+    """The same, said as arguments of a Python function: messages name them so."""

@@ -105,14 +105,14 @@ def verify(graphs: tuple[bytes, bytes], halves: Halves, x: Float32, spec: InputS
         ExportError: an error above the tolerance; the message has the figure and the rule.
     """
     batch_sizes = FREE_BATCH_SIZES if spec.is_free else BATCH_SIZES
-    x = _at_least(x, max(batch_sizes))
+    x = at_least(x, max(batch_sizes))
     inputs = [x, _enlarged(x[: max(batch_sizes)], spec.multiple_of)] if spec.is_free else [x]
     found = [_errors(graphs, halves, one, spec, tolerance, batch_sizes) for one in inputs]
     if spec.is_free:
         smaller = list(_smaller(x, spec, halves))
         found += [_errors(graphs, halves, one, spec, tolerance, (1,)) for one in smaller]
         if smaller:
-            many = _at_least(smaller[-1], LARGE_BATCH)
+            many = at_least(smaller[-1], LARGE_BATCH)
             found.append(_errors(graphs, halves, many, spec, tolerance, (LARGE_BATCH,)))
     errors = {name: _largest(one[name] for one in found) for name in found[0]}
     sizes = tuple((one.shape[2], one.shape[3]) for one in inputs) if spec.is_free else ()
@@ -164,7 +164,7 @@ def _errors(
     return {**errors, RECONSTRUCTION: worst}
 
 
-def _at_least(x: Float32, rows: int) -> Float32:
+def at_least(x: Float32, rows: int) -> Float32:
     """The examples, and again weaker and weaker until there are so many: copies of a row would hide what mixes rows."""
     rounds = -(-rows // len(x))
     if rounds == 1:

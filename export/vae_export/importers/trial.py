@@ -59,14 +59,14 @@ def try_out(halves: Halves, shape: tuple[int | None, ...], options: ImportOption
     mean = _encode(halves, x)[MEAN]
     require_batch(mean.shape, len(x))
     if None not in shape:
-        _check_halves(halves, x, mean.shape[1:])
+        check_halves(halves, x, mean.shape[1:])
         check_range(halves, x, options)
         return Sizes(shape, 1, None)
     factor = _factor(x, mean, options)
     side = x.shape[2] // factor
     for size in ((side, side), (side + 1, max(side - 1, 1))):
         x = noise((shape[0], size[0] * factor, size[1] * factor), 3, None)
-        _check_halves(halves, x, (mean.shape[1], *size))
+        check_halves(halves, x, (mean.shape[1], *size))
     check_range(halves, x, options)
     return Sizes(shape, factor, (side * factor, side * factor))
 
@@ -111,7 +111,8 @@ def _factor(x: Float32, mean: Float32, options: ImportOptions) -> int:
     return factor
 
 
-def _check_halves(halves: Halves, x: Float32, latent_shape: tuple[int, ...]) -> None:
+def check_halves(halves: Halves, x: Float32, latent_shape: tuple[int, ...]) -> None:
+    """Raise `ExportError` if a half gives other shapes for `x`, is random, or mixes the rows of a batch."""
     encoded = _encode(halves, x)
     for name, values in encoded.items():
         if values.shape != (len(x), *latent_shape):
@@ -131,7 +132,7 @@ def _check_halves(halves: Halves, x: Float32, latent_shape: tuple[int, ...]) -> 
 def _check_rows(half: str, run: Callable[[Float32], Float32], rows: Float32, outputs: Float32) -> None:
     """The same rows again, together and one by one."""
     if not np.isfinite(outputs).all():
-        raise ExportError(f"the {half} gives NaN or infinite values for inputs in [0, 1]")
+        raise ExportError(f"the {half} gives NaN or infinite values for what it is tried with")
     if not np.array_equal(run(rows), outputs):
         raise ExportError(
             f"the {half} gives other values for the same input in a second run: it draws random numbers; a bundle's"

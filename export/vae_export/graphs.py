@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from vae_runtime.errors import BundleError, ExportError
 from vae_runtime.graph_rules import check_graph
@@ -29,6 +30,7 @@ from .rewrite import rewrite
 
 Call = Callable[[nn.Module, Tensor], Any]
 OPSET, IR_VERSION = 20, 10  # read by onnxruntime 1.18 and newer
+_LOGGERS = ("torch.onnx", "torch.fx.experimental.symbolic_shapes")
 MAX_BYTES = 2**31 - 2**20  # of one protocol buffer message, with some room for its frame
 
 
@@ -127,7 +129,7 @@ def _to_onnx(module: nn.Module, example: Tensor, input_name: str, outputs: list[
     if sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers())) > MAX_BYTES:
         raise ExportError(f"the {half} has over 2 GB of weights; an ONNX file with its weights inside holds less")
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), torch.no_grad(), without_validation():
             traced = _trace(module.eval(), example, free)
             program = torch.onnx.export(
                 traced,
@@ -258,13 +260,30 @@ def _check_contract(model: onnx.ModelProto, data: bytes, half: str) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter logs what is missing that nobody asked for, warns of its own deprecated calls, and prints."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """The exporter logs what is missing that nobody asked for, warns of its own deprecated calls, and prints; where it
+    fails, it prints the graph that it has so far."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, _LOGGERS)}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def without_validation() -> Iterator[None]:
+    """torch's distributions check their arguments' values, which no exporter can trace."""
+    validate = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(validate)

@@ -30,8 +30,8 @@ class Encoder(nn.Module):
     def forward(self, x: torch.Tensor) -> Any:
         output = self.layer(x.flatten(1))
         mean, logvar = output.chunk(2, dim=1)
-        if self.form == "inside":  # with validation of its arguments, as it is by default
-            inside = Normal(mean, (logvar / 2).exp())
+        if self.form in ("inside", "checked"):  # the former checks its arguments by default
+            inside = Normal(mean, (logvar / 2).exp(), **({"validate_args": True} if self.form == "checked" else {}))
             return inside.mean, 2 * inside.stddev.log()
         return {
             "pair": lambda: (mean, logvar),
@@ -124,6 +124,12 @@ def test_modules_of_signed_images(tmp_path: Path) -> None:
 def test_one_example_shows_as_well_what_mixes_rows(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"the encoder gives values that differ by .* mixes the rows of a batch"):
         export_bundle(Encoder("mixing"), Decoder(), tmp_path / "a.vae", examples=X[:1])
+
+
+def test_what_the_exporter_prints_of_a_failure_is_kept_back(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ExportError, match=r"the encoder cannot be exported by torch.onnx: GuardOnDataDependentSymNode"):
+        export_bundle(Encoder("checked"), Decoder(), tmp_path / "a.vae", examples=X)
+    assert capfd.readouterr() == ("", "")
 
 
 CLASS_RULE = r"encoder is the class Encoder; expected a torch.nn.Module, or a method of one: an instance, such as E"

@@ -3,19 +3,16 @@ the bundle's units."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 from vae_runtime.errors import ExportError
 from vae_runtime.preprocess import Float32
 
-from ..graphs import DecoderGraph, EncoderGraph
+from ..graphs import DecoderGraph, EncoderGraph, without_validation
 from ..imported import ImportOptions
 from .meaning import Trial, is_split, require_kind, settle_meaning, to_logvar
 from .outputs import read_encoded, read_reconstruction
@@ -152,14 +149,3 @@ def _takes(decoder: nn.Module, z: Tensor, x: Tensor) -> Trial:
     if output.shape != x.shape:
         return False, f"it returns shape {tuple(output.shape)} for inputs of shape {tuple(x.shape)}"
     return True, ""
-
-
-@contextlib.contextmanager
-def without_validation() -> Iterator[None]:
-    """torch's distributions check their arguments' values, which no exporter can trace."""
-    validate = Distribution._validate_args
-    Distribution.set_default_validate_args(False)
-    try:
-        yield
-    finally:
-        Distribution.set_default_validate_args(validate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +127,15 @@ def test_one_example_shows_as_well_what_mixes_rows(tmp_path: Path) -> None:
         export_bundle(Encoder("mixing"), Decoder(), tmp_path / "a.vae", examples=X[:1])
 
 
-def test_what_the_exporter_prints_of_a_failure_is_kept_back(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_the_exporter_prints_of_a_failure_is_kept_back(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[Any] = []
+    monkeypatch.setattr(logging.getLogger("torch.fx.experimental.symbolic_shapes"), "handle", logged.append)
     with pytest.raises(ExportError, match=r"the encoder cannot be exported by torch.onnx: GuardOnDataDependentSymNode"):
         export_bundle(Encoder("checked"), Decoder(), tmp_path / "a.vae", examples=X)
     assert capfd.readouterr() == ("", "")
+    assert [record for record in logged if record.levelno >= logging.WARNING] == []
 
 
 CLASS_RULE = r"encoder is the class Encoder; expected a torch.nn.Module, or a method of one: an instance, such as E"

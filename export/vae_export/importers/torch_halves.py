@@ -94,7 +94,7 @@ def make_graphs(
 def make_bare_graphs(
     encoder: nn.Module, decoder: nn.Module, x: Float32, options: ImportOptions, threshold: bool
 ) -> tuple[EncoderGraph, DecoderGraph]:
-    """The same without a module around either network, so that weights keep the names that they have there.
+    """The same of networks in evaluation mode, and no module around either, so that weights keep the names they have.
 
     x: inputs (N, *shape), in the bundle's units, to try them with. threshold: see `EncoderGraph`.
 
@@ -102,7 +102,7 @@ def make_bare_graphs(
         ExportError, InputError: as `make_graphs`.
     """
     signed, units = options.input_range == "signed", _units(options)
-    reading = read(encoder.eval(), decoder.eval(), x, options)
+    reading = read(encoder, decoder, x, options)
     encoding = functools.partial(encode, signed=signed, reading=reading)
     decoding = functools.partial(decode, signed=signed and not options.logits)
     return (

@@ -372,9 +372,8 @@ def _default_name(checkpoint: Checkpoint, source: str) -> str:
 def _describe(target: Path, manifest: Manifest) -> str:
     fidelity = manifest.precisions["fp32"].fidelity
     against = "PyTorch" if fidelity["against"] == "pytorch" else fidelity["against"]
-    lines = [
-        f"{target}: {manifest.kind} {manifest.name!r}, verified against {against} on {fidelity['examples']} inputs"
-    ]
+    inputs = f"{fidelity['examples']} input{'s' * (fidelity['examples'] != 1)}"
+    lines = [f"{target}: {manifest.kind} {manifest.name!r}, verified against {against} on {inputs}"]
     lines += [f"  {line}" for line in describe_latent(manifest)]
     lines += [f"  {file:14} {entry.bytes:>10,} bytes" for file, entry in sorted(manifest.files.items())]
     lines += [

@@ -33,7 +33,8 @@ LATENT_TOLERANCE_FACTOR = 10  # mean and logvar come from larger sums and have n
 class Fidelity:
     """How far the exported graphs are from PyTorch, max|Δ| over all inputs and batch sizes.
 
-    against: what computed the reference. examples: inputs that were compared, at every batch size. sizes: (H, W) of
+    against: what computed the reference. examples: different inputs that were compared, at every batch size; where they
+        are fewer than the largest, weaker copies of them fill it. sizes: (H, W) of
         them, where free. tolerance: on reconstructions, relative to the data's range; ten times that on mean and
         logvar, relative to max|reference|. logvar_max_error: None for an autoencoder.
     """
@@ -104,7 +105,7 @@ def verify(graphs: tuple[bytes, bytes], halves: Halves, x: Float32, spec: InputS
     Raises:
         ExportError: an error above the tolerance; the message has the figure and the rule.
     """
-    batch_sizes = FREE_BATCH_SIZES if spec.is_free else BATCH_SIZES
+    batch_sizes, count = FREE_BATCH_SIZES if spec.is_free else BATCH_SIZES, len(x)
     x = at_least(x, max(batch_sizes))
     inputs = [x, _enlarged(x[: max(batch_sizes)], spec.multiple_of)] if spec.is_free else [x]
     found = [_errors(graphs, halves, one, spec, tolerance, batch_sizes) for one in inputs]
@@ -117,7 +118,7 @@ def verify(graphs: tuple[bytes, bytes], halves: Halves, x: Float32, spec: InputS
     errors = {name: _largest(one[name] for one in found) for name in found[0]}
     sizes = tuple((one.shape[2], one.shape[3]) for one in inputs) if spec.is_free else ()
     return Fidelity(
-        halves.against, batch_sizes, sizes, tolerance, len(x), errors[MEAN], errors.get(LOGVAR), errors[RECONSTRUCTION]
+        halves.against, batch_sizes, sizes, tolerance, count, errors[MEAN], errors.get(LOGVAR), errors[RECONSTRUCTION]
     )
 
 

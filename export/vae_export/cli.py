@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 EXAMPLES_LIMIT = 1024  # from --data; more inputs find no further error and only take longer
 IMPORTED_EXAMPLES, IMPORTED_EXAMPLES_FP32 = 128, 16  # of models from elsewhere, which may take a minute for one image
+UNIT_EXAMPLES, UNIT_VALUES = 256, 2**22  # of these, for the active units: they are only encoded
 MOST_EXAMPLES, MOST_VALUES = 10_000, 2**28  # for --prior and --calibrate; the values are 1 GiB in float32
 READ_ROWS = 256  # of an array file, held at once
 
@@ -67,6 +68,7 @@ class _Settings(TypedDict, total=False):
     keep: bool
     prior: str | None
     prior_examples: np.ndarray
+    unit_examples: np.ndarray
     calibrate: Any
     scores: list[str] | None
     progress: Progress
@@ -123,7 +125,7 @@ class InputShape(click.ParamType):
     "--data", "data", multiple=True, type=click.Path(),
     help="Verify with these pictures, folders or one .npy/.npz instead of the examples in the checkpoint, or seeded"
     f" noise for other sources; with at most {EXAMPLES_LIMIT:,}, for other sources {IMPORTED_EXAMPLES_FP32} or for more"
-    f" than fp32 {IMPORTED_EXAMPLES}, evenly spaced over all.",
+    f" than fp32 {IMPORTED_EXAMPLES}, evenly spaced over all; of more, up to {UNIT_EXAMPLES} tell the active units.",
 )  # fmt: skip
 @click.option(
     "--golden", type=click.Choice([HELD_OUT, "examples", "synthetic"]),
@@ -276,6 +278,7 @@ def _export_ours(request: _Request, settings: _Settings) -> Manifest:
 
 def _export_imported(request: _Request, settings: _Settings) -> Manifest:
     from .export import example_spec, export_imported
+    from .on_data import LEAST_FOR_UNITS
 
     if settings["golden"] == HELD_OUT:
         raise InputError(
@@ -286,6 +289,9 @@ def _export_imported(request: _Request, settings: _Settings) -> Manifest:
     spec = example_spec(imported)
     examples = _read_examples(request.data, spec, limit) if request.data else None
     _read_more(request, settings, spec)
+    if request.data and limit < LEAST_FOR_UNITS and settings["prior"] is None and not request.calibrate:
+        few = max(LEAST_FOR_UNITS, min(UNIT_EXAMPLES, UNIT_VALUES // math.prod(spec.example_shape)))
+        settings["unit_examples"] = _read_examples(request.data, spec, few)
     return export_imported(
         imported, request.target, name=request.name, likelihood=request.likelihood, examples=examples, **settings
     )

@@ -46,7 +46,7 @@ from .imported import HELD_OUT, INPUT_RANGES, Arguments, Imported
 from .importers.modules import Modules
 from .judge import CODEC_EXAMPLES, Judge
 from .likelihood import agree, parse_likelihood
-from .on_data import OnData, plan_on_data
+from .on_data import LEAST_FOR_UNITS, OnData, plan_on_data
 from .quality import Budget
 from .threshold import Thresholded
 from .tiling import find_tiling
@@ -128,7 +128,7 @@ def export_checkpoint(
     prior: see `export_bundle`. prior_examples: what it is fitted to; None: `examples`, else the checkpoint's training
         examples.
     calibrate: see `export_bundle`; or "held-out", the checkpoint's own held-out examples. Active units are measured on
-        these in any case.
+        these in any case, unless there are too few.
     scores, progress: see `export_bundle`.
 
     Raises:
@@ -152,7 +152,7 @@ def export_checkpoint(
         x,
         parts,
         golden=held_out if golden == HELD_OUT else x,
-        real=held_out,
+        real=held_out if examples is None or len(held_out) >= LEAST_FOR_UNITS else x,
         prior=default_prior if prior_examples is None else prior_examples,
         calibrate=held_out if calibrates_own else calibrate,
         calibrate_source=HELD_OUT if calibrates_own else "data",
@@ -185,6 +185,7 @@ def export_imported(
     keep: bool = False,
     prior: str | None = None,
     prior_examples: np.ndarray | None = None,
+    unit_examples: np.ndarray | None = None,
     calibrate: np.ndarray | None = None,
     scores: Sequence[str] | None = None,
     progress: Progress | None = None,
@@ -199,7 +200,7 @@ def export_imported(
     name, tolerance, precisions, budget, keep: see `export_bundle`. A precision that the model's source rules out is not
         made, and the manifest's `refused` says why.
     prior, calibrate, scores, progress: see `export_bundle`. prior_examples: real inputs that the prior is fitted to;
-        None: `examples`.
+        None: `examples`. unit_examples: those that tell which units are active; None: `examples`, if they are enough.
 
     Raises:
         ExportError, InputError, OutputError: see `export_bundle`.
@@ -221,7 +222,10 @@ def export_imported(
         halves = Thresholded(halves)
     x = synthetic_inputs(spec, SYNTHETIC_EXAMPLES) if examples is None else to_model_input(examples, spec, "examples")
     prior_examples = examples if prior_examples is None else prior_examples
-    inputs = _Inputs(x, None, x, None if examples is None else x, prior_examples, calibrate)
+    real = None if examples is None else x
+    if unit_examples is not None:
+        real = to_model_input(unit_examples, spec, "unit_examples")
+    inputs = _Inputs(x, None, x, real, prior_examples, calibrate)
     if imported.is_free:
         spec = InputSpec("image", imported.input_shape, spec.colour, "exact", imported.multiple_of, x.shape[2:])
     return _export(

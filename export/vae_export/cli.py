@@ -68,7 +68,6 @@ class _Settings(TypedDict, total=False):
     keep: bool
     prior: str | None
     prior_examples: np.ndarray
-    unit_examples: np.ndarray
     calibrate: Any
     scores: list[str] | None
     progress: Progress
@@ -289,12 +288,12 @@ def _export_imported(request: _Request, settings: _Settings) -> Manifest:
     spec = example_spec(imported)
     examples = _read_examples(request.data, spec, limit) if request.data else None
     _read_more(request, settings, spec)
+    units = None
     if request.data and limit < LEAST_FOR_UNITS and settings["prior"] is None and not request.calibrate:
         few = max(LEAST_FOR_UNITS, min(UNIT_EXAMPLES, UNIT_VALUES // math.prod(spec.example_shape)))
-        settings["unit_examples"] = _read_examples(request.data, spec, few)
-    return export_imported(
-        imported, request.target, name=request.name, likelihood=request.likelihood, examples=examples, **settings
-    )
+        units = _read_examples(request.data, spec, few)
+    said = {"name": request.name, "likelihood": request.likelihood}
+    return export_imported(imported, request.target, examples=examples, unit_examples=units, **said, **settings)
 
 
 def _default_output(source: str) -> Path:

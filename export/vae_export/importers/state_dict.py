@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from vae_runtime.errors import CheckpointError
 from .weights import assign, read_pickled, read_safetensors
 
 HOLDERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "module", "vae")
-PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, by its specification
 
 
@@ -73,10 +73,12 @@ def _is_state_dict(value: Any) -> bool:
     )
 
 
-def _without_prefix(weights: dict[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
-    """The names without what a wrapper put before all of them, unless the network has it too."""
-    for prefix in PREFIXES * 2:
-        ours = all(name.startswith(prefix) for name in wanted)
-        if not ours and all(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-    return weights
+def _without_prefix(weights: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+    """The names without what a wrapper put before all of them, such as "module." of DataParallel, "_orig_mod." of
+    torch.compile and "model." of a LightningModule: that which makes the most of them known."""
+    columns = zip(*(name.split(".")[:-1] for name in weights), strict=False)
+    parts = [column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns)]
+    prefixes = ["".join(f"{part}." for part in parts[:count]) for count in range(len(parts) + 1)]
+    known = [sum(name.removeprefix(prefix) in wanted for name in weights) for prefix in prefixes]
+    best = prefixes[known.index(max(known))]
+    return {name.removeprefix(best): value for name, value in weights.items()}

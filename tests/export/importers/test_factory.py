@@ -390,6 +390,28 @@ def test_weights_that_do_not_fit_are_named() -> None:
         load("Networks", weights="wrong.pt")
 
 
+@pytest.mark.parametrize("prefix", ["model.", "net.", "module._orig_mod.", "_orig_mod.module.", "a.b.encoder."])
+def test_what_a_wrapper_put_before_all_names_is_taken_away(prefix: str) -> None:
+    load("Networks")
+    model = networks()
+    x = noise(3, 3, 16, 16)
+    torch.save({"state_dict": {prefix + name: value for name, value in model.state_dict().items()}}, "wrapped.ckpt")
+    loaded = load("Networks", weights="wrapped.ckpt")
+    np.testing.assert_allclose(loaded.halves.encode(x)["mean"], expected(model, x)[0], atol=1e-6)
+
+
+def test_names_under_two_prefixes_are_not_chosen_from() -> None:
+    load("Networks")
+    weights = networks().state_dict()
+    torch.save({f"{half}.{name}": value for half in ("model", "ema") for name, value in weights.items()}, "two.ckpt")
+    with pytest.raises(CheckpointError, match=r"lacks encoder.0.weight.*has the unknown model.encoder.0.weight"):
+        load("Networks", weights="two.ckpt")
+    del weights["encoder.0.bias"]
+    torch.save({f"model.{name}": value for name, value in weights.items()}, "one.ckpt")
+    with pytest.raises(CheckpointError, match=r"does not fit its Networks: it lacks encoder.0.bias$"):
+        load("Networks", weights="one.ckpt")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,39 @@ def test_options(tmp_path: Path) -> None:
     onnx.save(graph("(float[N, M] x) => (float[N, M] y) { y = Tanh(x) }"), tmp_path / "encoder.onnx")
     with pytest.raises(InputError, match="does not say what its inputs are; pass --input"):
         onnx_pair.load(str(tmp_path), ImportOptions())
+
+
+def answer_of(source: str, **options: Any) -> str:
+    """What is said where it is refused."""
+    try:
+        load(source, **options)
+    except (ExportError, InputError) as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("sides", "first", "channels_last"),
+    [
+        ("32, 32, 3", "Transpose<perm=[0, 3, 1, 2]>(x)", True),
+        ("H, W, 3", "Transpose<perm=[0, 3, 1, 2]>(x)", True),
+        ("32, 32, 1", "Identity(x)", True),
+        ("3, 32, 32", "Identity(x)", False),
+        ("3, 32, 4", "Identity(x)", False),
+        ("3, H, W", "Identity(x)", False),
+        ("64, 4, 4", "Identity(x)", False),
+        ("8, 32, 16", "Transpose<perm=[0, 3, 1, 2]>(x)", False),
+    ],
+)
+def test_images_with_the_channels_last_are_refused(sides: str, first: str, channels_last: bool, tmp_path: Path) -> None:
+    onnx.save(graph(f"(float[N, {sides}] x) => (float[N, A, B, C] y) {{ y = {first} }}"), tmp_path / "encoder.onnx")
+    onnx.save(graph("(float[N, A, B, C] z) => (float[N, D, E, F] y) { y = Identity(z) }"), tmp_path / "decoder.onnx")
+    message = r"images of [\d?]+x[\d?]+x[13], which look like height, width and channels, .* --inputs-as-nchw"
+    turned = first != "Identity(x)"
+    for options in ({}, {"input_shape": (32, 32, int(sides[-1]))} if channels_last else {}):
+        answer = answer_of(str(tmp_path), **options)
+        assert bool(re.search(message, answer)) == (channels_last and (turned or not options)), answer
+        assert ("if they are so nevertheless, pass --input" in answer) == (channels_last and not turned and not options)
 
 
 def test_local_functions_are_inlined(tmp_path: Path) -> None:

@@ -286,6 +286,23 @@ def test_options(tmp_path: Path) -> None:
         onnx_pair.load(str(tmp_path), ImportOptions())
 
 
+def test_a_bound_that_others_read_too_survives_the_joining_of_two_clips(tmp_path: Path) -> None:
+    """As in the decoder of a bundle whose latents are shifted by 1."""
+    decoder = graph(
+        "(float[N, 3, 4, 4] z) => (float[N, 3, 4, 4] y) {"
+        " conv2d = Add(z, conv2d_max)\n y = Clip(conv2d, conv2d_min, conv2d_max) }"
+    )
+    for name, value in (("conv2d_min", 0.25), ("conv2d_max", 0.75)):
+        decoder.graph.initializer.append(numpy_helper.from_array(np.array(value, np.float32), name))
+    onnx.save(decoder, tmp_path / "decoder.onnx")
+    onnx.save(graph("(float[N, 3, 4, 4] x) => (float[N, 3, 4, 4] y) { y = Neg(x) }"), tmp_path / "encoder.onnx")
+    halves = load(str(tmp_path), input_range="unit").halves
+    z = np.linspace(-1, 1, 96, dtype=np.float32).reshape(2, 3, 4, 4)
+    _, wrapped = halves.to_onnx(z, z, False)
+    got = onnxruntime.InferenceSession(wrapped).run(None, {"z": z})[0]
+    np.testing.assert_allclose(got, np.clip(z + 0.75, 0.25, 0.75), atol=1e-6)
+
+
 def answer_of(source: str, **options: Any) -> str:
     """What is said where it is refused."""
     try:

@@ -20,11 +20,12 @@ MARGIN = 0.1  # a value further outside is none that rounding or a linear last l
 # from 0.27.
 WARNED, REFUSED = 0.05, 0.25
 REFUSED_OF_PRIOR = 0.4  # of draws from the prior: 0.03 to 0.16 (untrained 0.32) and 0.41 to 0.99
+LARGEST_OF_SMALL = 20  # logits that are never negative and go beyond are those of white images alone
 _MOST_ROWS, _MOST_VALUES = 16, 2**20  # that are decoded
 
 
 class DecoderRangeWarning(ExportWarning):
-    """Many values of the decoder lie outside [0, 1] and are cut."""
+    """Many values of the decoder lie outside [0, 1], where they can mean nothing."""
 
 
 def check_decoder_range(halves: Halves, x: Float32, signed: bool, real: bool) -> None:
@@ -37,7 +38,7 @@ def check_decoder_range(halves: Halves, x: Float32, signed: bool, real: bool) ->
 
     Raises:
         ExportError: the model does not run on so many inputs.
-        InputError: what the decoder gives looks like logits, or like images in [-1, 1].
+        InputError: what the decoder gives looks like logits, or like images of another range.
     """
     rows = max(2, min(_MOST_ROWS, _MOST_VALUES // x[0].size, len(x)))
     encoded, values = run_both(halves, np.ascontiguousarray(x[np.arange(rows) * len(x) // rows]), cut=False)
@@ -53,7 +54,8 @@ def check_decoder_range(halves: Halves, x: Float32, signed: bool, real: bool) ->
         there = "where images are" if x.ndim > 2 else "where the means of a Bernoulli likelihood are"
         raise InputError(f"{found} [0, 1], {there}; {_advice(low, high, signed or x.ndim == 2)}")
     if share > WARNED:
-        warnings.warn(f"{found} [0, 1]; they are cut to it", DecoderRangeWarning, stacklevel=4)
+        what = "they are cut to it" if x.ndim > 2 else "a Bernoulli likelihood takes them as 0 and 1"
+        warnings.warn(f"{found} [0, 1]; {what}", DecoderRangeWarning, stacklevel=4)
 
 
 def _outside(values: Float32) -> float:
@@ -68,4 +70,6 @@ def _advice(low: float, high: float, logits_alone: bool) -> str:
             "they look like images in [-1, 1]: say so with --input-range signed (input_range='signed'); or, if they are"
             f" logits, with {logits}"
         )
+    if low >= -MARGIN and high > LARGEST_OF_SMALL:
+        return "they look like images of a larger range, such as [0, 255]: bring them to [0, 1] in the decoder"
     return f"they look like logits: say so with {logits}"

@@ -51,6 +51,7 @@ def faint_logits(): return make(-0.2, 0.7)
 def signed(): return make(0.0, 3.0, nn.Tanh)
 def sigmoid(): return make(-2.0, 6.0, nn.Sigmoid)
 def near(): return make(0.5, 0.55)
+def bytes_(): return make(127.0, 127.0)
 def over(): return make(0.5, 0.64)
 """
 X = np.random.default_rng(0).random((6, 1, 4, 4), dtype=np.float32)
@@ -126,6 +127,8 @@ def test_modules_are_looked_at_as_well(networks: Any, tmp_path: Path) -> None:
             InputError, match=r"look like images in \[-1, 1\]: .*input_range='signed'.* or, if they are"
         ):
             export_bundle(*getattr(networks, name)(), tmp_path / "a.vae", examples=X)
+    with pytest.raises(InputError, match=r"look like images of a larger range, such as \[0, 255\]: bring them to"):
+        export_bundle(*networks.bytes_(), tmp_path / "a.vae", examples=X)
     assert list(tmp_path.iterdir()) == []
     export_bundle(*networks.logits(), tmp_path / "a.vae", examples=X, logits=True)
     encoder, decoder = networks.logits()
@@ -150,6 +153,9 @@ def test_values_a_little_outside_are_warned_of_with_their_share(networks: Any, t
     with pytest.warns(DecoderRangeWarning, match=rule) as caught:
         export_bundle(*networks.over(), tmp_path / "a.vae", examples=X)
     assert [warning.filename for warning in caught] == [__file__]
+    told = run(f"{MODULE}:over", "--input", "1x4x4", "--input-range", "unit", "--output", tmp_path / "b.vae")
+    assert (told.exit_code, told.stderr.count("\n")) == (0, 1)
+    assert told.stderr.startswith("Warning: the decoder gives values from -0.1")
     encoder, decoder = networks.over()
     with torch.no_grad(), VAE.load(tmp_path / "a.vae") as vae:
         want = decoder(encoder(torch.from_numpy(X))[0]).clamp(0, 1)
@@ -165,13 +171,16 @@ def test_logits_that_noise_does_not_show_are_seen_in_draws_from_the_prior(networ
             self.layer = nn.Linear(3, 16)
 
         def forward(self, z: torch.Tensor) -> torch.Tensor:
-            return (0.5 + 9 * (z.abs().amax(1) > 0.75)[:, None] * self.layer(z).sign()).reshape(-1, 1, 4, 4)
+            return (0.5 + 9 * (z.abs().amax(1) > 0.85)[:, None] * self.layer(z).sign()).reshape(-1, 1, 4, 4)
 
-    torch.manual_seed(0)
-    networks.shy = lambda: (networks.Encoder(), Shy())
-    torch.manual_seed(0)
+    def shy() -> tuple[nn.Module, nn.Module]:
+        torch.manual_seed(0)
+        return networks.Encoder(), Shy()
+
+    networks.shy = shy
     options = ["--input", "1x4x4", "--input-range", "unit", "--output", tmp_path / "a.vae"]
     refused = run(f"{MODULE}:shy", *options)
     assert "the decoder gives values from -8.5 to 9.5" in refused.stderr
     np.save(tmp_path / "x.npy", X)  # what the model does to real inputs is told by these
-    assert run(f"{MODULE}:shy", *options, "--data", tmp_path / "x.npy").exit_code == 0
+    written = run(f"{MODULE}:shy", *options, "--data", tmp_path / "x.npy")
+    assert written.exit_code == 0, written.output

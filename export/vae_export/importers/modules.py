@@ -22,8 +22,6 @@ from .torch_halves import make_bare_graphs
 from .trial import check_halves, check_range, run
 
 _LEAST_ROWS, _MOST_ROWS, _MOST_VALUES = 3, 8, 2**21  # of the examples, that the halves are tried with
-
-
 _CURE = "pass modules, or methods of a torch.nn.Module with its networks as attributes or in a ModuleList"
 
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from vae_runtime.errors import MissingExtraError
 from vae_runtime.version import __version__
 
-from .quality import Budget, FewExamplesWarning
+from .quality import Budget, ExportWarning, FewExamplesWarning
 
 if TYPE_CHECKING:
     from .export import export_bundle, export_checkpoint
 
-__all__ = ["Budget", "FewExamplesWarning", "__version__", "export_bundle", "export_checkpoint"]
+__all__ = ["Budget", "ExportWarning", "FewExamplesWarning", "__version__", "export_bundle", "export_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 from vae_runtime.bundle import Bundle
 from vae_runtime.calibration import LEAST_EXAMPLES, SCORE_METHODS
 from vae_runtime.console import NEGATIVE_VERDICT, Command, describe_latent, json_option, print_json
-from vae_runtime.errors import InputError, MissingExtraError
+from vae_runtime.errors import CheckpointError, InputError, MissingExtraError
 from vae_runtime.manifest import GOLDEN_FILE, INPUT, KINDS, PRECISIONS, InputSpec, Manifest, Precision
 from vae_runtime.sources import PictureSource, open_inputs
 from vae_runtime.tiling import Progress
@@ -26,14 +26,17 @@ from vae_runtime.version import __version__
 from . import importers
 from .bundle import check_output
 from .imported import HELD_OUT, INPUT_RANGES, SPREADS, ImportOptions
+from .importers.hints import refuse_misstated, refuse_weights
 from .importers.options import FLAGS
-from .quality import Budget, FewExamplesWarning
+from .likelihood import parse_likelihood
+from .quality import Budget, ExportWarning
 
 if TYPE_CHECKING:
     from vae_training.checkpoint import Checkpoint
 
 EXAMPLES_LIMIT = 1024  # from --data; more inputs find no further error and only take longer
 IMPORTED_EXAMPLES, IMPORTED_EXAMPLES_FP32 = 128, 16  # of models from elsewhere, which may take a minute for one image
+UNIT_EXAMPLES, UNIT_VALUES = 256, 2**22  # of these, for the active units: they are only encoded
 MOST_EXAMPLES, MOST_VALUES = 10_000, 2**28  # for --prior and --calibrate; the values are 1 GiB in float32
 READ_ROWS = 256  # of an array file, held at once
 
@@ -42,13 +45,14 @@ READ_ROWS = 256  # of an array file, held at once
 class _Request:
     """SOURCE and where it goes, with what is said about it and which files are to be read.
 
-    name: None where none is given. origin: of --from. options: of a model from elsewhere.
+    name: None where none is given. origin: of --from. likelihood, options: of a model from elsewhere.
     """
 
     source: str
     target: Path
     name: str | None
     origin: str | None
+    likelihood: str | None
     data: tuple[str, ...]
     calibrate: tuple[str, ...]
     options: ImportOptions
@@ -103,14 +107,24 @@ class InputShape(click.ParamType):
 @click.option(
     "--input-range", type=click.Choice(INPUT_RANGES), help="Of SOURCE's images: unit, [0, 1]; signed, [-1, 1]."
 )
+@click.option(
+    "--logits",
+    is_flag=True,
+    help="SOURCE's decoder gives logits; the graph gets the sigmoid of them.",
+)
 @click.option("--spread", type=click.Choice(SPREADS), help="What SOURCE's encoder gives beside the mean.")
+@click.option(
+    "--likelihood", metavar="TYPE[:SCALE]",
+    help="p(x|z) of SOURCE, where it does not say it: bernoulli, gaussian:SCALE or laplace:SCALE in the bundle's units;"
+    " bernoulli:dynamic or bernoulli:threshold where its images were made binary in training. For scores in nats.",
+)  # fmt: skip
 @click.option("--latent-scale", type=float, help="The bundle's latents are (z - shift) * scale of SOURCE's.")
 @click.option("--latent-shift", type=float, help="See --latent-scale.")
 @click.option(
     "--data", "data", multiple=True, type=click.Path(),
     help="Verify with these pictures, folders or one .npy/.npz instead of the examples in the checkpoint, or seeded"
     f" noise for other sources; with at most {EXAMPLES_LIMIT:,}, for other sources {IMPORTED_EXAMPLES_FP32} or for more"
-    f" than fp32 {IMPORTED_EXAMPLES}, evenly spaced over all.",
+    f" than fp32 {IMPORTED_EXAMPLES}, evenly spaced over all; of more, up to {UNIT_EXAMPLES} tell the active units.",
 )  # fmt: skip
 @click.option(
     "--golden", type=click.Choice([HELD_OUT, "examples", "synthetic"]),
@@ -160,6 +174,7 @@ def main(
     output: str | None,
     name: str | None,
     origin: str | None,
+    likelihood: str | None,
     data: tuple[str, ...],
     golden: str | None,
     tolerance: float | None,
@@ -183,15 +198,16 @@ def main(
     Exit code 3: the bundle is written, but without a precision that missed the budget.
     """
     names, budget = _parse_precisions(precisions), Budget(budget_psnr, budget_nats)
+    parse_likelihood(likelihood)  # before the work
     target = Path(output) if output else _default_output(source)
     check_output(target, force)
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", FewExamplesWarning)
+        warnings.simplefilter("always", ExportWarning)
         settings = _Settings(golden=golden, precisions=names, budget=budget, keep=keep, prior=prior, force=force)
         settings["scores"] = _parse_scores(scores, calibrate)
         if tolerance is not None:
             settings["tolerance"] = tolerance
-        request = _Request(source, target, name, origin, data, calibrate, ImportOptions(**options))
+        request = _Request(source, target, name, origin, likelihood, data, calibrate, ImportOptions(**options))
         try:
             export = _export_ours if _is_ours(source, origin) else _export_imported
             with _progress("calibrating") as settings["progress"]:
@@ -199,7 +215,7 @@ def main(
         except ModuleNotFoundError as error:
             raise MissingExtraError(error.name or "a package", "export", "vae-export") from None
     for warning in caught:
-        if issubclass(warning.category, FewExamplesWarning):
+        if issubclass(warning.category, ExportWarning):
             click.echo(f"Warning: {warning.message}", err=True)
     if as_json:
         print_json({"bundle": str(target), "manifest": manifest.to_dict()})
@@ -240,10 +256,16 @@ def _export_ours(request: _Request, settings: _Settings) -> Manifest:
     from .export import export_checkpoint
 
     options = request.options
-    if options != ImportOptions():
-        given = next(one.name for one in fields(options) if getattr(options, one.name) != one.default)
-        raise InputError(f"{FLAGS[given]} is for models from elsewhere; {request.source} says all itself")
-    checkpoint = load_checkpoint(request.source)
+    refuse_misstated(request.source)
+    try:
+        checkpoint = load_checkpoint(request.source)
+    except CheckpointError:
+        refuse_weights(request.source)
+        raise
+    given = [FLAGS[one.name] for one in fields(options) if getattr(options, one.name) != one.default]
+    given += ["--likelihood"] if request.likelihood is not None else []
+    if given:
+        raise InputError(f"{given[0]} is for models from elsewhere; {request.source} says all itself")
     spec = checkpoint.input
     if checkpoint.config.is_fully_convolutional:  # trained on crops; pictures of any size become such
         spec = spec._replace(resize="crop")
@@ -255,6 +277,7 @@ def _export_ours(request: _Request, settings: _Settings) -> Manifest:
 
 def _export_imported(request: _Request, settings: _Settings) -> Manifest:
     from .export import example_spec, export_imported
+    from .on_data import LEAST_FOR_UNITS
 
     if settings["golden"] == HELD_OUT:
         raise InputError(
@@ -265,7 +288,12 @@ def _export_imported(request: _Request, settings: _Settings) -> Manifest:
     spec = example_spec(imported)
     examples = _read_examples(request.data, spec, limit) if request.data else None
     _read_more(request, settings, spec)
-    return export_imported(imported, request.target, name=request.name, examples=examples, **settings)
+    units = None
+    if request.data and limit < LEAST_FOR_UNITS and settings["prior"] is None and not request.calibrate:
+        few = max(LEAST_FOR_UNITS, min(UNIT_EXAMPLES, UNIT_VALUES // math.prod(spec.example_shape)))
+        units = _read_examples(request.data, spec, few)
+    said = {"name": request.name, "likelihood": request.likelihood}
+    return export_imported(imported, request.target, examples=examples, unit_examples=units, **said, **settings)
 
 
 def _default_output(source: str) -> Path:
@@ -349,9 +377,8 @@ def _default_name(checkpoint: Checkpoint, source: str) -> str:
 def _describe(target: Path, manifest: Manifest) -> str:
     fidelity = manifest.precisions["fp32"].fidelity
     against = "PyTorch" if fidelity["against"] == "pytorch" else fidelity["against"]
-    lines = [
-        f"{target}: {manifest.kind} {manifest.name!r}, verified against {against} on {fidelity['examples']} inputs"
-    ]
+    inputs = f"{fidelity['examples']} input{'s' * (fidelity['examples'] != 1)}"
+    lines = [f"{target}: {manifest.kind} {manifest.name!r}, verified against {against} on {inputs}"]
     lines += [f"  {line}" for line in describe_latent(manifest)]
     lines += [f"  {file:14} {entry.bytes:>10,} bytes" for file, entry in sorted(manifest.files.items())]
     lines += [

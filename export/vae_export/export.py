@@ -39,12 +39,16 @@ from vae_runtime.version import __version__
 from vae_training.checkpoint import Checkpoint
 
 from .bundle import check_output, write_bundle
+from .decoder_range import check_decoder_range
 from .graphs import DecoderGraph, EncoderGraph
 from .halves import HALF_NAMES, Halves, graph_file
-from .imported import HELD_OUT, Imported
+from .imported import HELD_OUT, INPUT_RANGES, Arguments, Imported
+from .importers.modules import Modules
 from .judge import CODEC_EXAMPLES, Judge
-from .on_data import OnData, plan_on_data
+from .likelihood import agree, parse_likelihood
+from .on_data import LEAST_FOR_UNITS, OnData, plan_on_data
 from .quality import Budget
+from .threshold import Thresholded
 from .tiling import find_tiling
 from .verify import Reference, latent_pattern, run_both, verify
 from .wanted_precisions import Made, check_wanted
@@ -124,7 +128,7 @@ def export_checkpoint(
     prior: see `export_bundle`. prior_examples: what it is fitted to; None: `examples`, else the checkpoint's training
         examples.
     calibrate: see `export_bundle`; or "held-out", the checkpoint's own held-out examples. Active units are measured on
-        these in any case.
+        these in any case, unless there are too few.
     scores, progress: see `export_bundle`.
 
     Raises:
@@ -148,7 +152,7 @@ def export_checkpoint(
         x,
         parts,
         golden=held_out if golden == HELD_OUT else x,
-        real=held_out,
+        real=held_out if examples is None or len(held_out) >= LEAST_FOR_UNITS else x,
         prior=default_prior if prior_examples is None else prior_examples,
         calibrate=held_out if calibrates_own else calibrate,
         calibrate_source=HELD_OUT if calibrates_own else "data",
@@ -173,6 +177,7 @@ def export_imported(
     *,
     examples: np.ndarray | None = None,
     name: str | None = None,
+    likelihood: Mapping[str, Any] | str | None = None,
     golden: str | None = None,
     tolerance: float = 1e-4,
     precisions: Sequence[str] = ("fp32",),
@@ -180,6 +185,7 @@ def export_imported(
     keep: bool = False,
     prior: str | None = None,
     prior_examples: np.ndarray | None = None,
+    unit_examples: np.ndarray | None = None,
     calibrate: np.ndarray | None = None,
     scores: Sequence[str] | None = None,
     progress: Progress | None = None,
@@ -189,11 +195,12 @@ def export_imported(
 
     examples: real inputs, as `vae_runtime.VAE.encode` takes them, of one size; None takes seeded synthetic ones, and
         the manifest says so. Precisions beside fp32 need real ones.
+    likelihood: see `export_bundle`; None: what the source tells, if it does.
     golden: "examples" or "synthetic"; None: examples where there are any.
     name, tolerance, precisions, budget, keep: see `export_bundle`. A precision that the model's source rules out is not
         made, and the manifest's `refused` says why.
     prior, calibrate, scores, progress: see `export_bundle`. prior_examples: real inputs that the prior is fitted to;
-        None: `examples`.
+        None: `examples`. unit_examples: those that tell which units are active; None: `examples`, if they are enough.
 
     Raises:
         ExportError, InputError, OutputError: see `export_bundle`.
@@ -208,31 +215,43 @@ def export_imported(
     precisions = [one for one in precisions if one not in refused]
     options = _Options(path, name, golden, tolerance, precisions, budget, keep, prior, scores, progress, force)
     spec = example_spec(imported)
+    told = parse_likelihood(imported.likelihood)
+    parsed = agree(parse_likelihood(likelihood), told)
+    halves = imported.halves
+    if parsed != told and parsed is not None and parsed.binarize == "threshold":
+        halves = Thresholded(halves)
     x = synthetic_inputs(spec, SYNTHETIC_EXAMPLES) if examples is None else to_model_input(examples, spec, "examples")
     prior_examples = examples if prior_examples is None else prior_examples
-    inputs = _Inputs(x, None, x, None if examples is None else x, prior_examples, calibrate)
+    real = None if examples is None else x
+    if unit_examples is not None:
+        real = to_model_input(unit_examples, spec, "unit_examples")
+    inputs = _Inputs(x, None, x, real, prior_examples, calibrate)
     if imported.is_free:
         spec = InputSpec("image", imported.input_shape, spec.colour, "exact", imported.multiple_of, x.shape[2:])
     return _export(
-        imported.halves,
+        halves,
         spec,
         inputs,
         options,
-        None if imported.likelihood is None else Likelihood.from_dict(imported.likelihood),
+        parsed,
+        input_range=imported.input_range if spec.is_image else _range_of_means(parsed),
         origin=imported.origin,
         refused=refused,
     )
 
 
 def export_bundle(
-    encoder: nn.Module,
-    decoder: nn.Module,
+    encoder: Any,
+    decoder: Any,
     path: str | os.PathLike[str],
     *,
     examples: Any,
     kind: str = "vae",
     name: str | None = None,
-    likelihood: Mapping[str, Any] | None = None,
+    likelihood: Mapping[str, Any] | str | None = None,
+    input_range: str | None = None,
+    spread: str | None = None,
+    logits: bool = False,
     latent_scale: float = 1.0,
     latent_shift: float = 0.0,
     colour: str | None = None,
@@ -251,13 +270,20 @@ def export_bundle(
 ) -> Manifest:
     """Export any two modules as a bundle, verified against PyTorch on `examples`.
 
-    encoder: x -> (mean, logvar), or for kind="autoencoder" x -> code. decoder: z -> reconstruction. Both take and give
-        physical units: images float32 (N, C, H, W) in [0, 1] (the result is cut to that range), vectors float32 (N, D).
-        They are put into evaluation mode for the export and left as they were.
+    encoder: a torch.nn.Module, or a method of one, x -> (mean, logvar), or for kind="autoencoder" x -> code. What it
+        returns may be a pair, a dict, a torch.distributions.Normal, or one tensor with the mean and the logvar along
+        the channels. decoder: z -> reconstruction. Both take and give images float32 (N, C, H, W) (the result is cut to
+        [0, 1]), or vectors float32 (N, D). They are put into evaluation mode for the export and left as they were.
     examples: real inputs, at least one, numpy or torch, as `vae_runtime.VAE.encode` takes them; the more, the better
         verified.
     name: None takes the file name of `path`.
-    likelihood: for example {"type": "gaussian", "scale": 0.1} or {"type": "bernoulli"}; None where it is not known.
+    likelihood: for example {"type": "gaussian", "scale": 0.1} or {"type": "bernoulli"}, or in short "gaussian:0.1" or
+        "bernoulli"; the scale is in the bundle's units. None where it is not known.
+    input_range: of the images that the modules take and give: "unit", [0, 1], or "signed", [-1, 1]; None: unit. The
+        bundle's own are in [0, 1] in either case.
+    spread: what the encoder gives beside the mean, where it has no name: "logvar", "log_std", "std" or "variance";
+        None: logvar, unless it is never negative.
+    logits: the decoder gives logits, and the graph gets the sigmoid that makes a reconstruction of them.
     latent_scale, latent_shift: the bundle's latents are (z - shift) · scale; logvar grows by 2·log(scale).
     colour: "grey" or "rgb", None by the number of channels. resize: "exact", "stretch" or "crop", how a picture file of
         another size becomes an input.
@@ -282,8 +308,10 @@ def export_bundle(
         and how many there are.
 
     Raises:
-        ExportError: torch cannot export a half, it breaks the contract, or it differs by more than the tolerance.
-        InputError: an argument breaks a rule. OutputError: `path` exists, or cannot be written.
+        ExportError: a half does not run, is random or mixes the rows of a batch, torch cannot export it, it breaks the
+            contract, or it differs by more than the tolerance.
+        InputError: an argument breaks a rule, or contradicts what a half gives.
+        OutputError: `path` exists, or cannot be written.
     """
     _check_choice("kind", kind, KINDS)
     _check_choice("golden", golden, ("examples", "synthetic"))
@@ -293,24 +321,24 @@ def export_bundle(
     spec, x = _inputs(examples, colour, resize)
     if multiple_of is not None:
         spec = _free_size(spec, check_count(multiple_of, "multiple_of"), always=True)
-    try:
-        parsed = Likelihood.from_dict(likelihood) if likelihood is not None else None
-    except BundleError as error:
-        raise InputError(str(error)) from None
+    parsed = parse_likelihood(likelihood)
     threshold = parsed is not None and parsed.binarize == "threshold"
-    scale, shift = float(latent_scale), float(latent_shift)
+    said = Arguments(
+        kind=kind,
+        input_range=_image_range(input_range, spec),
+        logits=logits,
+        latent_scale=float(latent_scale),
+        latent_shift=float(latent_shift),
+        spread=spread,
+    )
     name = name or Path(path).stem
     options = _Options(path, name, golden, tolerance, precisions, budget, keep, prior, scores, progress, force)
-    with _evaluation_mode(encoder, decoder):
-        return _export(
-            Reference(
-                EncoderGraph(encoder, kind, scale, shift, threshold), DecoderGraph(decoder, spec.is_image, scale, shift)
-            ),
-            spec,
-            _Inputs(x, None, golden=x, real=x, prior=x, calibrate=_without_torch(calibrate)),
-            options,
-            parsed,
-        )
+    inputs = _Inputs(x, None, golden=x, real=x, prior=x, calibrate=_without_torch(calibrate))
+    check_output(path, force)  # before any work
+    modules = Modules(encoder, decoder)
+    with _evaluation_mode(modules.encoder, modules.decoder):
+        halves = modules.open(x, said, threshold)
+        return _export(halves, spec, inputs, options, parsed, input_range=said.input_range or _range_of_means(parsed))
 
 
 def example_spec(imported: Imported) -> InputSpec:
@@ -323,6 +351,19 @@ def example_spec(imported: Imported) -> InputSpec:
         shape = (shape[0], *(imported.default_size or (side, side)))
     colour = {count: key for key, count in COLOURS.items()}.get(shape[0] or 0)
     return InputSpec("image", shape, colour, "crop")
+
+
+def _image_range(said: str | None, spec: InputSpec) -> str | None:
+    """`input_range` of `export_bundle`, settled; None for vectors."""
+    if said is not None and not spec.is_image:
+        raise InputError(f"input_range is {said!r}, but the inputs are vectors, which have no range")
+    _check_choice("input_range", said or "unit", INPUT_RANGES)
+    return said or ("unit" if spec.is_image else None)
+
+
+def _range_of_means(likelihood: Likelihood | None) -> str | None:
+    """The range of vectors that are probabilities; None: they may be anything."""
+    return "unit" if likelihood is not None and likelihood.type == "bernoulli" else None
 
 
 def _free_size(spec: InputSpec, multiple: int, always: bool = False) -> InputSpec:
@@ -342,6 +383,7 @@ def _export(
     options: _Options,
     likelihood: Likelihood | None,
     *,
+    input_range: str | None = None,
     training: Mapping[str, Any] = _NONE,
     origin: Mapping[str, Any] = _NONE,
     refused: Mapping[str, Mapping[str, Any]] = _NONE,
@@ -353,6 +395,8 @@ def _export(
     encoded = _try_out(halves, pair, spec)
     latents = encoded[MEAN]
     on_data.check(latents.shape[1:])
+    if input_range is not None:
+        check_decoder_range(halves, x, input_range == "signed", real=inputs.real is not None)
     graphs = halves.to_onnx(pair, latents, spec.is_free)
     fidelity = verify(graphs, halves, x, spec, options.tolerance)
     prior = {"type": "standard_normal"} if halves.kind == "vae" else None

@@ -11,12 +11,14 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from vae_runtime.errors import BundleError, ExportError
 from vae_runtime.graph_rules import check_graph
@@ -26,8 +28,14 @@ from vae_training.models import LOGVAR_MAX, LOGVAR_MIN
 from .reason import innermost_reason
 from .rewrite import rewrite
 
+Call = Callable[[nn.Module, Tensor], Any]
 OPSET, IR_VERSION = 20, 10  # read by onnxruntime 1.18 and newer
+_LOGGERS = ("torch.onnx", "torch.fx.experimental.symbolic_shapes")
 MAX_BYTES = 2**31 - 2**20  # of one protocol buffer message, with some room for its frame
+
+
+def _plainly(network: nn.Module, x: Tensor) -> Any:
+    return network(x)
 
 
 class EncoderGraph(nn.Module):
@@ -37,6 +45,7 @@ class EncoderGraph(nn.Module):
         [-30, 20] first, grows by 2 · log(scale).
     threshold: the model was trained on binary images, so x becomes x >= 0.5.
     clamp: False where the encoder clamps logvar itself.
+    call: (encoder, x) -> what is said of the encoder above, where it takes or gives something else.
     """
 
     def __init__(
@@ -47,15 +56,16 @@ class EncoderGraph(nn.Module):
         shift: float = 0.0,
         threshold: bool = False,
         clamp: bool = True,
+        call: Call = _plainly,
     ) -> None:
         super().__init__()
         self.encoder, self.kind, self.scale, self.shift = encoder, kind, scale, shift
-        self.threshold, self.clamp = threshold, clamp
+        self.threshold, self.clamp, self.call = threshold, clamp, call
 
     def forward(self, x: Tensor) -> Any:
         if self.threshold:
             x = (x >= 0.5).to(x.dtype)
-        output = self.encoder(x)
+        output = self.call(self.encoder, x)
         if self.kind == "autoencoder":
             return self._to_unit(output)
         mean, logvar = output
@@ -71,17 +81,32 @@ class DecoderGraph(nn.Module):
     """z (N, *latent_shape) -> reconstruction (N, *input_shape), the mean of p(x|z).
 
     clamp: cut the result to [0, 1]; for images, unless the decoder ends in that range itself.
+    logits: the decoder gives logits, of which the sigmoid makes the mean.
+    call: (decoder, z) -> the reconstruction, or its logits, where the decoder gives something else.
     """
 
-    def __init__(self, decoder: nn.Module, clamp: bool, scale: float = 1.0, shift: float = 0.0) -> None:
+    def __init__(
+        self,
+        decoder: nn.Module,
+        clamp: bool,
+        scale: float = 1.0,
+        shift: float = 0.0,
+        logits: bool = False,
+        call: Call = _plainly,
+    ) -> None:
         super().__init__()
-        self.decoder, self.clamp, self.scale, self.shift = decoder, clamp, scale, shift
+        self.decoder, self.clamp, self.scale, self.shift = decoder, clamp and not logits, scale, shift
+        self.logits, self.call = logits, call
 
     def forward(self, z: Tensor) -> Tensor:
+        reconstruction = self.uncut(z)
+        return reconstruction.clamp(0, 1) if self.clamp else reconstruction
+
+    def uncut(self, z: Tensor) -> Tensor:
         z = z if self.scale == 1 else z / self.scale
         z = z if self.shift == 0 else z + self.shift
-        reconstruction: Tensor = self.decoder(z)
-        return reconstruction.clamp(0, 1) if self.clamp else reconstruction
+        reconstruction: Tensor = self.call(self.decoder, z)
+        return reconstruction.sigmoid() if self.logits else reconstruction
 
 
 def encoder_to_onnx(graph: EncoderGraph, example: Tensor, free: bool = False) -> bytes:
@@ -104,7 +129,7 @@ def _to_onnx(module: nn.Module, example: Tensor, input_name: str, outputs: list[
     if sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers())) > MAX_BYTES:
         raise ExportError(f"the {half} has over 2 GB of weights; an ONNX file with its weights inside holds less")
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), torch.no_grad(), without_validation():
             traced = _trace(module.eval(), example, free)
             program = torch.onnx.export(
                 traced,
@@ -170,6 +195,24 @@ def finish(model: onnx.ModelProto, half: str) -> bytes:
     return data
 
 
+def with_threshold(encoder: bytes) -> bytes:
+    """The file of an encoder, finished, that takes x >= 0.5 in place of x."""
+    model = onnx.load_from_string(encoder)
+    for node in model.graph.node:
+        node.input[:] = ["x.binary" if name == INPUT else name for name in node.input]
+    half = onnx.numpy_helper.from_array(np.array(0.5, np.float32), "x.threshold")
+    first = [
+        onnx.helper.make_node("GreaterOrEqual", [INPUT, half.name], ["x.above"], "x.above"),
+        onnx.helper.make_node("Cast", ["x.above"], ["x.binary"], "x.binary", to=onnx.TensorProto.FLOAT),
+    ]
+    model.graph.initializer.append(half)
+    for position, node in enumerate(first):
+        model.graph.node.insert(position, node)
+    data: bytes = model.SerializeToString(deterministic=True)
+    _check_contract(model, data, "encoder")
+    return data
+
+
 def name_free_sides(model: onnx.ModelProto) -> None:
     """Give the sides without a number the names that they have in every bundle; in place."""
     for value in (*model.graph.input, *model.graph.output):
@@ -217,13 +260,30 @@ def _check_contract(model: onnx.ModelProto, data: bytes, half: str) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter logs what is missing that nobody asked for, warns of its own deprecated calls, and prints."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """The exporter logs what is missing that nobody asked for, warns of its own deprecated calls, and prints; where it
+    fails, it prints the graph that it has so far."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, _LOGGERS)}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def without_validation() -> Iterator[None]:
+    """torch's distributions check their arguments' values, which no exporter can trace."""
+    validate = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(validate)

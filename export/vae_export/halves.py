@@ -31,6 +31,10 @@ class Halves(Protocol):
         """z (N, *latent_shape) -> reconstruction (N, *input_shape), for images in [0, 1]."""
         ...
 
+    def uncut(self, z: Float32) -> Float32:
+        """The same before images are cut to [0, 1]."""
+        ...
+
     def to_onnx(self, x: Float32, z: Float32, free: bool) -> tuple[bytes, bytes]:
         """The encoder's and the decoder's ONNX file under the contract of a bundle.
 

@@ -20,6 +20,8 @@ class Imported:
     name: of the bundle, unless the user gives one.
     input_shape: (C, H, W), H and W None where the network takes any multiples of `multiple_of`; or (D,).
     default_size: (H, W) of golden inputs where there are no examples; None where the shape is fixed.
+    input_range: of images, "unit" or "signed", as the user states it, so that what the decoder gives is checked; None
+        where the source itself tells it.
     likelihood: as the manifest has it, where the source tells it.
     origin: where it is from, for the manifest: {"library": "diffusers", "version": "...", "class": "..."}; no paths.
     refused: by precision, why it must not be made of this model.
@@ -30,6 +32,7 @@ class Imported:
     input_shape: tuple[int | None, ...]
     multiple_of: int = 1
     default_size: tuple[int, int] | None = None
+    input_range: str | None = None
     likelihood: Mapping[str, Any] | None = None
     origin: Mapping[str, Any] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -48,6 +51,7 @@ class ImportOptions:
     kind: "vae" or "autoencoder".
     input_shape: (C, H, W) or (D,); H and W None: free. multiple_of: what they are multiples of, where free.
     input_range: of the images that the model itself takes and gives: "unit", [0, 1], or "signed", [-1, 1].
+    logits: the decoder gives logits of images in [0, 1].
     latent_scale, latent_shift: the bundle's latents are (z - shift) · scale of the model's z.
     spread: what the second of an encoder's outputs is, where it has no name: "logvar", "log_std", "std" or "variance".
     """
@@ -58,6 +62,11 @@ class ImportOptions:
     input_shape: tuple[int | None, ...] | None = None
     multiple_of: int | None = None
     input_range: str | None = None
+    logits: bool = False
     latent_scale: float | None = None
     latent_shift: float | None = None
     spread: str | None = None
+
+
+class Arguments(ImportOptions):
+    """The same, said as arguments of a Python function: messages name them so."""

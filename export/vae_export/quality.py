@@ -12,7 +12,11 @@ from vae_runtime.errors import InputError
 NOISE_SEED = 0  # of the one posterior draw per example that -ELBO is measured with, the same in every precision
 
 
-class FewExamplesWarning(UserWarning):
+class ExportWarning(UserWarning):
+    """The bundle is written, and may be other than was meant; the message says why. `vae-export` prints it."""
+
+
+class FewExamplesWarning(ExportWarning):
     """There are so few examples that on others a precision's quality may be another, and a fitted prior not fit."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,8 @@ LATENT_TOLERANCE_FACTOR = 10  # mean and logvar come from larger sums and have n
 class Fidelity:
     """How far the exported graphs are from PyTorch, max|Δ| over all inputs and batch sizes.
 
-    against: what computed the reference. examples: inputs that were compared, at every batch size. sizes: (H, W) of
+    against: what computed the reference. examples: different inputs that were compared, at every batch size; where they
+        are fewer than the largest, weaker copies of them fill it. sizes: (H, W) of
         them, where free. tolerance: on reconstructions, relative to the data's range; ten times that on mean and
         logvar, relative to max|reference|. logvar_max_error: None for an autoencoder.
     """
@@ -68,11 +69,14 @@ class Reference:
         self.kind, self.against = encoder.kind, against
 
     def encode(self, x: Float32) -> dict[str, Float32]:
-        outputs = self._run(self._encoder, x)
+        outputs = self._run(self._encoder, x, 32)
         return dict(zip((MEAN, LOGVAR), outputs, strict=False))
 
     def decode(self, z: Float32) -> Float32:
-        return self._run(self._decoder, z)[0]
+        return self._run(self._decoder, z, _decoded_at_once(z))[0]
+
+    def uncut(self, z: Float32) -> Float32:
+        return self._run(self._decoder.uncut, z, _decoded_at_once(z))[0]
 
     def to_onnx(self, x: Float32, z: Float32, free: bool) -> tuple[bytes, bytes]:
         return (
@@ -80,13 +84,17 @@ class Reference:
             decoder_to_onnx(self._decoder, torch.from_numpy(z), free),
         )
 
-    def _run(self, module: torch.nn.Module, array: Float32) -> list[Float32]:
+    def _run(self, half: Callable[[torch.Tensor], Any], array: Float32, most: int) -> list[Float32]:
         with torch.no_grad(), one_thread():
-            spatial = array.ndim == 4 and module is self._decoder  # each latent is a large image, perhaps
-            size = max(1, min(4 if spatial else 32, _BATCH_VALUES // array[0].size))
-            batches = [module(torch.from_numpy(array[i : i + size].copy())) for i in range(0, len(array), size)]
+            size = max(1, min(most, _BATCH_VALUES // array[0].size))
+            batches = [half(torch.from_numpy(array[i : i + size].copy())) for i in range(0, len(array), size)]
         rows = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
         return [torch.cat(parts).float().numpy() for parts in zip(*rows, strict=True)]
+
+
+def _decoded_at_once(z: Float32) -> int:
+    """How many latents are decoded at once: one with height and width is a large image, perhaps."""
+    return 4 if z.ndim == 4 else 32
 
 
 def verify(graphs: tuple[bytes, bytes], halves: Halves, x: Float32, spec: InputSpec, tolerance: float) -> Fidelity:
@@ -97,32 +105,33 @@ def verify(graphs: tuple[bytes, bytes], halves: Halves, x: Float32, spec: InputS
     Raises:
         ExportError: an error above the tolerance; the message has the figure and the rule.
     """
-    batch_sizes = FREE_BATCH_SIZES if spec.is_free else BATCH_SIZES
-    x = _at_least(x, max(batch_sizes))
+    batch_sizes, count = FREE_BATCH_SIZES if spec.is_free else BATCH_SIZES, len(x)
+    x = at_least(x, max(batch_sizes))
     inputs = [x, _enlarged(x[: max(batch_sizes)], spec.multiple_of)] if spec.is_free else [x]
     found = [_errors(graphs, halves, one, spec, tolerance, batch_sizes) for one in inputs]
     if spec.is_free:
         smaller = list(_smaller(x, spec, halves))
         found += [_errors(graphs, halves, one, spec, tolerance, (1,)) for one in smaller]
         if smaller:
-            many = _at_least(smaller[-1], LARGE_BATCH)
+            many = at_least(smaller[-1], LARGE_BATCH)
             found.append(_errors(graphs, halves, many, spec, tolerance, (LARGE_BATCH,)))
     errors = {name: _largest(one[name] for one in found) for name in found[0]}
     sizes = tuple((one.shape[2], one.shape[3]) for one in inputs) if spec.is_free else ()
     return Fidelity(
-        halves.against, batch_sizes, sizes, tolerance, len(x), errors[MEAN], errors.get(LOGVAR), errors[RECONSTRUCTION]
+        halves.against, batch_sizes, sizes, tolerance, count, errors[MEAN], errors.get(LOGVAR), errors[RECONSTRUCTION]
     )
 
 
-def run_both(halves: Halves, x: Float32) -> tuple[dict[str, Float32], Float32]:
-    """The latents of `x` and their reconstructions, as the halves give them where they come from.
+def run_both(halves: Halves, x: Float32, cut: bool = True) -> tuple[dict[str, Float32], Float32]:
+    """The latents of `x` and their reconstructions, as the halves give them where they come from. cut: see
+    `Halves.uncut`.
 
     Raises:
         ExportError: they do not run on such inputs, whatever their own code raises.
     """
     try:
         encoded = halves.encode(x)
-        return encoded, halves.decode(encoded[MEAN])
+        return encoded, (halves.decode if cut else halves.uncut)(encoded[MEAN])
     except VAEError:
         raise
     except Exception as error:
@@ -156,7 +165,7 @@ def _errors(
     return {**errors, RECONSTRUCTION: worst}
 
 
-def _at_least(x: Float32, rows: int) -> Float32:
+def at_least(x: Float32, rows: int) -> Float32:
     """The examples, and again weaker and weaker until there are so many: copies of a row would hide what mixes rows."""
     rounds = -(-rows // len(x))
     if rounds == 1:

@@ -43,7 +43,7 @@ def require_likelihood(manifest: Manifest, what: str) -> Likelihood:
     if manifest.likelihood is None:
         raise NotInBundleError(
             f"{what} needs a likelihood, and {manifest.name} was made without one; export it again and say which, as in"
-            " export_bundle(..., likelihood={'type': 'gaussian', 'scale': 0.1})"
+            " vae-export SOURCE --likelihood gaussian:0.1, or export_bundle(..., likelihood='gaussian:0.1')"
         )
     return manifest.likelihood
 

@@ -252,8 +252,8 @@ def _active_units(manifest: Manifest, otherwise: str) -> list[int]:
     units, count = manifest.latent.active_units, count_units(manifest.latent.shape)
     if units is None:
         raise NotInBundleError(
-            f"{manifest.name} does not say which units of its latent space are active; make the bundle again with:"
-            f" vae-export SOURCE, or {otherwise}"
+            f"{manifest.name} does not say which units of its latent space are active; make the bundle again with 32"
+            f" real inputs or more: vae-export SOURCE --data DATA, or {otherwise}"
         )
     if len(units.variances) != count:
         raise BundleError(

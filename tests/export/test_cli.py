@@ -53,6 +53,7 @@ def test_data_replaces_the_examples_and_json_is_all_of_stdout(model_file: Path, 
     document = json.loads(result.stdout)
     assert document["manifest"]["golden"]["source"] == "examples"
     assert document["manifest"]["name"] == "mine"
+    assert document["manifest"]["precisions"]["fp32"]["fidelity"]["examples"] == 5
     np.testing.assert_array_equal(Bundle.open(target).golden()["x"][:, 0], (images[:4] / 255).astype(np.float32))
 
 
@@ -66,6 +67,10 @@ def test_the_number_of_real_inputs_in_the_bundle_is_told(
     graphs = {name: (folder / name).read_bytes() for name in ("encoder.onnx", "decoder.onnx")}
     manifest = write_bundle(folder, manifest, graphs, golden, force=True)
     assert f"golden.npz holds {said} --golden synthetic" in _describe(folder, manifest)
+    fp32 = manifest.precisions["fp32"]
+    fewer = {**manifest.precisions, "fp32": fp32._replace(fidelity={**fp32.fidelity, "examples": rows})}
+    told = f"verified against PyTorch on {rows} input{'s' if rows > 1 else ''}\n"
+    assert told in _describe(folder, manifest._replace(precisions=fewer))
 
 
 def test_of_many_rows_those_evenly_spaced_over_all_are_taken(tmp_path: Path) -> None:
@@ -140,7 +145,7 @@ def test_data_calibrates_and_a_prior_is_fitted_to_more_than_verifies(
     result = run(model_file, "--output", tmp_path / "a.vae", "--prior", "gaussian", *data)
     assert result.exit_code == 0, result.output
     manifest = Bundle.open(tmp_path / "a.vae").manifest
-    assert manifest.precisions["fp32"].fidelity["examples"] == 32  # 20, and some of these again
+    assert manifest.precisions["fp32"].fidelity["examples"] == 20  # not how many rows fill the largest batch
     assert manifest.latent.fitted_prior is not None
     assert manifest.latent.fitted_prior.examples == 130
     assert manifest.calibration is not None
@@ -166,7 +171,7 @@ def test_few_examples_for_a_prior_are_warned_of(model_file: Path, tmp_path: Path
 
 def test_large_examples_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
-    request = _Request("model.pt", Path("a.vae"), None, None, (), ("a",), ImportOptions())
+    request = _Request("model.pt", Path("a.vae"), None, None, None, (), ("a",), ImportOptions())
     monkeypatch.setattr("vae_export.cli._read_examples", lambda data, spec, limit: taken.append(limit))
     for shape in ((1, 28, 28), (3, 256, 256), (3, 20000, 20000)):
         _read_more(request, {"prior": None}, InputSpec("image", shape))

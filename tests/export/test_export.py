@@ -126,7 +126,7 @@ def test_an_autoencoder_from_torch_tensors(tmp_path: Path) -> None:
     ("change", "error", "message"),
     [
         ({"kind": "gan"}, InputError, "kind is 'gan'; expected one of vae, autoencoder"),
-        ({"kind": "autoencoder"}, ExportError, r"the encoder returns 2 tensor\(s\); 'autoencoder' means"),
+        ({"kind": "autoencoder"}, InputError, "kind is 'autoencoder', but the encoder returns a mean and a spread"),
         ({"latent_scale": 0.0}, InputError, "latent_scale is 0.0; expected a finite number above 0"),
         ({"latent_shift": float("nan")}, InputError, "latent_shift is nan; expected a finite number"),
         ({"tolerance": -1}, InputError, "tolerance is -1; expected a finite number above 0"),
@@ -136,10 +136,10 @@ def test_an_autoencoder_from_torch_tensors(tmp_path: Path) -> None:
         ({"examples": X[:0]}, InputError, "at least one example"),
         ({"examples": X / 255}, InputError, r"examples has shape \(9, 10, 14, 3\) and dtype float64; expected images"),
         ({"examples": [1, 2]}, InputError, "examples is a list; expected a numpy array"),
-        ({"examples": X[..., :2]}, ExportError, r"the model does not run on inputs of shape \(2, 2, 10, 14\)"),
+        ({"examples": X[..., :2]}, ExportError, r"the encoder does not run on a batch of shape \(8, 2, 10, 14\)"),
         ({"resize": "tile"}, InputError, "input.resize is 'tile'; expected one of exact, stretch, crop"),
         ({"colour": "grey"}, InputError, "input.colour is 'grey', which has 1 channels"),
-        ({"decoder": nn.Conv2d(4, 3, 1)}, ExportError, r"the decoder returns shape \(2, 3, 5, 7\) for inputs"),
+        ({"decoder": nn.Conv2d(4, 3, 1)}, ExportError, r"the decoder returns shape \(8, 3, 5, 7\) for inputs"),
         ({"tolerance": 1e-12}, ExportError, "the tolerance is 1e-1[12]"),
     ],
 )  # fmt: skip
@@ -163,11 +163,14 @@ class _Few(nn.Module):
         return self.network(x)
 
 
+HALVES = ("encoder", "decoder")
+
+
 @pytest.mark.parametrize("half", [0, 1])
 def test_a_model_that_refuses_a_larger_batch_is_refused_in_words(pair, tmp_path: Path, half: int) -> None:
     halves = list(pair)
-    halves[half] = _Few(halves[half], 3)  # more than the two rows that it is tried and traced with
-    with pytest.raises(ExportError, match=r"the model does not run on inputs of shape \(32, .*: more than 3 rows$"):
+    halves[half] = _Few(halves[half], 3)
+    with pytest.raises(ExportError, match=rf"the {HALVES[half]} does not run on a batch of .*: more than 3 rows$"):
         export_bundle(*halves, tmp_path / "a.vae", examples=X)
     assert list(tmp_path.iterdir()) == []
 

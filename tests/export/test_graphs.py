@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -120,3 +121,16 @@ class Branching(nn.Module):
 def test_what_breaks_the_contract_is_refused(module: nn.Module, message: str) -> None:
     with pytest.raises(ExportError, match=message):
         encoder_to_onnx(EncoderGraph(module, "autoencoder"), torch.randn(2, 3))
+
+
+def test_distributions_do_not_check_their_arguments_while_they_are_traced() -> None:
+    class Normals(nn.Module):
+        def forward(self, x):
+            inside = torch.distributions.Normal(x, x.exp())
+            return inside.mean, inside.stddev
+
+    x = torch.rand(2, 4)
+    graph = onnxruntime.InferenceSession(encoder_to_onnx(EncoderGraph(Normals(), "vae"), x))
+    np.testing.assert_allclose(graph.run(None, {"x": x.numpy()})[1], x.exp(), rtol=1e-5)
+    with pytest.raises(ValueError, match="scale"):
+        torch.distributions.Normal(0.0, -1.0)

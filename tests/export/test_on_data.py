@@ -323,10 +323,10 @@ def test_methods_that_the_bundle_lacks_are_not_calibrated(vectors: np.ndarray, t
         def forward(self, x: torch.Tensor) -> Any:
             return self.mean(x), self.logvar(x)
 
+    decoder = nn.Sequential(nn.ConvTranspose2d(2, 1, 2, 2), nn.Sigmoid())
     manifest = export_bundle(
-        Any_(), nn.ConvTranspose2d(2, 1, 2, 2), tmp_path / "b.vae", examples=images[:4], multiple_of=2,
-        likelihood=GAUSSIAN, calibrate=images,
-    )  # fmt: skip
+        Any_(), decoder, tmp_path / "b.vae", examples=images[:4], multiple_of=2, likelihood=GAUSSIAN, calibrate=images
+    )
     assert list(manifest.calibration.scores) == ["reconstruction"]  # scores in nats grow with the size
     assert manifest.calibration.levels == LEVELS
 

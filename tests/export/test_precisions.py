@@ -19,7 +19,7 @@ from vae_export.precisions import make_precisions
 from vae_export.verify import Reference
 from vae_export.wanted_precisions import Made, Wanted, check_wanted
 from vae_runtime import VAE
-from vae_runtime.errors import InputError, OutputError
+from vae_runtime.errors import InputError
 from vae_runtime.manifest import InputSpec, LatentSpec, Likelihood, Manifest
 
 datasets = pytest.importorskip("sklearn.datasets", reason="real examples come from scikit-learn")
@@ -387,9 +387,9 @@ def test_a_wrong_request_is_named_before_any_work(tmp_path: Path, options: dict[
 
 
 def test_the_warning_points_at_the_line_that_exports(tmp_path: Path) -> None:
-    pair, target = exact_pair(), tmp_path / "absent" / "a.vae"
-    with pytest.warns(FewExamplesWarning) as caught, pytest.raises(OutputError):
-        export_bundle(*pair, target, examples=digits(9), kind="autoencoder", precisions=["int8"])
+    options = {"examples": digits(9), "kind": "autoencoder", "precisions": ["int8"], "tolerance": 0}
+    with pytest.warns(FewExamplesWarning) as caught, pytest.raises(InputError, match="tolerance is 0"):
+        export_bundle(*exact_pair(), tmp_path / "a.vae", **options)
     assert [warning.filename for warning in caught] == [__file__]
 
 

@@ -102,9 +102,12 @@ def test_nan_at_one_batch_size_alone_is_refused(conv, monkeypatch: pytest.Monkey
         verify(*conv, 1e-5)
 
 
-def test_few_examples_are_repeated_to_fill_the_largest_batch(conv) -> None:
+def test_few_examples_are_repeated_to_fill_the_largest_batch(conv, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs, reference, x, spec = conv
-    assert verify(graphs, reference, x[:3], spec, 1e-5).examples == 32
+    rows, encode = [], reference.encode
+    monkeypatch.setattr(reference, "encode", lambda x: rows.append(len(x)) or encode(x))
+    assert verify(graphs, reference, x[:3], spec, 1e-5).examples == 3  # the copies are not counted
+    assert rows == [max(BATCH_SIZES)]
 
 
 def test_a_model_that_gives_nan_is_refused(conv) -> None:

@@ -175,7 +175,7 @@ def test_nearest_reads_what_encode_wrote(tiny_path: Path, npy: Path, pictures: P
 # --- wrong usage and bad input ----------------------------------------------------------------------------------------
 
 BAD = [
-    (("traverse", "{bundle}", "{npy}#0"), "does not say which .* vae-export SOURCE, or name units: --dimension 0", 1),
+    (("traverse", "{bundle}", "{npy}#0"), "does not say which .* SOURCE --data DATA, or name units: --dimension 0", 1),
     (("traverse", "{bundle}", "{npy}"), "names no single example; write .*#INDEX", 1),
     (("traverse", "{bundle}", "{npy}#0", "--dimension", "4"), "dimension is 4; the latent, .*, has units 0 to 3", 1),
     (("traverse", "{bundle}", "{npy}#0", "--dimension", "-1"), "--dimension is '-1'; expected the number of a unit", 1),
@@ -184,7 +184,7 @@ BAD = [
     (("traverse", "{bundle}", "{npy}#0", "--range", "-1e400,1"), "is not of the form LOW,HIGH, two finite", 2),
     (("traverse", "{bundle}", "{npy}#0", "--range", "3"), "'3' is not of the form LOW,HIGH", 2),
     (("traverse", "{none}", "{npy}#0"), "tiny has no active unit; name units: --dimension 0", 1),
-    (("map", "{bundle}"), "does not say which units .* vae-export SOURCE, or give INPUTS with --axes pca", 1),
+    (("map", "{bundle}"), "does not say which units .* SOURCE --data DATA, or give INPUTS with --axes pca", 1),
     (("map", "{bundle}", "--axes", "pca"), "--axes pca needs INPUTS", 2),
     (("map", "{bundle}", "{npy}", "--steps", "1"), "1 is not in the range 2<=x<=100", 2),
     (("map", "{bundle}", "{npy}", "--steps", "101"), "101 is not in the range 2<=x<=100", 2),

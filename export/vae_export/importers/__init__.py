@@ -15,6 +15,7 @@ from vae_runtime.errors import InputError, MissingExtraError
 
 from ..imported import Imported, ImportOptions
 from . import diffusers_folder, factory, onnx_pair, pythae_folder, torch_program
+from .hints import refuse_misstated
 
 
 class Importer(Protocol):
@@ -56,6 +57,8 @@ def recognise(source: str) -> Importer:
     found = recognised(source)
     if len(found) == 1:
         return found[0]
+    if not found:
+        refuse_misstated(source)
     kinds = ", ".join(importer.KIND for importer in found or IMPORTERS)
     if found:
         raise InputError(f"{source} can be read as {kinds}; say which with --from")

@@ -12,7 +12,7 @@ from .options import bundle_name, peek_json, read_json, refuse_options, require_
 KIND = "diffusers"
 KINDS = {"AutoencoderKL": "vae", "AutoencoderTiny": "autoencoder"}
 CONFIG, PIPELINE, SUBFOLDER = "config.json", "model_index.json", "vae"
-_TOLD = ("weights", "trust_pickle", "multiple_of", "input_range", "latent_scale", "latent_shift")
+_TOLD = ("weights", "trust_pickle", "multiple_of", "input_range", "logits", "latent_scale", "latent_shift")
 
 
 def recognises(source: str) -> bool:

@@ -8,21 +8,27 @@ Importing the module runs its code, as Python's own `-m` does; the file of weigh
 from __future__ import annotations
 
 import contextlib
+import gc
+import hashlib
 import importlib
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vae_runtime.errors import ExportError, InputError, VAEError
 
 from ..imported import Imported, ImportOptions
 from ..reason import reason
-from .options import check_options, require_shape
+from .options import FLAGS, check_options, require_shape
 from .trial import try_out
 
+if TYPE_CHECKING:
+    from torch import nn
+
 KIND = "factory"
+SHOWN = 3  # names in an error
 _NAME = r"[A-Za-z_]\w*"
 _SOURCE = re.compile(rf"({_NAME}(?:\.{_NAME})*):({_NAME}(?:\.{_NAME})*)")
 
@@ -36,7 +42,8 @@ def recognises(source: str) -> bool:
 
 
 def load(source: str, options: ImportOptions) -> Imported:
-    """Import the module, from the current folder too, call the factory and load the weights.
+    """Import the module, from the current folder too, call the factory and load the weights. Where there is no file of
+    them, it is called twice: those that it makes up anew are told so.
 
     Raises:
         CheckpointError: the weights cannot be read or do not fit.
@@ -56,9 +63,16 @@ def load(source: str, options: ImportOptions) -> Imported:
         raise InputError(f"source is {source!r}; expected package.module:callable")
     shape = require_shape(options.input_shape, options)
     with _importing_from_here(), contextlib.redirect_stdout(sys.stderr):  # what is printed is not the command's output
-        network = Network(_call(_find(*match.groups()), source))
+        factory = _find(*match.groups())
+        network = Network(_call(factory, source))
         if options.weights is not None:
             load_weights(network.whole, Path(options.weights))
+        else:
+            first = _digests(network.whole)
+            del network  # one at a time: they may be large
+            gc.collect()
+            network = Network(_call(factory, source))
+            _require_same(first, _digests(network.whole), source)
         network.whole.cpu().float()  # what bundles compute in
         with network.watched():
             reference = Reference(*make_graphs(network.encoder, network.decoder, shape, options))
@@ -69,6 +83,7 @@ def load(source: str, options: ImportOptions) -> Imported:
         sizes.input_shape,
         sizes.multiple_of,
         sizes.default_size,
+        options.input_range,
         origin={"library": "torch", "version": torch.__version__, "factory": source},
     )
 
@@ -98,6 +113,29 @@ def _call(factory: Any, source: str) -> Any:
         raise
     except (Exception, SystemExit) as error:
         raise ExportError(f"{source} fails when it is called without arguments: {reason(error)}") from error
+
+
+def _digests(network: nn.Module) -> dict[str, bytes]:
+    """SHA-256 of every parameter and buffer, by name."""
+    import torch
+
+    found = {}
+    for name, value in (*network.named_parameters(), *network.named_buffers()):
+        data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        found[name] = hashlib.sha256(data.data).digest()
+    return found
+
+
+def _require_same(first: dict[str, bytes], second: dict[str, bytes], source: str) -> None:
+    """Raises: InputError: the factory gave other weights at its second call, so that nobody has trained them."""
+    other = [name for name, digest in second.items() if first.get(name) != digest]
+    if other:
+        more = f" and {len(other) - SHOWN} more" if len(other) > SHOWN else ""
+        raise InputError(
+            f"{source} returns random weights, other ones at each call, in {', '.join(other[:SHOWN])}{more}; pass"
+            f" those that were trained as {FLAGS['weights']} FILE, or, if random ones are meant, call torch.manual_seed"
+            " in it"
+        )
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from vae_runtime.errors import ExportError, InputError
 from vae_runtime.preprocess import Float32
 
 from ..imported import SPREADS, ImportOptions
-from .options import FLAGS, wrong_option
+from .options import flag, wrong_option
 
 Trial = tuple[bool, str]  # whether a decoder takes a latent and gives inputs of the right shape; if not, why
 _Array = TypeVar("_Array", Tensor, Float32)
@@ -37,10 +37,11 @@ def settle_meaning(named: str | None, least: float, options: ImportOptions) -> s
     if meaning is None and least >= 0:
         raise InputError(
             f"the second of the encoder's outputs is never negative (at least {least:.2g}), which a log-variance rarely"
-            f" is; say what it is with {FLAGS['spread']} {', '.join(SPREADS)}"
+            f" is; say what it is with {flag(options, 'spread')} {', '.join(SPREADS)}"
         )
     if meaning in ("std", "variance") and least < 0:
-        raise InputError(f"{FLAGS['spread']} is {meaning!r}, but the encoder gives {least:.2g}; it is never negative")
+        said = flag(options, "spread")
+        raise InputError(f"{said} is {meaning!r}, but the encoder gives {least:.2g}; it is never negative")
     return meaning or "logvar"
 
 
@@ -66,7 +67,7 @@ def is_split(shape: tuple[int, ...], whole: Trial, half: Trial, options: ImportO
     if whole[0] and half[0] and options.kind is None:
         raise InputError(
             f"the encoder returns one tensor of shape {tuple(shape)}, and the decoder takes it both whole and by half;"
-            f" pass {FLAGS['kind']} autoencoder (a code) or {FLAGS['kind']} vae (mean and log-variance)"
+            f" pass {flag(options, 'kind')} autoencoder (a code) or vae (mean and log-variance)"
         )
     if not whole[0] and not half[0]:
         raise ExportError(

@@ -13,11 +13,18 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from vae_runtime.errors import ExportError
 
+_CURE = (
+    "return a torch.nn.Module with encode and decode and with its networks as attributes or in a ModuleList, or a pair"
+    " of modules (encoder, decoder)"
+)
+
 
 class Network:
-    """The two halves of what a factory returned, and the module that its weights belong to."""
+    """The two halves of what a factory returned, and the module that its weights belong to. what, cure: of the error
+    about networks that are out of reach."""
 
-    def __init__(self, product: Any) -> None:
+    def __init__(self, product: Any, what: str = "what the factory returns", cure: str = _CURE) -> None:
+        self._what, self._cure = what, cure
         if isinstance(product, (tuple, list)) and len(product) == 2:
             product = SimpleNamespace(encoder=product[0], decoder=product[1])
         names = next((names for names in (("encode", "decode"), ("encoder", "decoder")) if _has(product, names)), None)
@@ -56,9 +63,8 @@ class Network:
             hook.remove()
         if strange:
             raise ExportError(
-                f"what the factory returns runs a network, {strange[0]}, that is registered in no module of it, so that"
-                " its weights and its evaluation mode are out of reach; return a torch.nn.Module with encode and decode"
-                " and with its networks as attributes or in a ModuleList, or a pair of modules (encoder, decoder)"
+                f"{self._what} runs a network, {strange[0]}, that is registered in no module of it, so that its weights"
+                f" and its evaluation mode are out of reach; {self._cure}"
             )
 
 

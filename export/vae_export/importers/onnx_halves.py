@@ -46,6 +46,7 @@ class OnnxHalves:
     ) -> None:
         self._encoder, self._decoder = encoder, decoder
         self._signed, self._image = options.input_range == "signed", len(shape) == 3
+        self._logits = options.logits
         self._scale = np.float32(1.0 if options.latent_scale is None else options.latent_scale)
         self._shift = np.float32(0.0 if options.latent_shift is None else options.latent_shift)
         if len(decoder.outputs) != 1:
@@ -68,10 +69,14 @@ class OnnxHalves:
         return encoded
 
     def decode(self, z: Float32) -> Float32:
+        output = self.uncut(z)
+        return np.clip(output, 0, 1) if self._image and not self._logits else output
+
+    def uncut(self, z: Float32) -> Float32:
         output = self._decode(z / self._scale + self._shift)
-        if self._signed:
-            output = output * np.float32(0.5) + np.float32(0.5)
-        return np.clip(output, 0, 1) if self._image else output
+        if self._logits:  # the sigmoid, which overflows nowhere so
+            output = np.tanh(output * np.float32(0.5))
+        return output * np.float32(0.5) + np.float32(0.5) if self._signed or self._logits else output
 
     def to_onnx(self, x: Float32, z: Float32, free: bool) -> tuple[bytes, bytes]:
         encoder, decoder = Wrapped(self._encoder, free), Wrapped(self._decoder, free)
@@ -81,8 +86,11 @@ class OnnxHalves:
         source = decoder.start(LATENT, z.shape)
         decoder.network(decoder.affine(source, 1 / float(self._scale), float(self._shift)))
         output = decoder.output(self._decoder.outputs[0].name)
-        output = decoder.affine(output, 0.5, 0.5) if self._signed else output
-        output = decoder.clip(output, 0, 1) if self._image else output
+        if self._logits:
+            output = decoder.sigmoid(output)
+        else:
+            output = decoder.affine(output, 0.5, 0.5) if self._signed else output
+            output = decoder.clip(output, 0, 1) if self._image else output
         decoder.end(RECONSTRUCTION, output, x.shape)
         return encoder.to_file("encoder"), decoder.to_file("decoder")
 

@@ -71,7 +71,7 @@ def load(source: str, options: ImportOptions) -> Imported:
     import onnx
 
     from .onnx_halves import OnnxHalves
-    from .onnx_source import agree, open_graph
+    from .onnx_source import agree, open_graph, require_channels_first
 
     check_options(options)
     if _is_bundle(source):
@@ -80,6 +80,7 @@ def load(source: str, options: ImportOptions) -> Imported:
         open_graph(path, half)
         for path, half in zip(find_pair(source, is_onnx, "an ONNX file"), HALF_NAMES, strict=True)
     )
+    require_channels_first(encoder, options.input_shape)
     shape = require_shape(agree(encoder, options.input_shape), options)
     halves = OnnxHalves(encoder, decoder, shape, options)
     sizes = try_out(halves, shape, options)
@@ -89,6 +90,7 @@ def load(source: str, options: ImportOptions) -> Imported:
         sizes.input_shape,
         sizes.multiple_of,
         sizes.default_size,
+        options.input_range,
         origin={
             "library": "onnx",
             "version": onnx.__version__,

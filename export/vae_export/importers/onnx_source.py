@@ -21,6 +21,7 @@ from .options import FLAGS
 
 Shape = tuple[int | None, ...]
 TYPES: dict[int, np.dtype[Any]] = {TensorProto.FLOAT: np.dtype(np.float32), TensorProto.FLOAT16: np.dtype(np.float16)}
+CHANNELS = (1, 3, 4)  # of images
 CONTROL_FLOW = ("If", "Loop", "Scan", "SequenceMap")
 
 
@@ -93,6 +94,28 @@ def agree(encoder: OnnxSource, asked: Shape | None) -> Shape | None:
     if own and (len(own) != len(asked) or any(side not in (None, size) for side, size in zip(own, asked, strict=True))):
         raise InputError(f"{FLAGS['input_shape']} is {asked}, but the encoder takes {own}")
     return asked
+
+
+def require_channels_first(encoder: OnnxSource, asked: Shape | None) -> None:
+    """Raise `ExportError` if the encoder's images look like (H, W, C), as TensorFlow has them: where it turns them to
+    (C, H, W) itself, or where the sides say so and the user has not asked for just these."""
+    own = encoder.input.shape[1:]
+    if len(own) != 3 or own[2] not in CHANNELS or any(side is not None and side <= max(CHANNELS) for side in own[:2]):
+        return
+    turned = any(
+        node.op_type == "Transpose"
+        and node.input[0] == encoder.input.name
+        and [list(attribute.ints) for attribute in node.attribute] == [[0, 3, 1, 2]]
+        for node in encoder.model.graph.node
+    )
+    if turned or asked is None:
+        sides = "x".join(str(side or "?") for side in own)
+        otherwise = "" if turned else f"; if they are so nevertheless, pass {FLAGS['input_shape']}"
+        raise ExportError(
+            f"the encoder takes images of {sides}, which look like height, width and channels, as TensorFlow has them;"
+            " a bundle's have the channels first: export it again so (tf2onnx: --inputs-as-nchw, and --outputs-as-nchw"
+            f" for the decoder){otherwise}"
+        )
 
 
 def to_opset(model: onnx.ModelProto, opset: int, half: str) -> onnx.ModelProto:

@@ -10,7 +10,7 @@ from typing import Any
 from vae_runtime.errors import CheckpointError, InputError
 from vae_runtime.manifest import KINDS
 
-from ..imported import INPUT_RANGES, ImportOptions
+from ..imported import INPUT_RANGES, Arguments, ImportOptions
 
 FLAGS = {  # by field of ImportOptions
     "weights": "--weights",
@@ -19,6 +19,7 @@ FLAGS = {  # by field of ImportOptions
     "input_shape": "--input",
     "multiple_of": "--multiple-of",
     "input_range": "--input-range",
+    "logits": "--logits",
     "latent_scale": "--latent-scale",
     "latent_shift": "--latent-shift",
     "spread": "--spread",
@@ -26,9 +27,14 @@ FLAGS = {  # by field of ImportOptions
 _MAX_JSON = 2**20
 
 
+def flag(options: ImportOptions, name: str) -> str:
+    """What its user calls an option."""
+    return name if isinstance(options, Arguments) else FLAGS[name]
+
+
 def wrong_option(options: ImportOptions, name: str, rule: str) -> InputError:
     """To be raised for an option with its value; `rule` goes on right behind that."""
-    return InputError(f"{FLAGS[name]} is {getattr(options, name)!r}{rule}")
+    return InputError(f"{flag(options, name)} is {getattr(options, name)!r}{rule}")
 
 
 def refuse_options(options: ImportOptions, why: str, *names: str) -> None:

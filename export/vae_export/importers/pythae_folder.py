@@ -43,7 +43,7 @@ REFUSED = {
     "VQVAEConfig": "its latents are entries of a codebook, not continuous",
 }
 NETWORKS = ("encoder", "decoder", "discriminator")
-_UNUSED = ("weights", "multiple_of", "latent_scale", "latent_shift")
+_UNUSED = ("weights", "multiple_of", "logits", "latent_scale", "latent_shift")
 
 
 def recognises(source: str) -> bool:
@@ -63,7 +63,9 @@ def load(source: str, options: ImportOptions) -> Imported:
         InputError: an option is missing, of no use, or contradicts the config.
         MissingExtraError: pythae is not installed.
     """
-    refuse_options(options, "a pythae folder has the weights, images of one size, and no scale of latents", *_UNUSED)
+    refuse_options(
+        options, "a pythae folder has the weights, images of one size, no logits, and no scale of latents", *_UNUSED
+    )
     folder = _model_folder(Path(source))
     config = read_json(folder / CONFIG)
     name = str(config.get("name"))

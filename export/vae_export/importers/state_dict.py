@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from vae_runtime.errors import CheckpointError
 from .weights import assign, read_pickled, read_safetensors
 
 HOLDERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "module", "vae")
-PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, by its specification
 
 
@@ -26,13 +26,13 @@ def load_weights(module: nn.Module, path: Path) -> None:
         MissingExtraError: it is a safetensors file and safetensors is not installed.
     """
     try:
-        content = read_safetensors(path, "safetensors") if _is_safetensors(path) else read_pickled(path)
+        content = read_safetensors(path, "safetensors") if is_safetensors(path) else read_pickled(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     assign(module, _without_prefix(_find_tensors(content, path), module.state_dict()), path)
 
 
-def _is_safetensors(path: Path) -> bool:
+def is_safetensors(path: Path) -> bool:
     """Its first 8 bytes are the size of a JSON object that follows."""
     if not path.is_file():
         return False
@@ -45,13 +45,24 @@ def _find_tensors(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     """The dict of tensors in what was read: itself, or under one of the usual keys."""
     if _is_state_dict(content):
         return dict(content)
-    found = [key for key in HOLDERS if _is_state_dict(content.get(key))]
+    found = _holders(content)
     if len(found) == 1:
         return dict(content[found[0]])
     keys = ", ".join(map(str, list(content)[:8]))
     if found:
         raise CheckpointError(f"{path} holds weights under {', '.join(found)}; save one of them in a file of its own")
     raise CheckpointError(f"{path} holds no tensors under {', '.join(HOLDERS)}; its keys are {keys}")
+
+
+def holds_tensors(content: Any) -> bool:
+    """Whether what was read is a dict of tensors, or has one under a usual key, and is no checkpoint of ours."""
+    if not isinstance(content, Mapping) or "format" in content:
+        return False
+    return _is_state_dict(content) or bool(_holders(content))
+
+
+def _holders(content: Mapping[str, Any]) -> list[str]:
+    return [key for key in HOLDERS if _is_state_dict(content.get(key))]
 
 
 def _is_state_dict(value: Any) -> bool:
@@ -62,10 +73,12 @@ def _is_state_dict(value: Any) -> bool:
     )
 
 
-def _without_prefix(weights: dict[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
-    """The names without what a wrapper put before all of them, unless the network has it too."""
-    for prefix in PREFIXES * 2:
-        ours = all(name.startswith(prefix) for name in wanted)
-        if not ours and all(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-    return weights
+def _without_prefix(weights: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+    """The names without what a wrapper put before all of them, such as "module." of DataParallel, "_orig_mod." of
+    torch.compile and "model." of a LightningModule: that which makes the most of them known."""
+    columns = zip(*(name.split(".")[:-1] for name in weights), strict=False)
+    parts = [column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns)]
+    prefixes = ["".join(f"{part}." for part in parts[:count]) for count in range(len(parts) + 1)]
+    known = [sum(name.removeprefix(prefix) in wanted for name in weights) for prefix in prefixes]
+    best = prefixes[known.index(max(known))]
+    return {name.removeprefix(best): value for name, value in weights.items()}

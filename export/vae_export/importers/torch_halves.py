@@ -3,18 +3,16 @@ the bundle's units."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 from vae_runtime.errors import ExportError
 from vae_runtime.preprocess import Float32
 
-from ..graphs import DecoderGraph, EncoderGraph
+from ..graphs import DecoderGraph, EncoderGraph, without_validation
 from ..imported import ImportOptions
 from .meaning import Trial, is_split, require_kind, settle_meaning, to_logvar
 from .outputs import read_encoded, read_reconstruction
@@ -39,13 +37,7 @@ class Encoder(nn.Module):
         self.network, self.signed, self.reading = network, signed, reading
 
     def forward(self, x: Tensor) -> Any:
-        with without_validation():
-            encoded = read_encoded(self.network(2 * x - 1 if self.signed else x))
-        if self.reading.kind == "autoencoder":
-            return encoded.mean
-        mean, spread = encoded.mean.chunk(2, dim=1) if self.reading.split else encoded[:2]
-        assert spread is not None
-        return mean, to_logvar(spread, self.reading.meaning, torch.log)
+        return encode(self.network, x, self.signed, self.reading)
 
 
 class Decoder(nn.Module):
@@ -56,9 +48,25 @@ class Decoder(nn.Module):
         self.network, self.signed = network, signed
 
     def forward(self, z: Tensor) -> Tensor:
-        with without_validation():
-            output = read_reconstruction(self.network(z))
-        return (output + 1) / 2 if self.signed else output
+        return decode(self.network, z, self.signed)
+
+
+def encode(network: nn.Module, x: Tensor, signed: bool, reading: Reading) -> Any:
+    """Images in [0, 1] through an encoder that takes [-1, 1] where `signed` -> (mean, logvar), or the code."""
+    with without_validation():
+        encoded = read_encoded(network(2 * x - 1 if signed else x))
+    if reading.kind == "autoencoder":
+        return encoded.mean
+    mean, spread = encoded.mean.chunk(2, dim=1) if reading.split else encoded[:2]
+    assert spread is not None
+    return mean, to_logvar(spread, reading.meaning, torch.log)
+
+
+def decode(network: nn.Module, z: Tensor, signed: bool) -> Tensor:
+    """Latents through a decoder that gives [-1, 1] where `signed` -> images around [0, 1]."""
+    with without_validation():
+        output = read_reconstruction(network(z))
+    return (output + 1) / 2 if signed else output
 
 
 def make_graphs(
@@ -66,22 +74,47 @@ def make_graphs(
 ) -> tuple[EncoderGraph, DecoderGraph]:
     """Both networks under the contract of a bundle, in evaluation mode.
 
-    encoder: takes (N, *shape) in the options' range; decoder gives it. See `outputs` for the forms of what they return.
+    encoder: takes (N, *shape) in the options' range; decoder gives it, or logits. See `outputs` for the
+        forms of what they return.
 
     Raises:
         ExportError: a network does not run, or returns what is not understood.
         InputError: an option is missing or contradicts the networks.
     """
-    signed = options.input_range == "signed"
-    scale = 1.0 if options.latent_scale is None else float(options.latent_scale)
-    shift = 0.0 if options.latent_shift is None else float(options.latent_shift)
+    signed, units = options.input_range == "signed", _units(options)
     encoder, decoder = encoder.eval(), decoder.eval()
     reading = read(encoder, decoder, noise(shape, PROBES, options.multiple_of), options)
     graphs = (
-        EncoderGraph(Encoder(encoder, signed, reading), reading.kind, scale, shift),
-        DecoderGraph(Decoder(decoder, signed), len(shape) == 3, scale, shift),
+        EncoderGraph(Encoder(encoder, signed, reading), reading.kind, *units),
+        DecoderGraph(Decoder(decoder, signed and not options.logits), len(shape) == 3, *units, options.logits),
     )
     return graphs[0].eval(), graphs[1].eval()
+
+
+def make_bare_graphs(
+    encoder: nn.Module, decoder: nn.Module, x: Float32, options: ImportOptions, threshold: bool
+) -> tuple[EncoderGraph, DecoderGraph]:
+    """The same of networks in evaluation mode, and no module around either, so that weights keep the names they have.
+
+    x: inputs (N, *shape), in the bundle's units, to try them with. threshold: see `EncoderGraph`.
+
+    Raises:
+        ExportError, InputError: as `make_graphs`.
+    """
+    signed, units = options.input_range == "signed", _units(options)
+    reading = read(encoder, decoder, x, options)
+    encoding = functools.partial(encode, signed=signed, reading=reading)
+    decoding = functools.partial(decode, signed=signed and not options.logits)
+    return (
+        EncoderGraph(encoder, reading.kind, *units, threshold, call=encoding),
+        DecoderGraph(decoder, x.ndim == 4, *units, options.logits, decoding),
+    )
+
+
+def _units(options: ImportOptions) -> tuple[float, float]:
+    """The scale and the shift of latents."""
+    scale, shift = options.latent_scale, options.latent_shift
+    return 1.0 if scale is None else float(scale), 0.0 if shift is None else float(shift)
 
 
 def read(encoder: nn.Module, decoder: nn.Module, x: Float32, options: ImportOptions) -> Reading:
@@ -116,14 +149,3 @@ def _takes(decoder: nn.Module, z: Tensor, x: Tensor) -> Trial:
     if output.shape != x.shape:
         return False, f"it returns shape {tuple(output.shape)} for inputs of shape {tuple(x.shape)}"
     return True, ""
-
-
-@contextlib.contextmanager
-def without_validation() -> Iterator[None]:
-    """torch's distributions check their arguments' values, which no exporter can trace."""
-    validate = Distribution._validate_args
-    Distribution.set_default_validate_args(False)
-    try:
-        yield
-    finally:
-        Distribution.set_default_validate_args(validate)

@@ -62,5 +62,6 @@ def load(source: str, options: ImportOptions) -> Imported:
         sizes.input_shape,
         sizes.multiple_of,
         sizes.default_size,
+        options.input_range,
         origin={"library": "torch", "version": torch.__version__, "program": sorts},
     )

@@ -21,6 +21,7 @@ from ..reason import reason
 from .options import FLAGS, wrong_option
 
 SIDE = 64  # of the images that a network of free sizes is tried with
+SIGMOID_OF_1 = 0.731059  # rounded up
 MIXING_TOLERANCE = 1e-3  # relative to max|outputs|: what the engine's kernels make of another batch size stays below
 
 
@@ -58,14 +59,14 @@ def try_out(halves: Halves, shape: tuple[int | None, ...], options: ImportOption
     mean = _encode(halves, x)[MEAN]
     require_batch(mean.shape, len(x))
     if None not in shape:
-        _check_halves(halves, x, mean.shape[1:])
+        check_halves(halves, x, mean.shape[1:])
         check_range(halves, x, options)
         return Sizes(shape, 1, None)
     factor = _factor(x, mean, options)
     side = x.shape[2] // factor
     for size in ((side, side), (side + 1, max(side - 1, 1))):
         x = noise((shape[0], size[0] * factor, size[1] * factor), 3, None)
-        _check_halves(halves, x, (mean.shape[1], *size))
+        check_halves(halves, x, (mean.shape[1], *size))
     check_range(halves, x, options)
     return Sizes(shape, factor, (side * factor, side * factor))
 
@@ -77,15 +78,21 @@ def require_batch(shape: tuple[int, ...], rows: int) -> None:
 
 
 def check_range(halves: Halves, x: Float32, options: ImportOptions) -> None:
-    """Raise `InputError` if the decoder's values, in the bundle's units, show that it was made for the other range.
+    """Raise `InputError` if the decoder's values, in the bundle's units, show that it was made for [0, 1] after all.
 
-    A decoder that ends in a sigmoid, read as one for [-1, 1], never gives less than the middle of the range.
+    A decoder that ends in a sigmoid, read as one for [-1, 1], never gives less than the middle of the range; read as
+    one of logits, it gives what a sigmoid makes of [0, 1].
     """
-    if options.input_range != "signed":
+    if options.input_range != "signed" and not options.logits:
         return
     latents = _encode(halves, x)[MEAN]
     wild = np.random.default_rng(0).standard_normal(latents.shape, dtype=np.float32)
-    if all(float(_decode(halves, wild * np.float32(size)).min()) >= 0.5 for size in (1, 30)):
+    values = np.concatenate([_decode(halves, wild * np.float32(size)) for size in (1, 30)])
+    if options.logits:
+        if float(values.min()) >= 0.5 and float(values.max()) <= SIGMOID_OF_1:
+            rule = ", but the decoder gives no value outside [0, 1], as one that ends in a sigmoid already"
+            raise wrong_option(options, "logits", rule)
+    elif float(values.min()) >= 0.5:
         rule = ", but the decoder gives no value below 0, as one for images in [0, 1]"
         raise wrong_option(options, "input_range", rule)
 
@@ -104,7 +111,8 @@ def _factor(x: Float32, mean: Float32, options: ImportOptions) -> int:
     return factor
 
 
-def _check_halves(halves: Halves, x: Float32, latent_shape: tuple[int, ...]) -> None:
+def check_halves(halves: Halves, x: Float32, latent_shape: tuple[int, ...]) -> None:
+    """Raise `ExportError` if a half gives other shapes for `x`, is random, or mixes the rows of a batch."""
     encoded = _encode(halves, x)
     for name, values in encoded.items():
         if values.shape != (len(x), *latent_shape):
@@ -124,7 +132,7 @@ def _check_halves(halves: Halves, x: Float32, latent_shape: tuple[int, ...]) -> 
 def _check_rows(half: str, run: Callable[[Float32], Float32], rows: Float32, outputs: Float32) -> None:
     """The same rows again, together and one by one."""
     if not np.isfinite(outputs).all():
-        raise ExportError(f"the {half} gives NaN or infinite values for inputs in [0, 1]")
+        raise ExportError(f"the {half} gives NaN or infinite values for what it is tried with")
     if not np.array_equal(run(rows), outputs):
         raise ExportError(
             f"the {half} gives other values for the same input in a second run: it draws random numbers; a bundle's"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,9 @@ class Wrapped:
     def clip(self, x: str, low: float, high: float) -> str:
         return self._add("Clip", [x, self._constant(low), self._constant(high)])
 
+    def sigmoid(self, x: str) -> str:
+        return self._add("Sigmoid", [x])
+
     def log(self, x: str) -> str:
         return self._add("Log", [x])
 
@@ -67,6 +71,7 @@ class Wrapped:
     def to_file(self, half: str) -> bytes:
         """Raises: ExportError: the graph breaks the contract."""
         self._model.graph.node.extend(self._nodes)
+        _rename_shared_bounds(self._model.graph)
         # Casts to the same type go, and what only unused outputs of the original needed.
         return finish(onnxscript.optimizer.optimize(self._model), half)
 
@@ -84,3 +89,17 @@ class Wrapped:
         """A float32 tensor of this shape with the batch, and height and width where they are free, open."""
         sides = [None if i == 0 or (self._free and i > 1) else size for i, size in enumerate(shape)]
         return helper.make_tensor_value_info(name, TensorProto.FLOAT, sides)
+
+
+def _rename_shared_bounds(graph: onnx.GraphProto) -> None:
+    """The optimizer joins two Clips, or a Clip and a Relu, and names the new bounds after the first one's input, as
+    `conv2d_max`. A graph that it has made has this name already, and other readers of that constant would lose it."""
+    clipped = {node.input[0] for node in graph.node if node.op_type in ("Clip", "Relu")}
+    taken = {f"{name}_{end}" for name in clipped for end in ("min", "max")}
+    readers = Counter(name for node in graph.node for name in node.input)
+    shared = {entry.name: f"{entry.name}.shared" for entry in graph.initializer if readers[entry.name] > 1}
+    shared = {name: other for name, other in shared.items() if name in taken}
+    for entry in graph.initializer:
+        entry.name = shared.get(entry.name, entry.name)
+    for node in graph.node:
+        node.input[:] = [shared.get(name, name) for name in node.input]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import sys
+import weakref
 from collections import OrderedDict, namedtuple
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,10 +33,14 @@ import torch
 from torch import nn
 from torch.distributions import Independent, Normal
 
+SEED = 0  # None: other weights each time
+
 class Networks(nn.Module):
     """mean and log-variance in one tensor; images in [-1, 1]."""
     def __init__(self, last=nn.Tanh):
         super().__init__()
+        if SEED is not None:
+            torch.manual_seed(SEED)
         self.encoder = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.SiLU(), nn.Dropout(0.5),
                                      nn.Conv2d(6, 4, 3, 2, 1))
         self.decoder = nn.Sequential(nn.Conv2d(2, 6, 3, 1, 1), nn.SiLU(), nn.Upsample(scale_factor=2.0),
@@ -136,6 +141,7 @@ def pair():
     return networks.encoder, networks.decoder
 
 def vectors():
+    torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 3), nn.Tanh()), nn.Linear(3, 6)
 
 class Grey(nn.Module):
@@ -186,8 +192,10 @@ def noise(rows: int, *shape: int) -> np.ndarray:
 
 def networks(seed: int = 1) -> Any:
     """Our own instance, with running statistics that are not those of a new one."""
-    torch.manual_seed(seed)
-    model = sys.modules[MODULE].Networks()
+    module = sys.modules[MODULE]
+    module.SEED, before = seed, module.SEED
+    model = module.Networks()
+    module.SEED = before
     model.encoder[1].running_mean.uniform_(-0.5, 0.5)
     model.encoder[1].running_var.uniform_(0.5, 2)
     return model.eval()
@@ -255,6 +263,31 @@ def test_methods_of_two_networks_have_weights_under_the_halves_names() -> None:
     x = noise(3, 3, 16, 16)
     imported = load("methods_of_two", weights="two.pt")
     np.testing.assert_allclose(imported.halves.encode(x)["mean"], expected(model, x)[0], atol=1e-5)
+
+
+def test_random_weights_are_refused_unless_a_file_brings_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    load("Networks")  # imports the module
+    module = sys.modules[MODULE]
+    model = networks()
+    monkeypatch.setattr(module, "SEED", None)
+    rule = r"returns random weights, other ones at each call, in encoder.0.weight, encoder.0.bias, encoder.4.weight and"
+    with pytest.raises(InputError, match=rule + r" 5 more; pass .* as --weights FILE, or, .* torch.manual_seed"):
+        load("Networks")
+    torch.save(model.state_dict(), "trained.pt")
+    x = noise(3, 3, 16, 16)
+    np.testing.assert_allclose(load("Networks", weights="trained.pt").halves.encode(x)["mean"], expected(model, x)[0])
+    made: list[Any] = []
+
+    def alive() -> Any:
+        assert not any(one() is not None for one in made)  # the one before is gone
+        monkeypatch.setattr(module, "SEED", 0)
+        network = module.Networks()
+        made.append(weakref.ref(network))
+        return network
+
+    monkeypatch.setattr(module, "alive", alive, raising=False)
+    load("alive")
+    assert len(made) == 2
 
 
 def test_what_a_network_prints_is_kept_off_stdout(capsys: pytest.CaptureFixture[str]) -> None:
@@ -355,6 +388,28 @@ def test_weights_that_do_not_fit_are_named() -> None:
     torch.save(weights, "wrong.pt")
     with pytest.raises(CheckpointError, match=r"encoder.0.bias.*head.weight.*decoder.0.weight \(6×2×5×5"):
         load("Networks", weights="wrong.pt")
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.", "module._orig_mod.", "_orig_mod.module.", "a.b.encoder."])
+def test_what_a_wrapper_put_before_all_names_is_taken_away(prefix: str) -> None:
+    load("Networks")
+    model = networks()
+    x = noise(3, 3, 16, 16)
+    torch.save({"state_dict": {prefix + name: value for name, value in model.state_dict().items()}}, "wrapped.ckpt")
+    loaded = load("Networks", weights="wrapped.ckpt")
+    np.testing.assert_allclose(loaded.halves.encode(x)["mean"], expected(model, x)[0], atol=1e-6)
+
+
+def test_names_under_two_prefixes_are_not_chosen_from() -> None:
+    load("Networks")
+    weights = networks().state_dict()
+    torch.save({f"{half}.{name}": value for half in ("model", "ema") for name, value in weights.items()}, "two.ckpt")
+    with pytest.raises(CheckpointError, match=r"lacks encoder.0.weight.*has the unknown model.encoder.0.weight"):
+        load("Networks", weights="two.ckpt")
+    del weights["encoder.0.bias"]
+    torch.save({f"model.{name}": value for name, value in weights.items()}, "one.ckpt")
+    with pytest.raises(CheckpointError, match=r"does not fit its Networks: it lacks encoder.0.bias$"):
+        load("Networks", weights="one.ckpt")
 
 
 @pytest.mark.parametrize(

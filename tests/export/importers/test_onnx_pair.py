@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,56 @@ def test_options(tmp_path: Path) -> None:
     onnx.save(graph("(float[N, M] x) => (float[N, M] y) { y = Tanh(x) }"), tmp_path / "encoder.onnx")
     with pytest.raises(InputError, match="does not say what its inputs are; pass --input"):
         onnx_pair.load(str(tmp_path), ImportOptions())
+
+
+def test_a_bound_that_others_read_too_survives_the_joining_of_two_clips(tmp_path: Path) -> None:
+    """As in the decoder of a bundle whose latents are shifted by 1."""
+    decoder = graph(
+        "(float[N, 3, 4, 4] z) => (float[N, 3, 4, 4] y) {"
+        " conv2d = Add(z, conv2d_max)\n y = Clip(conv2d, conv2d_min, conv2d_max) }"
+    )
+    for name, value in (("conv2d_min", 0.25), ("conv2d_max", 0.75)):
+        decoder.graph.initializer.append(numpy_helper.from_array(np.array(value, np.float32), name))
+    onnx.save(decoder, tmp_path / "decoder.onnx")
+    onnx.save(graph("(float[N, 3, 4, 4] x) => (float[N, 3, 4, 4] y) { y = Neg(x) }"), tmp_path / "encoder.onnx")
+    halves = load(str(tmp_path), input_range="unit").halves
+    z = np.linspace(-1, 1, 96, dtype=np.float32).reshape(2, 3, 4, 4)
+    _, wrapped = halves.to_onnx(z, z, False)
+    got = onnxruntime.InferenceSession(wrapped).run(None, {"z": z})[0]
+    np.testing.assert_allclose(got, np.clip(z + 0.75, 0.25, 0.75), atol=1e-6)
+
+
+def answer_of(source: str, **options: Any) -> str:
+    """What is said where it is refused."""
+    try:
+        load(source, **options)
+    except (ExportError, InputError) as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("sides", "first", "channels_last"),
+    [
+        ("32, 32, 3", "Transpose<perm=[0, 3, 1, 2]>(x)", True),
+        ("H, W, 3", "Transpose<perm=[0, 3, 1, 2]>(x)", True),
+        ("32, 32, 1", "Identity(x)", True),
+        ("3, 32, 32", "Identity(x)", False),
+        ("3, 32, 4", "Identity(x)", False),
+        ("3, H, W", "Identity(x)", False),
+        ("64, 4, 4", "Identity(x)", False),
+        ("8, 32, 16", "Transpose<perm=[0, 3, 1, 2]>(x)", False),
+    ],
+)
+def test_images_with_the_channels_last_are_refused(sides: str, first: str, channels_last: bool, tmp_path: Path) -> None:
+    onnx.save(graph(f"(float[N, {sides}] x) => (float[N, A, B, C] y) {{ y = {first} }}"), tmp_path / "encoder.onnx")
+    onnx.save(graph("(float[N, A, B, C] z) => (float[N, D, E, F] y) { y = Identity(z) }"), tmp_path / "decoder.onnx")
+    message = r"images of [\d?]+x[\d?]+x[13], which look like height, width and channels, .* --inputs-as-nchw"
+    turned = first != "Identity(x)"
+    for options in ({}, {"input_shape": (32, 32, int(sides[-1]))} if channels_last else {}):
+        answer = answer_of(str(tmp_path), **options)
+        assert bool(re.search(message, answer)) == (channels_last and (turned or not options)), answer
+        assert ("if they are so nevertheless, pass --input" in answer) == (channels_last and not turned and not options)
 
 
 def test_local_functions_are_inlined(tmp_path: Path) -> None:

@@ -1,0 +1,75 @@
+"""What a decoder gives before an image is cut to [0, 1], which shows one that was made for another range."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+
+from vae_runtime.errors import InputError
+from vae_runtime.manifest import MEAN
+from vae_runtime.preprocess import Float32
+
+from .halves import Halves
+from .quality import ExportWarning
+from .verify import run_both
+
+MARGIN = 0.1  # a value further outside is none that rounding or a linear last layer gives now and then
+# Shares of such values. Of small VAEs of digits and of photographs, linear decoders of [0, 1] gave 0 to 0.01 on real
+# inputs and up to 0.03 on noise (untrained 0.09 to 0.22), those of [-1, 1] and of logits 0.48 to 0.9, on noise mostly
+# from 0.27.
+WARNED, REFUSED = 0.05, 0.25
+REFUSED_OF_PRIOR = 0.4  # of draws from the prior: 0.03 to 0.16 (untrained 0.32) and 0.41 to 0.99
+LARGEST_OF_SMALL = 20  # logits that are never negative and go beyond are those of white images alone
+_MOST_ROWS, _MOST_VALUES = 16, 2**20  # that are decoded
+
+
+class DecoderRangeWarning(ExportWarning):
+    """Many values of the decoder lie outside [0, 1], where they can mean nothing."""
+
+
+def check_decoder_range(halves: Halves, x: Float32, signed: bool, real: bool) -> None:
+    """Refuse a decoder that visibly gives something else than images in [0, 1], in the bundle's units; warn of one
+    that often leaves that range.
+
+    x: inputs (N, ...), images, or vectors of which a Bernoulli likelihood is. signed: the decoder is said to give
+        [-1, 1]. real: they are no noise, on which the means of posteriors tell less, so that draws from the prior are
+        asked too.
+
+    Raises:
+        ExportError: the model does not run on so many inputs.
+        InputError: what the decoder gives looks like logits, or like images of another range.
+    """
+    rows = max(2, min(_MOST_ROWS, _MOST_VALUES // x[0].size, len(x)))
+    encoded, values = run_both(halves, np.ascontiguousarray(x[np.arange(rows) * len(x) // rows]), cut=False)
+    share = _outside(values)
+    refused = share > REFUSED
+    if not refused and not real and halves.kind == "vae":
+        drawn = halves.uncut(np.random.default_rng(0).standard_normal(encoded[MEAN].shape, dtype=np.float32))
+        refused = _outside(drawn) > REFUSED_OF_PRIOR
+        values, share = (drawn, _outside(drawn)) if refused else (values, share)
+    low, high = float(values.min()), float(values.max())
+    found = f"the decoder gives values from {low:.3g} to {high:.3g}, {share:.0%} of them more than {MARGIN} outside"
+    if refused:
+        there = "where images are" if x.ndim > 2 else "where the means of a Bernoulli likelihood are"
+        raise InputError(f"{found} [0, 1], {there}; {_advice(low, high, signed or x.ndim == 2)}")
+    if share > WARNED:
+        what = "they are cut to it" if x.ndim > 2 else "a Bernoulli likelihood takes them as 0 and 1"
+        warnings.warn(f"{found} [0, 1]; {what}", DecoderRangeWarning, stacklevel=4)
+
+
+def _outside(values: Float32) -> float:
+    """The share of the values that lie clearly outside [0, 1]."""
+    return float(np.mean((values < -MARGIN) | (values > 1 + MARGIN)))
+
+
+def _advice(low: float, high: float, logits_alone: bool) -> str:
+    logits = "--logits (logits=True), which puts the sigmoid into the graph"
+    if not logits_alone and low >= -1 - MARGIN and high <= 1 + MARGIN:
+        return (
+            "they look like images in [-1, 1]: say so with --input-range signed (input_range='signed'); or, if they are"
+            f" logits, with {logits}"
+        )
+    if low >= -MARGIN and high > LARGEST_OF_SMALL:
+        return "they look like images of a larger range, such as [0, 255]: bring them to [0, 1] in the decoder"
+    return f"they look like logits: say so with {logits}"

@@ -1,0 +1,89 @@
+"""What a SOURCE that is of no known kind seems to be, and how to state it."""
+
+from __future__ import annotations
+
+import importlib.util
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+from vae_runtime.errors import InputError
+
+from . import onnx_pair, torch_program
+
+_DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
+_FILES = (".pt", ".pth", ".bin", ".ckpt", ".onnx", ".safetensors", ".vae")  # dots in names of files, not of modules
+_PAIR = "a bundle is made of two, the encoder's and the decoder's: pass ENCODER,DECODER, or a folder with both"
+
+
+def refuse_misstated(source: str) -> None:
+    """Raise `InputError` for one half alone, or a Python module that is not stated as package.module:factory."""
+    try:
+        said = _misstated(source)
+    except (OSError, ValueError):  # no path at all
+        return
+    if said is not None:
+        raise InputError(f"{source} is {said}")
+
+
+def refuse_weights(source: str) -> None:
+    """Raise `InputError` for a file of weights alone, or of a pickled network: neither says all that a model.pt does.
+
+    Nothing in the file is run.
+    """
+    import torch
+
+    from .state_dict import holds_tensors, is_safetensors
+
+    path = Path(source)
+    try:
+        found = is_safetensors(path) or holds_tensors(torch.load(path, map_location="cpu", weights_only=True))
+    except pickle.UnpicklingError:
+        if not zipfile.is_zipfile(path):
+            return
+        raise InputError(
+            f"{source} holds a pickled network, or other pickled classes, which are not loaded, as they may run code;"
+            " pass what returns the network as package.module:factory, and its state_dict() in a file as --weights FILE"
+        ) from None
+    except Exception:  # damaged, or none of torch's
+        return
+    if found:
+        raise InputError(
+            f"{source} holds weights alone, without the network that they are of; pass what returns that as"
+            f" package.module:factory, and --weights {source}"
+        )
+
+
+def _misstated(source: str) -> str | None:
+    path = Path(source)
+    if path.is_file():
+        if onnx_pair.is_onnx(path):
+            return f"one ONNX file; {_PAIR}"
+        if (sort := torch_program.sort_of(path)) is not None:
+            return f"one {sort} program; {_PAIR}"
+        if path.suffix == ".py":
+            return f"a Python file; pass its module with what returns the network, as in {_module(source)}:factory"
+        return None
+    if path.exists():
+        return None
+    file, colon, name = source.rpartition(":")
+    if colon and name.isidentifier() and ("/" in file or file.endswith(".py")):
+        return f"no package.module:factory; a module is written with dots, as in {_module(file)}:{name}"
+    if _DOTTED.fullmatch(source) and not source.endswith(_FILES) and _is_module(source.partition(".")[0]):
+        module, _, name = source.rpartition(".")
+        return f"no file; what returns a network is written with a colon, as in {module}:{name}"
+    return None
+
+
+def _module(file: str) -> str:
+    """The dotted name of the module in a Python file below the current folder."""
+    path = Path(file).with_suffix("")
+    if path.is_absolute() and path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    return path.name if path.is_absolute() or ".." in path.parts else ".".join(path.parts)
+
+
+def _is_module(name: str) -> bool:
+    """Whether Python finds a module of this name, here or installed; none is imported."""
+    return Path(name).is_dir() or Path(f"{name}.py").is_file() or importlib.util.find_spec(name) is not None

@@ -16,6 +16,7 @@ from vae_runtime.errors import InputError
 from .intervals import rounds_for_shift, shift_interval
 from .pairing import Difference, Pairing, describe_row, pair_rows, why_no_pair
 from .report import Report, RowKey, StartupReport
+from .settings import MOST_ROUNDS
 
 FORMAT, FORMAT_VERSION = "vae-bench-comparison", 1
 LATENCY = "latency"
@@ -166,7 +167,9 @@ def _why_not_judged(rows: Sequence[ComparisonRow], paired: Pairing, confidence: 
         return None
     if not latency:
         return why_no_pair(paired)
-    return f"the rounds are too few: {len(rows)} rows need {rounds_for_shift(confidence)} in each report (--rounds)"
+    if (needed := rounds_for_shift(confidence, MOST_ROUNDS)) is None:
+        return f"the confidence is too high: for {len(rows)} rows not even {MOST_ROUNDS} rounds are enough"
+    return f"the rounds are too few: {len(rows)} rows need {needed} in each report (--rounds)"
 
 
 def _judge(

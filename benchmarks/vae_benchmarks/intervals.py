@@ -82,9 +82,10 @@ def shift_interval(a: Sequence[float], b: Sequence[float], confidence: float) ->
     return float(np.median(differences)), differences[lower - 1], differences[-lower]
 
 
-def rounds_for_shift(confidence: float) -> int:
-    """How many values both samples of one size need until `shift_interval` has an interval."""
-    return next(count for count in itertools.count(1) if _rank_sum_ranks(count, count, confidence) >= 1)
+def rounds_for_shift(confidence: float, most: int) -> int | None:
+    """How many values both samples of one size need until `shift_interval` has an interval; None where `most` are too
+    few."""
+    return next((count for count in range(1, most + 1) if _rank_sum_ranks(count, count, confidence) >= 1), None)
 
 
 def _rank_sum_ranks(m: int, n: int, confidence: float) -> int:

@@ -36,7 +36,7 @@ def taker(target: Float32, rule: ValueRule) -> Callable[[Float32 | UInt8], bool]
     checked, holds = rule.view(target), rule.holds
 
     def take(array: Float32 | UInt8) -> bool:
-        if array.dtype is PIXEL:
+        if array.dtype == PIXEL:  # equal, not the same: an array that was unpickled has a dtype of its own
             copy_pixels(target, array)
             return True
         target[...] = array
@@ -69,7 +69,7 @@ class BoundCall:
         self._owner = session.owner
         self._binding, self._run = _bind(session, {name: value(array) for name, array in arrays.items()})
 
-    def __call__(self, array: Float32) -> list[Float32] | None:
+    def __call__(self, array: Float32 | UInt8) -> list[Float32] | None:
         """The outputs for an array of the input's shape, float32 or pixels, which belong to the caller.
 
         None where the rule does not hold for its values, or the engine fails: `GraphSession.run` then says what is
@@ -106,7 +106,7 @@ class BoundPair:
         _, self._decode = decoding = _bind(decoder, {source: values[encoder.names[1]], result: values[result]})
         self._alive = encoding, decoding
 
-    def __call__(self, array: Float32) -> bool:
+    def __call__(self, array: Float32 | UInt8) -> bool:
         """Fill the memory with what an array of the input's shape gives, float32 or pixels. False where the rule does
         not hold for its values, or the engine fails: `GraphSession.run` then says what is wrong."""
         if not self._take(array) or self._owner.is_of_parent:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from .likelihood import LARGEST_PROBABILITY, SMALLEST_PROBABILITY, normaliser
 from .manifest import INPUT, LOGVAR, MEAN, RECONSTRUCTION, Likelihood, Manifest
 from .operation import Operation
-from .preprocess import Float32, Float64
+from .preprocess import Float32, Float64, UInt8
 
 _ONE, _HALF = np.array(1, np.float32), np.array(0.5, np.float32)
 
@@ -62,7 +62,7 @@ class BoundScore:
         arrays[RECONSTRUCTION] = decoded.reshape(shape)
         self._pair = operations[0].pair_with(operations[1], arrays)
 
-    def __call__(self, array: Float32) -> Float64 | None:
+    def __call__(self, array: Float32 | UInt8) -> Float64 | None:
         """The scores of an array of that shape, which belong to the caller; None where something is wrong with it."""
         if not self._pair(array):
             return None

@@ -13,7 +13,7 @@ from .boundary import Boundary
 from .cuda import context_of, synchronize, synchronize_default_stream
 from .devices import Device
 from .engine import first_line, import_engine, ort_value_from_dlpack
-from .errors import InputError
+from .errors import InputError, VAEError
 from .preprocess import Float32
 
 _DLPACK_TYPES = {1: "cpu", 2: "cuda"}  # DLDeviceType of dlpack.h, for what onnxruntime calls by these names
@@ -57,8 +57,10 @@ class DeviceArray:
         """
         self._is_shared = True
         if self.device[0] == "cuda":
-            index = self.device[1]
-            _handed_out[index] = _handed_out.get(index, False) or stream not in (None, _LEGACY_STREAM)
+            if stream in (None, _LEGACY_STREAM):
+                _handed_out.setdefault(self.device[1], False)  # at once: another thread may hand out too
+            else:
+                _handed_out[self.device[1]] = True
         return self._value._ortvalue.to_dlpack()
 
     def __dlpack_device__(self) -> tuple[int, int]:
@@ -114,6 +116,8 @@ def from_dlpack(array: Any, boundary: Boundary, device: Device, name: str) -> De
         with context_of(device.memory):  # torch hands out what is on its current GPU only
             capsule = array.__dlpack__(stream=_LEGACY_STREAM) if device.is_gpu else array.__dlpack__()
         value = ort_value_from_dlpack(capsule)
+    except VAEError:
+        raise
     except Exception as error:
         reason = "its memory is not contiguous" if "contiguous" in str(error) else first_line(error)
         raise InputError(f"{name} cannot be taken through DLPack: {reason}; {rule}") from None

@@ -95,7 +95,7 @@ class DeviceCall:
         """As `BoundCall`; None also in a thread that the session does not serve, and within another call of this."""
         if not self.may_run() or self._rule is None:
             return None
-        values: Float32 = from_pixels(array) if array.dtype is PIXEL else np.ascontiguousarray(array)
+        values: Float32 = from_pixels(array) if array.dtype == PIXEL else np.ascontiguousarray(array)
         if not self._rule.holds(self._rule.view(values)):
             return None
         with suppress_engine_errors:
@@ -193,7 +193,7 @@ class StagedCall(DeviceCall):
 
     def _put(self, array: Float32 | UInt8) -> None:
         """Into pinned memory; a large one is sent as well."""
-        copy = copy_pixels if array.dtype is PIXEL else np.copyto
+        copy = copy_pixels if array.dtype == PIXEL else np.copyto
         if not self._pieces:
             copy(self._given, array)
             return

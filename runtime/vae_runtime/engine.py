@@ -26,7 +26,8 @@ _BUILDS = {
     )
 }
 
-_ENGINE_ERRORS = (RuntimeError, ValueError, MemoryError)  # beside its own, of C++'s exceptions and its Python layer
+# Beside its own: what pybind11 makes of C++'s exceptions, and of a message that is not UTF-8.
+_ENGINE_ERRORS = (RuntimeError, ValueError, MemoryError, IndexError, OverflowError, UnicodeDecodeError)
 
 
 def import_engine() -> Any:

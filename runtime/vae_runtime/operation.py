@@ -112,8 +112,9 @@ class Operation:
         """-> the graph's outputs, which belong to the caller."""
         # No subclass: masks and the like are for the check.
         given = array if type(array) is _ARRAY and batch_size is None else None
-        if given is not None and given.dtype is not _FLOAT32:
-            given = self.channels_first(given) if given.dtype is PIXEL else None
+        # An unpickled array has a dtype of its own; to ask whether it is the same first is quicker.
+        if given is not None and given.dtype is not _FLOAT32 and given.dtype != _FLOAT32:
+            given = self.channels_first(given) if given.dtype == PIXEL else None
         if given is not None:
             own = self._own.get(given.shape)
             if own is not None and (results := own(given)) is not None:

@@ -63,7 +63,7 @@ def to_model_input(array: Any, spec: InputSpec, name: str = "images") -> Float32
     check_layout(array, spec, name)
     with fitting_memory(name, array.shape):
         if array.dtype == np.uint8:
-            return from_pixels(_channels_first(array, spec.shape[0]))
+            return from_pixels(_planes(array, spec.shape[0]))
         array = as_graph_input(array)  # first: what does not fit need not be read either
     check_range(array, spec, name)
     return cast("Float32", array)
@@ -230,10 +230,10 @@ def channels_first(array: UInt8, spec: InputSpec) -> UInt8 | None:
     channels = spec.shape[0]
     if not spec.is_image or array.ndim < 3 or array.shape[3:] != (() if channels == 1 else (channels,)):
         return None
-    return _channels_first(array, channels)
+    return _planes(array, channels)
 
 
-def _channels_first(array: UInt8, channels: int | None) -> UInt8:
+def _planes(array: UInt8, channels: int | None) -> UInt8:
     return array[:, None] if channels == 1 else array.transpose(0, 3, 1, 2)
 
 
@@ -255,9 +255,6 @@ def _byte_order(array: NDArray[Any]) -> str:
     return "" if array.dtype.isnative else " in foreign byte order"
 
 
-_CHANNELS_FIRST = "; float32 images are channels first"
-
-
 def _dtype_hint(array: NDArray[Any], spec: InputSpec) -> str:
     if array.dtype.kind == "f":
         return "; convert with .astype(numpy.float32)"
@@ -275,7 +272,8 @@ def _shape_hint(array: NDArray[Any], spec: InputSpec) -> str:
     if matches(spec.shape) or (spec.is_image and (matches((*sides,)) or matches((*sides, channels)))):
         return "; this looks like a single example without a batch: add one with array[None]"
     if spec.is_image and matches((None, *sides, channels)):
-        return "; grey ones have no axis for it: array[..., 0]" if array.dtype == PIXEL else _CHANNELS_FIRST
+        is_grey = array.dtype == PIXEL
+        return f"; {'grey ones have no axis for it: array[..., 0]' if is_grey else 'float32 images are channels first'}"
     if spec.is_image and channels == 1 and matches((None, *sides)):
         return "; float32 images have an axis for the channel: array[:, None]"
     if array.dtype == PIXEL and matches((None, *spec.shape)):

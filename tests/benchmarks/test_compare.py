@@ -134,6 +134,11 @@ def test_too_few_rounds_give_no_verdict(make_report: MakeReport) -> None:
     )
 
 
+def test_a_confidence_that_no_number_of_rounds_gives_is_told(make_report: MakeReport) -> None:
+    comparison = compare(make_report(1), make_report(2), confidence=0.9999999999999999)
+    assert comparison.reason == "the confidence is too high: for 10 rows not even 100 rounds are enough"
+
+
 def test_a_start_up_alone_gives_no_verdict_but_may_be_worse(make_report: MakeReport) -> None:
     a, others = make_report(1, BASE), {("encode", 64, 1): 1.0, ("decode", 64, 1): 1.0}
     comparison = compare(a, make_report(2, others))
@@ -268,6 +273,14 @@ def test_reports_that_differ_in_several_things_are_not_matched(make_report: Make
         "device: A cpu, B openvino",
         "precision: A fp32, B int8",
     ]
+
+
+def test_rows_that_only_share_what_differs_are_not_matched(make_report: MakeReport) -> None:
+    """decode takes no inputs, and so differs in the threads alone."""
+    a, b = make_report(1, ONE_THREAD), other(make_report(2, ONE_THREAD), threads=4, input="uint8")
+    comparison = compare(a, b)
+    assert {found.axis for found in comparison.differs} == {"threads", "input"}
+    assert (len(comparison.only_in_a), len(comparison.only_in_b)) == (2, 2)
 
 
 def test_an_axis_with_several_values_is_not_matched_across(make_report: MakeReport) -> None:

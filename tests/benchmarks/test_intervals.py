@@ -101,7 +101,8 @@ def test_shift_interval_of_few_values() -> None:
 
 @pytest.mark.parametrize(("confidence", "count"), [(0.95, 4), (0.995, 6), (1 - 0.05 / 300, 8), (1 - 0.05 / 330, 9)])
 def test_the_fewest_rounds_with_an_interval(confidence: float, count: int) -> None:
-    assert rounds_for_shift(confidence) == count
+    assert rounds_for_shift(confidence, 100) == rounds_for_shift(confidence, count) == count
+    assert rounds_for_shift(confidence, count - 1) is None
     assert shift_interval(range(count), range(count), confidence) is not None
     assert shift_interval(range(count - 1), range(count - 1), confidence) is None
 

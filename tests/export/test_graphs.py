@@ -123,7 +123,11 @@ def test_what_breaks_the_contract_is_refused(module: nn.Module, message: str) ->
         encoder_to_onnx(EncoderGraph(module, "autoencoder"), torch.randn(2, 3))
 
 
-def test_distributions_do_not_check_their_arguments_while_they_are_traced() -> None:
+def test_distributions_do_not_check_their_arguments_while_they_are_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        torch.distributions.Distribution, "_validate_args", True
+    )  # torch's compiler turns it off for good
+
     class Normals(nn.Module):
         def forward(self, x):
             inside = torch.distributions.Normal(x, x.exp())

@@ -364,6 +364,41 @@ def test_bound_device_memory_gives_the_same(on_device: VAE, tiny: VAE, images: n
     assert {type(call) for calls in free.values() for call in calls} == {DeviceCall}
 
 
+def test_bound_device_memory_takes_pixels(on_device: VAE, tiny: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8), np.uint8)
+    on_device.encode(pixels)
+    expected = tiny.encode(pixels).mean
+    monkeypatch.setattr(GraphSession, "run", lambda self, array: pytest.fail("went the slow way"))
+    np.testing.assert_array_equal(on_device.encode(pixels).mean, expected)
+
+
+def test_bound_device_memory_is_made_and_used_on_its_gpu(
+    on_device: VAE, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, used = Context(), Context()
+    monkeypatch.setattr("vae_runtime.device_call.context_of", lambda memory: used)
+    monkeypatch.setattr(on_device._open_operations()[0].routes[0].any_batch, "_context", made)
+    on_device.encode(images[:3])
+    assert (made.entered, used.entered) == (2, 0)  # the session's own run, and the memory for the next one
+    on_device.encode(images[:3])
+    assert (made.entered, used.entered) == (2, 1)
+
+
+def test_arrays_on_the_device_whose_graph_fails_go_through_the_session_for_any_batch(
+    tiny_path: Path, images: np.ndarray
+) -> None:
+    def fail(array: Any) -> Any:
+        raise DeviceError("the NVIDIA driver could not launch a graph (CUDA error 700)")
+
+    with VAE.load(tiny_path) as vae:
+        expected = vae.encode(images[:3]).mean
+        route = vae._open_operations()[0].routes[0]
+        route._fixed[3, 1, 8, 8] = SimpleNamespace(  # type: ignore[assignment]
+            serves_this_thread=True, replays_on_device=True, replay_on_device=fail
+        )
+        np.testing.assert_array_equal(vae.encode_to_device(images[:3]).mean.numpy(), expected)
+
+
 def test_its_results_belong_to_the_caller(on_device: VAE, images: np.ndarray) -> None:
     first = [on_device.encode(images[:3]).mean for _ in range(3)]
     kept = [array.copy() for array in first]

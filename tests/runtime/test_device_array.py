@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 import vae_runtime.device_array as device_array
 from vae_runtime import VAE, ClosedError, InputError
-from vae_runtime.device_array import DeviceArray, await_others, from_dlpack
+from vae_runtime.device_array import DeviceArray, await_others, copy_to_device, from_dlpack
 from vae_runtime.devices import Device
 
 GPU = ("cuda", 1)
@@ -57,6 +58,18 @@ def test_arrays_are_shared_with_torch_both_ways(tiny: VAE, images: np.ndarray) -
     np.testing.assert_allclose(torch.from_dlpack(image).numpy(), tiny.decode(before.numpy()), atol=1e-6)
 
 
+def test_memory_is_taken_and_arrays_are_read_after_the_others(
+    tiny: VAE, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[Any] = []
+    monkeypatch.setattr(device_array, "await_others", waits.append)
+    operation = tiny._open_operations()[0]
+    array = copy_to_device(images[:2], operation.routes[0].any_batch.device)
+    assert waits == [("cpu", 0)]
+    assert from_dlpack(array, operation._boundary, operation.routes[0].any_batch.device, "images") is array
+    assert waits == [("cpu", 0)] * 2
+
+
 @pytest.mark.parametrize(
     ("streams", "expected"),
     [([], []), ([None], ["default"]), ([1], ["default"]), ([-1], ["all"]), ([1, 77, 1], ["all"]), ([2], ["all"])],
@@ -91,6 +104,10 @@ def test_arrays_on_a_gpu_are_finished_and_aligned(
             assert stream == 1
             return self._tensor.__dlpack__()
 
+    made_current: list[Any] = []
+    monkeypatch.setattr(
+        device_array, "context_of", lambda memory: (made_current.append(memory), contextlib.nullcontext())[1]
+    )
     monkeypatch.setattr(Device, "is_gpu", True)
     monkeypatch.setattr(Device, "memory", ("cpu", 0))
     operation = tiny._open_operations()[0]
@@ -98,6 +115,7 @@ def test_arrays_on_a_gpu_are_finished_and_aligned(
     boundary, device = operation._boundary, operation.routes[0].any_batch.device
     assert from_dlpack(OnGpu(flat[4:].view(2, 1, 8, 8)), boundary, device, "images").shape == (2, 1, 8, 8)
     assert waits == [("default", 0)]
+    assert made_current == [("cpu", 0)]
     with pytest.raises(InputError, match=r"images begins at an address that is no multiple of 16, .*; pass a copy"):
         from_dlpack(OnGpu(flat[3:-1].view(2, 1, 8, 8)), boundary, device, "images")
 

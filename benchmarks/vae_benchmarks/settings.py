@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from vae_runtime.arguments import check_threads
+from vae_runtime.arguments import check_choice, check_threads
 from vae_runtime.errors import InputError
 
 OPERATIONS = ("encode", "sample", "decode", "reconstruct", "score")
@@ -54,11 +54,9 @@ class Settings:
                 raise InputError(f"{name} is {given!r}; expected at least one, in a tuple")
             object.__setattr__(self, name, tuple(dict.fromkeys(given)))
         for operation in self.operations:
-            if operation not in OPERATIONS:
-                raise InputError(f"operation is {operation!r}; expected one of {', '.join(OPERATIONS)}")
+            check_choice(operation, "operation", OPERATIONS)
         for dtype in self.inputs:
-            if dtype not in INPUTS:
-                raise InputError(f"input is {dtype!r}; expected one of {', '.join(INPUTS)}")
+            check_choice(dtype, "input", INPUTS)
         for batch in self.batches:
             check_whole("batch", batch, LARGEST_BATCH)
         for threads in self.threads:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from .compare import SAME, Comparison, ComparisonRow
+from .compare import NO_VERDICT, SAME, Comparison, ComparisonRow
 from .gpu import GpuFacts
 from .machine import MachineFacts
 from .pairing import Difference, describe_row
@@ -211,7 +211,7 @@ def _summary(comparison: Comparison) -> str:
         return ", ".join(f"{what}: {count}" for what, count in counts.items())
 
     judged, left = comparison.judged, comparison.not_judged
-    if comparison.verdict == "no verdict":
+    if comparison.verdict == NO_VERDICT:
         return f"NO VERDICT: {comparison.reason} ({show({**judged, **left})})"
     verdict = "WORSE" if comparison.is_worse else "not worse"
     summary = f"{verdict} beyond noise and {comparison.threshold:.0%} ({show(judged)})"

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vae_runtime.arguments import check_count
+from vae_runtime.arguments import check_choice, check_count
 from vae_runtime.codec import UINT8
 from vae_runtime.errors import BundleError, ExportError, InputError
 from vae_runtime.manifest import (
@@ -206,7 +206,7 @@ def export_imported(
         ExportError, InputError, OutputError: see `export_bundle`.
     """
     golden = golden or ("synthetic" if examples is None else "examples")
-    _check_choice("golden", golden, ("examples", "synthetic"))
+    check_choice(golden, "golden", ("examples", "synthetic"))
     if examples is None and (golden == "examples" or set(precisions) - {"fp32"} - set(imported.refused)):
         wants = "golden 'examples'" if golden == "examples" else f"precision {sorted(set(precisions) - {'fp32'})[0]!r}"
         raise InputError(f"{wants} needs real inputs, and there are none; pass some (--data)")
@@ -313,8 +313,8 @@ def export_bundle(
         InputError: an argument breaks a rule, or contradicts what a half gives.
         OutputError: `path` exists, or cannot be written.
     """
-    _check_choice("kind", kind, KINDS)
-    _check_choice("golden", golden, ("examples", "synthetic"))
+    check_choice(kind, "kind", KINDS)
+    check_choice(golden, "golden", ("examples", "synthetic"))
     _check_positive("latent_scale", latent_scale)
     if isinstance(latent_shift, bool) or not isinstance(latent_shift, (int, float)) or not math.isfinite(latent_shift):
         raise InputError(f"latent_shift is {latent_shift!r}; expected a finite number")
@@ -357,7 +357,7 @@ def _image_range(said: str | None, spec: InputSpec) -> str | None:
     """`input_range` of `export_bundle`, settled; None for vectors."""
     if said is not None and not spec.is_image:
         raise InputError(f"input_range is {said!r}, but the inputs are vectors, which have no range")
-    _check_choice("input_range", said or "unit", INPUT_RANGES)
+    check_choice(said or "unit", "input_range", INPUT_RANGES)
     return said or ("unit" if spec.is_image else None)
 
 
@@ -447,7 +447,7 @@ def _check(spec: InputSpec, inputs: _Inputs, options: _Options) -> OnData:
         scores=options.scores,
         progress=options.progress,
     )
-    _check_choice("golden", options.golden, GOLDEN_SOURCES)
+    check_choice(options.golden, "golden", GOLDEN_SOURCES)
     _check_positive("tolerance", options.tolerance)
     check_output(options.path, options.force)
     return on_data
@@ -551,11 +551,6 @@ def _evaluation_mode(*modules: nn.Module) -> Iterator[None]:
 
 def _producer() -> dict[str, str]:
     return {"vae-edge": __version__, **{name: importlib.metadata.version(name) for name in ("torch", "onnx")}}
-
-
-def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InputError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
 
 
 def _check_positive(name: str, value: Any) -> None:

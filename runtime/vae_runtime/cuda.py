@@ -113,7 +113,7 @@ class ContextOf(contextlib.AbstractContextManager[None]):
         self._pop(self._popped)
 
 
-def context_of(memory: tuple[str, int]) -> contextlib.AbstractContextManager[None]:
+def made_current(memory: tuple[str, int]) -> contextlib.AbstractContextManager[None]:
     """`ContextOf` the GPU with this memory, onnxruntime's name for it and a number; of others, nothing.
 
     onnxruntime makes its GPU the thread's own in whatever it does, and would leave it so for the application.

@@ -10,7 +10,7 @@ from typing import Any
 
 from .bound import to_host
 from .boundary import Boundary
-from .cuda import context_of, synchronize, synchronize_default_stream
+from .cuda import made_current, synchronize, synchronize_default_stream
 from .devices import Device
 from .engine import first_line, import_engine, ort_value_from_dlpack
 from .errors import InputError, VAEError
@@ -113,7 +113,7 @@ def from_dlpack(array: Any, boundary: Boundary, device: Device, name: str) -> De
     if place != device.memory:
         raise InputError(f"{name} is on {place[0]}:{place[1]}; {rule}")
     try:
-        with context_of(device.memory):  # torch hands out what is on its current GPU only
+        with made_current(device.memory):  # torch hands out what is on its current GPU only
             capsule = array.__dlpack__(stream=_LEGACY_STREAM) if device.is_gpu else array.__dlpack__()
         value = ort_value_from_dlpack(capsule)
     except VAEError:

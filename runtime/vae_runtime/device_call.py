@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .bound import to_host
-from .cuda import context_of
+from .cuda import made_current
 from .device_array import await_others
 from .engine import first_line, import_engine, is_engine_error, suppress_engine_errors
 from .errors import DeviceError, VAEError
@@ -72,7 +72,7 @@ class DeviceCall:
         shape, *outputs = shapes.values()
         self._owner, self._is_shared, self._rule = session.owner, session.fixed is None, rule
         self.is_busy = False
-        self._context = context_of(self._memory)
+        self._context = made_current(self._memory)
         self._input = make(shape, np.float32, kind, index)
         # One after the other in one piece of memory, so that one copy brings them all.
         self._parts = _layout(outputs)

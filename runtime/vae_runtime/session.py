@@ -15,7 +15,7 @@ import numpy as np
 
 from .bound import BoundCall, Owner
 from .boundary import Boundary
-from .cuda import CUDA, context_of, operators, real_work_on_cpu, share_allocator
+from .cuda import CUDA, made_current, operators, real_work_on_cpu, share_allocator
 from .device_array import DeviceArray, await_others, copy_to_device
 from .device_call import CapturedCall, DeviceCall, ResidentCall, StagedCall
 from .devices import CPU, Device
@@ -76,7 +76,7 @@ class GraphSession:
         self.bundle = bundle
         self._process = os.getpid()
         self._stream, self._captures, self._memory = stream, captures, device.memory
-        self._context = context_of(device.memory)
+        self._context = made_current(device.memory)
         with self._context:
             any_size = None in boundary.input_shape and fixed is None
             self._session = _open(model, file, device, threads, spinning, fixed, bundle, any_size)

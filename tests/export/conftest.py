@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,17 @@ def one_table_of_operators() -> None:
             return table
 
         ONNXRegistry.from_torchlib = classmethod(from_torchlib)
+
+
+@pytest.fixture(scope="module")
+def networks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A module of factories that `vae-export` finds by name: the test module's SOURCE, importable as its MODULE."""
+    folder, name = tmp_path_factory.mktemp("networks"), request.module.MODULE
+    (folder / f"{name}.py").write_text(request.module.SOURCE)
+    sys.path.insert(0, str(folder))
+    yield __import__(name)
+    sys.path.remove(str(folder))
+    sys.modules.pop(name, None)
 
 
 def make_checkpoint(family: str, kind: str, spec: InputSpec, likelihood: Likelihood, seed: int = 0) -> Checkpoint:

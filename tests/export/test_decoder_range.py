@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +54,7 @@ def over(): return make(0.5, 0.64)
 """
 X = np.random.default_rng(0).random((6, 1, 4, 4), dtype=np.float32)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def networks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    folder = tmp_path_factory.mktemp("networks")
-    (folder / f"{MODULE}.py").write_text(SOURCE)
-    sys.path.insert(0, str(folder))
-    yield __import__(MODULE)
-    sys.path.remove(str(folder))
-    sys.modules.pop(MODULE, None)
+pytestmark = pytest.mark.usefixtures("networks")
 
 
 def write(way: str, networks: Any, name: str, folder: Path) -> str:

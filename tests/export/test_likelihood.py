@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +47,7 @@ def logits():
 """
 X = np.random.default_rng(0).random((6, 1, 4, 4), dtype=np.float32)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def networks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    folder = tmp_path_factory.mktemp("networks")
-    (folder / f"{MODULE}.py").write_text(SOURCE)
-    sys.path.insert(0, str(folder))
-    yield __import__(MODULE)
-    sys.path.remove(str(folder))
-    sys.modules.pop(MODULE, None)
+pytestmark = pytest.mark.usefixtures("networks")
 
 
 def load(name: str, shape: tuple[int, ...], **options: Any) -> Imported:

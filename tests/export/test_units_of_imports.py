@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +34,7 @@ def make():
     return Encoder(), nn.Sequential(nn.Linear(3, 16), nn.Sigmoid(), nn.Unflatten(1, (1, 4, 4)))
 """
 
-
-@pytest.fixture(scope="module", autouse=True)
-def networks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    folder = tmp_path_factory.mktemp("networks")
-    (folder / f"{MODULE}.py").write_text(SOURCE)
-    sys.path.insert(0, str(folder))
-    yield __import__(MODULE)
-    sys.path.remove(str(folder))
-    sys.modules.pop(MODULE, None)
+pytestmark = pytest.mark.usefixtures("networks")
 
 
 def export(folder: Path, rows: int, *options: str) -> tuple[Manifest, np.ndarray]:

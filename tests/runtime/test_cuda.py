@@ -191,7 +191,7 @@ def test_the_application_s_gpu_stays_the_current_one(
 ) -> None:
     """onnxruntime makes its own the current one in whatever it does."""
     context = Context()
-    monkeypatch.setattr("vae_runtime.session.context_of", lambda memory: context)
+    monkeypatch.setattr("vae_runtime.session.made_current", lambda memory: context)
     with VAE.load(tiny_path) as vae:
         assert context.entered == 2
         vae.encode(images[:2])
@@ -376,7 +376,7 @@ def test_bound_device_memory_is_made_and_used_on_its_gpu(
     on_device: VAE, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, used = Context(), Context()
-    monkeypatch.setattr("vae_runtime.device_call.context_of", lambda memory: used)
+    monkeypatch.setattr("vae_runtime.device_call.made_current", lambda memory: used)
     monkeypatch.setattr(on_device._open_operations()[0].routes[0].any_batch, "_context", made)
     on_device.encode(images[:3])
     assert (made.entered, used.entered) == (2, 0)  # the session's own run, and the memory for the next one

@@ -106,7 +106,7 @@ def test_arrays_on_a_gpu_are_finished_and_aligned(
 
     made_current: list[Any] = []
     monkeypatch.setattr(
-        device_array, "context_of", lambda memory: (made_current.append(memory), contextlib.nullcontext())[1]
+        device_array, "made_current", lambda memory: (made_current.append(memory), contextlib.nullcontext())[1]
     )
     monkeypatch.setattr(Device, "is_gpu", True)
     monkeypatch.setattr(Device, "memory", ("cpu", 0))

@@ -84,7 +84,7 @@ def test_session_that_opens_elsewhere_than_asked_is_an_error(
     real = engine.InferenceSession
     fake_engine(monkeypatch, [CUDA, CPU], 1)
     monkeypatch.setattr(engine, "InferenceSession", lambda m, o, **_: real(m, providers=[CPU]))
-    monkeypatch.setattr("vae_runtime.session.context_of", lambda memory: contextlib.nullcontext())
+    monkeypatch.setattr("vae_runtime.session.made_current", lambda memory: contextlib.nullcontext())
     with pytest.raises(DeviceError, match=f"device 'cuda:0' cannot be used: onnxruntime opened .* on {CPU} instead"):
         VAE.load(tiny_path, device="cuda")
     assert capfd.readouterr() == ("", "")

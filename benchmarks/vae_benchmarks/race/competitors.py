@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vae_runtime.arguments import check_choice
 from vae_runtime.errors import InputError
 
 OURS = "ours"
@@ -93,8 +94,7 @@ def choose_competitors(names: Sequence[str], device: str = "cpu") -> tuple[Compe
     """
     known = COMPETITORS if device == "cpu" else CUDA_COMPETITORS
     for name in names:
-        if name not in known:
-            raise InputError(f"competitor is {name!r}; expected one of {', '.join(known)}")
+        check_choice(name, "competitor", known)
         if list(names).count(name) > 1:
             raise InputError(f"competitor {name!r} is named twice")
     return tuple(known[name] for name in names)

@@ -28,11 +28,9 @@ def open_entrant(case: Case, batch: int, threads: int, compiled: bool) -> Entran
     """The modules in evaluation mode, `threads` intra-op threads and one inter-op thread.
 
     Eager modules run under `inference_mode`; those with images are tried in both memory layouts, and each half keeps
-    the faster one. Compiled modules go through `torch.compile` for exactly this batch size, as one graph each, with the
-    weights frozen into it (`torch._inductor.config.freezing`), so that BatchNorm folds away and weights are packed
-    beforehand; the compiler chooses the layout. A half whose frozen graph computes something else than the module is
-    compiled without freezing. They run under `no_grad`, since freezing silently does nothing under `inference_mode`,
-    which makes convolutions several times slower. Compiling needs a C++ compiler.
+    the faster one. Compiled modules are those of `torch_compile.compile_module`, for exactly this batch size, as one
+    graph each, under `no_grad`: convolutions whose weights are not frozen are several times slower. The compiler
+    chooses the layout. Compiling needs a C++ compiler.
     """
     if case.torch is None:
         raise CannotRunError("a bundle alone has no torch modules; build a case for it")

@@ -13,8 +13,9 @@ A case folder:
     torch/weights.pt     {"encoder": state_dict, "decoder": state_dict}
     inputs.npz           real inputs x, with torch's mean, logvar (of a vae) and reconstruction
 
-The weights come from the seed; those of conv28, conv64 and plain256 are then trained, for a minute or two on two cores.
-Normalisation layers of the untrained ones have seen real inputs, so that activations stay in the usual range.
+The weights come from the seed; those of conv28, conv64, resnet128 and plain256 are then trained, for a minute or two
+each on two cores. Normalisation layers of the untrained ones have seen real inputs, so that activations stay in the
+usual range.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mnist", type=Path, help="MNIST's test images as IDX; without it, digits enlarged to 28×28")
     parser.add_argument("--epochs", type=int, help="of training conv28 and conv64  [12 and 10]")
-    parser.add_argument("--seconds", type=float, default=100.0, help="of training plain256  [100]")
+    parser.add_argument("--seconds", type=float, default=100.0, help="of training resnet128 and plain256, each  [100]")
     parser.add_argument(
         "--precisions", default=",".join(PRECISIONS), help="of the bundle, with commas; a race on a GPU takes fp32,fp16"
     )
@@ -106,9 +107,7 @@ def main() -> None:
 
 def mlp(options: Options) -> Model:
     images, data = digits_28(options.mnist)
-    return seeded(
-        options, "mlp", {"side": 28, "hidden": 400, "latent": 20}, images[:EXAMPLES], data, "MLP 784-400-20", "vae"
-    )
+    return seeded(options, "mlp", {"side": 28, "hidden": 400, "latent": 20}, images[:EXAMPLES], data, "MLP 784-400-20")
 
 
 def strided64(options: Options) -> Model:
@@ -124,14 +123,7 @@ def strided(options: Options, side: int) -> Model:
     description = f"strided convolutions and ConvTranspose, BatchNorm, LeakyReLU, {side}×{side} RGB, latent 128"
     examples = photographs.to_float(photographs.crops(EXAMPLES, side, held_out=True, seed=options.seed))
     arguments = {"side": side, "widths": widths, "latent": 128}
-    return seeded(options, "strided", arguments, examples, "crops of two photographs", description, "vae")
-
-
-def resnet128(options: Options) -> Model:
-    examples = photographs.to_float(photographs.crops(64, 128, held_out=True, seed=options.seed))
-    description = "residual blocks, GroupNorm, SiLU, 128×128 RGB, code 4×16×16"
-    arguments = {"widths": (32, 64, 64, 128), "blocks": 1, "latent": 4}
-    return seeded(options, "resnet", arguments, examples, "crops of two photographs", description, "autoencoder")
+    return seeded(options, "strided", arguments, examples, "crops of two photographs", description)
 
 
 def seeded(
@@ -141,7 +133,6 @@ def seeded(
     examples: Float32,
     data: str,
     description: str,
-    kind: str,
 ) -> Model:
     """Weights straight from the seed; BatchNorm's statistics are those of the examples."""
     torch.manual_seed(options.seed)
@@ -150,10 +141,10 @@ def seeded(
     for layer in norms:
         layer.momentum = None  # the plain average over what is seen
     with torch.no_grad():
-        encoded = encoder.train()(torch.from_numpy(examples[:64]))
-        decoder.train()(encoded[0] if kind == "vae" else encoded)
+        mean, _ = encoder.train()(torch.from_numpy(examples[:64]))
+        decoder.train()(mean)
     return Model(
-        architecture, arguments, encoder.eval(), decoder.eval(), examples, kind, f"{description}, untrained", data
+        architecture, arguments, encoder.eval(), decoder.eval(), examples, "vae", f"{description}, untrained", data
     )
 
 
@@ -208,15 +199,33 @@ def trained_conv(
     )
 
 
-def plain256(options: Options) -> Model:
-    """Trained on 32×32 crops, which a network of convolutions alone allows, with the mean absolute error."""
+def resnet128(options: Options) -> Model:
+    description = "residual blocks, GroupNorm, SiLU, 128×128 RGB, code 4×16×16, trained"
+    arguments = {"widths": (32, 64, 64, 128), "blocks": 1, "latent": 4}
     torch.manual_seed(options.seed)
+    encoder, decoder = architectures.build("resnet", **arguments)
+    training = train_on_crops(options, encoder, decoder, 4096, 64)
+    examples = photographs.crops(64, 128, held_out=True, seed=options.seed)
+    return autoencoder("resnet", arguments, encoder, decoder, examples, description, training)
+
+
+def plain256(options: Options) -> Model:
+    description = "convolutions and ReLU without normalisation, 64 channels, 256×256 RGB, code 4×32×32, trained"
     arguments = {"width": 64, "levels": 4, "blocks": 3, "latent": 4}
+    torch.manual_seed(options.seed)
     encoder, decoder = architectures.build("plain", **arguments)
     keep_scale(encoder, decoder)
+    training = train_on_crops(options, encoder, decoder, 8192, 32)
+    examples = photographs.crops(16, 256, held_out=True, seed=options.seed)
+    return autoencoder("plain", arguments, encoder, decoder, examples, description, training)
+
+
+def train_on_crops(options: Options, encoder: nn.Module, decoder: nn.Module, count: int, side: int) -> dict[str, Any]:
+    """Train for `options.seconds` with the mean absolute error on `count` crops, smaller than the case's images, which
+    networks of convolutions alone allow -> how long that was."""
     parameters = [*encoder.parameters(), *decoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
-    data = torch.from_numpy(photographs.to_float(photographs.crops(8192, 32, held_out=False, seed=options.seed)))
+    data = torch.from_numpy(photographs.to_float(photographs.crops(count, side, held_out=False, seed=options.seed)))
     generator = torch.Generator().manual_seed(options.seed)
     begun, step, elapsed = time.perf_counter(), 0, 0.0
     while elapsed < options.seconds:
@@ -230,29 +239,38 @@ def plain256(options: Options) -> Model:
         optimizer.step()
         step, elapsed = step + 1, time.perf_counter() - begun
         if step % 50 == 0:
-            print(f"plain256: step {step}, {elapsed:.0f} s, mean absolute error {float(loss):.4f}", file=sys.stderr)
-    examples = photographs.to_float(photographs.crops(16, 256, held_out=True, seed=options.seed))
+            print(f"step {step}, {elapsed:.0f} s, mean absolute error {loss.item():.4f}", file=sys.stderr)
+    return {"steps": step, "seconds": elapsed}
+
+
+def autoencoder(
+    architecture: str,
+    arguments: dict[str, Any],
+    encoder: nn.Module,
+    decoder: nn.Module,
+    held_out: NDArray[np.uint8],
+    description: str,
+    training: dict[str, Any],
+) -> Model:
+    """A trained pair, with its PSNR on held-out crops."""
+    examples = photographs.to_float(held_out)
     with torch.inference_mode():
         errors = [
             float((decoder.eval()(encoder.eval()(x)) - x).square().mean())
             for x in torch.split(torch.from_numpy(examples[:8]), 1)
         ]
+    psnr = float(np.mean([-10 * math.log10(error) for error in errors]))
     return Model(
-        architecture="plain",
+        architecture=architecture,
         arguments=arguments,
         encoder=encoder,
         decoder=decoder,
         examples=examples,
         kind="autoencoder",
-        description="convolutions and ReLU without normalisation, 64 channels, 256×256 RGB, code 4×32×32, trained",
+        description=description,
         data="crops of two photographs",
         likelihood={"type": "gaussian", "scale": 1.0},
-        quality={
-            "part": "held-out crops",
-            "psnr_db": float(np.mean([-10 * math.log10(error) for error in errors])),
-            "steps": step,
-            "seconds": elapsed,
-        },
+        quality={"part": "held-out crops", "psnr_db": psnr, **training},
     )
 
 

@@ -400,6 +400,6 @@ def _describe_quality(name: str, precision: Precision) -> str:
     if elbo is not None:
         losses.append(f"-ELBO {elbo:.4f} nats per dimension ({lost:+.5f})")
     kept = sum(map(len, quality["kept_fp32"].values()))
-    layers = f"; {kept} layer{'s' if kept > 1 else ''} in fp32" if kept else ""
+    nodes = f"; {kept} node{'s' if kept > 1 else ''} in fp32" if kept else ""
     verdict = "within the budget" if precision.within_budget else "MISSES the budget"
-    return f"  {name}: {', '.join(losses)} on {quality['examples']} held-out examples, {verdict}{layers}"
+    return f"  {name}: {', '.join(losses)} on {quality['examples']} held-out examples, {verdict}{nodes}"

@@ -1,4 +1,5 @@
-"""fp16 for one half: float16 inside, float32 at the boundary and wherever float16 would overflow.
+"""fp16 for one half: float16 inside, float32 at the boundary and wherever float16 would overflow; on demand also as far
+as the second layer, so that the input itself is not rounded.
 
 onnxruntime has no float16 kernels for the CPU: it computes in float32 and would hide an overflow. So there are two
 graphs: the one that ships, and its twin for measuring, in float32, with every weight and every result rounded to
@@ -32,7 +33,7 @@ class Float16Graph(NamedTuple):
     """One half in fp16.
 
     graph: what ships. twin: what is measured in its place. Both are None where no layer can be in float16.
-    kept: nodes that stay in fp32 because float16 would overflow or lose their weights.
+    kept: nodes that stay in fp32 because float16 would overflow or lose their weights, and what was kept on demand.
     """
 
     graph: bytes | None
@@ -40,15 +41,29 @@ class Float16Graph(NamedTuple):
     kept: list[str]
 
 
-def to_float16(graph: bytes, x: Float32) -> Float16Graph:
-    """One half in fp16, with its activations over the inputs `x` measured."""
-    model = with_node_names(onnx.shape_inference.infer_shapes(onnx.load_from_string(graph)))
-    kept = _unsafe(model, x)
-    blocked = {*kept, *_tail(model.graph)}
-    if not any(node.op_type in WEIGHTED and node.name not in blocked for node in model.graph.node):
-        return Float16Graph(None, None, kept)
-    converted = _convert(model, blocked)
-    return Float16Graph(converted, _twin(converted), kept)
+class ConvertibleGraph:
+    """One half in fp32, with its activations over the inputs `x` measured once, and its forms in fp16."""
+
+    def __init__(self, graph: bytes, x: Float32) -> None:
+        self._model = with_node_names(onnx.shape_inference.infer_shapes(onnx.load_from_string(graph)))
+        self._unsafe = set(_unsafe(self._model, x))
+
+    def build(self, *, keep_first: bool = False) -> Float16Graph:
+        """keep_first: everything before the second layer with weights stays in fp32 too.
+
+        A flat image is a large value with small differences, of which float16's 11 bits leave few. A normalisation
+        after the first layer enlarges them, and with them how the image, and what that layer gives, are rounded.
+        """
+        nodes = self._model.graph.node
+        chosen = self._unsafe | (set(_first(self._model.graph)) if keep_first else set())
+        kept = [node.name for node in nodes if node.name in chosen]
+        blocked = {*kept, *_tail(self._model.graph)}
+        if not any(node.op_type in WEIGHTED and node.name not in blocked for node in nodes):
+            return Float16Graph(None, None, kept)
+        model = onnx.ModelProto()
+        model.CopyFrom(self._model)  # which the converter changes
+        converted = _convert(model, blocked)
+        return Float16Graph(converted, _twin(converted), kept)
 
 
 def _unsafe(model: onnx.ModelProto, x: Float32) -> list[str]:
@@ -58,6 +73,18 @@ def _unsafe(model: onnx.ModelProto, x: Float32) -> list[str]:
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     wide |= {name for name, value in constants.items() if value.dtype == np.float32 and not _fits(value)}
     return [node.name for node in model.graph.node if not wide.isdisjoint((*node.input, *node.output))]
+
+
+def _first(graph: onnx.GraphProto) -> Iterable[str]:
+    """What depends on the input through one layer with weights at most."""
+    layers = {graph.input[0].name: 0}  # with weights, on the longest way from the input to a value
+    for node in graph.node:
+        before = [layers[name] for name in node.input if name in layers]
+        if before:
+            count = max(before) + (node.op_type in WEIGHTED)
+            layers |= dict.fromkeys(node.output, count)
+            if count <= 1:
+                yield node.name
 
 
 def _largest(data: object) -> float:

@@ -50,21 +50,25 @@ class Judge:
         self._peak = 1.0 if spec.is_image else data_range(x)
         self._fp32_decoder = self._open_decoder(None)
         self._encoded = self._encode(self._open_encoder(None))
-        self._fp32 = self._figures(self._encoded, self._fp32_decoder)
+        self._reconstruction = self._decode(self._fp32_decoder, self._mode(self._encoded))
+        self._fp32 = self._figures(self._encoded, self._fp32_decoder, self._reconstruction)
 
     def __len__(self) -> int:
         return len(self._x)
 
     def measure(self, graphs: Pair) -> Measurement:
         """Another pair of graphs on the same examples and the same noise."""
-        encoder, decoder = graphs
-        encoded = self._encoded if encoder is None else self._encode(self._open_encoder(encoder))
-        found = self._figures(encoded, self._fp32_decoder if decoder is None else self._open_decoder(decoder))
-        errors = {}
+        encoded, decoder, reconstruction = self._run(graphs)
+        found = self._figures(encoded, decoder, reconstruction)
+        errors = {"round_trip_max_error": self._error(reconstruction)}
         for name, reference in self._encoded.items():
             errors[f"{name}_max_error"] = float(np.abs(encoded[name] - reference).max())
             errors[f"{name}_relative_error"] = relative_error(encoded[name], reference)
         return Measurement(self._fp32, found, errors, len(self._x))
+
+    def round_trip_error(self, graphs: Pair) -> float:
+        """max|Δ| of reconstructions from fp32's, each pair's from its own mean, relative to the data's range."""
+        return self._error(self._run(graphs)[2]) / self._peak
 
     def fidelity(self, measured: Measurement, decoder: bytes | None) -> dict[str, Any]:
         """The manifest's `fidelity`: max|Δ| from fp32, the reconstruction's with fp32's mean given to both decoders."""
@@ -111,10 +115,24 @@ class Judge:
     def _decode(self, session: GraphSession, z: Float32) -> Float32:
         return np.concatenate([session.run(z[i : i + BATCH_SIZE])[0] for i in range(0, len(z), BATCH_SIZE)])
 
-    def _figures(self, encoded: Mapping[str, Float32], decoder: GraphSession) -> Figures:
+    def _run(self, graphs: Pair) -> tuple[dict[str, Float32], GraphSession, Float32]:
+        """What the encoder gives, the decoder, and what it makes of the posterior's mode."""
+        encoder, decoder = graphs
+        encoded = self._encoded if encoder is None else self._encode(self._open_encoder(encoder))
+        session = self._fp32_decoder if decoder is None else self._open_decoder(decoder)
+        return encoded, session, self._decode(session, self._mode(encoded))
+
+    def _error(self, reconstruction: Float32) -> float:
+        with np.errstate(all="ignore"):  # an overflow is found in the figures
+            return float(np.abs(reconstruction - self._reconstruction).max())
+
+    def _mode(self, encoded: Mapping[str, Float32]) -> Float32:
+        return Posterior(encoded[MEAN], encoded.get(LOGVAR)).mode()
+
+    def _figures(self, encoded: Mapping[str, Float32], decoder: GraphSession, reconstruction: Float32) -> Figures:
         posterior = Posterior(encoded[MEAN], encoded.get(LOGVAR))
         with np.errstate(all="ignore"):  # an overflow is found in the figures
-            psnr = _psnr(self._decode(decoder, posterior.mode()), self._x, self._peak)
+            psnr = _psnr(reconstruction, self._x, self._peak)
             if self._likelihood is None:
                 return Figures(psnr, None)
             drawn = self._decode(decoder, posterior.sample(seed=NOISE_SEED))

@@ -13,7 +13,7 @@ from vae_runtime.manifest import INPUT, LATENT, InputSpec, LatentSpec, Likelihoo
 from vae_runtime.preprocess import Float32
 
 from .activation_ranges import activation_inputs
-from .float16 import to_float16
+from .float16 import ConvertibleGraph
 from .halves import HALF_NAMES, Halves, graph_file
 from .int8_search import Candidate, LayerSearch
 from .judge import Judge, Pair
@@ -27,6 +27,9 @@ TRIAL_EXAMPLES = 64  # of those that calibrate; the choices of a search are many
 # models so exact that twice next to nothing would be left; above the ceiling a self-test would tell little: a graph
 # that gives only zeros errs by 0.14 or more on the reference cases, int8 as it should be by 0.045 or less.
 GOLDEN_FACTOR, GOLDEN_FLOOR, GOLDEN_CEILING = 2.0, 0.002, 0.2
+# fp16's first layer stays in fp32 where fp16 would change a value of a reconstruction by more than the former, relative
+# to the data's range, and this leaves no more than the latter of that change: it costs time, which must be worth it.
+FLOAT16_ERROR, WORTH_FLOAT32 = 0.005, 0.5
 WITHOUT_LAYERS = {
     "int8": "neither half has a convolution or product with constant weights, which int8 is for",
     "fp16": "every layer's activations on the calibrating examples, or its weights, are beyond float16's range",
@@ -49,7 +52,9 @@ def make_precisions(
     made = Made()
     for name in wanted.names:
         try:
-            found = _int8(graphs, inputs, trial, final, wanted) if name == "int8" else _fp16(graphs, inputs, final)
+            found = (
+                _int8(graphs, inputs, trial, final, wanted) if name == "int8" else _fp16(graphs, inputs, trial, final)
+            )
             _decide(made, name, found, final, wanted, golden)
         except Exception as error:  # the tools of onnxruntime raise what they like
             made.refused[name] = {"reason": f"{name} cannot be made: {first_line(error)}", "quality": {}}
@@ -64,11 +69,17 @@ def _int8(
 
 
 def _fp16(
-    graphs: tuple[bytes, bytes], inputs: Mapping[str, Float32], final: Judge
+    graphs: tuple[bytes, bytes], inputs: Mapping[str, Float32], trial: Judge, final: Judge
 ) -> tuple[Candidate, Measurement] | None:
-    encoder, decoder = to_float16(graphs[0], inputs[INPUT]), to_float16(graphs[1], inputs[LATENT])
+    halves = ConvertibleGraph(graphs[0], inputs[INPUT]), ConvertibleGraph(graphs[1], inputs[LATENT])
+    encoder, decoder = (half.build() for half in halves)
     if encoder.graph is None and decoder.graph is None:
         return None
+    error = trial.round_trip_error((encoder.twin, decoder.twin))
+    if error > FLOAT16_ERROR:
+        exact = halves[0].build(keep_first=True)
+        if trial.round_trip_error((exact.twin, decoder.twin)) <= WORTH_FLOAT32 * error:
+            encoder = exact
     twins = encoder.twin, decoder.twin
     kept = {name: half.kept for name, half in zip(HALF_NAMES, (encoder, decoder), strict=True)}
     notes = {"calibration_examples": len(inputs[INPUT]), "kept_fp32": kept}

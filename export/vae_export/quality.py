@@ -56,7 +56,8 @@ class Figures:
 class Measurement:
     """A precision against fp32 on the same examples.
 
-    errors: of mean and logvar, each as `_max_error` (max|Δ|) and `_relative_error` (of max|fp32|).
+    errors: of mean and logvar, each as `_max_error` (max|Δ|) and `_relative_error` (of max|fp32|), and
+        `round_trip_max_error`, of the reconstruction from the posterior's mode, each precision's from its own.
     """
 
     fp32: Figures

@@ -352,7 +352,7 @@ def _describe(manifest: Manifest, engine: dict[str, Any]) -> str:
 
 
 def _describe_quality(quality: Mapping[str, Any]) -> str:
-    """`loses 0.002 dB of PSNR and 0.00005 nats per dimension on 180 examples, within the budget; layers in fp32: 1`."""
+    """`loses 0.002 dB of PSNR and 0.00005 nats per dimension on 180 examples, within the budget; nodes in fp32: 1`."""
     losses = [
         f"{quality[key]:.3g} {unit}"
         for key, unit in (("psnr_lost_db", "dB of PSNR"), ("nats_lost_per_dimension", "nats per dimension"))
@@ -362,7 +362,7 @@ def _describe_quality(quality: Mapping[str, Any]) -> str:
     kept = sum(map(len, quality.get("kept_fp32", {}).values()))
     loss = " and ".join(losses) or "an amount that is not stated"
     where = f" on {quality['examples']} examples" if "examples" in quality else ""
-    return f"loses {loss}{where}, {verdict}; layers in fp32: {kept}"
+    return f"loses {loss}{where}, {verdict}; nodes in fp32: {kept}"
 
 
 def _describe_tuning(measured: list[Measured]) -> str:

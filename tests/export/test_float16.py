@@ -12,7 +12,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import nn
 
-from vae_export.float16 import Float16Graph, to_float16
+from vae_export.float16 import ConvertibleGraph, Float16Graph
 from vae_export.graphs import EncoderGraph, encoder_to_onnx
 
 X = np.random.default_rng(0).uniform(0.5, 1, (24, 3, 8, 8)).astype(np.float32)
@@ -50,7 +50,7 @@ def plain_graph() -> bytes:
 
 @pytest.fixture(scope="module")
 def converted(plain_graph: bytes) -> Float16Graph:
-    return to_float16(plain_graph, X)
+    return ConvertibleGraph(plain_graph, X).build()
 
 
 def test_the_boundary_is_float32_and_the_inside_float16(plain_graph: bytes, converted: Float16Graph) -> None:
@@ -82,7 +82,7 @@ def test_it_agrees_with_fp32_and_with_its_twin(plain_graph: bytes, converted: Fl
 
 def test_nodes_that_would_overflow_stay_in_fp32() -> None:
     graph = to_graph(*scaled(make_layers(), 1e6, 2, 4))
-    result = to_float16(graph, X)
+    result = ConvertibleGraph(graph, X).build()
     kept = [node.op_type for node in onnx.load_from_string(graph).graph.node if node.name in result.kept]
     assert Counter(kept) == {"Conv": 2, "Relu": 1}  # the one that writes, the one that reads, and what is between
     expected = run(graph)
@@ -92,7 +92,7 @@ def test_nodes_that_would_overflow_stay_in_fp32() -> None:
 def test_the_twin_overflows_where_a_device_would_and_the_cpu_does_not() -> None:
     x = X * 100  # real inputs far beyond those that were calibrated on
     graph = to_graph(*scaled(make_layers(), 1e4, 2, 4))
-    result = to_float16(graph, X / 1e4)
+    result = ConvertibleGraph(graph, X / 1e4).build()
     assert result.kept == []
     assert np.isfinite(run(result.graph, x)).all()  # onnxruntime computes it in float32
     assert not np.isfinite(run(result.twin, x)).all()
@@ -105,14 +105,58 @@ def test_weights_that_float16_does_not_hold_stay_in_fp32(plain_graph: bytes, wei
     model = onnx.load_from_string(plain_graph)
     first = next(tensor for tensor in model.graph.initializer if tensor.name == "encoder.0.weight")
     first.CopyFrom(numpy_helper.from_array(np.full_like(numpy_helper.to_array(first), weight), first.name))
-    names = to_float16(model.SerializeToString(), X * 0).kept
+    names = ConvertibleGraph(model.SerializeToString(), X * 0).build().kept
     assert [node.op_type for node in model.graph.node if node.name in names] == ["Conv"] * kept
 
 
 def test_where_nothing_can_be_in_float16_there_is_no_graph() -> None:
-    result = to_float16(to_graph(nn.Conv2d(3, 2, 3)), X * 1e6)
+    result = ConvertibleGraph(to_graph(nn.Conv2d(3, 2, 3)), X * 1e6).build()
     assert (result.graph, result.twin) == (None, None)
     assert len(result.kept) == 1
+
+
+def test_on_demand_everything_before_the_second_layer_stays_in_fp32() -> None:
+    torch.manual_seed(0)
+    graph = to_graph(
+        nn.Conv2d(3, 8, 3), nn.GroupNorm(8, 8), nn.SiLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1)
+    )
+    flat = np.random.default_rng(0).uniform(0.90, 0.91, X.shape).astype(np.float32)
+    half = ConvertibleGraph(graph, flat)
+    expected, error = run(graph, flat), {}
+    for keep_first in (False, True):
+        result = half.build(keep_first=keep_first)
+        error[keep_first] = np.abs(run(result.twin, flat) - expected).max()
+        model = onnx.load_from_string(result.graph or b"")
+        narrow = [t.name for t in model.graph.initializer if t.data_type == TensorProto.FLOAT16]
+        assert ("encoder.0.weight" in narrow, "encoder.3.weight" in narrow) == (not keep_first, True)
+        kept = {node.op_type for node in onnx.load_from_string(graph).graph.node if node.name in result.kept}
+        assert kept >= {"Conv", "InstanceNormalization", "Sigmoid"} if keep_first else kept == set()
+        assert "Relu" not in kept
+    assert error[True] < 0.1 * error[False]
+
+
+def test_what_a_shortcut_carries_past_the_second_layer_is_float16() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = self.first(2 * x - 1)
+            return hidden + torch.relu(self.second(hidden))
+
+    torch.manual_seed(0)
+    graph = to_graph(Block(), nn.Conv2d(8, 2, 1))
+    result = ConvertibleGraph(graph, X).build(keep_first=True)
+    kept = [node.op_type for node in onnx.load_from_string(graph).graph.node if node.name in result.kept]
+    assert kept == ["Mul", "Sub", "Conv"]
+    assert 0 < np.abs(run(result.twin) - run(graph)).max() < 2e-3
+
+
+def test_of_a_half_with_one_layer_nothing_is_left_in_float16() -> None:
+    half = ConvertibleGraph(to_graph(nn.Conv2d(3, 2, 3)), X)
+    assert half.build().graph is not None
+    assert half.build(keep_first=True).graph is None
 
 
 def test_values_between_two_nodes_in_fp32_never_pass_through_float16() -> None:
@@ -128,7 +172,7 @@ def test_values_between_two_nodes_in_fp32_never_pass_through_float16() -> None:
     torch.manual_seed(0)
     fork, after = Fork(), nn.Conv2d(4, 2, 1)
     graph = to_graph(fork, nn.ReLU(), after)
-    result = to_float16(graph, X)
+    result = ConvertibleGraph(graph, X).build()
     assert result.graph is not None
     expected = run(graph)
     assert np.abs(run(result.twin) - expected).max() < 2e-3 * np.abs(expected).max()
@@ -145,6 +189,6 @@ def test_values_between_two_nodes_in_fp32_never_pass_through_float16() -> None:
 def test_a_float16_value_that_two_nodes_in_fp32_read_is_cast_once() -> None:
     torch.manual_seed(0)
     graph = to_graph(nn.Conv2d(3, 2, 3), nn.SiLU())  # a sigmoid and a product, both after the last layer
-    result = to_float16(graph, X)
+    result = ConvertibleGraph(graph, X).build()
     onnx.checker.check_model(onnx.load_from_string(result.graph or b""), full_check=True)
     assert np.abs(run(result.graph) - run(graph)).max() < 2e-3

@@ -117,6 +117,15 @@ def test_the_figures_are_those_of_the_bundle_as_it_runs(written: tuple[Path, Man
     assert quality["psnr_lost_db"] == pytest.approx(quality["fp32_psnr_db"] - quality["psnr_db"], abs=1e-4)
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp16"])
+def test_the_round_trip_is_that_of_the_bundle_as_it_runs(written: tuple[Path, Manifest], precision: str) -> None:
+    path, manifest = written
+    with VAE.load(path, precision=precision, threads=1) as vae, VAE.load(path, threads=1) as reference:
+        error = np.abs(vae.reconstruct(digits()[1::2]) - reference.reconstruct(digits()[1::2])).max()
+    close = {"int8": 1e-6, "fp16": 2e-3}[precision]  # fp16 computes in float32 here, its twin does not
+    assert manifest.precisions[precision].fidelity["round_trip_max_error"] == pytest.approx(error, rel=0.06, abs=close)
+
+
 def test_making_them_again_gives_the_same_bytes(trained: Any, written: tuple[Path, Manifest]) -> None:
     path, manifest = written
     graphs = tuple((path / f"{half}.onnx").read_bytes() for half in ("encoder", "decoder"))
@@ -367,6 +376,33 @@ def test_fp16_keeps_what_would_overflow_in_fp32_and_says_so() -> None:
     quality = made.precisions["fp16"].quality
     assert quality["within_budget"]
     assert quality["kept_fp32"] == {"encoder": ["layer1", "layer2"], "decoder": []}
+
+
+def flat_pair() -> tuple[nn.Module, nn.Module]:
+    """An encoder that enlarges the small differences of flat images, and a decoder that shows the code."""
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Conv2d(1, 8, 1), nn.GroupNorm(8, 8), nn.SiLU(), nn.Conv2d(8, 4, 2, 2))
+    decoder = nn.Sequential(nn.Conv2d(4, 4, 1), nn.PixelShuffle(2), nn.Sigmoid())
+    with torch.no_grad():
+        decoder[0].weight.mul_(4)
+    return encoder, decoder
+
+
+@pytest.mark.parametrize(
+    ("spread", "worth", "kept"),
+    [(0.02, 0.5, True), (0.02, 0.0, False), (1.0, 0.5, False)],
+    ids=["flat", "flat-and-not-worth-it", "not-flat"],
+)
+def test_fp16_keeps_the_first_layer_in_fp32_where_that_is_worth_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spread: float, worth: float, kept: bool
+) -> None:
+    monkeypatch.setattr("vae_export.precisions.WORTH_FLOAT32", worth)
+    x = np.random.default_rng(0).uniform(1 - spread, 1, (128, 1, 8, 8)).astype(np.float32)
+    options = {"kind": "autoencoder", "precisions": ["fp32", "fp16"], "budget": Budget(psnr_db=90)}
+    entry = export_bundle(*flat_pair(), tmp_path / "a.vae", examples=x, **options).precisions["fp16"]
+    assert len(entry.quality["kept_fp32"]["encoder"]) > 0 if kept else entry.quality["kept_fp32"]["encoder"] == []
+    assert entry.quality["kept_fp32"]["decoder"] == []
+    assert (entry.fidelity["round_trip_max_error"] < 0.005) == (kept or spread == 1)
 
 
 @pytest.mark.parametrize(

@@ -106,9 +106,9 @@ def test_info_says_of_a_quality_what_there_is(bundle: Path, resign: Any) -> None
         return run("info", bundle).stdout
 
     full = {"psnr_lost_db": 0.01, "nats_lost_per_dimension": None, "examples": 8, "kept_fp32": {"encoder": ["a"]}}
-    assert "loses 0.01 dB of PSNR on 8 examples, within the budget; layers in fp32: 1\n" in describe(full)
+    assert "loses 0.01 dB of PSNR on 8 examples, within the budget; nodes in fp32: 1\n" in describe(full)
     little = {"psnr_lost_db": None, "calibration_examples": 3}
-    assert "loses an amount that is not stated, within the budget; layers in fp32: 0\n" in describe(little)
+    assert "loses an amount that is not stated, within the budget; nodes in fp32: 0\n" in describe(little)
 
 
 def test_info_passes_over_a_precision_of_later_versions(bundle: Path, resign: Any) -> None:

@@ -86,7 +86,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="of training conv28 and conv64  [12 and 10]")
     parser.add_argument("--seconds", type=float, default=100.0, help="of training resnet128 and plain256, each  [100]")
     parser.add_argument(
-        "--precisions", default=",".join(PRECISIONS), help="of the bundle, with commas; a race on a GPU takes fp32,fp16"
+        "--precisions",
+        default=",".join(PRECISIONS),
+        help="of the bundle, with commas; a race on a GPU takes fp32,tf32,fp16",
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--force", action="store_true", help="replace cases that are there")

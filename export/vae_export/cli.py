@@ -138,7 +138,7 @@ class InputShape(click.ParamType):
 )  # fmt: skip
 @click.option(
     "--precision", "precisions", default="fp32", show_default=True,
-    help="What to write: fp32, which always is, int8, fp16; several with commas.",
+    help="What to write: fp32, which always is, int8, fp16, tf32; several with commas.",
 )  # fmt: skip
 @click.option(
     "--budget-psnr", type=float, default=Budget().psnr_db, show_default=True,

@@ -292,8 +292,8 @@ def export_bundle(
     golden: "examples", whose first 4 then travel with the bundle, or "synthetic", seeded noise.
     tolerance: largest error of a reconstruction relative to the data's range; ten times that for mean and logvar,
         relative to max|reference|.
-    precisions: which to write beside "fp32", the reference, which always is: "int8", "fp16". Even rows of the examples
-        calibrate them, odd rows measure what they lose against fp32.
+    precisions: which to write beside "fp32", the reference, which always is: "int8", "fp16", "tf32". Even rows of the
+        examples calibrate them, odd rows measure what they lose against fp32.
     budget: how much that may be. A precision that loses more is not written, and the manifest's `refused` says why.
     keep: write it nevertheless, marked in the manifest (`within_budget`); never one that gives NaN or infinity, or is
         so far off on the golden inputs that a self-test would tell nothing.

@@ -8,7 +8,7 @@ float16 as a GPU rounds them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -21,11 +21,11 @@ from vae_runtime.preprocess import Float32
 
 from .activation_ranges import activation_ranges
 from .graphs import plain, with_node_names
+from .layers import WEIGHTED, after_the_last, before_the_second
 
 MAX_FLOAT16 = float(np.finfo(np.float16).max)
 MARGIN = 4.0  # by which activations may exceed those of the calibration examples
 LOST_WEIGHT = 1e-2  # of a weight's norm; more is lost only where values lie below float16's smallest
-WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 FLOAT_OPERATORS = (*DEFAULT_OP_BLOCK_LIST, "Softmax", "Exp", "Pow", "ReduceSum", "ReduceMean", "ReduceL2")
 
 
@@ -54,11 +54,11 @@ class ConvertibleGraph:
         A flat image is a large value with small differences, of which float16's 11 bits leave few. A normalisation
         after the first layer enlarges them, and with them how the image, and what that layer gives, are rounded.
         """
-        nodes = self._model.graph.node
-        chosen = self._unsafe | (set(_first(self._model.graph)) if keep_first else set())
-        kept = [node.name for node in nodes if node.name in chosen]
-        blocked = {*kept, *_tail(self._model.graph)}
-        if not any(node.op_type in WEIGHTED and node.name not in blocked for node in nodes):
+        graph = self._model.graph
+        chosen = {*self._unsafe, *(node.name for node in before_the_second(graph) if keep_first)}
+        kept = [node.name for node in graph.node if node.name in chosen]
+        blocked = {*kept, *(node.name for node in after_the_last(graph))}
+        if not any(node.op_type in WEIGHTED and node.name not in blocked for node in graph.node):
             return Float16Graph(None, None, kept)
         model = onnx.ModelProto()
         model.CopyFrom(self._model)  # which the converter changes
@@ -75,18 +75,6 @@ def _unsafe(model: onnx.ModelProto, x: Float32) -> list[str]:
     return [node.name for node in model.graph.node if not wide.isdisjoint((*node.input, *node.output))]
 
 
-def _first(graph: onnx.GraphProto) -> Iterable[str]:
-    """What depends on the input through one layer with weights at most."""
-    layers = {graph.input[0].name: 0}  # with weights, on the longest way from the input to a value
-    for node in graph.node:
-        before = [layers[name] for name in node.input if name in layers]
-        if before:
-            count = max(before) + (node.op_type in WEIGHTED)
-            layers |= dict.fromkeys(node.output, count)
-            if count <= 1:
-                yield node.name
-
-
 def _largest(data: object) -> float:
     low, high = data.range_value  # type: ignore[attr-defined]
     return float(max(abs(np.min(low)), abs(np.max(high))))
@@ -98,19 +86,6 @@ def _fits(weight: Float32) -> bool:
     if not np.isfinite(rounded).all():
         return False
     return bool(np.linalg.norm(rounded - weight) <= LOST_WEIGHT * np.linalg.norm(weight))
-
-
-def _tail(graph: onnx.GraphProto) -> Iterable[str]:
-    """What comes after the last layer with weights: the sigmoid or clip that gives an image, the clip of logvar."""
-    made_by = {name: node for node in graph.node for name in node.output}
-    open_names = [value.name for value in graph.output]
-    tail = set()
-    while open_names:
-        node = made_by.get(open_names.pop())
-        if node is not None and node.op_type not in WEIGHTED and node.name not in tail:
-            tail.add(node.name)
-            open_names.extend(node.input)
-    return tail
 
 
 def _convert(model: onnx.ModelProto, blocked: Collection[str]) -> bytes:

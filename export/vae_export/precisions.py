@@ -19,6 +19,7 @@ from .int8_search import Candidate, LayerSearch
 from .judge import Judge, Pair
 from .quality import Budget, Measurement
 from .quantize import QuantizableGraph
+from .tf32 import tf32_twin, with_exact_first_layer
 from .wanted_precisions import Made, Wanted
 
 TRIAL_EXAMPLES = 64  # of those that calibrate; the choices of a search are many, and need no more
@@ -27,11 +28,12 @@ TRIAL_EXAMPLES = 64  # of those that calibrate; the choices of a search are many
 # models so exact that twice next to nothing would be left; above the ceiling a self-test would tell little: a graph
 # that gives only zeros errs by 0.14 or more on the reference cases, int8 as it should be by 0.045 or less.
 GOLDEN_FACTOR, GOLDEN_FLOOR, GOLDEN_CEILING = 2.0, 0.002, 0.2
-# fp16's first layer stays in fp32 where fp16 would change a value of a reconstruction by more than the former, relative
-# to the data's range, and this leaves no more than the latter of that change: it costs time, which must be worth it.
-FLOAT16_ERROR, WORTH_FLOAT32 = 0.005, 0.5
+# The encoder's first layer stays as exact as fp32 where otherwise a value of a reconstruction would change by more than
+# this, relative to the data's range, and where that brings the change down to such a part of it: it costs time.
+FLOAT16_ERROR, TF32_ERROR, WORTH_FLOAT32 = 0.005, 0.002, 0.5
 WITHOUT_LAYERS = {
     "int8": "neither half has a convolution or product with constant weights, which int8 is for",
+    "tf32": "neither half has a convolution or matrix product, which is what TF32 makes faster",
     "fp16": "every layer's activations on the calibrating examples, or its weights, are beyond float16's range",
 }
 
@@ -52,9 +54,12 @@ def make_precisions(
     made = Made()
     for name in wanted.names:
         try:
-            found = (
-                _int8(graphs, inputs, trial, final, wanted) if name == "int8" else _fp16(graphs, inputs, trial, final)
-            )
+            if name == "int8":
+                found = _int8(graphs, inputs, trial, final, wanted)
+            elif name == "fp16":
+                found = _fp16(graphs, inputs, trial, final)
+            else:
+                found = _tf32(graphs, trial, final)
             _decide(made, name, found, final, wanted, golden)
         except Exception as error:  # the tools of onnxruntime raise what they like
             made.refused[name] = {"reason": f"{name} cannot be made: {first_line(error)}", "quality": {}}
@@ -75,15 +80,34 @@ def _fp16(
     encoder, decoder = (half.build() for half in halves)
     if encoder.graph is None and decoder.graph is None:
         return None
-    error = trial.round_trip_error((encoder.twin, decoder.twin))
-    if error > FLOAT16_ERROR:
-        exact = halves[0].build(keep_first=True)
-        if trial.round_trip_error((exact.twin, decoder.twin)) <= WORTH_FLOAT32 * error:
-            encoder = exact
+    exact = halves[0].build(keep_first=True)
+    if exact.graph is not None and _is_worth_it(trial, FLOAT16_ERROR, encoder.twin, exact.twin, decoder.twin):
+        encoder = exact
     twins = encoder.twin, decoder.twin
-    kept = {name: half.kept for name, half in zip(HALF_NAMES, (encoder, decoder), strict=True)}
-    notes = {"calibration_examples": len(inputs[INPUT]), "kept_fp32": kept}
+    notes = {"calibration_examples": len(inputs[INPUT]), "kept_fp32": _kept(encoder.kept, decoder.kept)}
     return Candidate((encoder.graph, decoder.graph), twins, notes), final.measure(twins)
+
+
+def _tf32(graphs: tuple[bytes, bytes], trial: Judge, final: Judge) -> tuple[Candidate, Measurement] | None:
+    twin, decoder = tf32_twin(graphs[0]), tf32_twin(graphs[1])
+    if twin is None and decoder is None:
+        return None
+    exact, kept = with_exact_first_layer(graphs[0])
+    if kept and _is_worth_it(trial, TF32_ERROR, twin, tf32_twin(exact), decoder):
+        encoder, twins = exact, (tf32_twin(exact), decoder)
+    else:
+        encoder, twins, kept = None, (twin, decoder), []
+    return Candidate((encoder, None), twins, {"kept_fp32": _kept(kept, [])}), final.measure(twins)
+
+
+def _is_worth_it(trial: Judge, most: float, plain: bytes | None, exact: bytes | None, decoder: bytes | None) -> bool:
+    """Whether the encoder gets a first layer that rounds nothing, which costs time. All are twins."""
+    error = trial.round_trip_error((plain, decoder))
+    return error > most and trial.round_trip_error((exact, decoder)) <= WORTH_FLOAT32 * error
+
+
+def _kept(encoder: list[str], decoder: list[str]) -> dict[str, list[str]]:
+    return dict(zip(HALF_NAMES, (encoder, decoder), strict=True))
 
 
 def _decide(

@@ -33,7 +33,7 @@ INPUT, MEAN, LOGVAR = "x", "mean", "logvar"
 LATENT, RECONSTRUCTION = "z", "reconstruction"
 
 KINDS = ("vae", "autoencoder")
-PRECISIONS = ("fp32", "fp16", "int8")  # those that have files of their own
+PRECISIONS = ("fp32", "tf32", "fp16", "int8")  # those that a bundle may state; tf32 runs without that too
 RESIZE_MODES = ("exact", "stretch", "crop")
 COLOURS = {"grey": 1, "rgb": 3}
 MAX_MANIFEST_BYTES = 16 * 2**20

@@ -54,8 +54,10 @@ def _can_run(bundle: Bundle, candidate: Candidate) -> bool:
 
 def check_precision(asked: Any, manifest: Manifest) -> None:
     """Raise `InputError` for no name of a precision, `DeviceError` for one that the bundle lacks."""
-    check_choice(asked, "precision", (*PRECISIONS, *PROVIDER_PRECISIONS, "auto"))
-    if asked in PRECISIONS and asked not in manifest.precisions:
+    check_choice(asked, "precision", tuple(dict.fromkeys((*PRECISIONS, *PROVIDER_PRECISIONS, "auto"))))
+    if asked in manifest.refused:
+        raise DeviceError(f"precision {asked!r} is not in {manifest.name}: {manifest.refused[asked]['reason']}")
+    if asked in PRECISIONS and asked not in (*manifest.precisions, *PROVIDER_PRECISIONS):
         raise DeviceError(
             f"precision {asked!r} is not in {manifest.name}, which has {', '.join(sorted(manifest.precisions))}"
         )
@@ -64,12 +66,11 @@ def check_precision(asked: Any, manifest: Manifest) -> None:
 def _file_of(manifest: Manifest, operation: str, precision: str) -> tuple[str, str]:
     """The file that runs an operation in a precision, and the precision that it really has: fp32 for a half that has no
     file of its own."""
-    if precision in PROVIDER_PRECISIONS:
-        files = manifest.precisions["fp32"]
-        return (files.encoder if operation == "encode" else files.decoder), precision
-    files, reference = manifest.precisions[precision], manifest.precisions["fp32"]
+    reference = manifest.precisions["fp32"]
+    by_provider = precision in PROVIDER_PRECISIONS
+    files = manifest.precisions.get(precision, reference) if by_provider else manifest.precisions[precision]
     file, plain = (files.encoder, reference.encoder) if operation == "encode" else (files.decoder, reference.decoder)
-    return file, "fp32" if file == plain else precision
+    return file, "fp32" if file == plain and not by_provider else precision
 
 
 def open_halves(

@@ -90,12 +90,10 @@ def candidates(manifest: Manifest, devices: Sequence[str]) -> list[Candidate]:
     """What there is to measure, the plainest and most exact first."""
     cores = usable_cores()
     counts = sorted({1, max(1, cores // 2), cores})
-    precisions = [
-        name for name in PRECISIONS if name in manifest.precisions and manifest.precisions[name].within_budget
-    ]
+    precisions = [name for name in dict.fromkeys((*PRECISIONS, *PROVIDER_PRECISIONS)) if _is_good(manifest, name)]
     found = []
     for device in devices:
-        for precision in [*precisions, *PROVIDER_PRECISIONS]:
+        for precision in precisions:
             if not _worth_measuring(device, precision):
                 continue
             if _is_gpu(device):
@@ -123,6 +121,13 @@ def _usable(devices: Sequence[str] | None) -> list[str]:
         if (reason := reasons.get(name, f"it is not one of {', '.join(reasons)}")) is not None:
             raise InputError(f"device {name!r} cannot be measured: {reason}")
     return [f"{name}:0" if name in _GPUS else name for name in devices]
+
+
+def _is_good(manifest: Manifest, precision: str) -> bool:
+    """Whether the bundle has it within the budget; bf16, and tf32 where the export was not asked, are judged here."""
+    if precision in manifest.precisions:
+        return manifest.precisions[precision].within_budget
+    return precision in PROVIDER_PRECISIONS and precision not in manifest.refused
 
 
 def _worth_measuring(device: str, precision: str) -> bool:

@@ -101,7 +101,7 @@ def test_of_many_pictures_those_evenly_spaced_over_all_are_read(tmp_path: Path) 
         (["{model}", "--output", "absent/a.vae"], "there is no folder absent"),
         (
             ["{model}", "--precision", "fp32,int4"],
-            "--precision has 'int4'; expected some of fp32, fp16, int8, with commas",
+            "--precision has 'int4'; expected some of fp32, tf32, fp16, int8, with commas",
         ),
         (["{model}", "--budget-psnr", "-1"], "budget.psnr_db is -1.0; expected a finite number from 0"),
         (

@@ -378,31 +378,45 @@ def test_fp16_keeps_what_would_overflow_in_fp32_and_says_so() -> None:
     assert quality["kept_fp32"] == {"encoder": ["layer1", "layer2"], "decoder": []}
 
 
-def flat_pair() -> tuple[nn.Module, nn.Module]:
+def flat_pair(contrast: float) -> tuple[nn.Module, nn.Module]:
     """An encoder that enlarges the small differences of flat images, and a decoder that shows the code."""
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Conv2d(1, 8, 1), nn.GroupNorm(8, 8), nn.SiLU(), nn.Conv2d(8, 4, 2, 2))
     decoder = nn.Sequential(nn.Conv2d(4, 4, 1), nn.PixelShuffle(2), nn.Sigmoid())
     with torch.no_grad():
-        decoder[0].weight.mul_(4)
+        decoder[0].weight.mul_(contrast)
     return encoder, decoder
 
 
+@pytest.mark.parametrize(("precision", "most"), [("fp16", 0.005), ("tf32", 0.002)])
 @pytest.mark.parametrize(
     ("spread", "worth", "kept"),
     [(0.02, 0.5, True), (0.02, 0.0, False), (1.0, 0.5, False)],
     ids=["flat", "flat-and-not-worth-it", "not-flat"],
 )
-def test_fp16_keeps_the_first_layer_in_fp32_where_that_is_worth_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spread: float, worth: float, kept: bool
+def test_the_first_layer_stays_exact_where_that_is_worth_it(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    precision: str,
+    most: float,
+    spread: float,
+    worth: float,
+    kept: bool,
 ) -> None:
     monkeypatch.setattr("vae_export.precisions.WORTH_FLOAT32", worth)
     x = np.random.default_rng(0).uniform(1 - spread, 1, (128, 1, 8, 8)).astype(np.float32)
-    options = {"kind": "autoencoder", "precisions": ["fp32", "fp16"], "budget": Budget(psnr_db=90)}
-    entry = export_bundle(*flat_pair(), tmp_path / "a.vae", examples=x, **options).precisions["fp16"]
-    assert len(entry.quality["kept_fp32"]["encoder"]) > 0 if kept else entry.quality["kept_fp32"]["encoder"] == []
+    pair, path = flat_pair(0.2 if spread == 1 else 4), tmp_path / "a.vae"
+    options = {"kind": "autoencoder", "precisions": [precision], "budget": Budget(psnr_db=90)}
+    manifest = export_bundle(*pair, path, examples=x, **options)
+    entry = manifest.precisions[precision]
+    assert bool(entry.quality["kept_fp32"]["encoder"]) == kept
     assert entry.quality["kept_fp32"]["decoder"] == []
-    assert (entry.fidelity["round_trip_max_error"] < 0.005) == (kept or spread == 1)
+    assert (entry.fidelity["round_trip_max_error"] < most) == (kept or spread == 1)
+    if precision == "tf32":  # which runs fp32's files but where it needs another
+        assert (entry.encoder, entry.decoder) == ("encoder.tf32.onnx" if kept else "encoder.onnx", "decoder.onnx")
+        assert manifest.golden.tolerance["tf32"] >= 0.002
+        with VAE.load(path, threads=1) as vae:
+            assert vae.selftest().passed
 
 
 @pytest.mark.parametrize(
@@ -411,7 +425,7 @@ def test_fp16_keeps_the_first_layer_in_fp32_where_that_is_worth_it(
         ({"precisions": "int8"}, "precisions is 'int8'; expected a list of names"),
         ({"precisions": None}, "precisions is None; expected a list of names"),
         ({"precisions": 5}, "precisions is 5; expected a list of names"),
-        ({"precisions": ["int4"]}, "precisions has 'int4'; expected some of fp32, fp16, int8"),
+        ({"precisions": ["int4"]}, "precisions has 'int4'; expected some of fp32, tf32, fp16, int8"),
         ({"budget": 0.1}, "budget is 0.1; expected a vae_export.Budget"),
         ({"precisions": ["int8"], "examples": digits(1)}, r"examples has 1 row\(s\); a precision beside fp32 is"),
     ],

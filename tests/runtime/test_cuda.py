@@ -6,6 +6,7 @@ import ctypes
 import gc
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -630,6 +631,22 @@ def test_selftest_on_the_gpu(tiny_path: Path, precision: str) -> None:
     with VAE.load(tiny_path, device="cuda", precision=precision) as vae:
         assert (vae.device, vae.plan["encode"][0]["provider"]) == ("cuda:0", CUDA)
         assert vae.selftest().passed
+
+
+@with_gpu
+def test_tf32_runs_the_file_that_the_bundle_has_for_it(bundle: Path, resign: Any) -> None:
+    def add(data: dict[str, Any]) -> None:
+        data["precisions"]["tf32"] = {"encoder": "encoder.tf32.onnx", "decoder": "decoder.onnx", "fidelity": {}}
+        data["files"]["encoder.tf32.onnx"] = data["files"]["encoder.onnx"]
+
+    shutil.copy(bundle / "encoder.onnx", bundle / "encoder.tf32.onnx")
+    resign(bundle, add)
+    with VAE.load(bundle, device="cuda", precision="tf32") as vae:
+        files = [(vae.plan[name][0]["file"], vae.plan[name][0]["precision"]) for name in ("encode", "decode")]
+        assert files == [("encoder.tf32.onnx", "tf32"), ("decoder.onnx", "tf32")]
+        assert vae.selftest().passed
+    with VAE.load(bundle, device="cuda") as vae:
+        assert vae.plan["encode"][0]["file"] == "encoder.onnx"
 
 
 @with_gpu

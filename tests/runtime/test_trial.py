@@ -146,7 +146,7 @@ def test_what_cannot_be_had_or_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyP
     assert best.device.options.keys() == {"device_id", "use_tf32"}
 
 
-@pytest.mark.parametrize("precision", [*PRECISIONS, "tf32"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_precision_has_its_tolerance(precision: str, monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> None:
     ways = Ways(monkeypatch, tiny_path, NHWC=0.9, pinned=1.0)
     ways.session.device = ways.session.device._replace(precision=precision)

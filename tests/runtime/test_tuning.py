@@ -341,6 +341,11 @@ def test_candidates_are_within_the_budget(tiny_path: Path) -> None:
         ("cuda:0", "tf32"),
     }
     data["precisions"]["int8"]["quality"]["within_budget"] = True
+    data["precisions"]["tf32"] = {**entry, "quality": {"within_budget": False}}
+    assert {c.precision for c in candidates(Manifest._from_dict(data, 1), ["cuda:0"])} == {"fp32", "fp16"}
+    del data["precisions"]["tf32"]
+    data["refused"] = {"tf32": {"reason": "it loses too much"}}
+    assert {c.precision for c in candidates(Manifest._from_dict(data, 1), ["cuda:0"])} == {"fp32", "fp16"}
     assert ("cpu", "int8") in {(c.device, c.precision) for c in candidates(Manifest._from_dict(data, 1), ["cpu"])}
 
 

@@ -277,8 +277,17 @@ def test_wrong_thread_counts_are_refused(tiny_path: Path, threads: Any) -> None:
 
 @pytest.mark.parametrize("precision", ["fp64", "", None, 32, ["fp32"], {}])
 def test_unknown_precisions_are_an_input_error(tiny_path: Path, precision: Any) -> None:
-    with pytest.raises(InputError, match=r"precision is .*; expected one of fp32, fp16, int8, bf16, tf32, auto"):
+    with pytest.raises(InputError, match=r"precision is .*; expected one of fp32, tf32, fp16, int8, bf16, auto"):
         VAE.load(tiny_path, precision=precision)
+
+
+@pytest.mark.parametrize("precision", ["int8", "tf32"])
+def test_precision_that_the_export_refused_is_a_device_error_with_its_reason(
+    bundle: Path, resign: Any, precision: str
+) -> None:
+    resign(bundle, lambda data: data.update(refused={precision: {"reason": "it loses 9 dB of PSNR"}}))
+    with pytest.raises(DeviceError, match=rf"precision '{precision}' is not in tiny: it loses 9 dB of PSNR"):
+        VAE.load(bundle, precision=precision)
 
 
 def test_precision_that_the_bundle_lacks_is_a_device_error(tiny_path: Path) -> None:

@@ -63,6 +63,20 @@ Work unary(const std::string& name, Arguments given) {
   return nullptr;
 }
 
+Work binary(const std::string& name, Arguments given) {
+  bool is_product = has(name, "OP_Mul<");
+  if (!(is_product || has(name, "OP_Sub<")) || !has(name, "float, float, float, ")) return nullptr;
+  void *left = given.address(0), *right = given.address(1), *out = given.address(2);
+  bool moves_left = has(name, "<true, "), moves_right = has(name, ", true, ");
+  int count = given.get<int>(4);
+  return [=] {
+    for (int i = 0; i < count; i++) {
+      float a = at<float>(left)[moves_left ? i : 0], b = at<float>(right)[moves_right ? i : 0];
+      at<float>(out)[i] = is_product ? a * b : a - b;
+    }
+  };
+}
+
 template <typename T>
 Work clip(Arguments given) {
   void *in = given.address(0), *out = given.address(1), *least = given.address(2), *most = given.address(3);
@@ -121,6 +135,20 @@ Work split_evenly(Arguments given) {
     for (int i = 0; i < count; i++) {
       int outer = i / block, along = i % block / inner, rest = i % inner;
       at<T>(outs.items[along / part])[(outer * part + along % part) * inner + rest] = at<T>(in)[i];
+    }
+  };
+}
+
+template <typename T>
+Work join(Arguments given) {
+  int block = given.get<Divisor>(0).value, inner = given.get<Divisor>(1).value, part = given.get<Divisor>(2).value;
+  void* out = given.address(3);
+  auto ins = given.get<List<void*, 32>>(4);
+  int count = given.get<int>(5);
+  return [=] {
+    for (int i = 0; i < count; i++) {
+      int outer = i / block, along = i % block / inner, rest = i % inner;
+      at<T>(out)[i] = at<T>(ins.items[along / part])[(outer * part + along % part) * inner + rest];
     }
   };
 }
@@ -195,6 +223,7 @@ Work find_kernel(const std::string& name, void** arguments, unsigned grid_depth)
   Arguments given(arguments);
   bool is_half = has(name, "<__half") || has(name, "<short");
   if (has(name, "_UnaryElementWise<")) return unary(name, given);
+  if (has(name, "_BinaryElementWiseSimple<")) return binary(name, given);
   if (has(name, "_Clip<")) return is_half ? clip<Half>(given) : clip<float>(given);
   if (has(name, "::_Fill<float,")) return fill<float>(given, has(name, ", int)"));
   if (has(name, "::_Fill<__half,")) return fill<Half>(given, has(name, ", int)"));
@@ -205,6 +234,7 @@ Work find_kernel(const std::string& name, void** arguments, unsigned grid_depth)
   if (has(name, "_SplitKernelSameSplitDim<short, onnxruntime::cuda::TArray<void*, 32>")) {
     return split_evenly<int16_t>(given);
   }
+  if (has(name, "_ConcatKernelSameConcatDim<int, onnxruntime::cuda::TArray<void const*, 32>")) return join<int32_t>(given);
   if (has(name, "::TransposeKernel<")) return is_half ? transpose<int16_t>(given) : transpose<int32_t>(given);
   if (has(name, "Transpose3DKernel<")) {
     return is_half ? transpose_planes<int16_t>(given, grid_depth) : transpose_planes<int32_t>(given, grid_depth);

@@ -356,6 +356,18 @@ def test_nan_in_the_manifests_fidelity_is_refused(monkeypatch: pytest.MonkeyPatc
     assert made.refused["fp16"]["reason"] == "fp16 gives NaN or infinite values on 80 held-out examples"
 
 
+def test_the_round_trip_goes_through_both_halves_and_is_relative_to_the_range_of_vectors() -> None:
+    encoder, decoder = exact_pair()
+    graphs = linear_graph(encoder, "x", [64], "mean", [64]), linear_graph(decoder, "z", [64], "reconstruction", [64])
+    x = 1000 * digits(8).reshape(8, 64)  # from 0 to 1000
+    judge = Judge(graphs, InputSpec("vector", (64,)), LatentSpec((64,), None), None, x)
+    encoder[1].weight.data *= 1.01
+    off = linear_graph(encoder, "x", [64], "mean", [64])
+    assert judge.round_trip_error((off, None)) == pytest.approx(0.01, rel=1e-3)
+    assert judge.measure((off, None)).errors["round_trip_max_error"] == pytest.approx(10, rel=1e-3)
+    assert judge.round_trip_error((None, None)) == 0
+
+
 def test_nan_in_one_output_is_the_golden_error() -> None:
     pair = exact_pair()
     graphs = (

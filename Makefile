@@ -1,6 +1,6 @@
 # make demo       train, export, run without torch, benchmark, on real handwritten digits
 # make test       the test suite
-# make test-cuda  the tests of the runtime, of benchmarks and of TF32 on onnxruntime's CUDA provider, without a GPU
+# make test-cuda  the tests of the runtime, of benchmarks and of imported models on onnxruntime's CUDA provider, without a GPU
 # make lint       ruff and mypy
 # Each does its own set-up in .venv and may be run again.
 
@@ -29,7 +29,7 @@ ON_STAND_IN = LD_LIBRARY_PATH=$(STAND_IN)/lib PYTHONPATH=$(STAND_IN)/engine VAE_
     .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test-cuda: .venv/installed
 	.venv/bin/python tests/cuda_stand_in/build.py $(STAND_IN)
-	$(ON_STAND_IN) tests/runtime tests/benchmarks tests/export/test_tf32.py
+	$(ON_STAND_IN) tests/runtime tests/benchmarks tests/export/importers/test_on_a_gpu.py
 	CUDA_STAND_IN_EARLY=1 $(ON_STAND_IN) tests/runtime/test_cuda.py tests/runtime/test_cuda_stream.py tests/runtime/test_trial.py
 
 lint: .venv/installed

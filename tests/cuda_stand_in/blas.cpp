@@ -11,6 +11,7 @@ struct Handle {
   int math_mode = 0;
 };
 
+constexpr int kTf32 = 3;  // CUBLAS_TF32_TENSOR_OP_MATH
 enum DataType { kFloat = 0, kHalf = 2 };  // cudaDataType_t
 enum ComputeType { kCompute16 = 64, kCompute16Pedantic = 65 };  // cublasComputeType_t
 constexpr int kNotSupported = 15;  // CUBLAS_STATUS_NOT_SUPPORTED
@@ -21,7 +22,14 @@ struct Product {  // target = alpha * left * right + beta * target, (rows, inner
   const void *left, *right;
   void* target;
   int64_t left_stride, right_stride, target_stride;
+  bool by_tf32 = false;
 };
+
+// To 11 bits, to nearest, as tensor cores take their factors.
+float to_tf32(float value) {
+  float wide = value * 8193;
+  return wide - (wide - value);
+}
 
 template <typename T>
 void multiply(const Product& p, int64_t index, int64_t left_step, int64_t right_step, int64_t target_step) {
@@ -33,7 +41,8 @@ void multiply(const Product& p, int64_t index, int64_t left_step, int64_t right_
       for (int i = 0; i < p.inner; i++) {
         int64_t from_left = p.left_is_transposed ? i + row * p.left_stride : row + i * p.left_stride;
         int64_t from_right = p.right_is_transposed ? column + i * p.right_stride : i + column * p.right_stride;
-        sum += static_cast<float>(left[from_left]) * static_cast<float>(right[from_right]);
+        auto a = static_cast<float>(left[from_left]), b = static_cast<float>(right[from_right]);
+        sum += p.by_tf32 ? to_tf32(a) * to_tf32(b) : a * b;
       }
       T& out = target[row + column * p.target_stride];
       out = static_cast<T>(p.alpha * sum + (p.beta == 0 ? 0 : p.beta * static_cast<float>(out)));
@@ -81,7 +90,8 @@ int cublasSgemmStridedBatched(Handle* handle, int left_is_transposed, int right_
                               const float* right, int right_stride, long long right_step, const float* beta,
                               float* target, int target_stride, long long target_step, int count) {
   Product product{left_is_transposed, right_is_transposed, rows,  columns,     inner,        *alpha,       *beta, left,
-                  right,              target,              left_stride, right_stride, target_stride};
+                  right,              target,              left_stride, right_stride, target_stride,
+                  handle->math_mode == kTf32};
   enqueue(handle->stream, [=] {
     for (int i = 0; i < count; i++) multiply<float>(product, i, left_step, right_step, target_step);
   });
@@ -95,15 +105,45 @@ int cublasSgemm_v2(Handle* handle, int left_is_transposed, int right_is_transpos
                                    left_stride, 0, right, right_stride, 0, beta, target, target_stride, 0, 1);
 }
 
-int cublasGemmEx(Handle* handle, int left_is_transposed, int right_is_transposed, int rows, int columns, int inner,
-                 const void* alpha, const void* left, int left_type, int left_stride, const void* right, int,
-                 int right_stride, const void* beta, void* target, int, int target_stride, int compute_type, int) {
+int cublasGemmStridedBatchedEx(Handle* handle, int left_is_transposed, int right_is_transposed, int rows, int columns,
+                               int inner, const void* alpha, const void* left, int left_type, int left_stride,
+                               long long left_step, const void* right, int, int right_stride, long long right_step,
+                               const void* beta, void* target, int, int target_stride, long long target_step, int count,
+                               int compute_type, int) {
   bool by_half = compute_type == kCompute16 || compute_type == kCompute16Pedantic;
   Product product{left_is_transposed,     right_is_transposed,   rows, columns, inner,
                   scalar(alpha, by_half), scalar(beta, by_half), left, right,   target,
                   left_stride,            right_stride,          target_stride};
-  enqueue(handle->stream,
-          [=] { left_type == kHalf ? multiply<Half>(product, 0, 0, 0, 0) : multiply<float>(product, 0, 0, 0, 0); });
+  enqueue(handle->stream, [=] {
+    for (int i = 0; i < count; i++) {
+      if (left_type == kHalf) {
+        multiply<Half>(product, i, left_step, right_step, target_step);
+      } else {
+        multiply<float>(product, i, left_step, right_step, target_step);
+      }
+    }
+  });
+  return 0;
+}
+
+int cublasGemmEx(Handle* handle, int left_is_transposed, int right_is_transposed, int rows, int columns, int inner,
+                 const void* alpha, const void* left, int left_type, int left_stride, const void* right, int right_type,
+                 int right_stride, const void* beta, void* target, int target_type, int target_stride, int compute_type,
+                 int algorithm) {
+  return cublasGemmStridedBatchedEx(handle, left_is_transposed, right_is_transposed, rows, columns, inner, alpha, left,
+                                    left_type, left_stride, 0, right, right_type, right_stride, 0, beta, target,
+                                    target_type, target_stride, 0, 1, compute_type, algorithm);
+}
+
+// target = left, or its transpose; what else could be added, the provider does not ask for.
+int cublasSgeam(Handle* handle, int is_transposed, int, int rows, int columns, const float*, const float* left,
+                int left_stride, const float*, const float*, int, float* target, int target_stride) {
+  enqueue(handle->stream, [=] {
+    for (int64_t column = 0; column < columns; column++)
+      for (int64_t row = 0; row < rows; row++)
+        at<float>(target)[row + column * target_stride] =
+            at<float>(left)[is_transposed ? column + row * left_stride : row + column * left_stride];
+  });
   return 0;
 }
 
@@ -118,9 +158,7 @@ REFUSE(cublasDgemm_v2)
 REFUSE(cublasDgetrfBatched)
 REFUSE(cublasDgetriBatched)
 REFUSE(cublasGemmBatchedEx)
-REFUSE(cublasGemmStridedBatchedEx)
 REFUSE(cublasScopy_v2)
-REFUSE(cublasSgeam)
 REFUSE(cublasSgemmBatched)
 REFUSE(cublasSgetrfBatched)
 REFUSE(cublasSgetriBatched)

@@ -58,7 +58,7 @@ def build(folder: Path, include: Path) -> None:
     if not library.exists() or library.stat().st_mtime < newest:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / library.name
-            flags = ("-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unused-parameter")
+            flags = ("-std=c++17", "-O3", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unused-parameter")
             compiler = os.environ.get("CXX", "g++")
             subprocess.run([compiler, *flags, f"-isystem{include}", *map(str, sources), "-o", str(made)], check=True)
             made.rename(library)

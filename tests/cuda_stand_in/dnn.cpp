@@ -4,6 +4,7 @@
 // executed. There is one engine, which needs no workspace.
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -144,6 +145,31 @@ class Execution {
   std::map<int64_t, std::shared_ptr<std::vector<float>>> between_;
 };
 
+// Calls `each` with the offset of every element in turn, axes in this order.
+template <typename Each>
+void for_each_offset(const Tensor& tensor, std::array<size_t, 4> axes, Each each) {
+  for (int64_t i = 0; i < tensor.count(); i++) {
+    int64_t rest = i, offset = 0;
+    for (size_t place = axes.size(); place-- > 0; rest /= tensor.sides[axes[place]])
+      offset += rest % tensor.sides[axes[place]] * tensor.strides[axes[place]];
+    each(offset);
+  }
+}
+
+std::vector<float> packed(const Tensor& tensor, std::array<size_t, 4> axes) {
+  std::vector<float> values;
+  values.reserve(static_cast<size_t>(tensor.count()));
+  for_each_offset(tensor, axes, [&](int64_t offset) { values.push_back(tensor.get(offset)); });
+  return values;
+}
+
+constexpr std::array<size_t, 4> kChannelsLast{0, 2, 3, 1};  // of N, C, H, W; of a filter, what goes in
+constexpr std::array<size_t, 4> kFiltersLast{2, 3, 1, 0};   // of a filter: what comes out
+
+void add_times(float* __restrict sums, float factor, const float* __restrict values, int64_t count) {
+  for (int64_t i = 0; i < count; i++) sums[i] += factor * values[i];
+}
+
 // wide: the input of a forward convolution, or the output of its gradient, a transposed convolution. narrow: the other.
 Work convolution(const Tensor& wide, const Tensor& filter, const Tensor& narrow, const Descriptor& settings,
                  bool is_forward) {
@@ -155,40 +181,35 @@ Work convolution(const Tensor& wide, const Tensor& filter, const Tensor& narrow,
   }
   return [=] {
     int64_t channels = filter.sides[1], groups = wide.sides[1] / channels, per_group = filter.sides[0] / groups;
-    std::vector<float> sums(static_cast<size_t>(wide.count()), 0);
-    auto offset = [](const Tensor& t, int64_t n, int64_t c, int64_t y, int64_t x) {
-      return n * t.strides[0] + c * t.strides[1] + y * t.strides[2] + x * t.strides[3];
-    };
-    auto sum_at = [&](int64_t n, int64_t c, int64_t y, int64_t x) -> float& {
-      return sums[static_cast<size_t>(((n * wide.sides[1] + c) * wide.sides[2] + y) * wide.sides[3] + x)];
-    };
-    for (int64_t n = 0; n < narrow.sides[0]; n++)
-      for (int64_t k = 0; k < narrow.sides[1]; k++)
-        for (int64_t i = 0; i < narrow.sides[2]; i++)
-          for (int64_t j = 0; j < narrow.sides[3]; j++) {
-            int64_t here = offset(narrow, n, k, i, j), first = k / per_group * channels;
-            float sum = 0, given = is_forward ? 0 : narrow.get(here);
-            for (int64_t r = 0; r < filter.sides[2]; r++)
-              for (int64_t s = 0; s < filter.sides[3]; s++) {
-                int64_t y = i * strides[0] - padding[0] + r * dilations[0];
-                int64_t x = j * strides[1] - padding[1] + s * dilations[1];
-                if (y < 0 || y >= wide.sides[2] || x < 0 || x >= wide.sides[3]) continue;
-                for (int64_t c = 0; c < channels; c++) {
-                  float weight = filter.get(offset(filter, k, c, r, s));
-                  if (is_forward) {
-                    sum += weight * wide.get(offset(wide, n, first + c, y, x));
-                  } else {
-                    sum_at(n, first + c, y, x) += weight * given;
-                  }
-                }
-              }
-            if (is_forward) narrow.set(here, sum);
+    const Tensor &given = is_forward ? wide : narrow, &target = is_forward ? narrow : wide;
+    std::vector<float> weights = packed(filter, is_forward ? kFiltersLast : kChannelsLast);
+    std::vector<float> inside = packed(given, kChannelsLast), sums(static_cast<size_t>(target.count()), 0);
+    int64_t height = wide.sides[2], width = wide.sides[3], filters = filter.sides[0], across = filter.sides[3];
+    int64_t area = filter.sides[2] * across;
+    for (int64_t spot = 0; spot < narrow.count() / filters; spot++) {
+      int64_t n = spot / narrow.sides[3] / narrow.sides[2], i = spot / narrow.sides[3] % narrow.sides[2];
+      int64_t j = spot % narrow.sides[3];
+      for (int64_t tap = 0; tap < area; tap++) {
+        int64_t y = i * strides[0] - padding[0] + tap / across * dilations[0];
+        int64_t x = j * strides[1] - padding[1] + tap % across * dilations[1];
+        if (y < 0 || y >= height || x < 0 || x >= width) continue;
+        int64_t there = ((n * height + y) * width + x) * wide.sides[1];
+        for (int64_t group = 0; group < groups; group++) {
+          int64_t outer = spot * filters + group * per_group, inner = there + group * channels;  // of narrow, of wide
+          if (is_forward) {
+            for (int64_t c = 0; c < channels; c++)
+              add_times(&sums[outer], inside[inner + c], &weights[(tap * channels + c) * filters + group * per_group],
+                        per_group);
+          } else {
+            for (int64_t k = 0; k < per_group; k++)
+              add_times(&sums[inner], inside[outer + k], &weights[((group * per_group + k) * area + tap) * channels],
+                        channels);
           }
-    if (is_forward) return;
-    for (int64_t n = 0; n < wide.sides[0]; n++)
-      for (int64_t c = 0; c < wide.sides[1]; c++)
-        for (int64_t y = 0; y < wide.sides[2]; y++)
-          for (int64_t x = 0; x < wide.sides[3]; x++) wide.set(offset(wide, n, c, y, x), sum_at(n, c, y, x));
+        }
+      }
+    }
+    auto next = sums.begin();
+    for_each_offset(target, kChannelsLast, [&](int64_t offset) { target.set(offset, *next++); });
   };
 }
 
@@ -361,6 +382,38 @@ int cudnnAddTensor(Handle* handle, const void*, const Tensor* given, const void*
   return 0;
 }
 
+int cudnnDeriveBNTensorDescriptor(Tensor* target, const Tensor* given, int) {  // of the scales and biases
+  *target = {{1, given->sides[1], 1, 1}, {given->sides[1], 1, 1, 1}, false, nullptr, nullptr};
+  return 0;
+}
+
+// Each channel of the batch with a mean of 0 and a variance of 1, times a scale, plus a bias.
+int cudnnBatchNormalizationForwardTraining(Handle* handle, int, const void*, const void*, const Tensor* given,
+                                           const void* address, const Tensor*, void* target_address, const Tensor*,
+                                           const void* scale, const void* bias, double share, void* running_mean,
+                                           void* running_variance, double epsilon, void*, void*) {
+  Tensor in = *given, out = *given;
+  in.address = const_cast<void*>(address);
+  out.address = target_address;
+  enqueue(handle->stream, [=] {
+    int64_t channels = in.sides[1], planes = in.count() / in.sides[0] / channels, size = in.sides[0] * planes;
+    for (int64_t c = 0; c < channels; c++) {
+      auto place = [&](int64_t i) { return (i / planes * channels + c) * planes + i % planes; };  // NCHW
+      double sum = 0, squares = 0;
+      for (int64_t i = 0; i < size; i++) sum += in.get(place(i));
+      double mean = sum / static_cast<double>(size);
+      for (int64_t i = 0; i < size; i++) squares += (in.get(place(i)) - mean) * (in.get(place(i)) - mean);
+      double inverse = 1 / std::sqrt(squares / static_cast<double>(size) + epsilon);
+      double unbiased = squares / static_cast<double>(std::max<int64_t>(size - 1, 1));
+      for (int64_t i = 0; i < size; i++)
+        out.set(place(i), static_cast<float>((in.get(place(i)) - mean) * inverse * at<float>(scale)[c] + at<float>(bias)[c]));
+      for (auto [running, found] : {std::pair{running_mean, mean}, {running_variance, unbiased}})
+        if (running) at<float>(running)[c] = static_cast<float>((1 - share) * at<float>(running)[c] + share * found);
+    }
+  });
+  return 0;
+}
+
 #define CREATE(name)                 \
   int name(void** descriptor) {      \
     static char anything;            \
@@ -404,10 +457,8 @@ ACCEPT(cudnnSetReduceTensorDescriptor)
 
 REFUSE(cudnnActivationForward)
 REFUSE(cudnnBatchNormalizationForwardInference)
-REFUSE(cudnnBatchNormalizationForwardTraining)
 REFUSE(cudnnConvolutionBiasActivationForward)
 REFUSE(cudnnConvolutionForward)
-REFUSE(cudnnDeriveBNTensorDescriptor)
 REFUSE(cudnnDropoutGetStatesSize)
 REFUSE(cudnnFindConvolutionForwardAlgorithmEx)
 REFUSE(cudnnGetConvolutionForwardWorkspaceSize)

@@ -38,6 +38,7 @@ bool has(const std::string& text, const char* part) { return text.find(part) != 
 
 float relu(float x) { return x > 0 ? x : x == x ? 0 : x; }
 float sigmoid(float x) { return 1 / (1 + std::exp(-x)); }
+float hyperbolic_tangent(float x) { return std::tanh(x); }
 float same(float x) { return x; }
 
 template <typename From, typename To>
@@ -52,6 +53,7 @@ Work unary(float (*function)(float), Arguments given, bool counts_by_int) {
 Work unary(const std::string& name, Arguments given) {
   float (*function)(float) = has(name, "OP_Relu<")      ? relu
                              : has(name, "OP_Sigmoid<") ? sigmoid
+                             : has(name, "OP_Tanh<")    ? hyperbolic_tangent
                              : has(name, "OP_Cast<")    ? same
                                                         : nullptr;
   if (function == nullptr) return nullptr;
@@ -63,16 +65,94 @@ Work unary(const std::string& name, Arguments given) {
   return nullptr;
 }
 
-Work binary(const std::string& name, Arguments given) {
-  bool is_product = has(name, "OP_Mul<");
-  if (!(is_product || has(name, "OP_Sub<")) || !has(name, "float, float, float, ")) return nullptr;
-  void *left = given.address(0), *right = given.address(1), *out = given.address(2);
-  bool moves_left = has(name, "<true, "), moves_right = has(name, ", true, ");
-  int count = given.get<int>(4);
+using Operator = float (*)(float, float);
+
+Operator operator_of(const std::string& name) {
+  if (has(name, "OP_Add<")) return [](float a, float b) { return a + b; };
+  if (has(name, "OP_Sub<")) return [](float a, float b) { return a - b; };
+  if (has(name, "OP_Mul<")) return [](float a, float b) { return a * b; };
+  if (has(name, "OP_Div<")) return [](float a, float b) { return a / b; };
+  return nullptr;
+}
+
+// Element i of the result comes of element left(i) and right(i).
+template <typename T, typename Left, typename Right>
+Work binary(Operator apply, const void* a, const void* b, const void* out, int count, Left left, Right right) {
   return [=] {
     for (int i = 0; i < count; i++) {
-      float a = at<float>(left)[moves_left ? i : 0], b = at<float>(right)[moves_right ? i : 0];
-      at<float>(out)[i] = is_product ? a * b : a - b;
+      auto first = static_cast<float>(at<T>(a)[left(i)]), second = static_cast<float>(at<T>(b)[right(i)]);
+      at<T>(out)[i] = static_cast<T>(apply(first, second));
+    }
+  };
+}
+
+template <typename T>
+Work binary(const std::string& name, Arguments given) {
+  Operator apply = operator_of(name);
+  if (apply == nullptr) return nullptr;
+  auto itself = [](int i) { return i; };
+  void *left = given.address(0), *right = given.address(1);
+  if (has(name, "_BinaryElementWiseSimple<")) {
+    int moves_left = has(name, "<true, "), moves_right = has(name, ", true, ");
+    auto from_left = [=](int i) { return moves_left * i; };
+    auto from_right = [=](int i) { return moves_right * i; };
+    return binary<T>(apply, left, right, given.address(2), given.get<int>(4), from_left, from_right);
+  }
+  if (has(name, "_BinaryElementWiseRhsPerChannelBatch1<")) {
+    int plane = given.get<Divisor>(2).value;
+    auto channel = [=](int i) { return i / plane; };
+    return binary<T>(apply, left, right, given.address(3), given.get<int>(5), itself, channel);
+  }
+  if (has(name, "_BinaryElementWiseRhsPerChannelBatchN<")) {
+    int plane = given.get<Divisor>(2).value, channels = given.get<Divisor>(3).value;
+    auto channel = [=](int i) { return i / plane % channels; };
+    return binary<T>(apply, left, right, given.address(4), given.get<int>(6), itself, channel);
+  }
+  return nullptr;
+}
+
+template <typename T>
+Work quick_gelu(Arguments given) {  // x * sigmoid(alpha * x)
+  void *in = given.address(0), *out = given.address(1);
+  auto alpha = given.get<float>(2);
+  auto count = given.get<int64_t>(3);
+  return [=] {
+    for (int64_t i = 0; i < count; i++) {
+      auto x = static_cast<float>(at<T>(in)[i]);
+      at<T>(out)[i] = static_cast<T>(x * sigmoid(alpha * x));
+    }
+  };
+}
+
+template <typename T>
+Work instance_norm(Arguments given) {  // with the mean and the unbiased variance of each channel of each example
+  void *in = given.address(0), *scale = given.address(1), *bias = given.address(2), *out = given.address(9);
+  void *mean = given.address(3), *variance = given.address(4);
+  auto correction = given.get<double>(5), epsilon = given.get<double>(6);
+  int plane = given.get<Divisor>(7).value, channels = given.get<Divisor>(8).value, count = given.get<int>(10);
+  return [=] {
+    for (int i = 0; i < count; i++) {
+      int each = i / plane, channel = each % channels;
+      double deviation = std::sqrt(at<float>(variance)[each] * correction + epsilon);
+      double value = (static_cast<float>(at<T>(in)[i]) - at<float>(mean)[each]) / deviation;
+      at<T>(out)[i] = static_cast<T>(value * static_cast<float>(at<T>(scale)[channel]) +
+                                     static_cast<float>(at<T>(bias)[channel]));
+    }
+  };
+}
+
+template <typename T>
+Work softmax(Arguments given) {
+  void *out = given.address(0), *in = given.address(1);
+  int rows = given.get<int>(2), stride = given.get<int>(3), columns = given.get<int>(4);
+  return [=] {
+    for (int row = 0; row < rows; row++) {
+      const T* from = at<T>(in) + int64_t{row} * stride;
+      float most = -INFINITY, sum = 0;
+      for (int i = 0; i < columns; i++) most = std::max(most, static_cast<float>(from[i]));
+      for (int i = 0; i < columns; i++) sum += std::exp(static_cast<float>(from[i]) - most);
+      for (int i = 0; i < columns; i++)
+        at<T>(out)[int64_t{row} * stride + i] = static_cast<T>(std::exp(static_cast<float>(from[i]) - most) / sum);
     }
   };
 }
@@ -222,8 +302,14 @@ Work nearest(Arguments given) {
 Work find_kernel(const std::string& name, void** arguments, unsigned grid_depth) {
   Arguments given(arguments);
   bool is_half = has(name, "<__half") || has(name, "<short");
+  if (has(name, "OP_QuickGelu<")) return is_half ? quick_gelu<Half>(given) : quick_gelu<float>(given);
   if (has(name, "_UnaryElementWise<")) return unary(name, given);
-  if (has(name, "_BinaryElementWiseSimple<")) return binary(name, given);
+  if (has(name, "_BinaryElementWise")) {
+    return has(name, "__half") ? binary<Half>(name, given) : has(name, "float, float, float, ") ? binary<float>(name, given) : nullptr;
+  }
+  if (has(name, "_InstanceNormKernel<")) return is_half ? instance_norm<Half>(given) : instance_norm<float>(given);
+  if (has(name, "softmax_warp_forward<float, float, float, ") && has(name, ", false>")) return softmax<float>(given);
+  if (has(name, "softmax_warp_forward<__half, __half, float, ") && has(name, ", false>")) return softmax<Half>(given);
   if (has(name, "_Clip<")) return is_half ? clip<Half>(given) : clip<float>(given);
   if (has(name, "::_Fill<float,")) return fill<float>(given, has(name, ", int)"));
   if (has(name, "::_Fill<__half,")) return fill<Half>(given, has(name, ", int)"));
@@ -239,7 +325,7 @@ Work find_kernel(const std::string& name, void** arguments, unsigned grid_depth)
   if (has(name, "Transpose3DKernel<")) {
     return is_half ? transpose_planes<int16_t>(given, grid_depth) : transpose_planes<int32_t>(given, grid_depth);
   }
-  if (has(name, "_ResizeNearestMappingKernel2D<float, onnxruntime::cuda::TransformCoordinate_ASYMMETRIC") &&
+  if (has(name, "_ResizeNearestMappingKernel2D<") && has(name, ", onnxruntime::cuda::TransformCoordinate_ASYMMETRIC, ") &&
       has(name, "NearestPixel_FLOOR")) {
     return nearest_mapping(given);
   }

@@ -14,13 +14,6 @@ from torch import nn
 
 from vae_export.graphs import EncoderGraph, encoder_to_onnx
 from vae_export.tf32 import tf32_twin, with_exact_first_layer
-from vae_runtime.boundary import encoder_boundary
-from vae_runtime.cuda import why_not_cuda
-from vae_runtime.devices import find_device
-from vae_runtime.manifest import InputSpec
-from vae_runtime.session import GraphSession
-
-WHY_NOT = why_not_cuda()
 
 X = np.random.default_rng(0).uniform(0.5, 1, (6, 3, 8, 8)).astype(np.float32)
 
@@ -137,13 +130,3 @@ def test_layers_with_weights_that_are_not_constant_stay() -> None:
     exact, names = with_exact_first_layer(model.SerializeToString())
     assert names == []
     np.testing.assert_array_equal(run(exact), X)
-
-
-@pytest.mark.skipif(WHY_NOT is not None, reason=f"no CUDA here: {WHY_NOT}")
-@pytest.mark.parametrize("layers", [[nn.Conv2d(3, 8, 3)], [nn.Flatten(), nn.Linear(192, 8)]], ids=["Conv", "Gemm"])
-def test_a_first_layer_in_parts_runs_on_a_gpu(layers: list[nn.Module]) -> None:
-    graph = to_graph(*layers)
-    spec = InputSpec("image", (3, 8, 8), "rgb", "exact")
-    boundary = encoder_boundary("autoencoder", spec, run(graph).shape[1:])
-    session = GraphSession(with_exact_first_layer(graph)[0], "encoder.tf32.onnx", find_device("cuda", "tf32"), boundary)
-    np.testing.assert_allclose(session.run(X)[0], run(graph), atol=1e-6)

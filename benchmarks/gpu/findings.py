@@ -39,7 +39,9 @@ class Job:
 
     def why_not(self, precision: str) -> str | None:
         """Why a precision cannot be had, as far as that is known beforehand."""
-        precisions = self.case.manifest.precisions
+        precisions, refused = self.case.manifest.precisions, self.case.manifest.refused
+        if precision in refused:
+            return f"the export refused it: {refused[precision]['reason']}"
         if precision == "tf32":
             return None if self.is_gpu else "tf32 is arithmetic of NVIDIA GPUs, which the CPU has not"
         if precision not in precisions:

@@ -60,9 +60,7 @@ class ConvertibleGraph:
         blocked = {*kept, *(node.name for node in after_the_last(graph))}
         if not any(node.op_type in WEIGHTED and node.name not in blocked for node in graph.node):
             return Float16Graph(None, None, kept)
-        model = onnx.ModelProto()
-        model.CopyFrom(self._model)  # which the converter changes
-        converted = _convert(model, blocked)
+        converted = _convert(self._model, blocked)
         return Float16Graph(converted, _twin(converted), kept)
 
 

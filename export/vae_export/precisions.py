@@ -59,6 +59,7 @@ def make_precisions(
             elif name == "fp16":
                 found = _fp16(graphs, inputs, trial, final)
             else:
+                assert name == "tf32"
                 found = _tf32(graphs, trial, final)
             _decide(made, name, found, final, wanted, golden)
         except Exception as error:  # the tools of onnxruntime raise what they like
@@ -81,7 +82,8 @@ def _fp16(
     if encoder.graph is None and decoder.graph is None:
         return None
     exact = halves[0].build(keep_first=True)
-    if exact.graph is not None and _is_worth_it(trial, FLOAT16_ERROR, encoder.twin, exact.twin, decoder.twin):
+    is_half_left = exact.graph is not None or decoder.graph is not None  # a half without another layer is fp32's
+    if is_half_left and _is_worth_it(trial, FLOAT16_ERROR, encoder.twin, exact.twin, decoder.twin):
         encoder = exact
     twins = encoder.twin, decoder.twin
     notes = {"calibration_examples": len(inputs[INPUT]), "kept_fp32": _kept(encoder.kept, decoder.kept)}
@@ -92,12 +94,13 @@ def _tf32(graphs: tuple[bytes, bytes], trial: Judge, final: Judge) -> tuple[Cand
     twin, decoder = tf32_twin(graphs[0]), tf32_twin(graphs[1])
     if twin is None and decoder is None:
         return None
-    exact, kept = with_exact_first_layer(graphs[0])
-    if kept and _is_worth_it(trial, TF32_ERROR, twin, tf32_twin(exact), decoder):
-        encoder, twins = exact, (tf32_twin(exact), decoder)
+    encoder, (exact, kept) = None, with_exact_first_layer(graphs[0])
+    exact_twin = tf32_twin(exact)
+    if kept and _is_worth_it(trial, TF32_ERROR, twin, exact_twin, decoder):
+        encoder, twin = exact, exact_twin
     else:
-        encoder, twins, kept = None, (twin, decoder), []
-    return Candidate((encoder, None), twins, {"kept_fp32": _kept(kept, [])}), final.measure(twins)
+        kept = []
+    return Candidate((encoder, None), (twin, decoder), {"kept_fp32": _kept(kept, [])}), final.measure((twin, decoder))
 
 
 def _is_worth_it(trial: Judge, most: float, plain: bytes | None, exact: bytes | None, decoder: bytes | None) -> bool:

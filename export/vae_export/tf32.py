@@ -60,8 +60,12 @@ class _Editor:
         self.graph = self._model.graph
         self.nodes = list(self.graph.node)
         self._constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in self.graph.initializer}
+        self._taken = {
+            *self._constants,
+            *(name for node in self.nodes for name in (node.name, *node.input, *node.output)),
+        }
         self._made: list[onnx.NodeProto] = []
-        self._outputs: set[str] = set()
+        self._names: dict[str, str] = {}  # of what was made here, by what it is
 
     def add(self, node: onnx.NodeProto) -> None:
         self._made.append(node)
@@ -90,33 +94,39 @@ class _Editor:
         axes = self.axes(node)
         assert axes is not None
         name, weight = node.input[0], self._constants[node.input[1]]
-        upper = self.rounded(name)
+        upper, weight_upper = self.rounded(name), _upper(weight)
         lower = self._node("Sub", [name, upper], f"{name}_lower")
         joined = self._node("Concat", [upper, lower, upper], f"{name}_parts_{axes[0]}", axis=axes[0])
-        parts = np.concatenate([_upper(weight), _upper(weight), weight - _upper(weight)], axis=axes[1])
+        parts = np.concatenate([weight_upper, weight_upper, weight - weight_upper], axis=axes[1])
         node.input[:2] = [joined, self._constant(f"{node.input[1]}_parts_{axes[1]}", parts)]
 
     def axes(self, node: onnx.NodeProto) -> tuple[int, int] | None:
         """Of both factors, the axis over which their products are summed; None where `split` does not apply."""
         attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-        if node.op_type not in WEIGHTED or node.input[1] not in self._constants or attributes.get("group", 1) != 1:
+        if node.op_type not in WEIGHTED or node.input[1] not in self._constants:
+            return None
+        if attributes.get("group", 1) != 1 or attributes.get("transA") or self._constants[node.input[1]].ndim < 2:
             return None
         if node.op_type == "Gemm":
-            return (0 if attributes.get("transA") else 1), (1 if attributes.get("transB") else 0)
-        if node.op_type == "MatMul":
-            return (-1, -2) if self._constants[node.input[1]].ndim >= 2 else None
-        return 1, (1 if node.op_type == "Conv" else 0)
+            return 1, (1 if attributes.get("transB") else 0)
+        return (-1, -2) if node.op_type == "MatMul" else (1, 1 if node.op_type == "Conv" else 0)
 
     def _node(self, operator: str, inputs: Iterable[str], output: str, **attributes: Any) -> str:
-        if output not in self._outputs:  # two layers may read the same values
-            self._outputs.add(output)
-            self._made.append(helper.make_node(operator, list(inputs), [output], name=output, **attributes))
-        return output
+        if output not in self._names:  # two layers may read the same values
+            name = self._names[output] = self._fresh(output)
+            self._made.append(helper.make_node(operator, list(inputs), [name], name=name, **attributes))
+        return self._names[output]
 
     def _constant(self, name: str, value: Float32) -> str:
-        if name not in self._constants:
-            self._constants[name] = value
-            self.graph.initializer.append(numpy_helper.from_array(value, name))
+        if name not in self._names:
+            self._names[name] = self._fresh(name)
+            self.graph.initializer.append(numpy_helper.from_array(value, self._names[name]))
+        return self._names[name]
+
+    def _fresh(self, name: str) -> str:
+        while name in self._taken:
+            name += "_"
+        self._taken.add(name)
         return name
 
 

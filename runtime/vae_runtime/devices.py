@@ -27,7 +27,7 @@ from .plugins import OPENVINO, find_plugin_device, openvino_device, openvino_opt
 
 CPU = "CPUExecutionProvider"
 
-# Precisions without files of their own: the fp32 graphs, run so by a provider that can.
+# Precisions that need no files of their own: a provider that can runs the fp32 graphs so.
 PROVIDER_PRECISIONS: dict[str, tuple[str, ...]] = {"bf16": (OPENVINO,), "tf32": (CUDA, TENSORRT)}
 _SHORT_NAMES = {CPU: "cpu", CUDA: "cuda", TENSORRT: "tensorrt", OPENVINO: "openvino"}
 

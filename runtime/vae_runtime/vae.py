@@ -81,10 +81,10 @@ class VAE:
         device: "cpu", "cuda", "cuda:N", "tensorrt", "tensorrt:N", "openvino", an onnxruntime provider's name, or
             "auto": what `vae-run tune` found fastest on this machine; where it was not run, CUDA where usable, else
             the CPU.
-        precision: one that the bundle has files for ("fp32", "fp16", "int8"), "bf16" (OpenVINO) or "tf32" (CUDA), which
-            run the fp32 graphs so, unless the export made others for tf32, or "auto": what `vae-run tune` found fastest
-            among those within the bundle's quality budget; where it was not run, fp32. "auto" may take another
-            precision for calls with another number of examples, and results then differ by what the budget allows.
+        precision: one that the bundle has ("fp32", "fp16", "int8"), "bf16" (OpenVINO) or "tf32" (CUDA), which need no
+            files of their own, or "auto": what `vae-run tune` found fastest among those within the bundle's quality
+            budget; where it was not run, fp32. "auto" may take another precision for calls with another number of
+            examples, and results then differ by what the budget allows.
         threads: for the operators of one call on the CPU; None leaves it to the engine, which takes all cores.
         provider_options: the provider's own options, by its own names.
 

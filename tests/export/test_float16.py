@@ -135,6 +135,13 @@ def test_on_demand_everything_before_the_second_layer_stays_in_fp32() -> None:
     assert error[True] < 0.1 * error[False]
 
 
+def test_what_would_overflow_stays_in_fp32_beside_the_first_layer() -> None:
+    half = ConvertibleGraph(to_graph(*scaled(make_layers(), 1e6, 2, 4)), X)
+    plain, both = half.build().kept, half.build(keep_first=True).kept
+    assert len(plain) == 3
+    assert set(plain) < set(both)
+
+
 def test_what_a_shortcut_carries_past_the_second_layer_is_float16() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:

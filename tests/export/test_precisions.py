@@ -424,11 +424,48 @@ def test_the_first_layer_stays_exact_where_that_is_worth_it(
     assert bool(entry.quality["kept_fp32"]["encoder"]) == kept
     assert entry.quality["kept_fp32"]["decoder"] == []
     assert (entry.fidelity["round_trip_max_error"] < most) == (kept or spread == 1)
+    assert min(entry.fidelity["mean_max_error"], entry.fidelity["reconstruction_max_error"]) > 1e-6  # of other layers
     if precision == "tf32":  # which runs fp32's files but where it needs another
         assert (entry.encoder, entry.decoder) == ("encoder.tf32.onnx" if kept else "encoder.onnx", "decoder.onnx")
         assert manifest.golden.tolerance["tf32"] >= 0.002
         with VAE.load(path, threads=1) as vae:
             assert vae.selftest().passed
+
+
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
+@pytest.mark.parametrize("flat", ["calibrating", "held out"])
+def test_the_examples_that_calibrate_decide_on_the_first_layer(tmp_path: Path, precision: str, flat: str) -> None:
+    x = np.random.default_rng(0).uniform(0, 1, (128, 1, 8, 8)).astype(np.float32)
+    rows = slice(0, None, 2) if flat == "calibrating" else slice(1, None, 2)
+    x[rows] = 0.98 + 0.02 * x[rows]
+    options = {"kind": "autoencoder", "precisions": [precision], "budget": Budget(psnr_db=90)}
+    manifest = export_bundle(*flat_pair(1.5), tmp_path / "a.vae", examples=x, **options)
+    assert bool(manifest.precisions[precision].quality["kept_fp32"]["encoder"]) == (flat == "calibrating")
+
+
+def test_an_encoder_of_one_layer_is_fp32_where_float16_would_show(tmp_path: Path) -> None:
+    _, decoder = flat_pair(4)
+    encoder = nn.Sequential(nn.Conv2d(1, 4, 2, 2), nn.GroupNorm(4, 4))
+    x = np.random.default_rng(0).uniform(0.98, 1, (128, 1, 8, 8)).astype(np.float32)
+    options = {"kind": "autoencoder", "precisions": ["fp16"], "budget": Budget(psnr_db=90)}
+    entry = export_bundle(encoder, decoder, tmp_path / "a.vae", examples=x, **options).precisions["fp16"]
+    assert (entry.encoder, entry.decoder) == ("encoder.onnx", "decoder.fp16.onnx")
+    assert entry.fidelity["mean_max_error"] == 0
+
+
+def test_tf32_of_a_half_without_layers_is_the_other_halfs(tmp_path: Path) -> None:
+    encoder, decoder = nn.AvgPool2d(2), nn.Sequential(nn.Conv2d(1, 4, 1), nn.PixelShuffle(2), nn.Sigmoid())
+    manifest = export_bundle(
+        encoder, decoder, tmp_path / "a.vae", examples=digits(), kind="autoencoder", precisions=["tf32"]
+    )
+    fidelity = manifest.precisions["tf32"].fidelity
+    assert fidelity["mean_max_error"] == 0 < fidelity["reconstruction_max_error"]
+
+
+def test_tf32_without_any_layer_is_refused(tmp_path: Path) -> None:
+    halves = nn.AvgPool2d(2), nn.Sequential(nn.Upsample(scale_factor=2))
+    manifest = export_bundle(*halves, tmp_path / "a.vae", examples=digits(), kind="autoencoder", precisions=["tf32"])
+    assert manifest.refused["tf32"]["reason"].startswith("tf32: neither half has a convolution or matrix product")
 
 
 @pytest.mark.parametrize(

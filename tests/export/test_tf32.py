@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import onnx
@@ -117,16 +118,62 @@ def test_two_layers_that_read_the_input_share_its_parts() -> None:
     assert np.abs(run(tf32_twin(exact)) - run(graph)).max() < 1e-6
 
 
-def test_layers_with_weights_that_are_not_constant_stay() -> None:
-    weight = helper.make_node("Identity", ["w"], ["same"])
-    product = helper.make_node("MatMul", ["x", "same"], ["mean"])
-    shape = ["batch", 3, 8, 8]
+def test_a_layer_that_stays_rounds_what_another_has_in_parts() -> None:
+    class Stem(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.grouped, self.plain, self.linear = nn.Conv2d(3, 3, 1, groups=3), nn.Conv2d(3, 3, 1), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.grouped(x) + self.plain(x) + nn.functional.linear(x, self.linear.weight)  # along other axes
+
+    graph = to_graph(Stem())
+    exact, names = with_exact_first_layer(graph)
+    assert len(names) == 2
+    np.testing.assert_allclose(run(exact), run(graph), atol=1e-6)
+    lost, left = (np.abs(run(tf32_twin(one)) - run(graph)).max() for one in (graph, exact))
+    assert 1e-5 < left < 0.9 * lost
+
+
+def product(operator: str, weight: np.ndarray, x: list[Any], y: list[Any], **attributes: int) -> bytes:
+    """A single layer x, `w` -> mean, beside initializers by the names that a rewriting would choose first."""
+    taken = [
+        numpy_helper.from_array(np.full(3, np.nan, np.float32), name)
+        for name in ("w_tf32", "w_parts_0", "tf32_splitter")
+    ]
     graph = helper.make_graph(
-        [weight, product], "g", [helper.make_tensor_value_info("x", 1, shape)],
-        [helper.make_tensor_value_info("mean", 1, shape)],
-        [numpy_helper.from_array(np.eye(8, dtype=np.float32), "w")],
+        [helper.make_node(operator, ["x", "w"], ["mean"], **attributes)], "g",
+        [helper.make_tensor_value_info("x", 1, x)], [helper.make_tensor_value_info("mean", 1, y)],
+        [numpy_helper.from_array(weight, "w"), *taken],
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return model.SerializeToString()
+
+
+@pytest.mark.parametrize("is_transposed", [0, 1])
+def test_products_with_a_weight_either_way_up(is_transposed: int) -> None:
+    weight = np.random.default_rng(1).standard_normal((8, 8), np.float32)
+    graph = product("Gemm", weight, ["batch", 8], ["batch", 8], transB=is_transposed)
+    exact, names = with_exact_first_layer(graph)
+    assert len(names) == 1
+    x = X[0, 0]
+    expected = x @ (weight.T if is_transposed else weight)
+    np.testing.assert_allclose(run(tf32_twin(exact), x), expected, atol=1e-6)
+    assert np.abs(run(tf32_twin(graph), x) - expected).max() > 1e-5
+
+
+def test_a_product_with_a_vector_stays() -> None:
+    graph = product("MatMul", np.ones(8, np.float32), ["batch", 8], ["batch"])
+    exact, names = with_exact_first_layer(graph)
+    assert names == []
+    np.testing.assert_allclose(run(exact, X[0, 0]), X[0, 0].sum(axis=1), rtol=1e-6)
+
+
+def test_layers_with_weights_that_are_not_constant_stay() -> None:
+    graph = product("MatMul", np.eye(8, dtype=np.float32), ["batch", 3, 8, 8], ["batch", 3, 8, 8])
+    model = onnx.load_from_string(graph)
+    model.graph.node[0].input[1] = "same"
+    model.graph.node.insert(0, helper.make_node("Identity", ["w"], ["same"]))
     exact, names = with_exact_first_layer(model.SerializeToString())
     assert names == []
     np.testing.assert_array_equal(run(exact), X)

@@ -14,6 +14,8 @@ from vae_runtime import engine as engine_module
 from vae_runtime.cuda import CUDA, Gpu, why_not_cuda
 from vae_runtime.devices import CPU, find_device, usable_devices
 from vae_runtime.engine import import_engine
+from vae_runtime.manifest import Manifest
+from vae_runtime.plan import _file_of, check_precision
 
 HAS_CUDA = why_not_cuda() is None
 without_gpu = pytest.mark.skipif(HAS_CUDA, reason="this machine has a usable GPU")
@@ -194,3 +196,21 @@ def test_options_that_contradict_the_device_are_an_input_error(monkeypatch: pyte
 def test_cpu_provider_takes_no_options_and_would_ignore_them(tiny_path: Path) -> None:
     with pytest.raises(InputError, match=r"provider_options is \{'arena': '1'\}; the CPU provider has none"):
         VAE.load(tiny_path, provider_options={"arena": "1"})
+
+
+def test_tf32_runs_files_of_its_own_where_the_bundle_has_them_and_else_those_of_fp32(manifest_data: Any) -> None:
+    data = manifest_data()
+    plain = Manifest._from_dict(data, 1)
+    check_precision("tf32", plain)
+    assert [_file_of(plain, name, "tf32") for name in ("encode", "decode")] == [
+        ("encoder.onnx", "tf32"),
+        ("decoder.onnx", "tf32"),
+    ]
+    data["precisions"]["tf32"] = {"encoder": "encoder.tf32.onnx", "decoder": "decoder.onnx"}
+    data["files"]["encoder.tf32.onnx"] = data["files"]["encoder.onnx"]
+    own = Manifest._from_dict(data, 1)
+    check_precision("tf32", own)
+    assert _file_of(own, "encode", "tf32") == ("encoder.tf32.onnx", "tf32")
+    assert _file_of(own, "decode", "tf32") == ("decoder.onnx", "tf32")
+    assert _file_of(own, "encode", "fp32") == ("encoder.onnx", "fp32")
+    assert _file_of(own, "encode", "bf16") == ("encoder.onnx", "bf16")

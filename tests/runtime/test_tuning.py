@@ -343,6 +343,9 @@ def test_candidates_are_within_the_budget(tiny_path: Path) -> None:
     data["precisions"]["int8"]["quality"]["within_budget"] = True
     data["precisions"]["tf32"] = {**entry, "quality": {"within_budget": False}}
     assert {c.precision for c in candidates(Manifest._from_dict(data, 1), ["cuda:0"])} == {"fp32", "fp16"}
+    data["precisions"]["tf32"]["quality"]["within_budget"] = True
+    measured = [c.precision for c in candidates(Manifest._from_dict(data, 1), ["cuda:0"])]
+    assert sorted(measured) == ["fp16", "fp32", "tf32"]  # each once
     del data["precisions"]["tf32"]
     data["refused"] = {"tf32": {"reason": "it loses too much"}}
     assert {c.precision for c in candidates(Manifest._from_dict(data, 1), ["cuda:0"])} == {"fp32", "fp16"}

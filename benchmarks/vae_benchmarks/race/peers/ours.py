@@ -34,6 +34,8 @@ def open_entrant(case: Case, batch: int, threads: int, device: str, precision: s
     """
     if device == "cuda" and (reason := why_not_cuda()) is not None:
         raise CannotRunError(reason)
+    if precision in case.manifest.refused:
+        raise CannotRunError(f"the export refused {precision}: {case.manifest.refused[precision]['reason']}")
     if precision not in ("auto", *case.manifest.precisions, *PROVIDER_PRECISIONS):
         raise CannotRunError(f"the bundle has no {precision}, it has {', '.join(sorted(case.manifest.precisions))}")
     vae = VAE.load(case.bundle, device=device, precision=precision, threads=threads)

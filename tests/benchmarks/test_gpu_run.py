@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import getpass
 import io
 import json
@@ -22,6 +23,8 @@ import pytest
 
 import vae_runtime.devices
 from vae_benchmarks.race import Case
+from vae_benchmarks.race.entrant import CannotRunError
+from vae_benchmarks.race.peers.ours import open_entrant
 from vae_runtime import VAE, DeviceError, OutOfMemoryError
 from vae_runtime.cuda import why_not_cuda
 from vae_runtime.device_array import DeviceArray, copy_to_device
@@ -123,6 +126,15 @@ def test_what_the_cpu_has_not_is_skipped_with_the_reason(whole: SimpleNamespace)
     }
     assert "memory" in whole.units["memory"]["skipped"]
     assert "- memory, tiny: memory: the CPU has no memory of its own, and no limit for it" in whole.markdown
+
+
+def test_what_the_export_refused_is_skipped_with_its_reason(tiny: Path) -> None:
+    case = Case.open(tiny)
+    refusing = dataclasses.replace(case, manifest=case.manifest._replace(refused={"tf32": {"reason": "it loses 9 dB"}}))
+    assert Job("cuda", refusing, True).why_not("tf32") == "the export refused it: it loses 9 dB"
+    assert Job("cuda", case, True).why_not("tf32") is None
+    with pytest.raises(CannotRunError, match="the export refused tf32: it loses 9 dB"):
+        open_entrant(refusing, 1, 1, "cpu", "tf32")
 
 
 def test_the_figures_are_there(whole: SimpleNamespace) -> None:

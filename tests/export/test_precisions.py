@@ -424,7 +424,8 @@ def test_the_first_layer_stays_exact_where_that_is_worth_it(
     assert bool(entry.quality["kept_fp32"]["encoder"]) == kept
     assert entry.quality["kept_fp32"]["decoder"] == []
     assert (entry.fidelity["round_trip_max_error"] < most) == (kept or spread == 1)
-    assert min(entry.fidelity["mean_max_error"], entry.fidelity["reconstruction_max_error"]) > 1e-6  # of other layers
+    assert entry.fidelity["mean_max_error"] > 1e-4  # of the layers after the first
+    assert entry.fidelity["reconstruction_max_error"] > 1e-6
     if precision == "tf32":  # which runs fp32's files but where it needs another
         assert (entry.encoder, entry.decoder) == ("encoder.tf32.onnx" if kept else "encoder.onnx", "decoder.onnx")
         assert manifest.golden.tolerance["tf32"] >= 0.002

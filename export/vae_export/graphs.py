@@ -11,7 +11,7 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -138,7 +138,7 @@ def _to_onnx(module: nn.Module, example: Tensor, input_name: str, outputs: list[
                 external_data=False,
                 opset_version=OPSET,
                 input_names=[input_name],
-                output_names=outputs,
+                output_names=[f"output.{name}" for name in outputs],
                 verbose=False,
             )
             if free:
@@ -148,7 +148,19 @@ def _to_onnx(module: nn.Module, example: Tensor, input_name: str, outputs: list[
     except Exception as error:
         raise ExportError(f"the {half} cannot be exported by torch.onnx: {innermost_reason(error)}") from error
     assert program is not None  # with dynamo=True
-    return finish(program.model_proto, half)
+    model = program.model_proto
+    _name_outputs(model.graph, outputs)
+    return finish(model, half)
+
+
+def _name_outputs(graph: onnx.GraphProto, outputs: Sequence[str]) -> None:
+    """Give the outputs their names, which torch may have given to values within: to that of `x.mean()`, for one."""
+    names = {name: f"inside.{name}" for name in outputs} | {f"output.{name}": name for name in outputs}
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+    for value in (*graph.output, *graph.value_info):
+        value.name = names.get(value.name, value.name)
 
 
 def _trace(module: nn.Module, example: Tensor, free: bool) -> torch.export.ExportedProgram:

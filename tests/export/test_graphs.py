@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from vae_export.graphs import DecoderGraph, EncoderGraph, encoder_to_onnx
+from vae_export.graphs import DecoderGraph, EncoderGraph, decoder_to_onnx, encoder_to_onnx
 from vae_runtime.errors import ExportError
 
 
@@ -121,6 +121,29 @@ class Branching(nn.Module):
 def test_what_breaks_the_contract_is_refused(module: nn.Module, message: str) -> None:
     with pytest.raises(ExportError, match=message):
         encoder_to_onnx(EncoderGraph(module, "autoencoder"), torch.randn(2, 3))
+
+
+def test_values_within_may_be_called_what_outputs_are_called() -> None:
+    class Pooled(nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3)), (x - x.mean()).std((2, 3))
+
+    class Reconstruction(nn.Module):
+        def forward(self, z):
+            reconstruction = z.mean(1, keepdim=True) * z
+            return reconstruction.sigmoid()
+
+    x = torch.rand(2, 3, 4, 4)
+    model = onnx.load_from_string(encoder_to_onnx(EncoderGraph(Pooled(), "vae"), x))
+    assert [value.name for value in model.graph.output] == ["mean", "logvar"]
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for found, expected in zip(session.run(None, {"x": x.numpy()}), Pooled()(x), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    z = torch.rand(2, 3)
+    session = onnxruntime.InferenceSession(
+        decoder_to_onnx(DecoderGraph(Reconstruction(), clamp=False), z), providers=["CPUExecutionProvider"]
+    )
+    np.testing.assert_allclose(session.run(["reconstruction"], {"z": z.numpy()})[0], Reconstruction()(z), atol=1e-6)
 
 
 def test_distributions_do_not_check_their_arguments_while_they_are_traced(monkeypatch: pytest.MonkeyPatch) -> None:

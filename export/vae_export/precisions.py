@@ -34,7 +34,8 @@ FLOAT16_ERROR, TF32_ERROR, WORTH_FLOAT32 = 0.005, 0.002, 0.5
 WITHOUT_LAYERS = {
     "int8": "neither half has a convolution or product with constant weights, which int8 is for",
     "tf32": "neither half has a convolution or matrix product, which is what TF32 makes faster",
-    "fp16": "every layer's activations on the calibrating examples, or its weights, are beyond float16's range",
+    "fp16": "every convolution and matrix product is beyond float16's range, by its weights or by its activations on"
+    " the calibrating examples, or there is none",
 }
 
 

@@ -62,9 +62,9 @@ class QuantizableGraph:
             extra_options={},
         )
         quantizer.quantize_model()
-        model = quantizer.model.model
-        _keep_float_results(model.graph, chosen)
-        data: bytes = _finish(model).SerializeToString(deterministic=True)
+        _keep_float_results(quantizer.model.model.graph, chosen)
+        quantizer.model.topological_sort()  # as ONNX has it; onnxruntime alone takes any order
+        data: bytes = _finish(quantizer.model.model).SerializeToString(deterministic=True)
         return data
 
 

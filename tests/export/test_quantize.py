@@ -70,6 +70,15 @@ def test_weights_are_7_bits_per_channel_and_activations_unsigned(convolutions: b
     assert checked == 3
 
 
+def test_the_graph_is_valid_for_any_engine(convolutions: bytes) -> None:
+    model = onnx.load_from_string(quantise(convolutions))
+    onnx.checker.check_model(model, full_check=True)
+    known = {value.name for value in (*model.graph.input, *model.graph.initializer)}
+    for node in model.graph.node:
+        assert known.issuperset(filter(None, node.input)), node.name  # in topological order
+        known.update(node.output)
+
+
 def test_the_boundary_is_that_of_fp32(convolutions: bytes) -> None:
     before, after = (onnx.load_from_string(graph).graph for graph in (convolutions, quantise(convolutions)))
     for side in ("input", "output"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from vae_export import Budget, FewExamplesWarning, export_bundle, export_checkpoint
-from vae_export.graphs import DecoderGraph, EncoderGraph
+from vae_export.graphs import DecoderGraph, EncoderGraph, decoder_to_onnx, encoder_to_onnx
 from vae_export.judge import Judge
 from vae_export.precisions import make_precisions
 from vae_export.verify import Reference
@@ -390,14 +391,25 @@ def test_fp16_keeps_what_would_overflow_in_fp32_and_says_so() -> None:
     assert quality["kept_fp32"] == {"encoder": ["layer1", "layer2"], "decoder": []}
 
 
-def flat_pair(contrast: float) -> tuple[nn.Module, nn.Module]:
-    """An encoder that enlarges the small differences of flat images, and a decoder that shows the code."""
+@functools.cache
+def flat_pair(contrast: float, layers: int = 2) -> tuple[tuple[nn.Module, nn.Module], tuple[bytes, bytes]]:
+    """An encoder that enlarges the small differences of flat images, and a decoder that shows it; their graphs."""
     torch.manual_seed(0)
-    encoder = nn.Sequential(nn.Conv2d(1, 8, 1), nn.GroupNorm(8, 8), nn.SiLU(), nn.Conv2d(8, 4, 2, 2))
+    first = nn.Conv2d(1, 8, 1) if layers == 2 else nn.Conv2d(1, 4, 2, 2)
+    second = [nn.GroupNorm(8, 8), nn.SiLU(), nn.Conv2d(8, 4, 2, 2)] if layers == 2 else [nn.GroupNorm(4, 4)]
+    encoder = nn.Sequential(first, *second)
     decoder = nn.Sequential(nn.Conv2d(4, 4, 1), nn.PixelShuffle(2), nn.Sigmoid())
     with torch.no_grad():
         decoder[0].weight.mul_(contrast)
-    return encoder, decoder
+    graphs = (
+        encoder_to_onnx(EncoderGraph(encoder, "autoencoder"), torch.rand(2, 1, 8, 8)),
+        decoder_to_onnx(DecoderGraph(decoder, clamp=True), torch.rand(2, 4, 4, 4)),
+    )
+    return (encoder, decoder), graphs
+
+
+def flat_images(spread: float) -> np.ndarray:
+    return np.random.default_rng(0).uniform(1 - spread, 1, (128, 1, 8, 8)).astype(np.float32)
 
 
 @pytest.mark.parametrize(("precision", "most"), [("fp16", 0.005), ("tf32", 0.002)])
@@ -407,20 +419,12 @@ def flat_pair(contrast: float) -> tuple[nn.Module, nn.Module]:
     ids=["flat", "flat-and-not-worth-it", "not-flat"],
 )
 def test_the_first_layer_stays_exact_where_that_is_worth_it(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    precision: str,
-    most: float,
-    spread: float,
-    worth: float,
-    kept: bool,
+    monkeypatch: pytest.MonkeyPatch, precision: str, most: float, spread: float, worth: float, kept: bool
 ) -> None:
     monkeypatch.setattr("vae_export.precisions.WORTH_FLOAT32", worth)
-    x = np.random.default_rng(0).uniform(1 - spread, 1, (128, 1, 8, 8)).astype(np.float32)
-    pair, path = flat_pair(0.2 if spread == 1 else 4), tmp_path / "a.vae"
-    options = {"kind": "autoencoder", "precisions": [precision], "budget": Budget(psnr_db=90)}
-    manifest = export_bundle(*pair, path, examples=x, **options)
-    entry = manifest.precisions[precision]
+    pair = flat_pair(0.2 if spread == 1 else 4)
+    made = make(*pair, "autoencoder", precision, x=flat_images(spread), budget=Budget(psnr_db=90))
+    entry = made.precisions[precision]
     assert bool(entry.quality["kept_fp32"]["encoder"]) == kept
     assert entry.quality["kept_fp32"]["decoder"] == []
     assert (entry.fidelity["round_trip_max_error"] < most) == (kept or spread == 1)
@@ -428,30 +432,34 @@ def test_the_first_layer_stays_exact_where_that_is_worth_it(
     assert entry.fidelity["reconstruction_max_error"] > 1e-6
     if precision == "tf32":  # which runs fp32's files but where it needs another
         assert (entry.encoder, entry.decoder) == ("encoder.tf32.onnx" if kept else "encoder.onnx", "decoder.onnx")
-        assert manifest.golden.tolerance["tf32"] >= 0.002
-        with VAE.load(path, threads=1) as vae:
-            assert vae.selftest().passed
+        assert set(made.graphs) == ({"encoder.tf32.onnx"} if kept else set())
+        assert made.tolerance["tf32"] >= 0.002
 
 
 @pytest.mark.parametrize("precision", ["fp16", "tf32"])
 @pytest.mark.parametrize("flat", ["calibrating", "held out"])
-def test_the_examples_that_calibrate_decide_on_the_first_layer(tmp_path: Path, precision: str, flat: str) -> None:
-    x = np.random.default_rng(0).uniform(0, 1, (128, 1, 8, 8)).astype(np.float32)
-    rows = slice(0, None, 2) if flat == "calibrating" else slice(1, None, 2)
-    x[rows] = 0.98 + 0.02 * x[rows]
-    options = {"kind": "autoencoder", "precisions": [precision], "budget": Budget(psnr_db=90)}
-    manifest = export_bundle(*flat_pair(1.5), tmp_path / "a.vae", examples=x, **options)
-    assert bool(manifest.precisions[precision].quality["kept_fp32"]["encoder"]) == (flat == "calibrating")
+def test_the_examples_that_calibrate_decide_on_the_first_layer(precision: str, flat: str) -> None:
+    x, rows = flat_images(1), slice(flat == "held out", None, 2)
+    x[rows] = flat_images(0.02)[rows]
+    made = make(*flat_pair(1.5), "autoencoder", precision, x=x, budget=Budget(psnr_db=90))
+    assert bool(made.precisions[precision].quality["kept_fp32"]["encoder"]) == (flat == "calibrating")
 
 
-def test_an_encoder_of_one_layer_is_fp32_where_float16_would_show(tmp_path: Path) -> None:
-    _, decoder = flat_pair(4)
-    encoder = nn.Sequential(nn.Conv2d(1, 4, 2, 2), nn.GroupNorm(4, 4))
-    x = np.random.default_rng(0).uniform(0.98, 1, (128, 1, 8, 8)).astype(np.float32)
-    options = {"kind": "autoencoder", "precisions": ["fp16"], "budget": Budget(psnr_db=90)}
-    entry = export_bundle(encoder, decoder, tmp_path / "a.vae", examples=x, **options).precisions["fp16"]
+def test_an_encoder_of_one_layer_is_fp32_where_float16_would_show() -> None:
+    made = make(*flat_pair(4, layers=1), "autoencoder", "fp16", x=flat_images(0.02), budget=Budget(psnr_db=90))
+    entry = made.precisions["fp16"]
     assert (entry.encoder, entry.decoder) == ("encoder.onnx", "decoder.fp16.onnx")
     assert entry.fidelity["mean_max_error"] == 0
+
+
+def test_a_bundle_with_a_file_for_tf32_is_complete(tmp_path: Path) -> None:
+    pair, _ = flat_pair(4)
+    options = {"examples": flat_images(0.02), "kind": "autoencoder", "precisions": ["tf32"]}
+    manifest = export_bundle(*pair, tmp_path / "a.vae", budget=Budget(psnr_db=90), **options)
+    assert "encoder.tf32.onnx" in manifest.files
+    with VAE.load(tmp_path / "a.vae", threads=1) as vae:
+        assert vae.manifest == manifest
+        assert vae.selftest().passed
 
 
 def test_tf32_of_a_half_without_layers_is_the_other_halfs(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ float16 as a GPU rounds them.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -21,24 +20,13 @@ from vae_runtime.preprocess import Float32
 
 from .activation_ranges import activation_ranges
 from .graphs import plain, with_node_names
+from .halves import ReducedHalf
 from .layers import WEIGHTED, after_the_last, before_the_second
 
 MAX_FLOAT16 = float(np.finfo(np.float16).max)
 MARGIN = 4.0  # by which activations may exceed those of the calibration examples
 LOST_WEIGHT = 1e-2  # of a weight's norm; more is lost only where values lie below float16's smallest
 FLOAT_OPERATORS = (*DEFAULT_OP_BLOCK_LIST, "Softmax", "Exp", "Pow", "ReduceSum", "ReduceMean", "ReduceL2")
-
-
-class Float16Graph(NamedTuple):
-    """One half in fp16.
-
-    graph: what ships. twin: what is measured in its place. Both are None where no layer can be in float16.
-    kept: nodes that stay in fp32 because float16 would overflow or lose their weights, and what was kept on demand.
-    """
-
-    graph: bytes | None
-    twin: bytes | None
-    kept: list[str]
 
 
 class ConvertibleGraph:
@@ -48,8 +36,11 @@ class ConvertibleGraph:
         self._model = with_node_names(onnx.shape_inference.infer_shapes(onnx.load_from_string(graph)))
         self._unsafe = set(_unsafe(self._model, x))
 
-    def build(self, *, keep_first: bool = False) -> Float16Graph:
-        """keep_first: everything before the second layer with weights stays in fp32 too.
+    def build(self, *, keep_first: bool = False) -> ReducedHalf:
+        """The half in fp16, without a graph where no layer can be in float16.
+
+        What float16 would overflow in, or lose the weights of, stays in fp32. keep_first: everything before the second
+        layer with weights too.
 
         A flat image is a large value with small differences, of which float16's 11 bits leave few. A normalisation
         after the first layer enlarges them, and with them how the image, and what that layer gives, are rounded.
@@ -59,9 +50,9 @@ class ConvertibleGraph:
         kept = [node.name for node in graph.node if node.name in chosen]
         blocked = {*kept, *(node.name for node in after_the_last(graph))}
         if not any(node.op_type in WEIGHTED and node.name not in blocked for node in graph.node):
-            return Float16Graph(None, None, kept)
+            return ReducedHalf(None, None, kept)
         converted = _convert(self._model, blocked)
-        return Float16Graph(converted, _twin(converted), kept)
+        return ReducedHalf(converted, _twin(converted), kept)
 
 
 def _unsafe(model: onnx.ModelProto, x: Float32) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from vae_runtime.preprocess import Float32
 
@@ -12,6 +12,18 @@ HALF_NAMES = ("encoder", "decoder")  # in this order everywhere
 def graph_file(half: str, precision: str = "fp32") -> str:
     """The name in a bundle of one half's graph: encoder.onnx, encoder.int8.onnx."""
     return f"{half}.onnx" if precision == "fp32" else f"{half}.{precision}.onnx"
+
+
+class ReducedHalf(NamedTuple):
+    """One half in a lower precision.
+
+    graph: what ships; None where that is fp32's. twin: what is measured in its place, in float32 with every rounding of
+    the device; None where it rounds nothing. kept: nodes that stay as exact as in fp32.
+    """
+
+    graph: bytes | None
+    twin: bytes | None
+    kept: list[str]
 
 
 class Halves(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from vae_runtime.preprocess import Float32
 
 from .activation_ranges import activation_inputs
 from .float16 import ConvertibleGraph
-from .halves import HALF_NAMES, Halves, graph_file
+from .halves import HALF_NAMES, Halves, ReducedHalf, graph_file
 from .int8_search import Candidate, LayerSearch
 from .judge import Judge, Pair
 from .quality import Budget, Measurement
@@ -82,36 +82,39 @@ def _fp16(
     encoder, decoder = (half.build() for half in halves)
     if encoder.graph is None and decoder.graph is None:
         return None
-    exact = halves[0].build(keep_first=True)
-    is_half_left = exact.graph is not None or decoder.graph is not None  # a half without another layer is fp32's
-    if is_half_left and _is_worth_it(trial, FLOAT16_ERROR, encoder.twin, exact.twin, decoder.twin):
-        encoder = exact
-    twins = encoder.twin, decoder.twin
-    notes = {"calibration_examples": len(inputs[INPUT]), "kept_fp32": _kept(encoder.kept, decoder.kept)}
-    return Candidate((encoder.graph, decoder.graph), twins, notes), final.measure(twins)
+    encoder = _exact_if_worth_it(trial, FLOAT16_ERROR, encoder, decoder, lambda: halves[0].build(keep_first=True))
+    return _measured(final, encoder, decoder, calibration_examples=len(inputs[INPUT]))
 
 
 def _tf32(graphs: tuple[bytes, bytes], trial: Judge, final: Judge) -> tuple[Candidate, Measurement] | None:
-    twin, decoder = tf32_twin(graphs[0]), tf32_twin(graphs[1])
-    if twin is None and decoder is None:
+    encoder, decoder = (ReducedHalf(None, tf32_twin(graph), []) for graph in graphs)
+    if encoder.twin is None and decoder.twin is None:
         return None
-    encoder, (exact, kept) = None, with_exact_first_layer(graphs[0])
-    exact_twin = tf32_twin(exact)
-    if kept and _is_worth_it(trial, TF32_ERROR, twin, exact_twin, decoder):
-        encoder, twin = exact, exact_twin
-    else:
-        kept = []
-    return Candidate((encoder, None), (twin, decoder), {"kept_fp32": _kept(kept, [])}), final.measure((twin, decoder))
+
+    def exact() -> ReducedHalf:
+        graph, kept = with_exact_first_layer(graphs[0])
+        return ReducedHalf(graph, tf32_twin(graph), kept)
+
+    return _measured(final, _exact_if_worth_it(trial, TF32_ERROR, encoder, decoder, exact), decoder)
 
 
-def _is_worth_it(trial: Judge, most: float, plain: bytes | None, exact: bytes | None, decoder: bytes | None) -> bool:
-    """Whether the encoder gets a first layer that rounds nothing, which costs time. All are twins."""
-    error = trial.round_trip_error((plain, decoder))
-    return error > most and trial.round_trip_error((exact, decoder)) <= WORTH_FLOAT32 * error
+def _exact_if_worth_it(
+    trial: Judge, most: float, encoder: ReducedHalf, decoder: ReducedHalf, make_exact: Callable[[], ReducedHalf]
+) -> ReducedHalf:
+    """The encoder, or the one whose first layer rounds nothing, which costs time."""
+    error = trial.round_trip_error((encoder.twin, decoder.twin))
+    if not error > most:
+        return encoder
+    exact = make_exact()
+    if exact.graph is None and decoder.graph is None:  # all of it would be fp32's
+        return encoder
+    return exact if trial.round_trip_error((exact.twin, decoder.twin)) <= WORTH_FLOAT32 * error else encoder
 
 
-def _kept(encoder: list[str], decoder: list[str]) -> dict[str, list[str]]:
-    return dict(zip(HALF_NAMES, (encoder, decoder), strict=True))
+def _measured(final: Judge, encoder: ReducedHalf, decoder: ReducedHalf, **notes: Any) -> tuple[Candidate, Measurement]:
+    twins = encoder.twin, decoder.twin
+    kept = dict(zip(HALF_NAMES, (encoder.kept, decoder.kept), strict=True))
+    return Candidate((encoder.graph, decoder.graph), twins, {**notes, "kept_fp32": kept}), final.measure(twins)
 
 
 def _decide(

@@ -23,12 +23,14 @@ from .cuda import (
 )
 from .engine import import_engine
 from .errors import DeviceError, InputError
+from .manifest import PRECISIONS
 from .plugins import OPENVINO, find_plugin_device, openvino_device, openvino_options, why_not_openvino
 
 CPU = "CPUExecutionProvider"
 
 # Precisions that need no files of their own: a provider that can runs the fp32 graphs so.
 PROVIDER_PRECISIONS: dict[str, tuple[str, ...]] = {"bf16": (OPENVINO,), "tf32": (CUDA, TENSORRT)}
+ALL_PRECISIONS = tuple(dict.fromkeys((*PRECISIONS, *PROVIDER_PRECISIONS)))  # tf32 is both
 _SHORT_NAMES = {CPU: "cpu", CUDA: "cuda", TENSORRT: "tensorrt", OPENVINO: "openvino"}
 
 

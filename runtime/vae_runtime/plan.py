@@ -8,7 +8,7 @@ from typing import Any
 from .arguments import check_choice
 from .boundary import decoder_boundary, encoder_boundary
 from .bundle import Bundle
-from .devices import PROVIDER_PRECISIONS, find_device
+from .devices import ALL_PRECISIONS, PROVIDER_PRECISIONS, find_device
 from .errors import DeviceError, InputError
 from .latents import to_decoder_input
 from .manifest import PRECISIONS, Manifest
@@ -54,7 +54,7 @@ def _can_run(bundle: Bundle, candidate: Candidate) -> bool:
 
 def check_precision(asked: Any, manifest: Manifest) -> None:
     """Raise `InputError` for no name of a precision, `DeviceError` for one that the bundle lacks."""
-    check_choice(asked, "precision", tuple(dict.fromkeys((*PRECISIONS, *PROVIDER_PRECISIONS, "auto"))))
+    check_choice(asked, "precision", (*ALL_PRECISIONS, "auto"))
     if asked in manifest.refused:
         raise DeviceError(f"precision {asked!r} is not in {manifest.name}: {manifest.refused[asked]['reason']}")
     if asked in PRECISIONS and asked not in (*manifest.precisions, *PROVIDER_PRECISIONS):

@@ -20,10 +20,10 @@ import numpy as np
 
 from .bundle import Bundle
 from .cache import make_cache_folder
-from .devices import PROVIDER_PRECISIONS, usable_devices
+from .devices import ALL_PRECISIONS, PROVIDER_PRECISIONS, usable_devices
 from .engine import first_line
 from .errors import DeviceError, InputError, VAEError
-from .manifest import INPUT, PRECISIONS, RECONSTRUCTION, Manifest
+from .manifest import INPUT, RECONSTRUCTION, Manifest
 from .operation import Candidate
 from .preprocess import Float32
 from .tuning import OPERATIONS, Measured, usable_cores, write_tuning
@@ -90,7 +90,7 @@ def candidates(manifest: Manifest, devices: Sequence[str]) -> list[Candidate]:
     """What there is to measure, the plainest and most exact first."""
     cores = usable_cores()
     counts = sorted({1, max(1, cores // 2), cores})
-    precisions = [name for name in dict.fromkeys((*PRECISIONS, *PROVIDER_PRECISIONS)) if _is_good(manifest, name)]
+    precisions = [name for name in ALL_PRECISIONS if _is_good(manifest, name)]
     found = []
     for device in devices:
         for precision in precisions:

@@ -20,10 +20,9 @@ from typing import Any
 from .arguments import check_threads
 from .cache import cache_folder, make_cache_folder
 from .cuda import CUDA, TENSORRT, driver_version, find_gpus
-from .devices import PROVIDER_PRECISIONS, check_device_name
+from .devices import ALL_PRECISIONS, check_device_name
 from .engine import import_engine
 from .errors import OutputError
-from .manifest import PRECISIONS
 from .operation import Candidate
 
 FORMAT, FORMAT_VERSION = "vae-tuning", 1
@@ -50,7 +49,7 @@ class Measured:
         """Raises ValueError, KeyError, TypeError or AttributeError for anything but what `to_dict` makes."""
         device, precision, threads, spinning = (data[name] for name in Candidate._fields)
         check_device_name(device)
-        if precision not in (*PRECISIONS, *PROVIDER_PRECISIONS) or not (spinning is None or isinstance(spinning, bool)):
+        if precision not in ALL_PRECISIONS or not (spinning is None or isinstance(spinning, bool)):
             raise ValueError("no such precision, or no such spinning")
         seconds = {name: {int(b): float(t) for b, t in data["seconds"][name].items()} for name in OPERATIONS}
         if not all(row and all(b >= 1 and 0 < t < math.inf for b, t in row.items()) for row in seconds.values()):

@@ -5,7 +5,8 @@
 It shows whether sessions open, what lands on the CPU, which options are taken, how a CUDA graph is captured and
 replayed, what is copied when, what happens without memory, from many threads, and that results are right; nothing of
 speed. It works late and is strict where a GPU is (see runtime.cpp), and knows the kernels of fully connected and
-convolutional bundles; of others the outputs are NaN, and it says which. It needs g++ 12 or later on x86-64 Linux.
+convolutional bundles, with normalisation in groups and attention too; of others the outputs are NaN, and it says which.
+It needs g++ 12 or later on x86-64 Linux.
 
     python tests/cuda_stand_in/build.py FOLDER
 

@@ -1,5 +1,5 @@
-// onnxruntime's own kernels, as far as the graphs of fully connected and convolutional bundles need them: what each
-// computes for its arguments, in the order of its declaration in onnxruntime's sources.
+// onnxruntime's own kernels, as far as the graphs of fully connected and convolutional bundles need them, those with
+// normalisation in groups and attention too: what each computes for its arguments, in the order of its declaration in onnxruntime's sources.
 
 #include <algorithm>
 #include <cmath>
@@ -205,31 +205,37 @@ Work split(Arguments given, int64_t unit) {  // unit: bytes of what one thread m
   };
 }
 
+class Parts {  // equal ones of an axis, between them and the whole: where the whole's element i is
+ public:
+  explicit Parts(Arguments given)
+      : block_(given.get<Divisor>(0).value), inner_(given.get<Divisor>(1).value), part_(given.get<Divisor>(2).value) {}
+  int number(int i) const { return along(i) / part_; }
+  int offset(int i) const { return (i / block_ * part_ + along(i) % part_) * inner_ + i % inner_; }
+
+ private:
+  int along(int i) const { return i % block_ / inner_; }
+  int block_, inner_, part_;
+};
+
 template <typename T>
 Work split_evenly(Arguments given) {
-  int block = given.get<Divisor>(0).value, inner = given.get<Divisor>(1).value, part = given.get<Divisor>(2).value;
+  Parts parts(given);
   void* in = given.address(4);
   auto outs = given.get<List<void*, 32>>(5);
   int count = given.get<int>(6);
   return [=] {
-    for (int i = 0; i < count; i++) {
-      int outer = i / block, along = i % block / inner, rest = i % inner;
-      at<T>(outs.items[along / part])[(outer * part + along % part) * inner + rest] = at<T>(in)[i];
-    }
+    for (int i = 0; i < count; i++) at<T>(outs.items[parts.number(i)])[parts.offset(i)] = at<T>(in)[i];
   };
 }
 
 template <typename T>
 Work join(Arguments given) {
-  int block = given.get<Divisor>(0).value, inner = given.get<Divisor>(1).value, part = given.get<Divisor>(2).value;
+  Parts parts(given);
   void* out = given.address(3);
   auto ins = given.get<List<void*, 32>>(4);
   int count = given.get<int>(5);
   return [=] {
-    for (int i = 0; i < count; i++) {
-      int outer = i / block, along = i % block / inner, rest = i % inner;
-      at<T>(out)[i] = at<T>(ins.items[along / part])[(outer * part + along % part) * inner + rest];
-    }
+    for (int i = 0; i < count; i++) at<T>(out)[i] = at<T>(ins.items[parts.number(i)])[parts.offset(i)];
   };
 }
 
@@ -304,9 +310,8 @@ Work find_kernel(const std::string& name, void** arguments, unsigned grid_depth)
   bool is_half = has(name, "<__half") || has(name, "<short");
   if (has(name, "OP_QuickGelu<")) return is_half ? quick_gelu<Half>(given) : quick_gelu<float>(given);
   if (has(name, "_UnaryElementWise<")) return unary(name, given);
-  if (has(name, "_BinaryElementWise")) {
-    return has(name, "__half") ? binary<Half>(name, given) : has(name, "float, float, float, ") ? binary<float>(name, given) : nullptr;
-  }
+  if (has(name, "_BinaryElementWise") && has(name, "__half, __half, __half, ")) return binary<Half>(name, given);
+  if (has(name, "_BinaryElementWise") && has(name, "float, float, float, ")) return binary<float>(name, given);
   if (has(name, "_InstanceNormKernel<")) return is_half ? instance_norm<Half>(given) : instance_norm<float>(given);
   if (has(name, "softmax_warp_forward<float, float, float, ") && has(name, ", false>")) return softmax<float>(given);
   if (has(name, "softmax_warp_forward<__half, __half, float, ") && has(name, ", false>")) return softmax<Half>(given);
@@ -320,7 +325,9 @@ Work find_kernel(const std::string& name, void** arguments, unsigned grid_depth)
   if (has(name, "_SplitKernelSameSplitDim<short, onnxruntime::cuda::TArray<void*, 32>")) {
     return split_evenly<int16_t>(given);
   }
-  if (has(name, "_ConcatKernelSameConcatDim<int, onnxruntime::cuda::TArray<void const*, 32>")) return join<int32_t>(given);
+  if (has(name, "_ConcatKernelSameConcatDim<int, onnxruntime::cuda::TArray<void const*, 32>")) {
+    return join<int32_t>(given);
+  }
   if (has(name, "::TransposeKernel<")) return is_half ? transpose<int16_t>(given) : transpose<int32_t>(given);
   if (has(name, "Transpose3DKernel<")) {
     return is_half ? transpose_planes<int16_t>(given, grid_depth) : transpose_planes<int32_t>(given, grid_depth);

@@ -12,8 +12,9 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import nn
 
-from vae_export.float16 import ConvertibleGraph, Float16Graph
+from vae_export.float16 import ConvertibleGraph
 from vae_export.graphs import EncoderGraph, encoder_to_onnx
+from vae_export.halves import ReducedHalf
 
 X = np.random.default_rng(0).uniform(0.5, 1, (24, 3, 8, 8)).astype(np.float32)
 
@@ -49,11 +50,11 @@ def plain_graph() -> bytes:
 
 
 @pytest.fixture(scope="module")
-def converted(plain_graph: bytes) -> Float16Graph:
+def converted(plain_graph: bytes) -> ReducedHalf:
     return ConvertibleGraph(plain_graph, X).build()
 
 
-def test_the_boundary_is_float32_and_the_inside_float16(plain_graph: bytes, converted: Float16Graph) -> None:
+def test_the_boundary_is_float32_and_the_inside_float16(plain_graph: bytes, converted: ReducedHalf) -> None:
     assert converted.graph is not None
     model = onnx.load_from_string(converted.graph)
     before = onnx.load_from_string(plain_graph).graph
@@ -66,7 +67,7 @@ def test_the_boundary_is_float32_and_the_inside_float16(plain_graph: bytes, conv
     onnx.checker.check_model(model, full_check=True)
 
 
-def test_the_image_is_made_in_float32(converted: Float16Graph) -> None:
+def test_the_image_is_made_in_float32(converted: ReducedHalf) -> None:
     model = onnx.shape_inference.infer_shapes(onnx.load_from_string(converted.graph or b""))
     types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
     (sigmoid,) = (node for node in model.graph.node if node.op_type == "Sigmoid")
@@ -74,7 +75,7 @@ def test_the_image_is_made_in_float32(converted: Float16Graph) -> None:
     assert sigmoid.output[0] == "mean"
 
 
-def test_it_agrees_with_fp32_and_with_its_twin(plain_graph: bytes, converted: Float16Graph) -> None:
+def test_it_agrees_with_fp32_and_with_its_twin(plain_graph: bytes, converted: ReducedHalf) -> None:
     expected = run(plain_graph)
     assert 0 < np.abs(run(converted.graph) - expected).max() < 2e-3
     assert 0 < np.abs(run(converted.twin) - expected).max() < 2e-3

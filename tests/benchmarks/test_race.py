@@ -572,6 +572,25 @@ def test_tuning_for_a_race_leaves_the_user_s_own_alone(
     assert Path(folder).exists() == (not tune)
 
 
+def test_nobody_takes_a_gpu_in_a_race_on_the_cpu(tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nor does tuning measure one. Where there is one, "auto" would: the command is really run."""
+    monkeypatch.setenv("VAE_EDGE_CACHE", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    seen: list[str] = []
+
+    def run_group(command: Any, environment: Any) -> Any:
+        seen.append(environment["CUDA_VISIBLE_DEVICES"])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(course, "run_group", run_group)
+    field = (COMPETITORS["ours"], planted("peer", variable="CUDA_VISIBLE_DEVICES"))
+    (point,) = race([tiny], RaceSettings(points=ONE, budget=0.2, rounds=3), competitors=field).cases[0].points
+    ours, peer = point.runners
+    assert (seen, peer.configuration) == (["-1"], "-1")
+    assert "'cpu'" in repr(ours.plan)
+    assert "cuda" not in repr(ours.plan)
+
+
 def test_nothing_is_left_where_nothing_was_raced(tiny: Path, tmp_path: Path) -> None:
     for arguments in ((tmp_path,), ("--merge", tiny / "manifest.json")):
         assert run(*arguments, "--output", tmp_path / "out").exit_code == 1

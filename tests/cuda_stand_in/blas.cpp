@@ -1,7 +1,6 @@
 // cuBLAS: products of matrices, which are stored column by column. cuBLASLt is there and refuses everything.
 
 #include <cstdint>
-#include <cstdlib>
 
 #include "stand_in.h"
 
@@ -26,8 +25,7 @@ struct Product {  // target = alpha * left * right + beta * target, (rows, inner
   bool by_tf32 = false;
 };
 
-// To 11 bits, to nearest, as tensor cores take their factors; only where CUDA_STAND_IN_TF32 is set, as what is tuned for
-// speed may be in TF32 or not by chance.
+// To 11 bits, to nearest, as tensor cores take their factors.
 float to_tf32(float value) {
   float wide = value * 8193;
   return wide - (wide - value);
@@ -93,7 +91,7 @@ int cublasSgemmStridedBatched(Handle* handle, int left_is_transposed, int right_
                               float* target, int target_stride, long long target_step, int count) {
   Product product{left_is_transposed, right_is_transposed, rows,  columns,     inner,        *alpha,       *beta, left,
                   right,              target,              left_stride, right_stride, target_stride,
-                  handle->math_mode == kTf32 && std::getenv("CUDA_STAND_IN_TF32")};
+                  handle->math_mode == kTf32};
   enqueue(handle->stream, [=] {
     for (int i = 0; i < count; i++) multiply<float>(product, i, left_step, right_step, target_step);
   });

@@ -523,9 +523,11 @@ cudaError_t cudaKernelSetAttributeForDevice(cudaKernel_t, cudaFuncAttribute, int
 
 // --- the device ---
 
+// The driver's rule: the list of visible devices ends before the first number that is none.
 cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 1;
-  return cudaSuccess;
+  const char* visible = getenv("CUDA_VISIBLE_DEVICES");
+  *count = !visible || visible[0] == '0';
+  return *count ? cudaSuccess : cudaErrorNoDevice;
 }
 
 cudaError_t cudaGetDevice(int* device) {
@@ -599,7 +601,10 @@ cudaError_t cudaMemPoolTrimTo(cudaMemPool_t, size_t) { return cudaSuccess; }
 
 constexpr int kNoContext = 201;  // CUDA_ERROR_INVALID_CONTEXT
 
-int cuInit(unsigned) { return 0; }
+int cuInit(unsigned) {
+  int count;
+  return cudaGetDeviceCount(&count);
+}
 int cuDeviceGetCount(int* count) { return cudaGetDeviceCount(count); }
 int cuDriverGetVersion(int* version) { return cudaDriverGetVersion(version); }
 int cuTensorMapEncodeTiled() { return cudaErrorNotSupported; }

@@ -46,6 +46,8 @@ main(["tune", *sys.argv[2:]])
 
 # What the race's own tuning finds is for the race alone: the user may have tuned for longer, on the same cores.
 _CACHE = "VAE_EDGE_CACHE"
+# On the CPU everybody is to run there, also who would take a GPU by himself: vae-edge's "auto" does.
+_NO_GPU = {"CUDA_VISIBLE_DEVICES": "-1"}
 
 Progress = Callable[[str], None]
 
@@ -170,14 +172,14 @@ class Course:
         self._cores = choose_cores(point.threads) or None
         self._fresh = False
         self._scratch = scratch
-        self._environment: dict[str, str] = {}
+        self._environment = {} if point.device == "cuda" else dict(_NO_GPU)
 
     def run(self, budget: float) -> PointResult:
         """Race for about `budget` seconds. Whatever ends it, no process is left."""
         load = MachineFacts.read().load_average_1min
         with tempfile.TemporaryDirectory(dir=self._scratch, ignore_cleanup_errors=True) as folder:
             if self._settings.tune:
-                self._environment = {_CACHE: str(Path(folder) / "tuning")}
+                self._environment[_CACHE] = str(Path(folder) / "tuning")
             tuned = self._tune()
             try:
                 if self._point.device == "cuda":

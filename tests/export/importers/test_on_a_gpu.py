@@ -42,12 +42,6 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def round_as_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the stand-in for a GPU, see tests/cuda_stand_in/blas.cpp; a real one has no choice."""
-    monkeypatch.setenv("CUDA_STAND_IN_TF32", "1")
-
-
 @pytest.fixture(scope="module")
 def bundles(crops: Callable[..., np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """`AutoencoderKL` of one size and of any, and `AutoencoderTiny`."""

@@ -197,22 +197,19 @@ def export_imported(
         the manifest says so. Precisions beside fp32 need real ones.
     likelihood: see `export_bundle`; None: what the source tells, if it does.
     golden: "examples" or "synthetic"; None: examples where there are any.
-    name, tolerance, precisions, budget, keep: see `export_bundle`. A precision that the model's source rules out is not
-        made, and the manifest's `refused` says why.
-    prior, calibrate, scores, progress: see `export_bundle`. prior_examples: real inputs that the prior is fitted to;
-        None: `examples`. unit_examples: those that tell which units are active; None: `examples`, if they are enough.
+    name, tolerance, precisions, budget, keep, prior, calibrate, scores, progress: see `export_bundle`.
+    prior_examples: real inputs that the prior is fitted to; None: `examples`. unit_examples: those that tell which
+        units are active; None: `examples`, if they are enough.
 
     Raises:
         ExportError, InputError, OutputError: see `export_bundle`.
     """
     golden = golden or ("synthetic" if examples is None else "examples")
     check_choice(golden, "golden", ("examples", "synthetic"))
-    if examples is None and (golden == "examples" or set(precisions) - {"fp32"} - set(imported.refused)):
+    if examples is None and (golden == "examples" or set(precisions) - {"fp32"}):
         wants = "golden 'examples'" if golden == "examples" else f"precision {sorted(set(precisions) - {'fp32'})[0]!r}"
         raise InputError(f"{wants} needs real inputs, and there are none; pass some (--data)")
-    refused = {one: {"reason": imported.refused[one], "quality": {}} for one in precisions if one in imported.refused}
     name = name or imported.name
-    precisions = [one for one in precisions if one not in refused]
     options = _Options(path, name, golden, tolerance, precisions, budget, keep, prior, scores, progress, force)
     spec = example_spec(imported)
     told = parse_likelihood(imported.likelihood)
@@ -236,7 +233,6 @@ def export_imported(
         parsed,
         input_range=imported.input_range if spec.is_image else _range_of_means(parsed),
         origin=imported.origin,
-        refused=refused,
     )
 
 
@@ -386,7 +382,6 @@ def _export(
     input_range: str | None = None,
     training: Mapping[str, Any] = _NONE,
     origin: Mapping[str, Any] = _NONE,
-    refused: Mapping[str, Mapping[str, Any]] = _NONE,
 ) -> Manifest:
     x = inputs.x
     wanted = check_wanted(options.precisions, options.budget, options.keep, x, inputs.parts)
@@ -424,7 +419,7 @@ def _export(
         training=training,
         producer=_producer(),
         budget=wanted.budget.to_dict(),
-        refused={**made.refused, **refused},
+        refused=made.refused,
         origin=origin,
         tiling=find_tiling(graphs, spec, x[:1], encoded) if spec.is_free else None,
         # What a codec costs is not measured on noise.

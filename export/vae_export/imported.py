@@ -24,7 +24,6 @@ class Imported:
         where the source itself tells it.
     likelihood: as the manifest has it, where the source tells it.
     origin: where it is from, for the manifest: {"library": "diffusers", "version": "...", "class": "..."}; no paths.
-    refused: by precision, why it must not be made of this model.
     """
 
     halves: Halves
@@ -35,7 +34,6 @@ class Imported:
     input_range: str | None = None
     likelihood: Mapping[str, Any] | None = None
     origin: Mapping[str, Any] = field(default_factory=dict)
-    refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_free(self) -> bool:

@@ -53,7 +53,7 @@ def import_model(
     encoder = EncoderGraph(Encoder(model, units), kind, clamp=False)
     halves = Reference(encoder, DecoderGraph(Decoder(model, units), clamp=True), against="diffusers")
     origin = {"library": "diffusers", "version": _library().__version__, "class": name}
-    return Imported(halves, bundle_name, *shape, origin=origin, refused=_refused(model.config))
+    return Imported(halves, bundle_name, *shape, origin=origin)
 
 
 class LatentUnits(nn.Module):
@@ -208,12 +208,6 @@ def _default_size(config: Any, multiple: int) -> tuple[int, int]:
     bounded = [min(max(side, low), high) if isinstance(side, int) else high for side in pair]
     sides = [max(2, math.ceil(side / multiple)) * multiple for side in bounded]
     return sides[0], sides[-1]
-
-
-def _refused(config: Any) -> dict[str, str]:
-    if not config.get("force_upcast"):
-        return {}
-    return {"fp16": f"the model's {CONFIG} has force_upcast, that is, float16 overflows in it; use fp32"}
 
 
 def _number(config: Any, name: str, default: float) -> float:

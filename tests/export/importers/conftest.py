@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 datasets = pytest.importorskip("sklearn.datasets", reason="the photograph is scikit-learn's")
 
@@ -20,3 +22,24 @@ def crops() -> Callable[..., np.ndarray]:
         return np.ascontiguousarray(np.stack(parts).transpose(0, 3, 1, 2), np.float32) / np.float32(255)
 
     return cut
+
+
+@pytest.fixture(scope="session")
+def overflowing_kl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a diffusers `AutoencoderKL` whose activations go beyond float16's range in both halves."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("conv2.weight"):
+                weight.mul_(1e5)
+    folder = tmp_path_factory.mktemp("diffusers") / "overflowing-kl"
+    model.save_pretrained(folder)
+    return folder

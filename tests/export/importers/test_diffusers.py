@@ -33,7 +33,6 @@ KL = {
     "latent_channels": 3,
     "scaling_factor": 0.6,
     "shift_factor": 0.25,
-    "force_upcast": False,
 }
 TINY = {
     "encoder_block_out_channels": (8, 8, 8),
@@ -222,13 +221,24 @@ def test_golden_inputs_are_of_the_size_it_was_trained_with_where_that_is_cheap(
 ) -> None:
     imported = load(str(save_kl(tmp_path, sample_size=size)), None, PLAIN)
     assert imported.default_size == expected
-    assert imported.refused == {}
 
 
-def test_a_model_that_must_be_upcast_gets_no_float16(tmp_path: Path) -> None:
-    imported = load(str(save_kl(tmp_path, force_upcast=True)), None, PLAIN)
-    assert set(imported.refused) == {"fp16"}
-    assert "force_upcast" in imported.refused["fp16"]
+@pytest.mark.filterwarnings("ignore::vae_export.FewExamplesWarning")
+def test_what_overflows_in_float16_stays_in_fp32(
+    overflowing_kl: Path, crops: Callable[..., np.ndarray], tmp_path: Path
+) -> None:
+    x = crops(4, 16, 16)
+    model = diffusers.AutoencoderKL.from_pretrained(overflowing_kl, local_files_only=True).eval()
+    assert model.config.force_upcast
+    with torch.no_grad():
+        images = torch.from_numpy(x * 2 - 1)
+        assert model(images).sample.isfinite().all()
+        assert not model.half()(images.half()).sample.isfinite().any()
+    imported = load(str(overflowing_kl), None, ImportOptions(input_shape=(3, 16, 16)))
+    fp16 = export_imported(imported, tmp_path / "a.vae", examples=x, precisions=["fp16"]).precisions["fp16"]
+    assert fp16.fidelity["reconstruction_max_error"] < 5e-3
+    assert all(fp16.quality["kept_fp32"].values())
+    assert {(fp16.encoder, fp16.decoder)} == {("encoder.fp16.onnx", "decoder.fp16.onnx")}
 
 
 def test_a_fixed_size_may_be_asked_for(kl: Path) -> None:

@@ -30,7 +30,6 @@ KL = {
     "down_block_types": ("DownEncoderBlock2D",) * 2,
     "up_block_types": ("UpDecoderBlock2D",) * 2,
     "norm_num_groups": 4,
-    "force_upcast": False,
     "sample_size": 16,
 }
 TINY = {
@@ -43,8 +42,10 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def bundles(crops: Callable[..., np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """`AutoencoderKL` of one size and of any, and `AutoencoderTiny`."""
+def bundles(
+    crops: Callable[..., np.ndarray], overflowing_kl: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """`AutoencoderKL` of one size, of any, and beyond float16's range, and `AutoencoderTiny`."""
     folder, found = tmp_path_factory.mktemp("on-a-gpu"), {}
     torch.manual_seed(0)
     for source, model in {"kl": diffusers.AutoencoderKL(**KL), "tiny": diffusers.AutoencoderTiny(**TINY)}.items():
@@ -52,6 +53,7 @@ def bundles(crops: Callable[..., np.ndarray], tmp_path_factory: pytest.TempPathF
     for name, source, shape in (
         ("kl", "kl", (3, 16, 16)),
         ("kl-free", "kl", (3, None, None)),
+        ("kl-large", overflowing_kl, (3, 16, 16)),
         ("tiny", "tiny", (3, 16, 16)),
     ):
         imported = load(str(folder / source), None, ImportOptions(input_shape=shape))
@@ -66,7 +68,10 @@ def bundles(crops: Callable[..., np.ndarray], tmp_path_factory: pytest.TempPathF
 @pytest.mark.filterwarnings("ignore::vae_export.FewExamplesWarning")
 @pytest.mark.parametrize(
     ("name", "precision"),
-    [("kl", "fp32"), ("kl", "tf32"), ("kl", "fp16"), ("tiny", "fp32"), ("tiny", "tf32"), ("tiny", "fp16")],
+    [
+        *(("kl", "fp32"), ("kl", "tf32"), ("kl", "fp16"), ("kl-large", "fp16")),
+        *(("tiny", "fp32"), ("tiny", "tf32"), ("tiny", "fp16")),
+    ],
 )
 def test_models_of_diffusers_give_on_a_gpu_what_they_give_on_a_cpu(
     bundles: dict[str, Path], crops: Callable[..., np.ndarray], name: str, precision: str

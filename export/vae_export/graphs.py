@@ -31,6 +31,7 @@ from .rewrite import rewrite
 Call = Callable[[nn.Module, Tensor], Any]
 OPSET, IR_VERSION = 20, 10  # read by onnxruntime 1.18 and newer
 _LOGGERS = ("torch.onnx", "torch.fx.experimental.symbolic_shapes")
+MAX_ELEMENTS = 2**31  # of a tensor; from there on torch's kernels that count in 32 bits fail
 MAX_BYTES = 2**31 - 2**20  # of one protocol buffer message, with some room for its frame
 
 
@@ -175,23 +176,52 @@ def _require_every_size(traced: torch.export.ExportedProgram, example: Tensor, h
     """Raise `ExportError` where the network's code decides by height or width: a graph keeps the example's decision.
 
     The traced program checks what it took for granted, also without computing anything. Of small sizes and of the batch
-    it notes much that changes nothing, as the layout in memory; there the values are verified.
+    it notes much that changes nothing, as the layout in memory; there the values are verified. Nor is it asked of sizes
+    at which a tensor within is too large for most kernels: networks take care there, as diffusers' upsampling does.
     """
     unfilled = traced.module().to("meta")
     rows, channels, height, width = example.shape
     for more in (2, 64):
-        try:
-            unfilled(torch.empty((rows, channels, height * more, width * more), device="meta"))
-        except AssertionError as error:
-            if "Guard failed" not in str(error):
-                continue
-            reason = str(error).removeprefix("Guard failed: ")
-            raise ExportError(
-                f"the {half}'s code decides by the size of its input ({reason}), and was traced with"
-                f" {tuple(example.shape)}; a bundle's graph does the same at every size"
-            ) from None
-        except Exception:  # what needs values to run without any cannot be asked so
-            continue
+        while reason := _failed_guard(unfilled, x := _unfilled(rows, channels, height * more, width * more)):
+            if more == 2 or _largest_within(traced, x) <= MAX_ELEMENTS:
+                raise ExportError(
+                    f"the {half}'s code decides by the size of its input ({reason}), and was traced with"
+                    f" {tuple(example.shape)}; a bundle's graph does the same at every size"
+                )
+            more //= 2
+
+
+def _unfilled(*shape: int) -> Tensor:
+    return torch.empty(shape, device="meta")
+
+
+def _failed_guard(program: nn.Module, x: Tensor) -> str | None:
+    """What the program, on the meta device, took for granted and `x` has not."""
+    try:
+        program(x)
+    except AssertionError as error:
+        reason = str(error)
+        return reason.removeprefix("Guard failed: ") if "Guard failed" in reason else None
+    except Exception:  # what needs values to run without any cannot be asked so
+        return None
+    return None
+
+
+def _largest_within(traced: torch.export.ExportedProgram, x: Tensor) -> int:
+    """How many elements the largest tensor has that the program makes of `x`, which is on the meta device."""
+    largest = 0
+
+    class Watched(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> Any:
+            nonlocal largest
+            result = super().run_node(n)
+            if isinstance(result, Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    with contextlib.suppress(Exception):  # as above
+        Watched(traced.module(check_guards=False).to("meta")).run(x)
+    return largest
 
 
 def finish(model: onnx.ModelProto, half: str) -> bytes:

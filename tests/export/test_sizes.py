@@ -49,6 +49,24 @@ class HalvesWhenLarge(Encoder):
         return (mean * 0.5 if x.shape[-1] * x.shape[-2] > 4000 else mean), logvar
 
 
+class TakesCareOfKernels(Encoder):
+    """As diffusers' upsampling: another layout in memory where a kernel could not count the elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Conv2d(3, 512, 1), nn.Conv2d(512, 3, 1)
+
+    def forward(self, x):
+        wide = self.wide(x)
+        return super().forward(self.narrow(wide.contiguous() if wide.numel() > 2**31 else wide))
+
+
+class HalvesWhenHuge(TakesCareOfKernels):
+    def forward(self, x):
+        mean, logvar = super().forward(x)
+        return (mean * 0.5 if x.shape[-1] > 500 else mean), logvar
+
+
 class NeedsRoom(Encoder):
     """Mirrors more than a small image has, so that it does not run on one: that is no decision."""
 
@@ -94,6 +112,7 @@ def _seeded() -> None:
     [
         (HalvesWhenWide, r"the encoder's code decides by the size of its input \(x\.size\(\)\[3\] <= 100\)"),
         (HalvesWhenLarge, r"the encoder's code decides by the size of its input \(x\.size\(\)\[3\] ?\* ?x"),
+        (HalvesWhenHuge, r"the encoder's code decides by the size of its input \(x\.size\(\)\[3\] <= 500\)"),
         (HalvesWhenNarrow, "mean differs from PyTorch by"),
     ],
 )
@@ -101,6 +120,10 @@ def test_a_network_that_decides_by_the_size_is_refused(network: type[nn.Module],
     with pytest.raises(ExportError, match=message):
         export(network(), tmp_path / "a.vae")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_done_for_tensors_that_kernels_cannot_count_is_no_decision(tmp_path: Path) -> None:
+    assert export(TakesCareOfKernels(), tmp_path / "a.vae").input.shape == (3, None, None)
 
 
 def test_a_network_that_needs_some_room_is_exported(tmp_path: Path) -> None:

@@ -223,6 +223,13 @@ def test_golden_inputs_are_of_the_size_it_was_trained_with_where_that_is_cheap(
     assert imported.default_size == expected
 
 
+def test_a_kl_model_of_usual_width_keeps_its_sizes_free(tmp_path: Path) -> None:
+    """Its upsampling looks at the size, for the sake of a kernel that cannot count so many elements."""
+    imported = load(str(save_kl(tmp_path, block_out_channels=(8, 160), norm_num_groups=8)), None, PLAIN)
+    x, z = np.zeros((2, 3, 64, 64), np.float32), np.zeros((2, 3, 32, 32), np.float32)
+    assert len(imported.halves.to_onnx(x, z, free=True)) == 2
+
+
 @pytest.mark.filterwarnings("ignore::vae_export.FewExamplesWarning")
 def test_what_overflows_in_float16_stays_in_fp32(
     overflowing_kl: Path, crops: Callable[..., np.ndarray], tmp_path: Path

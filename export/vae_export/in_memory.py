@@ -1,5 +1,5 @@
-"""Graphs and bundles that are not on any disk yet, run by the runtime's own code: on the CPU with one thread, so that
-sums are the same at every export."""
+"""Graphs and bundles that are not on any disk yet, run by the runtime's own code: on all cores of the CPU, as onnxruntime
+adds up in an order that does not depend on how many there are; its threads sleep while PyTorch works."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vae_runtime.manifest import Manifest
 from vae_runtime.operation import Candidate
 from vae_runtime.plan import open_halves, same_plan
 from vae_runtime.session import GraphSession
+from vae_runtime.tuning import usable_cores
 from vae_runtime.vae import VAE
 
 
@@ -24,7 +25,7 @@ def open_graph(graph: bytes, half: str, boundary: Boundary) -> GraphSession:
         ExportError: the graph does not load or has other tensors.
     """
     try:
-        return GraphSession(graph, f"the {half}", Device("cpu", CPU), boundary, threads=1)
+        return GraphSession(graph, f"the {half}", Device("cpu", CPU), boundary, threads=usable_cores(), spinning=False)
     except (BundleError, DeviceError) as error:
         raise ExportError(str(error)) from error
 
@@ -32,7 +33,7 @@ def open_graph(graph: bytes, half: str, boundary: Boundary) -> GraphSession:
 def run_in_memory(manifest: Manifest, files: Mapping[str, bytes]) -> VAE:
     """The bundle with its fp32 graphs."""
     bundle = _Unwritten(manifest, files)
-    return VAE(bundle, *open_halves(bundle, same_plan(Candidate("cpu", "fp32", threads=1))), "fp32")
+    return VAE(bundle, *open_halves(bundle, same_plan(Candidate("cpu", "fp32", usable_cores(), spinning=False))), "fp32")
 
 
 class _Unwritten(Bundle):

@@ -98,7 +98,7 @@ def _decoded_at_once(z: Float32) -> int:
 
 
 def verify(graphs: tuple[bytes, bytes], halves: Halves, x: Float32, spec: InputSpec, tolerance: float) -> Fidelity:
-    """Compare the two ONNX graphs, run by onnxruntime on the CPU with one thread, with the reference on `x`.
+    """Compare the two ONNX graphs, run by onnxruntime on the CPU, with the reference on `x`.
 
     Where height and width are free, also on the same examples a little higher and wider.
 

@@ -1,5 +1,5 @@
-"""Graphs and bundles that are not on any disk yet, run by the runtime's own code: on all cores of the CPU, as onnxruntime
-adds up in an order that does not depend on how many there are; its threads sleep while PyTorch works."""
+"""Graphs and bundles that are not on any disk yet, run by the runtime's own code, on all cores of the CPU: onnxruntime
+adds up in an order that does not depend on how many there are. Its threads sleep while PyTorch works."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def open_graph(graph: bytes, half: str, boundary: Boundary) -> GraphSession:
 def run_in_memory(manifest: Manifest, files: Mapping[str, bytes]) -> VAE:
     """The bundle with its fp32 graphs."""
     bundle = _Unwritten(manifest, files)
-    return VAE(bundle, *open_halves(bundle, same_plan(Candidate("cpu", "fp32", usable_cores(), spinning=False))), "fp32")
+    candidate = Candidate("cpu", "fp32", usable_cores(), spinning=False)
+    return VAE(bundle, *open_halves(bundle, same_plan(candidate)), "fp32")
 
 
 class _Unwritten(Bundle):

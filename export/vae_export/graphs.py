@@ -27,6 +27,7 @@ from vae_training.models import LOGVAR_MAX, LOGVAR_MIN
 
 from .reason import innermost_reason
 from .rewrite import rewrite
+from .simplify import simplified
 
 Call = Callable[[nn.Module, Tensor], Any]
 OPSET, IR_VERSION = 20, 10  # read by onnxruntime 1.18 and newer
@@ -138,8 +139,7 @@ def _to_onnx(module: nn.Module, example: Tensor, input_name: str, outputs: list[
                 dynamo=True,
                 external_data=False,
                 opset_version=OPSET,
-                input_names=[input_name],
-                output_names=[f"output.{name}" for name in outputs],
+                optimize=False,
                 verbose=False,
             )
             if free:
@@ -149,18 +149,22 @@ def _to_onnx(module: nn.Module, example: Tensor, input_name: str, outputs: list[
     except Exception as error:
         raise ExportError(f"the {half} cannot be exported by torch.onnx: {innermost_reason(error)}") from error
     assert program is not None  # with dynamo=True
-    model = program.model_proto
-    _name_outputs(model.graph, outputs)
+    model = simplified(program.model_proto)
+    _name_ends(model.graph, [input_name, *outputs])
     return finish(model, half)
 
 
-def _name_outputs(graph: onnx.GraphProto, outputs: Sequence[str]) -> None:
-    """Give the outputs their names, which torch may have given to values within: to that of `x.mean()`, for one."""
-    names = {name: f"inside.{name}" for name in outputs} | {f"output.{name}": name for name in outputs}
+def _name_ends(graph: onnx.GraphProto, wanted: Sequence[str]) -> None:
+    """Give the input and the outputs their names, which torch may have given to values within: to that of `x.mean()`, for one.
+
+    Not left to torch.onnx.export, which names them before `simplified` has told an output from the input itself.
+    """
+    ends = [value.name for value in (*graph.input, *graph.output)]
+    names = {name: f"inside.{name}" for name in wanted} | dict(zip(ends, wanted, strict=True))
     for node in graph.node:
         node.input[:] = [names.get(name, name) for name in node.input]
         node.output[:] = [names.get(name, name) for name in node.output]
-    for value in (*graph.output, *graph.value_info):
+    for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
         value.name = names.get(value.name, value.name)
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxscript.optimizer
 import torch
 from torch import nn
 
@@ -24,6 +23,7 @@ from vae_runtime.preprocess import Float32
 
 from ..graphs import OPSET, DecoderGraph, EncoderGraph, decoder_to_onnx, encoder_to_onnx, finish
 from ..reason import reason
+from ..simplify import simplified
 from ..verify import Reference
 from .options import FLAGS
 from .script_code import check_archive, check_graphs
@@ -100,7 +100,7 @@ def script_to_onnx(
                 dynamic_axes={input_name: axes, **dict.fromkeys(outputs, inner)},
             )
             # Loops that only check sizes are left over from scripted functions; nothing uses what they compute.
-            model = onnxscript.optimizer.optimize(onnx.load_from_string(file.getvalue()))
+            model = simplified(onnx.load_from_string(file.getvalue()))
     except Exception as error:
         raise ExportError(
             f"the {half} cannot be exported by torch.onnx: {reason(error)}; a program saved from torch.jit.trace, not"

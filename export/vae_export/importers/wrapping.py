@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxscript.optimizer
 from onnx import TensorProto, compose, helper, numpy_helper
 
 from ..graphs import finish
+from ..simplify import simplified
 from .onnx_source import OnnxSource
 
 PREFIX = "network."  # before the names of the original graph
@@ -73,7 +73,7 @@ class Wrapped:
         self._model.graph.node.extend(self._nodes)
         _rename_shared_bounds(self._model.graph)
         # Casts to the same type go, and what only unused outputs of the original needed.
-        return finish(onnxscript.optimizer.optimize(self._model), half)
+        return finish(simplified(self._model), half)
 
     def _add(self, operator: str, inputs: list[str], output: str = "", **attributes: Any) -> str:
         output = output or f"{operator.lower()}_{len(self._nodes)}"

@@ -155,7 +155,7 @@ def _to_onnx(module: nn.Module, example: Tensor, input_name: str, outputs: list[
 
 
 def _name_ends(graph: onnx.GraphProto, wanted: Sequence[str]) -> None:
-    """Give the input and the outputs their names, which torch may have given to values within: to that of `x.mean()`, for one.
+    """Give the input and the outputs their names, which torch may have given to values within: to that of `x.mean()`.
 
     Not left to torch.onnx.export, which names them before `simplified` has told an output from the input itself.
     """

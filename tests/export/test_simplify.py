@@ -32,7 +32,7 @@ def to_folder(encoder: nn.Module, decoder: nn.Module, x: torch.Tensor, folder: P
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, module, outputs in (("encoder", encoder, ["mean", "logvar"]), ("decoder", decoder, ["image"])):
-            axes = dict.fromkeys(["input", *outputs], {0: "n"})
+            axes = {end: {0: "n"} for end in ("input", *outputs)}
             torch.onnx.export(
                 module, (x,), folder / f"{name}.onnx", dynamo=False, opset_version=17, input_names=["input"],
                 output_names=outputs, dynamic_axes=axes,

@@ -15,16 +15,16 @@ def simplified(model: onnx.ModelProto) -> onnx.ModelProto:
     onnxscript also leaves out terms that are nearly 0 and factors that are nearly 1: of `log(x + 1e-10)` it makes
     `log(x)` (its rules no_op, version 0.7). It does so with scalars alone; here those become arrays of one element.
     """
-    graph = ir.from_proto(model)
-    onnxscript.optimizer.fold_constants(graph)
-    ir.passes.common.ShapeInferencePass(check_type=False, strict_mode=False)(graph)
-    for node in graph.graph:
+    program = ir.from_proto(model)
+    onnxscript.optimizer.fold_constants(program)
+    ir.passes.common.ShapeInferencePass(check_type=False, strict_mode=False)(program)
+    for node in program.graph:
         if node.domain == "" and node.op_type in ("Add", "Sub", "Mul", "Div"):
-            _spread_small_changes(node)
-    return ir.to_proto(onnxscript.optimizer.optimize(graph))
+            _spread_small_changes(program.graph, node)
+    return ir.to_proto(onnxscript.optimizer.optimize(program))
 
 
-def _spread_small_changes(node: ir.Node) -> None:
+def _spread_small_changes(graph: ir.Graph, node: ir.Node) -> None:
     """Give the node [c] for a constant c that changes next to nothing, where the result is of the same rank."""
     for index, (value, other) in enumerate(zip(node.inputs, node.inputs[::-1], strict=True)):
         tensor = None if value is None else ir.convenience.get_const_tensor(value)
@@ -33,5 +33,5 @@ def _spread_small_changes(node: ir.Node) -> None:
         constant = tensor.numpy()
         if constant.item() not in (0, 1) and min(abs(constant.item()), abs(constant.item() - 1)) < _NEAR:
             spread = ir.node("Constant", [], {"value": ir.tensor(constant.reshape(1))})
-            node.graph.insert_before(node, spread)
+            graph.insert_before(node, spread)
             node.replace_input_with(index, spread.outputs[0])

@@ -8,7 +8,7 @@ float16 as a GPU rounds them.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import onnx
@@ -26,7 +26,13 @@ from .layers import WEIGHTED, after_the_last, before_the_second
 MAX_FLOAT16 = float(np.finfo(np.float16).max)
 MARGIN = 4.0  # by which activations may exceed those of the calibration examples
 LOST_WEIGHT = 1e-2  # of a weight's norm; more is lost only where values lie below float16's smallest
-FLOAT_OPERATORS = (*DEFAULT_OP_BLOCK_LIST, "Softmax", "Exp", "Pow", "ReduceSum", "ReduceMean", "ReduceL2")
+FLOAT_OPERATORS = (
+    *DEFAULT_OP_BLOCK_LIST,
+    *("Softmax", "Exp", "Pow", "ReduceSum", "ReduceMean", "ReduceL2"),
+    *("Div", "Reciprocal", "Sqrt", "Log"),  # what guards them against 0, such as 1e-8, is 0 in float16
+    "Celu",  # ONNX has it for float32 alone
+)
+MOVES = ("Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 
 
 class ConvertibleGraph:
@@ -48,11 +54,33 @@ class ConvertibleGraph:
         graph = self._model.graph
         chosen = {*self._unsafe, *(node.name for node in before_the_second(graph) if keep_first)}
         kept = [node.name for node in graph.node if node.name in chosen]
-        blocked = {*kept, *(node.name for node in after_the_last(graph))}
+        in_float = {*kept, *(node.name for node in after_the_last(graph)), *_in_float32(graph)}
+        blocked = in_float | _between(graph, in_float)
         if not any(node.op_type in WEIGHTED and node.name not in blocked for node in graph.node):
             return ReducedHalf(None, None, kept)
         converted = _convert(self._model, blocked)
         return ReducedHalf(converted, _twin(converted), kept)
+
+
+def _in_float32(graph: onnx.GraphProto) -> Iterator[str]:
+    """Nodes that are never in float16; with what multiplies by a reciprocal, which may be beyond its range."""
+    reciprocals = {node.output[0] for node in graph.node if node.op_type == "Reciprocal"}
+    for node in graph.node:
+        if node.op_type in FLOAT_OPERATORS or not reciprocals.isdisjoint(node.input):
+            yield node.name
+
+
+def _between(graph: onnx.GraphProto, in_float: Collection[str]) -> set[str]:
+    """Nodes that only move what comes from nodes in fp32, or from outside, to nodes in fp32."""
+    made_by = {name: node.name for node in graph.node for name in node.output}
+    neighbours = {node.name: {made_by.get(node.input[0], node.name)} for node in graph.node if node.op_type in MOVES}
+    for node in graph.node:
+        for maker in {made_by.get(name) for name in node.input} & neighbours.keys():
+            neighbours[maker].add(node.name)
+    moves = set(neighbours)
+    while lost := {name for name in moves if not neighbours[name] <= {*in_float, *moves}}:
+        moves -= lost
+    return moves
 
 
 def _unsafe(model: onnx.ModelProto, x: Float32) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import nn
 
-from vae_export.float16 import ConvertibleGraph
+from vae_export.float16 import MOVES, ConvertibleGraph
 from vae_export.graphs import EncoderGraph, encoder_to_onnx
 from vae_export.halves import ReducedHalf
 
@@ -108,6 +108,70 @@ def test_weights_that_float16_does_not_hold_stay_in_fp32(plain_graph: bytes, wei
     first.CopyFrom(numpy_helper.from_array(np.full_like(numpy_helper.to_array(first), weight), first.name))
     names = ConvertibleGraph(model.SerializeToString(), X * 0).build().kept
     assert [node.op_type for node in model.graph.node if node.name in names] == ["Conv"] * kept
+
+
+class PixelNorm(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)
+
+
+class RootMeanSquareNorm(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (1 / (x.square().mean(1, keepdim=True).sqrt() + 1e-6))
+
+
+class L2Norm(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.normalize(x, dim=1)
+
+
+class DividedByItsNorm(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / (x.norm(dim=1) + 1e-9)[:, None].expand(x.shape)
+
+
+class Turned(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(2, 3)
+
+
+class LogOfIts(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.log(x + 1e-9) / 20
+
+
+@pytest.mark.parametrize("norm", [PixelNorm, RootMeanSquareNorm, L2Norm, DividedByItsNorm, LogOfIts])
+def test_what_guards_against_zero_does_so_in_fp16(norm: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    first = nn.Conv2d(3, 8, 1)
+    nn.init.zeros_(first.bias)
+    graph = to_graph(first, nn.ReLU(), norm(), nn.Conv2d(8, 2, 1))
+    x = X.copy()
+    x[:, :, :4] = 0
+    expected, result = run(graph, x), ConvertibleGraph(graph, X).build()
+    assert np.abs(run(result.twin, x) - expected).max() < 5e-3 * np.abs(expected).max()
+    narrow = [
+        t for t in onnx.load_from_string(result.graph or b"").graph.initializer if t.data_type == TensorProto.FLOAT16
+    ]
+    assert {tuple(tensor.dims) for tensor in narrow} >= {(8, 3, 1, 1), (2, 8, 1, 1)}
+
+
+def test_what_onnx_has_for_float32_alone_stays_so() -> None:
+    torch.manual_seed(0)
+    graph = to_graph(nn.Conv2d(3, 8, 1), nn.CELU(), nn.Conv2d(8, 2, 1))
+    result = ConvertibleGraph(graph, X).build()
+    assert np.abs(run(result.graph) - run(graph)).max() < 2e-3
+
+
+def test_moving_from_fp32_to_fp32_is_no_reason_for_float16() -> None:
+    """Nor does a value that is moved on its way between two layers in float16 become float32."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 1), DividedByItsNorm(), nn.Conv2d(8, 8, 1), Turned(), nn.Conv2d(8, 2, 1)
+    model = onnx.load_from_string(ConvertibleGraph(to_graph(*layers), X).build().graph or b"")
+    types = {v.name: v.type.tensor_type.elem_type for v in onnx.shape_inference.infer_shapes(model).graph.value_info}
+    moved = {node.op_type: types[node.output[0]] for node in model.graph.node if node.op_type in MOVES}
+    assert moved["Expand"] == TensorProto.FLOAT
+    assert moved["Transpose"] == TensorProto.FLOAT16
 
 
 def test_where_nothing_can_be_in_float16_there_is_no_graph() -> None:

@@ -29,7 +29,8 @@ TRIAL_EXAMPLES = 64  # of those that calibrate; the choices of a search are many
 # that gives only zeros errs by 0.14 or more on the reference cases, int8 as it should be by 0.045 or less.
 GOLDEN_FACTOR, GOLDEN_FLOOR, GOLDEN_CEILING = 2.0, 0.002, 0.2
 # The encoder's first layer stays as exact as fp32 where otherwise a value of a reconstruction would change by more than
-# this, relative to the data's range, and where that brings the change down to such a part of it: it costs time.
+# this, relative to the data's range, and where that brings the change below this, or down to such a part of it: it costs
+# time.
 FLOAT16_ERROR, TF32_ERROR, WORTH_FLOAT32 = 0.005, 0.002, 0.5
 WITHOUT_LAYERS = {
     "int8": "neither half has a convolution or product with constant weights, which int8 is for",
@@ -108,7 +109,8 @@ def _exact_if_worth_it(
     exact = make_exact()
     if exact.graph is None and decoder.graph is None:  # all of it would be fp32's
         return encoder
-    return exact if trial.round_trip_error((exact.twin, decoder.twin)) <= WORTH_FLOAT32 * error else encoder
+    enough = max(most, WORTH_FLOAT32 * error)
+    return exact if trial.round_trip_error((exact.twin, decoder.twin)) <= enough else encoder
 
 
 def _measured(final: Judge, encoder: ReducedHalf, decoder: ReducedHalf, **notes: Any) -> tuple[Candidate, Measurement]:

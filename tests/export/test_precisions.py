@@ -414,14 +414,17 @@ def flat_images(spread: float) -> np.ndarray:
 
 @pytest.mark.parametrize(("precision", "most"), [("fp16", 0.005), ("tf32", 0.002)])
 @pytest.mark.parametrize(
-    ("spread", "worth", "kept"),
-    [(0.02, 0.5, True), (0.02, 0.0, False), (1.0, 0.5, False)],
-    ids=["flat", "flat-and-not-worth-it", "not-flat"],
+    ("spread", "strict", "worth", "kept"),
+    [(0.02, True, 0.5, True), (0.02, True, 0.0, False), (0.02, False, 0.0, True), (1.0, False, 0.5, False)],
+    ids=["flat", "flat-and-not-worth-it", "flat-and-then-good-enough", "not-flat"],
 )
 def test_the_first_layer_stays_exact_where_that_is_worth_it(
-    monkeypatch: pytest.MonkeyPatch, precision: str, most: float, spread: float, worth: float, kept: bool
+    monkeypatch: pytest.MonkeyPatch, precision: str, most: float, spread: float, strict: bool, worth: float, kept: bool
 ) -> None:
+    """strict: nothing is good enough."""
     monkeypatch.setattr("vae_export.precisions.WORTH_FLOAT32", worth)
+    if strict:
+        monkeypatch.setattr(f"vae_export.precisions.{'FLOAT16' if precision == 'fp16' else 'TF32'}_ERROR", 1e-9)
     pair = flat_pair(0.2 if spread == 1 else 4)
     made = make(*pair, "autoencoder", precision, x=flat_images(spread), budget=Budget(psnr_db=90))
     entry = made.precisions[precision]

@@ -29,7 +29,7 @@ TRIAL_EXAMPLES = 64  # of those that calibrate; the choices of a search are many
 # that gives only zeros errs by 0.14 or more on the reference cases, int8 as it should be by 0.045 or less.
 GOLDEN_FACTOR, GOLDEN_FLOOR, GOLDEN_CEILING = 2.0, 0.002, 0.2
 # The encoder's first layer stays as exact as fp32 where otherwise a value of a reconstruction would change by more than
-# this, relative to the data's range, and where that brings the change below this, or down to such a part of it: it costs
+# this, relative to the data's range, and where that brings the change below this or down to such a part of it. It takes
 # time.
 FLOAT16_ERROR, TF32_ERROR, WORTH_FLOAT32 = 0.005, 0.002, 0.5
 WITHOUT_LAYERS = {

@@ -21,8 +21,10 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MODEL_GRAPH, _MODEL_OPSETS, _MODEL_METADATA, _MODEL_TRAINING, _MODEL_FUNCTIONS = 7, 8, 14, 20, 25
 _GRAPH_NODES, _GRAPH_INITIALIZERS, _GRAPH_SPARSE = 1, 5, 15
 _NODE_INPUTS, _NODE_OPERATOR, _NODE_ATTRIBUTES, _NODE_DOMAIN = 1, 4, 5, 7
+_ATTRIBUTE_INT = 3
 _ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS, _ATTRIBUTE_SPARSE = 5, 6, 10, 11, (22, 23)
-_TENSOR_EXTERNAL, _TENSOR_LOCATION = 13, 14
+_TENSOR_TYPE, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 2, 13, 14
+_FLOAT16 = 10
 
 
 def check_graph(model: bytes, file: str) -> None:
@@ -32,6 +34,25 @@ def check_graph(model: bytes, file: str) -> None:
             _check_model_field(field, value, file)
     except _MalformedError as error:
         raise BundleError(f"{file} is not a valid ONNX file: {error}") from None
+
+
+def has_float16(model: bytes) -> bool:
+    """Whether an ONNX model that passed `check_graph` keeps weights in float16, or casts to it."""
+    graphs = [_message(value) for field, value in _fields(memoryview(model)) if field == _MODEL_GRAPH]
+    parts = [part for graph in graphs for part in _fields(graph)]
+    return any(
+        (_TENSOR_TYPE, _FLOAT16) in _fields(_message(part)) if field == _GRAPH_INITIALIZERS else _casts(_message(part))
+        for field, part in parts
+        if field in (_GRAPH_INITIALIZERS, _GRAPH_NODES)
+    )
+
+
+def _casts(node: memoryview) -> bool:
+    """Whether a node is a Cast to float16."""
+    attributes = [_message(value) for field, value in _fields(node) if field == _NODE_ATTRIBUTES]
+    return _text(node, _NODE_OPERATOR) == "Cast" and any(
+        (_ATTRIBUTE_INT, _FLOAT16) in _fields(attribute) for attribute in attributes
+    )
 
 
 class _MalformedError(Exception):

@@ -19,9 +19,9 @@ from .cuda import CUDA, made_current, operators, real_work_on_cpu, share_allocat
 from .device_array import DeviceArray, await_others, copy_to_device
 from .device_call import CapturedCall, DeviceCall, ResidentCall, StagedCall
 from .devices import CPU, Device
-from .engine import first_line, import_engine, is_engine_error, suppress_engine_errors
+from .engine import CRASHING_ON_FLOAT16, first_line, import_engine, is_engine_error, suppress_engine_errors
 from .errors import BundleError, ClosedError, DeviceError, OutOfMemoryError, VAEError
-from .graph_rules import check_graph
+from .graph_rules import check_graph, has_float16
 from .manifest import Shape
 from .plugins import OPENVINO
 from .preprocess import Float32, ValueRule
@@ -352,7 +352,12 @@ def _open(
         else:
             providers = [(device.provider, provider_options)]
         session = onnxruntime.InferenceSession(
-            model, options, providers=providers, enable_fallback=0, read_config_from_model=0
+            model,
+            options,
+            providers=providers,
+            enable_fallback=0,
+            read_config_from_model=0,
+            disabled_optimizers=CRASHING_ON_FLOAT16 if device.provider == CPU and has_float16(model) else [],
         )
     except Exception as error:
         raise _open_error(error, file, device) from error

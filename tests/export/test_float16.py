@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -264,3 +267,38 @@ def test_a_float16_value_that_two_nodes_in_fp32_read_is_cast_once() -> None:
     result = ConvertibleGraph(graph, X).build()
     onnx.checker.check_model(onnx.load_from_string(result.graph or b""), full_check=True)
     assert np.abs(run(result.graph) - run(graph)).max() < 2e-3
+
+
+def test_what_ends_onnxruntime_on_a_cpu_is_not_tried(tmp_path: Path) -> None:
+    """A sequence that is turned, as attention does it; see `vae_runtime.engine.CRASHING_ON_FLOAT16`."""
+    script = """
+from pathlib import Path
+import numpy as np, onnx, torch
+from torch import nn
+from vae_export import export_bundle
+from vae_export.importers.onnx_source import open_graph
+from vae_runtime import VAE
+
+class Turned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+    def forward(self, x):
+        return self.layer(x.reshape(-1, 3, 4).transpose(0, 1)).transpose(0, 1).flatten(1)
+
+x = np.random.default_rng(0).standard_normal((64, 12)).astype(np.float32)
+manifest = export_bundle(Turned(), nn.Linear(12, 12), "a.vae", examples=x, kind="autoencoder", precisions=["fp16"])
+assert manifest.precisions["fp16"].encoder == "encoder.fp16.onnx"
+with VAE.load("a.vae", device="cpu", precision="fp16") as vae:
+    assert vae.selftest().passed
+h, w = onnx.helper, onnx.numpy_helper.from_array(np.ones((4, 4), np.float16), "w")
+half = onnx.TensorProto.FLOAT16
+ends = [h.make_tensor_value_info("x", half, ["n", 3, 4]), h.make_tensor_value_info("y", half, None)]
+nodes = [h.make_node("Transpose", ["x"], ["t"], perm=[1, 0, 2]), h.make_node("MatMul", ["t", "w"], ["y"])]
+graph = h.make_graph(nodes, "g", ends[:1], ends[1:], [w])
+onnx.save(h.make_model(graph, opset_imports=[h.make_opsetid("", 20)], ir_version=10), "theirs.onnx")
+open_graph(Path("theirs.onnx"), "encoder")
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr

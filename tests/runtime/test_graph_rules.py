@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from vae_runtime import VAE, BundleError
-from vae_runtime.graph_rules import RANDOM_OPERATORS, check_graph
+from vae_runtime.graph_rules import RANDOM_OPERATORS, check_graph, has_float16
 
 # Field numbers of onnx.proto and wire types of protocol buffers, for messages that no library would write.
 GRAPH, VARINT, FIXED64, BYTES, FIXED32 = 7, 0, 1, 2, 5
@@ -45,6 +45,20 @@ def model(encoder: bytes) -> Any:
 def test_plain_graphs_pass(tiny_path: Path, name: str) -> None:
     for half in ("encoder.onnx", "decoder.onnx"):
         check_graph((tiny_path.parent / name / half).read_bytes(), half)
+
+
+def test_float16_is_seen_in_weights_and_in_casts(model: Any) -> None:
+    import onnx
+
+    assert not has_float16(model.SerializeToString())
+    cast = model.graph.node.add(op_type="Cast", input=["x"], output=["narrow"])
+    cast.attribute.add(name="to", type=onnx.AttributeProto.INT, i=onnx.TensorProto.DOUBLE)
+    assert not has_float16(model.SerializeToString())
+    cast.attribute[0].i = onnx.TensorProto.FLOAT16
+    assert has_float16(model.SerializeToString())
+    del model.graph.node[-1]
+    model.graph.initializer[-1].CopyFrom(onnx.numpy_helper.from_array(np.ones(1, np.float16), "narrow"))
+    assert has_float16(model.SerializeToString())
 
 
 # --- forbidden things -------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import onnx.inliner
 from onnx import TensorProto, helper, numpy_helper, version_converter
 
 from vae_runtime.devices import CPU
-from vae_runtime.engine import import_engine
+from vae_runtime.engine import CRASHING_ON_FLOAT16, import_engine
 from vae_runtime.errors import CheckpointError, ExportError, InputError
 from vae_runtime.graph_rules import RANDOM_OPERATORS
 
@@ -75,7 +75,9 @@ def open_graph(path: Path, half: str) -> OnnxSource:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
     try:
-        session = engine.InferenceSession(str(path), options, providers=[CPU])
+        is_half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)
+        without = CRASHING_ON_FLOAT16 if is_half else []
+        session = engine.InferenceSession(str(path), options, providers=[CPU], disabled_optimizers=without)
     except Exception as error:
         raise ExportError(f"onnxruntime does not load the {half}: {reason(error)}") from error
     return OnnxSource(half, to_opset(model, opset, half), session, opset)

@@ -63,14 +63,17 @@ class ConvertibleGraph:
 
 
 def _in_float32(graph: onnx.GraphProto) -> Iterator[str]:
-    """Nodes that are never in float16; with what multiplies by a reciprocal, which may be beyond its range."""
-    reciprocals = {node.output[0] for node in graph.node if node.op_type == "Reciprocal"}
+    """Nodes that are never in float16; with what moves a quotient, or multiplies by it: it may be beyond its range."""
+    quotients: set[str] = set()
     for node in graph.node:
-        if node.op_type in FLOAT_OPERATORS or not reciprocals.isdisjoint(node.input):
+        carries = node.op_type in ("Mul", *MOVES) and not quotients.isdisjoint(node.input)
+        if node.op_type in FLOAT_OPERATORS or carries:
             yield node.name
+        if node.op_type in ("Div", "Pow", "Reciprocal") or carries:
+            quotients.update(node.output)
 
 
-def _between(graph: onnx.GraphProto, in_float: Collection[str]) -> set[str]:
+def _between(graph: onnx.GraphProto, in_float: set[str]) -> set[str]:
     """Nodes that only move what comes from nodes in fp32, or from outside, to nodes in fp32."""
     made_by = {name: node.name for node in graph.node for name in node.output}
     neighbours = {node.name: {made_by.get(node.input[0], node.name)} for node in graph.node if node.op_type in MOVES}
@@ -78,9 +81,11 @@ def _between(graph: onnx.GraphProto, in_float: Collection[str]) -> set[str]:
         for maker in {made_by.get(name) for name in node.input} & neighbours.keys():
             neighbours[maker].add(node.name)
     moves = set(neighbours)
-    while lost := {name for name in moves if not neighbours[name] <= {*in_float, *moves}}:
+    while True:
+        stay = in_float | moves
+        if not (lost := {name for name in moves if not neighbours[name] <= stay}):
+            return moves
         moves -= lost
-    return moves
 
 
 def _unsafe(model: onnx.ModelProto, x: Float32) -> list[str]:

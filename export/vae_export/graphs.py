@@ -144,13 +144,13 @@ def _to_onnx(module: nn.Module, example: Tensor, input_name: str, outputs: list[
             )
             if free:
                 _require_every_size(traced, example, half)
+            assert program is not None  # with dynamo=True
+            model = simplified(program.model_proto)
+            _name_ends(model.graph, [input_name, *outputs])
     except ExportError:
         raise
     except Exception as error:
         raise ExportError(f"the {half} cannot be exported by torch.onnx: {innermost_reason(error)}") from error
-    assert program is not None  # with dynamo=True
-    model = simplified(program.model_proto)
-    _name_ends(model.graph, [input_name, *outputs])
     return finish(model, half)
 
 
@@ -187,12 +187,13 @@ def _require_every_size(traced: torch.export.ExportedProgram, example: Tensor, h
     rows, channels, height, width = example.shape
     for more in (2, 64):
         while reason := _failed_guard(unfilled, x := _unfilled(rows, channels, height * more, width * more)):
-            if more == 2 or _largest_within(traced, x) <= MAX_ELEMENTS:
+            too_large = _largest_within(traced, x) / MAX_ELEMENTS
+            if too_large <= 1:
                 raise ExportError(
                     f"the {half}'s code decides by the size of its input ({reason}), and was traced with"
                     f" {tuple(example.shape)}; a bundle's graph does the same at every size"
                 )
-            more //= 2
+            more = min(more - 1, int(more / too_large**0.5))
 
 
 def _unfilled(*shape: int) -> Tensor:

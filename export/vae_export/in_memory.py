@@ -1,5 +1,5 @@
-"""Graphs and bundles that are not on any disk yet, run by the runtime's own code, on all cores of the CPU: onnxruntime
-adds up in an order that does not depend on how many there are. Its threads sleep while PyTorch works."""
+"""Graphs and bundles that are not on any disk yet, run by the runtime's own code: on the CPU, with as many threads
+everywhere, as some sums of onnxruntime depend on their number. They sleep while PyTorch works."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from vae_runtime.manifest import Manifest
 from vae_runtime.operation import Candidate
 from vae_runtime.plan import open_halves, same_plan
 from vae_runtime.session import GraphSession
-from vae_runtime.tuning import usable_cores
 from vae_runtime.vae import VAE
+
+THREADS = 4
 
 
 def open_graph(graph: bytes, half: str, boundary: Boundary) -> GraphSession:
@@ -25,7 +26,7 @@ def open_graph(graph: bytes, half: str, boundary: Boundary) -> GraphSession:
         ExportError: the graph does not load or has other tensors.
     """
     try:
-        return GraphSession(graph, f"the {half}", Device("cpu", CPU), boundary, threads=usable_cores(), spinning=False)
+        return GraphSession(graph, f"the {half}", Device("cpu", CPU), boundary, threads=THREADS, spinning=False)
     except (BundleError, DeviceError) as error:
         raise ExportError(str(error)) from error
 
@@ -33,7 +34,7 @@ def open_graph(graph: bytes, half: str, boundary: Boundary) -> GraphSession:
 def run_in_memory(manifest: Manifest, files: Mapping[str, bytes]) -> VAE:
     """The bundle with its fp32 graphs."""
     bundle = _Unwritten(manifest, files)
-    candidate = Candidate("cpu", "fp32", usable_cores(), spinning=False)
+    candidate = Candidate("cpu", "fp32", THREADS, spinning=False)
     return VAE(bundle, *open_halves(bundle, same_plan(candidate)), "fp32")
 
 

@@ -13,7 +13,8 @@ def simplified(model: onnx.ModelProto) -> onnx.ModelProto:
     """The same computation without what is constant, there twice, or used by nobody.
 
     onnxscript also leaves out terms that are nearly 0 and factors that are nearly 1: of `log(x + 1e-10)` it makes
-    `log(x)` (its rules no_op, version 0.7). It does so with scalars alone; here those become arrays of one element.
+    `log(x)` (its rules no_op, version 0.7). It does so with scalars alone; here those become arrays of one element, but
+    where the result is a scalar too, or of unknown rank.
     """
     program = ir.from_proto(model)
     onnxscript.optimizer.fold_constants(program)

@@ -123,6 +123,22 @@ class RootMeanSquareNorm(nn.Module):
         return x * (1 / (x.square().mean(1, keepdim=True).sqrt() + 1e-6))
 
 
+class ScaledNorm(nn.Module):
+    """form: where the quotient, which is beyond float16's range at 0, goes before it meets x."""
+
+    def __init__(self, form: int) -> None:
+        super().__init__()
+        self.form, self.scale = form, nn.Parameter(torch.full((1, 8, 1, 1), 1.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        norm = x.norm(dim=1) + 1e-6
+        if self.form == 0:
+            return x * (1 / norm)[:, None].expand(x.shape)
+        return (
+            x * {1: self.scale * (1 / norm[:, None]), 2: self.scale / norm[:, None], 3: norm[:, None] ** -1}[self.form]
+        )
+
+
 class L2Norm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.normalize(x, dim=1)
@@ -143,12 +159,19 @@ class LogOfIts(nn.Module):
         return torch.log(x + 1e-9) / 20
 
 
-@pytest.mark.parametrize("norm", [PixelNorm, RootMeanSquareNorm, L2Norm, DividedByItsNorm, LogOfIts])
-def test_what_guards_against_zero_does_so_in_fp16(norm: type[nn.Module]) -> None:
+@pytest.mark.parametrize(
+    "norm",
+    [
+        *(PixelNorm(), RootMeanSquareNorm(), L2Norm(), DividedByItsNorm(), LogOfIts()),
+        *(ScaledNorm(form) for form in range(4)),
+    ],
+    ids=lambda norm: f"{type(norm).__name__}{getattr(norm, 'form', '')}",
+)
+def test_what_guards_against_zero_does_so_in_fp16(norm: nn.Module) -> None:
     torch.manual_seed(0)
     first = nn.Conv2d(3, 8, 1)
     nn.init.zeros_(first.bias)
-    graph = to_graph(first, nn.ReLU(), norm(), nn.Conv2d(8, 2, 1))
+    graph = to_graph(first, nn.ReLU(), norm, nn.Conv2d(8, 2, 1))
     x = X.copy()
     x[:, :, :4] = 0
     expected, result = run(graph, x), ConvertibleGraph(graph, X).build()

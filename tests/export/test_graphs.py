@@ -161,3 +161,12 @@ def test_distributions_do_not_check_their_arguments_while_they_are_traced(monkey
     np.testing.assert_allclose(graph.run(None, {"x": x.numpy()})[1], x.exp(), rtol=1e-5)
     with pytest.raises(ValueError, match="scale"):
         torch.distributions.Normal(0.0, -1.0)
+
+
+def test_more_outputs_than_the_contract_has_are_an_export_error() -> None:
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x * 2, x
+
+    with pytest.raises(ExportError, match="the encoder cannot be exported"):
+        encoder_to_onnx(EncoderGraph(Two(), "autoencoder", clamp=False), torch.rand(2, 3))

@@ -15,8 +15,8 @@ MARKER = r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?"
 BLOCK = re.compile(MARKER + r"```(?P<language>bash|python)\n(?P<code>.*?)```", re.DOTALL)
 FEWEST_BLOCKS_RUN = 4
 SHORTER = {  # the same commands, where they would only go on with what they have shown to work
-    "vae-train --data digits --output": "vae-train --epochs 6 --data digits --output",
-    "vae-train --data digits --family": "vae-train --epochs 20 --data digits --family",
+    "vae-train --data digits --output": "vae-train --epochs 2 --data digits --output",
+    "vae-train --data digits --family": "vae-train --epochs 4 --data digits --family",
     "--seconds 0.5": "--seconds 0.1 --rounds 3",
     "vae-run tune digits.vae --seconds 10": "vae-run tune digits.vae --seconds 3",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import sys
 import warnings
@@ -210,7 +211,7 @@ def main(
         request = _Request(source, target, name, origin, likelihood, data, calibrate, ImportOptions(**options))
         try:
             export = _export_ours if _is_ours(source, origin) else _export_imported
-            with _progress("calibrating") as settings["progress"]:
+            with _stages(), _progress("calibrating") as settings["progress"]:
                 manifest = export(request, settings)
         except ModuleNotFoundError as error:
             raise MissingExtraError(error.name or "a package", "export", "vae-export") from None
@@ -222,6 +223,21 @@ def main(
     else:
         click.echo(_describe(target, manifest))
     _report_misses(manifest)
+
+
+@contextlib.contextmanager
+def _stages() -> Iterator[None]:
+    """Tell on stderr what the export is at, where that is a terminal: with large models, each may take minutes."""
+    log, handler = logging.getLogger(__package__), logging.StreamHandler(sys.stderr)
+    level = log.level
+    if sys.stderr.isatty():
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 @contextlib.contextmanager

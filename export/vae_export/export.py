@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,6 +53,8 @@ from .threshold import Thresholded
 from .tiling import find_tiling
 from .verify import Reference, latent_pattern, run_both, verify
 from .wanted_precisions import Made, check_wanted
+
+_log = logging.getLogger(__name__)
 
 GOLDEN_COUNT = 4
 GOLDEN_TOLERANCE = 1e-4  # of fp32, at least: between machines and engine versions results differ by rounding
@@ -387,15 +390,19 @@ def _export(
     wanted = check_wanted(options.precisions, options.budget, options.keep, x, inputs.parts)
     on_data = _check(spec, inputs, options)
     pair = x[np.arange(2) % len(x)]  # two rows: a batch traced at one would be taken for a constant
+    _log.info("running the model")
     encoded = _try_out(halves, pair, spec)
     latents = encoded[MEAN]
     on_data.check(latents.shape[1:])
     if input_range is not None:
         check_decoder_range(halves, x, input_range == "signed", real=inputs.real is not None)
+    _log.info("exporting the two graphs")
     graphs = halves.to_onnx(pair, latents, spec.is_free)
+    _log.info("comparing them with the model on %d inputs", len(x))
     fidelity = verify(graphs, halves, x, spec, options.tolerance)
     prior = {"type": "standard_normal"} if halves.kind == "vae" else None
     latent = LatentSpec(latent_pattern(spec, latents.shape[1:]), prior)
+    _log.info("computing the golden values")
     golden = _golden_values(halves, options.golden, inputs.golden, spec)
     made = Made()
     if wanted.names:

@@ -3,6 +3,7 @@ the runtime's own code on the finished fp32 graphs, so that a device which runs 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from vae_runtime.vae import VAE
 
 from .in_memory import run_in_memory
 from .prior import PriorFit, parse_prior
+
+_log = logging.getLogger(__name__)
 
 ACTIVE_VARIANCE = 0.01  # of a posterior's mean, above which Burda et al. (2016) call a unit active
 LEAST_FOR_UNITS = 32  # examples; the variance of fewer says little
@@ -60,8 +63,10 @@ class OnData:
             return manifest, {}  # without opening the graphs, which may be large
         with run_in_memory(manifest, graphs) as vae:
             if units is not None:
+                _log.info("measuring the active units on %d inputs", len(units))
                 latent = latent._replace(active_units=active_units(vae, units))
             if self.prior is not None:
+                _log.info("fitting the prior to %d inputs", len(self.prior.examples))
                 fitted, files[PRIOR_FILE] = self.prior.fit(vae)
                 latent = latent._replace(fitted_prior=fitted)
             if self.calibration is not None:
@@ -76,6 +81,7 @@ class OnData:
                 raise InputError(f"scores has {method!r}; this bundle is calibrated by {', '.join(there)} alone")
         scores = {}
         for method in self.scores or there:
+            _log.info("calibrating the score %r on %d inputs", method, len(examples))
             slow = method == "log_likelihood"
             found = _score_slowly(vae, examples, self.progress) if slow else vae.score(examples, method)
             quantiles = np.quantile(found, LEVELS)

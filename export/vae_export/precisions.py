@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,6 +22,8 @@ from .quality import Budget, Measurement
 from .quantize import QuantizableGraph
 from .tf32 import tf32_twin, with_exact_first_layer
 from .wanted_precisions import Made, Wanted
+
+_log = logging.getLogger(__name__)
 
 TRIAL_EXAMPLES = 64  # of those that calibrate; the choices of a search are many, and need no more
 # A device passes its self-test with twice the error that this machine makes on the golden inputs. Another one rounds
@@ -50,11 +53,13 @@ def make_precisions(
     golden: Mapping[str, Float32],
 ) -> Made:
     """Make and measure every wanted precision of the two fp32 graphs."""
+    _log.info("measuring fp32 on %d inputs", len(wanted.held_out) + len(wanted.activation_examples))
     final = Judge(graphs, spec, latent, likelihood, wanted.held_out)
     trial = Judge(graphs, spec, latent, likelihood, wanted.activation_examples[:TRIAL_EXAMPLES])
     inputs = activation_inputs(reference, wanted.activation_examples)
     made = Made()
     for name in wanted.names:
+        _log.info("making and measuring %s", name)
         try:
             if name == "int8":
                 found = _int8(graphs, inputs, trial, final, wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ from vae_runtime.tiling import TilePlan, run_tiled
 
 from .receptive import ReceptiveField, receptive_fields, widest
 from .verify import open_graphs
+
+_log = logging.getLogger(__name__)
 
 MAX_ERROR = 1e-5  # of what counts as exact, relative as in `HalfTiling`
 MAX_SIDE = 4096  # of the images that are measured; a network that looks further is blended
@@ -41,6 +44,7 @@ def find_tiling(graphs: tuple[bytes, bytes], spec: InputSpec, x: Float32, encode
     Raises:
         ExportError: a half gives NaN or infinity for an image of that size.
     """
+    _log.info("measuring how far each half looks and what tiling changes")
     fields = [widest(list(receptive_fields(onnx.load_from_string(graph)).values())) for graph in graphs]
     factor = spec.multiple_of
     reaches = _encoder_reach(fields[0], factor), _decoder_reach(fields[1], factor)

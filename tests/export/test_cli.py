@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -42,6 +44,25 @@ def test_the_output_is_beside_the_model_by_default(model_file: Path) -> None:
     again = run(model_file)
     assert again.exit_code == 1
     assert "exists; pass --force" in again.stderr
+
+
+def test_stages_are_told_on_a_terminal_alone(model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    main([str(model_file), "--output", str(tmp_path / "a.vae"), "--precision", "tf32"], standalone_mode=False)
+    assert terminal.getvalue().splitlines() == [
+        "running the model",
+        "exporting the two graphs",
+        "comparing them with the model on 80 inputs",
+        "computing the golden values",
+        "measuring fp32 on 80 inputs",
+        "making and measuring tf32",
+        "measuring the active units on 40 inputs",
+    ]
+    assert (logging.getLogger("vae_export").handlers, logging.getLogger("vae_export").level) == ([], logging.NOTSET)
 
 
 def test_data_replaces_the_examples_and_json_is_all_of_stdout(model_file: Path, tmp_path: Path) -> None:

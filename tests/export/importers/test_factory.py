@@ -528,7 +528,8 @@ def test_reconstructions_that_are_not_understood(output: Any) -> None:
         read_reconstruction(output)
 
 
-def test_validation_of_distributions_is_as_it_was() -> None:
+def test_validation_of_distributions_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)  # torch.compile turns it off for good
     load("Methods")
     with pytest.raises(ValueError, match="scale"):
         Normal(0.0, -1.0)

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper, version_converter
 from vae_runtime.devices import CPU
 from vae_runtime.engine import CRASHING_ON_FLOAT16, import_engine
 from vae_runtime.errors import CheckpointError, ExportError, InputError
-from vae_runtime.graph_rules import RANDOM_OPERATORS
+from vae_runtime.graph_rules import RANDOM_OPERATORS, has_float16
 
 from ..graphs import MAX_BYTES, OPSET
 from ..reason import reason
@@ -75,8 +75,7 @@ def open_graph(path: Path, half: str) -> OnnxSource:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
     try:
-        is_half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)
-        without = CRASHING_ON_FLOAT16 if is_half else []
+        without = CRASHING_ON_FLOAT16 if has_float16(path.read_bytes()) else []
         session = engine.InferenceSession(str(path), options, providers=[CPU], disabled_optimizers=without)
     except Exception as error:
         raise ExportError(f"onnxruntime does not load the {half}: {reason(error)}") from error

@@ -26,7 +26,11 @@ def check_output(path: str | os.PathLike[str], force: bool) -> None:
     Only a bundle is ever replaced, and only with `force`.
     """
     path = Path(path)
-    if not path.parent.is_dir():
+    try:
+        there = path.parent.is_dir()
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+    if not there:
         raise OutputError(f"{path} cannot be written: there is no folder {path.parent}")
     if not os.path.lexists(path):
         return

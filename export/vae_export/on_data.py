@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vae_runtime.calibration import LEAST_EXAMPLES, SCORE_METHODS, Calibration
 from vae_runtime.errors import InputError
@@ -84,6 +85,7 @@ class OnData:
             _log.info("calibrating the score %r on %d inputs", method, len(examples))
             slow = method == "log_likelihood"
             found = _score_slowly(vae, examples, self.progress) if slow else vae.score(examples, method)
+            _require_finite(found, f"calibrate: the score {method!r}")
             quantiles = np.quantile(found, LEVELS)
             scores[method] = tuple(_rounded(value) for value in quantiles)  # rounding keeps their order
         return Calibration(self.calibration_source, len(examples), LEVELS, scores)
@@ -129,10 +131,18 @@ def active_units(vae: VAE, examples: Float32) -> ActiveUnits:
     A plain autoencoder's code has no prior whose variance would be 1: a unit of it counts as active where it varies by
     more than a hundredth of what the unit that varies most does.
     """
-    variances = by_unit(vae.encode(examples).mean).astype(np.float64).var(axis=0)
+    mean = vae.encode(examples).mean
+    _require_finite(np.abs(mean).reshape(len(mean), -1).max(axis=1), "examples: the mean's largest value")
+    variances = by_unit(mean).astype(np.float64).var(axis=0)
     rounded = tuple(_rounded(value) for value in variances)
     threshold = ACTIVE_VARIANCE if vae.manifest.kind == "vae" else _rounded(ACTIVE_VARIANCE * max(rounded))
     return ActiveUnits(rounded, threshold, len(examples))
+
+
+def _require_finite(values: NDArray[np.floating[Any]], what: str) -> None:
+    if not (finite := np.isfinite(values)).all():
+        row = int(finite.argmin())
+        raise InputError(f"{what} of example {row} is {values[row]}: the model overflows there; leave it out")
 
 
 def _check_scores(scores: Sequence[str] | None) -> tuple[str, ...] | None:

@@ -77,7 +77,7 @@ class PriorFit:
                 f" {dimensions} dimensions of each component, it may resemble these more than the data: pass more"
                 " (--data)",
                 FewExamplesWarning,
-                stacklevel=2,
+                stacklevel=5,  # that of who called `export_bundle`, or one of its kin
             )
 
     def __str__(self) -> str:

@@ -10,34 +10,33 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from .errors import OutputError
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Open a temporary file beside `path`; on success it takes the place of `path`, on any failure it is removed.
 
     Raises:
         OutputError: the folder is missing or not writable, the disk is full, `path` is a folder.
     """
     path = Path(path)
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder; expected the name of a file to write")
-    temporary = _beside(path, "part")
-    try:
-        with temporary.open(mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with _writing(path):
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder; expected the name of a file to write")
+        temporary = _beside(path, "part")
+        try:
+            with temporary.open("xb") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+            _sync_folder(path.parent)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -53,23 +52,22 @@ def atomic_folder(path: str | os.PathLike[str], may_replace: Callable[[Path], bo
     path = Path(path)
     refuse_existing(path, may_replace)
     temporary = _beside(path, "part")
-    try:
-        temporary.mkdir()
-        yield temporary
-        for file in temporary.iterdir():
-            with file.open("rb+") as stream:
-                os.fsync(stream.fileno())
-        _sync_folder(temporary)
-        refuse_existing(path, may_replace)
-        if os.path.lexists(path):
-            _exchange(temporary, path)
-        else:
-            temporary.rename(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # what was left half done, or the old folder after an exchange
+    with _writing(path):
+        try:
+            temporary.mkdir()
+            yield temporary
+            for file in temporary.iterdir():
+                with file.open("rb+") as stream:
+                    os.fsync(stream.fileno())
+            _sync_folder(temporary)
+            refuse_existing(path, may_replace)
+            if os.path.lexists(path):
+                _exchange(temporary, path)
+            else:
+                temporary.rename(path)
+            _sync_folder(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)  # half done, or the old folder after an exchange
 
 
 def refuse_other_file(path: str | os.PathLike[str], force: bool) -> None:
@@ -80,11 +78,21 @@ def refuse_other_file(path: str | os.PathLike[str], force: bool) -> None:
 def refuse_existing(path: str | os.PathLike[str], may_replace: Callable[[Path], bool] | None = None) -> None:
     """Raise `OutputError` if something stands at `path`, unless `may_replace(path)` allows it."""
     path = Path(path)
-    if os.path.lexists(path) and not (may_replace is not None and may_replace(path)):
-        if path.is_dir():
-            raise OutputError(f"{path} exists and is a folder, which is not replaced; choose a name that is not taken")
-        rule = "it is replaced only when that is asked for (--force), and only by the program that wrote it"
-        raise OutputError(f"{path} exists; {rule}")
+    with _writing(path):
+        if os.path.lexists(path) and not (may_replace is not None and may_replace(path)):
+            if path.is_dir():
+                rule = "which is not replaced; choose a name that is not taken"
+                raise OutputError(f"{path} exists and is a folder, {rule}")
+            rule = "it is replaced only when that is asked for (--force), and only by the program that wrote it"
+            raise OutputError(f"{path} exists; {rule}")
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _beside(path: Path, suffix: str) -> Path:

@@ -21,7 +21,7 @@ _BLOCK = 2**18
 
 
 class Bundle:
-    """A complete bundle: `path`, its folder; `manifest`; `read`, which checks what it hands out.
+    """A complete bundle: `path`, its folder, absolute; `manifest`; `read`, which checks what it hands out.
 
     digest: SHA-256 of `manifest.json`, which holds every file's, and so identifies the contents.
 
@@ -49,7 +49,7 @@ class Bundle:
             manifest = Manifest.from_json(text)
         except BundleError as error:
             raise BundleError(f"{path}: {error}") from None
-        bundle = cls(path, manifest, hashlib.sha256(text).hexdigest())
+        bundle = cls(path.absolute(), manifest, hashlib.sha256(text).hexdigest())
         bundle._check_layout()
         return bundle
 

@@ -27,7 +27,16 @@ from .command_inputs import (
     shape_before_cut,
     tile_option,
 )
-from .console import NEGATIVE_VERDICT, Group, Sides, describe_latent, engine_options, json_option, print_json
+from .console import (
+    NEGATIVE_VERDICT,
+    Group,
+    Sides,
+    describe_latent,
+    engine_options,
+    json_option,
+    print_json,
+    printable,
+)
 from .cuda import driver_version, find_gpus
 from .devices import usable_devices
 from .engine import engine_clash, import_engine
@@ -72,7 +81,7 @@ def info(bundle: str, as_json: bool) -> None:
     if as_json:
         print_json({"manifest": opened.manifest.to_dict(), "engine": engine})
     else:
-        click.echo(_describe(opened.manifest, engine))
+        click.echo(printable(_describe(opened.manifest, engine)))
 
 
 @main.command()

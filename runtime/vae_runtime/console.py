@@ -20,8 +20,9 @@ NEGATIVE_VERDICT = 3  # the exit code of a command that ran and whose answer is 
 
 
 class Command(click.Command):
-    """A command whose `VAEError`s are printed as `Error: ...`; wrong usage exits with 2, as click has it, and SIGTERM
-    with 143, after all that the command has started and made for a time is gone."""
+    """A command whose `VAEError`s are printed as `Error: ...`, and so are files and folders that the system refuses;
+    wrong usage exits with 2, as click has it, and SIGTERM with 143, after all that the command has started and made for
+    a time is gone."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -29,6 +30,10 @@ class Command(click.Command):
                 return super().invoke(ctx)
         except VAEError as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if error.filename is None:  # a pipe that is closed, which click looks after, or a fault of ours
+                raise
+            raise click.ClickException(f"{error.filename} cannot be used: {error.strerror}") from error
 
 
 class Group(click.Group):
@@ -102,6 +107,11 @@ def describe_latent(manifest: Manifest) -> list[str]:
         source = "held-out " if calibration.source == "held-out" else ""
         lines.append(f"calibrated on {calibration.examples} {source}examples: {', '.join(calibration.scores)}")
     return lines
+
+
+def printable(text: str) -> str:
+    """The same lines without what a terminal would take for commands: a bundle's texts are whoever's made it."""
+    return "".join(one if one.isprintable() or one == "\n" else repr(one)[1:-1] for one in text)
 
 
 def json_option(function: _Function) -> _Function:

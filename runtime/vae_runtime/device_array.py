@@ -50,11 +50,18 @@ class DeviceArray:
             await_others(self.device)
         return to_host(self._value)
 
-    def __dlpack__(self, *, stream: Any = None, **_: Any) -> Any:
+    def __dlpack__(
+        self, *, stream: Any = None, copy: bool | None = None, dl_device: tuple[int, int] | None = None, **_: Any
+    ) -> Any:
         """The protocol's capsule. What is in the array was finished before it was handed out, on every stream.
 
         stream: where it will be used, in the protocol's numbering.
+
+        Raises:
+            BufferError: a copy is asked for, or memory of another device.
         """
+        if copy or dl_device not in (None, self.__dlpack_device__()):
+            raise BufferError(f"{self!r} hands out its own memory alone; copy what it gives")
         self._is_shared = True
         if self.device[0] == "cuda":
             if stream in (None, _LEGACY_STREAM):

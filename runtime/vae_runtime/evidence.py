@@ -61,8 +61,9 @@ class Block(NamedTuple):
 
 def blocks(manifest: Manifest, encoder: Operation, inputs: Any, batch_size: int | None) -> Iterator[Block]:
     """Inputs, all checked before the first is used, in the blocks in which they are encoded."""
-    require_plain_array(inputs, "images")
-    check_layout(inputs, manifest.input, "images")
+    name = "images" if manifest.input.is_image else "vectors"
+    require_plain_array(inputs, name)
+    check_layout(inputs, manifest.input, name)
     is_bytes = inputs.dtype == np.uint8  # of which any value is good, and which as float32 takes four times the memory
     if not is_bytes:
         inputs = encoder.check(inputs)

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
+from .images import PICTURE_SUFFIXES
 
 KEYS = ("labels", "label", "y")  # of an .npz, tried in this order
 SUFFIXES = (".npy", ".npz", ".csv", ".txt")
+_ROW = re.compile(r".*#\d+")  # of an array file
 _SHOWN = 10  # of the labels that a file has, in a message
 
 
 def read_labels(path: str, anomaly_labels: Sequence[str] = (), names: Sequence[str] = ()) -> NDArray[np.bool_]:
     """Which examples are anomalies, in the file's order -> bool (N,).
 
-    anomaly_labels: those that mean an anomaly; none: 1 does, and 0 means that it is none. names: of the examples, which
-    a column `name` of a .csv must not have in another order.
+    anomaly_labels: those that mean an anomaly; none: 1 does, and 0 means that it is none. names: of the examples; a
+    column `name` of a .csv has them in the same order, but for folders and suffixes, or names of somebody else's where
+    the examples are rows of an array.
 
     Raises:
         InputError: the file cannot be read, has no labels that are understood, not those that are asked for, or those
-        of these examples in another order.
+        of other examples, or of these in another order.
     """
     labels = _read(Path(path), names)
     wanted = set(anomaly_labels) or {"1"}
@@ -77,13 +81,20 @@ def _column(path: Path, names: Sequence[str]) -> list[str]:
 
 
 def _check_order(path: Path, found: Sequence[str], names: Sequence[str]) -> None:
-    """Raise where the examples' names are there, folders aside, but in another order."""
-    theirs, ours = ([Path(name).name for name in some] for some in (found, names))
-    if theirs != ours and sorted(theirs) == sorted(ours):
-        index = next(index for index, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1])
-        raise InputError(
-            f"{path} has {theirs[index]} where the inputs have {ours[index]}; its rows are expected in their order"
-        )
+    """Raise where a row is of another example; names of an array's rows are nobody's, and may be others in the file."""
+    theirs, ours = ([_identity(name) for name in some] for some in (found, names))
+    if all(_ROW.fullmatch(name) for name in ours) and not set(theirs) & set(ours):
+        return
+    different = (n for n, (row, name) in enumerate(zip(theirs, ours, strict=False)) if row != name)
+    if (index := next(different, None)) is not None:  # how many there are is compared later
+        row, name = PurePath(found[index]).name, PurePath(names[index]).name
+        raise InputError(f"{path} has {row} where the inputs have {name}; its rows are expected in their order")
+
+
+def _identity(name: str) -> str:
+    """Of a picture, its file's name without the suffix."""
+    path = PurePath(name)
+    return path.stem if path.suffix.lower() in PICTURE_SUFFIXES else path.name
 
 
 def _array(path: Path) -> NDArray[Any]:

@@ -217,7 +217,7 @@ class LatentFile:
 
 
 def open_latents(path: str) -> list[LatentFile]:
-    """One file of latents, or every one in a folder, sorted by name.
+    """One file of latents, or every one in a folder, sorted by name; hidden files are left out.
 
     Raises:
         InputError: there is none, or one that cannot be read.
@@ -225,7 +225,8 @@ def open_latents(path: str) -> list[LatentFile]:
     folder = Path(path)
     if not folder.is_dir():
         return [LatentFile(folder)]
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in LATENT_SUFFIXES)
+    visible = (file for file in folder.iterdir() if not file.name.startswith("."))
+    files = sorted(file for file in visible if file.suffix.lower() in LATENT_SUFFIXES)
     if not files:
         raise InputError(f"{path} holds no files of latents; looked for {', '.join(LATENT_SUFFIXES)}")
     return [LatentFile(file) for file in files]

@@ -140,6 +140,8 @@ def score(
     """
     if as_csv and as_json:
         raise click.UsageError("give either --csv or --json")
+    if output is not None and (as_csv or as_json):
+        raise click.UsageError("--csv and --json say how to print; what --output writes, its suffix says")
     if fail and quantile is None:
         raise click.UsageError("--fail needs --quantile, which says what an anomaly is")
     _check_outputs(output, maps, map_scale, force)
@@ -234,6 +236,8 @@ def _check_outputs(output: str | None, maps: str | None, map_scale: float | None
         refuse_other_file(output, force)
     if map_scale is not None and not (maps is not None and 0 < map_scale < float("inf")):
         raise InputError(f"--map-scale is {map_scale}; expected a finite number above 0, with --maps")
+    if map_scale is not None and maps is not None and Path(maps).suffix.lower() in ARRAY_SUFFIXES:
+        raise InputError(f"--map-scale is for pictures; {maps} holds the errors themselves")
 
 
 def _write(path: Path, found: _Scored) -> None:

@@ -114,8 +114,12 @@ class ArrayWriter:
         self._require_space()
         with _writing(self._path):
             self._folder = Path(tempfile.mkdtemp(prefix=f".{self._path.name}.", dir=_existing_parent(self._path)))
-            # Unbuffered: what does not fit on the disk fails at once, and nothing is left for closing to fail on.
-            self._parts = {name: (self._folder / name).open("wb", buffering=0) for name in self._arrays}
+            try:
+                # Unbuffered: what does not fit on the disk fails at once, and nothing is left for closing to fail on.
+                self._parts = {name: (self._folder / name).open("wb", buffering=0) for name in self._arrays}
+            except BaseException:
+                shutil.rmtree(self._folder, ignore_errors=True)
+                raise
         return self
 
     def append(self, **batches: NDArray[Any]) -> None:

@@ -120,7 +120,7 @@ def _usable(devices: Sequence[str] | None) -> list[str]:
     for name in devices:
         if (reason := reasons.get(name, f"it is not one of {', '.join(reasons)}")) is not None:
             raise InputError(f"device {name!r} cannot be measured: {reason}")
-    return [f"{name}:0" if name in _GPUS else name for name in devices]
+    return list(dict.fromkeys(f"{name}:0" if name in _GPUS else name for name in devices))
 
 
 def _is_good(manifest: Manifest, precision: str) -> bool:

@@ -278,7 +278,8 @@ class VAE:
         """The same examples as `sample`, batch by batch, for more than fit into memory.
 
         Raises:
-            As `sample`, at once; ClosedError later, if the bundle is closed between two batches.
+            As `sample`, for its arguments at once; later where latents leave float32 at a temperature beyond 1e30, and
+            ClosedError if the bundle is closed between two batches.
         """
         from .prior import LatentStream, choose_prior  # late: not every application samples
 

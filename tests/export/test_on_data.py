@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -363,6 +364,18 @@ def test_what_cannot_be_calibrated_on_is_refused_before_anything_is_written(
     with pytest.raises(InputError, match=message) as caught:
         export(tmp_path / "a.vae", vectors[:40], calibrate=change(vectors))
     assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_examples_on_which_the_model_overflows_are_named(vectors: np.ndarray, tmp_path: Path) -> None:
+    far = vectors[:150].copy()
+    far[5] = 1e25
+    with pytest.raises(InputError, match="calibrate: the score 'elbo' of example 5 is inf: the model overflows there"):
+        export(tmp_path / "a.vae", vectors[:40], calibrate=far, likelihood=GAUSSIAN)
+    far[5] = 3e38
+    overflowing = SimpleNamespace(encode=lambda x: SimpleNamespace(mean=np.where(x > 1e38, -np.inf, x)))
+    with pytest.raises(InputError, match="the mean's largest value of example 5 is inf: the model overflows there"):
+        active_units(overflowing, far)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -43,10 +43,11 @@ def test_file_appears_only_at_the_end(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_text_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
-    with atomic_file(tmp_path / "out", "w") as stream:
-        stream.write("µ → σ")
-    assert (tmp_path / "out").read_bytes() == "µ → σ".encode()
+@pytest.mark.parametrize("write", [atomic_file, atomic_folder])
+def test_a_name_that_the_system_refuses_is_an_output_error(tmp_path: Path, write: Any) -> None:
+    path = tmp_path / ("a" * 300) / "b"
+    with pytest.raises(OutputError, match=r"/b cannot be written: File name too long$"), write(path):
+        pytest.fail("there is nothing to write to")
 
 
 @pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt(), SystemExit(3)])

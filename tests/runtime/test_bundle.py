@@ -25,6 +25,15 @@ def read_all(folder: Path) -> dict[str, bytes]:
     return {file: bundle.read(file) for file in bundle.manifest.files}
 
 
+def test_a_bundle_stays_where_it_is_whatever_folder_is_entered(
+    tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_path.parent)
+    opened = Bundle.open(tiny_path.name)
+    monkeypatch.chdir(tmp_path)
+    assert set(opened.golden()) == {"x", "mean", "logvar", "reconstruction"}
+
+
 def test_intact_bundle_gives_exactly_its_bytes(tiny_path: Path) -> None:
     assert read_all(tiny_path) == {name: (tiny_path / name).read_bytes() for name in FILES[1:]}
 

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from vae_runtime import VAE, __version__, to_uint8
+from vae_runtime import VAE, OutputError, __version__, to_uint8
 from vae_runtime.cli import main
 from vae_runtime.command_inputs import BATCH
 from vae_runtime.prior import GaussianMixture
-from vae_runtime.sinks import GRID_LIMIT, pair_rows
+from vae_runtime.sinks import GRID_LIMIT, ArrayWriter, pair_rows
 
 COMMANDS = (
     "info", "selftest", "encode", "decode", "sample", "reconstruct", "interpolate", "traverse", "map", "nearest",
@@ -649,6 +649,12 @@ def test_progress_stays_off_where_stderr_is_no_terminal(tiny_path: Path, npy: Pa
     os.close(reader)
     assert b"encoding" in shown
     assert re.fullmatch(rf"{tmp_path / 'out.npz'}: 150 examples, [\d,]+ bytes, [\d.]+ bits per pixel\n", stdout)
+
+
+def test_arrays_that_cannot_be_begun_leave_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot be written"), ArrayWriter(tmp_path / "a.npz", {"a/b": (1,)}):
+        pytest.fail("there is nothing to write to")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_array_errors_name_the_file_and_its_whole_shape(tiny_path: Path, tmp_path: Path) -> None:

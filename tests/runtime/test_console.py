@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +17,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from vae_runtime.console import Command
+from vae_runtime.cli import main
+from vae_runtime.console import Command, printable
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 MAIN = "from vae_runtime.cli import main; main()"
@@ -63,6 +66,28 @@ def test_what_was_decided_about_sigterm_stays(default: None, handler: Any) -> No
     seen: list[Any] = []
     CliRunner().invoke(click.command(cls=Command)(lambda: seen.append(signal.getsignal(signal.SIGTERM))), [])
     assert seen == [handler]
+
+
+def test_a_name_that_the_system_refuses_is_one_sentence(tiny_path: Path) -> None:
+    name = "a" * 300 + ".png"
+    for arguments in (
+        ["encode", str(tiny_path), name, "--output", "b.npz"],
+        ["sample", str(tiny_path), "--output", name],
+    ):
+        result = CliRunner().invoke(main, arguments)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert re.fullmatch(rf"Error: {name} cannot be (used|written): File name too long\n", result.stderr)
+
+
+def test_other_errors_of_the_system_are_faults_of_ours() -> None:
+    def fail() -> None:
+        raise OSError(errno.EBADF, "bad")
+
+    assert isinstance(CliRunner().invoke(click.command(cls=Command)(fail), []).exception, OSError)
+
+
+def test_texts_of_others_do_not_command_a_terminal() -> None:
+    assert printable("a \x1b[31mµ\u202e\n b\r") == "a \\x1b[31mµ\\u202e\n b\\r"
 
 
 def test_a_command_runs_outside_of_the_main_thread() -> None:

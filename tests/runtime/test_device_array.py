@@ -54,6 +54,9 @@ def test_arrays_are_shared_with_torch_both_ways(tiny: VAE, images: np.ndarray) -
     assert tuple(shared.shape) == mean.shape
     shared += 1  # the same memory
     np.testing.assert_allclose(mean.numpy(), (before + 1).numpy(), atol=1e-6)
+    for asked in ({"copy": True}, {"dl_device": (2, 0)}):
+        with pytest.raises(BufferError, match="hands out its own memory alone; copy what it gives"):
+            mean.__dlpack__(**asked)
     image = tiny.decode_to_device(before)
     np.testing.assert_allclose(torch.from_dlpack(image).numpy(), tiny.decode(before.numpy()), atol=1e-6)
 

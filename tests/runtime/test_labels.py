@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,24 @@ def test_rows_in_another_order_than_the_examples_are_refused(tmp_path: Path) -> 
     expected = r"a\.csv has b\.png where the inputs have c\.png; its rows are expected in their order"
     with pytest.raises(InputError, match=expected):
         read_labels(str(path), names=["x/a.png", "x/c.png", "x/b.png"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "message"),
+    [
+        ("b a c", "a.png b.png c.png", "has b where the inputs have a.png;"),
+        ("x.png a.png b.png", "a.png b.png c.png", "has x.png where the inputs have a.png;"),
+        ("a v1.5 c", "a.png v1.6 c.png", r"has v1\.5 where the inputs have v1\.6;"),
+        ("a.npy#1 a.npy#0 a.npy#2", "a.npy#0 a.npy#1 a.npy#2", "has a.npy#1 where the inputs have a.npy#0;"),
+        ("a b c", "x/a.jpg y/b.PNG c", None),
+        ("a.jpg b.tif c.png", "a.png b.png c.png", None),
+    ],
+)
+def test_every_row_is_that_of_its_example(tmp_path: Path, rows: str, inputs: str, message: str | None) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("\n".join(["label,name", *(f"{index % 2},{name}" for index, name in enumerate(rows.split()))]))
+    with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
+        assert read_labels(str(path), names=inputs.split()).tolist() == [False, True, False]
 
 
 def test_anomalies_may_have_labels_of_their_own(tmp_path: Path) -> None:

@@ -357,6 +357,7 @@ def test_bundles_of_one_size_also_write_folders_of_latents(tiny: VAE, tiny_path:
     np.save(tmp_path / "x.npy", images)
     assert run("encode", tiny_path, tmp_path / "x.npy", "--codec", "uint8", "--output", tmp_path / "z").exit_code == 0
     assert sorted(path.name for path in (tmp_path / "z").iterdir()) == [f"00000{n}.npz" for n in range(3)]
+    (tmp_path / "z" / "._000000.npz").write_bytes(b"what macOS leaves on other file systems")
     assert run("decode", tiny_path, tmp_path / "z", "--output", tmp_path / "back.npy").exit_code == 0
     assert np.abs(np.load(tmp_path / "back.npy") - tiny.reconstruct(images)).max() < 0.01
     refused("--pad is for bundles", "encode", tiny_path, tmp_path / "x.npy", "--pad", "--output", tmp_path / "y")

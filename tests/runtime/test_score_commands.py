@@ -110,6 +110,7 @@ def test_pictures_and_golden_inputs_and_autoencoders_have_scores(
         (("--map-scale", 1), r"--map-scale is 1.0; expected a finite number above 0, with --maps"),
         (("--maps", "m.png", "--map-scale", 0), r"--map-scale is 0.0; expected a finite number above 0"),
         (("--maps", "m.gif"), r"m.gif has the suffix '.gif'; expected"),
+        (("--maps", "m.npy", "--map-scale", 1), r"--map-scale is for pictures; m.npy holds the errors themselves"),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence(
@@ -140,6 +141,7 @@ def test_a_quantile_that_there_is_none_of_is_refused(calibrated: Path, npy: Path
 
 def test_wrong_usage_is_told_as_such(tiny_path: Path, vectors_path: Path, npy: Path) -> None:
     refused("give either --csv or --json", "score", tiny_path, npy, "--csv", "--json", code=2)
+    refused("what --output writes, its suffix says", "score", tiny_path, npy, "--json", "--output", "a.csv", code=2)
     refused("'entropy' is not one of", "score", tiny_path, npy, "--method", "entropy", code=2)
     refused("give either INPUTS or --golden", "score", tiny_path, code=2)
     refused("plain autoencoder", "score", vectors_path, "--golden", "--method", "elbo")

@@ -279,6 +279,7 @@ def test_devices_are_measured_under_the_names_by_which_they_are_found_again(monk
     monkeypatch.setattr(tune_module, "usable_devices", lambda: usable)
     assert tune_module._usable(None) == tune_module._usable(["cpu", "cuda"]) == ["cpu", "cuda:0"]
     assert tune_module._usable(["tensorrt"]) == ["tensorrt:0"]  # only where it is named
+    assert tune_module._usable(["cuda", "cpu", "cuda"]) == ["cuda:0", "cpu"]
 
 
 def test_defaults_stay_exact_where_a_tuning_exists(tiny_path: Path) -> None:

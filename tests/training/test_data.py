@@ -153,6 +153,27 @@ def test_files_that_are_no_arrays(tmp_path: Path) -> None:
         load_dataset(str(tmp_path / "d.npz"))
 
 
+def test_damaged_arrays_are_read_or_refused(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (20, 8, 8), dtype=np.uint8)
+    np.save(tmp_path / "a.npy", pixels)
+    np.savez_compressed(tmp_path / "a.npz", x=pixels)
+    refused = 0
+    for name in ("a.npy", "a.npz"):
+        intact, path = (tmp_path / name).read_bytes(), tmp_path / f"damaged-{name}"
+        for _ in range(150):
+            damaged = bytearray(intact)
+            for place in rng.integers(6, 300 if name == "a.npz" else 100, 4):
+                damaged[place] = rng.integers(256)
+            path.write_bytes(damaged)
+            try:
+                load_dataset(str(path))
+            except InputError as error:
+                refused += 1
+                assert str(error).startswith(str(path))  # noqa: PT017
+    assert refused > 100
+
+
 def test_a_folder_of_pictures(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     (tmp_path / "sub").mkdir()

@@ -14,7 +14,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import BundleError
+from .errors import BundleError, InputError
 from .manifest import FORMAT, INPUT, LOGVAR, MANIFEST_FILE, MAX_MANIFEST_BYTES, MEAN, RECONSTRUCTION, Manifest
 
 _BLOCK = 2**18
@@ -38,8 +38,11 @@ class Bundle:
         """Read the manifest and check that the folder holds exactly the files that it lists, in their sizes.
 
         Raises:
-            BundleError: there is no bundle, or it is incomplete, altered, or of an unknown version.
+            BundleError: there is no bundle, or it is incomplete, altered, or of an unknown version. InputError: `path`
+            is no path.
         """
+        if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
+            raise InputError(f"path is {path!r}; expected a str or an os.PathLike of one, the name of a folder")
         if not os.fspath(path):
             raise BundleError("the bundle's path is empty; expected the name of a folder")
         path = Path(path)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import json
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -26,20 +29,36 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with hear_sigterm():
+            with hear_sigterm(), _any_file_names():
                 return super().invoke(ctx)
         except VAEError as error:
             raise click.ClickException(str(error)) from error
         except OSError as error:
-            if error.filename is None:  # a pipe that is closed, which click looks after, or a fault of ours
+            if error.errno == errno.EPIPE:  # a reader that has enough, which click looks after
                 raise
-            raise click.ClickException(f"{error.filename} cannot be used: {error.strerror}") from error
+            name = "" if error.filename is None else f"{error.filename} cannot be used: "
+            raise click.ClickException(f"{name}{error.strerror}") from error
 
 
 class Group(click.Group):
     """A group of such commands."""
 
     command_class = Command
+
+
+@contextlib.contextmanager
+def _any_file_names() -> Iterator[None]:
+    """Names of files that are no UTF-8 are printed byte by byte, as they are."""
+    stream = sys.stdout
+    if not isinstance(stream, io.TextIOWrapper):
+        yield
+        return
+    before = stream.errors
+    stream.reconfigure(errors="surrogateescape")
+    try:
+        yield
+    finally:
+        stream.reconfigure(errors=before)
 
 
 @contextlib.contextmanager
@@ -120,5 +139,12 @@ def json_option(function: _Function) -> _Function:
 
 
 def print_json(document: Any) -> None:
-    """One JSON document on stdout; NaN is refused, as JSON has none."""
-    click.echo(json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False))
+    """One JSON document on stdout; see `json_text`."""
+    click.echo(json_text(document))
+
+
+def json_text(document: Any) -> str:
+    """A JSON document, in which bytes of file names that are no UTF-8 are escaped as Python has them, \\udce9; NaN is
+    refused, as JSON has none."""
+    text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return text.encode(errors="backslashreplace").decode()

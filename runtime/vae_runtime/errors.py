@@ -80,3 +80,7 @@ class MissingExtraError(VAEError, ImportError):
     def __init__(self, module: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs {module}, which is not installed; run: pip install 'vae-edge[{extra}]'")
         self.extra = extra
+        self._arguments = module, extra, purpose
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str, str]]:
+        return type(self), self._arguments  # a process pool hands exceptions on; by default with the message alone

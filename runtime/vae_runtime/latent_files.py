@@ -153,7 +153,7 @@ def _write(path: Path, arrays: dict[str, NDArray[Any]], notes: dict[str, NDArray
             np.savez(stream, **arrays, **notes)  # type: ignore[arg-type]  # names are never `allow_pickle`
         else:
             save = _safetensors(f"writing {path}").numpy.save
-            text = {name: json.dumps(value.tolist(), ensure_ascii=False) for name, value in notes.items()}
+            text = {name: json.dumps(value.tolist()) for name, value in notes.items()}
             contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
             stream.write(save(contiguous, text))
     return path.stat().st_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -22,6 +23,19 @@ def to_decoder_input(latents: Any, shape: Shape, name: str = "latents") -> Float
     if not (low > -np.inf and high < np.inf):
         raise InputError(f"{name} has {'NaN' if np.isnan(low) else 'infinite values'}; latents are finite")
     return cast("Float32", latents)
+
+
+def require_encoded(latents: Float32, names: Sequence[str] | str) -> Float32:
+    """What the encoder gave for inputs, finite. names: of the inputs, or of the argument that has them.
+
+    Raises:
+        InputError: the network's numbers overflowed on an input, which is named.
+    """
+    if not (finite := np.isfinite(latents)).all():
+        row = int(finite.reshape(len(latents), -1).all(axis=1).argmin())
+        name = f"{names}[{row}]" if isinstance(names, str) else names[row]
+        raise InputError(f"{name} is so far from what the model knows that its latent has NaN or infinite values")
+    return latents
 
 
 def check_latent_layout(latents: Any, shape: Shape, name: str) -> None:

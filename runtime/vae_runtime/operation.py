@@ -129,6 +129,8 @@ class Operation:
                 free.append(call)
                 if results is not None:
                     return results
+        if isinstance(array, _ARRAY) and array.dtype == PIXEL and (batch_size or array.size > _CHUNK_VALUES):
+            return self._run_bytes(array, batch_size)
         checked = self._check(array)
         results = self.run(checked, self.chunk_size(batch_size, checked.shape[1:]))
         if given is not None:
@@ -191,9 +193,28 @@ class Operation:
         if len(checked) <= size:
             return route.session(checked.shape).run(checked)
         chunks = [checked[start : start + size] for start in range(0, len(checked), size)]
-        parts = [route.session(chunk.shape).run(chunk) for chunk in chunks]
-        with fitting_memory("the result for inputs", checked.shape):
+        return self._joined([route.session(chunk.shape).run(chunk) for chunk in chunks], checked.shape)
+
+    @staticmethod
+    def _joined(parts: Sequence[Sequence[Float32]], shape: tuple[int, ...]) -> list[Float32]:
+        """The outputs of chunks of inputs that had this shape."""
+        with fitting_memory("the result for inputs", shape):
             return [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
+
+    def _run_bytes(self, array: UInt8, batch_size: int | None) -> list[Float32]:
+        """uint8, of which any value is good and which takes four times the memory as float32, chunk by chunk."""
+        if not array.ndim or not len(array):
+            return self.run(self._check(array), 1)  # says what is wrong
+        try:
+            shape = self._check(array[:1]).shape[1:]
+        except InputError:
+            self._check(array)  # says it of all
+            raise
+        size = self.chunk_size(batch_size, shape)
+        parts = [
+            self.run(self._check(array[start : start + size]), size, len(array)) for start in range(0, len(array), size)
+        ]
+        return self._joined(parts, (len(array), *shape))
 
     def run_on_device(self, array: Any, name: str) -> list[DeviceArray]:
         """The same without leaving the device's memory, in one piece. array: what a call takes, or an array in that

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from .command_inputs import (
     golden_option,
     inputs_argument,
 )
-from .console import NEGATIVE_VERDICT, Command, engine_options, json_option, print_json
+from .console import NEGATIVE_VERDICT, Command, engine_options, json_option, json_text, print_json
 from .detection import auroc, average_precision, check_labels
 from .errors import InputError
 from .images import overlay
@@ -61,7 +61,8 @@ class _Scored(NamedTuple):
             yield {"name": name, "score": score, **verdict}
 
     def to_json(self) -> dict[str, Any]:
-        document: dict[str, Any] = {"method": self.method, "scores": [dict(row) for row in self.rows()]}
+        scores = [{**row, "score": row["score"] if math.isfinite(row["score"]) else None} for row in self.rows()]
+        document: dict[str, Any] = {"method": self.method, "scores": scores}
         if (anomalies := self.anomalies) is not None:
             document |= {"quantile": self.quantile, "threshold": self.threshold, "anomalies": int(anomalies.sum())}
         return document
@@ -241,12 +242,9 @@ def _check_outputs(output: str | None, maps: str | None, map_scale: float | None
 
 
 def _write(path: Path, found: _Scored) -> None:
-    if path.suffix.lower() == ".csv":
-        text = found.to_csv()
-    else:
-        text = json.dumps(found.to_json(), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    text = found.to_csv() if path.suffix.lower() == ".csv" else json_text(found.to_json()) + "\n"
     with atomic_file(path) as stream:
-        stream.write(text.encode())
+        stream.write(text.encode(errors="surrogateescape"))  # names of files may be any bytes
 
 
 @contextlib.contextmanager

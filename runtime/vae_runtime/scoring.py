@@ -46,6 +46,13 @@ class Scoring:
         self, inputs: Any, method: str | None, n_samples: int, seed: int | None, batch_size: int | None
     ) -> Float64:
         """As `VAE.score`."""
+        found = self._score(inputs, method, n_samples, seed, batch_size)
+        found[np.isnan(found)] = np.inf  # the model's numbers overflow: nothing is odder, and NaN is above no threshold
+        return found
+
+    def _score(
+        self, inputs: Any, method: str | None, n_samples: int, seed: int | None, batch_size: int | None
+    ) -> Float64:
         method = self._default if method is None else check_choice(method, "method", SCORE_METHODS)
         if method == "log_likelihood":
             return -log_likelihood(self._manifest, self._operations, inputs, n_samples, seed, batch_size, shared=True)

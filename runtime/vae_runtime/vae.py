@@ -20,6 +20,7 @@ from .devices import check_device_name
 from .engine import engine_clash
 from .errors import ClosedError, InputError
 from .interpolation import interpolate_latents
+from .latents import require_encoded
 from .manifest import FittedPrior, Manifest
 from .operation import Candidate, Operation
 from .plan import Plan, check_precision, open_halves, same_plan, tuned_plan
@@ -366,7 +367,12 @@ class VAE:
         if self._is_on_one_gpu:
             images = encoder.then(decoder, inputs, batch_size)
         else:
-            images = self.decode(self.encode(inputs, batch_size=batch_size).mode(), batch_size=batch_size)
+            mean = self.encode(inputs, batch_size=batch_size).mode()
+            try:
+                images = self.decode(mean, batch_size=batch_size)
+            except InputError:
+                require_encoded(mean, "inputs")  # says which input it was
+                raise
         return images if size is None else self._cropped(images, size)
 
     def elbo(
@@ -436,8 +442,9 @@ class VAE:
         seed: int | None = 0,
         batch_size: int | None = None,
     ) -> NDArray[np.float64]:
-        """How little each input looks like the data that the model was trained on, higher is odder -> float64 (N,).
-        Comparable between inputs of one size: those in nats are sums over the pixels.
+        """How little each input looks like the data that the model was trained on, higher is odder -> float64 (N,),
+        infinite where the model's numbers overflow. Comparable between inputs of one size: those in nats are sums over
+        the pixels.
 
         method: "elbo": -log p(x|z) at the posterior's mean, plus the KL divergence, in nats, nothing random;
             "reconstruction": `reconstruction_error`, for every kind of model; "log_likelihood": minus the estimate of
@@ -570,7 +577,7 @@ class VAE:
         Raises:
             InputError: not one example each, fewer than 2 steps, another method.
         """
-        start, end = self.encode(a).mode(), self.encode(b).mode()
+        start, end = self._codes(a, "a"), self._codes(b, "b")
         for name, latent in (("a", start), ("b", end)):
             if len(latent) != 1:
                 raise InputError(
@@ -595,7 +602,7 @@ class VAE:
         """
         from .latent_space import traversal
 
-        return self.decode(traversal(self.encode(inputs).mode(), dimension, values))
+        return self.decode(traversal(self._codes(inputs, "inputs"), dimension, values))
 
     def nearest(self, inputs: Any, references: Any, k: int = 1) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """The k references nearest to each input in the latent space, by the Euclidean distance of means, the nearest
@@ -611,7 +618,7 @@ class VAE:
         from .latents import to_decoder_input
 
         references = to_decoder_input(references, self.manifest.latent.shape, "references")
-        return nearest_latents(self.encode(inputs).mode(), references, k)
+        return nearest_latents(self._codes(inputs, "inputs"), references, k)
 
     def attribute_vector(self, positives: Any, negatives: Any) -> Float32:
         """The direction of what sets examples apart, such as "smiles": the mean latent of those with it less the mean
@@ -627,8 +634,11 @@ class VAE:
 
         self._open_operations()
         named = {"positives": positives, "negatives": negatives}
-        checked = [to_model_input(inputs, self.manifest.input, name) for name, inputs in named.items()]
-        return mean_difference(*(self.encode(inputs).mode() for inputs in checked))
+        checked = {name: to_model_input(inputs, self.manifest.input, name) for name, inputs in named.items()}
+        return mean_difference(*(self._codes(inputs, name) for name, inputs in checked.items()))
+
+    def _codes(self, inputs: Any, name: str) -> Float32:
+        return require_encoded(self.encode(inputs).mode(), name)
 
     def selftest(self) -> SelfTest:
         """Run the bundle's golden inputs through every route of `plan` and compare with the reference's outputs of the

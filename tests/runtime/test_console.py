@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import json
 import os
 import re
 import signal
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -79,11 +80,35 @@ def test_a_name_that_the_system_refuses_is_one_sentence(tiny_path: Path) -> None
         assert re.fullmatch(rf"Error: {name} cannot be (used|written): File name too long\n", result.stderr)
 
 
-def test_other_errors_of_the_system_are_faults_of_ours() -> None:
-    def fail() -> None:
-        raise OSError(errno.EBADF, "bad")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_under_stdout_is_one_sentence(tiny_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", MAIN, "score", str(tiny_path), "--golden"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "Error: No space left on device\n")
 
-    assert isinstance(CliRunner().invoke(click.command(cls=Command)(fail), []).exception, OSError)
+
+def test_names_of_files_may_be_any_bytes(tiny_path: Path, tmp_path: Path) -> None:
+    images = pytest.importorskip("PIL.Image")
+    path = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    with open(path, "xb") as stream:  # noqa: PTH123  # bytes are no Path
+        images.fromarray(np.zeros((8, 8), np.uint8)).save(stream, "png")
+    command, utf8 = (
+        [sys.executable, "-c", MAIN, "score", str(tiny_path), path],
+        {**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+    )
+    for options in (["--csv"], ["--json"], ["--output", tmp_path / "a.csv"], ["--output", tmp_path / "a.json"]):
+        done = subprocess.run([*command, *options], env=utf8, capture_output=True, check=False)
+        assert (done.returncode, done.stderr) == (0, b"")
+        if options == ["--csv"]:
+            assert done.stdout == b"name,score\n" + done.stdout[11:]
+            assert path in done.stdout
+        if options == ["--json"]:
+            assert os.fsencode(json.loads(done.stdout)["scores"][0]["name"]) == path
+    assert path in (tmp_path / "a.csv").read_bytes()
+    assert os.fsencode(json.loads((tmp_path / "a.json").read_text())["scores"][0]["name"]) == path
 
 
 def test_texts_of_others_do_not_command_a_terminal() -> None:

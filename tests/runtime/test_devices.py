@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -151,6 +153,12 @@ def test_broken_engine_shows_its_own_message(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ImportError, match="libstdc") as caught:
         import_engine()
     assert not isinstance(caught.value, MissingExtraError)
+
+
+def test_an_extra_that_is_missing_is_told_across_processes() -> None:
+    error = MissingExtraError("Pillow", "images", "reading a.png")
+    for copied in (pickle.loads(pickle.dumps(error)), copy.deepcopy(error)):
+        assert (str(copied), copied.extra, type(copied)) == (str(error), "images", MissingExtraError)
 
 
 def test_results_of_a_provider_by_name_are_those_of_its_short_name(tiny_path: Path, images: np.ndarray) -> None:

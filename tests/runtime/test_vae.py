@@ -5,6 +5,7 @@ import shutil
 import sys
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy as shallow_copy
 from copy import deepcopy
@@ -117,6 +118,28 @@ def test_chunks_do_not_change_the_result(tiny: VAE, images: np.ndarray, batch_si
     assert np.allclose(tiny.decode(whole.mean, batch_size=batch_size), tiny.decode(whole.mean), **CLOSE)
     assert np.allclose(tiny.reconstruct(images, batch_size=batch_size), tiny.reconstruct(images), **CLOSE)
     assert np.allclose(tiny.sample(20, 3, batch_size=batch_size), tiny.sample(20, 3), **CLOSE)
+
+
+def test_bytes_become_float32_chunk_by_chunk(tiny: VAE) -> None:
+    """All at once would be 20 000 · 64 · 4 bytes, 5 MB."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20_000, 8, 8), dtype=np.uint8)
+    expected = tiny.encode(pixels).mean
+    tracemalloc.start()
+    found = tiny.encode(pixels, batch_size=100).mean
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.allclose(found, expected, **CLOSE)
+    assert peak < 4e6
+    with pytest.raises(InputError, match=r"images has shape \(20000, 7, 8\); expected"):
+        tiny.encode(pixels[:, 1:], batch_size=100)
+    with pytest.raises(InputError, match=r"images has shape \(0, 8, 8\)"):
+        tiny.encode(pixels[:0], batch_size=100)
+
+
+@pytest.mark.parametrize("path", [None, 3, b"tiny.vae"])
+def test_what_is_no_path_is_an_input_error(path: Any) -> None:
+    with pytest.raises(InputError, match="path is .*; expected a str or an os.PathLike of one, the name of a folder"):
+        VAE.load(path)
 
 
 def test_more_examples_than_one_chunk_go_through_by_themselves(tiny: VAE) -> None:

@@ -95,15 +95,12 @@ def test_names_of_files_may_be_any_bytes(tiny_path: Path, tmp_path: Path) -> Non
     path = os.fsencode(tmp_path) + b"/caf\xe9.png"
     with open(path, "xb") as stream:  # noqa: PTH123  # bytes are no Path
         images.fromarray(np.zeros((8, 8), np.uint8)).save(stream, "png")
-    command, utf8 = (
-        [sys.executable, "-c", MAIN, "score", str(tiny_path), path],
-        {**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
-    )
+    command = [sys.executable, "-c", MAIN, "score", str(tiny_path), path]
+    utf8 = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
     for options in (["--csv"], ["--json"], ["--output", tmp_path / "a.csv"], ["--output", tmp_path / "a.json"]):
         done = subprocess.run([*command, *options], env=utf8, capture_output=True, check=False)
         assert (done.returncode, done.stderr) == (0, b"")
         if options == ["--csv"]:
-            assert done.stdout == b"name,score\n" + done.stdout[11:]
             assert path in done.stdout
         if options == ["--json"]:
             assert os.fsencode(json.loads(done.stdout)["scores"][0]["name"]) == path

@@ -138,7 +138,7 @@ def test_bytes_become_float32_chunk_by_chunk(tiny: VAE) -> None:
 
 @pytest.mark.parametrize("path", [None, 3, b"tiny.vae"])
 def test_what_is_no_path_is_an_input_error(path: Any) -> None:
-    with pytest.raises(InputError, match="path is .*; expected a str or an os.PathLike of one, the name of a folder"):
+    with pytest.raises(InputError, match=r"path is .*; expected a str or an os.PathLike of one, the name of a folder"):
         VAE.load(path)
 
 

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def test_an_autoencoder_reports_psnr(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "log p(x)" not in out
 
 
-def test_a_folder_of_pictures_with_its_options(tmp_path: Path) -> None:
+def test_a_folder_of_pictures_with_its_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -82,6 +83,9 @@ def test_a_folder_of_pictures_with_its_options(tmp_path: Path) -> None:
     checkpoint = load_checkpoint(tmp_path / "run/model.pt")
     assert checkpoint.input.to_dict() == {"type": "image", "shape": [3, 9, 12], "colour": "rgb", "resize": "crop"}
     assert checkpoint.likelihood.type == "gaussian"
+    said = capsys.readouterr().out
+    assert "; the weights of epoch 1, the best on the validation part\n" in said
+    assert re.search(r"test part, 1 examples: -ELBO -?[\d.]+ nats = ", said)  # one tells no standard error
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from vae_training.evaluate import figure_of_merit, measure, recalibrate
-from vae_training.losses import Objective
+from vae_training.likelihood import measure_nll
+from vae_training.losses import Objective, kl_per_dimension
 from vae_training.models import build_model, default_config
 
 
@@ -45,10 +46,28 @@ def test_figures_against_a_computation_in_float64(x: np.ndarray) -> None:
     assert figures["active_units"] == int((mean.var(0) > 0.01).sum())
 
 
-def test_a_small_beta_counts_where_the_best_weights_are_chosen() -> None:
+def test_the_best_weights_are_chosen_by_what_is_trained_for() -> None:
     figures = {"reconstruction_nats": -100.0, "kl_nats": 40.0, "negative_elbo_nats": -60.0}
-    assert figure_of_merit(figures) == figure_of_merit(figures, 4.0) == -60
-    assert figure_of_merit(figures, 0.1) == -96
+    assert [figure_of_merit(figures, beta) for beta in (0.1, 1.0, 4.0)] == [-96, -60, 60]
+    assert figure_of_merit({**figures, "free_bits_kl_nats": 50.0}, 2.0) == 0
+
+
+def test_free_bits_count_each_element_of_the_latent_over_all_examples(x: np.ndarray) -> None:
+    free = objective()
+    with torch.no_grad():
+        mean, logvar = free.model.encode(torch.from_numpy(x))
+        each = kl_per_dimension(mean, logvar).flatten(1).mean(0)
+    free.free_bits = float(each.median())
+    figures = measure(free, x, 0)
+    assert figures["free_bits_kl_nats"] == pytest.approx(float(each.clamp(min=free.free_bits).sum()), rel=1e-5)
+    assert figures["free_bits_kl_nats"] > figures["kl_nats"] * 1.01
+    assert "free_bits_kl_nats" not in measure(objective(), x, 0)
+
+
+def test_one_example_has_no_standard_error(x: np.ndarray) -> None:
+    assert measure(objective(), x[:1], 0)["negative_elbo_standard_error_nats"] is None
+    assert measure(objective(kind="autoencoder"), x[:1], 0)["reconstruction_standard_error_nats"] is None
+    assert measure_nll(objective(), x[:1], 0, 2)["nll_standard_error_nats"] is None
 
 
 def test_the_same_seed_measures_the_same(x: np.ndarray) -> None:
@@ -69,7 +88,7 @@ def test_a_perfect_reconstruction_is_still_a_number() -> None:
     with torch.no_grad():
         last.weight.zero_()
         last.bias.fill_(-200.0)
-    figures = measure(model, np.zeros((1, 1, 8, 8), np.float32), 0)
+    figures = measure(model, np.zeros((2, 1, 8, 8), np.float32), 0)
     assert figures["psnr_db"] == 100
     assert figures["reconstruction_standard_error_nats"] == 0
 

@@ -262,6 +262,8 @@ def test_devices_that_are_not_there(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(DeviceError, match="mixed_precision is 'fp16', which device 'cpu' cannot do"):
             train(small(mixed_precision="fp16"), tmp_path / "run", device="cpu")
+        with pytest.raises(DeviceError, match="mixed_precision is 'fp16', which no GPU is there for"):
+            train(small(mixed_precision="fp16"), tmp_path / "run", device="auto")
     assert not (tmp_path / "run").exists()
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -185,6 +186,32 @@ def test_other_settings_do_not_continue(tmp_path: Path, monkeypatch: pytest.Monk
     other = TrainConfig.from_dict({**CONFIG.to_dict(), "beta": 2.0})
     with pytest.raises(TrainingError, match=r"was begun with beta 1.0, not 2.0; a run continues only with"):
         train(other, tmp_path / "run", device="cpu", resume=True)
+
+
+def test_other_examples_do_not_continue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", images)
+    config = TrainConfig(str(tmp_path / "x.npy"), split="40,10,10", family="mlp", widths=(8,), batch_size=8)
+    stop_at(monkeypatch, 2, 1)
+    with pytest.raises(StopError):
+        train(config, tmp_path / "run", device="cpu")
+    monkeypatch.undo()
+    for changed in (images[::-1], np.concatenate([images[:59], images[:1]])):  # the first: in another order
+        np.save(tmp_path / "x.npy", changed)
+        with pytest.raises(TrainingError, match=r"run was begun with other examples than .*x\.npy has now"):
+            train(config, tmp_path / "run", device="cpu", resume=True)
+    np.save(tmp_path / "x.npy", images)
+    train(config, tmp_path / "run", device="cpu", resume=True)
+
+
+def test_a_run_of_another_version_does_not_continue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at(monkeypatch, 2, 1)
+    with pytest.raises(StopError):
+        train(CONFIG, tmp_path / "run", device="cpu")
+    path = tmp_path / "run/run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 2}))
+    with pytest.raises(TrainingError, match=r"run\.json has format_version 2; this version continues runs of 1"):
+        train(CONFIG, tmp_path / "run", device="cpu", resume=True)
 
 
 @pytest.mark.parametrize("file", ["progress.pt", "model.safetensors", "optimizer.bin"])

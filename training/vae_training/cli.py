@@ -189,12 +189,14 @@ def _summary(metrics: dict[str, Any], output: Path) -> str:
     """A few lines for people; every figure says on which part it was measured."""
     test, training, model = metrics["test"], metrics["training"], metrics["model"]
     size, time = f"{model['parameters']:,} parameters", f"{training['epochs']} epochs in {training['seconds']:.0f} s"
+    led = "capacity_nats" in training["history"][-1]
+    kept = "" if led else f"; the weights of epoch {training['best_epoch']}, the best on the validation part"
     likelihood = metrics["likelihood"]["type"]
     figure = f"reconstruction {test['reconstruction_nats']:.2f} nats, {likelihood}"
     if "negative_elbo_nats" in test:
-        error = test["negative_elbo_standard_error_nats"]
+        error = _plus_minus(test["negative_elbo_standard_error_nats"])
         figure = (
-            f"-ELBO {test['negative_elbo_nats']:.2f} ± {error:.2f} nats = "
+            f"-ELBO {test['negative_elbo_nats']:.2f}{error} nats = "
             f"{test['reconstruction_nats']:.2f} reconstruction "
             f"+ {test['kl_nats']:.2f} KL, {likelihood}; "
             f"{test['active_units']} of {model['latent_dim']} "
@@ -203,7 +205,7 @@ def _summary(metrics: dict[str, Any], output: Path) -> str:
     psnr = f", PSNR {test['psnr_db']:.2f} dB" if "psnr_db" in test else ""
     lines = [
         f"{output}: {', '.join(metrics['files'])}, metrics.json",
-        f"{model['family']} {model['kind']}, {size}, {time} on {training['device']}",
+        f"{model['family']} {model['kind']}, {size}, {time} on {training['device']}{kept}",
         f"test part, {test['examples']:,} examples: {figure}",
         *_likelihood(test),
         f"test part, without sampling: mean squared error {test['mse']:.5g}{psnr}",
@@ -212,10 +214,14 @@ def _summary(metrics: dict[str, Any], output: Path) -> str:
     return "\n".join(lines)
 
 
+def _plus_minus(error: float | None) -> str:
+    return "" if error is None else f" ± {error:.2f}"
+
+
 def _likelihood(test: dict[str, Any]) -> list[str]:
     if "nll_nats" not in test:
         return []
-    figure = f"{test['nll_nats']:.2f} ± {test['nll_standard_error_nats']:.2f} nats"
+    figure = f"{test['nll_nats']:.2f}{_plus_minus(test['nll_standard_error_nats'])} nats"
     return [f"test part, -log p(x) by {test['nll_samples']:,} importance samples for each example: {figure}"]
 
 

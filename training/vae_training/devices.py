@@ -41,6 +41,8 @@ def make_accelerator(device: str, mixed_precision: str) -> Accelerator:
         raise DeviceError(
             f"mixed_precision is {mixed_precision!r}, which device {device!r} cannot do: {error}"
         ) from None
+    if mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would leave it out unsaid
+        raise DeviceError("mixed_precision is 'fp16', which no GPU is there for; bf16 runs on the CPU too")
     if device != "auto" and accelerator.device.type != device.split(":")[0]:
         raise DeviceError(f"device is {device!r}, but {accelerator.device} is what accelerate took")
     return accelerator

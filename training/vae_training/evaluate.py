@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vae_runtime.preprocess import Float32
+from vae_runtime.preprocess import Float32, Float64
 
 from .feed import EVALUATE, RECALIBRATE, standard_normal
-from .losses import Objective, kl_divergence
+from .losses import Objective, free_bits_kl, kl_per_dimension
 from .models import VAE, reparameterize
 
 BATCH = 500  # examples, or fewer where they are large
@@ -26,16 +26,16 @@ def measure(objective: Objective, x: Float32, seed: int, draws: int = 5) -> dict
     """Measure `objective` in evaluation mode on x, float32 (N, *input_shape).
 
     Returns for a vae: `negative_elbo_nats` = `reconstruction_nats` + `kl_nats` as means over the examples and over
-    `draws` posterior draws each, with the standard error over the examples, and `active_units`; where latents are
-    (C, h, w), their KL is the sum over all elements, and units are the channels, each over all examples and positions,
-    which share their weights. For both kinds: the
-    `mse` of the reconstruction from the posterior's mean or the code, and for images `psnr_db`, the mean over images
-    of 10·log10(1 / mse). The Bernoulli with grey values and the Gaussian have different zeros: a figure is comparable
-    only under the same likelihood.
+    `draws` posterior draws each, with the standard error over the examples (None of one), and `active_units`; where
+    latents are (C, h, w), their KL is the sum over all elements, and units are the channels, each over all examples and
+    positions, which share their weights. With free bits also what the loss counts of the KL, `free_bits_kl_nats`.
+    For both kinds: the `mse` of the reconstruction from the posterior's mean or the code, and for images `psnr_db`, the
+    mean over images of 10·log10(1 / mse). The Bernoulli with grey values and the Gaussian have different zeros: a
+    figure is comparable only under the same likelihood.
     """
     objective.eval()
     parts = [_measure_batch(objective, batch, seed, draws, index) for index, batch in enumerate(batches(x, objective))]
-    nll, kl, mse, means = (torch.cat(column).double().cpu().numpy() for column in zip(*parts, strict=True))
+    nll, kl, mse, means, kl_sums = (torch.cat(column).double().cpu().numpy() for column in zip(*parts, strict=True))
     figures: dict[str, Any] = {"examples": len(x), "reconstruction_nats": float(nll.mean()), "mse": float(mse.mean())}
     if x.ndim == 4:
         figures["psnr_db"] = float(np.mean(-10 * np.log10(np.maximum(mse, _LEAST_MSE))))
@@ -44,44 +44,52 @@ def measure(objective: Objective, x: Float32, seed: int, draws: int = 5) -> dict
         figures["draws"] = draws
         figures["kl_nats"] = float(kl.mean())
         figures["negative_elbo_nats"] = float(negative_elbo.mean())
-        figures["negative_elbo_standard_error_nats"] = (
-            float(negative_elbo.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else 0.0
-        )
+        figures["negative_elbo_standard_error_nats"] = standard_error(negative_elbo)
+        if objective.free_bits:
+            figures["free_bits_kl_nats"] = float(
+                free_bits_kl(torch.from_numpy(kl_sums.sum(axis=0)[None] / len(x)), objective.free_bits)
+            )
         figures["active_units"] = int((means.var(axis=0) > ACTIVE_VARIANCE).sum())
     else:
-        error = nll.std(ddof=1) / math.sqrt(len(x)) if len(x) > 1 else 0.0
-        figures["reconstruction_standard_error_nats"] = float(error)
+        figures["reconstruction_standard_error_nats"] = standard_error(nll)
     return figures
+
+
+def standard_error(values: Float64) -> float | None:
+    """Of their mean; one value tells none."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 def _measure_batch(
     objective: Objective, x: Tensor, seed: int, draws: int, index: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(N, ...) -> nll (N,), kl (N,), mse (N,), mean or code (N · positions, latent_dim)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(N, ...) -> nll (N,), kl (N,), mse (N,), mean or code (N · positions, latent_dim), the KL of each latent element
+    summed over the examples (1, elements)."""
     model = objective.model
     if isinstance(model, VAE):
         mean, logvar = model.encode(x)
-        kl = kl_divergence(mean, logvar)
+        each = kl_per_dimension(mean, logvar).flatten(1)
+        kl, kl_sums = each.sum(1), each.sum(0, keepdim=True)
         noises = (standard_normal(mean.shape, seed, EVALUATE, index, draw, x.device) for draw in range(draws))
         logits = (model.decode_logits(reparameterize(mean, logvar, noise)) for noise in noises)
         nll = sum((objective.negative_log_likelihood(value, x) for value in logits), torch.zeros_like(kl)) / draws
     else:
         mean = model.encode(x)
         nll = objective.negative_log_likelihood(model.decode_logits(mean), x)
-        kl = torch.zeros_like(nll)
+        kl, kl_sums = torch.zeros_like(nll), nll.new_zeros(1, 1)
     mse = (model.decode(mean) - x).square().flatten(1).mean(1)
-    return nll, kl, mse, mean.movedim(1, -1).flatten(0, -2)
+    return nll, kl, mse, mean.movedim(1, -1).flatten(0, -2), kl_sums
 
 
 def figure_of_merit(figures: dict[str, Any], beta: float = 1.0) -> float:
-    """What early stopping and the choice of the best weights go by, the lower the better.
+    """What early stopping and the choice of the best weights go by, the lower the better: what is trained for, the
+    reconstruction and the KL, with the weight β that it has after the warm-up and with free bits, if there are any.
 
-    -ELBO with the KL's weight at most 1: with the β of a millionth of spatial latents -ELBO itself would call the
-    first weights the best, whose KL is least.
+    -ELBO itself would call the first weights the best where β is a millionth, those from within the warm-up where β is
+    above 1, and with free bits those before the units are in use.
     """
-    if beta < 1 and "kl_nats" in figures:
-        return float(figures["reconstruction_nats"] + beta * figures["kl_nats"])
-    return figures.get("negative_elbo_nats", figures["reconstruction_nats"])
+    kl = figures.get("free_bits_kl_nats", figures.get("kl_nats", 0.0))
+    return float(figures["reconstruction_nats"] + beta * kl)
 
 
 @torch.no_grad()

@@ -69,15 +69,15 @@ def recorded_config(path: Path) -> dict[str, Any] | None:
     )
 
 
-def open_run(path: Path, config: TrainConfig, resume: bool, force: bool) -> RunFolder:
-    """Make `path` the folder of a run with the resolved settings `config`.
+def open_run(path: Path, config: TrainConfig, data: str, resume: bool, force: bool) -> RunFolder:
+    """Make `path` the folder of a run with the resolved settings `config`. data: `Source.digest`.
 
     A new or empty folder is taken. One with a run of ours in it is continued with `resume` and begun anew with `force`:
     then what the old run left stays until the new one replaces it. Foreign files are never touched.
 
     Raises:
         OutputError: the folder has something in it and neither applies, or it cannot be written.
-        TrainingError: `resume`, and the recorded settings differ, or run.json is damaged.
+        TrainingError: `resume`, and the recorded settings or the data differ, or run.json is of another version.
     """
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file; expected the name of a folder")
@@ -88,8 +88,8 @@ def open_run(path: Path, config: TrainConfig, resume: bool, force: bool) -> RunF
     if recorded is not None and not (resume or force):
         raise OutputError(f"{path} has a training run in it; pass --resume to continue it or --force to begin anew")
     if recorded is not None and resume:
-        return _continue_run(path, config, recorded)
-    return _begin_run(path, config)
+        return _continue_run(path, config, data, recorded)
+    return _begin_run(path, config, data)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -98,7 +98,7 @@ def write_json(path: Path, data: Any) -> None:
         stream.write((json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
-def _continue_run(path: Path, config: TrainConfig, recorded: dict[str, Any]) -> RunFolder:
+def _continue_run(path: Path, config: TrainConfig, data: str, recorded: dict[str, Any]) -> RunFolder:
     # A setting that is newer than the run was as it is by default. How many samples measure the likelihood changes
     # nothing in the training before.
     begun = {**TrainConfig(config.data).to_dict(), "nll_samples": config.nll_samples, **recorded}
@@ -110,12 +110,22 @@ def _continue_run(path: Path, config: TrainConfig, recorded: dict[str, Any]) -> 
             )
     run = _read_json(path / RUN_FILE)
     assert run is not None, "recorded_config read it"
+    if run.get("format_version") != FORMAT_VERSION:
+        raise TrainingError(
+            f"{path / RUN_FILE} has format_version {run.get('format_version')!r}; this version continues runs of"
+            f" {FORMAT_VERSION}"
+        )
+    if run.get("data", data) != data:  # older runs have none
+        raise TrainingError(
+            f"{path} was begun with other examples than {config.data} has now: what was trained on then may be in the"
+            " test part today; --force begins anew"
+        )
     folder = RunFolder(path, str(run.get("run")))
     folder.remove_leftovers()
     return folder
 
 
-def _begin_run(path: Path, config: TrainConfig) -> RunFolder:
+def _begin_run(path: Path, config: TrainConfig, data: str) -> RunFolder:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -124,7 +134,7 @@ def _begin_run(path: Path, config: TrainConfig) -> RunFolder:
     folder.remove_leftovers()
     shutil.rmtree(folder.state, ignore_errors=True)
     description = {"format": FORMAT, "format_version": FORMAT_VERSION, "run": folder.run, "config": config.to_dict()}
-    write_json(path / RUN_FILE, {**description, "producer": {"vae-edge": __version__}})
+    write_json(path / RUN_FILE, {**description, "data": data, "producer": {"vae-edge": __version__}})
     return folder
 
 

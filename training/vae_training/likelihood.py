@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vae_runtime.preprocess import Float32
 
-from .evaluate import batches
+from .evaluate import batches, standard_error
 from .feed import LIKELIHOOD, standard_normal
 from .losses import Objective
 from .models import VAE, reparameterize
@@ -35,8 +35,7 @@ def measure_nll(objective: Objective, x: Float32, seed: int, samples: int, progr
     ) as bar:
         parts = [_nll(objective, batch, seed, samples, index, bar.update) for index, batch in enumerate(divided)]
     nll = torch.cat(parts).numpy()
-    error = float(nll.std(ddof=1) / math.sqrt(len(nll))) if len(nll) > 1 else 0.0
-    return {"nll_nats": float(nll.mean()), "nll_standard_error_nats": error, "nll_samples": samples}
+    return {"nll_nats": float(nll.mean()), "nll_standard_error_nats": standard_error(nll), "nll_samples": samples}
 
 
 def _nll(objective: Objective, x: Tensor, seed: int, samples: int, index: int, advance: Callable[[], Any]) -> Tensor:

@@ -84,7 +84,7 @@ def train(
     if config.capacity:
         require_matplotlib()
     accelerator = make_accelerator(device, config.mixed_precision)
-    folder = _open_folder(Path(output), config, resume, force, accelerator)
+    folder = _open_folder(Path(output), config, source.digest(), resume, force, accelerator)
     if (finished := folder.finished()) is not None:
         return finished
     run = Run(config, source, accelerator, folder)
@@ -215,12 +215,13 @@ class Run:
         if writer is not None:
             for name in ("train_loss_nats", "validation_nats"):
                 writer.add_scalar(name, self.state.history[-1][name], self.state.step)
-        self.state.stopped = 0 < self.config.patience <= epoch - self.state.best_epoch
+        warm = round(self.config.kl_warmup * self.steps) // self.feed.steps_per_epoch  # until then the loss changes
+        self.state.stopped = 0 < self.config.patience <= epoch - max(warm, self.state.best_epoch)
 
     def require_finite(self, figures: dict[str, Any], where: str) -> None:
         """Raise `TrainingError` if a figure is NaN or infinite: the run has diverged."""
         for name, value in figures.items():
-            if not math.isfinite(value):
+            if value is not None and not math.isfinite(value):
                 rate = self.config.learning_rate
                 raise TrainingError(
                     f"{where}: the {name} is {value}; try a learning rate below {rate:g}, or scale the data"
@@ -271,7 +272,7 @@ class Run:
             self.state = State(**content)
             self.accelerator.load_state(str(state))
         except Exception as error:  # whatever a damaged file leads torch and safetensors to
-            reason = str(error).split("\n")[0]
+            reason = " ".join(str(error).split()[:40])
             raise TrainingError(f"{state} cannot be continued from: {reason}; --force begins anew") from None
         if processes != self.accelerator.num_processes:
             raise TrainingError(
@@ -360,9 +361,11 @@ def _nowhere() -> Iterator[None]:
     yield None
 
 
-def _open_folder(path: Path, config: TrainConfig, resume: bool, force: bool, accelerator: Accelerator) -> RunFolder:
+def _open_folder(
+    path: Path, config: TrainConfig, data: str, resume: bool, force: bool, accelerator: Accelerator
+) -> RunFolder:
     """The first process makes the folder, the others find it made."""
     if accelerator.is_main_process:
-        folder = open_run(path, config, resume, force)
+        folder = open_run(path, config, data, resume, force)
     accelerator.wait_for_everyone()
-    return folder if accelerator.is_main_process else open_run(path, config, resume=True, force=False)
+    return folder if accelerator.is_main_process else open_run(path, config, data, resume=True, force=False)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from vae_runtime.errors import InputError
 
@@ -27,6 +30,16 @@ class Source(NamedTuple):
     def train_examples(self) -> int:
         """In one epoch."""
         return len(self.parts.train) if self.photographs is None else self.photographs.epoch_crops
+
+    def digest(self) -> str:
+        """SHA-256 of the examples, in their order, and of how they are divided: by it a run that goes on knows that its
+        test part is still what was never trained on."""
+        found = hashlib.sha256()
+        whole = (self.data.examples,) if self.photographs is None else self.photographs.pictures
+        for array in (*whole, self.parts.train, self.parts.validation, self.parts.test):
+            found.update(f"{array.dtype} {array.shape}".encode())
+            found.update(np.ascontiguousarray(array).data)
+        return found.hexdigest()
 
     def make_feed(self, config: TrainConfig, rank: int, processes: int) -> Feed | CropFeed:
         """The batches of a resolved configuration."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -134,13 +135,15 @@ def run(bundle: str, output: str | None, force: bool, as_json: bool, **options: 
     if output is not None:
         _check_output(Path(output), force)
     report = benchmark(bundle, settings, lambda line: click.echo(line, err=True))
-    if output is not None:
-        report.save(output)
-        click.echo(f"report written to {output}", err=True)
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        click.echo(format_report(report))
+    try:
+        if output is not None:
+            report.save(output)
+            click.echo(f"report written to {output}", err=True)
+    finally:  # what took minutes is shown in any case
+        if as_json:
+            print_json(report.to_dict())
+        else:
+            click.echo(format_report(report))
 
 
 @main.command("compare")
@@ -177,6 +180,11 @@ def _check_output(path: Path, force: bool) -> None:
     if force and path.exists() and not _is_report(path):
         raise OutputError(f"{path} is not a report of vae-bench; --force replaces nothing else")
     refuse_existing(path, lambda old: force)
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _is_report(path: Path) -> bool:

@@ -22,7 +22,14 @@ FORMAT, FORMAT_VERSION = "vae-bench-comparison", 1
 LATENCY, NO_VERDICT = "latency", "no verdict"
 
 _MORE, _LESS = {"ms": "slower", "bytes": "more memory"}, {"ms": "faster", "bytes": "less memory"}
-SAME, UNDECIDED = "no difference", "too few rounds"
+SAME, UNDECIDED, INCOMPARABLE = "no difference", "too few rounds", "other conditions"
+# What each condition of a start-up changes, the figures of the first call and all after it.
+_CHANGED_BY = {
+    "peak_batch": ("peak_rss_bytes",),
+    "threads": ("first_call_ms", "to_first_result_ms", "rss_after_load_bytes", "peak_rss_bytes"),
+    "input": ("first_call_ms", "to_first_result_ms", "peak_rss_bytes"),
+    "size": ("first_call_ms", "to_first_result_ms", "peak_rss_bytes"),
+}
 VERDICTS = (*_MORE.values(), *_LESS.values(), SAME)
 
 
@@ -35,7 +42,8 @@ class ComparisonRow:
     unit: "ms" or "bytes". a, b: the medians of the rounds' medians.
     ratio: how many times larger a round of B is than one of A (Hodges-Lehmann: the median over all pairs of rounds).
     low, high: its interval; None where the rounds are too few.
-    verdict: "slower", "faster", "more memory", "less memory", "no difference" or "too few rounds".
+    verdict: "slower", "faster", "more memory", "less memory", "no difference", "too few rounds" or, of figures of the
+        start-up, "other conditions": they were measured under others in B than in A.
     """
 
     figure: str
@@ -107,7 +115,7 @@ class Comparison:
     def not_judged(self) -> dict[str, int]:
         """How many rows have no verdict, and why."""
         only = {"only in A": len(self.only_in_a), "only in B": len(self.only_in_b)}
-        return {**self._count((UNDECIDED,)), **{why: count for why, count in only.items() if count}}
+        return {**self._count((UNDECIDED, INCOMPARABLE)), **{why: count for why, count in only.items() if count}}
 
     def _count(self, verdicts: Sequence[str]) -> dict[str, int]:
         found = Counter(row.verdict for row in self.rows)
@@ -144,10 +152,12 @@ def compare(a: Report, b: Report, threshold: float = 0.05, confidence: float = 0
     rows = [
         _judge(LATENCY, key_a, "ms", rounds_a[key_a], rounds_b[key_b], each, threshold) for key_a, key_b in paired.pairs
     ]
+    unlike = _incomparable(a, b, paired.differs)
     for figure in StartupReport.FIGURES:
         unit = figure.rpartition("_")[2]
         values_a, values_b = (getattr(report.startup, figure).values for report in (a, b))
-        rows.append(_judge(figure, None, unit, values_a, values_b, each, threshold))
+        row = _judge(figure, None, unit, values_a, values_b, each, threshold)
+        rows.append(dataclasses.replace(row, low=None, high=None, verdict=INCOMPARABLE) if figure in unlike else row)
     busy = {name: report.busy_with for name, report in (("A", a), ("B", b)) if report.busy_with is not None}
     warnings = [f"the machine was busy when {name} was measured: {what}" for name, what in busy.items()]
     return Comparison(
@@ -161,6 +171,14 @@ def compare(a: Report, b: Report, threshold: float = 0.05, confidence: float = 0
         differs=paired.differs,
         busy=tuple(busy),
     )
+
+
+def _incomparable(a: Report, b: Report, differs: Sequence[Difference]) -> set[str]:
+    """The figures of the start-up that are of something else in B than in A, and not of what is compared."""
+    one, other = ({**dataclasses.asdict(report.startup), "size": report.settings.size} for report in (a, b))
+    compared = {found.axis for found in differs}
+    changed = [name for name in _CHANGED_BY if name not in compared and one[name] != other[name]]
+    return {figure for name in changed for figure in _CHANGED_BY[name]}
 
 
 def _why_not_judged(rows: Sequence[ComparisonRow], paired: Pairing, confidence: float) -> str | None:

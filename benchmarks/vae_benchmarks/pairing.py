@@ -27,12 +27,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class Pairing:
-    """differs: see `Difference`; `pairs` goes across it where it is one, and is empty where there are several."""
+    """differs: see `Difference`; `pairs` goes across it where it is one, and is empty where there are several. sizes:
+    (height, width) of the images of A and B, where they are different ones, of which no rows are the same."""
 
     pairs: tuple[tuple[RowKey, RowKey], ...]
     only_in_a: tuple[RowKey, ...]
     only_in_b: tuple[RowKey, ...]
     differs: tuple[Difference, ...]
+    sizes: tuple[tuple[int, ...] | None, tuple[int, ...] | None] | None = None
 
 
 def pair_rows(a: Report, b: Report) -> Pairing:
@@ -43,6 +45,8 @@ def pair_rows(a: Report, b: Report) -> Pairing:
         values_a, values_b = _values(keys_a, axis), _values(keys_b, axis)
         if len(values_a) == len(values_b) == 1 and values_a != values_b:
             differs.append(Difference(axis, *values_a, *values_b))
+    if (sizes := (a.settings.size, b.settings.size)) and sizes[0] != sizes[1]:
+        return Pairing((), tuple(keys_a), tuple(keys_b), tuple(differs), sizes)
     ignored: dict[str, Any] = {differs[0].axis: None} if len(differs) == 1 else {}
     found_b = {key._replace(**ignored): key for key in keys_b}
     pairs = [(key, found_b[alike]) for key in keys_a if (alike := key._replace(**ignored)) in found_b]
@@ -53,6 +57,9 @@ def pair_rows(a: Report, b: Report) -> Pairing:
 
 def why_no_pair(pairing: Pairing) -> str:
     """In words, where there is none."""
+    if pairing.sizes is not None:
+        one, other = ("the bundle's size" if size is None else "{}x{}".format(*size) for size in pairing.sizes)
+        return f"no row is in both reports: the images of A are of {one}, those of B of {other}"
     sides = pairing.only_in_a, pairing.only_in_b
     apart = []
     for axis in RowKey._fields:

@@ -100,6 +100,35 @@ def test_output_is_written_beside_the_table(recorded: list[Settings], tiny: Path
     Report.load(tmp_path / "a.json")
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no /proc, where nobody may write")
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_measured(
+    recorded: list[Settings], tiny: Path
+) -> None:
+    result = run(tiny, "--output", "/proc/a.json")
+    assert (result.exit_code, result.stdout, recorded) == (1, "", [])
+    assert result.stderr.startswith("Error: /proc/a.json cannot be written: ")
+
+
+def test_a_report_that_could_not_be_written_in_the_end_is_shown(
+    recorded: list[Settings], measured: Report, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def remove(bundle: str, settings: Settings, progress: Callable[[str], None]) -> Report:
+        (tmp_path / "there").rmdir()
+        return measured
+
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr(cli, "benchmark", remove)
+    result = run(tiny, "--output", tmp_path / "there/a.json")
+    assert result.exit_code == 1
+    assert "examples/s" in result.stdout
+    assert "a.json cannot be written: No such file or directory" in result.stderr
+
+
+def test_a_report_says_of_which_size_its_images_are(free: Path) -> None:
+    options = ("--operation", "encode", "--batch", "1", "--threads", "1", "--seconds", "0.01", "--rounds", "1")
+    assert json.loads(run(free, *options, "--json").stdout)["settings"]["size"] == [12, 16]
+
+
 def test_an_existing_output_is_refused_before_anything_is_measured(
     recorded: list[Settings], tiny: Path, tmp_path: Path
 ) -> None:

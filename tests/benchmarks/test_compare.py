@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -301,10 +302,36 @@ def test_an_axis_with_several_values_is_not_matched_across(make_report: MakeRepo
     ]
 
 
-def test_other_sizes_are_warned_of(make_report: MakeReport) -> None:
+def test_rows_of_images_of_other_sizes_are_not_compared(make_report: MakeReport) -> None:
     a = make_report(1)
     b = dataclasses.replace(a, settings=dataclasses.replace(a.settings, size=(32, 48)))
-    assert compare(a, b).warnings == ("the settings differ: size None -> (32, 48)",)
+    comparison = compare(a, b)
+    assert comparison.warnings == ("the settings differ: size None -> (32, 48)",)
+    assert (comparison.verdict, len(comparison.only_in_a), len(comparison.only_in_b)) == ("no verdict", 3, 3)
+    assert comparison.reason == (
+        "no row is in both reports: the images of A are of the bundle's size, those of B of 32x48"
+    )
+    assert row_of(comparison, "first_call_ms").verdict == "other conditions"
+
+
+@pytest.mark.parametrize(
+    ("condition", "value", "figures"),
+    [
+        ("peak_batch", 64, {"peak_rss_bytes"}),
+        ("input", "uint8", {"first_call_ms", "to_first_result_ms", "peak_rss_bytes"}),
+        ("threads", 4, {"first_call_ms", "to_first_result_ms", "rss_after_load_bytes", "peak_rss_bytes"}),
+    ],
+)
+def test_a_start_up_under_other_conditions_is_not_judged_by_what_they_change(
+    make_report: MakeReport, condition: str, value: Any, figures: set[str]
+) -> None:
+    a = make_report(1)
+    more = dataclasses.replace(a.startup.peak_rss_bytes, values=tuple(2 * x for x in a.startup.peak_rss_bytes.values))
+    b = dataclasses.replace(a, startup=dataclasses.replace(a.startup, peak_rss_bytes=more))
+    assert changed_rows(compare(a, b)) == {"peak_rss_bytes": "more memory"}
+    comparison = compare(a, dataclasses.replace(b, startup=dataclasses.replace(b.startup, **{condition: value})))
+    assert changed_rows(comparison) == dict.fromkeys(figures, "other conditions")
+    assert (comparison.verdict, comparison.not_judged) == ("not worse", {"other conditions": len(figures)})
 
 
 def test_another_gpu_is_warned_of_and_other_clocks_are_not(make_report: MakeReport) -> None:

@@ -243,7 +243,7 @@ class Precision(NamedTuple):
 
     encoder, decoder: file names; fp32's where a half gained nothing from this precision.
     fidelity: how far the outputs were from the reference.
-    quality: what the precision costs on real examples against fp32, see the README; empty for fp32 itself.
+    quality: what the precision costs on real examples against fp32, see runtime/FORMAT.md; empty for fp32 itself.
     """
 
     encoder: str

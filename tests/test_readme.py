@@ -1,4 +1,5 @@
-"""Every code block of the README runs, in order, in one folder, save those that a marker names with the reason."""
+"""Every code block of the README runs, in order, in one folder, save those that a marker names with the reason; the
+bundle format is the one that is written; every link between the Markdown files leads somewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +11,11 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+FORMAT = ROOT / "runtime" / "FORMAT.md"
+FOLDERS = ("training", "export", "runtime", "benchmarks")
+PAGES = [README, *(page for folder in FOLDERS for page in sorted((ROOT / folder).rglob("*.md")))]
 MARKER = r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?"
 BLOCK = re.compile(MARKER + r"```(?P<language>bash|python)\n(?P<code>.*?)```", re.DOTALL)
 FEWEST_BLOCKS_RUN = 4
@@ -61,14 +66,30 @@ def test_the_readme_runs(tmp_path: Path) -> None:
     assert (tmp_path / "samples.png").stat().st_size > 1000
 
 
-def test_the_manifest_keys_of_the_readme_are_those_that_are_written() -> None:
+def test_the_manifest_keys_of_the_format_are_those_that_are_written() -> None:
     from vae_runtime.bundle import Bundle
     from vae_runtime.manifest import FORMAT_VERSION
 
-    text = README.read_text("utf-8")
-    assert f"## The bundle format, version {FORMAT_VERSION}" in text
+    text = FORMAT.read_text("utf-8")
+    assert text.startswith(f"# The bundle format, version {FORMAT_VERSION}\n")
     table = text.split("| key of the manifest | meaning |")[1].split("\n\n")[0]
     named = {name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])}
-    tiny = Bundle.open(README.parent / "tests" / "data" / "tiny.vae")
+    tiny = Bundle.open(ROOT / "tests" / "data" / "tiny.vae")
     added = {"budget", "refused", "origin", "tiling", "latent_codecs", "calibration"}  # since the tiny bundle was made
     assert named == {*tiny.manifest.to_dict(), *added, "manifest_sha256"}
+
+
+def anchors(page: Path) -> set[str]:
+    """What the headings of a page are called in a link, as GitHub has it; none of ours occurs twice on a page."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        path, _, anchor = link.partition("#")
+        assert "://" not in link, f"{link}: only files of this repository are linked"
+        target = (page.parent / path) if path else page
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target), link

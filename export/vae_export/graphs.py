@@ -25,7 +25,7 @@ from vae_runtime.graph_rules import check_graph
 from vae_runtime.manifest import INPUT, LATENT, LOGVAR, MEAN, RECONSTRUCTION
 from vae_training.models import LOGVAR_MAX, LOGVAR_MIN
 
-from .reason import innermost_reason
+from .reason import innermost_reason, tracing_reason
 from .rewrite import rewrite
 from .simplify import simplified
 
@@ -150,7 +150,7 @@ def _to_onnx(module: nn.Module, example: Tensor, input_name: str, outputs: list[
     except ExportError:
         raise
     except Exception as error:
-        raise ExportError(f"the {half} cannot be exported by torch.onnx: {innermost_reason(error)}") from error
+        raise ExportError(f"the {half} cannot be exported by torch.onnx: {tracing_reason(error)}") from error
     return finish(model, half)
 
 
@@ -171,9 +171,19 @@ def _name_ends(graph: onnx.GraphProto, wanted: Sequence[str]) -> None:
 def _trace(module: nn.Module, example: Tensor, free: bool) -> torch.export.ExportedProgram:
     """What torch.onnx.export does first; here it leaves what it took for granted of the sizes."""
     dynamic = dict.fromkeys((0, 2, 3) if free else (0,), torch.export.Dim.DYNAMIC)
+
+    def trace(strict: bool) -> torch.export.ExportedProgram:
+        return torch.export.export(module, (example,), dynamic_shapes=(dynamic,), strict=strict)
+
     # As torch.onnx.export has it: a size is not taken to be other than 1.
     with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-        return torch.export.export(module, (example,), dynamic_shapes=(dynamic,), strict=False)
+        try:
+            return trace(strict=False)
+        except Exception:
+            # Reading the code instead of running it, torch understands len(x), int(x.shape[0]) and assertions too.
+            with contextlib.suppress(Exception):
+                return trace(strict=True)
+            raise
 
 
 def _require_every_size(traced: torch.export.ExportedProgram, example: Tensor, half: str) -> None:
@@ -329,6 +339,9 @@ def _quiet() -> Iterator[None]:
 def without_validation() -> Iterator[None]:
     """torch's distributions check their arguments' values, which no exporter can trace."""
     validate = Distribution._validate_args
+    if not validate:  # also within another such block, of which torch may trace what is inside, and that sets nothing
+        yield
+        return
     Distribution.set_default_validate_args(False)
     try:
         yield

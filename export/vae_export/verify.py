@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from vae_runtime.boundary import decoder_boundary, encoder_boundary
-from vae_runtime.errors import ExportError, VAEError
+from vae_runtime.engine import first_line
+from vae_runtime.errors import BundleError, DeviceError, ExportError, OutOfMemoryError, VAEError
 from vae_runtime.fidelity import data_range, relative_error
 from vae_runtime.manifest import LOGVAR, MEAN, RECONSTRUCTION, InputSpec, Shape
 from vae_runtime.preprocess import Float32
@@ -230,7 +231,15 @@ def _at_every_batch_size(session: GraphSession, array: Float32, batch_sizes: tup
     """The outputs for all rows of `array`, once per batch size."""
     results = []
     for size in batch_sizes:
-        parts = [session.run(np.ascontiguousarray(array[i : i + size])) for i in range(0, len(array), size)]
+        try:
+            parts = [session.run(np.ascontiguousarray(array[i : i + size])) for i in range(0, len(array), size)]
+        except OutOfMemoryError:
+            raise
+        except (BundleError, DeviceError) as error:
+            raise ExportError(
+                f"{session.file} fails at batch size {size}, as code that decides by the batch size does: a graph"
+                f" keeps what was decided for the batch that it was made with ({first_line(error)})"
+            ) from error
         results.append([np.concatenate(pieces) for pieces in zip(*parts, strict=True)])
     return results
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import subprocess
 import sys
 import tokenize
 from collections.abc import Iterator
@@ -160,6 +161,22 @@ late = "bound_score evidence latent_space likelihood prior scoring tiled tune".s
 print([name for name in late if "vae_runtime." + name in sys.modules])
 """
     assert python(code, tiny_path).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("package", "command"),
+    [
+        ("vae_training", "vae-train"),
+        ("vae_export", "vae-export"),
+        ("vae_runtime", "vae-run"),
+        ("vae_benchmarks", "vae-bench"),
+    ],
+)
+def test_a_package_run_as_a_program_is_its_command(package: str, command: str) -> None:
+    arguments = [sys.executable, "-m", package, "--help"]
+    shown = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout.startswith(f"Usage: {command} [")
 
 
 @pytest.mark.parametrize(

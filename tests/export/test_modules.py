@@ -194,6 +194,20 @@ def test_what_cannot_be_exported_is_named(change: Any, error: type[Exception], m
     assert list(tmp_path.iterdir()) == []
 
 
+def test_moments_along_the_last_axis_are_told_how_to_be_returned(tmp_path: Path) -> None:
+    class Tokens(Encoder):
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.layer(x.flatten(1))[:, None].expand(-1, 4, -1)  # (N, T, 2C)
+
+    class OfTokens(Decoder):
+        def forward(self, z: torch.Tensor) -> torch.Tensor:
+            return super().forward(z.mean(1))
+
+    rule = r"one tensor of shape \(6, 4, 6\), and the decoder takes half of its last axis; return .* h.chunk\(2, -1\)"
+    with pytest.raises(ExportError, match=rule):
+        export_bundle(Tokens(), OfTokens(), tmp_path / "a.vae", examples=X)
+
+
 def test_a_range_is_of_images_alone(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="input_range is 'unit', but the inputs are vectors, which have no range"):
         export_bundle(

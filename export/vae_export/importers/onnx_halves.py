@@ -15,7 +15,7 @@ from vae_training.models import LOGVAR_MAX, LOGVAR_MIN
 from ..imported import ImportOptions
 from .meaning import Trial, is_split, require_kind, settle_meaning, to_logvar
 from .onnx_source import OnnxSource
-from .outputs import MEANS, NAMED_SPREADS
+from .outputs import named_pair
 from .trial import noise, require_batch, run
 from .wrapping import Wrapped
 
@@ -113,9 +113,7 @@ class OnnxHalves:
         """Which outputs are mean and spread: by name, by order, or one tensor, told by what the decoder takes."""
         outputs = run(self._encode, x, "encoder")
         names = list(outputs)
-        mean = next((name for name in MEANS if name in outputs), None)
-        spread = next((name for name in NAMED_SPREADS if name in outputs), None)
-        named = NAMED_SPREADS[spread] if mean and spread else None
+        mean, spread, named = named_pair(names) or (None, None, None)
         if named is None and len(names) == 2:
             mean, spread = names
         elif named is None and len(names) == 1:

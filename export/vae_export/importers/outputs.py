@@ -4,14 +4,15 @@ An encoder's output is understood as
 
 - one tensor: a code, or mean and log-variance one after the other along the channels (the caller tells which),
 - two tensors: (mean, logvar), unless `spread` says what else the second is,
-- a dict, a named tuple or an object with `mean`, `mu`, ... and `logvar`, `log_var`, `std`, `scale`, `variance`, ...:
-  torch's Normal, diffusers' DiagonalGaussianDistribution, pythae's ModelOutput,
+- a dict, a named tuple or an object with `mean`, `mu`, ... and `logvar`, `log_var`, `std`, `scale`, `variance`, ...,
+  with `z_` before both names or without: torch's Normal, diffusers' DiagonalGaussianDistribution, pythae's
+  ModelOutput; the names of dicts and tuples may have capitals,
 - an object that holds one of these as `latent_dist`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -23,12 +24,17 @@ MEANS = ("mean", "mu", "loc", "embedding")
 CODES = ("embedding", "latents", "latent", "code", "z")
 NAMED_SPREADS = {  # in the order in which they are looked for: an object may have several, which agree
     "logvar": "logvar", "log_var": "logvar", "log_variance": "logvar", "log_covariance": "logvar",
-    "log_std": "log_std", "logstd": "log_std",
-    "std": "std", "stddev": "std", "scale": "std",
+    "log_std": "log_std", "logstd": "log_std", "log_sigma": "log_std", "logsigma": "log_std",
+    "std": "std", "stddev": "std", "scale": "std", "sigma": "std",
     "variance": "variance", "var": "variance",
 }  # fmt: skip
+PREFIXES = ("", "z_")  # of both names
+COVARIANCE = "Sigma"  # no capitalised sigma, perhaps
 RECONSTRUCTIONS = ("reconstruction", "sample", "recon_x", "recon")
-RULE = "expected (mean, logvar), one tensor, or a distribution with .mean and .logvar or .stddev"
+RULE = (
+    "expected (mean, logvar), one tensor, a distribution, or by name a mean (mean, mu, loc) and its logvar, log_std, std"
+    " or variance"
+)
 
 
 class Encoded(NamedTuple):
@@ -77,6 +83,7 @@ def read_reconstruction(output: Any) -> Tensor:
     fields = _fields(output)
     if fields is None and isinstance(output, (tuple, list)):
         fields = dict(enumerate(output))
+        rule = "expected one tensor: where it gives a distribution, return its mean alone"
     if fields is None:
         fields = {name: getattr(output, name, None) for name in RECONSTRUCTIONS}
     found = [fields[name] for name in RECONSTRUCTIONS if isinstance(fields.get(name), Tensor)]
@@ -96,14 +103,31 @@ def _fields(output: Any) -> dict[Any, Any] | None:
     return {"latent_dist": output.latent_dist} if hasattr(output, "latent_dist") else None
 
 
+def named_pair(names: Iterable[Any]) -> tuple[Any, Any, str] | None:
+    """Which of these names are a mean's and its spread's, and what the spread is; None where they do not say so, or say
+    two of them."""
+    texts = {name: str(name) if name == COVARIANCE else str(name).lower() for name in names}
+    if len(set(texts.values())) < len(texts):
+        return None
+    known = {text: name for name, text in texts.items()}
+    found = []
+    for prefix in PREFIXES:
+        mean = next((name for name in MEANS if prefix + name in known), None)
+        spread = next((name for name in NAMED_SPREADS if prefix + name in known), None)
+        if mean is not None and spread is not None:
+            found.append((known[prefix + mean], known[prefix + spread], NAMED_SPREADS[spread]))
+    return found[0] if len(found) == 1 else None
+
+
 def _read_named(fields: Mapping[Any, Any]) -> Encoded | None:
     tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
-    spread = next((name for name in NAMED_SPREADS if name in tensors), None)
-    if spread is None:
-        code = [name for name in CODES if name in tensors]
-        return Encoded(tensors[code[0]]) if len(code) == 1 and not set(MEANS[:3]) & set(tensors) else None
-    mean = next((name for name in MEANS if name in tensors), None)
-    return None if mean is None else Encoded(tensors[mean], tensors[spread], NAMED_SPREADS[spread])
+    pair = named_pair(tensors)
+    if pair is not None:
+        return Encoded(tensors[pair[0]], tensors[pair[1]], pair[2])
+    code = [name for name in CODES if name in tensors]
+    others = {prefix + name for prefix in PREFIXES for name in (*MEANS[:3], *NAMED_SPREADS)}
+    alone = len(code) == 1 and others.isdisjoint(str(name).lower() for name in tensors)
+    return Encoded(tensors[code[0]]) if alone else None
 
 
 def _read_distribution(distribution: torch.distributions.Distribution) -> Encoded:
@@ -118,7 +142,7 @@ def _read_distribution(distribution: torch.distributions.Distribution) -> Encode
 
 
 def _read_object(output: Any) -> Encoded:
-    names = (*MEANS, *CODES, *NAMED_SPREADS)
+    names = [*CODES, *(prefix + name for prefix in PREFIXES for name in (*MEANS, *NAMED_SPREADS))]
     fields = {name: getattr(output, name) for name in names if isinstance(getattr(output, name, None), Tensor)}
     named = _read_named(fields)
     if named is None:

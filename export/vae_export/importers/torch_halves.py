@@ -137,7 +137,13 @@ def read(encoder: nn.Module, decoder: nn.Module, x: Float32, options: ImportOpti
 def _trials(decoder: nn.Module, output: Tensor, x: Tensor) -> tuple[Trial, Trial]:
     """Whether the decoder takes the encoder's output whole, and its first half."""
     require_batch(output.shape, len(x))
-    return _takes(decoder, output, x), _takes(decoder, output.chunk(2, dim=1)[0], x)
+    whole, half = _takes(decoder, output, x), _takes(decoder, output.chunk(2, dim=1)[0], x)
+    if not whole[0] and not half[0] and output.ndim > 2 and _takes(decoder, output.chunk(2, dim=-1)[0], x)[0]:
+        raise ExportError(
+            f"the encoder returns one tensor of shape {tuple(output.shape)}, and the decoder takes half of its last axis;"
+            " return (mean, logvar), for example h.chunk(2, -1)"
+        )
+    return whole, half
 
 
 def _takes(decoder: nn.Module, z: Tensor, x: Tensor) -> Trial:

@@ -457,6 +457,11 @@ STD = (LOGVAR / 2).exp()
         {"mean": MEAN, "std": STD},
         {"mean": MEAN, "log_std": LOGVAR / 2},
         {"mean": MEAN, "variance": LOGVAR.exp()},
+        {"mu": MEAN, "sigma": STD},
+        {"mu": MEAN, "log_sigma": LOGVAR / 2},
+        {"z_mean": MEAN, "z_log_var": LOGVAR, "z": MEAN + 1, "mean": MEAN + 2},
+        {"Mu": MEAN, "LogVar": LOGVAR},
+        SimpleNamespace(z_mean=MEAN, z_log_var=LOGVAR),
         namedtuple("Posterior", "mu logvar")(MEAN, LOGVAR),
         namedtuple("Output", "latent_dist")(SimpleNamespace(mean=MEAN, logvar=LOGVAR)),
         SimpleNamespace(latent_dist=Normal(MEAN, STD)),
@@ -511,8 +516,13 @@ def test_forms_of_a_reconstruction(output: Any) -> None:
         ((MEAN, LOGVAR, MEAN), "3 values of shapes .1, 2., .1, 2., .1, 2.; expected .mean, logvar."),
         ((MEAN, LOGVAR[:, :1]), "mean and logvar have the same shape"),
         ((MEAN, "x"), "2 values of shapes .1, 2., str"),
-        ({"a": MEAN, "b": LOGVAR}, "dict with a, b"),
+        ({"a": MEAN, "b": LOGVAR}, r"dict with a, b; .* by name a mean \(mean, mu, loc\) and its logvar, log_std, std or"),
+        ({"qm": MEAN, "qv": LOGVAR}, "dict with qm, qv"),  # a logarithm of std in some, of the variance in others
         ({"mean": MEAN, "z": MEAN}, "dict with mean, z"),
+        ({"z": MEAN, "z_mean": MEAN}, "dict with z, z_mean"),
+        ({"mu": MEAN, "Sigma": STD}, "dict with mu, Sigma"),  # which may be a covariance
+        ({"mean": MEAN, "Mean": MEAN, "std": STD}, "dict with mean, Mean, std"),
+        ({"mean": MEAN, "std": STD, "z_mean": MEAN, "z_std": STD}, "dict with mean, std, z_mean, z_std"),
         (None, "returns NoneType"),
         (MultivariateNormal(MEAN[0], torch.eye(2)), "MultivariateNormal; a bundle's posterior is a diagonal normal"),
     ],
@@ -526,6 +536,11 @@ def test_forms_that_are_not_understood(output: Any, message: str) -> None:
 def test_reconstructions_that_are_not_understood(output: Any) -> None:
     with pytest.raises(ExportError, match=r"the decoder returns .*; expected one tensor"):
         read_reconstruction(output)
+
+
+def test_of_a_decoders_distribution_its_mean_alone_is_asked_for() -> None:
+    with pytest.raises(ExportError, match=r"2 values of shapes .*; expected one tensor: .* return its mean alone"):
+        read_reconstruction((MEAN, LOGVAR))
 
 
 def test_validation_of_distributions_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,6 +136,13 @@ def check(
 SIZES = ((1, 16, 24), (3, 32, 20))
 
 
+def test_outputs_are_told_by_more_names_than_ours(
+    networks: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(OUTPUTS, "named", ["Z_Log_Var", "Z_Mean"])  # in the other order than the contract's
+    check(load(write(tmp_path, networks, "named", free=False)), networks, ((2, 16, 16),))
+
+
 @pytest.mark.parametrize(
     ("form", "opset"), [("moments", 11), ("moments", 17), ("two", 14), ("named", 20), ("moments", 20)]
 )

@@ -41,6 +41,7 @@ class Encoder(nn.Module):
             "independent": lambda: Independent(Normal(mean, (logvar / 2).exp()), 1),
             "moments": lambda: output,
             "std": lambda: (mean, (logvar / 2).exp()),
+            "squeeze": lambda: output.squeeze().chunk(2, dim=-1),
             "triple": lambda: (mean, mean, logvar),
             "random": lambda: (mean + torch.randn_like(mean), logvar),
             "mixing": lambda: (mean - mean.mean(0), logvar),
@@ -57,6 +58,11 @@ class Decoder(nn.Module):
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         return self.last(9 * self.layer(z)).reshape(-1, 1, 4, 4)
+
+
+class Squeezing(Decoder):
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return super().forward(z).reshape(-1, 4, 4).squeeze()[..., None, :, :]
 
 
 class Both(nn.Module):
@@ -160,6 +166,16 @@ CLASS_RULE = r"encoder is the class Encoder; expected a torch.nn.Module, or a me
             {"encoder": Encoder("nan")},
             ExportError,
             "the encoder gives NaN or infinite values for what it",
+        ),
+        (
+            {"encoder": Encoder("squeeze")},
+            ExportError,
+            r"the encoder loses the batch axis at a batch of 1: it gives shape \(3,\), expected \(1, 3\); squeeze\(\)",
+        ),
+        (
+            {"decoder": Squeezing()},
+            ExportError,
+            r"the decoder loses the batch axis at a batch of 1: it gives shape \(1, 4, 4\), expected \(1, 1, 4, 4\)",
         ),
         ({"encoder": Decoder(), "decoder": Encoder()}, ExportError, "the encoder does not run on a batch of shape"),
         ({"decoder": Encoder()}, ExportError, "the decoder does not run on a batch of shape"),

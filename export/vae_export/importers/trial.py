@@ -125,8 +125,28 @@ def check_halves(halves: Halves, x: Float32, latent_shape: tuple[int, ...]) -> N
         raise ExportError(
             f"the decoder returns shape {reconstruction.shape} for inputs of shape {x.shape}; they must be the same"
         )
-    _check_rows("encoder", lambda rows: _stack(_encode(halves, rows)), x, _stack(encoded))
-    _check_rows("decoder", lambda rows: _decode(halves, rows), encoded[MEAN], reconstruction)
+
+    def encode(rows: Float32) -> Float32:
+        again = _encode(halves, rows)
+        for values in again.values():
+            _require_batch_axis("encoder", values, (len(rows), *latent_shape))
+        return _stack(again)
+
+    def decode(rows: Float32) -> Float32:
+        again = _decode(halves, rows)
+        _require_batch_axis("decoder", again, (len(rows), *x.shape[1:]))
+        return again
+
+    _check_rows("encoder", encode, x, _stack(encoded))
+    _check_rows("decoder", decode, encoded[MEAN], reconstruction)
+
+
+def _require_batch_axis(half: str, values: Float32, shape: tuple[int, ...]) -> None:
+    if values.ndim < len(shape):
+        raise ExportError(
+            f"the {half} loses the batch axis at a batch of {shape[0]}: it gives shape {values.shape}, expected {shape};"
+            " squeeze() takes it away too, unless it is told which axes to take"
+        )
 
 
 def _check_rows(half: str, run: Callable[[Float32], Float32], rows: Float32, outputs: Float32) -> None:

@@ -272,7 +272,7 @@ def export_bundle(
     encoder: a torch.nn.Module, or a method of one, x -> (mean, logvar), or for kind="autoencoder" x -> code. What it
         returns may be a pair, a dict, a torch.distributions.Normal, or one tensor with the mean and the logvar along
         the channels. decoder: z -> reconstruction. Both take and give images float32 (N, C, H, W) (the result is cut to
-        [0, 1]), or vectors float32 (N, D). They are put into evaluation mode for the export and left as they were.
+        [0, 1]), or vectors float32 (N, D). They are put into evaluation mode for the export, and they and their buffers left as they were.
     examples: real inputs, at least one, numpy or torch, as `vae_runtime.VAE.encode` takes them; the more, the better
         verified.
     name: None takes the file name of `path`.
@@ -540,15 +540,44 @@ class _Half(nn.Module):
 
 @contextlib.contextmanager
 def _evaluation_mode(*modules: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards every submodule is in the mode it was in."""
-    modes = [(part, part.training) for module in modules for part in module.modules()]
+    """Evaluation mode inside the block; afterwards every submodule is in the mode it was in, with the attributes and the
+    buffers that it had: code of others counts its calls and averages what it sees, and export runs it many times."""
+    parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
+    states = [_State(part) for part in parts]
     try:
         for module in modules:
             module.eval()
         yield
     finally:
-        for part, training in modes:
-            part.training = training
+        for state in states:
+            state.restore()
+
+
+class _State:
+    """What running one module may change of it, without the modules in it; its parameters are not looked at."""
+
+    def __init__(self, part: nn.Module) -> None:
+        self._part, self._sort, self._training = part, type(part), part.training
+        self._attributes, self._buffers = dict(vars(part)), dict(part._buffers)
+        self._values = [
+            (buffer, buffer.detach().clone())
+            for buffer in self._buffers.values()
+            if buffer is not None and not nn.parameter.is_lazy(buffer)
+        ]
+
+    def restore(self) -> None:
+        self._part.training = self._training
+        if type(self._part) is not self._sort:  # a lazy module, which has become what it stands for
+            return
+        vars(self._part).clear()
+        vars(self._part).update(self._attributes)
+        if isinstance(self._part._buffers, dict):  # not of TorchScript, which keeps its own
+            self._part._buffers.clear()
+            self._part._buffers.update(self._buffers)
+        with torch.no_grad():
+            for buffer, value in self._values:
+                if buffer.layout != torch.strided or not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 def _producer() -> dict[str, str]:

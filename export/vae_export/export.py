@@ -271,8 +271,9 @@ def export_bundle(
 
     encoder: a torch.nn.Module, or a method of one, x -> (mean, logvar), or for kind="autoencoder" x -> code. What it
         returns may be a pair, a dict, a torch.distributions.Normal, or one tensor with the mean and the logvar along
-        the channels. decoder: z -> reconstruction. Both take and give images float32 (N, C, H, W) (the result is cut to
-        [0, 1]), or vectors float32 (N, D). They are put into evaluation mode for the export, and they and their buffers left as they were.
+        the channels. decoder: z -> reconstruction. Both take images float32 (N, C, H, W) (the result is cut to [0, 1]),
+        or vectors float32 (N, D), and give them. They are put into evaluation mode for the export and left, with their
+        buffers, as they were.
     examples: real inputs, at least one, numpy or torch, as `vae_runtime.VAE.encode` takes them; the more, the better
         verified.
     name: None takes the file name of `path`.
@@ -332,7 +333,7 @@ def export_bundle(
     )
     name = name or Path(path).stem
     options = _Options(path, name, golden, tolerance, precisions, budget, keep, prior, scores, progress, force)
-    inputs = _Inputs(x, None, golden=x, real=x, prior=x, calibrate=_without_torch(calibrate))
+    inputs = _Inputs(x, None, golden=x, real=x, prior=x, calibrate=_without_torch(calibrate, "calibrate"))
     check_output(path, force)  # before any work
     modules = Modules(encoder, decoder)
     with _evaluation_mode(modules.encoder, modules.decoder):
@@ -502,7 +503,7 @@ def synthetic_inputs(spec: InputSpec, count: int, like: Float32 | None = None) -
 
 def _inputs(examples: Any, colour: str | None, resize: str) -> tuple[InputSpec, Float32]:
     """What kind of input the examples are, and the examples as the encoder takes them."""
-    examples = _without_torch(examples)
+    examples = _without_torch(examples, "examples")
     require_plain_array(examples, "examples")
     if (examples.dtype, examples.ndim) not in ((np.uint8, 3), (np.uint8, 4), (np.float32, 4), (np.float32, 2)):
         rule = "expected images (N, H, W[, C]) uint8 or (N, C, H, W) float32, or vectors (N, D) float32"
@@ -523,8 +524,17 @@ def _inputs(examples: Any, colour: str | None, resize: str) -> tuple[InputSpec, 
     return spec, to_model_input(examples, spec, "examples")
 
 
-def _without_torch(examples: Any) -> Any:
-    return examples.detach().cpu().numpy() if isinstance(examples, torch.Tensor) else examples
+def _without_torch(examples: Any, name: str) -> Any:
+    """The same in numpy, where it is a tensor. Raises: InputError: numpy has no such type, as bfloat16."""
+    if not isinstance(examples, torch.Tensor):
+        return examples
+    try:
+        return examples.detach().cpu().numpy()
+    except (TypeError, RuntimeError):
+        sort = examples.dtype if examples.layout == torch.strided else examples.layout
+        raise InputError(
+            f"{name} is a tensor of shape {tuple(examples.shape)} in {sort}; expected a dense one in float32 or uint8"
+        ) from None
 
 
 class _Half(nn.Module):

@@ -253,6 +253,53 @@ def test_what_cannot_be_exported_is_named(change: Any, error: type[Exception], m
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("form", ["pair", "moments"])
+def test_weights_in_another_type_are_named_with_the_cure(form: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    encoder, decoder = Encoder(form), Decoder()
+    for half, pair in (
+        ("encoder", (Encoder(form).to(dtype), decoder)),
+        ("decoder", (encoder, Decoder().to(dtype))),
+    ):
+        rule = rf"^the {half} does not run on float32: it has 'layer.weight' in {dtype}; convert it with .float\(\)$"
+        with pytest.raises(ExportError, match=rule):
+            export_bundle(*pair, tmp_path / "a.vae", examples=X)
+    both = Both().to(dtype)
+    with pytest.raises(ExportError, match=rf"^the encoder does not run on float32: it has '.*' in {dtype}; convert"):
+        export_bundle(both.encode, both.decode, tmp_path / "a.vae", examples=X)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_outputs_in_another_type_become_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    class Cast(nn.Module):
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, x: torch.Tensor) -> Any:
+            output = self.network(x)
+            return output.to(dtype) if isinstance(output, torch.Tensor) else [one.to(dtype) for one in output]
+
+    pair = Cast(Encoder()), Cast(Decoder())
+    export_bundle(*pair, tmp_path / "a.vae", examples=X)
+    export_bundle(Cast(Encoder("moments")), pair[1], tmp_path / "b.vae", examples=X)
+    for path in (tmp_path / "a.vae", tmp_path / "b.vae"):
+        with torch.no_grad(), VAE.load(path) as vae:
+            mean, logvar = (one.float().numpy() for one in pair[0](torch.from_numpy(X)))
+            image = pair[1](torch.from_numpy(mean)).float().numpy()
+            np.testing.assert_allclose(vae.encode(X).mean, mean, atol=1e-5)
+            np.testing.assert_allclose(vae.encode(X).logvar, logvar, atol=1e-5)
+            np.testing.assert_allclose(vae.decode(mean), image, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["examples", "calibrate"])
+def test_tensors_that_numpy_cannot_hold_are_refused(name: str, tmp_path: Path) -> None:
+    for tensor, sort in ((torch.from_numpy(X).bfloat16(), "bfloat16"), (torch.from_numpy(X).to_sparse(), "sparse_coo")):
+        rule = rf"{name} is a tensor of shape \(6, 1, 4, 4\) in torch.{sort}; expected a dense one in float32 or uint8"
+        with pytest.raises(InputError, match=rule):
+            export_bundle(Encoder(), Decoder(), tmp_path / "a.vae", **{"examples": X, name: tensor})
+
+
 def test_moments_along_the_last_axis_are_told_how_to_be_returned(tmp_path: Path) -> None:
     class Tokens(Encoder):
         def forward(self, x: torch.Tensor) -> Any:

@@ -18,8 +18,8 @@ from ..halves import HALF_NAMES
 from ..imported import Arguments
 from ..verify import Reference, at_least
 from .network import Network
-from .torch_halves import make_bare_graphs
-from .trial import check_halves, check_range, run
+from .torch_halves import make_bare_graphs, require_float32
+from .trial import DoesNotRun, check_halves, check_range, run
 
 _LEAST_ROWS, _MOST_ROWS, _MOST_VALUES = 3, 8, 2**21  # of the examples, that the halves are tried with
 _CURE = "pass modules, or methods of a torch.nn.Module with its networks as attributes or in a ModuleList"
@@ -50,10 +50,14 @@ class Modules:
         rows = min(len(examples), max(_LEAST_ROWS, min(_MOST_ROWS, _MOST_VALUES // examples[0].size)))
         x = at_least(np.ascontiguousarray(examples[np.arange(rows) * len(examples) // rows]), _LEAST_ROWS)
         x = (x >= 0.5).astype(np.float32) if threshold else x
-        with contextlib.nullcontext() if self._network is None else self._network.watched():
-            halves = Reference(*make_bare_graphs(self.encoder, self.decoder, x, options, threshold))
-            check_halves(halves, x, run(halves.encode, x, "encoder")[MEAN].shape[1:])
-            check_range(halves, x, options)
+        try:
+            with contextlib.nullcontext() if self._network is None else self._network.watched():
+                halves = Reference(*make_bare_graphs(self.encoder, self.decoder, x, options, threshold))
+                check_halves(halves, x, run(halves.encode, x, "encoder")[MEAN].shape[1:])
+                check_range(halves, x, options)
+        except DoesNotRun as error:
+            require_float32(error.half, self.encoder if error.half == HALF_NAMES[0] else self.decoder)
+            raise
         return halves
 
 

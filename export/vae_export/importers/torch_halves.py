@@ -15,7 +15,7 @@ from vae_runtime.preprocess import Float32
 from ..graphs import DecoderGraph, EncoderGraph, without_validation
 from ..imported import ImportOptions
 from .meaning import Trial, is_split, require_kind, settle_meaning, to_logvar
-from .outputs import read_encoded, read_reconstruction
+from .outputs import Encoded, read_encoded, read_reconstruction
 from .trial import noise, require_batch, run
 
 PROBES = 8  # inputs that show whether a second output may be negative
@@ -54,7 +54,7 @@ class Decoder(nn.Module):
 def encode(network: nn.Module, x: Tensor, signed: bool, reading: Reading) -> Any:
     """Images in [0, 1] through an encoder that takes [-1, 1] where `signed` -> (mean, logvar), or the code."""
     with without_validation():
-        encoded = read_encoded(network(2 * x - 1 if signed else x))
+        encoded = _in_float32(read_encoded(network(2 * x - 1 if signed else x)))
     if reading.kind == "autoencoder":
         return encoded.mean
     mean, spread = encoded.mean.chunk(2, dim=1) if reading.split else encoded[:2]
@@ -65,8 +65,27 @@ def encode(network: nn.Module, x: Tensor, signed: bool, reading: Reading) -> Any
 def decode(network: nn.Module, z: Tensor, signed: bool) -> Tensor:
     """Latents through a decoder that gives [-1, 1] where `signed` -> images around [0, 1]."""
     with without_validation():
-        output = read_reconstruction(network(z))
+        output = _to_float32(read_reconstruction(network(z)))
     return (output + 1) / 2 if signed else output
+
+
+def _in_float32(encoded: Encoded) -> Encoded:
+    spread = encoded.spread
+    return Encoded(_to_float32(encoded.mean), None if spread is None else _to_float32(spread), encoded.meaning)
+
+
+def _to_float32(x: Tensor) -> Tensor:
+    """What a bundle's outputs are in, of any floating type."""
+    return x.float() if x.is_floating_point() and x.dtype != torch.float32 else x
+
+
+def require_float32(half: str, network: nn.Module) -> None:
+    """Raises: ExportError: the network, which does not run, has weights in another floating type."""
+    for name, value in (*network.named_parameters(), *network.named_buffers()):
+        if value.is_floating_point() and value.dtype != torch.float32:
+            raise ExportError(
+                f"the {half} does not run on float32: it has {name!r} in {value.dtype}; convert it with .float()"
+            )
 
 
 def make_graphs(
@@ -121,9 +140,8 @@ def read(encoder: nn.Module, decoder: nn.Module, x: Float32, options: ImportOpti
     """Find out by trying how the encoder's output is to be read."""
     inputs = torch.from_numpy(x)
     with torch.no_grad(), without_validation():
-        mean, spread, meaning = read_encoded(
-            run(encoder, 2 * inputs - 1 if options.input_range == "signed" else inputs, "encoder")
-        )
+        output = run(encoder, 2 * inputs - 1 if options.input_range == "signed" else inputs, "encoder")
+        mean, spread, meaning = _in_float32(read_encoded(output))
         split = spread is None and is_split(mean.shape, *_trials(decoder, mean, inputs), options)
     if split:
         mean, spread = mean.chunk(2, dim=1)
@@ -138,6 +156,8 @@ def _trials(decoder: nn.Module, output: Tensor, x: Tensor) -> tuple[Trial, Trial
     """Whether the decoder takes the encoder's output whole, and its first half."""
     require_batch(output.shape, len(x))
     whole, half = _takes(decoder, output, x), _takes(decoder, output.chunk(2, dim=1)[0], x)
+    if not whole[0] and not half[0]:
+        require_float32("decoder", decoder)
     if not whole[0] and not half[0] and output.ndim > 2 and _takes(decoder, output.chunk(2, dim=-1)[0], x)[0]:
         raise ExportError(
             f"the encoder returns one tensor of shape {tuple(output.shape)}, and the decoder takes half of its last axis;"

@@ -25,6 +25,14 @@ SIGMOID_OF_1 = 0.731059  # rounded up
 MIXING_TOLERANCE = 1e-3  # relative to max|outputs|: what the engine's kernels make of another batch size stays below
 
 
+class DoesNotRun(ExportError):
+    """A half's own code fails; half: "encoder" or "decoder"."""
+
+    def __init__(self, message: str, half: str) -> None:
+        super().__init__(message)
+        self.half = half
+
+
 class Sizes(NamedTuple):
     """What `Imported` has under these names."""
 
@@ -184,12 +192,11 @@ def _decode(halves: Halves, z: Float32) -> Float32:
 
 
 def run(half: Callable[[Any], Any], inputs: Any, name: str) -> Any:
-    """half(inputs); what it raises becomes an `ExportError` which names the half and the inputs' shape."""
+    """half(inputs); what it raises becomes a `DoesNotRun` which names the half and the inputs' shape."""
     try:
         return half(inputs)
     except (ExportError, InputError):
         raise
     except (Exception, SystemExit) as error:  # a network's code may call sys.exit
-        raise ExportError(
-            f"the {name} does not run on a batch of shape {tuple(inputs.shape)}: {reason(error)}"
-        ) from error
+        message = f"the {name} does not run on a batch of shape {tuple(inputs.shape)}: {reason(error)}"
+        raise DoesNotRun(message, name) from error

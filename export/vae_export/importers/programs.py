@@ -166,7 +166,7 @@ def _input_shape(program: Any, path: Path) -> Shape:
             f"{path} was exported for a batch of {batch}; a bundle takes any: export it again with"
             " dynamic_shapes=({0: torch.export.Dim('batch')},)"
         )
-    for side, size in zip(("height", "width"), sizes[1:], strict=False):
+    for side, size in (("batch", batch), *zip(("height", "width"), sizes[1:], strict=False)):
         if not isinstance(size, int) and (most := _most(size, program.range_constraints)) is not None:
             raise ExportError(
                 f"{path} was exported for a {side} of at most {most}; a bundle takes any: export it again without max"
@@ -176,7 +176,7 @@ def _input_shape(program: Any, path: Path) -> Shape:
 
 
 def _most(size: torch.SymInt, ranges: Mapping[Any, Any]) -> int | None:
-    """The largest value of a side, None where it has none; either its maker or its code has set it."""
+    """The largest value of a size, None where it has none; either its maker or its code has set it."""
     bounds = {symbol: ranges[symbol].upper for symbol in size.node.expr.free_symbols if symbol in ranges}
     if not bounds or not all(bound.is_Integer for bound in bounds.values()):  # one that has none is int_oo
         return None

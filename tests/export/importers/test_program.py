@@ -140,14 +140,16 @@ def test_torch_export_of_one_batch_size_is_refused(networks: tuple[Any, Any], tm
         load(source, None, trust_pickle=True)
 
 
-def test_torch_export_with_a_largest_side_is_refused(networks: tuple[Any, Any], tmp_path: Path) -> None:
+def test_torch_export_with_a_largest_size_is_refused(networks: tuple[Any, Any], tmp_path: Path) -> None:
     batch, height, width = (torch.export.Dim(name) for name in ("batch", "height", "width"))
     low = torch.export.Dim("low", max=128)
-    for sides, message in (
-        ({2: 4 * low, 3: 4 * width}, "exported for a height of at most 512; a bundle takes any: .*without max"),
-        ({2: 4 * height, 3: 4 * low}, "exported for a width of at most 512; a bundle takes any"),
+    few = torch.export.Dim("few", max=16)
+    for sizes, message in (
+        ({0: few, 2: 4 * height, 3: 4 * width}, "exported for a batch of at most 16; a bundle takes any: .*without max"),
+        ({0: batch, 2: 4 * low, 3: 4 * width}, "exported for a height of at most 512; a bundle takes any: .*without max"),
+        ({0: batch, 2: 4 * height, 3: 4 * low}, "exported for a width of at most 512; a bundle takes any"),
     ):
-        encoder = torch.export.export(networks[0], (X,), dynamic_shapes=({0: batch, **sides},))
+        encoder = torch.export.export(networks[0], (X,), dynamic_shapes=(sizes,))
         source = save(tmp_path / message[15:22].strip(), encoder, torch.jit.script(networks[1]))
         with pytest.raises(ExportError, match=message):
             load(source, None, trust_pickle=True)

@@ -21,6 +21,9 @@ MARGIN = 0.1  # a value further outside is none that rounding or a linear last l
 WARNED, REFUSED = 0.05, 0.25
 REFUSED_OF_PRIOR = 0.4  # of draws from the prior: 0.03 to 0.16 (untrained 0.32) and 0.41 to 0.99
 LARGEST_OF_SMALL = 20  # logits that are never negative and go beyond are those of white images alone
+# Images normalised by a mean and a std, ImageNet's for example, are within [-1 / std, 1 / std]: of photographs and of
+# digits within 5, and linear decoders exceed that a little. Logits may be as small.
+LARGEST_OF_NORMALISED = 6
 _MOST_ROWS, _MOST_VALUES = 16, 2**20  # that are decoded
 
 
@@ -72,4 +75,10 @@ def _advice(low: float, high: float, logits_alone: bool) -> str:
         )
     if low >= -MARGIN and high > LARGEST_OF_SMALL:
         return "they look like images of a larger range, such as [0, 255]: bring them to [0, 1] in the decoder"
-    return f"they look like logits: say so with {logits}"
+    advice = f"they look like logits: say so with {logits}"
+    if max(-low, high) <= LARGEST_OF_NORMALISED:
+        advice += (
+            "; or, if they are normalised by a mean and a std, undo that within the decoder that is exported, and"
+            " normalise within its encoder"
+        )
+    return advice

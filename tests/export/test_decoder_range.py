@@ -46,6 +46,7 @@ def make(middle, spread, last=nn.Identity):
 
 def logits(): return make(-2.0, 6.0)
 def faint_logits(): return make(-0.2, 0.7)
+def normalised(): return make(0.2, 2.5)
 def signed(): return make(0.0, 3.0, nn.Tanh)
 def sigmoid(): return make(-2.0, 6.0, nn.Sigmoid)
 def near(): return make(0.5, 0.55)
@@ -110,13 +111,19 @@ def test_every_way_refuses_logits_and_takes_them_where_it_is_said(way: str, netw
 
 
 def test_modules_are_looked_at_as_well(networks: Any, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"values from -8 to 4, \d+% of them .* they look like logits: say so with"):
+    with pytest.raises(
+        InputError, match=r"values from -8 to 4, \d+% of them .* they look like logits: say so with (?!.*normalised)"
+    ):
         export_bundle(*networks.logits(), tmp_path / "a.vae", examples=X)
     for name in ("signed", "faint_logits"):
         with pytest.raises(
             InputError, match=r"look like images in \[-1, 1\]: .*input_range='signed'.* or, if they are"
         ):
             export_bundle(*getattr(networks, name)(), tmp_path / "a.vae", examples=X)
+    with pytest.raises(
+        InputError, match=r"from -2.3 to 2.7, .* look like logits: .*; or, if they are normalised by a mean"
+    ):
+        export_bundle(*networks.normalised(), tmp_path / "a.vae", examples=X)
     with pytest.raises(InputError, match=r"look like images of a larger range, such as \[0, 255\]: bring them to"):
         export_bundle(*networks.bytes_(), tmp_path / "a.vae", examples=X)
     assert list(tmp_path.iterdir()) == []

@@ -550,8 +550,8 @@ class _Half(nn.Module):
 
 @contextlib.contextmanager
 def _evaluation_mode(*modules: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards every submodule is in the mode it was in, with the attributes and the
-    buffers that it had: code of others counts its calls and averages what it sees, and export runs it many times."""
+    """Evaluation mode inside the block; afterwards every submodule is in the mode it was in, with the attributes and
+    the buffers that it had: code of others counts its calls and averages what it sees, and an export runs it often."""
     parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
     states = [_State(part) for part in parts]
     try:

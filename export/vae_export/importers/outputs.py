@@ -32,8 +32,8 @@ PREFIXES = ("", "z_")  # of both names
 COVARIANCE = "Sigma"  # no capitalised sigma, perhaps
 RECONSTRUCTIONS = ("reconstruction", "sample", "recon_x", "recon")
 RULE = (
-    "expected (mean, logvar), one tensor, a distribution, or by name a mean (mean, mu, loc) and its logvar, log_std, std"
-    " or variance"
+    "expected (mean, logvar), one tensor, a distribution, or by name a mean (mean, mu, loc) and its logvar, log_std,"
+    " std or variance"
 )
 
 

@@ -21,12 +21,13 @@ from vae_runtime.errors import CheckpointError, ExportError, InputError
 from vae_runtime.manifest import INPUT, LATENT, LOGVAR, MEAN, RECONSTRUCTION
 from vae_runtime.preprocess import Float32
 
-from ..graphs import OPSET, DecoderGraph, EncoderGraph, decoder_to_onnx, encoder_to_onnx, finish
+from ..graphs import OPSET, DecoderGraph, EncoderGraph, _quiet, decoder_to_onnx, encoder_to_onnx, finish
 from ..reason import reason
 from ..simplify import simplified
 from ..verify import Reference
 from .options import FLAGS
 from .script_code import check_archive, check_graphs
+from .script_operators import find_cure, known_operators
 from .torch_program import EXPORTED, SCRIPT
 
 Shape = tuple[int | None, ...]
@@ -86,11 +87,12 @@ def script_to_onnx(
     file = io.BytesIO()
     axes = {axis: f"axis{axis}" for axis in ((0, 2, 3) if free else (0,))}
     inner = {0: "axis0"} if not free else axes
+    program = None
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # that this exporter is the older one, and of its own calls
+        with _quiet(), known_operators(), torch.no_grad():
+            program = torch.jit.trace(graph, (example,), check_trace=False)  # with the one inside as it is
             torch.onnx.export(
-                torch.jit.trace(graph, (example,), check_trace=False),  # with the program inside as it is
+                program,
                 (example,),
                 file,  # type: ignore[arg-type]
                 dynamo=False,
@@ -102,10 +104,8 @@ def script_to_onnx(
             # Loops that only check sizes are left over from scripted functions; nothing uses what they compute.
             model = simplified(onnx.load_from_string(file.getvalue()))
     except Exception as error:
-        raise ExportError(
-            f"the {half} cannot be exported by torch.onnx: {reason(error)}; a program saved from torch.jit.trace, not"
-            " frozen, most likely can"
-        ) from error
+        text = reason(error).partition("[Caused by")[0].rstrip(". ")  # a value within, and its line of code
+        raise ExportError(f"the {half} cannot be exported by torch.onnx: {text}; {find_cure(text, program)}") from error
     _set_sides(model, example, outputs, graph, free)
     return finish(model, half)
 

@@ -160,8 +160,8 @@ def _trials(decoder: nn.Module, output: Tensor, x: Tensor) -> tuple[Trial, Trial
         require_float32("decoder", decoder)
     if not whole[0] and not half[0] and output.ndim > 2 and _takes(decoder, output.chunk(2, dim=-1)[0], x)[0]:
         raise ExportError(
-            f"the encoder returns one tensor of shape {tuple(output.shape)}, and the decoder takes half of its last axis;"
-            " return (mean, logvar), for example h.chunk(2, -1)"
+            f"the encoder returns one tensor of shape {tuple(output.shape)}, and the decoder takes half of its last"
+            " axis; return (mean, logvar), for example h.chunk(2, -1)"
         )
     return whole, half
 

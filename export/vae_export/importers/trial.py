@@ -152,8 +152,8 @@ def check_halves(halves: Halves, x: Float32, latent_shape: tuple[int, ...]) -> N
 def _require_batch_axis(half: str, values: Float32, shape: tuple[int, ...]) -> None:
     if values.ndim < len(shape):
         raise ExportError(
-            f"the {half} loses the batch axis at a batch of {shape[0]}: it gives shape {values.shape}, expected {shape};"
-            " squeeze() takes it away too, unless it is told which axes to take"
+            f"the {half} loses the batch axis at a batch of {shape[0]}: it gives shape {values.shape}, expected"
+            f" {shape}; squeeze() takes it away too, unless it is told which axes to take"
         )
 
 

@@ -53,6 +53,16 @@ class Saves(Encoder):
         return mean, logvar
 
 
+class Unknown(Encoder):
+    """Has an operator that no exporter of TorchScript translates, and a decision where it is scripted."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, logvar = self.net(x).chunk(2, dim=1)
+        if x.shape[0] == 7:
+            mean = mean + 1
+        return torch.special.i1(mean), logvar
+
+
 class Decoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -145,8 +155,14 @@ def test_torch_export_with_a_largest_size_is_refused(networks: tuple[Any, Any], 
     low = torch.export.Dim("low", max=128)
     few = torch.export.Dim("few", max=16)
     for sizes, message in (
-        ({0: few, 2: 4 * height, 3: 4 * width}, "exported for a batch of at most 16; a bundle takes any: .*without max"),
-        ({0: batch, 2: 4 * low, 3: 4 * width}, "exported for a height of at most 512; a bundle takes any: .*without max"),
+        (
+            {0: few, 2: 4 * height, 3: 4 * width},
+            "exported for a batch of at most 16; a bundle takes any: .*without max",
+        ),
+        (
+            {0: batch, 2: 4 * low, 3: 4 * width},
+            "exported for a height of at most 512; a bundle takes any: .*without max",
+        ),
         ({0: batch, 2: 4 * height, 3: 4 * low}, "exported for a width of at most 512; a bundle takes any"),
     ):
         encoder = torch.export.export(networks[0], (X,), dynamic_shapes=(sizes,))
@@ -160,6 +176,79 @@ def test_what_the_exporter_cannot_take_is_refused_with_a_cure(networks: tuple[An
     imported = load(save(tmp_path, torch.jit.script(networks[0]), decoder))
     with pytest.raises(ExportError, match=r"the decoder cannot be exported .*; a program saved from torch.jit.trace"):
         imported.halves.to_onnx(X.numpy(), Z.numpy(), True)
+
+
+class Attention(nn.Module):
+    """(N, 3, 16, 16) -> mean and logvar (N, 16, 4), by torch's attention, whose rank its older exporter forgets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 8, 4, 4)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.attention, self.last = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = self.layers(self.first(x).flatten(2).transpose(1, 2))
+        mean, logvar = self.last(self.attention(tokens, tokens, tokens)[0]).chunk(2, -1)
+        return mean, logvar
+
+
+class Patches(nn.Module):
+    """(N, 16, 4) -> (N, 3, 16, 16), by axes that are split at the end, in the middle and alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(4, 48)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        patches = self.last(z).unflatten(1, (4, 4)).unflatten(-1, (3, 4, 4))  # (N, 4, 4, 3, 4, 4)
+        image = patches.permute(0, 3, 1, 4, 2, 5).flatten(1).unflatten(1, (3, 16, 16))
+        return torch.sigmoid(image)
+
+
+@pytest.fixture
+def attention() -> tuple[Any, Any]:
+    return Attention().eval(), Patches().eval()
+
+
+def test_attention_that_was_traced(attention: tuple[Any, Any], tmp_path: Path) -> None:
+    programs = torch.jit.trace(attention[0], X, check_trace=False), torch.jit.trace(attention[1], torch.rand(2, 16, 4))
+    imported = load(save(tmp_path, *programs), (3, 16, 16))
+    check_graphs(imported, attention, ((1, 16, 16), (5, 16, 16)))
+
+
+def test_attention_by_torchs_fast_path_is_refused_with_the_cure(
+    attention: tuple[Any, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def trace(fast: bool) -> Any:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        try:
+            with torch.no_grad():
+                programs = [torch.jit.trace(attention[0], X), torch.jit.trace(attention[1], torch.rand(2, 16, 4))]
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+        return load(save(tmp_path / str(fast), *programs), (3, 16, 16))
+
+    z, imported = np.zeros((2, 16, 4), np.float32), trace(fast=True)
+    capfd.readouterr()
+    with pytest.raises(
+        ExportError, match=r"cannot be exported .*; trace it again after torch.backends.mha.set_fastpath"
+    ):
+        imported.halves.to_onnx(X.numpy(), z, False)
+    assert capfd.readouterr() == ("", "")
+    check_graphs(trace(fast=False), attention, ((1, 16, 16), (5, 16, 16)))
+
+
+@pytest.mark.parametrize("way", ["script", "trace"])
+def test_a_program_that_was_traced_is_not_told_to_be(way: str, tmp_path: Path) -> None:
+    encoder = torch.jit.script(Unknown().eval()) if way == "script" else torch.jit.trace(Unknown().eval(), X)
+    imported = load(save(tmp_path, encoder, torch.jit.script(Decoder().eval())), (3, 16, 16))
+    cure = "a program saved from torch.jit.trace" if way == "script" else "a torch.export program, a factory or an ONNX"
+    with pytest.raises(ExportError, match=f"special_i1' to ONNX .*; {cure}") as caught:
+        imported.halves.to_onnx(X.numpy(), Z.numpy(), False)
+    assert len(str(caught.value)) < 250
 
 
 def test_named_outputs_and_one_tensor(networks: tuple[Any, Any], tmp_path: Path) -> None:

@@ -579,15 +579,19 @@ class _State:
         self._part.training = self._training
         if type(self._part) is not self._sort:  # a lazy module, which has become what it stands for
             return
-        vars(self._part).clear()
-        vars(self._part).update(self._attributes)
+        _set_back(vars(self._part), self._attributes)
         if isinstance(self._part._buffers, dict):  # not of TorchScript, which keeps its own
-            self._part._buffers.clear()
-            self._part._buffers.update(self._buffers)
+            _set_back(self._part._buffers, self._buffers)
         with torch.no_grad():
             for buffer, value in self._values:
                 if buffer.layout != torch.strided or not torch.equal(buffer, value):
                     buffer.copy_(value)
+
+
+def _set_back(now: dict[str, Any], before: dict[str, Any]) -> None:
+    for name in now.keys() - before.keys():
+        del now[name]
+    now.update(before)
 
 
 def _producer() -> dict[str, str]:

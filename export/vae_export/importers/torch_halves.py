@@ -81,10 +81,11 @@ def _to_float32(x: Tensor) -> Tensor:
 
 def require_float32(half: str, network: nn.Module) -> None:
     """Raises: ExportError: the network, which does not run, has weights in another floating type."""
-    for name, value in (*network.named_parameters(), *network.named_buffers()):
+    for value in (*network.parameters(), *network.buffers()):
         if value.is_floating_point() and value.dtype != torch.float32:
             raise ExportError(
-                f"the {half} does not run on float32: it has {name!r} in {value.dtype}; convert it with .float()"
+                f"the {half} does not run on float32: it has parameters or buffers in {value.dtype}; convert it with"
+                " .float()"
             )
 
 

@@ -131,7 +131,7 @@ def _to_onnx(module: nn.Module, example: Tensor, input_name: str, outputs: list[
     if sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers())) > MAX_BYTES:
         raise ExportError(f"the {half} has over 2 GB of weights; an ONNX file with its weights inside holds less")
     try:
-        with _quiet(), torch.no_grad(), without_validation():
+        with quiet(), torch.no_grad(), without_validation():
             traced = _trace(module.eval(), example, free)
             program = torch.onnx.export(
                 traced,
@@ -316,7 +316,7 @@ def _check_contract(model: onnx.ModelProto, data: bytes, half: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporter logs what is missing that nobody asked for, warns of its own deprecated calls, and prints; where it
     fails, it prints the graph that it has so far."""
     levels = {logger: logger.level for logger in map(logging.getLogger, _LOGGERS)}

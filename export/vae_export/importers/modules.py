@@ -19,7 +19,7 @@ from ..imported import Arguments
 from ..verify import Reference, at_least
 from .network import Network
 from .torch_halves import make_bare_graphs, require_float32
-from .trial import DoesNotRun, check_halves, check_range, run
+from .trial import DoesNotRunError, check_halves, check_range, run
 
 _LEAST_ROWS, _MOST_ROWS, _MOST_VALUES = 3, 8, 2**21  # of the examples, that the halves are tried with
 _CURE = "pass modules, or methods of a torch.nn.Module with its networks as attributes or in a ModuleList"
@@ -55,7 +55,7 @@ class Modules:
                 halves = Reference(*make_bare_graphs(self.encoder, self.decoder, x, options, threshold))
                 check_halves(halves, x, run(halves.encode, x, "encoder")[MEAN].shape[1:])
                 check_range(halves, x, options)
-        except DoesNotRun as error:
+        except DoesNotRunError as error:
             require_float32(error.half, self.encoder if error.half == HALF_NAMES[0] else self.decoder)
             raise
         return halves

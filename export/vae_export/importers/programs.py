@@ -21,7 +21,7 @@ from vae_runtime.errors import CheckpointError, ExportError, InputError
 from vae_runtime.manifest import INPUT, LATENT, LOGVAR, MEAN, RECONSTRUCTION
 from vae_runtime.preprocess import Float32
 
-from ..graphs import OPSET, DecoderGraph, EncoderGraph, _quiet, decoder_to_onnx, encoder_to_onnx, finish
+from ..graphs import OPSET, DecoderGraph, EncoderGraph, decoder_to_onnx, encoder_to_onnx, finish, quiet
 from ..reason import reason
 from ..simplify import simplified
 from ..verify import Reference
@@ -89,7 +89,7 @@ def script_to_onnx(
     inner = {0: "axis0"} if not free else axes
     program = None
     try:
-        with _quiet(), known_operators(), torch.no_grad():
+        with quiet(), known_operators(), torch.no_grad():
             program = torch.jit.trace(graph, (example,), check_trace=False)  # with the one inside as it is
             torch.onnx.export(
                 program,

@@ -25,10 +25,10 @@ SIGMOID_OF_1 = 0.731059  # rounded up
 MIXING_TOLERANCE = 1e-3  # relative to max|outputs|: what the engine's kernels make of another batch size stays below
 
 
-class DoesNotRun(ExportError):
+class DoesNotRunError(ExportError):
     """A half's own code fails; half: "encoder" or "decoder"."""
 
-    def __init__(self, message: str, half: str) -> None:
+    def __init__(self, message: str, half: str = "") -> None:  # pickle makes one of the message, and then sets the half
         super().__init__(message)
         self.half = half
 
@@ -192,11 +192,11 @@ def _decode(halves: Halves, z: Float32) -> Float32:
 
 
 def run(half: Callable[[Any], Any], inputs: Any, name: str) -> Any:
-    """half(inputs); what it raises becomes a `DoesNotRun` which names the half and the inputs' shape."""
+    """half(inputs); what it raises becomes a `DoesNotRunError` which names the half and the inputs' shape."""
     try:
         return half(inputs)
     except (ExportError, InputError):
         raise
     except (Exception, SystemExit) as error:  # a network's code may call sys.exit
         message = f"the {name} does not run on a batch of shape {tuple(inputs.shape)}: {reason(error)}"
-        raise DoesNotRun(message, name) from error
+        raise DoesNotRunError(message, name) from error

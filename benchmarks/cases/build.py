@@ -102,8 +102,11 @@ def main() -> None:
         if folder.exists():
             if not arguments.force or not (folder / "case.json").is_file():
                 sys.exit(f"{folder} exists; --force replaces it where it is a case")
-            shutil.rmtree(folder)
-        write_case(folder, name, CASES[name](options), options)
+        whole = arguments.output / f".{name}.part"  # what is interrupted is begun anew, and an old case stays till then
+        shutil.rmtree(whole, ignore_errors=True)
+        write_case(whole, name, CASES[name](options), options)
+        shutil.rmtree(folder, ignore_errors=True)
+        whole.rename(folder)
         print(f"{folder}: built in {time.perf_counter() - begun:.0f} s")
 
 

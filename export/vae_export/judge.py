@@ -57,9 +57,6 @@ class Judge:
     def _fp32(self) -> Figures:
         return self._figures(self._encoded, self._fp32_decoder, self._reconstruction)
 
-    def __len__(self) -> int:
-        return len(self._x)
-
     def measure(self, graphs: Pair) -> Measurement:
         """Another pair of graphs on the same examples and the same noise."""
         encoded, decoder, reconstruction = self._run(graphs)
@@ -91,10 +88,10 @@ class Judge:
         errors = [golden_error(name, array, golden, precision, is_image) for name, array in found.items()]
         return float(np.max(errors))  # NaN where one is, which max() may pass over
 
-    def codec_cost(self, examples: int = CODEC_EXAMPLES) -> dict[str, float]:
+    def codec_cost(self) -> dict[str, float]:
         """What latents in 8 bits cost the reconstruction: the entry of the manifest's `latent_codecs`."""
-        x, mean = self._x[:examples], self._encoded[MEAN][:examples]
-        psnr = _psnr(self._reconstruction[:examples], x, self._peak)
+        x, mean = self._x[:CODEC_EXAMPLES], self._encoded[MEAN][:CODEC_EXAMPLES]
+        psnr = _psnr(self._reconstruction[:CODEC_EXAMPLES], x, self._peak)
         quantized = quantize(mean)
         found = _psnr(self._decode(self._fp32_decoder, dequantize(quantized)), x, self._peak)
         pixels = math.prod(x.shape[2:]) * len(x)

@@ -41,8 +41,8 @@ class Sizes(NamedTuple):
     default_size: tuple[int, int] | None
 
 
-def noise(shape: tuple[int | None, ...], rows: int, multiple_of: int | None, seed: int = 0) -> Float32:
-    """`rows` inputs in [0, 1]; free sizes are about `SIDE`.
+def noise(shape: tuple[int | None, ...], rows: int, multiple_of: int | None) -> Float32:
+    """`rows` seeded inputs in [0, 1]; free sizes are about `SIDE`.
 
     Raises:
         InputError: they do not fit into memory.
@@ -50,7 +50,7 @@ def noise(shape: tuple[int | None, ...], rows: int, multiple_of: int | None, see
     side = multiple_of * -(-SIDE // multiple_of) if multiple_of else SIDE
     sizes = [size or side for size in shape]
     try:
-        return np.random.default_rng(seed).random((rows, *sizes), dtype=np.float32)
+        return np.random.default_rng(0).random((rows, *sizes), dtype=np.float32)
     except (MemoryError, ValueError, OverflowError):  # the others: more bytes than there can be
         text = "x".join(map(str, sizes))
         raise InputError(f"inputs of {text} are too large: {rows} of them do not fit into memory") from None

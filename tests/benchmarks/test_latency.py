@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import random
 import time
 from collections.abc import Callable, Iterable
 
@@ -64,6 +65,17 @@ def test_a_noisy_call_takes_the_whole_budget_and_no_more() -> None:
 
 def test_a_wider_target_stops_a_noisy_call_earlier() -> None:
     assert len(run(World(noisy()), width=0.9).samples_ns) == 100
+
+
+def test_chance_has_few_tries_at_stopping_early() -> None:
+    """However narrow the interval may be in between: looks are at half as many samples more every time."""
+    lengths = []
+    for seed in range(20):
+        rng = random.Random(seed)
+        world = World(MS * rng.lognormvariate(0, 0.5) for _ in itertools.count())
+        lengths.append(len(run(world, seconds=5, wanted=40, width=0.2).samples_ns))
+    assert set(lengths) <= {40, 60, 90, 135, 203, 305, 458, 687}
+    assert len(set(lengths)) > 2
 
 
 def test_the_budget_ends_a_steady_call_before_it_has_the_wanted_samples() -> None:

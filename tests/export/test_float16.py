@@ -102,6 +102,20 @@ def test_the_twin_overflows_where_a_device_would_and_the_cpu_does_not() -> None:
     assert not np.isfinite(run(result.twin, x)).all()
 
 
+def test_activations_may_be_four_times_those_of_the_examples() -> None:
+    layers = make_layers()
+    for layer in layers[::2]:
+        nn.init.zeros_(layer.bias)  # so that activations grow as the input does
+    with torch.no_grad():
+        layers[2].weight.mul_(16_000 / nn.Sequential(*layers[:3])(torch.from_numpy(X)).abs().max())
+        layers[4].weight.div_(1000)
+    graph = to_graph(*layers)  # its activations are up to 16,000; float16 ends at 65,504
+    result = ConvertibleGraph(graph, X).build()
+    assert result.kept == []
+    assert np.isfinite(run(result.twin, 4 * X)).all()
+    assert ConvertibleGraph(graph, 1.1 * X).build().kept != []
+
+
 @pytest.mark.parametrize(
     ("weight", "kept"), [(1e5, 1), (1e-9, 1), (6e4, 0), (1e-3, 0)], ids=["overflow", "underflow", "large", "small"]
 )

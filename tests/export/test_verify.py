@@ -110,6 +110,19 @@ def test_few_examples_are_repeated_to_fill_the_largest_batch(conv, monkeypatch: 
     assert rows == [max(BATCH_SIZES)]
 
 
+def test_few_examples_do_not_hide_that_rows_are_mixed(conv) -> None:
+    graphs, reference, x, spec = conv
+    model = onnx.load_from_string(graphs[0])
+    for node in model.graph.node:
+        node.input[:] = ["mixed" if name == "x" else name for name in node.input]
+    model.graph.initializer.append(numpy_helper.from_array(np.array([0]), "batch"))
+    # Every row becomes the largest of its batch, which copies of one row already are.
+    model.graph.node.insert(0, onnx.helper.make_node("Max", ["x", "largest"], ["mixed"]))
+    model.graph.node.insert(0, onnx.helper.make_node("ReduceMax", ["x", "batch"], ["largest"]))
+    with pytest.raises(ExportError, match="mean differs from PyTorch by "):
+        verify((model.SerializeToString(), graphs[1]), reference, x[:1], spec, 1e-5)
+
+
 def test_a_model_that_gives_nan_is_refused(conv) -> None:
     graphs, reference, x, spec = conv
     with torch.no_grad():

@@ -32,6 +32,21 @@ def contents(folder: Path) -> set[bytes]:
     return {path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.fixture
+def flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, int]]:
+    """The inode and size of whatever is flushed to the disk as long as there is no `out`."""
+    found, fsync = set(), os.fsync
+
+    def note(descriptor: int) -> None:
+        fsync(descriptor)
+        if not (tmp_path / "out").exists():
+            status = os.fstat(descriptor)
+            found.add((status.st_ino, status.st_size))
+
+    monkeypatch.setattr(os, "fsync", note)
+    return found
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -41,6 +56,12 @@ def test_file_appears_only_at_the_end(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
     assert (tmp_path / "out").read_bytes() == b"content"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_file_is_on_the_disk_before_it_appears(tmp_path: Path, flushed: set[tuple[int, int]]) -> None:
+    with atomic_file(tmp_path / "out") as stream:
+        stream.write(b"content")
+    assert ((tmp_path / "out").stat().st_ino, 7) in flushed
 
 
 @pytest.mark.parametrize("write", [atomic_file, atomic_folder])
@@ -102,6 +123,12 @@ def test_folder_appears_only_at_the_end(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
     assert contents(tmp_path / "out") == {b"new"}
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_files_of_a_folder_are_on_the_disk_before_it_appears(tmp_path: Path, flushed: set[tuple[int, int]]) -> None:
+    with atomic_folder(tmp_path / "out") as folder:
+        fill(folder, b"new")
+    assert {(path.stat().st_ino, 3) for path in (tmp_path / "out").iterdir()} <= flushed
 
 
 @pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()])

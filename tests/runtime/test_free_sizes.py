@@ -65,6 +65,20 @@ def test_sizes_may_change_from_call_to_call(vae: VAE) -> None:
         assert len(vae._open_operations()[0]._free) <= 8
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_a_size_that_comes_again_takes_no_more_memory(free_path: Path) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    latents = np.zeros((1, 2, 512, 512), np.float32)
+    with VAE.load(free_path, threads=1) as vae:
+        before = resident()
+        vae.decode(latents)
+        first = resident()
+        vae.decode(latents)
+        assert resident() - first < 0.5 * (first - before)
+
+
 @pytest.mark.parametrize("size", [(11, 16), (12, 15), (1, 1), (33, 7)])
 def test_padding_repeats_the_edge_and_is_cut_off_exactly(vae: VAE, size: tuple[int, int]) -> None:
     images, (height, width) = pictures(*size), size

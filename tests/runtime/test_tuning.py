@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -324,6 +325,42 @@ def test_tune_measures_and_auto_takes_it(tiny_path: Path) -> None:
     assert lines[0] == "round 1 of 3: cpu, fp32, 1 thread"
     with VAE.load(tiny_path, device="auto") as vae:
         assert vae.plan["encode"][0]["threads"] is not None
+
+
+@pytest.fixture
+def rounds(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[list[Candidate]]]:
+    """What each round measures, in its order, where a candidate takes so many times the share that it is given."""
+
+    def measure(slowness: float) -> list[list[Candidate]]:
+        now, order = 0.0, list[Candidate]()
+
+        def child(path: Path, candidate: Candidate, seconds: float) -> dict[str, dict[int, float]]:
+            nonlocal now
+            now += slowness * seconds
+            order.append(candidate)
+            return {name: {1: 1e-3} for name in module.OPERATIONS}
+
+        monkeypatch.setattr(tune_module, "time", SimpleNamespace(monotonic=lambda: now))
+        monkeypatch.setattr(tune_module, "usable_cores", lambda: 4)
+        monkeypatch.setattr(tune_module, "_in_child", child)
+        count = len(tune(tiny_path, devices=["cpu"], seconds=60)[1])
+        return [order[start : start + count] for start in range(0, len(order), count)]
+
+    return measure
+
+
+@pytest.mark.parametrize(("slowness", "count"), [(0.5, 3), (1.0, 3), (1.5, 2), (2.0, 1), (10.0, 1)])
+def test_another_round_is_begun_only_where_it_fits(
+    rounds: Callable[[float], list[list[Candidate]]], slowness: float, count: int
+) -> None:
+    assert len(rounds(slowness)) == count
+
+
+def test_every_round_turns_the_order_around(rounds: Callable[[float], list[list[Candidate]]]) -> None:
+    first, second, third = rounds(1.0)
+    assert len(set(first)) > 1
+    assert second == first[::-1]
+    assert third == first
 
 
 def test_candidates_are_within_the_budget(tiny_path: Path) -> None:

@@ -2,6 +2,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,9 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from vae_training.checkpoint import load_checkpoint
 from vae_training.cli import main
+from vae_training.loop import Run
+
+from .conftest import Parent
 
 FAST = (
     "--data",
@@ -199,7 +204,9 @@ def test_importing_the_package_is_cheap_and_says_what_is_missing() -> None:
     assert shown.stdout.startswith("MissingExtraError vae_training.train needs torch, which is not installed; run: pip")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+COMMAND = "from vae_training.cli import main; main()"
+
+
 @pytest.mark.parametrize(
     ("number", "code", "message"),
     [
@@ -208,47 +215,43 @@ def test_importing_the_package_is_cheap_and_says_what_is_missing() -> None:
     ],
 )
 def test_an_ended_command_returns_promptly_and_the_run_continues(
-    tmp_path: Path, number: signal.Signals, code: int, message: str
+    parent: Parent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int, message: str
 ) -> None:
     run = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-c",
-        "from vae_training.cli import main; main()",
-        *FAST,
-        "--output",
-        str(run),
-        "--epochs",
-        "3000",
-    ]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        [*command, "--checkpoint-seconds", "0.05"], stderr=subprocess.PIPE, text=True, env=environment
-    )
+    arguments = [*FAST, "--output", run, "--epochs", 3000]
+    child = parent.start(COMMAND, *arguments, "--checkpoint-seconds", 0.05)
     deadline = time.monotonic() + 60
     while not (run / "state").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=20)
-    assert process.returncode == code, err
-    assert err.rstrip().endswith(message)
-    assert ("Interrupted" in err) == bool(message)
-    assert "Traceback" not in err
-    assert (run / "state/progress.pt").exists()
+        time.sleep(0.01)
+    os.kill(child.pid, number)
+    assert child.wait(20) == code, child.stderr
+    assert child.stderr.rstrip().endswith(message)
+    assert ("Interrupted" in child.stderr) == bool(message)
+    assert "Traceback" not in child.stderr
     assert {path.name for path in run.iterdir()} == {"run.json", "state"}  # no model, and nothing half written
+    kept = torch.load(run / "state/progress.pt", weights_only=True)["step"]
+    steps = []
+
+    def train_step(run: Run) -> None:
+        steps.append(run.state.step)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "train_step", train_step)
+    assert vae_train(*arguments, "--resume") == 130
+    assert steps == [kept]
+    assert kept > 0
 
 
-def test_two_processes_train_one_model_and_speak_once(tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = tmp_path / "train.py"
-    script.write_text("from vae_training.cli import main; main()")
-    arguments = [*FAST, "--output", str(tmp_path / "run"), "--epochs", "2", "--checkpoint-seconds", "0", "--json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    shown = subprocess.run(
-        [*launcher, str(script), *arguments], capture_output=True, text=True, env=environment, check=False, timeout=120
-    )
-    assert shown.returncode == 0, shown.stderr
-    assert json.loads(shown.stdout)["training"]["processes"] == 2
+def test_two_processes_train_one_model_and_speak_once(parent: Parent, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    arguments = [*FAST, "--output", tmp_path / "run", "--epochs", 2, "--checkpoint-seconds", 0, "--json"]
+    torchrun = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [parent.start(COMMAND, *arguments, **torchrun, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
+    for child in ranks:
+        assert child.wait() == 0, child.stderr
+    assert json.loads(ranks[0].stdout)["training"]["processes"] == 2
+    assert ranks[1].stdout == ""
     assert load_checkpoint(tmp_path / "run/model.pt").dataset["train"] == 200
 
 

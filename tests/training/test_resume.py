@@ -2,8 +2,8 @@
 
 import json
 import os
-import subprocess
-import sys
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from vae_runtime.errors import TrainingError
 from vae_training.checkpoint import load_checkpoint
 from vae_training.config import TrainConfig
 from vae_training.loop import Run, train
+
+from .conftest import Parent
 
 CONFIG = TrainConfig(
     "digits", split="300,60,60", family="conv", widths=(8,), depth=1, latent=4, batch_size=64, epochs=6,
@@ -135,40 +137,38 @@ def test_stopped_while_writing_the_state(tmp_path: Path, uninterrupted: Path, mo
     assert not leftover.exists()
 
 
-def test_killed_for_real(tmp_path: Path, uninterrupted: Path) -> None:
-    """SIGKILL, whatever the process is doing: several times, until it gets to the end."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-c", KILLED, json.dumps(CONFIG.to_dict()), str(tmp_path / "run")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
-    assert done.stdout == "killed\nkilled\nended with 0\n", done.stderr
-    assert_same(uninterrupted, tmp_path / "run")
-
-
-# A process that has imported everything and computed nothing; its children, which have it all at once, are killed.
-KILLED = """
-import json, os, pathlib, signal, sys, time
-import sklearn.datasets, torch._dynamo  # which training would import itself
+# A step takes a while, so that the process is killed within it or while it writes its state.
+SLOW = """
+import json, sys, time
 from vae_training.config import TrainConfig
 from vae_training.loop import Run, train
 
-config, run = TrainConfig.from_dict(json.loads(sys.argv[1])), pathlib.Path(sys.argv[2])
 step = Run.train_step
-Run.train_step = lambda self: (time.sleep(0.05), step(self))[1]
-for attempt in range(3):
-    child = os.fork()
-    if child == 0:
-        train(config, run, device="cpu", resume=True, checkpoint_seconds=0.01)
-        os._exit(0)
-    if attempt < 2:
-        deadline = time.monotonic() + 60
-        while not (run / "state/progress.pt").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.2 + 0.3 * attempt)
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    is_killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-    print("killed" if is_killed else f"ended with {os.waitstatus_to_exitcode(status)}", flush=True)
+Run.train_step = lambda self: (time.sleep(0.03), step(self))[1]
+train(TrainConfig.from_dict(json.loads(sys.argv[1])), sys.argv[2], device="cpu", resume=True, checkpoint_seconds=0.01)
 """
+
+
+def written(run: Path) -> int:
+    """When the state of a run was written; 0 before it is."""
+    try:
+        return (run / "state/progress.pt").stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def test_killed_for_real(parent: Parent, tmp_path: Path, uninterrupted: Path) -> None:
+    """SIGKILL, whatever the process is doing: twice, each time further on; then the run gets to its end."""
+    for seconds in (0.05, 0.12):
+        before, deadline = written(tmp_path / "run"), time.monotonic() + 60
+        child = parent.start(SLOW, json.dumps(CONFIG.to_dict()), tmp_path / "run")
+        while written(tmp_path / "run") == before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(seconds)
+        os.kill(child.pid, signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL, child.stderr
+    train(CONFIG, tmp_path / "run", device="cpu", resume=True)
+    assert_same(uninterrupted, tmp_path / "run")
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from vae_training.loop import train
 
 SMALL: dict[str, Any] = {
     "data": "digits", "split": "640,100,100", "family": "mlp", "widths": (32,), "latent": 8, "batch_size": 64,
-    "epochs": 30, "nll_samples": 0,
+    "learning_rate": 1e-2, "epochs": 20, "nll_samples": 0,
 }  # fmt: skip
 
 
@@ -29,5 +29,5 @@ def test_free_bits_keep_units_active_under_a_strong_beta(tmp_path: Path) -> None
 def test_a_warm_up_keeps_units_active_under_a_strong_beta(tmp_path: Path) -> None:
     without = figures(tmp_path / "without", beta=2.0, kl_warmup=0.0)
     warm = figures(tmp_path / "warm", beta=2.0, kl_warmup=0.5)
-    assert without["active_units"] <= 4 <= 7 <= warm["active_units"]
+    assert without["active_units"] <= 4 < 6 <= warm["active_units"]
     assert warm["negative_elbo_nats"] < without["negative_elbo_nats"]

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,14 @@ class Child:
             assert time.monotonic() < deadline, f"it still runs after {seconds} s: {self.stderr}"
             time.sleep(0.01)
         return code
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 60) -> None:
+        """Until `condition` holds, while it runs."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self._parent.ask(self.pid) is None, self.stderr
+            assert time.monotonic() < deadline, self.stderr
+            time.sleep(0.01)
 
     @property
     def stdout(self) -> str:

@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -220,9 +219,7 @@ def test_an_ended_command_returns_promptly_and_the_run_continues(
     run = tmp_path / "run"
     arguments = [*FAST, "--output", run, "--epochs", 3000]
     child = parent.start(COMMAND, *arguments, "--checkpoint-seconds", 0.05)
-    deadline = time.monotonic() + 60
-    while not (run / "state").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    child.wait_for((run / "state").exists)
     os.kill(child.pid, number)
     assert child.wait(20) == code, child.stderr
     assert child.stderr.rstrip().endswith(message)

@@ -15,21 +15,26 @@ from typing import Any
 import pytest
 
 PARENT = """
-import gc, json, os, sys
+import gc, json, os, signal, sys
 import sklearn.datasets, torch._dynamo  # which training would import itself
 import vae_training.cli, vae_training.loop
 gc.freeze()  # a child that ends collects its own garbage alone
 
 def serve():
+    running = set()
     for line in sys.stdin:
         task = json.loads(line)
         if isinstance(task, int):
             pid, status = os.waitpid(task, os.WNOHANG)
+            running.discard(pid)
             print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
         elif child := os.fork():
+            running.add(child)
             print(child, flush=True)
         else:
             return task
+    for child in running:
+        os.kill(child, signal.SIGKILL)
     sys.exit()
 
 task = serve()

@@ -99,7 +99,9 @@ def test_vectors_and_binary_images_have_samples_too(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     points = rng.standard_normal((400, 2)) @ rng.standard_normal((2, 5)) + 0.1 * rng.standard_normal((400, 5))
     np.save(tmp_path / "points.npy", points.astype(np.float32))
-    config = TrainConfig(str(tmp_path / "points.npy"), family="mlp", widths=(32,), latent=2, epochs=20, learning_rate=1e-2)
+    config = TrainConfig(
+        str(tmp_path / "points.npy"), family="mlp", widths=(32,), latent=2, epochs=20, learning_rate=1e-2
+    )
     samples = train(config, tmp_path / "vectors", device="cpu")["samples"]
     assert samples["features"] == "5 principal components of the train part"
     assert samples["standard"]["precision"] > 0.5

@@ -99,9 +99,8 @@ def main() -> None:
     for name in CASES if "all" in arguments.cases else arguments.cases:
         begun = time.perf_counter()
         folder = arguments.output / name
-        if folder.exists():
-            if not arguments.force or not (folder / "case.json").is_file():
-                sys.exit(f"{folder} exists; --force replaces it where it is a case")
+        if folder.exists() and not (arguments.force and (folder / "case.json").is_file()):
+            sys.exit(f"{folder} exists; --force replaces it where it is a case")
         whole = arguments.output / f".{name}.part"  # what is interrupted is begun anew, and an old case stays till then
         shutil.rmtree(whole, ignore_errors=True)
         write_case(whole, name, CASES[name](options), options)

@@ -271,8 +271,10 @@ def test_weights_in_another_type_are_named_with_the_cure(form: str, dtype: torch
         export_bundle(both.encode, both.decode, tmp_path / "a.vae", examples=X)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_outputs_in_another_type_become_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "form"), [(torch.float16, "pair"), (torch.bfloat16, "moments"), (torch.float64, "pair")]
+)
+def test_outputs_in_another_type_become_float32(dtype: torch.dtype, form: str, tmp_path: Path) -> None:
     class Cast(nn.Module):
         def __init__(self, network: nn.Module) -> None:
             super().__init__()
@@ -283,15 +285,13 @@ def test_outputs_in_another_type_become_float32(dtype: torch.dtype, tmp_path: Pa
             return output.to(dtype) if isinstance(output, torch.Tensor) else [one.to(dtype) for one in output]
 
     pair = Cast(Encoder()), Cast(Decoder())
-    export_bundle(*pair, tmp_path / "a.vae", examples=X)
-    export_bundle(Cast(Encoder("moments")), pair[1], tmp_path / "b.vae", examples=X)
-    for path in (tmp_path / "a.vae", tmp_path / "b.vae"):
-        with torch.no_grad(), VAE.load(path) as vae:
-            mean, logvar = (one.float().numpy() for one in pair[0](torch.from_numpy(X)))
-            image = pair[1](torch.from_numpy(mean)).float().numpy()
-            np.testing.assert_allclose(vae.encode(X).mean, mean, atol=1e-5)
-            np.testing.assert_allclose(vae.encode(X).logvar, logvar, atol=1e-5)
-            np.testing.assert_allclose(vae.decode(mean), image, atol=1e-5)
+    export_bundle(Cast(Encoder(form)), pair[1], tmp_path / "a.vae", examples=X)
+    with torch.no_grad(), VAE.load(tmp_path / "a.vae") as vae:
+        mean, logvar = (one.float().numpy() for one in pair[0](torch.from_numpy(X)))
+        image = pair[1](torch.from_numpy(mean)).float().numpy()
+        np.testing.assert_allclose(vae.encode(X).mean, mean, atol=1e-5)
+        np.testing.assert_allclose(vae.encode(X).logvar, logvar, atol=1e-5)
+        np.testing.assert_allclose(vae.decode(mean), image, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["examples", "calibrate"])

@@ -24,8 +24,8 @@ def read_labels(path: str, anomaly_labels: Sequence[str] = (), names: Sequence[s
     """Which examples are anomalies, in the file's order -> bool (N,).
 
     anomaly_labels: those that mean an anomaly; none: 1 does, and 0 means that it is none. names: of the examples; a
-    column `name` of a .csv has them in the same order, but for folders and suffixes, or names of somebody else's where
-    the examples are rows of an array.
+    column `name` of a .csv has them in the same order, but for suffixes and for folders that are not needed to tell
+    them apart, or names of somebody else's where the examples are rows of an array.
 
     Raises:
         InputError: the file cannot be read, has no labels that are understood, not those that are asked for, or those
@@ -81,20 +81,27 @@ def _column(path: Path, names: Sequence[str]) -> list[str]:
 
 
 def _check_order(path: Path, found: Sequence[str], names: Sequence[str]) -> None:
-    """Raise where a row is of another example; names of an array's rows are nobody's, and may be others in the file."""
-    theirs, ours = ([_identity(name) for name in some] for some in (found, names))
-    if all(_ROW.fullmatch(name) for name in ours) and not set(theirs) & set(ours):
+    """Raise where a row is of another example; names of an array's rows are nobody's, and may be others in the file.
+
+    Folders count as far as they tell the examples apart, and the file has them: it may come from another place.
+    """
+    theirs, ours = ([_parts(name) for name in some] for some in (found, names))
+    if all(_ROW.fullmatch(name) for name in names) and not set(theirs) & set(ours):
         return
-    different = (n for n, (row, name) in enumerate(zip(theirs, ours, strict=False)) if row != name)
-    if (index := next(different, None)) is not None:  # how many there are is compared later
-        row, name = PurePath(found[index]).name, PurePath(names[index]).name
-        raise InputError(f"{path} has {row} where the inputs have {name}; its rows are expected in their order")
+    longest = max(map(len, ours), default=1)
+    depth = next((n for n in range(1, longest) if len({parts[-n:] for parts in ours}) == len(ours)), longest)
+    for index, (row, example) in enumerate(zip(theirs, ours, strict=False)):  # how many there are is compared later
+        common = min(depth, len(row), len(example))
+        if row[-common:] != example[-common:]:
+            row_name, name = ("/".join(PurePath(one).parts[-common:]) for one in (found[index], names[index]))
+            rule = "its rows are expected in their order"
+            raise InputError(f"{path} has {row_name} where the inputs have {name}; {rule}")
 
 
-def _identity(name: str) -> str:
-    """Of a picture, its file's name without the suffix."""
+def _parts(name: str) -> tuple[str, ...]:
+    """Folders and name, of a picture without the suffix."""
     path = PurePath(name)
-    return path.stem if path.suffix.lower() in PICTURE_SUFFIXES else path.name
+    return (*path.parts[:-1], path.stem if path.suffix.lower() in PICTURE_SUFFIXES else path.name)
 
 
 def _array(path: Path) -> NDArray[Any]:

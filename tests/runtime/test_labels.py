@@ -56,6 +56,13 @@ def test_rows_in_another_order_than_the_examples_are_refused(tmp_path: Path) -> 
         ("x.png a.png b.png", "a.png b.png c.png", "has x.png where the inputs have a.png;"),
         ("a v1.5 c", "a.png v1.6 c.png", r"has v1\.5 where the inputs have v1\.6;"),
         ("a.npy#1 a.npy#0 a.npy#2", "a.npy#0 a.npy#1 a.npy#2", "has a.npy#1 where the inputs have a.npy#0;"),
+        (
+            "q/odd/0.png q/good/1.png q/good/0.png",
+            "e/good/0.png e/good/1.png e/odd/0.png",
+            "has odd/0.png where .* good/0.png;",
+        ),
+        ("q/good/0.png q/good/1.png q/odd/0.png", "e/good/0.png e/good/1.png e/odd/0.png", None),
+        ("0 1 0", "e/good/0.png e/good/1.png e/odd/0.png", None),
         ("a b c", "x/a.jpg y/b.PNG c", None),
         ("a.jpg b.tif c.png", "a.png b.png c.png", None),
     ],

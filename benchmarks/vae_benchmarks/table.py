@@ -127,7 +127,8 @@ def _latency(report: Report) -> str:
     head = ["operation", "input", "batch", "threads", f"p50 {unit}", interval]
     lines = [[*head, "p90", "p99", "mean", "min", "examples/s", "samples"]]
     for row in report.latency:
-        ends = f"{show(row.p50_low_ms)}–{show(row.p50_high_ms)}{'' if row.width_reached else '*'}"
+        ends = _DASH if row.p50_low_ms is None else f"{show(row.p50_low_ms)}–{show(row.p50_high_ms)}"
+        ends += "" if row.width_reached else "*"
         lines.append(
             [
                 *_named(row),
@@ -169,10 +170,10 @@ def _footnotes(report: Report) -> str:
     rows, lines = report.latency, []
     if not all(row.width_reached for row in rows):
         lines.append(
-            f"*  wider than the {report.settings.width:.0%} of the median that was asked for; more --seconds, more "
-            "--rounds or a quieter machine narrow it."
+            f"*  wider than the {report.settings.width:.0%} of the median that was asked for, or of too few samples to "
+            "be told; more --seconds, more --rounds or a quieter machine narrow it."
         )
-    if any(row.interval_from == "samples" for row in rows):
+    if any(row.interval_from == "samples" and row.p50_low_ms is not None for row in rows):
         lines.append("With so few rounds the intervals take calls in one process for independent: they are too narrow.")
     if any(row.p99_ms is None for row in rows):
         lines.append(f"{_DASH}  too few samples for this figure, or calls too short to be timed one by one.")

@@ -194,14 +194,16 @@ def examples(vae: Any, batch: int, size: list[int] | None, dtype: str | None = "
     import numpy as np
 
     from vae_runtime import to_uint8
+    from vae_runtime.preprocess import fitting_memory
 
     golden = vae.golden()["x"]
-    if size is not None:
-        more = [max(wanted - side, 0) for wanted, side in zip(size, golden.shape[2:], strict=True)]
-        golden = np.pad(golden, ((0, 0), (0, 0), (0, more[0]), (0, more[1])), mode="symmetric")[
-            ..., : size[0], : size[1]
-        ]
-    return tile(to_uint8(golden) if dtype == "uint8" else golden, batch)
+    with fitting_memory("a batch of inputs", (batch, golden.shape[1], *size) if size else (batch, *golden.shape[1:])):
+        if size is not None:
+            more = [max(wanted - side, 0) for wanted, side in zip(size, golden.shape[2:], strict=True)]
+            golden = np.pad(golden, ((0, 0), (0, 0), (0, more[0]), (0, more[1])), mode="symmetric")[
+                ..., : size[0], : size[1]
+            ]
+        return tile(to_uint8(golden) if dtype == "uint8" else golden, batch)
 
 
 def tile(examples: Any, batch: int) -> Any:

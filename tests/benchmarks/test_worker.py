@@ -15,7 +15,7 @@ import pytest
 import vae_runtime.errors as errors
 from vae_benchmarks import BenchmarkError, children, worker
 from vae_runtime import VAE, DeviceArray, DevicePosterior, to_uint8
-from vae_runtime.errors import MissingExtraError, VAEError
+from vae_runtime.errors import InputError, MissingExtraError, VAEError
 
 STARTUP = {"device": "cpu", "precision": "fp32", "threads": 1, "batch": 8}
 
@@ -33,6 +33,14 @@ def test_operations_are_the_public_ones_on_golden_inputs(tiny: Path) -> None:
         for operation, value in expected.items():
             result = worker.make_call(vae, operation, 6)()
             np.testing.assert_array_equal(getattr(result, "mean", result) if operation == "encode" else result, value)
+
+
+def test_images_that_no_memory_holds_are_told_in_words(free: Path) -> None:
+    with (
+        VAE.load(free, threads=1) as vae,
+        pytest.raises(InputError, match=r"of shape \(2, 3, 1048576, 1048576\) does not"),
+    ):
+        worker.examples(vae, 2, [2**20, 2**20])
 
 
 def test_images_of_another_size_are_cut_or_mirrored(free: Path) -> None:

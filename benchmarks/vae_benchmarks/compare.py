@@ -175,8 +175,10 @@ def compare(a: Report, b: Report, threshold: float = 0.05, confidence: float = 0
 
 def _incomparable(a: Report, b: Report, differs: Sequence[Difference]) -> set[str]:
     """The figures of the start-up that are of something else in B than in A, and not of what is compared."""
-    one, other = ({**dataclasses.asdict(report.startup), "size": report.settings.size} for report in (a, b))
+    one, other = ({**dataclasses.asdict(report.startup), "size": report.image_size} for report in (a, b))
     compared = {found.axis for found in differs}
+    if one["size"] is None or other["size"] is None:  # not known
+        compared.add("size")
     changed = [name for name in _CHANGED_BY if name not in compared and one[name] != other[name]]
     return {figure for name in changed for figure in _CHANGED_BY[name]}
 
@@ -222,7 +224,7 @@ def _differences(a: Report, b: Report, differs: Sequence[Difference]) -> Iterato
         "the machines differ": ("machine", ("load_average_1min",)),
         "the GPUs differ": ("gpus", ("sm_clock_mhz", "memory_clock_mhz", "utilization_percent", "memory_used_bytes")),
         "the versions differ": ("versions", ()),
-        "the bundles differ": ("bundle", ("folder",)),
+        "the bundles differ": ("bundle", ("folder", "size")),
         # Which rows there are shows in the rows themselves.
         "the settings differ": ("settings", ("operations", "batches", "threads", "inputs", "device", "precision")),
         "the conditions of the start-up differ": (

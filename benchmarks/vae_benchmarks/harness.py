@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import hashlib
 import math
@@ -64,8 +63,6 @@ def benchmark(
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     machine = MachineFacts.read()
     facts = _bundle_facts(Path(bundle), settings)
-    if settings.size is None:  # by name, so that a report says what it is of
-        settings = dataclasses.replace(settings, size=Bundle.open(bundle).manifest.input.default_size)
     measured, skipped = _skip_what_cannot_run(settings, Path(bundle))
     path, before = str(bundle), CpuTime.read()
     tell("one start beforehand, so that the files are in the system's cache")
@@ -116,6 +113,7 @@ def _bundle_facts(path: Path, settings: Settings) -> BundleFacts:
         manifest_file_sha256=_manifest_file_sha256(path),
         golden=len(golden["x"]),
         golden_source=manifest.golden.source,
+        size=manifest.input.example_shape[1:] if manifest.input.is_image else None,
     )
 
 

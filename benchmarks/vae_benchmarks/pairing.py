@@ -34,7 +34,7 @@ class Pairing:
     only_in_a: tuple[RowKey, ...]
     only_in_b: tuple[RowKey, ...]
     differs: tuple[Difference, ...]
-    sizes: tuple[tuple[int, ...] | None, tuple[int, ...] | None] | None = None
+    sizes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
 
 def pair_rows(a: Report, b: Report) -> Pairing:
@@ -45,8 +45,9 @@ def pair_rows(a: Report, b: Report) -> Pairing:
         values_a, values_b = _values(keys_a, axis), _values(keys_b, axis)
         if len(values_a) == len(values_b) == 1 and values_a != values_b:
             differs.append(Difference(axis, *values_a, *values_b))
-    if (sizes := (a.settings.size, b.settings.size)) and sizes[0] != sizes[1]:
-        return Pairing((), tuple(keys_a), tuple(keys_b), tuple(differs), sizes)
+    sizes = a.image_size, b.image_size
+    if sizes[0] is not None and sizes[1] is not None and sizes[0] != sizes[1]:
+        return Pairing((), tuple(keys_a), tuple(keys_b), tuple(differs), (sizes[0], sizes[1]))
     ignored: dict[str, Any] = {differs[0].axis: None} if len(differs) == 1 else {}
     found_b = {key._replace(**ignored): key for key in keys_b}
     pairs = [(key, found_b[alike]) for key in keys_a if (alike := key._replace(**ignored)) in found_b]
@@ -58,7 +59,7 @@ def pair_rows(a: Report, b: Report) -> Pairing:
 def why_no_pair(pairing: Pairing) -> str:
     """In words, where there is none."""
     if pairing.sizes is not None:
-        one, other = ("the bundle's size" if size is None else "{}x{}".format(*size) for size in pairing.sizes)
+        one, other = ("{}x{}".format(*size) for size in pairing.sizes)
         return f"no row is in both reports: the images of A are of {one}, those of B of {other}"
     sides = pairing.only_in_a, pairing.only_in_b
     apart = []

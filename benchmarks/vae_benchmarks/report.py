@@ -227,7 +227,9 @@ class StartupReport:
 
 @dataclass(frozen=True)
 class BundleFacts:
-    """folder: the last part of its path only. golden: how many golden inputs it has, golden_source: what they are."""
+    """folder: the last part of its path only. golden: how many golden inputs it has, golden_source: what they are.
+    size: (height, width) of its images, where it leaves that free the default; None for vectors, and in older reports.
+    """
 
     folder: str
     name: str
@@ -235,6 +237,7 @@ class BundleFacts:
     manifest_file_sha256: str
     golden: int
     golden_source: str
+    size: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -294,6 +297,11 @@ class Report:
     latency: tuple[LatencyReport, ...]
     gpus: tuple[GpuFacts, ...] = ()
     other_cores_busy: float | None = None
+
+    @property
+    def image_size(self) -> tuple[int, ...] | None:
+        """(height, width) of the images that were measured; None where there are none, or it is not known."""
+        return self.settings.size or self.bundle.size
 
     @property
     def busy_with(self) -> str | None:

@@ -230,7 +230,7 @@ def _stages() -> Iterator[None]:
     """Tell on stderr what the export is at, where that is a terminal: with large models, each may take minutes."""
     log, handler = logging.getLogger(__package__), logging.StreamHandler(sys.stderr)
     level = log.level
-    if sys.stderr.isatty():
+    if _is_terminal():
         log.addHandler(handler)
         log.setLevel(logging.INFO)
     try:
@@ -238,6 +238,10 @@ def _stages() -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()  # None where it is closed
 
 
 @contextlib.contextmanager
@@ -248,7 +252,7 @@ def _progress(label: str) -> Iterator[Progress]:
 
         def tell(done: int, total: int) -> None:
             if not bars:
-                hidden = not sys.stderr.isatty()
+                hidden = not _is_terminal()
                 bar = click.progressbar(length=total, label=label, file=sys.stderr, hidden=hidden)
                 bars.append(stack.enter_context(bar))
             bars[0].update(done - bars[0].pos)

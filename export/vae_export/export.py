@@ -272,8 +272,8 @@ def export_bundle(
     encoder: a torch.nn.Module, or a method of one, x -> (mean, logvar), or for kind="autoencoder" x -> code. What it
         returns may be a pair, a dict, a torch.distributions.Normal, or one tensor with the mean and the logvar along
         the channels. decoder: z -> reconstruction. Both take images float32 (N, C, H, W) (the result is cut to [0, 1]),
-        or vectors float32 (N, D), and give them. They are put into evaluation mode for the export and left, with their
-        buffers, as they were.
+        or vectors float32 (N, D), and give them. They run in evaluation mode and are left in the mode they were in;
+        what their own code changes of them when it runs, such as a count of its calls, stays changed.
     examples: real inputs, at least one, numpy or torch, as `vae_runtime.VAE.encode` takes them; the more, the better
         verified.
     name: None takes the file name of `path`.
@@ -550,48 +550,15 @@ class _Half(nn.Module):
 
 @contextlib.contextmanager
 def _evaluation_mode(*modules: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards every submodule is in the mode it was in, with the attributes and
-    the buffers that it had: code of others counts its calls and averages what it sees, and an export runs it often."""
-    parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
-    states = [_State(part) for part in parts]
+    """Evaluation mode inside the block; afterwards every submodule is in the mode it was in."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
     try:
         for module in modules:
             module.eval()
         yield
     finally:
-        for state in states:
-            state.restore()
-
-
-class _State:
-    """What running one module may change of it, without the modules in it; its parameters are not looked at."""
-
-    def __init__(self, part: nn.Module) -> None:
-        self._part, self._sort, self._training = part, type(part), part.training
-        self._attributes, self._buffers = dict(vars(part)), dict(part._buffers)
-        self._values = [
-            (buffer, buffer.detach().clone())
-            for buffer in self._buffers.values()
-            if buffer is not None and not nn.parameter.is_lazy(buffer)
-        ]
-
-    def restore(self) -> None:
-        self._part.training = self._training
-        if type(self._part) is not self._sort:  # a lazy module, which has become what it stands for
-            return
-        _set_back(vars(self._part), self._attributes)
-        if isinstance(self._part._buffers, dict):  # not of TorchScript, which keeps its own
-            _set_back(self._part._buffers, self._buffers)
-        with torch.no_grad():
-            for buffer, value in self._values:
-                if buffer.layout != torch.strided or not torch.equal(buffer, value):
-                    buffer.copy_(value)
-
-
-def _set_back(now: dict[str, Any], before: dict[str, Any]) -> None:
-    for name in now.keys() - before.keys():
-        del now[name]
-    now.update(before)
+        for part, training in modes:
+            part.training = training
 
 
 def _producer() -> dict[str, str]:

@@ -31,7 +31,7 @@ from .simplify import simplified
 
 Call = Callable[[nn.Module, Tensor], Any]
 OPSET, IR_VERSION = 20, 10  # read by onnxruntime 1.18 and newer
-_LOGGERS = ("torch.onnx", "torch.fx.experimental.symbolic_shapes")
+_LOGGERS = ("torch.onnx", "torch.fx.experimental.symbolic_shapes", "torch._guards", "torch._dynamo", "torch.export")
 MAX_ELEMENTS = 2**31  # of a tensor; from there on torch's kernels that count in 32 bits fail
 MAX_BYTES = 2**31 - 2**20  # of one protocol buffer message, with some room for its frame
 
@@ -180,9 +180,12 @@ def _trace(module: nn.Module, example: Tensor, free: bool) -> torch.export.Expor
         try:
             return trace(strict=False)
         except Exception:
-            # Reading the code instead of running it, torch understands len(x), int(x.shape[0]) and assertions too.
+            # Reading the code instead of running it, torch understands len(x), int(x.shape[0]) and assertions too, and
+            # knows up to which size it takes what it took.
             with contextlib.suppress(Exception):
-                return trace(strict=True)
+                read = trace(strict=True)
+                if not any(sizes.upper.is_Integer for sizes in read.range_constraints.values()):  # all are int_oo
+                    return read
             raise
 
 
@@ -321,7 +324,7 @@ def quiet() -> Iterator[None]:
     fails, it prints the graph that it has so far."""
     levels = {logger: logger.level for logger in map(logging.getLogger, _LOGGERS)}
     for logger in levels:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)
     try:
         with (
             warnings.catch_warnings(),

@@ -37,7 +37,7 @@ class Command(click.Command):
             if error.errno == errno.EPIPE:  # a reader that has enough, which click looks after
                 raise
             name = "" if error.filename is None else f"{error.filename} cannot be used: "
-            raise click.ClickException(f"{name}{error.strerror}") from error
+            raise click.ClickException(f"{name}{error.strerror or error}") from error
 
 
 class Group(click.Group):
@@ -50,15 +50,14 @@ class Group(click.Group):
 def _any_file_names() -> Iterator[None]:
     """Names of files that are no UTF-8 are printed byte by byte, as they are."""
     stream = sys.stdout
-    if not isinstance(stream, io.TextIOWrapper):
-        yield
+    if not isinstance(stream, io.TextIOWrapper) or stream.closed or stream.errors != "strict":
+        yield  # PYTHONIOENCODING has said what to do with them
         return
-    before = stream.errors
     stream.reconfigure(errors="surrogateescape")
     try:
         yield
     finally:
-        stream.reconfigure(errors=before)
+        stream.reconfigure(errors="strict")
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Sequence
-from pathlib import Path, PurePath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,7 @@ def _read(path: Path, names: Sequence[str]) -> list[str]:
 
 
 def _column(path: Path, names: Sequence[str]) -> list[str]:
-    with path.open(encoding="utf-8-sig", newline="") as stream:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:  # names of any bytes
         rows = [[cell.strip() for cell in row] for row in csv.reader(stream) if row]
     if not rows:
         return []
@@ -72,7 +72,8 @@ def _column(path: Path, names: Sequence[str]) -> list[str]:
         head, rows = rows[0], rows[1:]
         place = head.index("label")
         if "name" in head:
-            _check_order(path, [row[head.index("name")] for row in rows if len(row) > head.index("name")], names)
+            column = head.index("name")
+            _check_order(path, [row[column] if column < len(row) else "" for row in rows], names)
     elif len(rows[0]) == 1:
         place = 0
     else:
@@ -86,6 +87,8 @@ def _check_order(path: Path, found: Sequence[str], names: Sequence[str]) -> None
     Folders count as far as they tell the examples apart, and the file has them: it may come from another place.
     """
     theirs, ours = ([_parts(name) for name in some] for some in (found, names))
+    if len(set(ours)) < len(set(names)):  # a.png and a.jpg
+        theirs, ours = ([_parts(name, "") for name in some] for some in (found, names))
     if all(_ROW.fullmatch(name) for name in names) and not set(theirs) & set(ours):
         return
     longest = max(map(len, ours), default=1)
@@ -93,15 +96,15 @@ def _check_order(path: Path, found: Sequence[str], names: Sequence[str]) -> None
     for index, (row, example) in enumerate(zip(theirs, ours, strict=False)):  # how many there are is compared later
         common = min(depth, len(row), len(example))
         if row[-common:] != example[-common:]:
-            row_name, name = ("/".join(PurePath(one).parts[-common:]) for one in (found[index], names[index]))
+            row_name, name = ("/".join(_parts(one, "")[-common:]) for one in (found[index], names[index]))
             rule = "its rows are expected in their order"
             raise InputError(f"{path} has {row_name} where the inputs have {name}; {rule}")
 
 
-def _parts(name: str) -> tuple[str, ...]:
-    """Folders and name, of a picture without the suffix."""
-    path = PurePath(name)
-    return (*path.parts[:-1], path.stem if path.suffix.lower() in PICTURE_SUFFIXES else path.name)
+def _parts(name: str, suffixes: str | tuple[str, ...] = PICTURE_SUFFIXES) -> tuple[str, ...]:
+    """Folders and name, by the separators of any system, without one of the suffixes."""
+    path = PureWindowsPath(name)  # takes both separators
+    return (*path.parts[:-1], path.stem if path.suffix and path.suffix.lower() in suffixes else path.name)
 
 
 def _array(path: Path) -> NDArray[Any]:

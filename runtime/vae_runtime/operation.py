@@ -130,7 +130,9 @@ class Operation:
                 if results is not None:
                     return results
         if isinstance(array, _ARRAY) and array.dtype == PIXEL and (batch_size or array.size > _CHUNK_VALUES):
-            return self._run_bytes(array, batch_size)
+            pixels = self.channels_first(array)
+            if pixels is not None and len(array) > (size := self.chunk_size(batch_size, pixels.shape[1:])):
+                return self._run_bytes(array, pixels.shape, size)
         checked = self._check(array)
         results = self.run(checked, self.chunk_size(batch_size, checked.shape[1:]))
         if given is not None:
@@ -201,20 +203,13 @@ class Operation:
         with fitting_memory("the result for inputs", shape):
             return [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
 
-    def _run_bytes(self, array: UInt8, batch_size: int | None) -> list[Float32]:
-        """uint8, of which any value is good and which takes four times the memory as float32, chunk by chunk."""
-        if not array.ndim or not len(array):
-            return self.run(self._check(array), 1)  # says what is wrong
-        try:
-            shape = self._check(array[:1]).shape[1:]
-        except InputError:
-            self._check(array)  # says it of all
-            raise
-        size = self.chunk_size(batch_size, shape)
-        parts = [
-            self.run(self._check(array[start : start + size]), size, len(array)) for start in range(0, len(array), size)
-        ]
-        return self._joined(parts, (len(array), *shape))
+    def _run_bytes(self, array: UInt8, shape: tuple[int, ...], size: int) -> list[Float32]:
+        """uint8, of which any value is good and which takes four times the memory as float32, in chunks of `size`.
+        shape: as the graph has it."""
+        if not self._boundary.accepts(shape[1:]):
+            self._check(array)  # says what is wrong
+        chunks = (self._check(array[start : start + size]) for start in range(0, len(array), size))
+        return self._joined([self.run(chunk, size, len(array)) for chunk in chunks], shape)
 
     def run_on_device(self, array: Any, name: str) -> list[DeviceArray]:
         """The same without leaving the device's memory, in one piece. array: what a call takes, or an array in that

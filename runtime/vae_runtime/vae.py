@@ -389,6 +389,7 @@ class VAE:
         n_samples: draws per example; more narrow the estimate, not the bound.
         seed: the same gives the same draws for the n-th example; None: fresh ones.
         batch_size: examples, and draws, per call of a graph; None chooses. It bounds memory, not the result.
+        It is NaN, or infinite, where the model's numbers overflow.
 
         Raises:
             InputError: as `encode`; `n_samples` or `seed` out of range. KindError: the bundle is a plain autoencoder.

@@ -124,9 +124,9 @@ def test_a_report_that_could_not_be_written_in_the_end_is_shown(
     assert "a.json cannot be written: No such file or directory" in result.stderr
 
 
-def test_a_report_says_of_which_size_its_images_are(free: Path) -> None:
+def test_a_report_says_of_which_size_the_bundles_images_are(free: Path) -> None:
     options = ("--operation", "encode", "--batch", "1", "--threads", "1", "--seconds", "0.01", "--rounds", "1")
-    assert json.loads(run(free, *options, "--json").stdout)["settings"]["size"] == [12, 16]
+    assert json.loads(run(free, *options, "--json").stdout)["bundle"]["size"] == [12, 16]
 
 
 def test_an_existing_output_is_refused_before_anything_is_measured(

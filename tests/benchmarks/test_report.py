@@ -37,7 +37,7 @@ KEY = RowKey("encode", 4, 1, "cpu", "fp32", "float32")
 DOCUMENT_KEYS = {
     "": "bundle clock created format format_version gpus latency machine method other_cores_busy plan settings skipped "
     "startup versions",
-    "bundle": "folder golden golden_source kind manifest_file_sha256 name",
+    "bundle": "folder golden golden_source kind manifest_file_sha256 name size",
     "clock": "cost_ns resolution_ns",
     "machine": "architecture cores_logical cores_physical cores_usable cpu cpu_quota governors gpu load_average_1min "
     "memory_bytes memory_limit_bytes system",
@@ -166,6 +166,7 @@ def test_reports_from_before_a_key_was_added_are_read(measured: Report) -> None:
     assert 0 <= document.pop("other_cores_busy") <= (measured.machine.cores_usable or 1) + 0.5
     assert document["settings"].pop("split") is None
     assert document["settings"].pop("size") is None
+    assert document["bundle"].pop("size") == [8, 8]
     assert document["settings"].pop("inputs") == ["float32"]
     assert document["startup"].pop("input") == "float32"
     assert [row.pop("input") for row in document["latency"]] == [None, None, "float32", "float32"]
@@ -173,7 +174,8 @@ def test_reports_from_before_a_key_was_added_are_read(measured: Report) -> None:
     assert [row.pop("split") for row in document["latency"]] == [None] * 4
     older = Report.from_dict(document)
     assert "Parts:" not in format_report(older)
-    measured = dataclasses.replace(measured, method=older.method, other_cores_busy=None)
+    bundle = dataclasses.replace(measured.bundle, size=None)
+    measured = dataclasses.replace(measured, method=older.method, other_cores_busy=None, bundle=bundle)
     assert Report.from_dict(document) == measured
 
 

@@ -123,41 +123,6 @@ def test_methods_are_taken_with_the_mode_of_what_they_are_of(tmp_path: Path) -> 
     check(tmp_path / "a.vae")
 
 
-class Counting(Encoder):
-    """Changes itself in every way that code of others does, in evaluation mode too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
-        self.register_buffer("average", torch.zeros(6))
-        self.register_buffer("unused", None)
-        self.last = 0
-
-    def forward(self, x: torch.Tensor) -> Any:
-        self.calls += 1
-        self.average = 0.9 * self.average + 0.1 * self.layer(x.flatten(1)).detach().mean(0)
-        self.unused = self.average[:1]
-        if not torch.compiler.is_exporting():
-            self.last += 1
-        return super().forward(x)
-
-
-def test_buffers_and_attributes_are_left_as_they_were(tmp_path: Path) -> None:
-    encoder = Counting().train()
-    before, values = dict(encoder.named_buffers()), {name: one.clone() for name, one in encoder.named_buffers()}
-    export_bundle(encoder, Decoder(), tmp_path / "a.vae", examples=X)
-    check(tmp_path / "a.vae")
-    after = dict(encoder.named_buffers())
-    assert list(after) == list(before)
-    for name, buffer in after.items():
-        assert buffer is before[name]
-        torch.testing.assert_close(buffer, values[name], rtol=0, atol=0)
-    assert (encoder.last, encoder.unused, encoder.training) == (0, None, True)
-    with pytest.raises(ExportError, match="the decoder does not run"):
-        export_bundle(encoder, Encoder(), tmp_path / "b.vae", examples=X)
-    assert (encoder.last, int(encoder.calls)) == (0, 0)
-
-
 def test_lazy_layers_keep_what_they_have_become(tmp_path: Path) -> None:
     encoder = nn.Sequential(nn.Flatten(), nn.LazyLinear(6), nn.LazyBatchNorm1d())
     export_bundle(encoder, Decoder(), tmp_path / "a.vae", examples=X)

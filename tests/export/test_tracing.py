@@ -67,15 +67,22 @@ def test_code_that_has_to_be_read_is_exported(to_rows: Any, tmp_path: Path) -> N
             "its code makes a plain number of the batch size, as a loop",
         ),
         (
+            lambda x: (2 * x if len(x) > 100 else x).flatten(1),
+            "its code makes a plain number of the batch size, as a loop",
+        ),
+        (
             lambda x: torch.cat([rows.flatten(1) for rows in x.split(4)]),
             "fails at batch size 7, as code that decides by",
         ),
     ],
-    ids=["branch", "loop", "split"],
+    ids=["branch", "loop", "decision", "split"],
 )
-def test_code_that_no_graph_can_follow_is_named(to_rows: Any, message: str, tmp_path: Path) -> None:
+def test_code_that_no_graph_can_follow_is_named(
+    to_rows: Any, message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     model = Model(to_rows)
     with pytest.raises(ExportError, match=message) as caught:
         export_bundle(model.encode, model.decode, tmp_path / "a.vae", examples=X)
     assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
     assert list(tmp_path.iterdir()) == []

@@ -108,6 +108,23 @@ def test_names_of_files_may_be_any_bytes(tiny_path: Path, tmp_path: Path) -> Non
     assert os.fsencode(json.loads((tmp_path / "a.json").read_text())["scores"][0]["name"]) == path
 
 
+def test_what_was_said_of_other_characters_stays(tiny_path: Path, tmp_path: Path) -> None:
+    images = pytest.importorskip("PIL.Image")
+    images.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "日.png")
+    command = [sys.executable, "-c", MAIN, "score", str(tiny_path), str(tmp_path / "日.png")]
+    latin = {**os.environ, "PYTHONIOENCODING": "latin-1:replace"}
+    done = subprocess.run(command, env=latin, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"/?.png" in done.stdout
+
+
+def test_errors_of_the_system_without_a_number_keep_their_text() -> None:
+    def fail() -> None:
+        raise OSError("what happened")
+
+    assert CliRunner().invoke(click.command(cls=Command)(fail), []).stderr == "Error: what happened\n"
+
+
 def test_texts_of_others_do_not_command_a_terminal() -> None:
     assert printable("a \x1b[31mµ\u202e\n b\r") == "a \\x1b[31mµ\\u202e\n b\\r"
 

@@ -62,6 +62,8 @@ def test_rows_in_another_order_than_the_examples_are_refused(tmp_path: Path) -> 
             "has odd/0.png where .* good/0.png;",
         ),
         ("q/good/0.png q/good/1.png q/odd/0.png", "e/good/0.png e/good/1.png e/odd/0.png", None),
+        ("good\\0.png good\\1.png odd\\0.png", "e/good/0.png e/good/1.png e/odd/0.png", None),
+        ("a.jpg a.png b.png", "a.png a.jpg b.png", "has a.jpg where the inputs have a.png;"),
         ("0 1 0", "e/good/0.png e/good/1.png e/odd/0.png", None),
         ("a b c", "x/a.jpg y/b.PNG c", None),
         ("a.jpg b.tif c.png", "a.png b.png c.png", None),

@@ -130,6 +130,8 @@ def test_bytes_become_float32_chunk_by_chunk(tiny: VAE) -> None:
     tracemalloc.stop()
     assert np.allclose(found, expected, **CLOSE)
     assert peak < 4e6
+    with pytest.raises(InputError, match=r"images has shape \(20000, 8, 8, 3\); expected"):
+        tiny.encode(pixels[..., None].repeat(3, axis=-1), batch_size=100)
     with pytest.raises(InputError, match=r"images has shape \(20000, 7, 8\); expected"):
         tiny.encode(pixels[:, 1:], batch_size=100)
     with pytest.raises(InputError, match=r"images has shape \(0, 8, 8\)"):

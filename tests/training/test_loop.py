@@ -252,6 +252,13 @@ def test_tensorboard_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         train(small(epochs=1), tmp_path / "other", device="cpu", tensorboard=True)
 
 
+def test_an_autoencoder_has_no_warm_up_to_be_patient_with(tmp_path: Path) -> None:
+    config = small(kind="autoencoder", patience=2, epochs=40, kl_warmup=0.5, learning_rate=0.5)
+    training = train(config, tmp_path / "run", device="cpu")["training"]
+    assert training["stopped_early"]
+    assert training["epochs"] < 20
+
+
 def test_devices_that_are_not_there(tmp_path: Path) -> None:
     for device, message in (
         ("tpu", "device is 'tpu'; expected auto, cpu"),

@@ -200,7 +200,26 @@ def test_other_examples_do_not_continue(tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(TrainingError, match=r"run was begun with other examples than .*x\.npy has now"):
             train(config, tmp_path / "run", device="cpu", resume=True)
     np.save(tmp_path / "x.npy", images)
-    train(config, tmp_path / "run", device="cpu", resume=True)
+    metrics = train(config, tmp_path / "run", device="cpu", resume=True)
+    np.save(tmp_path / "x.npy", images[::-1])
+    assert train(config, tmp_path / "run", device="cpu", resume=True) == metrics  # finished, and left as it is
+
+
+def test_a_run_of_before_that_chose_weights_by_the_elbo_chooses_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_at(monkeypatch, 14, 12)
+    with pytest.raises(StopError):
+        train(CONFIG, tmp_path / "run", device="cpu")
+    monkeypatch.undo()
+    path = tmp_path / "run/run.json"
+    before = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in before.items() if name != "data"}))
+    state = tmp_path / "run/state/progress.pt"
+    progress = torch.load(state, weights_only=True)
+    torch.save({**progress, "best": -1e9}, state)  # by another figure, which those of this one never reach
+    metrics = train(CONFIG, tmp_path / "run", device="cpu", resume=True)
+    assert metrics["training"]["best_epoch"] > 12 // 4
 
 
 def test_a_run_of_another_version_does_not_continue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

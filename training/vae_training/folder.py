@@ -26,10 +26,13 @@ RUN_FILE, METRICS_FILE, MODEL_FILE, STATE_FOLDER = "run.json", "metrics.json", "
 
 
 class RunFolder:
-    """An output folder that belongs to one run; `open_run` makes one."""
+    """An output folder that belongs to one run; `open_run` makes one.
 
-    def __init__(self, path: Path, run: str) -> None:
-        self.path, self.run = path, run
+    chose_by_elbo: begun by a version that called those weights the best whose -ELBO was, whatever was trained for.
+    """
+
+    def __init__(self, path: Path, run: str, chose_by_elbo: bool = False) -> None:
+        self.path, self.run, self.chose_by_elbo = path, run, chose_by_elbo
 
     @property
     def state(self) -> Path:
@@ -115,12 +118,12 @@ def _continue_run(path: Path, config: TrainConfig, data: str, recorded: dict[str
             f"{path / RUN_FILE} has format_version {run.get('format_version')!r}; this version continues runs of"
             f" {FORMAT_VERSION}"
         )
-    if run.get("data", data) != data:  # older runs have none
+    folder = RunFolder(path, str(run.get("run")), chose_by_elbo="data" not in run)
+    if folder.finished() is None and run.get("data", data) != data:  # older runs have none
         raise TrainingError(
             f"{path} was begun with other examples than {config.data} has now: what was trained on then may be in the"
             " test part today; --force begins anew"
         )
-    folder = RunFolder(path, str(run.get("run")))
     folder.remove_leftovers()
     return folder
 

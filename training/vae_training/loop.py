@@ -215,7 +215,8 @@ class Run:
         if writer is not None:
             for name in ("train_loss_nats", "validation_nats"):
                 writer.add_scalar(name, self.state.history[-1][name], self.state.step)
-        warm = round(self.config.kl_warmup * self.steps) // self.feed.steps_per_epoch  # until then the loss changes
+        steps = round(self.config.kl_warmup * self.steps) if self.config.kind == "vae" else 0
+        warm = steps // self.feed.steps_per_epoch  # until then the loss changes
         self.state.stopped = 0 < self.config.patience <= epoch - max(warm, self.state.best_epoch)
 
     def require_finite(self, figures: dict[str, Any], where: str) -> None:
@@ -271,6 +272,8 @@ class Run:
             self.ema.load_state_dict(content.pop("ema"))
             self.state = State(**content)
             self.accelerator.load_state(str(state))
+            if self.folder.chose_by_elbo:
+                self.state.best = math.inf
         except Exception as error:  # whatever a damaged file leads torch and safetensors to
             reason = " ".join(str(error).split()[:40])
             raise TrainingError(f"{state} cannot be continued from: {reason}; --force begins anew") from None

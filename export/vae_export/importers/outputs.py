@@ -104,19 +104,16 @@ def _fields(output: Any) -> dict[Any, Any] | None:
 
 
 def named_pair(names: Iterable[Any]) -> tuple[Any, Any, str] | None:
-    """Which of these names are a mean's and its spread's, and what the spread is; None where they do not say so, or say
-    two of them."""
-    texts = {name: str(name) if name == COVARIANCE else str(name).lower() for name in names}
-    if len(set(texts.values())) < len(texts):
-        return None
-    known = {text: name for name, text in texts.items()}
-    found = []
+    """Which of these names are a mean's and its spread's, and what the spread is; None where they do not say so. As it
+    is written comes before capitals, and plain names before those with a prefix."""
+    names = list(names)
+    known = {str(name).lower(): name for name in names if name != COVARIANCE} | {str(name): name for name in names}
     for prefix in PREFIXES:
         mean = next((name for name in MEANS if prefix + name in known), None)
         spread = next((name for name in NAMED_SPREADS if prefix + name in known), None)
         if mean is not None and spread is not None:
-            found.append((known[prefix + mean], known[prefix + spread], NAMED_SPREADS[spread]))
-    return found[0] if len(found) == 1 else None
+            return known[prefix + mean], known[prefix + spread], NAMED_SPREADS[spread]
+    return None
 
 
 def _read_named(fields: Mapping[Any, Any]) -> Encoded | None:

@@ -461,6 +461,8 @@ STD = (LOGVAR / 2).exp()
         {"mu": MEAN, "log_sigma": LOGVAR / 2},
         {"z_mean": MEAN, "z_log_var": LOGVAR, "z": MEAN + 1, "mean": MEAN + 2},
         {"Mu": MEAN, "LogVar": LOGVAR},
+        {"Mean": MEAN + 1, "mean": MEAN, "std": STD, "x": MEAN, "X": MEAN},
+        {"z_mean": MEAN + 1, "z_std": STD, "mean": MEAN, "std": STD},
         SimpleNamespace(z_mean=MEAN, z_log_var=LOGVAR),
         namedtuple("Posterior", "mu logvar")(MEAN, LOGVAR),
         namedtuple("Output", "latent_dist")(SimpleNamespace(mean=MEAN, logvar=LOGVAR)),
@@ -524,8 +526,6 @@ def test_forms_of_a_reconstruction(output: Any) -> None:
         ({"mean": MEAN, "z": MEAN}, "dict with mean, z"),
         ({"z": MEAN, "z_mean": MEAN}, "dict with z, z_mean"),
         ({"mu": MEAN, "Sigma": STD}, "dict with mu, Sigma"),  # which may be a covariance
-        ({"mean": MEAN, "Mean": MEAN, "std": STD}, "dict with mean, Mean, std"),
-        ({"mean": MEAN, "std": STD, "z_mean": MEAN, "z_std": STD}, "dict with mean, std, z_mean, z_std"),
         (None, "returns NoneType"),
         (MultivariateNormal(MEAN[0], torch.eye(2)), "MultivariateNormal; a bundle's posterior is a diagonal normal"),
     ],

@@ -25,8 +25,9 @@ def to_decoder_input(latents: Any, shape: Shape, name: str = "latents") -> Float
     return cast("Float32", latents)
 
 
-def require_encoded(latents: Float32, names: Sequence[str] | str) -> Float32:
-    """What the encoder gave for inputs, finite. names: of the inputs, or of the argument that has them.
+def require_encoded(latents: Float32, names: Sequence[str] | str, what: str = "latent") -> Float32:
+    """What the encoder gave for inputs, or `what` else came of them, finite. names: of the inputs, or of the argument
+    that has them.
 
     Raises:
         InputError: the network's numbers overflowed on an input, which is named.
@@ -34,7 +35,7 @@ def require_encoded(latents: Float32, names: Sequence[str] | str) -> Float32:
     if not (finite := np.isfinite(latents)).all():
         row = int(finite.reshape(len(latents), -1).all(axis=1).argmin())
         name = f"{names}[{row}]" if isinstance(names, str) else names[row]
-        raise InputError(f"{name} is so far from what the model knows that its latent has NaN or infinite values")
+        raise InputError(f"{name} is so far from what the model knows that its {what} has NaN or infinite values")
     return latents
 
 

@@ -32,6 +32,7 @@ from .detection import auroc, average_precision, check_labels
 from .errors import InputError
 from .images import overlay
 from .labels import read_labels
+from .latents import require_encoded
 from .preprocess import Float32, Float64, to_model_input
 from .scoring import default_method, score_methods
 from .sources import ARRAY_SUFFIXES
@@ -262,7 +263,7 @@ def _open_maps(
         with sinks.ArrayWriter(Path(output), {"map": (len(source), *shape)}) as writer:
 
             def append(batch: Any, names: list[str]) -> None:
-                maps = vae.score_map(batch)
+                maps = _maps_of(vae, batch, names)
                 if maps.shape[1:] != shape:
                     raise sinks.different_sizes(names[0], maps.shape[1:], shape)
                 writer.append(map=maps)
@@ -271,17 +272,22 @@ def _open_maps(
     else:
         with sinks.open_sink(output, spec, len(source), force) as sink:
             if scale is None:
-                scale = max([_largest(vae.score_map(batch)) for batch, _ in _checked(vae, source, "finding a scale")])
+                found = _checked(vae, source, "finding a scale")
+                scale = max([_largest(_maps_of(vae, batch, names)) for batch, names in found])
             full = max(scale, _SMALLEST)
 
             def show(batch: Any, names: list[str]) -> None:
                 images = to_model_input(batch, spec, names[0])
-                shown = overlay(images, vae.score_map(batch) / full)
+                shown = overlay(images, _maps_of(vae, batch, names) / full)
                 sink.add(shown, names, np.broadcast_to(images, shown.shape))
 
             count = min(len(source), sinks.GRID_LIMIT) if Path(output).suffix else len(source)
             first = f", in the first {count} of {len(source)}" if count < len(source) else ""
             yield show, f"{output}: full red is a squared error of {scale:.3g} and more{first}"
+
+
+def _maps_of(vae: VAE, batch: Any, names: list[str]) -> Float32:
+    return require_encoded(vae.score_map(batch), names, "map")
 
 
 def _largest(maps: Float32) -> float:

@@ -60,6 +60,7 @@ def test_what_goes_on_from_a_latent_names_the_input(
         call(vectors, far)
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -68,12 +69,14 @@ def test_what_goes_on_from_a_latent_names_the_input(
         ("nearest", "{bundle}", "far.npy", "--references", "far.npy"),
         ("traverse", "{bundle}", "far.npy#1", "--dimension", "0", "--output", "t.npy"),
         ("map", "{bundle}", "far.npy", "--output", "m.npy"),
+        ("score", "{bundle}", "far.npy", "--maps", "m.npy"),
     ],
 )
 def test_commands_name_the_input_and_write_nothing(vectors_path: Path, file: Path, arguments: tuple[str, ...]) -> None:
     result = CliRunner().invoke(main, [one.format(bundle=vectors_path) for one in arguments])
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == f"Error: far.npy#1 {MESSAGE}\n"
+    what = "map" if "--maps" in arguments else "latent"
+    assert result.stderr == f"Error: far.npy#1 {MESSAGE.replace('latent', what)}\n"
     assert list(Path().iterdir()) == [file]
 
 

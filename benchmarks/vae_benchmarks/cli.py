@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from vae_runtime import __version__
-from vae_runtime.atomic import refuse_existing
+from vae_runtime.atomic import refuse_existing, writing
 from vae_runtime.console import DEVICE_HELP, NEGATIVE_VERDICT, PRECISION_HELP, Group, Sides, json_option, print_json
 from vae_runtime.errors import OutputError
 
@@ -180,11 +180,8 @@ def _check_output(path: Path, force: bool) -> None:
     if force and path.exists() and not _is_report(path):
         raise OutputError(f"{path} is not a report of vae-bench; --force replaces nothing else")
     refuse_existing(path, lambda old: force)
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+    with writing(path), tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 def _is_report(path: Path) -> bool:

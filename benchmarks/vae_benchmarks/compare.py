@@ -30,6 +30,7 @@ _CHANGED_BY = {
     "input": ("first_call_ms", "to_first_result_ms", "peak_rss_bytes"),
     "size": ("first_call_ms", "to_first_result_ms", "peak_rss_bytes"),
 }
+_CONDITIONS = ("peak_batch", "threads", "input")  # that a start-up tells itself
 VERDICTS = (*_MORE.values(), *_LESS.values(), SAME)
 
 
@@ -152,7 +153,7 @@ def compare(a: Report, b: Report, threshold: float = 0.05, confidence: float = 0
     rows = [
         _judge(LATENCY, key_a, "ms", rounds_a[key_a], rounds_b[key_b], each, threshold) for key_a, key_b in paired.pairs
     ]
-    unlike = _incomparable(a, b, paired.differs)
+    unlike = _incomparable(a, b, paired)
     for figure in StartupReport.FIGURES:
         unit = figure.rpartition("_")[2]
         values_a, values_b = (getattr(report.startup, figure).values for report in (a, b))
@@ -173,13 +174,12 @@ def compare(a: Report, b: Report, threshold: float = 0.05, confidence: float = 0
     )
 
 
-def _incomparable(a: Report, b: Report, differs: Sequence[Difference]) -> set[str]:
+def _incomparable(a: Report, b: Report, paired: Pairing) -> set[str]:
     """The figures of the start-up that are of something else in B than in A, and not of what is compared."""
-    one, other = ({**dataclasses.asdict(report.startup), "size": report.image_size} for report in (a, b))
-    compared = {found.axis for found in differs}
-    if one["size"] is None or other["size"] is None:  # not known
-        compared.add("size")
-    changed = [name for name in _CHANGED_BY if name not in compared and one[name] != other[name]]
+    changed = {name for name in _CONDITIONS if getattr(a.startup, name) != getattr(b.startup, name)}
+    changed -= {found.axis for found in paired.differs}
+    if paired.sizes is not None:
+        changed.add("size")
     return {figure for name in changed for figure in _CHANGED_BY[name]}
 
 

@@ -12,7 +12,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from vae_runtime.atomic import atomic_folder
+from vae_runtime.atomic import atomic_folder, writing
 from vae_runtime.bundle import is_bundle_folder
 from vae_runtime.errors import OutputError
 from vae_runtime.manifest import GOLDEN_FILE, MANIFEST_FILE, FileEntry, Manifest
@@ -26,12 +26,9 @@ def check_output(path: str | os.PathLike[str], force: bool) -> None:
     Only a bundle is ever replaced, and only with `force`.
     """
     path = Path(path)
-    try:
-        there = path.parent.is_dir()
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
-    if not there:
-        raise OutputError(f"{path} cannot be written: there is no folder {path.parent}")
+    with writing(path):
+        if not path.parent.is_dir():
+            raise OutputError(f"{path} cannot be written: there is no folder {path.parent}")
     if not os.path.lexists(path):
         return
     if not is_bundle_folder(path):

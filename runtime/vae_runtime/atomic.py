@@ -23,7 +23,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         OutputError: the folder is missing or not writable, the disk is full, `path` is a folder.
     """
     path = Path(path)
-    with _writing(path):
+    with writing(path):
         if path.is_dir():
             raise OutputError(f"{path} is a folder; expected the name of a file to write")
         temporary = _beside(path, "part")
@@ -52,7 +52,7 @@ def atomic_folder(path: str | os.PathLike[str], may_replace: Callable[[Path], bo
     path = Path(path)
     refuse_existing(path, may_replace)
     temporary = _beside(path, "part")
-    with _writing(path):
+    with writing(path):
         try:
             temporary.mkdir()
             yield temporary
@@ -78,7 +78,7 @@ def refuse_other_file(path: str | os.PathLike[str], force: bool) -> None:
 def refuse_existing(path: str | os.PathLike[str], may_replace: Callable[[Path], bool] | None = None) -> None:
     """Raise `OutputError` if something stands at `path`, unless `may_replace(path)` allows it."""
     path = Path(path)
-    with _writing(path):
+    with writing(path):
         if os.path.lexists(path) and not (may_replace is not None and may_replace(path)):
             if path.is_dir():
                 rule = "which is not replaced; choose a name that is not taken"
@@ -88,7 +88,8 @@ def refuse_existing(path: str | os.PathLike[str], may_replace: Callable[[Path], 
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """What the system refuses in the block is an `OutputError` of `path`."""
     try:
         yield
     except OSError as error:

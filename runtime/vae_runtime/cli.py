@@ -44,7 +44,7 @@ from .errors import DeviceError, MissingExtraError
 from .interpolation import METHODS
 from .latent_commands import draw_map, nearest, traverse
 from .latent_files import FORMATS, LatentFile, open_latent_sink, open_latents
-from .latents import require_encoded, to_decoder_input
+from .latents import require_finite, to_decoder_input
 from .manifest import InputSpec, Manifest
 from .preprocess import to_model_input
 from .prior import PRIORS
@@ -165,7 +165,7 @@ def encode(
             for batch, names, options in batches_with_progress(source, "encoding", tile, manifest.input):
                 images, size = fitting(batch, manifest.input, names, pad)
                 posterior = vae.encode(images, **options)
-                require_encoded(posterior.mean, names)
+                require_finite(posterior.mean, names)
                 sink.add(posterior, names, size)
                 pixels += len(batch) * (size[0] * size[1] if size else 0)
     rate = f", {8 * sink.bytes_written / pixels:.2f} bits per pixel" if pixels else ""

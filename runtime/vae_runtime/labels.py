@@ -88,7 +88,7 @@ def _check_order(path: Path, found: Sequence[str], names: Sequence[str]) -> None
     """
     theirs, ours = ([_parts(name) for name in some] for some in (found, names))
     if len(set(ours)) < len(set(names)):  # a.png and a.jpg
-        theirs, ours = ([_parts(name, "") for name in some] for some in (found, names))
+        theirs, ours = ([_parts(name, ()) for name in some] for some in (found, names))
     if all(_ROW.fullmatch(name) for name in names) and not set(theirs) & set(ours):
         return
     longest = max(map(len, ours), default=1)
@@ -96,15 +96,15 @@ def _check_order(path: Path, found: Sequence[str], names: Sequence[str]) -> None
     for index, (row, example) in enumerate(zip(theirs, ours, strict=False)):  # how many there are is compared later
         common = min(depth, len(row), len(example))
         if row[-common:] != example[-common:]:
-            row_name, name = ("/".join(_parts(one, "")[-common:]) for one in (found[index], names[index]))
+            row_name, name = ("/".join(_parts(one, ())[-common:]) for one in (found[index], names[index]))
             rule = "its rows are expected in their order"
             raise InputError(f"{path} has {row_name} where the inputs have {name}; {rule}")
 
 
-def _parts(name: str, suffixes: str | tuple[str, ...] = PICTURE_SUFFIXES) -> tuple[str, ...]:
+def _parts(name: str, suffixes: tuple[str, ...] = PICTURE_SUFFIXES) -> tuple[str, ...]:
     """Folders and name, by the separators of any system, without one of the suffixes."""
     path = PureWindowsPath(name)  # takes both separators
-    return (*path.parts[:-1], path.stem if path.suffix and path.suffix.lower() in suffixes else path.name)
+    return (*path.parts[:-1], path.stem if path.suffix.lower() in suffixes else path.name)
 
 
 def _array(path: Path) -> NDArray[Any]:

@@ -37,7 +37,7 @@ from .latent_space import (
     unit_axes,
     unit_moments,
 )
-from .latents import require_encoded, to_decoder_input
+from .latents import require_finite, to_decoder_input
 from .manifest import Manifest
 from .preprocess import Float32, image_size, zeros
 from .vae import VAE
@@ -95,7 +95,7 @@ def traverse(
     """
     with VAE.load(bundle, **engine) as vae:
         spec, example = vae.manifest.input, sources.read_one(one, vae.manifest.input)
-        latents = require_encoded(vae.encode(example).mode(), [one])
+        latents = _codes(vae, example, [one])
         numbers = _chosen_units(dimensions, vae.manifest)
         values = np.linspace(*limits, steps)
         paths = [traversal(latents, number, values) for number in numbers]
@@ -197,7 +197,7 @@ def _search(vae: VAE, query: str, latents: Float32, names: list[str], k: int) ->
 
 def _encoded_query(vae: VAE, query: str) -> Iterator[tuple[Float32, list[str]]]:
     if "#" in query and not Path(query).exists():
-        yield require_encoded(vae.encode(sources.read_one(query, vae.manifest.input)).mode(), [query]), [query]
+        yield _codes(vae, sources.read_one(query, vae.manifest.input), [query]), [query]
         return
     with command_inputs(vae, (query,), False, False) as source:
         yield from _encoded(vae, source, "searching")
@@ -207,7 +207,11 @@ def _encoded(vae: VAE, source: Source, label: str = "encoding") -> Iterator[tupl
     """Latents batch by batch, with their names."""
     spec = vae.manifest.input
     for batch, names, _ in batches_with_progress(source, label, None, spec):
-        yield require_encoded(vae.encode(fitting(batch, spec, names, False)[0]).mode(), names), names
+        yield _codes(vae, fitting(batch, spec, names, False)[0], names), names
+
+
+def _codes(vae: VAE, examples: Any, names: list[str]) -> Float32:
+    return require_finite(vae.encode(examples).mode(), names)
 
 
 def _of_one_shape(batches: Iterable[tuple[Float32, list[str]]]) -> Iterator[Float32]:

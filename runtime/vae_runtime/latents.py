@@ -25,7 +25,7 @@ def to_decoder_input(latents: Any, shape: Shape, name: str = "latents") -> Float
     return cast("Float32", latents)
 
 
-def require_encoded(latents: Float32, names: Sequence[str] | str, what: str = "latent") -> Float32:
+def require_finite(latents: Float32, names: Sequence[str] | str, what: str = "latent") -> Float32:
     """What the encoder gave for inputs, or `what` else came of them, finite. names: of the inputs, or of the argument
     that has them.
 

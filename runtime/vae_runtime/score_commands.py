@@ -32,7 +32,7 @@ from .detection import auroc, average_precision, check_labels
 from .errors import InputError
 from .images import overlay
 from .labels import read_labels
-from .latents import require_encoded
+from .latents import require_finite
 from .preprocess import Float32, Float64, to_model_input
 from .scoring import default_method, score_methods
 from .sources import ARRAY_SUFFIXES
@@ -287,7 +287,7 @@ def _open_maps(
 
 
 def _maps_of(vae: VAE, batch: Any, names: list[str]) -> Float32:
-    return require_encoded(vae.score_map(batch), names, "map")
+    return require_finite(vae.score_map(batch), names, "map")
 
 
 def _largest(maps: Float32) -> float:

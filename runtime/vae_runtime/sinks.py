@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .atomic import atomic_file, atomic_folder, refuse_other_file
+from .atomic import atomic_file, atomic_folder, refuse_other_file, writing
 from .errors import InputError, OutputError
 from .images import WRITTEN_SUFFIXES, grid, write_picture
 from .manifest import RECONSTRUCTION, InputSpec
@@ -112,7 +112,7 @@ class ArrayWriter:
     def __enter__(self) -> ArrayWriter:
         # On the output's own file system, which is the one that has room for it.
         self._require_space()
-        with _writing(self._path):
+        with writing(self._path):
             self._folder = Path(tempfile.mkdtemp(prefix=f".{self._path.name}.", dir=_existing_parent(self._path)))
             try:
                 # Unbuffered: what does not fit on the disk fails at once, and nothing is left for closing to fail on.
@@ -123,7 +123,7 @@ class ArrayWriter:
         return self
 
     def append(self, **batches: NDArray[Any]) -> None:
-        with _writing(self._path):
+        with writing(self._path):
             for name, batch in batches.items():
                 data = memoryview(np.ascontiguousarray(batch, self._dtypes[name]).tobytes())
                 while data:
@@ -134,7 +134,7 @@ class ArrayWriter:
             part.close()
         try:
             if kind is None:
-                with _writing(self._path):
+                with writing(self._path):
                     self._assemble()
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -242,14 +242,6 @@ def pair_rows(originals: NDArray[np.uint8], images: NDArray[np.uint8], columns: 
             blank = np.full((columns - len(part), *part.shape[1:]), 255, np.uint8)
             rows += [part, blank]
     return np.concatenate(rows)
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _existing_parent(path: Path) -> Path:

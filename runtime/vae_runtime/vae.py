@@ -20,7 +20,7 @@ from .devices import check_device_name
 from .engine import engine_clash
 from .errors import ClosedError, InputError
 from .interpolation import interpolate_latents
-from .latents import require_encoded
+from .latents import require_finite, to_decoder_input
 from .manifest import FittedPrior, Manifest
 from .operation import Candidate, Operation
 from .plan import Plan, check_precision, open_halves, same_plan, tuned_plan
@@ -371,7 +371,7 @@ class VAE:
             try:
                 images = self.decode(mean, batch_size=batch_size)
             except InputError:
-                require_encoded(mean, "inputs")  # says which input it was
+                require_finite(mean, "inputs")  # says which input it was
                 raise
         return images if size is None else self._cropped(images, size)
 
@@ -616,7 +616,6 @@ class VAE:
             InputError: inputs or references that are none, k is no whole number from 1 to M.
         """
         from .latent_space import nearest_latents
-        from .latents import to_decoder_input
 
         references = to_decoder_input(references, self.manifest.latent.shape, "references")
         return nearest_latents(self._codes(inputs, "inputs"), references, k)
@@ -639,7 +638,7 @@ class VAE:
         return mean_difference(*(self._codes(inputs, name) for name, inputs in checked.items()))
 
     def _codes(self, inputs: Any, name: str) -> Float32:
-        return require_encoded(self.encode(inputs).mode(), name)
+        return require_finite(self.encode(inputs).mode(), name)
 
     def selftest(self) -> SelfTest:
         """Run the bundle's golden inputs through every route of `plan` and compare with the reference's outputs of the

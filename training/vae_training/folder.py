@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from vae_runtime.atomic import atomic_file
+from vae_runtime.atomic import atomic_file, writing
 from vae_runtime.errors import OutputError, TrainingError
 from vae_runtime.version import __version__
 
@@ -129,10 +129,8 @@ def _continue_run(path: Path, config: TrainConfig, data: str, recorded: dict[str
 
 
 def _begin_run(path: Path, config: TrainConfig, data: str) -> RunFolder:
-    try:
+    with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from None
     folder = RunFolder(path, secrets.token_hex(8))
     folder.remove_leftovers()
     shutil.rmtree(folder.state, ignore_errors=True)

@@ -97,9 +97,10 @@ def shape_before_cut(file: LatentFile, spec: InputSpec) -> tuple[int, ...]:
 
 
 def batches_with_progress(
-    source: Source | LatentFile, label: str, tile: int | None, spec: InputSpec
+    source: Source | LatentFile, label: str, tile: int | None, spec: InputSpec, warn: bool = True
 ) -> Iterator[tuple[Any, list[str], dict[str, Any]]]:
-    """Batches with their names, and what `VAE` is to be called with, under a bar on stderr where that is a terminal."""
+    """Batches with their names, and what `VAE` is to be called with, under a bar on stderr where that is a terminal.
+    warn: at the end say once on stderr whether tiles were an approximation."""
     parts = 1000  # of one example, on the bar
     length, hidden = parts * len(source), not sys.stderr.isatty()
     with (
@@ -117,7 +118,7 @@ def batches_with_progress(
             yield batch, names, {} if tile is None else {"tile": tile, "progress": tell}
             start += len(batch)
             bar.update(parts * start - bar.pos)
-    for message in dict.fromkeys(str(one.message) for one in caught):
+    for message in dict.fromkeys(str(one.message) for one in caught if warn):
         click.echo(f"Warning: {message}", err=True)
 
 

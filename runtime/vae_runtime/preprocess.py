@@ -88,7 +88,7 @@ def check_layout(array: NDArray[Any], spec: InputSpec, name: str) -> None:
     if height % spec.multiple_of or width % spec.multiple_of:
         raise InputError(
             f"{name} has {height}x{width} pixels (height x width); expected multiples of {spec.multiple_of}, or padding"
-            " where it is cut off again: pad=True of encode and reconstruct, --pad"
+            " where it is cut off again: pad=True of encode, reconstruct and score, --pad"
         )
 
 

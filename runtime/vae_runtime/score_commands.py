@@ -26,6 +26,9 @@ from .command_inputs import (
     force_option,
     golden_option,
     inputs_argument,
+    pad_option,
+    range_of,
+    tile_option,
 )
 from .console import NEGATIVE_VERDICT, Command, engine_options, json_option, json_text, print_json
 from .detection import auroc, average_precision, check_labels
@@ -33,13 +36,60 @@ from .errors import InputError
 from .images import overlay
 from .labels import read_labels
 from .latents import require_finite
-from .preprocess import Float32, Float64, to_model_input
+from .preprocess import Float32, Float64, check_layout, image_size, to_model_input
 from .scoring import default_method, score_methods
 from .sources import ARRAY_SUFFIXES
 from .vae import VAE
 
 _SMALLEST = float(np.finfo(np.float32).tiny)
 SATURATION = 0.995  # the part of an image's pixels that the colours of a map have to tell apart
+
+
+class _Inputs(NamedTuple):
+    """Examples, and how the model is to go through them. tile: the side of a window, None: as a whole."""
+
+    vae: VAE
+    source: Source
+    pad: bool = False
+    tile: int | None = None
+
+    def batches(self, label: str, warn: bool = True) -> Iterator[tuple[Any, list[str], dict[str, Any]]]:
+        """Examples that are checked, their names, and what `VAE.score` is to be called with."""
+        spec = self.vae.manifest.input
+        for batch, names, options in batches_with_progress(self.source, label, self.tile, spec, warn):
+            if self.pad:
+                check_layout(batch, spec._replace(multiple_of=1), range_of(names))
+            else:
+                fitting(batch, spec, names, False)
+            yield batch, names, {**options, "pad": self.pad}
+
+    def images(self, batch: Any, names: list[str]) -> Float32:
+        """As a sink takes them, without padding."""
+        spec = self.vae.manifest.input
+        return to_model_input(batch, spec._replace(multiple_of=1) if self.pad else spec, range_of(names))
+
+    def maps(self, batch: Any, names: list[str]) -> Float32:
+        return require_finite(self.vae.score_map(batch, pad=self.pad, tile=self.tile), names, "map")
+
+
+class _Sizes:
+    """Which sizes images have had, by the first of each; of vectors there is one."""
+
+    def __init__(self) -> None:
+        self._first: dict[tuple[int, ...], str] = {}
+
+    def add(self, batch: Any, name: str) -> None:
+        self._first.setdefault(image_size(batch) if batch.ndim > 2 else (), name)
+
+    def refusal(self, method: str) -> str | None:
+        """Why scores of these do not compare, if so."""
+        if method == "reconstruction" or len(self._first) < 2:
+            return None
+        (size, name), (other, first) = list(self._first.items())[1::-1]
+        return (
+            f"{name} has (height, width) {size}, and {first} {other}; scores by {method} add up over the pixels and"
+            " compare between images of one size only: take --method reconstruction"
+        )
 
 
 class _Scored(NamedTuple):
@@ -116,6 +166,8 @@ class _Scored(NamedTuple):
 @json_option
 @click.option("--output", type=click.Path(), help="Write to this file, .csv or .json, in place of printing.")
 @force_option
+@pad_option
+@tile_option
 @engine_options
 @click.pass_context
 def score(
@@ -133,12 +185,14 @@ def score(
     as_json: bool,
     output: str | None,
     force: bool,
+    pad: bool,
+    tile: int | None,
     **engine: Any,
 ) -> None:
     """Score how little INPUTS look like the data that the model knows; higher is odder.
 
     Scores of elbo and log_likelihood are in nats and summed over the pixels, those of reconstruction a mean squared
-    error. Only scores of one bundle, one method and, where the bundle leaves it free, one size can be compared.
+    error. Only scores of one bundle and one method can be compared, and, but for reconstruction, of one size.
     """
     if as_csv and as_json:
         raise click.UsageError("give either --csv or --json")
@@ -147,13 +201,14 @@ def score(
     if fail and quantile is None:
         raise click.UsageError("--fail needs --quantile, which says what an anomaly is")
     _check_outputs(output, maps, map_scale, force)
-    with VAE.load(bundle, **engine) as vae, command_inputs(vae, inputs, golden, False) as source:
+    with VAE.load(bundle, **engine) as vae, command_inputs(vae, inputs, golden, pad) as source:
         chosen = method or default_method(vae.manifest)
         threshold = None if quantile is None else vae.threshold(quantile, chosen)
-        scores = []
-        with _open_maps(vae, source, maps, map_scale, force) as (show, said):
-            for batch, names in _checked(vae, source, "scoring"):
-                scores.append(vae.score(batch, chosen))
+        scores, examples, sizes = [], _Inputs(vae, source, pad, tile), _Sizes()
+        with _open_maps(examples, maps, map_scale, force) as (show, said):
+            for batch, names, options in examples.batches("scoring"):
+                sizes.add(batch, names[0])
+                scores.append(vae.score(batch, chosen, **options))
                 show(batch, names)
     found = _Scored(list(source.names), np.concatenate(scores), chosen, quantile, threshold)
     if output is not None:
@@ -165,6 +220,8 @@ def score(
         click.echo(found.to_csv() if as_csv else found.to_text(), nl=not as_csv)
     if said is not None:
         click.echo(said, err=as_json or as_csv)
+    if (refusal := sizes.refusal(chosen)) is not None:
+        click.echo(f"Warning: {refusal}", err=True)
     anomalies = found.anomalies
     ctx.exit(NEGATIVE_VERDICT if fail and anomalies is not None and anomalies.any() else 0)
 
@@ -186,6 +243,8 @@ def score(
     "--method", type=click.Choice((*SCORE_METHODS, "all")), default="all", show_default=True, help="Which scores."
 )
 @json_option
+@pad_option
+@tile_option
 @engine_options
 def evaluate(
     bundle: str,
@@ -194,6 +253,8 @@ def evaluate(
     anomaly_labels: tuple[str, ...],
     method: str,
     as_json: bool,
+    pad: bool,
+    tile: int | None,
     **engine: Any,
 ) -> None:
     """Tell how well scores find the anomalies among INPUTS that are labelled.
@@ -201,13 +262,17 @@ def evaluate(
     AUROC is the chance that an anomaly has a higher score than what is none (0.5: by chance); average precision the
     area under the precision-recall curve (by chance: the share of anomalies).
     """
-    with VAE.load(bundle, **engine) as vae, command_inputs(vae, inputs, False, False) as source:
-        methods = score_methods(vae.manifest) if method == "all" else (method,)
+    with VAE.load(bundle, **engine) as vae, command_inputs(vae, inputs, False, pad) as source:
+        methods = score_methods(vae.manifest, not pad and tile is None) if method == "all" else (method,)
+        sizes = _Sizes()
         is_anomaly = check_labels(read_labels(labels, anomaly_labels, source.names), len(source), labels)
         parts: dict[str, list[Float64]] = {name: [] for name in methods}
-        for batch, _ in _checked(vae, source, "scoring"):
+        for batch, names, options in _Inputs(vae, source, pad, tile).batches("scoring"):
+            sizes.add(batch, names[0])
             for name in methods:
-                parts[name].append(vae.score(batch, name))
+                if (refusal := sizes.refusal(name)) is not None:
+                    raise InputError(refusal)
+                parts[name].append(vae.score(batch, name, **options))
     scores = {name: np.concatenate(found) for name, found in parts.items()}
     results = {
         name: {"auroc": auroc(found, is_anomaly), "average_precision": average_precision(found, is_anomaly)}
@@ -221,11 +286,6 @@ def evaluate(
     for name, figures in results.items():
         click.echo(f"{name:14}  {figures['auroc']:7.4f}  {figures['average_precision']:17.4f}")
     click.echo(f"{counts['anomalies']} anomalies, {counts['others']} others")
-
-
-def _checked(vae: VAE, source: Source, label: str) -> Iterator[tuple[Any, list[str]]]:
-    for batch, names, _ in batches_with_progress(source, label, None, vae.manifest.input):
-        yield fitting(batch, vae.manifest.input, names, False)[0], names
 
 
 def _check_outputs(output: str | None, maps: str | None, map_scale: float | None, force: bool) -> None:
@@ -250,11 +310,11 @@ def _write(path: Path, found: _Scored) -> None:
 
 @contextlib.contextmanager
 def _open_maps(
-    vae: VAE, source: Source, output: str | None, scale: float | None, force: bool
+    examples: _Inputs, output: str | None, scale: float | None, force: bool
 ) -> Iterator[tuple[Callable[[Any, list[str]], None], str | None]]:
     """What to call with each batch and its names, and what becomes of it in words; the output appears when the block
     ends well, or not at all."""
-    spec = vae.manifest.input
+    spec, source = examples.vae.manifest.input, examples.source
     if output is None:
         yield (lambda batch, names: None), None
     elif Path(output).suffix.lower() in ARRAY_SUFFIXES:
@@ -263,7 +323,7 @@ def _open_maps(
         with sinks.ArrayWriter(Path(output), {"map": (len(source), *shape)}) as writer:
 
             def append(batch: Any, names: list[str]) -> None:
-                maps = _maps_of(vae, batch, names)
+                maps = examples.maps(batch, names)
                 if maps.shape[1:] != shape:
                     raise sinks.different_sizes(names[0], maps.shape[1:], shape)
                 writer.append(map=maps)
@@ -272,22 +332,18 @@ def _open_maps(
     else:
         with sinks.open_sink(output, spec, len(source), force) as sink:
             if scale is None:
-                found = _checked(vae, source, "finding a scale")
-                scale = max([_largest(_maps_of(vae, batch, names)) for batch, names in found])
+                found = examples.batches("finding a scale", warn=False)
+                scale = max([_largest(examples.maps(batch, names)) for batch, names, _ in found])
             full = max(scale, _SMALLEST)
 
             def show(batch: Any, names: list[str]) -> None:
-                images = to_model_input(batch, spec, names[0])
-                shown = overlay(images, _maps_of(vae, batch, names) / full)
+                images = examples.images(batch, names)
+                shown = overlay(images, examples.maps(batch, names) / full)
                 sink.add(shown, names, np.broadcast_to(images, shown.shape))
 
             count = min(len(source), sinks.GRID_LIMIT) if Path(output).suffix else len(source)
             first = f", in the first {count} of {len(source)}" if count < len(source) else ""
             yield show, f"{output}: full red is a squared error of {scale:.3g} and more{first}"
-
-
-def _maps_of(vae: VAE, batch: Any, names: list[str]) -> Float32:
-    return require_finite(vae.score_map(batch), names, "map")
 
 
 def _largest(maps: Float32) -> float:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from .arguments import check_choice
 from .bound_score import BoundScore
 from .calibration import SCORE_METHODS
-from .errors import NotInBundleError
-from .evidence import Block, Operations, blocks, log_likelihood, require_likelihood
+from .errors import InputError, NotInBundleError
+from .evidence import Operations, blocks, log_likelihood, require_likelihood
 from .likelihood import comparable, negative_log_likelihoods, squared_norms, sums_of_log_likelihoods, targets
 from .manifest import Likelihood, Manifest
 from .posterior import Posterior
 from .preprocess import Float32, Float64, zeros
 from .session import BOUND_VALUES
 
-_MAP_METHODS = ("reconstruction", "elbo")
+if TYPE_CHECKING:
+    from .tiled import Tiler
+
+_MEAN_METHODS = ("reconstruction", "elbo")  # of the posterior's mean alone, pixel by pixel
 _KEPT_SHAPES = 8  # whose memory is kept for the next call, by method
 
 
@@ -29,9 +33,31 @@ def default_method(manifest: Manifest) -> str:
     return "reconstruction"
 
 
-def score_methods(manifest: Manifest) -> tuple[str, ...]:
-    """The methods that this bundle has what they need for."""
-    return SCORE_METHODS if manifest.kind == "vae" and manifest.likelihood is not None else ("reconstruction",)
+def score_methods(manifest: Manifest, whole: bool = True) -> tuple[str, ...]:
+    """The methods that this bundle has what they need for. whole: images are neither padded nor in tiles."""
+    if manifest.kind != "vae" or manifest.likelihood is None:
+        return ("reconstruction",)
+    return SCORE_METHODS if whole else tuple(name for name in SCORE_METHODS if name in _MEAN_METHODS)
+
+
+class Extent(NamedTuple):
+    """How images are gone through. size: (height, width) before they were padded, of which the scores are; None: all
+    of them. tiler: for windows; None: as a whole."""
+
+    size: tuple[int, int] | None = None
+    tiler: Tiler | None = None
+
+
+WHOLE = Extent()
+
+
+class _Reconstructed(NamedTuple):
+    """Consecutive examples, as the encoder takes them, with what became of them; padding is cut off."""
+
+    part: slice
+    x: Float32
+    posterior: Posterior
+    decoded: Float32
 
 
 class Scoring:
@@ -43,42 +69,57 @@ class Scoring:
         self._free: dict[tuple[str, tuple[int, ...]], list[BoundScore]] = {}
 
     def score(
-        self, inputs: Any, method: str | None, n_samples: int, seed: int | None, batch_size: int | None
+        self,
+        inputs: Any,
+        method: str | None,
+        n_samples: int,
+        seed: int | None,
+        batch_size: int | None,
+        extent: Extent = WHOLE,
     ) -> Float64:
         """As `VAE.score`."""
-        found = self._score(inputs, method, n_samples, seed, batch_size)
+        found = self._score(inputs, method, n_samples, seed, batch_size, extent)
         found[np.isnan(found)] = np.inf  # the model's numbers overflow: nothing is odder, and NaN is above no threshold
         return found
 
     def _score(
-        self, inputs: Any, method: str | None, n_samples: int, seed: int | None, batch_size: int | None
+        self,
+        inputs: Any,
+        method: str | None,
+        n_samples: int,
+        seed: int | None,
+        batch_size: int | None,
+        extent: Extent,
     ) -> Float64:
         method = self._default if method is None else check_choice(method, "method", SCORE_METHODS)
         if method == "log_likelihood":
+            if extent != WHOLE:
+                raise InputError(
+                    "pad, tile or progress was given with method 'log_likelihood', which decodes draws of whole images;"
+                    " take 'elbo' or 'reconstruction'"
+                )
             return -log_likelihood(self._manifest, self._operations, inputs, n_samples, seed, batch_size, shared=True)
         likelihood = require_likelihood(self._manifest, "score with method 'elbo'") if method == "elbo" else None
-        if batch_size is None and (found := self._score_at_once(inputs, method, likelihood)) is not None:
-            return found
-        results = []
-        for block in blocks(self._manifest, self._operations[0], inputs, batch_size):
-            posterior, decoded = self._reconstruct(block, len(inputs))
-            results.append(self._score_block(block, posterior, decoded, likelihood))
-        return np.concatenate(results)
+        if batch_size is None and extent is WHOLE:
+            found = self._score_at_once(inputs, method, likelihood)
+            if found is not None:
+                return found
+        parts = self._reconstruct(inputs, batch_size, extent)
+        return np.concatenate([self._score_part(part, likelihood) for part in parts])
 
-    def score_map(self, inputs: Any, method: str, batch_size: int | None) -> Float32:
+    def score_map(self, inputs: Any, method: str, batch_size: int | None, extent: Extent = WHOLE) -> Float32:
         """As `VAE.score_map`."""
-        method, manifest, maps = check_choice(method, "method", _MAP_METHODS), self._manifest, None
+        method, manifest, maps = check_choice(method, "method", _MEAN_METHODS), self._manifest, None
         likelihood = require_likelihood(manifest, "score_map with method 'elbo'") if method == "elbo" else None
-        for block in blocks(manifest, self._operations[0], inputs, batch_size):
-            _, decoded = self._reconstruct(block, len(inputs))
+        for part, x, _, decoded in self._reconstruct(inputs, batch_size, extent):
             if likelihood is None:
-                terms = np.square(np.subtract(decoded, block.x, dtype=np.float64))
+                terms = np.square(np.subtract(decoded, x, dtype=np.float64))
             else:
-                terms = negative_log_likelihoods(likelihood, decoded, targets(likelihood, block.x))
+                terms = negative_log_likelihoods(likelihood, decoded, targets(likelihood, x))
             pixels = terms.sum(axis=1) if manifest.input.is_image else terms
             if maps is None:
                 maps = zeros((len(inputs), *pixels.shape[1:]), "a map")
-            maps[block.part] = pixels
+            maps[part] = pixels
         assert maps is not None  # there is an example
         return maps
 
@@ -126,16 +167,26 @@ class Scoring:
             return None
         return BoundScore(self._manifest, self._operations, shape, likelihood)
 
-    def _reconstruct(self, block: Block, examples: int) -> tuple[Posterior, Float32]:
+    def _reconstruct(self, inputs: Any, batch_size: int | None, extent: Extent) -> Iterator[_Reconstructed]:
         encoder, decoder = self._operations
-        posterior = Posterior(*encoder.run(block.x, len(block.x), examples))
-        return posterior, decoder.run(posterior.mean, len(block.x), examples)[0]
+        height, width = extent.size or (None, None)
 
-    def _score_block(
-        self, block: Block, posterior: Posterior, decoded: Float32, likelihood: Likelihood | None
-    ) -> Float64:
-        x, means = (comparable(self._manifest.input, array) for array in (block.x, decoded))
+        def cut(images: Float32) -> Float32:
+            return images if extent.size is None else images[..., :height, :width]
+
+        if extent.tiler is not None:
+            for number, (outputs, image) in enumerate(extent.tiler.reconstruct_each(inputs, extent.size)):
+                part = slice(number, number + 1)
+                yield _Reconstructed(part, cut(encoder.check(inputs[part])), Posterior(*outputs), image)
+            return
+        for block in blocks(self._manifest, encoder, inputs, batch_size):
+            posterior = Posterior(*encoder.run(block.x, len(block.x), len(inputs)))
+            decoded = decoder.run(posterior.mean, len(block.x), len(inputs))[0]
+            yield _Reconstructed(block.part, cut(block.x), posterior, cut(decoded))
+
+    def _score_part(self, part: _Reconstructed, likelihood: Likelihood | None) -> Float64:
+        x, means = (comparable(self._manifest.input, array) for array in (part.x, part.decoded))
         if likelihood is None:
             return np.asarray(squared_norms(means - x).astype(np.float64) / x.shape[1])
-        x = comparable(self._manifest.input, targets(likelihood, block.x))
-        return posterior.kl() - sums_of_log_likelihoods(likelihood, means[:, None], x)[:, 0]
+        x = comparable(self._manifest.input, targets(likelihood, part.x))
+        return part.posterior.kl() - sums_of_log_likelihoods(likelihood, means[:, None], x)[:, 0]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +21,21 @@ from .preprocess import (
     check_layout,
     check_range,
     describe,
+    image_size,
     require_plain_array,
     to_model_input,
     zeros,
 )
 from .tiling import Progress, TilePlan, run_tiled
+
+
+class _Passage(NamedTuple):
+    """Images to images: the windows of both halves, and the shapes of what comes out of each, with the batch."""
+
+    encoder: TilePlan
+    decoder: TilePlan
+    latents: tuple[int, ...]
+    images: tuple[int, ...]
 
 
 class Tiler:
@@ -65,56 +76,92 @@ class Tiler:
 
     def encode(self, images: Any) -> list[Float32]:
         """As `VAE.encode`, the outputs of the encoder."""
-        plan, latents = self._encoder_plan(images)
+        plan, shape = self._encoder_plan(images)
+        latents = self._latents(shape)
         self._warn("encode", self._tiling.encoder, plan, "max|latent|")
-        self._encode(images, plan, latents, 0, len(images) * len(plan))
+        for number in range(len(images)):
+            one, progress = slice(number, number + 1), self._counted(number * len(plan), len(images) * len(plan))
+            self._encode(images[one], plan, [output[one] for output in latents], len(images), progress)
         return latents
 
     def decode(self, latents: Any, size: tuple[int, int] | None = None) -> Float32:
         """As `VAE.decode`."""
         latents = self._decoder.check(latents)
-        shape = self._image_shape(latents.shape, size)
+        images = zeros(self._image_shape(latents.shape, size), "a result")
         plan = self._decoder_plan(latents.shape[2:])
         self._warn("decode", self._tiling.decoder, plan, "the range of images")
-        return self._decode(latents, shape, plan, 0, len(latents) * len(plan))
+        for number in range(len(latents)):
+            one, progress = slice(number, number + 1), self._counted(number * len(plan), len(latents) * len(plan))
+            self._decode(latents[one], plan, images[one], len(latents), progress)
+        return images
 
     def reconstruct(self, images: Any, size: tuple[int, int] | None = None) -> Float32:
         """As `VAE.reconstruct`; size: (height, width) of the images before they were padded."""
-        first, latents = self._encoder_plan(images)
-        second, shape = self._decoder_plan(latents[0].shape[2:]), self._image_shape(latents[0].shape, size)
-        self._warn("encode", self._tiling.encoder, first, "max|latent|")
-        self._warn("decode", self._tiling.decoder, second, "the range of images")
-        done, total = len(images) * len(first), len(images) * (len(first) + len(second))
-        self._encode(images, first, latents, 0, total)
-        return self._decode(latents[0], shape, second, done, total)
+        passage = self._passage(images, size)
+        result = zeros(passage.images, "a result")
+        for number in range(len(images)):
+            self._reconstruct(images, number, passage, result[number : number + 1])
+        return result
 
-    def _encoder_plan(self, images: Any) -> tuple[TilePlan, list[Float32]]:
-        """The windows of images that are found good, and room for their latents."""
+    def reconstruct_each(
+        self, images: Any, size: tuple[int, int] | None = None
+    ) -> Iterator[tuple[list[Float32], Float32]]:
+        """The encoder's outputs and the reconstruction of one image after the other, all checked before the first; for
+        callers that do not keep them. size: as in `reconstruct`."""
+        passage = self._passage(images, size)
+
+        def one(number: int) -> tuple[list[Float32], Float32]:
+            image = zeros((1, *passage.images[1:]), "a result")
+            return self._reconstruct(images, number, passage, image), image
+
+        return map(one, range(len(images)))
+
+    def _passage(self, images: Any, size: tuple[int, int] | None) -> _Passage:
+        """For images that are found good."""
+        first, latents = self._encoder_plan(images)
+        passage = _Passage(first, self._decoder_plan(latents[2:]), latents, self._image_shape(latents, size))
+        self._warn("encode", self._tiling.encoder, passage.encoder, "max|latent|")
+        self._warn("decode", self._tiling.decoder, passage.decoder, "the range of images")
+        return passage
+
+    def _reconstruct(self, images: NDArray[Any], number: int, passage: _Passage, output: Float32) -> list[Float32]:
+        """Of one image into `output`, and the encoder's outputs."""
+        first, second, examples = passage.encoder, passage.decoder, len(images)
+        done, total = (count * (len(first) + len(second)) for count in (number, examples))
+        latents = self._latents((1, *passage.latents[1:]))
+        self._encode(images[number : number + 1], first, latents, examples, self._counted(done, total))
+        self._decode(latents[0], second, output, examples, self._counted(done + len(first), total))
+        return latents
+
+    def _encoder_plan(self, images: Any) -> tuple[TilePlan, tuple[int, ...]]:
+        """The windows of images that are found good, and the shape of their latents."""
         spec = self._manifest.input
         require_plain_array(images, "images")
         check_layout(images, spec, "images")
-        is_bytes = images.dtype == np.uint8
-        if not is_bytes:
+        if images.dtype != np.uint8:
             check_range(images, spec, "images")
-        rows, columns = (side // self._factor for side in (images.shape[1:3] if is_bytes else images.shape[2:]))
+        rows, columns = (side // self._factor for side in image_size(images))
         plan = TilePlan((rows, columns), self._cells, self._tiling.encoder.context, input_scale=self._factor)
-        shape = (len(images), self._manifest.latent.shape[0] or 0, rows, columns)
-        return plan, [zeros(shape, "a result") for _ in range(1 if self._manifest.kind == "autoencoder" else 2)]
+        return plan, (len(images), self._manifest.latent.shape[0] or 0, rows, columns)
+
+    def _latents(self, shape: tuple[int, ...]) -> list[Float32]:
+        """Room for the encoder's outputs."""
+        return [zeros(shape, "a result") for _ in range(1 if self._manifest.kind == "autoencoder" else 2)]
 
     def _decoder_plan(self, size: Sequence[int]) -> TilePlan:
         return TilePlan((size[0], size[1]), self._cells, self._tiling.decoder.context, output_scale=self._factor)
 
-    def _encode(self, images: NDArray[Any], plan: TilePlan, latents: list[Float32], done: int, total: int) -> None:
-        for number in range(len(images)):
+    def _encode(
+        self, image: NDArray[Any], plan: TilePlan, outputs: list[Float32], examples: int, progress: Progress | None
+    ) -> None:
+        """One of so many."""
 
-            def read(part: tuple[slice, slice], image: NDArray[Any] = images[number : number + 1]) -> Float32:
-                if image.dtype == np.uint8:
-                    return to_model_input(image[:, part[0], part[1]], self._manifest.input)
-                return as_graph_input(image[:, :, part[0], part[1]])
+        def read(part: tuple[slice, slice]) -> Float32:
+            if image.dtype == np.uint8:
+                return to_model_input(image[:, part[0], part[1]], self._manifest.input)
+            return as_graph_input(image[:, :, part[0], part[1]])
 
-            outputs = [one[number : number + 1] for one in latents]
-            progress = self._counted(done + number * len(plan), total)
-            run_tiled(lambda window: self._encoder.run(window, 1, len(images)), read, plan, outputs, progress)
+        run_tiled(lambda window: self._encoder.run(window, 1, examples), read, plan, outputs, progress)
 
     def _image_shape(self, latents: tuple[int, ...], size: tuple[int, int] | None) -> tuple[int, ...]:
         """Of the images of latents of this shape, cut to `size`."""
@@ -122,21 +169,20 @@ class Tiler:
         shape = (latents[0], self._manifest.input.shape[0] or 0, rows, columns)
         return shape if size is None else (*shape[:2], *check_cut(size, shape, self._factor))
 
-    def _decode(self, latents: Float32, shape: tuple[int, ...], plan: TilePlan, done: int, total: int) -> Float32:
-        images = zeros(shape, "a result")
-        for number in range(len(latents)):
+    def _decode(
+        self, latent: Float32, plan: TilePlan, output: Float32, examples: int, progress: Progress | None
+    ) -> None:
+        """One of so many."""
 
-            def read(part: tuple[slice, slice], latent: Float32 = latents[number : number + 1]) -> Float32:
-                return as_graph_input(latent[:, :, part[0], part[1]])
+        def read(part: tuple[slice, slice]) -> Float32:
+            return as_graph_input(latent[:, :, part[0], part[1]])
 
-            output, progress = images[number : number + 1], self._counted(done + number * len(plan), total)
-            run_tiled(lambda window: self._decoder.run(window, 1, len(latents)), read, plan, [output], progress)
-            if not plan.is_exact:
-                np.clip(output, 0, 1, out=output)  # weights that add up to 1 but for rounding
-        return images
+        run_tiled(lambda window: self._decoder.run(window, 1, examples), read, plan, [output], progress)
+        if not plan.is_exact:
+            np.clip(output, 0, 1, out=output)  # weights that add up to 1 but for rounding
 
     def _counted(self, done: int, total: int) -> Progress | None:
-        """Progress over all images and both halves."""
+        """Progress over all images and both halves: `done` windows before, of `total`."""
         progress = self._progress
         return None if progress is None else lambda count, _: progress(done + count, total)
 
@@ -146,5 +192,13 @@ class Tiler:
                 f"{call} with tiles is an approximation for {self._manifest.name} ({half.reason}); the export measured"
                 f" a difference of up to {half.max_error:.2g} of {unit} with tiles of {half.tile}",
                 ApproximateTilingWarning,
-                stacklevel=4,
+                stacklevel=_level_outside(),
             )
+
+
+def _level_outside() -> int:
+    """The level for `warnings.warn`, where it is called, of whoever called this package."""
+    frame, level, package = sys._getframe(1), 1, __name__.partition(".")[0]
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        frame, level = frame.f_back, level + 1
+    return level

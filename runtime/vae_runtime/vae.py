@@ -38,7 +38,7 @@ from .selftest import SelfTest, run_routes
 
 if TYPE_CHECKING:
     from .prior import GaussianMixture
-    from .scoring import Scoring
+    from .scoring import Extent, Scoring
     from .tiled import Tiler
     from .tiling import Progress
 
@@ -425,14 +425,23 @@ class VAE:
         operations = self._open_operations()
         return evidence.log_likelihood(self.manifest, operations, inputs, n_samples, seed, batch_size, progress)
 
-    def reconstruction_error(self, inputs: Any, *, batch_size: int | None = None) -> NDArray[np.float64]:
+    def reconstruction_error(
+        self,
+        inputs: Any,
+        *,
+        batch_size: int | None = None,
+        pad: bool = False,
+        tile: int | None = None,
+        progress: Progress | None = None,
+    ) -> NDArray[np.float64]:
         """How far the reconstruction from the mean is off: the mean over the elements of the squared error, in the
-        data's units squared -> float64 (N,). inputs, batch_size: as in `encode`.
+        data's units squared -> float64 (N,). inputs, batch_size, pad, tile, progress: as in `encode`; what is padded
+        does not count.
 
         Raises:
             As `encode`.
         """
-        return self._scoring().score(inputs, "reconstruction", 1, None, batch_size)
+        return self.score(inputs, "reconstruction", batch_size=batch_size, pad=pad, tile=tile, progress=progress)
 
     def score(
         self,
@@ -442,6 +451,9 @@ class VAE:
         n_samples: int = 100,
         seed: int | None = 0,
         batch_size: int | None = None,
+        pad: bool = False,
+        tile: int | None = None,
+        progress: Progress | None = None,
     ) -> NDArray[np.float64]:
         """How little each input looks like the data that the model was trained on, higher is odder -> float64 (N,),
         infinite where the model's numbers overflow. Comparable between inputs of one size: those in nats are sums over
@@ -454,25 +466,41 @@ class VAE:
         n_samples, seed: for "log_likelihood" alone, which takes the same noise for every input, so that an input's
             score does not depend on what it comes with, but for rounding.
         inputs, batch_size: as in `encode`.
+        pad, tile, progress: too, but not for "log_likelihood"; the pixels that are padded do not count, while the KL
+            divergence is that of the whole code.
 
         Raises:
             InputError: as `encode`; another method. KindError, NotInBundleError: as `elbo`, by methods that need a
             distribution and a likelihood.
         """
-        return self._scoring().score(inputs, method, n_samples, seed, batch_size)
+        scoring = self._scoring()
+        if pad is False and tile is None and progress is None:
+            return scoring.score(inputs, method, n_samples, seed, batch_size)
+        inputs, extent = self._extent(inputs, batch_size, pad, tile, progress)
+        return scoring.score(inputs, method, n_samples, seed, batch_size, extent)
 
-    def score_map(self, inputs: Any, method: str = "reconstruction", *, batch_size: int | None = None) -> Float32:
+    def score_map(
+        self,
+        inputs: Any,
+        method: str = "reconstruction",
+        *,
+        batch_size: int | None = None,
+        pad: bool = False,
+        tile: int | None = None,
+        progress: Progress | None = None,
+    ) -> Float32:
         """Where an input is odd: what each pixel adds to the score, summed over the channels -> float32 (N, H, W), for
         vectors (N, D).
 
         method: "reconstruction": the squared error of the reconstruction from the mean; "elbo": -log p(x|z) at the
             mean, in nats (the KL divergence is of no pixel).
-        inputs, batch_size: as in `encode`.
+        inputs, batch_size, pad, tile, progress: as in `encode`; a map has the size of its input.
 
         Raises:
             As `score`.
         """
-        return self._scoring().score_map(inputs, method, batch_size)
+        inputs, extent = self._extent(inputs, batch_size, pad, tile, progress)
+        return self._scoring().score_map(inputs, method, batch_size, extent)
 
     def is_anomaly(
         self,
@@ -483,20 +511,25 @@ class VAE:
         n_samples: int = 100,
         seed: int | None = 0,
         batch_size: int | None = None,
+        pad: bool = False,
+        tile: int | None = None,
+        progress: Progress | None = None,
     ) -> NDArray[np.bool_]:
         """Whether the score of each input is above the one that a part `quantile` of the data at export did not exceed
         -> bool (N,). A lower quantile finds more anomalies and raises more false alarms, about 1 - `quantile` of what
         is as it should be.
 
-        inputs, method, batch_size: as in `score`. n_samples, seed: too; bundles are calibrated with those that are the
-        default here, and with fewer samples scores are higher.
+        inputs, method, batch_size, pad, tile, progress: as in `score`. n_samples, seed: too; bundles are calibrated
+            with those that are the default here, and with fewer samples scores are higher.
 
         Raises:
             As `score` and `threshold`.
         """
-        scoring = self._scoring()
-        threshold = scoring.threshold(quantile, method)
-        return np.asarray(scoring.score(inputs, method, n_samples, seed, batch_size) > threshold)
+        threshold = self.threshold(quantile, method)
+        scores = self.score(
+            inputs, method, n_samples=n_samples, seed=seed, batch_size=batch_size, pad=pad, tile=tile, progress=progress
+        )
+        return np.asarray(scores > threshold)
 
     def threshold(self, quantile: float = 0.99, method: str | None = None) -> float:
         """The score above which `is_anomaly` calls an input an anomaly, for applications that keep the scores: the one
@@ -523,6 +556,16 @@ class VAE:
         from .tiled import Tiler  # late: only large images need it
 
         return Tiler(self.manifest, self._open_operations(), tile, batch_size, progress)
+
+    def _extent(
+        self, inputs: Any, batch_size: int | None, pad: bool, tile: int | None, progress: Progress | None
+    ) -> tuple[Any, Extent]:
+        """The inputs, padded where that is asked for, and how they are gone through."""
+        from .scoring import Extent
+
+        inputs, size = self._padded(inputs) if check_flag(pad, "pad") else (inputs, None)
+        whole = tile is None and progress is None
+        return inputs, Extent(size, None if whole else self._tiler(tile, batch_size, progress))
 
     def _padded(self, inputs: Any) -> tuple[Any, tuple[int, int]]:
         """The inputs, of free height and width, up to the next multiples, and the (height, width) that they had."""

@@ -16,16 +16,18 @@ import pytest
 from vae_runtime import VAE, InputError, to_uint8
 from vae_runtime.codec import Quantized, dequantize, quantize
 from vae_runtime.command_inputs import batches_with_progress
-from vae_runtime.images import picture_size, read_picture
+from vae_runtime.detection import auroc
+from vae_runtime.images import overlay, picture_size, read_picture
 from vae_runtime.latent_files import LatentFile
 from vae_runtime.manifest import InputSpec
 from vae_runtime.sinks import unused_name
 from vae_runtime.sources import open_inputs
 
 from .test_cli import refused, run, save_png
-from .test_tiled import EXACT, WIDE, with_tiling
+from .test_tiled import EXACT, WIDE, as_float, with_tiling
 
 FREE = InputSpec("image", (3, None, None), "rgb", "exact", 2, (12, 16))
+ODD = np.array([False, True, False, True])
 SIZES = {"a": (30, 40), "b": (30, 40), "c": (17, 22), "d": (64, 31)}
 
 
@@ -193,6 +195,71 @@ def test_approximate_tiles_are_said_to_be_so_once(free_path: Path, photos: Path,
     assert re.fullmatch(
         r"Warning: encode with tiles is an approximation for tiny-free \(Softmax\);[^\n]*\n", result.stderr
     )
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tiles", [(), ("--tile", 12)])
+def test_photographs_are_scored_in_their_own_size(
+    tiles: tuple, vae: VAE, free_path: Path, photos: Path, tmp_path: Path
+) -> None:
+    bundle, maps = with_tiling(tmp_path, free_path, EXACT), tmp_path / "maps"
+    arguments = ("score", bundle, photos, "--pad", *tiles, "--method", "reconstruction")
+    result = run(*arguments, "--maps", maps, "--map-scale", 1.5, "--json")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == f"{maps}: full red is a squared error of 1.5 and more\n"  # nothing is said of sizes
+    images = [read_picture(photos / name, FREE)[None] for name in ("a.png", "b.png", "c.jpg", "d.webp")]
+    scores = [row["score"] for row in json.loads(result.stdout)["scores"]]
+    np.testing.assert_allclose(scores, [vae.score(x, "reconstruction", pad=True)[0] for x in images], rtol=1e-5)
+    for name, x in zip(SIZES, images, strict=True):
+        expected = overlay(as_float(x), vae.score_map(x, pad=True) / 1.5)
+        found = read_picture(maps / f"{name}.png", FREE)
+        assert np.abs(found.astype(int) - to_uint8(expected)[0]).max() <= 1
+    one = run(*arguments[:2], photos / "c.jpg", *arguments[3:], "--maps", tmp_path / "map.npy")
+    assert one.exit_code == 0, one.output
+    np.testing.assert_allclose(np.load(tmp_path / "map.npy"), vae.score_map(images[2], pad=True), atol=1e-5)
+
+
+def test_odd_sizes_are_not_scored_without_pad(free_path: Path, tiny_path: Path, photos: Path) -> None:
+    refused(r"c\.jpg has 17x22 pixels \(height x width\); expected multiples of 2", "score", free_path, photos)
+    refused("--pad is for bundles that leave height and width free", "score", tiny_path, "--golden", "--pad")
+
+
+def test_sums_over_images_of_different_sizes_are_said_not_to_compare(free_path: Path, photos: Path) -> None:
+    message = r"c\.jpg has \(height, width\) \(17, 22\), and .*a\.png \(30, 40\); scores by elbo add up over the pixels"
+    result = run("score", free_path, photos, "--pad")
+    assert result.exit_code == 0
+    assert re.fullmatch(rf"Warning: .*{message} [^\n]*: take --method reconstruction\n", result.stderr)
+    same = run("score", free_path, photos / "a.png", photos / "b.png")
+    assert (same.exit_code, same.stderr) == (0, "")
+
+
+def test_anomalies_of_different_sizes_are_found_by_the_squared_error_alone(
+    free_path: Path, photos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "labels.txt").write_text("0\n1\n0\n1\n")
+    arguments = ("evaluate", free_path, photos, "--pad", "--labels", tmp_path / "labels.txt")
+    for method in ("all", "elbo"):
+        refused(r"c\.jpg has .* and compare between images of one size only", *arguments, "--method", method)
+    result = run(*arguments, "--method", "reconstruction", "--json")
+    assert result.exit_code == 0, result.output
+    scored = run("score", free_path, photos, "--pad", "--method", "reconstruction", "--json")
+    scores = [row["score"] for row in json.loads(scored.stdout)["scores"]]
+    assert json.loads(result.stdout)["methods"]["reconstruction"]["auroc"] == auroc(np.array(scores), ODD)
+    same = [photos / "a.png", photos / "b.png"]
+    (tmp_path / "labels.txt").write_text("0\n1\n")
+    for more, names in (((), {"elbo", "reconstruction", "log_likelihood"}), (("--pad",), {"elbo", "reconstruction"})):
+        found = run("evaluate", free_path, *same, *more, "--labels", tmp_path / "labels.txt", "--json")
+        assert set(json.loads(found.stdout)["methods"]) == names
+
+
+def test_scores_of_approximate_tiles_are_said_to_be_so_once(free_path: Path, photos: Path, tmp_path: Path) -> None:
+    bundle = with_tiling(tmp_path, free_path, WIDE)
+    arguments = ("--method", "reconstruction", "--pad", "--tile", 12, "--maps", tmp_path / "maps")
+    result = run("score", bundle, photos, *arguments)
+    assert result.exit_code == 0, result.output
+    assert re.findall(r"Warning: (\w+) with tiles", result.stderr) == ["encode", "decode"]
 
 
 # --- 8 bits -----------------------------------------------------------------------------------------------------------

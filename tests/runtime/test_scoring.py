@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vae_runtime import VAE, ClosedError, InputError, KindError, NotInBundleError
+from vae_runtime import VAE, ApproximateTilingWarning, ClosedError, InputError, KindError, NotInBundleError
 from vae_runtime.bound_score import BoundScore
 from vae_runtime.calibration import SCORE_METHODS
 from vae_runtime.manifest import Manifest
 from vae_runtime.scoring import Scoring, default_method
+
+from .test_tiled import EXACT, IMAGES, WIDE, as_float, with_tiling
 
 TINY = float(np.finfo(np.float32).tiny)
 LIKELIHOODS = [
@@ -356,10 +358,102 @@ def test_a_bundle_without_calibration_says_what_provides_one(tiny: VAE, images: 
         tiny.threshold()
 
 
+@pytest.fixture(scope="module")
+def free(free_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Of any even size, with the context of its tiles."""
+    with VAE.load(with_tiling(tmp_path_factory.mktemp("exact"), free_path, EXACT), threads=1) as vae:
+        yield vae
+
+
+@pytest.mark.parametrize("tile", [None, 12])
+@pytest.mark.parametrize("size", [(29, 45), (30, 45), (30, 46)])
+def test_padded_images_are_scored_without_the_padding(free: VAE, size: tuple[int, int], tile: int | None) -> None:
+    images = IMAGES[:, : size[0], : size[1]]
+    x = as_float(images)
+    posterior = free.encode(images, pad=True)
+    decoded = free.decode(posterior.mean, size=size)
+    squares = (decoded.astype(np.float64) - x) ** 2
+    losses = terms(free, x, decoded)
+    expected = {
+        "reconstruction": squares.reshape(2, -1).mean(axis=1),
+        "elbo": losses.reshape(2, -1).sum(axis=1) + posterior.kl(),
+    }
+    for given in (images, x, np.asfortranarray(x)):
+        for method, scores in expected.items():
+            np.testing.assert_allclose(free.score(given, method, pad=True, tile=tile), scores, rtol=1e-5)
+        np.testing.assert_allclose(
+            free.reconstruction_error(given, pad=True, tile=tile), expected["reconstruction"], rtol=1e-5
+        )
+    maps = free.score_map(images, pad=True, tile=tile), free.score_map(images, "elbo", pad=True, tile=tile)
+    np.testing.assert_allclose(maps[0], squares.sum(axis=1), atol=1e-5)
+    np.testing.assert_allclose(maps[1], losses.sum(axis=1), rtol=1e-4, atol=1e-4)
+
+
+def test_anomalies_among_large_images(free: VAE, free_path: Path, tmp_path: Path) -> None:
+    images = np.concatenate([IMAGES[:, :29, :45], np.full((1, 29, 45, 3), 128, np.uint8)])
+    low, middle, high = np.sort(scores := free.score(images, "reconstruction", pad=True)).tolist()
+    levels = [low / 2, (low + middle) / 2, (middle + high) / 2]
+    calibration = {"source": "data", "examples": 100, "levels": [0, 0.5, 1], "scores": {"reconstruction": levels}}
+    with VAE.load(with_tiling(tmp_path, free_path, EXACT, calibration=calibration), threads=1) as vae:
+        for more in ({"pad": True}, {"pad": True, "tile": 12}):
+            for quantile, count in ((0.01, 3), (0.5, 2), (0.98, 1)):
+                found = vae.is_anomaly(images, quantile, "reconstruction", **more)
+                assert list(found) == list(scores > vae.threshold(quantile, "reconstruction"))
+                assert found.sum() == count
+
+
+def test_progress_of_scores_counts_all_windows(free: VAE) -> None:
+    calls: list[tuple[int, int]] = []
+    free.score(IMAGES, tile=24, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(done, 24) for done in range(1, 25)]  # 2 images, 2 halves, 2 x 3 windows
+
+
+@pytest.mark.parametrize("more", [{"pad": True}, {"tile": 12}, {"progress": print}])
+def test_draws_are_of_whole_images(free: VAE, more: Any) -> None:
+    if "progress" in more:
+        with pytest.raises(InputError, match="progress was given without tile"):
+            free.score(IMAGES, **more)
+        more = {**more, "tile": 12}
+    with pytest.raises(
+        InputError, match=r"^pad, tile or progress was given with method 'log_likelihood', .* take 'elbo'"
+    ):
+        free.score(IMAGES, "log_likelihood", **more)
+
+
+def test_what_cannot_be_padded_or_tiled_is_refused(tiny: VAE, images: np.ndarray, free: VAE) -> None:
+    for call in (tiny.score, tiny.score_map, tiny.reconstruction_error):
+        with pytest.raises(InputError, match=r"pad is True; tiny takes inputs of one shape only"):
+            call(images, pad=True)
+        with pytest.raises(InputError, match=r"tile is 12; tiny takes inputs of one shape only"):
+            call(images, tile=12)
+    for wrong in ("yes", 1, None):
+        with pytest.raises(InputError, match="pad is"):
+            free.score(IMAGES, pad=wrong)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="beside tile"):
+        free.score_map(IMAGES, tile=12, batch_size=1)
+    bad = as_float(IMAGES)
+    bad[1, 0, 3, 3] = np.nan
+    for more in ({"pad": True}, {"tile": 12}):
+        with pytest.raises(InputError, match="NaN"):
+            free.score(bad, **more)
+
+
+def test_scores_from_blended_tiles_warn_where_they_are_asked_for(free_path: Path, tmp_path: Path) -> None:
+    with VAE.load(with_tiling(tmp_path, free_path, WIDE), threads=1) as vae:
+        for call in (vae.score, vae.score_map, vae.reconstruction_error):
+            with pytest.warns(ApproximateTilingWarning) as caught:
+                call(IMAGES, tile=12)
+            assert [(Path(warning.filename), str(warning.message)[:6]) for warning in caught] == [
+                (Path(__file__), "encode"), (Path(__file__), "decode"),
+            ]  # fmt: skip
+
+
 def test_images_that_need_padding_say_what_can_pad_them(free_path: Path) -> None:
     with (
         VAE.load(free_path, threads=1) as vae,
-        pytest.raises(InputError, match=r"multiples of 2, or padding .*: pad=True of encode and reconstruct, --pad$"),
+        pytest.raises(
+            InputError, match=r"multiples of 2, or padding .*: pad=True of encode, reconstruct and score, --pad$"
+        ),
     ):
         vae.score(np.zeros((1, 3, 11, 16), np.float32))
 

@@ -24,10 +24,11 @@ WIDE = [{**half, "context": None, "max_error": 0.0123, "reason": "Softmax"} for 
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 30, 46, 3), np.uint8)
 
 
-def with_tiling(folder: Path, source: Path, tiling: Any) -> Path:
+def with_tiling(folder: Path, source: Path, tiling: Any, **more: Any) -> Path:
     path = Path(shutil.copytree(source, folder / "copy.vae"))
     data = json.loads((path / "manifest.json").read_bytes())
     data["tiling"] = dict(zip(("encoder", "decoder"), tiling, strict=True))
+    data |= more
     (path / "manifest.json").write_bytes(sign_text(data))
     return path
 

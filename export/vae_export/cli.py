@@ -158,7 +158,8 @@ class InputShape(click.ParamType):
     "--calibrate", multiple=True, type=click.Path(), metavar="DATA",
     help="Store the quantiles of the anomaly scores of this data, from which `vae-run score --quantile` takes its"
     " thresholds: pictures, folders or one .npy/.npz; or the word held-out, the checkpoint's own validation examples."
-    f" At least {LEAST_EXAMPLES}, at most {MOST_EXAMPLES:,} are taken, evenly spaced over all. What the model was"
+    f" At least {LEAST_EXAMPLES}, at most {MOST_EXAMPLES:,} are taken, evenly spaced over all; of free sizes in their"
+    " own, padded as `vae-run score --pad` does. What the model was"
     " trained on scores lower than new data do: thresholds would be too low, and call too much an anomaly.",
 )  # fmt: skip
 @click.option(
@@ -290,7 +291,7 @@ def _export_ours(request: _Request, settings: _Settings) -> Manifest:
     if checkpoint.config.is_fully_convolutional:  # trained on crops; pictures of any size become such
         spec = spec._replace(resize="crop")
     examples = _read_examples(request.data, spec, EXAMPLES_LIMIT) if request.data else None
-    _read_more(request, settings, spec)
+    _read_more(request, settings, spec, checkpoint.config.is_fully_convolutional)
     name = request.name or _default_name(checkpoint, request.source)
     return export_checkpoint(checkpoint, request.target, name=name, examples=examples, **settings)
 
@@ -307,7 +308,7 @@ def _export_imported(request: _Request, settings: _Settings) -> Manifest:
     limit = IMPORTED_EXAMPLES_FP32 if settings["precisions"] == ["fp32"] else IMPORTED_EXAMPLES
     spec = example_spec(imported)
     examples = _read_examples(request.data, spec, limit) if request.data else None
-    _read_more(request, settings, spec)
+    _read_more(request, settings, spec, imported.is_free)
     units = None
     if request.data and limit < LEAST_FOR_UNITS and settings["prior"] is None and not request.calibrate:
         few = max(LEAST_FOR_UNITS, min(UNIT_EXAMPLES, UNIT_VALUES // math.prod(spec.example_shape)))
@@ -336,7 +337,7 @@ def _default_output(source: str) -> Path:
     return path.with_name(f"{name}.vae")
 
 
-def _read_more(request: _Request, settings: _Settings, spec: InputSpec) -> None:
+def _read_more(request: _Request, settings: _Settings, spec: InputSpec, is_free: bool) -> None:
     """Read what --prior and --calibrate need, of which more helps, unlike for verifying."""
     limit = max(1, min(MOST_EXAMPLES, MOST_VALUES // math.prod(spec.example_shape)))
     if settings["prior"] is not None and request.data:
@@ -345,6 +346,8 @@ def _read_more(request: _Request, settings: _Settings, spec: InputSpec) -> None:
         if others := len(request.calibrate) - 1:
             raise InputError(f"--calibrate has {HELD_OUT!r} and {others} other(s); give one or the other")
         settings["calibrate"] = HELD_OUT
+    elif request.calibrate and is_free:
+        settings["calibrate"] = _open_in_their_own_size(request.calibrate, spec)
     elif request.calibrate:
         settings["calibrate"] = _read_examples(request.calibrate, spec, limit)
 
@@ -352,14 +355,30 @@ def _read_more(request: _Request, settings: _Settings, spec: InputSpec) -> None:
 def _read_examples(data: tuple[str, ...], spec: InputSpec, limit: int) -> np.ndarray:
     """At most `limit`, evenly spaced: the first ones of a sorted file would all be of one kind."""
     source = open_inputs(data, spec)
+    if isinstance(source, PictureSource):
+        return next(_thinned(source, limit, spec).batches(limit))
     count = min(len(source), limit)
     rows = np.arange(count) * len(source) // count
-    if isinstance(source, PictureSource):
-        source = PictureSource([Path(source.names[row]) for row in rows], spec)
-        return next(source.batches(count))
     return np.concatenate(
         [batch[rows[rows // READ_ROWS == n] % READ_ROWS] for n, batch in enumerate(source.batches(READ_ROWS))]
     )
+
+
+def _open_in_their_own_size(data: tuple[str, ...], spec: InputSpec) -> PictureSource | np.ndarray:
+    """Images as `vae-run score --pad` will see them: scaled down, they would have more detail in each pixel. Pictures
+    are read when they are needed, as there may be more than fit into memory."""
+    channels, height, width = spec.example_shape
+    spec = spec._replace(shape=(channels, None, None), resize="exact", default_size=(height, width))
+    source = open_inputs(data, spec, pad=True)
+    if isinstance(source, PictureSource):
+        return _thinned(source, MOST_EXAMPLES, spec)
+    return _read_examples(data, spec, max(1, min(MOST_EXAMPLES, MOST_VALUES // math.prod(source.shape[1:]))))
+
+
+def _thinned(source: PictureSource, limit: int, spec: InputSpec) -> PictureSource:
+    """At most `limit` of them, evenly spaced."""
+    count = min(len(source), limit)
+    return PictureSource([Path(source.names[row * len(source) // count]) for row in range(count)], spec)
 
 
 def _parse_precisions(text: str) -> list[str]:

@@ -85,19 +85,21 @@ class _Options:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What an export is made with. x, golden and real are as the encoder takes them.
+    """What an export is made with. x, golden and units are as the encoder takes them.
 
-    x: to verify with. parts: of it, one for the ranges of activations, one to measure a precision with; None: even rows
-        and odd rows. golden: the first of these are the golden ones, or like these where they are synthetic.
-    real: for the active units; None: there are only synthetic ones.
+    x: to verify with. is_real: these are no noise. parts: of x, one for the ranges of activations, one to measure a
+        precision with; None: even rows and odd rows.
+    golden: the first of these are the golden ones, or like these where they are synthetic.
+    units: real ones, for the active units; None: there are none.
     prior, calibrate: what a prior is fitted to, and whose scores are calibrated; None: nobody's. calibrate_source: what
         those are.
     """
 
     x: Float32
+    is_real: bool
     parts: tuple[Float32, Float32] | None
     golden: Float32
-    real: Float32 | None
+    units: Float32 | None
     prior: Any
     calibrate: Any
     calibrate_source: str = "data"
@@ -153,9 +155,10 @@ def export_checkpoint(
     calibrates_own = isinstance(calibrate, str) and calibrate == HELD_OUT
     inputs = _Inputs(
         x,
-        parts,
+        is_real=True,
+        parts=parts,
         golden=held_out if golden == HELD_OUT else x,
-        real=held_out if examples is None or len(held_out) >= LEAST_FOR_UNITS else x,
+        units=held_out if examples is None or len(held_out) >= LEAST_FOR_UNITS else x,
         prior=default_prior if prior_examples is None else prior_examples,
         calibrate=held_out if calibrates_own else calibrate,
         calibrate_source=HELD_OUT if calibrates_own else "data",
@@ -222,10 +225,10 @@ def export_imported(
         halves = Thresholded(halves)
     x = synthetic_inputs(spec, SYNTHETIC_EXAMPLES) if examples is None else to_model_input(examples, spec, "examples")
     prior_examples = examples if prior_examples is None else prior_examples
-    real = None if examples is None else x
+    units = None if examples is None else x
     if unit_examples is not None:
-        real = to_model_input(unit_examples, spec, "unit_examples")
-    inputs = _Inputs(x, None, x, real, prior_examples, calibrate)
+        units = to_model_input(unit_examples, spec, "unit_examples")
+    inputs = _Inputs(x, examples is not None, None, x, units, prior_examples, calibrate)
     if imported.is_free:
         spec = InputSpec("image", imported.input_shape, spec.colour, "exact", imported.multiple_of, x.shape[2:])
     return _export(
@@ -301,11 +304,12 @@ def export_bundle(
         `VAE.sample(prior="fitted")`; None: the bundle has the standard one alone, an autoencoder's none.
     calibrate: at least 100 examples as they should be, like `examples`, that the model was not trained on: the
         quantiles of their anomaly scores are what `VAE.is_anomaly` compares with. Where height and width are free, of
-        the method "reconstruction" alone, whose scores do not grow with the size.
+        the method "reconstruction" alone, whose scores do not grow with the size; then an array, or a list of arrays,
+        of images of any one size each, which are scored as `VAE.score(pad=True)` does.
     scores: which of them to calibrate, of "elbo", "reconstruction" and "log_likelihood", which takes 100 decodings of
         each example; None: all that the bundle has.
-    progress: called while importance sampling scores these, which may take minutes, with how many examples are done
-        and how many there are.
+    progress: called while importance sampling scores these, or where sizes are free, which may take minutes, with how
+        many examples are done and how many there are.
 
     Raises:
         ExportError: a half does not run, is random or mixes the rows of a batch, torch cannot export it, it breaks the
@@ -333,7 +337,10 @@ def export_bundle(
     )
     name = name or Path(path).stem
     options = _Options(path, name, golden, tolerance, precisions, budget, keep, prior, scores, progress, force)
-    inputs = _Inputs(x, None, golden=x, real=x, prior=x, calibrate=_without_torch(calibrate, "calibrate"))
+    if isinstance(calibrate, (list, tuple)):
+        calibrate = [_without_torch(one, f"calibrate[{number}]") for number, one in enumerate(calibrate)]
+    calibrate = _without_torch(calibrate, "calibrate")
+    inputs = _Inputs(x, is_real=True, parts=None, golden=x, units=x, prior=x, calibrate=calibrate)
     check_output(path, force)  # before any work
     modules = Modules(encoder, decoder)
     with _evaluation_mode(modules.encoder, modules.decoder):
@@ -396,7 +403,7 @@ def _export(
     latents = encoded[MEAN]
     on_data.check(latents.shape[1:])
     if input_range is not None:
-        check_decoder_range(halves, x, input_range == "signed", real=inputs.real is not None)
+        check_decoder_range(halves, x, input_range == "signed", real=inputs.is_real)
     _log.info("exporting the two graphs")
     graphs = halves.to_onnx(pair, latents, spec.is_free)
     _log.info("comparing them with the model on %d inputs", len(x))
@@ -431,7 +438,7 @@ def _export(
         origin=origin,
         tiling=find_tiling(graphs, spec, x[:1], encoded) if spec.is_free else None,
         # What a codec costs is not measured on noise.
-        latent_codecs={UINT8: judge.codec_cost()} if spec.is_image and inputs.real is not None else {},
+        latent_codecs={UINT8: judge.codec_cost()} if spec.is_image and inputs.is_real else {},
     )
     files = {encoder: graphs[0], decoder: graphs[1], **made.graphs}
     manifest, extra = on_data.measure(manifest, files)
@@ -442,7 +449,7 @@ def _check(spec: InputSpec, inputs: _Inputs, options: _Options) -> OnData:
     """What is to be computed on data. Raises `InputError` and `OutputError` before any work is done."""
     on_data = plan_on_data(
         spec,
-        inputs.real,
+        inputs.units,
         prior=options.prior,
         prior_examples=inputs.prior,
         calibrate=inputs.calibrate,

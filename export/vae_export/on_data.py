@@ -5,18 +5,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vae_runtime.calibration import LEAST_EXAMPLES, SCORE_METHODS, Calibration
 from vae_runtime.errors import InputError
-from vae_runtime.latent_space import by_unit
+from vae_runtime.latent_space import unit_moments
 from vae_runtime.manifest import PRIOR_FILE, ActiveUnits, InputSpec, Manifest
-from vae_runtime.preprocess import Float32, Float64, to_model_input
+from vae_runtime.preprocess import Float32, Float64, check_layout, check_range, require_plain_array, to_model_input
 from vae_runtime.scoring import score_methods
 from vae_runtime.tiling import Progress
 from vae_runtime.vae import VAE
@@ -28,9 +28,32 @@ _log = logging.getLogger(__name__)
 
 ACTIVE_VARIANCE = 0.01  # of a posterior's mean, above which Burda et al. (2016) call a unit active
 LEAST_FOR_UNITS = 32  # examples; the variance of fewer says little
-PROGRESS_EXAMPLES = 64  # after which the slowest of the scores tells how far it is
+PART = 64  # examples, at most, that are scored at once where that takes long
 # Hundredths, and at both ends thousandths: thresholds lie in the tail.
 LEVELS = tuple(sorted({*(n / 100 for n in range(101)), *(n / 1000 for n in (*range(10), *range(990, 1000))), 0.9999}))
+
+
+class Source(Protocol):
+    """Examples that are read when they are needed, such as those of `vae_runtime.sources`."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, size: int) -> Iterator[NDArray[Any]]:
+        """At most `size` at once, images of one size each."""
+        ...
+
+
+class _Arrays:
+    """Arrays as a source, each of images of one size."""
+
+    def __init__(self, arrays: Sequence[NDArray[Any]]) -> None:
+        self._arrays = arrays
+
+    def __len__(self) -> int:
+        return sum(map(len, self._arrays))
+
+    def batches(self, size: int) -> Iterator[NDArray[Any]]:
+        return (array[start : start + size] for array in self._arrays for start in range(0, len(array), size))
 
 
 @dataclass(frozen=True)
@@ -38,14 +61,14 @@ class OnData:
     """Which examples tell what, all as the encoder takes them; None: it is left out.
 
     units: for the active units; where they are few, those of the others will do. prior: what to fit, and to what.
-    calibration: examples as they should be, for thresholds, and calibration_source: "held-out" or "data". scores: the
-        methods to calibrate; None: all that the bundle has.
+    calibration: examples as they should be, for thresholds, where sizes are free in their own, and calibration_source:
+        "held-out" or "data". scores: the methods to calibrate; None: all that the bundle has.
     progress: see `export_bundle`.
     """
 
     units: Float32 | None = None
     prior: PriorFit | None = None
-    calibration: Float32 | None = None
+    calibration: Float32 | Source | None = None
     calibration_source: str = "data"
     scores: tuple[str, ...] | None = None
     progress: Progress | None = None
@@ -74,7 +97,7 @@ class OnData:
                 calibration = self._calibrate(vae, self.calibration)
         return manifest._replace(latent=latent, calibration=calibration), files
 
-    def _calibrate(self, vae: VAE, examples: Float32) -> Calibration:
+    def _calibrate(self, vae: VAE, examples: Float32 | Source) -> Calibration:
         # Of images of any size, scores in nats grow with the size, and say nothing of those of another one.
         there = ("reconstruction",) if vae.manifest.input.is_free else score_methods(vae.manifest)
         for method in self.scores or ():
@@ -83,8 +106,10 @@ class OnData:
         scores = {}
         for method in self.scores or there:
             _log.info("calibrating the score %r on %d inputs", method, len(examples))
-            slow = method == "log_likelihood"
-            found = _score_slowly(vae, examples, self.progress) if slow else vae.score(examples, method)
+            if isinstance(examples, np.ndarray) and method != "log_likelihood":
+                found = vae.score(examples, method)
+            else:
+                found = _score_slowly(vae, examples, method, self.progress)
             _require_finite(found, f"calibrate: the score {method!r}")
             quantiles = np.quantile(found, LEVELS)
             scores[method] = tuple(_rounded(value) for value in quantiles)  # rounding keeps their order
@@ -105,8 +130,8 @@ def plan_on_data(
     """What the caller asked for, checked before any work is done.
 
     spec: of the bundle's inputs; the examples are of its default size where it has free sizes. prior: "gaussian" or
-        "mixture:10", to be fitted to `prior_examples`. calibrate: the examples for it. scores: which of them to
-        calibrate; None: all.
+        "mixture:10", to be fitted to `prior_examples`. calibrate: the examples for it, see `export_bundle`. scores:
+        which of them to calibrate; None: all.
 
     Raises:
         InputError: an argument breaks a rule, or there are no real examples for what was asked for.
@@ -121,28 +146,41 @@ def plan_on_data(
         if prior_examples is None:
             raise InputError(f"prior {prior!r} needs real inputs, and there are none; pass some (--data)")
         fit = PriorFit(kind, components, to_model_input(prior_examples, example, "the prior's examples"))
-    checked = None if calibrate is None else _check_calibration(calibrate, example, source)
+    checked = None if calibrate is None else _check_calibration(calibrate, spec if spec.is_free else example, source)
     return OnData(units, fit, checked, source, _check_scores(scores), progress)
 
 
-def active_units(vae: VAE, examples: Float32) -> ActiveUnits:
+def active_units(vae: VAE, examples: Float32 | Source) -> ActiveUnits:
     """How much the posterior's mean varies over the examples, unit by unit.
 
     A plain autoencoder's code has no prior whose variance would be 1: a unit of it counts as active where it varies by
     more than a hundredth of what the unit that varies most does.
     """
-    mean = vae.encode(examples).mean
-    _require_finite(np.abs(mean).reshape(len(mean), -1).max(axis=1), "examples: the mean's largest value")
-    variances = by_unit(mean).astype(np.float64).var(axis=0)
+    _, variances = unit_moments(_means(vae, examples))
     rounded = tuple(_rounded(value) for value in variances)
     threshold = ACTIVE_VARIANCE if vae.manifest.kind == "vae" else _rounded(ACTIVE_VARIANCE * max(rounded))
     return ActiveUnits(rounded, threshold, len(examples))
 
 
-def _require_finite(values: NDArray[np.floating[Any]], what: str) -> None:
+def _means(vae: VAE, examples: Float32 | Source) -> Iterator[Float32]:
+    done = 0
+    for batch in _batches(examples):
+        mean = vae.encode(batch, pad=vae.manifest.input.is_free).mean
+        _require_finite(np.abs(mean).reshape(len(mean), -1).max(axis=1), "examples: the mean's largest value", done)
+        done += len(mean)
+        yield mean
+
+
+def _batches(examples: Float32 | Source) -> Iterator[NDArray[Any]]:
+    source = _Arrays([examples]) if isinstance(examples, np.ndarray) else examples
+    return source.batches(PART)
+
+
+def _require_finite(values: NDArray[np.floating[Any]], what: str, start: int = 0) -> None:
+    """values: one for each example, of which the first is the one numbered `start`."""
     if not (finite := np.isfinite(values)).all():
         row = int(finite.argmin())
-        raise InputError(f"{what} of example {row} is {values[row]}: the model overflows there; leave it out")
+        raise InputError(f"{what} of example {start + row} is {values[row]}: the model overflows there; leave it out")
 
 
 def _check_scores(scores: Sequence[str] | None) -> tuple[str, ...] | None:
@@ -153,11 +191,11 @@ def _check_scores(scores: Sequence[str] | None) -> tuple[str, ...] | None:
     return tuple(dict.fromkeys(scores))
 
 
-def _check_calibration(examples: Any, spec: InputSpec, source: str) -> Float32:
+def _check_calibration(examples: Any, spec: InputSpec, source: str) -> Float32 | Source:
     if isinstance(examples, str):
         raise InputError(f"calibrate is {examples!r}, and only a model.pt has held-out examples; pass examples")
     name = "calibrate" if source == "data" else "held_out"
-    checked = to_model_input(examples, spec, name)
+    checked = _of_any_size(examples, spec, name) if spec.is_free else to_model_input(examples, spec, name)
     if len(checked) < LEAST_EXAMPLES:
         rule = f"expected at least {LEAST_EXAMPLES}: fewer say too little of the tail that thresholds lie in"
         cure = "" if source == "data" else "; pass examples of your own (--calibrate DATA)"
@@ -165,11 +203,26 @@ def _check_calibration(examples: Any, spec: InputSpec, source: str) -> Float32:
     return checked
 
 
-def _score_slowly(vae: VAE, examples: Float32, progress: Progress | None) -> Float64:
-    """`VAE.score` by log_likelihood, part by part, that tells how far it is."""
+def _of_any_size(examples: Any, spec: InputSpec, name: str) -> Source:
+    """Images that are to be padded, as an array, several of them, or a source."""
+    if hasattr(examples, "batches"):
+        source: Source = examples
+        return source
+    arrays = examples if isinstance(examples, (list, tuple)) else [examples]
+    for number, array in enumerate(arrays):
+        label = f"{name}[{number}]" if arrays is examples else name
+        require_plain_array(array, label)
+        check_layout(array, spec._replace(multiple_of=1), label)
+        if array.dtype != np.uint8:
+            check_range(array, spec, label)
+    return _Arrays(arrays)
+
+
+def _score_slowly(vae: VAE, examples: Float32 | Source, method: str, progress: Progress | None) -> Float64:
+    """`VAE.score`, part by part, that tells how far it is; images of free size are padded."""
     parts = []
-    for start in range(0, len(examples), PROGRESS_EXAMPLES):
-        parts.append(vae.score(examples[start : start + PROGRESS_EXAMPLES], "log_likelihood"))
+    for batch in _batches(examples):
+        parts.append(vae.score(batch, method, pad=vae.manifest.input.is_free))
         if progress is not None:
             progress(sum(map(len, parts)), len(examples))
     return np.concatenate(parts)

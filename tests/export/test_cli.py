@@ -21,7 +21,11 @@ from vae_export.imported import ImportOptions
 from vae_export.importers.options import FLAGS
 from vae_runtime import VAE
 from vae_runtime.bundle import Bundle
-from vae_runtime.manifest import InputSpec
+from vae_runtime.images import write_picture
+from vae_runtime.manifest import InputSpec, Likelihood
+from vae_training.checkpoint import save_checkpoint
+
+from .conftest import make_checkpoint
 
 
 def run(*arguments: object):
@@ -181,6 +185,37 @@ def test_data_calibrates_and_a_prior_is_fitted_to_more_than_verifies(
     assert "  calibrated on 130 examples: elbo, reconstruction\n" in result.stdout
 
 
+def test_photographs_calibrate_in_their_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("PIL")
+    monkeypatch.setattr("vae_export.cli.MOST_EXAMPLES", 110)
+    spec, likelihood = InputSpec("image", (3, 16, 16), "rgb", "exact"), Likelihood("gaussian", scale=0.1)
+    save_checkpoint(tmp_path / "model.pt", make_checkpoint("resnet", "vae", spec, likelihood))
+    (tmp_path / "photos").mkdir()
+    rng, images = np.random.default_rng(0), []
+    for index in range(220):
+        height, width = rng.integers(16, 40, 2)
+        # Detail that is gone from a photograph that is made smaller.
+        images.append(rng.integers(0, 256, (height, width, 3), np.uint8))
+        write_picture(tmp_path / "photos" / f"{index:03}.png", images[-1])
+    result = run(tmp_path / "model.pt", "--output", tmp_path / "a.vae", "--calibrate", tmp_path / "photos")
+    assert result.exit_code == 0, result.output
+    with VAE.load(tmp_path / "a.vae", threads=1) as vae:
+        calibration = vae.manifest.calibration
+        scores = [vae.score(image[None], "reconstruction", pad=True)[0] for image in images[::2]]
+    assert calibration is not None
+    assert calibration.examples == 110
+    levels = np.quantile(scores, calibration.levels)
+    np.testing.assert_allclose(calibration.scores["reconstruction"], levels, rtol=1e-3)
+    np.save(tmp_path / "odd.npy", np.stack([image[:15, :13] for image in images]))
+    result = run(tmp_path / "model.pt", "--output", tmp_path / "b.vae", "--calibrate", tmp_path / "odd.npy")
+    assert result.exit_code == 0, result.output
+    with VAE.load(tmp_path / "b.vae", threads=1) as vae:
+        calibration = vae.manifest.calibration
+        scores = vae.score(np.load(tmp_path / "odd.npy")[::2], "reconstruction", pad=True)
+    assert calibration is not None
+    assert calibration.scores["reconstruction"][-1] == pytest.approx(scores.max(), rel=1e-3)
+
+
 def test_few_examples_for_a_prior_are_warned_of(model_file: Path, tmp_path: Path) -> None:
     result = run(model_file, "--output", tmp_path / "a.vae", "--prior", "mixture:2")
     assert result.exit_code == 0, result.output
@@ -195,7 +230,7 @@ def test_large_examples_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     request = _Request("model.pt", Path("a.vae"), None, None, None, (), ("a",), ImportOptions())
     monkeypatch.setattr("vae_export.cli._read_examples", lambda data, spec, limit: taken.append(limit))
     for shape in ((1, 28, 28), (3, 256, 256), (3, 20000, 20000)):
-        _read_more(request, {"prior": None}, InputSpec("image", shape))
+        _read_more(request, {"prior": None}, InputSpec("image", shape), is_free=False)
     assert taken == [10_000, 2**28 // (3 * 256 * 256), 1]
 
 

@@ -22,7 +22,7 @@ from vae_export.prior import PriorFit, parse_prior
 from vae_export.verify import Reference
 from vae_runtime import VAE, InputError, NotInBundleError
 from vae_runtime.calibration import SCORE_METHODS
-from vae_runtime.manifest import FittedPrior
+from vae_runtime.manifest import FittedPrior, InputSpec
 from vae_runtime.preprocess import to_model_input
 
 INPUTS, UNITS = 6, 3
@@ -243,20 +243,74 @@ def test_images_of_any_size_have_no_prior_to_fit(prior: str, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_images_of_any_size_are_calibrated_at_the_size_of_the_examples(tmp_path: Path) -> None:
-    images = np.zeros((100, 1, 16, 16), np.float32)
-    encoder, decoder = nn.Conv2d(1, 2, 2, 2), nn.ConvTranspose2d(2, 1, 2, 2)
-    rule = r"calibrate has shape .*; expected \(N, {0}, {0}\) uint8 or \(N, 1, {0}, {0}\) float32 in \[0, 1\]$"
-    with pytest.raises(InputError, match=rule.format(8)):
+class Halves(nn.Module):
+    """Of grey images whose sides are multiples of 2; a code of (2, H/2, W/2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encode = nn.Conv2d(1, 2, 2, 2)
+        self.decode = nn.Sequential(nn.ConvTranspose2d(2, 1, 2, 2), nn.Sigmoid())
+
+
+def images_of(count: int, height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(height).integers(0, 256, (count, height, width), np.uint8)
+
+
+def test_images_of_any_size_are_calibrated_in_their_own(tmp_path: Path) -> None:
+    model, calls = Halves(), []
+    given = [images_of(70, 9, 13), torch.from_numpy(images_of(25, 6, 7)), images_of(5, 8, 8)]
+    export_bundle(
+        model.encode, model.decode, tmp_path / "a.vae", examples=images_of(20, 8, 8), kind="autoencoder", multiple_of=2,
+        calibrate=given, progress=lambda done, total: calls.append((done, total)),
+    )  # fmt: skip
+    assert calls == [(64, 100), (70, 100), (95, 100), (100, 100)]
+    arrays = [np.asarray(array) for array in given]
+    with VAE.load(tmp_path / "a.vae", threads=1) as vae:
+        scores = np.concatenate([vae.score(array, pad=True) for array in arrays])
+        codes = [vae.encode(array, pad=True).mean.astype(np.float64) for array in arrays]
+        calibration, units = vae.manifest.calibration, vae.manifest.latent.active_units
+    assert calibration is not None
+    assert (calibration.examples, list(calibration.scores)) == (100, ["reconstruction"])
+    np.testing.assert_allclose(calibration.scores["reconstruction"], np.quantile(scores, LEVELS), rtol=1e-4)
+    assert units is not None  # of the 100, as the examples are few
+    assert units.examples == 100
+    channels = [np.concatenate([code[:, channel].ravel() for code in codes]) for channel in range(2)]
+    np.testing.assert_allclose(units.variances, [channel.var() for channel in channels], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("calibrate", "message"),
+    [
+        (images_of(99, 9, 13), "calibrate has 99 examples; expected at least 100"),
+        ([images_of(50, 9, 13), images_of(49, 9, 9)], "calibrate has 99 examples; expected at least 100"),
+        ([images_of(50, 9, 13), images_of(50, 9, 13)[..., None]], r"calibrate\[1\] has shape \(50, 9, 13, 1\)"),
+        ([images_of(100, 9, 13), "x"], r"calibrate\[1\] is a str; expected a numpy array"),
+        (
+            [torch.zeros(100, 1, 8, 8, dtype=torch.bfloat16)],
+            r"calibrate\[0\] is a tensor of shape .* in torch\.bfloat16",
+        ),
+        ([], "calibrate has 0 examples"),
+        (np.full((100, 1, 9, 9), np.nan, np.float32), "calibrate has NaN; float32 images lie in"),
+    ],
+)
+def test_images_of_any_size_that_cannot_be_calibrated_on(tmp_path: Path, calibrate: Any, message: str) -> None:
+    model = Halves()
+    with pytest.raises(InputError, match=message):
         export_bundle(
-            encoder, decoder, tmp_path / "a.vae", examples=images[:40, :, :8, :8], kind="autoencoder", multiple_of=2,
-            calibrate=images,
+            model.encode, model.decode, tmp_path / "a.vae", examples=images_of(20, 8, 8), kind="autoencoder",
+            multiple_of=2, calibrate=calibrate,
         )  # fmt: skip
-    halves = Reference(EncoderGraph(encoder, "autoencoder"), DecoderGraph(decoder, clamp=True))
-    imported = Imported(halves, "a", (1, None, None), multiple_of=2)
-    with pytest.raises(InputError, match=rule.format(64)):
-        export_imported(imported, tmp_path / "a.vae", calibrate=images)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_images_of_one_size_are_calibrated_in_no_other(tmp_path: Path) -> None:
+    model = Halves()
+    with pytest.raises(InputError, match=r"calibrate has shape \(100, 9, 13\); expected \(N, 8, 8\) uint8"):
+        export_bundle(
+            model.encode, model.decode, tmp_path / "a.vae", examples=images_of(20, 8, 8), kind="autoencoder",
+            calibrate=images_of(100, 9, 13),
+        )  # fmt: skip
 
 
 def test_a_prior_without_real_examples_is_refused(tmp_path: Path) -> None:
@@ -372,9 +426,12 @@ def test_examples_on_which_the_model_overflows_are_named(vectors: np.ndarray, tm
     far[5] = 1e25
     with pytest.raises(InputError, match="calibrate: the score 'elbo' of example 5 is inf: the model overflows there"):
         export(tmp_path / "a.vae", vectors[:40], calibrate=far, likelihood=GAUSSIAN)
-    far[5] = 3e38
-    overflowing = SimpleNamespace(encode=lambda x: SimpleNamespace(mean=np.where(x > 1e38, -np.inf, x)))
-    with pytest.raises(InputError, match="the mean's largest value of example 5 is inf: the model overflows there"):
+    far[70] = 3e38
+    overflowing = SimpleNamespace(
+        encode=lambda x, pad: SimpleNamespace(mean=np.where(x > 1e38, -np.inf, x)),
+        manifest=SimpleNamespace(input=InputSpec("vector", far.shape[1:])),
+    )
+    with pytest.raises(InputError, match="the mean's largest value of example 70 is inf: the model overflows there"):
         active_units(overflowing, far)
     assert list(tmp_path.iterdir()) == []
 

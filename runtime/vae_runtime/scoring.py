@@ -27,10 +27,10 @@ _KEPT_SHAPES = 8  # whose memory is kept for the next call, by method
 
 def default_method(manifest: Manifest) -> str:
     """The method of `VAE.score` where none is named: by the kind of likelihood, the one that found left-out digits best
-    in benchmarks/results/anomalies.md."""
-    if manifest.kind == "vae" and manifest.likelihood is not None and manifest.likelihood.type != "bernoulli":
-        return "elbo"
-    return "reconstruction"
+    in benchmarks/results/anomalies.md; of free sizes, the one that compares between them."""
+    if manifest.kind != "vae" or manifest.likelihood is None or manifest.input.is_free:
+        return "reconstruction"
+    return "reconstruction" if manifest.likelihood.type == "bernoulli" else "elbo"
 
 
 def score_methods(manifest: Manifest, whole: bool = True) -> tuple[str, ...]:

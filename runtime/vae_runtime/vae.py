@@ -462,7 +462,7 @@ class VAE:
         method: "elbo": -log p(x|z) at the posterior's mean, plus the KL divergence, in nats, nothing random;
             "reconstruction": `reconstruction_error`, for every kind of model; "log_likelihood": minus the estimate of
             `log_likelihood` with `n_samples`, far slower. None: what measured best for this likelihood, "elbo" for
-            Gaussian and Laplace, else "reconstruction".
+            Gaussian and Laplace, else "reconstruction"; of free sizes the latter, a mean.
         n_samples, seed: for "log_likelihood" alone, which takes the same noise for every input, so that an input's
             score does not depend on what it comes with, but for rounding.
         inputs, batch_size: as in `encode`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,8 +145,12 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     previews that cameras put behind a JPEG. What goes wrong with it in the block is an `InputError`."""
     pillow = _pillow(f"reading {path}")
     try:
-        # Others are not even tried: Pillow would start Ghostscript for an EPS that is called a.png.
-        with pillow.Image.open(path, formats=_READ_FORMATS) as file:
+        with warnings.catch_warnings():
+            # It would warn, in several lines, of half the pixels that it refuses.
+            warnings.simplefilter("ignore", pillow.Image.DecompressionBombWarning)
+            # Others are not even tried: Pillow would start Ghostscript for an EPS that is called a.png.
+            opened = pillow.Image.open(path, formats=_READ_FORMATS)
+        with opened as file:
             if file.format not in _JPEG and (frames := getattr(file, "n_frames", 1)) > 1:
                 raise ValueError(f"it has {frames} pages or frames; save the one that is meant by itself")
             yield file

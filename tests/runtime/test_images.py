@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import random
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,14 @@ def test_truncated_jpeg_is_refused_instead_of_half_grey(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(InputError, match=r"cut.jpg cannot be read as a picture: .*truncated"):
         read_picture(path, spec)
+
+
+def test_pictures_within_the_limit_are_read_without_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path / "large.png", np.zeros((4, 6), np.uint8))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)  # of which Pillow refuses twice as many
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_picture(path, GREY).shape == picture_size(path) == (4, 6)
 
 
 def test_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,10 +45,13 @@ def find_tiling(graphs: tuple[bytes, bytes], spec: InputSpec, x: Float32, encode
         ExportError: a half gives NaN or infinity for an image of that size.
     """
     _log.info("measuring how far each half looks and what tiling changes")
-    fields = [widest(list(receptive_fields(onnx.load_from_string(graph)).values())) for graph in graphs]
     factor = spec.multiple_of
+    fields = [
+        widest(list(receptive_fields(onnx.load_from_string(graph), multiple).values()))
+        for graph, multiple in zip(graphs, (factor, 1), strict=True)
+    ]
     reaches = _encoder_reach(fields[0], factor), _decoder_reach(fields[1], factor)
-    sample = _Sample(open_graphs(graphs, spec, encoded), spec.multiple_of, x)
+    sample = _Sample(open_graphs(graphs, spec, encoded), factor, x)
     encoder, decoder = (sample.measure(half, reach) for half, reach in enumerate(reaches))
     return Tiling(encoder, decoder)
 

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from vae_export.receptive import ReceptiveField, receptive_fields, widest
 
 SIZE, OTHER = 48, 24  # positions along the side that is measured, and along the other
+MULTIPLE = 8  # of which both are
 CHANNELS = 2
 
 
@@ -143,6 +144,39 @@ def to_twice_the_size(network: Network) -> Network:
     return network
 
 
+def halved(network: Network, length: str) -> str:
+    """(N - 1) / 2 + 1 in whole numbers, as exporters write the size behind a convolution of stride 2."""
+    one, two = (network.constant(np.array([number])) for number in (1, 2))
+    return network.node("Add", network.node("Div", network.node("Sub", length, one), two), one)
+
+
+def strided_sizes(network: Network) -> list[str]:
+    """Height and width behind two more convolutions, of stride 2, from those of the input."""
+    sides = [network.node("Shape", "x", start=axis, end=axis + 1) for axis in (2, 3)]
+    network.conv(3, 2).conv(3, 2)
+    return [halved(network, halved(network, side)) for side in sides]
+
+
+def divided_by_the_norm(network: Network) -> Network:
+    """x / max(|x|, 1e-12) over the channels, as torch.nn.functional.normalize is exported."""
+    sides = strided_sizes(network)
+    channels = network.constant(np.array([network.channels]))
+    target = network.node("Concat", network.dims(0, 1), channels, *sides, axis=0)
+    norm = network.node("ReduceL1", network.last, network.constant(np.array([1])), keepdims=1)
+    clipped = network.node("Clip", norm, network.constant(np.float32(1e-12)))
+    expanded = network.node("Expand", clipped, target)
+    network.last = network.node("Div", network.last, expanded)
+    return network
+
+
+def summed_by_groups(network: Network) -> Network:
+    """Channels in groups, each replaced by its sum, as averages over groups of channels are exported."""
+    sides = strided_sizes(network.conv(1))
+    batch, groups, rest = network.dims(0, 1), network.constant(np.array([1])), network.constant(np.array([-1]))
+    network.last = network.node("Reshape", network.last, network.node("Concat", batch, groups, rest, *sides, axis=0))
+    return network.add("ReduceSum", np.array([2]), keepdims=0).add("Tile", np.array([1, CHANNELS, 1, 1])).conv(3)
+
+
 # Architectures whose operators are linear with positive weights: there the computed field is the measured one.
 EXACT: dict[str, Callable[[Network], Network]] = {
     "one": lambda n: n.conv(3),
@@ -160,6 +194,8 @@ EXACT: dict[str, Callable[[Network], Network]] = {
     "unshuffle": lambda n: n.unshuffle().conv(3).unshuffle().conv(3),
     "reshaped": lambda n: shuffle_by_reshape(n.conv(3)).conv(3),
     "unreshaped": lambda n: unshuffle_by_reshape(n.conv(3)).conv(3),
+    "norm": lambda n: divided_by_the_norm(n.conv(3)).conv(3),
+    "groups": lambda n: summed_by_groups(n).nearest(),
     "shortcut": lambda n: two_shortcuts(n.conv(3, 2)),
     "pools": lambda n: n.conv(3).add("MaxPool", kernel_shape=[2, 2], strides=[2, 2]).conv(3),
     "up-and-down": lambda n: n.transposed(4, 2, 1).conv(3).conv(4, 2, [1] * 4).conv(4, 2, [1] * 4),
@@ -200,7 +236,7 @@ def run_of(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
 
 
 def field_of(model: onnx.ModelProto) -> ReceptiveField:
-    (field,) = receptive_fields(model).values()
+    (field,) = receptive_fields(model, MULTIPLE).values()
     return field
 
 
@@ -297,6 +333,14 @@ def by_the_size(network: Network) -> Network:
     return network
 
 
+def everywhere(network: Network) -> Network:
+    """An average over the image at every position of it."""
+    sizes = network.node("Shape", network.last)
+    network.conv(3).add("ReduceMean", np.array([2, 3]))
+    network.last = network.node("Expand", network.last, sizes)
+    return network.conv(3)
+
+
 UNBOUNDED: dict[str, tuple[Callable[[Network], Network], str]] = {
     "instance": (lambda n: n.add("InstanceNormalization", n.weights(2), n.weights(2)).conv(3), "InstanceNormalization"),
     "pool": (lambda n: n.add("GlobalAveragePool", before=()), "GlobalAveragePool"),
@@ -313,6 +357,8 @@ UNBOUNDED: dict[str, tuple[Callable[[Network], Network], str]] = {
     "valid": (lambda n: n.conv(3, pads=[0] * 4), "an output that is no multiple"),
     "cropped": (lambda n: n.conv(3).crop(4, 4).pad(4, 4).conv(3), "Slice or cropping"),
     "wrap": (lambda n: n.pad(2, 2, "wrap"), "Pad (mode"),
+    "repeated": (lambda n: n.add("Tile", np.array([1, 1, 2, 1])).conv(3, 2), "Conv"),
+    "everywhere": (lambda n: everywhere(n), "ReduceMean"),
     "unknown": (lambda n: n.add("GridSample", np.zeros((1, 4, 4, 2), np.float32)), "GridSample"),
 }
 

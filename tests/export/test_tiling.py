@@ -40,8 +40,8 @@ def test_tiles_that_turn_out_not_exact_are_blended_and_say_so(
     """As if the analysis had missed something: the measurement finds it."""
     real = tiling.receptive_fields
 
-    def too_small(model: onnx.ModelProto) -> dict:
-        return {name: field._replace(context_before=0, context_after=0) for name, field in real(model).items()}
+    def too_small(model: onnx.ModelProto, multiple: int) -> dict:
+        return {name: field._replace(context_before=0, context_after=0) for name, field in real(model, multiple).items()}
 
     monkeypatch.setattr(tiling, "receptive_fields", too_small)
     for half in find_tiling(graphs, SPEC, X, ENCODED):

@@ -44,13 +44,14 @@ class ReceptiveField(NamedTuple):
         return self.reason is None
 
 
-def receptive_fields(model: onnx.ModelProto) -> dict[str, ReceptiveField]:
-    """The receptive field of every output of a graph that has one input (batch, C, height, width), both sides free.
+def receptive_fields(model: onnx.ModelProto, multiple: int = 1) -> dict[str, ReceptiveField]:
+    """The receptive field of every output of a graph that has one input (batch, C, height, width), both sides free but
+    for being multiples of `multiple`.
 
     Outputs are (batch, C', height', width'), where height' / height is one ratio for all heights; anything else counts
     as unbounded.
     """
-    walk = Walk(model)
+    walk = Walk(model, multiple)
     fields = {}
     for output in model.graph.output:
         found = walk.found(output.name)

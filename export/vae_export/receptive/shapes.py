@@ -6,6 +6,7 @@ that grows with one side of the input, so that "twice the height" is recognised 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -37,8 +38,11 @@ def constant_values(array: NDArray[Any]) -> Values | None:
     return [Fraction(number) for number in array.reshape(-1).tolist()]
 
 
-def evaluate(node: onnx.NodeProto, inputs: Sequence[Values | None]) -> Values | None:
-    """What a node gives whose inputs are values; None for operators that are not followed."""
+def evaluate(node: onnx.NodeProto, inputs: Sequence[Values | None], multiple: int | None = None) -> Values | None:
+    """What a node gives whose inputs are values; None for operators that are not followed.
+
+    multiple: of what height and width are multiples, if the values are whole numbers, whose division rounds down.
+    """
     if any(values is None for values in inputs):
         return None
     known = [values for values in inputs if values is not None]
@@ -56,6 +60,8 @@ def evaluate(node: onnx.NodeProto, inputs: Sequence[Values | None]) -> Values | 
         if {len(left), len(right)} - {1, size}:
             return None
         pairs = zip(left * (size // len(left)), right * (size // len(right)), strict=True)
+        if node.op_type == "Div" and multiple is not None:
+            return [_divide_down(a, b, multiple) for a, b in pairs]
         return [_ARITHMETIC[node.op_type](*pair) for pair in pairs]
     return None
 
@@ -104,6 +110,16 @@ def _divide(a: Value, b: Value) -> Value:
         return None
     found = _multiply(a, 1 / b)
     return None if isinstance(found, Fraction) and found.denominator != 1 else found
+
+
+def _divide_down(a: Value, b: Value, multiple: int) -> Value:
+    """Of whole numbers, none of which is negative: (N - 1) / 2 is N / 2 - 1 where N is even."""
+    if not isinstance(a, Length) or not isinstance(b, Fraction) or b <= 0:
+        return _divide(a, b)
+    times = a.times / b
+    if any((factor * multiple).denominator != 1 for factor in (a.times, times)) or a.extra.denominator != 1:
+        return _divide(a, b)
+    return Length(a.side, times, Fraction(math.floor(a.extra / b)))
 
 
 def _line(value: Fraction | Length) -> tuple[str, Fraction, Fraction]:

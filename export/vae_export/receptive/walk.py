@@ -70,10 +70,11 @@ class _CannotFollowError(Exception):
 
 
 class Walk:
-    """All tensors of a graph, by name, as far as they depend on its one input."""
+    """All tensors of a graph, by name, as far as they depend on its one input, whose height and width are multiples of
+    `multiple`."""
 
-    def __init__(self, model: onnx.ModelProto) -> None:
-        graph = model.graph
+    def __init__(self, model: onnx.ModelProto, multiple: int) -> None:
+        graph, self._multiple = model.graph, multiple
         self._constants = {entry.name: numpy_helper.to_array(entry) for entry in graph.initializer}
         self._values: dict[str, Values] = {}
         self._tensors: dict[str, Grid | Mixed] = {}
@@ -95,10 +96,14 @@ class Walk:
             return
         if node.op_type == "Shape" and data and isinstance(data[0], Grid):
             self._values[node.output[0]] = sliced([_dimension(axis) for axis in data[0].axes], given)
-        elif not data and (values := evaluate(node, [self._value(name) for name in node.input])) is not None:
+        elif not data and (values := self._evaluate(node)) is not None:
             self._values[node.output[0]] = values
         else:
             self._visit_data(node, given, data)
+
+    def _evaluate(self, node: onnx.NodeProto) -> Values | None:
+        kinds = [self._constants[name].dtype.kind for name in node.input if name in self._constants]
+        return evaluate(node, [self._value(name) for name in node.input], self._multiple if "i" in kinds else None)
 
     def _visit_data(self, node: onnx.NodeProto, given: dict[str, Any], data: list[Grid | Mixed]) -> None:
         name = f"{node.domain}.{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type
@@ -335,6 +340,19 @@ class Walk:
         grid = self._grid(node)
         return [Grid(tuple(grid.axes[position] for position in given["perm"]))]
 
+    def _expand(self, node: onnx.NodeProto, given: dict[str, Any]) -> list[Grid | Mixed]:
+        """Height and width keep their sizes: engines refuse to make others of them, unless they are 1."""
+        axes, target = self._grid(node).axes, self._optional(node, 1) or []
+        rank = max(len(axes), len(target))
+        axes, ones = (1,) * (rank - len(axes)) + axes, [Fraction(1)] * (rank - len(target))
+        return [Grid(tuple(map(_expanded, axes, [*ones, *target])))]
+
+    def _tile(self, node: onnx.NodeProto, given: dict[str, Any]) -> list[Grid | Mixed]:
+        grid, repeats = self._grid(node), self._integers(node, 1)
+        grid = self._untouched(node, [position for position, times in enumerate(repeats) if times != 1])
+        pairs = zip(grid.axes, repeats, strict=True)
+        return [Grid(tuple(axis * times if isinstance(axis, int) else axis for axis, times in pairs))]
+
     def _reshape(self, node: onnx.NodeProto, given: dict[str, Any]) -> list[Grid | Mixed]:
         target = self._optional(node, 1)
         axes = reshaped(self._grid(node).axes, target or [], bool(given.get("allowzero", 0)))
@@ -368,6 +386,8 @@ _FOLLOWED: dict[str, _Follow] = {
     "Squeeze": Walk._squeeze,
     "Unsqueeze": Walk._unsqueeze,
     "Transpose": Walk._transpose,
+    "Expand": Walk._expand,
+    "Tile": Walk._tile,
     "Reshape": Walk._reshape,
     "MatMul": Walk._matmul,
     "LayerNormalization": Walk._layer_normalization,
@@ -403,6 +423,14 @@ def _together(sizes: list[Axis | int | None]) -> Axis | int | None:
     if any(size != 1 for size in sizes if not isinstance(size, Axis)) or not all(map(sides[0].matches, sides)):
         raise _CannotFollowError  # a constant that differs from position to position, or another size
     return sides[0].joined(sides[1:])
+
+
+def _expanded(axis: Axis | int | None, size: Value) -> Axis | int | None:
+    if isinstance(axis, Axis):
+        return axis
+    if isinstance(size, Length):
+        raise _CannotFollowError  # height and width where there were none
+    return axis if axis != 1 else _integer(size) if size is not None else None
 
 
 def _growth(axis: Axis, size: Value) -> Fraction:

@@ -341,6 +341,15 @@ def everywhere(network: Network) -> Network:
     return network.conv(3)
 
 
+def copies(network: Network) -> Network:
+    """As many as there are rows, added up: a window has fewer."""
+    sizes = network.node("Concat", network.dims(0, 2), network.dims(2, 3), network.dims(2, 4), axis=0)
+    axis = network.constant(np.array([2]))
+    expanded = network.node("Expand", network.node("Unsqueeze", network.last, axis), sizes)
+    network.last = network.node("ReduceSum", expanded, axis, keepdims=0)
+    return network
+
+
 UNBOUNDED: dict[str, tuple[Callable[[Network], Network], str]] = {
     "instance": (lambda n: n.add("InstanceNormalization", n.weights(2), n.weights(2)).conv(3), "InstanceNormalization"),
     "pool": (lambda n: n.add("GlobalAveragePool", before=()), "GlobalAveragePool"),
@@ -358,7 +367,8 @@ UNBOUNDED: dict[str, tuple[Callable[[Network], Network], str]] = {
     "cropped": (lambda n: n.conv(3).crop(4, 4).pad(4, 4).conv(3), "Slice or cropping"),
     "wrap": (lambda n: n.pad(2, 2, "wrap"), "Pad (mode"),
     "repeated": (lambda n: n.add("Tile", np.array([1, 1, 2, 1])).conv(3, 2), "Conv"),
-    "everywhere": (lambda n: everywhere(n), "ReduceMean"),
+    "everywhere": (everywhere, "ReduceMean"),
+    "copies": (copies, "ReduceSum"),
     "unknown": (lambda n: n.add("GridSample", np.zeros((1, 4, 4, 2), np.float32)), "GridSample"),
 }
 

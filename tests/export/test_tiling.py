@@ -41,7 +41,8 @@ def test_tiles_that_turn_out_not_exact_are_blended_and_say_so(
     real = tiling.receptive_fields
 
     def too_small(model: onnx.ModelProto, multiple: int) -> dict:
-        return {name: field._replace(context_before=0, context_after=0) for name, field in real(model, multiple).items()}
+        fields = real(model, multiple)
+        return {name: field._replace(context_before=0, context_after=0) for name, field in fields.items()}
 
     monkeypatch.setattr(tiling, "receptive_fields", too_small)
     for half in find_tiling(graphs, SPEC, X, ENCODED):

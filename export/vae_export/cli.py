@@ -193,8 +193,8 @@ def main(
 ) -> None:
     """Export SOURCE as a bundle: encoder and decoder as ONNX, verified against what made it.
 
-    SOURCE is a model.pt of vae-train; a folder of diffusers (AutoencoderKL, AutoencoderTiny; also a pipeline's) or of
-    pythae; package.module:factory, which returns a PyTorch network; a folder with two TorchScript or torch.export
+    SOURCE is a model.pt of vae-train; a folder of diffusers (AutoencoderKL and others; also a pipeline's) or of pythae;
+    package.module:factory, which returns a PyTorch network; a folder with two TorchScript or torch.export
     programs, encoder and decoder, or with two ONNX files. What it is, its content tells.
 
     Exit code 3: the bundle is written, but without a precision that missed the budget.

@@ -10,7 +10,14 @@ from ..imported import Imported, ImportOptions
 from .options import bundle_name, peek_json, read_json, refuse_options, require_agreement
 
 KIND = "diffusers"
-KINDS = {"AutoencoderKL": "vae", "AutoencoderTiny": "autoencoder"}
+KINDS = {
+    "AutoencoderKL": "vae",
+    "AutoencoderKLFlux2": "vae",
+    "AutoencoderKLHunyuanImage": "vae",
+    "AsymmetricAutoencoderKL": "vae",
+    "AutoencoderDC": "autoencoder",
+    "AutoencoderTiny": "autoencoder",
+}
 CONFIG, PIPELINE, SUBFOLDER = "config.json", "model_index.json", "vae"
 _TOLD = ("weights", "trust_pickle", "multiple_of", "input_range", "logits", "latent_scale", "latent_shift")
 
@@ -22,7 +29,7 @@ def recognises(source: str) -> bool:
 
 
 def load(source: str, options: ImportOptions) -> Imported:
-    """An AutoencoderKL as a vae, an AutoencoderTiny as an autoencoder; height and width are free unless asked for.
+    """A model of one of `KINDS`; height and width are free unless asked for.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the weights do not fit the config.
@@ -34,7 +41,7 @@ def load(source: str, options: ImportOptions) -> Imported:
     config = read_json(folder / CONFIG)
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in KINDS:
-        raise ExportError(f"{folder} holds a diffusers {name}; of its classes {' and '.join(KINDS)} can be exported")
+        raise ExportError(f"{folder} holds a diffusers {name}; of its classes {', '.join(KINDS)} can be exported")
     require_agreement(options, "kind", KINDS[name], name)
     from .diffusers_model import import_model
 

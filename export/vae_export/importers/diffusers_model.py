@@ -1,8 +1,9 @@
 """A diffusers model as the two halves of a bundle.
 
-The library's own `encode` and `decode` run inside the graphs, from [0, 1] to its [-1, 1] and back, and so do the
-factors that its pipelines apply: a bundle's latents are those that a diffusion model sees, (z - shift) · scale.
-AutoencoderTiny's `scale_latents` is not among them: it makes pictures of latents, which cut them.
+The library's own `encode` and `decode` run inside the graphs, from [0, 1] to its [-1, 1] and back, and so does what its
+pipelines make of the latents: a bundle's are those that a diffusion model sees, (z - shift) · scale, or in patches
+where AutoencoderKLFlux2's does. AutoencoderTiny's `scale_latents` is not among it: it makes pictures of latents, which
+cut them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from vae_runtime.errors import CheckpointError, ExportError, InputError, MissingExtraError
 
@@ -29,6 +31,8 @@ from .options import FLAGS
 from .weights import assign
 
 CONFIG = "config.json"
+_WRITTEN = {"block_out_channels", "force_upcast"}  # by classes that do not take them
+_LEVELS = ("num_encoder_blocks", "encoder_block_out_channels", "down_block_out_channels", "block_out_channels")
 DEFAULT_SIDE = (64, 128)  # of golden inputs: within these bounds, as near as may be to the size it was trained with
 
 
@@ -45,10 +49,10 @@ def import_model(
     Raises: as `diffusers_folder.load`.
     """
     model = _build(name, config, folder / CONFIG)
-    multiple = _spatial_factor(model.config)
-    _require_bundle_shapes(model, multiple)
-    units = LatentUnits(model.config)
-    shape = _shape(model.config, multiple, input_shape)
+    patch, factor = _patch_side(model.config), _spatial_factor(model.config)
+    _require_bundle_shapes(model, patch, factor)
+    units = LatentUnits(model.config) if patch == 1 else PatchUnits(model, patch)
+    shape = _shape(model.config, factor * patch, input_shape)
     assign(model, read_weights(folder), folder)
     encoder = EncoderGraph(Encoder(model, units), kind, clamp=False)
     halves = Reference(encoder, DecoderGraph(Decoder(model, units), clamp=True), against="diffusers")
@@ -60,12 +64,12 @@ class LatentUnits(nn.Module):
     """The model's z -> (z - shift) · scale, of about unit variance, channel by channel, as its pipelines have it.
 
     config: has scaling_factor and shift_factor, or latents_mean and latents_std in place of the shift: then the scale
-        is scaling_factor / latents_std. logvar: what the scale adds to a logvar, 2 · log(scale).
+        is scaling_factor / latents_std. growth: what the scale adds to a logvar, 2 · log(scale).
     """
 
     scale: Tensor
     shift: Tensor
-    logvar: Tensor
+    growth: Tensor
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -81,41 +85,77 @@ class LatentUnits(nn.Module):
             raise CheckpointError(f"{CONFIG} has scaling_factor {scale} and latents_std {stds}; expected them above 0")
         values = torch.tensor([[scale / std for std in stds or [1.0] * channels], means or [shift] * channels])
         values = values.double().reshape(2, 1, channels, 1, 1)
-        for name, value in (("scale", values[0]), ("shift", values[1]), ("logvar", 2 * values[0].log())):
+        for name, value in (("scale", values[0]), ("shift", values[1]), ("growth", 2 * values[0].log())):
             self.register_buffer(name, value.float())
 
     def forward(self, z: Tensor) -> Tensor:
         return (z - self.shift) * self.scale
 
+    def of_logvar(self, logvar: Tensor) -> Tensor:
+        return logvar + self.growth
+
     def inverse(self, z: Tensor) -> Tensor:
         return z / self.scale + self.shift
+
+
+class PatchUnits(nn.Module):
+    """z (N, C, H, W) -> (N, side² · C, H / side, W / side), each patch as channels, normalised by the statistics of the
+    model's BatchNorm, as the pipelines of AutoencoderKLFlux2 have it."""
+
+    def __init__(self, model: Any, side: int) -> None:
+        super().__init__()
+        self.norm, self.side = model.bn, side
+
+    def forward(self, z: Tensor) -> Tensor:
+        normalised: Tensor = self.norm(functional.pixel_unshuffle(z, self.side))
+        return normalised
+
+    def of_logvar(self, logvar: Tensor) -> Tensor:
+        return functional.pixel_unshuffle(logvar, self.side) - self._variance().log()
+
+    def inverse(self, z: Tensor) -> Tensor:
+        mean = self.norm.running_mean.reshape(1, -1, 1, 1)
+        return functional.pixel_shuffle(z * self._variance().sqrt() + mean, self.side)
+
+    def _variance(self) -> Tensor:
+        variance: Tensor = self.norm.running_var + self.norm.eps
+        return variance.reshape(1, -1, 1, 1)
+
+
+Units = LatentUnits | PatchUnits
 
 
 class Encoder(nn.Module):
     """x (N, C, H, W) in [0, 1] -> mean, logvar, or the code, each (N, latent, H / f, W / f)."""
 
-    def __init__(self, model: Any, units: LatentUnits) -> None:
+    def __init__(self, model: Any, units: Units) -> None:
         super().__init__()
         self.model, self.units = model, units
 
     def forward(self, x: Tensor) -> Any:
         encoded = self.model.encode(2 * x - 1)
         if not hasattr(encoded, "latent_dist"):
-            return self.units(encoded.latents)
+            return self.units(_code(encoded))
         posterior = encoded.latent_dist  # its logvar is clamped to [-30, 20]
-        return self.units(posterior.mean), posterior.logvar + self.units.logvar
+        return self.units(posterior.mean), self.units.of_logvar(posterior.logvar)
 
 
 class Decoder(nn.Module):
     """z (N, latent, H / f, W / f) -> (N, C, H, W), images in [0, 1] and a little beyond."""
 
-    def __init__(self, model: Any, units: LatentUnits) -> None:
+    def __init__(self, model: Any, units: Units) -> None:
         super().__init__()
         self.model, self.units = model, units
 
     def forward(self, z: Tensor) -> Tensor:
         sample: Tensor = self.model.decode(self.units.inverse(z)).sample
         return sample / 2 + 0.5
+
+
+def _code(encoded: Any) -> Tensor:
+    """What encoders without a distribution give, by the name that each class has for it."""
+    code: Tensor = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+    return code
 
 
 def _library() -> Any:
@@ -146,7 +186,7 @@ def _known(model_class: type, config: dict[str, Any], file: Path) -> dict[str, A
     written, installed = str(config.get("_diffusers_version", "0")), _library().__version__
     parameters = inspect.signature(model_class).parameters
     known = {key: value for key, value in config.items() if key in parameters or key.startswith("_")}
-    unknown = sorted(set(config) - set(known) - {"block_out_channels"})  # AutoencoderTiny writes this one too
+    unknown = sorted(set(config) - set(known) - _WRITTEN)
     if unknown and _release(written) > _release(installed):
         raise ExportError(f"{file}, of diffusers {written}, has {', '.join(unknown)}; {installed} does not know that")
     return known
@@ -157,23 +197,42 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def _spatial_factor(config: Any) -> int:
-    """How many times smaller than the images their latents are, along each side."""
-    levels = config.num_encoder_blocks if "num_encoder_blocks" in config else config.block_out_channels
+    """How many times smaller than the images the model's own latents are, along each side."""
+    if (ratio := config.get("spatial_compression_ratio")) is not None:
+        if not _is_count(ratio):
+            raise CheckpointError(f"{CONFIG} has spatial_compression_ratio {ratio!r}; expected a whole number from 1")
+        return int(ratio)
+    levels = next(config[name] for name in _LEVELS if name in config)
     return 2 ** (len(levels) - 1)
 
 
-def _require_bundle_shapes(model: Any, multiple: int) -> None:
+def _patch_side(config: Any) -> int:
+    """Of the patches that pipelines make of the model's own latents."""
+    sides = config.get("patch_size", (1, 1))
+    if not isinstance(sides, (list, tuple)) or len(sides) != 2 or sides[0] != sides[1] or not _is_count(sides[0]):
+        raise CheckpointError(
+            f"{CONFIG} has patch_size {sides!r}; expected the sides of a square, whole numbers from 1"
+        )
+    return int(sides[0])
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _require_bundle_shapes(model: Any, patch: int, factor: int) -> None:
     """Raises: ExportError: the latents have another size, or the reconstruction another shape than the images."""
-    channels, latent, side = model.config.in_channels, model.config.latent_channels, 2 * multiple
-    x = torch.empty(1, channels, side, side, device="meta")
+    channels, cells = model.config.in_channels, 2 * patch
+    expected = 1, model.config.latent_channels, cells, cells
+    x = torch.empty(1, channels, cells * factor, cells * factor, device="meta")
     with _as_export_error():
         encoded = model.encode(x)
-        z = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
+        z = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else _code(encoded)
         decoded = model.decode(z).sample
-    if z.shape != (1, latent, 2, 2) or decoded.shape != x.shape:
+    if z.shape != expected or decoded.shape != x.shape:
         raise ExportError(
             f"images of shape {tuple(x.shape)} have latents of shape {tuple(z.shape)} and reconstructions of shape "
-            f"{tuple(decoded.shape)}; expected {(1, latent, 2, 2)} and the images' own"
+            f"{tuple(decoded.shape)}; expected {expected} and the images' own"
         )
 
 
@@ -206,7 +265,9 @@ def _default_size(config: Any, multiple: int) -> tuple[int, int]:
     pair = trained if isinstance(trained, (list, tuple)) else [trained]
     low, high = DEFAULT_SIDE
     bounded = [min(max(side, low), high) if isinstance(side, int) else high for side in pair]
-    sides = [max(2, math.ceil(side / multiple)) * multiple for side in bounded]
+    # AutoencoderDC attends to so few positions, or fewer, in another way, and a graph has that of its example.
+    few = math.isqrt(config.get("attention_head_dim") or 1) + 1
+    sides = [max(few, math.ceil(side / multiple)) * multiple for side in bounded]
     return sides[0], sides[-1]
 
 

@@ -20,7 +20,7 @@ from vae_runtime.calibration import LEAST_EXAMPLES, SCORE_METHODS
 from vae_runtime.console import NEGATIVE_VERDICT, Command, describe_latent, json_option, print_json
 from vae_runtime.errors import CheckpointError, InputError, MissingExtraError
 from vae_runtime.manifest import GOLDEN_FILE, INPUT, KINDS, PRECISIONS, InputSpec, Manifest, Precision
-from vae_runtime.sources import PictureSource, open_inputs
+from vae_runtime.sources import BATCH_VALUES, ArraySource, PictureSource, open_inputs
 from vae_runtime.tiling import Progress
 from vae_runtime.version import __version__
 
@@ -70,6 +70,7 @@ class _Settings(TypedDict, total=False):
     prior: str | None
     prior_examples: np.ndarray
     calibrate: Any
+    calibrate_tile: int | None
     scores: list[str] | None
     progress: Progress
     force: bool
@@ -159,8 +160,12 @@ class InputShape(click.ParamType):
     help="Store the quantiles of the anomaly scores of this data, from which `vae-run score --quantile` takes its"
     " thresholds: pictures, folders or one .npy/.npz; or the word held-out, the checkpoint's own validation examples."
     f" At least {LEAST_EXAMPLES}, at most {MOST_EXAMPLES:,} are taken, evenly spaced over all; of free sizes in their"
-    " own, padded as `vae-run score --pad` does. What the model was"
-    " trained on scores lower than new data do: thresholds would be too low, and call too much an anomaly.",
+    " own, padded as `vae-run score --pad` does. What the model was trained on scores lower than new data do:"
+    " thresholds would be too low, and call too much an anomaly.",
+)  # fmt: skip
+@click.option(
+    "--calibrate-tile", type=int, metavar="PIXELS",
+    help="Score large images of --calibrate in windows of this side, as `vae-run score --tile` does.",
 )  # fmt: skip
 @click.option(
     "--scores", metavar="METHOD,...",
@@ -185,6 +190,7 @@ def main(
     budget_nats: float,
     prior: str | None,
     calibrate: tuple[str, ...],
+    calibrate_tile: int | None,
     scores: str | None,
     keep: bool,
     force: bool,
@@ -206,7 +212,7 @@ def main(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ExportWarning)
         settings = _Settings(golden=golden, precisions=names, budget=budget, keep=keep, prior=prior, force=force)
-        settings["scores"] = _parse_scores(scores, calibrate)
+        settings |= {"scores": _parse_scores(scores, calibrate), "calibrate_tile": calibrate_tile}
         if tolerance is not None:
             settings["tolerance"] = tolerance
         request = _Request(source, target, name, origin, likelihood, data, calibrate, ImportOptions(**options))
@@ -353,32 +359,58 @@ def _read_more(request: _Request, settings: _Settings, spec: InputSpec, is_free:
 
 
 def _read_examples(data: tuple[str, ...], spec: InputSpec, limit: int) -> np.ndarray:
-    """At most `limit`, evenly spaced: the first ones of a sorted file would all be of one kind."""
+    """At most `limit`, evenly spaced, in one array."""
     source = open_inputs(data, spec)
     if isinstance(source, PictureSource):
         return next(_thinned(source, limit, spec).batches(limit))
-    count = min(len(source), limit)
-    rows = np.arange(count) * len(source) // count
-    return np.concatenate(
-        [batch[rows[rows // READ_ROWS == n] % READ_ROWS] for n, batch in enumerate(source.batches(READ_ROWS))]
-    )
+    return np.concatenate(list(_ArrayRows(source, limit).batches(READ_ROWS)))
 
 
-def _open_in_their_own_size(data: tuple[str, ...], spec: InputSpec) -> PictureSource | np.ndarray:
-    """Images as `vae-run score --pad` will see them: scaled down, they would have more detail in each pixel. Pictures
-    are read when they are needed, as there may be more than fit into memory."""
+def _open_in_their_own_size(data: tuple[str, ...], spec: InputSpec) -> PictureSource | _ArrayRows:
+    """Images as `vae-run score --pad` will see them: scaled down, they would have more detail in each pixel. They are
+    read when they are needed, as there may be more than fit into memory."""
     channels, height, width = spec.example_shape
     spec = spec._replace(shape=(channels, None, None), resize="exact", default_size=(height, width))
     source = open_inputs(data, spec, pad=True)
-    if isinstance(source, PictureSource):
-        return _thinned(source, MOST_EXAMPLES, spec)
-    return _read_examples(data, spec, max(1, min(MOST_EXAMPLES, MOST_VALUES // math.prod(source.shape[1:]))))
+    if not isinstance(source, PictureSource):
+        return _ArrayRows(source, MOST_EXAMPLES)
+    pictures = _thinned(source, MOST_EXAMPLES, spec)
+    for _ in pictures.sizes():  # a file that is no picture is found before the work
+        pass
+    return pictures
+
+
+class _ArrayRows:
+    """At most `limit` examples of an array file, evenly spaced, read when they are needed."""
+
+    def __init__(self, source: ArraySource, limit: int) -> None:
+        self._source, self._rows = source, _evenly(len(source), limit)
+        self._size = max(1, BATCH_VALUES // math.prod(source.shape[1:]))
+
+    @property
+    def names(self) -> list[str]:
+        return [self._source.names[row] for row in self._rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        start = 0
+        for batch in self._source.batches(min(size, self._size)):
+            first, last = np.searchsorted(self._rows, (start, start + len(batch)))
+            if first < last:
+                yield batch[self._rows[first:last] - start]
+            start += len(batch)
+
+
+def _evenly(count: int, limit: int) -> np.ndarray:
+    """At most `limit` of so many rows: the first ones of a sorted file would all be of one kind."""
+    taken = min(count, limit)
+    return np.arange(taken) * count // taken
 
 
 def _thinned(source: PictureSource, limit: int, spec: InputSpec) -> PictureSource:
-    """At most `limit` of them, evenly spaced."""
-    count = min(len(source), limit)
-    return PictureSource([Path(source.names[row * len(source) // count]) for row in range(count)], spec)
+    return PictureSource([Path(source.names[row]) for row in _evenly(len(source), limit)], spec)
 
 
 def _parse_precisions(text: str) -> list[str]:

@@ -78,6 +78,7 @@ class _Options:
     budget: Budget
     keep: bool
     prior: str | None
+    calibrate_tile: int | None
     scores: Sequence[str] | None
     progress: Progress | None
     force: bool
@@ -118,7 +119,8 @@ def export_checkpoint(
     keep: bool = False,
     prior: str | None = None,
     prior_examples: np.ndarray | None = None,
-    calibrate: np.ndarray | str | None = None,
+    calibrate: Any = None,
+    calibrate_tile: int | None = None,
     scores: Sequence[str] | None = None,
     progress: Progress | None = None,
     force: bool = False,
@@ -134,7 +136,7 @@ def export_checkpoint(
         examples.
     calibrate: see `export_bundle`; or "held-out", the checkpoint's own held-out examples. Active units are measured on
         these in any case, unless there are too few.
-    scores, progress: see `export_bundle`.
+    calibrate_tile, scores, progress: see `export_bundle`.
 
     Raises:
         ExportError, InputError, OutputError: see `export_bundle`.
@@ -144,7 +146,9 @@ def export_checkpoint(
         raise InputError(
             "golden is 'examples', but none were given; pass some (--data) or choose held-out or synthetic"
         )
-    options = _Options(path, name, golden, tolerance, precisions, budget, keep, prior, scores, progress, force)
+    options = _Options(
+        path, name, golden, tolerance, precisions, budget, keep, prior, calibrate_tile, scores, progress, force
+    )
     spec, own = checkpoint.input, checkpoint.examples
     held_out = to_model_input(own["held_out"].numpy(), spec, "examples")
     if examples is None:
@@ -192,7 +196,8 @@ def export_imported(
     prior: str | None = None,
     prior_examples: np.ndarray | None = None,
     unit_examples: np.ndarray | None = None,
-    calibrate: np.ndarray | None = None,
+    calibrate: Any = None,
+    calibrate_tile: int | None = None,
     scores: Sequence[str] | None = None,
     progress: Progress | None = None,
     force: bool = False,
@@ -203,7 +208,7 @@ def export_imported(
         the manifest says so. Precisions beside fp32 need real ones.
     likelihood: see `export_bundle`; None: what the source tells, if it does.
     golden: "examples" or "synthetic"; None: examples where there are any.
-    name, tolerance, precisions, budget, keep, prior, calibrate, scores, progress: see `export_bundle`.
+    name, tolerance, precisions, budget, keep, prior, calibrate, calibrate_tile, scores, progress: see `export_bundle`.
     prior_examples: real inputs that the prior is fitted to; None: `examples`. unit_examples: those that tell which
         units are active; None: `examples`, if they are enough.
 
@@ -216,7 +221,9 @@ def export_imported(
         wants = "golden 'examples'" if golden == "examples" else f"precision {sorted(set(precisions) - {'fp32'})[0]!r}"
         raise InputError(f"{wants} needs real inputs, and there are none; pass some (--data)")
     name = name or imported.name
-    options = _Options(path, name, golden, tolerance, precisions, budget, keep, prior, scores, progress, force)
+    options = _Options(
+        path, name, golden, tolerance, precisions, budget, keep, prior, calibrate_tile, scores, progress, force
+    )
     spec = example_spec(imported)
     told = parse_likelihood(imported.likelihood)
     parsed = agree(parse_likelihood(likelihood), told)
@@ -266,6 +273,7 @@ def export_bundle(
     keep: bool = False,
     prior: str | None = None,
     calibrate: Any = None,
+    calibrate_tile: int | None = None,
     scores: Sequence[str] | None = None,
     progress: Progress | None = None,
     force: bool = False,
@@ -306,6 +314,8 @@ def export_bundle(
         quantiles of their anomaly scores are what `VAE.is_anomaly` compares with. Where height and width are free, of
         the method "reconstruction" alone, whose scores do not grow with the size; then an array, or a list of arrays,
         of images of any one size each, which are scored as `VAE.score(pad=True)` does.
+    calibrate_tile: as `tile` of `VAE.score`, for these; None: as a whole. Where tiles are an approximation, thresholds
+        are of scores with the same tile.
     scores: which of them to calibrate, of "elbo", "reconstruction" and "log_likelihood", which takes 100 decodings of
         each example; None: all that the bundle has.
     progress: called while importance sampling scores these, or where sizes are free, which may take minutes, with how
@@ -336,10 +346,9 @@ def export_bundle(
         spread=spread,
     )
     name = name or Path(path).stem
-    options = _Options(path, name, golden, tolerance, precisions, budget, keep, prior, scores, progress, force)
-    if isinstance(calibrate, (list, tuple)):
-        calibrate = [_without_torch(one, f"calibrate[{number}]") for number, one in enumerate(calibrate)]
-    calibrate = _without_torch(calibrate, "calibrate")
+    options = _Options(
+        path, name, golden, tolerance, precisions, budget, keep, prior, calibrate_tile, scores, progress, force
+    )
     inputs = _Inputs(x, is_real=True, parts=None, golden=x, units=x, prior=x, calibrate=calibrate)
     check_output(path, force)  # before any work
     modules = Modules(encoder, decoder)
@@ -452,8 +461,9 @@ def _check(spec: InputSpec, inputs: _Inputs, options: _Options) -> OnData:
         inputs.units,
         prior=options.prior,
         prior_examples=inputs.prior,
-        calibrate=inputs.calibrate,
+        calibrate=_each_without_torch(inputs.calibrate, "calibrate"),
         source=inputs.calibrate_source,
+        tile=options.calibrate_tile,
         scores=options.scores,
         progress=options.progress,
     )
@@ -542,6 +552,13 @@ def _without_torch(examples: Any, name: str) -> Any:
         raise InputError(
             f"{name} is a tensor of shape {tuple(examples.shape)} in {sort}; expected a dense one in float32 or uint8"
         ) from None
+
+
+def _each_without_torch(examples: Any, name: str) -> Any:
+    """The same of a list of them."""
+    if not isinstance(examples, (list, tuple)):
+        return _without_torch(examples, name)
+    return [_without_torch(one, f"{name}[{number}]") for number, one in enumerate(examples)]
 
 
 class _Half(nn.Module):

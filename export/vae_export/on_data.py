@@ -5,18 +5,28 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vae_runtime.arguments import check_count
 from vae_runtime.calibration import LEAST_EXAMPLES, SCORE_METHODS, Calibration
-from vae_runtime.errors import InputError
+from vae_runtime.errors import ApproximateTilingWarning, InputError, OutOfMemoryError
 from vae_runtime.latent_space import unit_moments
 from vae_runtime.manifest import PRIOR_FILE, ActiveUnits, InputSpec, Manifest
-from vae_runtime.preprocess import Float32, Float64, check_layout, check_range, require_plain_array, to_model_input
+from vae_runtime.preprocess import (
+    Float32,
+    Float64,
+    check_layout,
+    check_range,
+    image_size,
+    require_plain_array,
+    to_model_input,
+)
 from vae_runtime.scoring import score_methods
 from vae_runtime.tiling import Progress
 from vae_runtime.vae import VAE
@@ -36,6 +46,9 @@ LEVELS = tuple(sorted({*(n / 100 for n in range(101)), *(n / 1000 for n in (*ran
 class Source(Protocol):
     """Examples that are read when they are needed, such as those of `vae_runtime.sources`."""
 
+    @property
+    def names(self) -> Sequence[str]: ...
+
     def __len__(self) -> int: ...
 
     def batches(self, size: int) -> Iterator[NDArray[Any]]:
@@ -49,6 +62,10 @@ class _Arrays:
     def __init__(self, arrays: Sequence[NDArray[Any]]) -> None:
         self._arrays = arrays
 
+    @property
+    def names(self) -> Sequence[str]:
+        return [f"example {number}" for number in range(len(self))]
+
     def __len__(self) -> int:
         return sum(map(len, self._arrays))
 
@@ -61,8 +78,9 @@ class OnData:
     """Which examples tell what, all as the encoder takes them; None: it is left out.
 
     units: for the active units; where they are few, those of the others will do. prior: what to fit, and to what.
-    calibration: examples as they should be, for thresholds, where sizes are free in their own, and calibration_source:
-        "held-out" or "data". scores: the methods to calibrate; None: all that the bundle has.
+    calibration: examples as they should be, for thresholds, where sizes are free in their own, calibration_source:
+        "held-out" or "data", and tile: see `export_bundle`. scores: the methods to calibrate; None: all that the bundle
+        has.
     progress: see `export_bundle`.
     """
 
@@ -70,6 +88,7 @@ class OnData:
     prior: PriorFit | None = None
     calibration: Float32 | Source | None = None
     calibration_source: str = "data"
+    tile: int | None = None
     scores: tuple[str, ...] | None = None
     progress: Progress | None = None
 
@@ -85,10 +104,11 @@ class OnData:
         units = next((x for x in real if x is not None and len(x) >= LEAST_FOR_UNITS), None)
         if units is None and self.prior is None and self.calibration is None:
             return manifest, {}  # without opening the graphs, which may be large
-        with run_in_memory(manifest, graphs) as vae:
+        with run_in_memory(manifest, graphs) as vae, warnings.catch_warnings():
+            warnings.simplefilter("ignore", ApproximateTilingWarning)  # the manifest says by how much
             if units is not None:
                 _log.info("measuring the active units on %d inputs", len(units))
-                latent = latent._replace(active_units=active_units(vae, units))
+                latent = latent._replace(active_units=active_units(vae, units, self.tile))
             if self.prior is not None:
                 _log.info("fitting the prior to %d inputs", len(self.prior.examples))
                 fitted, files[PRIOR_FILE] = self.prior.fit(vae)
@@ -109,11 +129,20 @@ class OnData:
             if isinstance(examples, np.ndarray) and method != "log_likelihood":
                 found = vae.score(examples, method)
             else:
-                found = _score_slowly(vae, examples, method, self.progress)
-            _require_finite(found, f"calibrate: the score {method!r}")
+                found = self._score_slowly(vae, examples, method)
+            _require_finite(found, f"calibrate: the score {method!r}", _source(examples).names)
             quantiles = np.quantile(found, LEVELS)
             scores[method] = tuple(_rounded(value) for value in quantiles)  # rounding keeps their order
-        return Calibration(self.calibration_source, len(examples), LEVELS, scores)
+        return Calibration(self.calibration_source, len(examples), LEVELS, scores, self.tile)
+
+    def _score_slowly(self, vae: VAE, examples: Float32 | Source, method: str) -> Float64:
+        """`VAE.score`, part by part, that tells how far it is; images of free size are padded."""
+        parts = []
+        for batch in _source(examples).batches(PART):
+            parts.append(_within_memory(vae.score, batch, method, pad=vae.manifest.input.is_free, tile=self.tile))
+            if self.progress is not None:
+                self.progress(sum(map(len, parts)), len(examples))
+        return np.concatenate(parts)
 
 
 def plan_on_data(
@@ -124,14 +153,15 @@ def plan_on_data(
     prior_examples: Any = None,
     calibrate: Any = None,
     source: str = "data",
+    tile: int | None = None,
     scores: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> OnData:
     """What the caller asked for, checked before any work is done.
 
     spec: of the bundle's inputs; the examples are of its default size where it has free sizes. prior: "gaussian" or
-        "mixture:10", to be fitted to `prior_examples`. calibrate: the examples for it, see `export_bundle`. scores:
-        which of them to calibrate; None: all.
+        "mixture:10", to be fitted to `prior_examples`. calibrate: the examples for it, and tile, see `export_bundle`.
+        scores: which of them to calibrate; None: all.
 
     Raises:
         InputError: an argument breaks a rule, or there are no real examples for what was asked for.
@@ -147,40 +177,54 @@ def plan_on_data(
             raise InputError(f"prior {prior!r} needs real inputs, and there are none; pass some (--data)")
         fit = PriorFit(kind, components, to_model_input(prior_examples, example, "the prior's examples"))
     checked = None if calibrate is None else _check_calibration(calibrate, spec if spec.is_free else example, source)
-    return OnData(units, fit, checked, source, _check_scores(scores), progress)
+    if tile is not None:
+        _check_tile(tile, spec, calibrate)
+    return OnData(units, fit, checked, source, tile, _check_scores(scores), progress)
 
 
-def active_units(vae: VAE, examples: Float32 | Source) -> ActiveUnits:
+def active_units(vae: VAE, examples: Float32 | Source, tile: int | None = None) -> ActiveUnits:
     """How much the posterior's mean varies over the examples, unit by unit.
 
     A plain autoencoder's code has no prior whose variance would be 1: a unit of it counts as active where it varies by
-    more than a hundredth of what the unit that varies most does.
+    more than a hundredth of what the unit that varies most does. tile: as of `VAE.encode`, for examples of any size.
     """
-    _, variances = unit_moments(_means(vae, examples))
+    _, variances = unit_moments(_means(vae, examples, tile))
     rounded = tuple(_rounded(value) for value in variances)
     threshold = ACTIVE_VARIANCE if vae.manifest.kind == "vae" else _rounded(ACTIVE_VARIANCE * max(rounded))
     return ActiveUnits(rounded, threshold, len(examples))
 
 
-def _means(vae: VAE, examples: Float32 | Source) -> Iterator[Float32]:
-    done = 0
-    for batch in _batches(examples):
-        mean = vae.encode(batch, pad=vae.manifest.input.is_free).mean
-        _require_finite(np.abs(mean).reshape(len(mean), -1).max(axis=1), "examples: the mean's largest value", done)
+def _means(vae: VAE, examples: Float32 | Source, tile: int | None) -> Iterator[Float32]:
+    done, tile = 0, None if isinstance(examples, np.ndarray) else tile
+    source = _source(examples)
+    for batch in source.batches(PART):
+        mean = _within_memory(vae.encode, batch, pad=vae.manifest.input.is_free, tile=tile).mean
+        _require_finite(
+            np.abs(mean).reshape(len(mean), -1).max(axis=1), "examples: the mean's largest value", source.names[done:]
+        )
         done += len(mean)
         yield mean
 
 
-def _batches(examples: Float32 | Source) -> Iterator[NDArray[Any]]:
-    source = _Arrays([examples]) if isinstance(examples, np.ndarray) else examples
-    return source.batches(PART)
+def _within_memory(call: Callable[..., Any], batch: NDArray[Any], *arguments: Any, **options: Any) -> Any:
+    try:
+        return call(batch, *arguments, **options)
+    except OutOfMemoryError as error:
+        raise type(error)(
+            f"images of {'x'.join(map(str, image_size(batch)))} pixels to calibrate on: {error}: --calibrate-tile"
+            " (calibrate_tile)"
+        ) from None
 
 
-def _require_finite(values: NDArray[np.floating[Any]], what: str, start: int = 0) -> None:
-    """values: one for each example, of which the first is the one numbered `start`."""
+def _source(examples: Float32 | Source) -> Source:
+    return _Arrays([examples]) if isinstance(examples, np.ndarray) else examples
+
+
+def _require_finite(values: NDArray[np.floating[Any]], what: str, names: Sequence[str]) -> None:
+    """values: one for each example, in the order of the names, of which there may be more."""
     if not (finite := np.isfinite(values)).all():
         row = int(finite.argmin())
-        raise InputError(f"{what} of example {start + row} is {values[row]}: the model overflows there; leave it out")
+        raise InputError(f"{what} of {names[row]} is {values[row]}: the model overflows there; leave it out")
 
 
 def _check_scores(scores: Sequence[str] | None) -> tuple[str, ...] | None:
@@ -218,14 +262,13 @@ def _of_any_size(examples: Any, spec: InputSpec, name: str) -> Source:
     return _Arrays(arrays)
 
 
-def _score_slowly(vae: VAE, examples: Float32 | Source, method: str, progress: Progress | None) -> Float64:
-    """`VAE.score`, part by part, that tells how far it is; images of free size are padded."""
-    parts = []
-    for batch in _batches(examples):
-        parts.append(vae.score(batch, method, pad=vae.manifest.input.is_free))
-        if progress is not None:
-            progress(sum(map(len, parts)), len(examples))
-    return np.concatenate(parts)
+def _check_tile(tile: Any, spec: InputSpec, calibrate: Any) -> None:
+    size = check_count(tile, "calibrate_tile")
+    if calibrate is None or not spec.is_free:
+        what = "nothing is calibrated" if calibrate is None else "the model takes inputs of one shape only"
+        raise InputError(f"calibrate_tile is {size}, and {what}; it is for images of free size (--calibrate)")
+    if size % spec.multiple_of:
+        raise InputError(f"calibrate_tile is {size}; expected a multiple of {spec.multiple_of} pixels, as for images")
 
 
 def _rounded(value: float) -> float:

@@ -19,7 +19,8 @@ LEAST_EXAMPLES = 100  # fewer say too little of the tail that thresholds lie in
 class Calibration(NamedTuple):
     """Quantiles of `VAE.score` on validation data, in fp32.
 
-    source: where the examples are from, "held-out" or "data". examples: how many.
+    source: where the examples are from, "held-out" or "data". examples: how many. tile: as of `VAE.score`, of all of
+        them.
     levels: rising from 0 to 1. scores: by method, the score that is not exceeded by that part of the examples.
     """
 
@@ -27,6 +28,7 @@ class Calibration(NamedTuple):
     examples: int
     levels: tuple[float, ...]
     scores: Mapping[str, tuple[float, ...]]
+    tile: int | None = None
 
     def threshold(self, method: str, quantile: float) -> float:
         """The score that a part `quantile` of the examples does not exceed, linear between the levels.
@@ -55,6 +57,9 @@ class Calibration(NamedTuple):
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Calibration:
         source, examples, levels = data.get("source"), data.get("examples"), data.get("levels")
+        tile = data.get("tile")
+        if tile is not None and not (is_count(tile) and tile > 0):
+            raise BundleError(f"calibration.tile is {tile!r}; expected a whole number from 1")
         if not isinstance(source, str):
             raise BundleError(f"calibration.source is {source!r}; expected a string")
         if not is_count(examples) or examples < LEAST_EXAMPLES:
@@ -70,11 +75,12 @@ class Calibration(NamedTuple):
                 rule = f"expected {len(levels)} finite numbers, none below the one before"
                 raise BundleError(f"calibration.scores.{method} is {values!r}; {rule}")
             scores[method] = tuple(map(float, values))
-        return cls(source, examples, tuple(map(float, levels)), scores)
+        return cls(source, examples, tuple(map(float, levels)), scores, tile)
 
     def to_dict(self) -> dict[str, Any]:
         scores = {method: list(values) for method, values in self.scores.items()}
-        return {"source": self.source, "examples": self.examples, "levels": list(self.levels), "scores": scores}
+        tile = {} if self.tile is None else {"tile": self.tile}
+        return {"source": self.source, "examples": self.examples, **tile, "levels": list(self.levels), "scores": scores}
 
 
 def _rises(values: Any, strictly: bool) -> TypeGuard[list[float]]:

@@ -72,14 +72,18 @@ def command_inputs(vae: VAE, inputs: tuple[str, ...], golden: bool, pad: bool) -
 
 def fitting(batch: Any, spec: InputSpec, names: list[str], pad: bool) -> tuple[Any, tuple[int, int] | None]:
     """The batch as the encoder takes it, but for the type, and the (height, width) of images before padding."""
-    label = range_of(names)
+    require_fitting(batch, spec, names, pad)
     if pad:
-        check_layout(batch, spec._replace(multiple_of=1), label)
         return pad_images(batch, spec.multiple_of)
-    check_layout(batch, spec, label)
+    return batch, image_size(batch) if spec.is_image else None
+
+
+def require_fitting(batch: Any, spec: InputSpec, names: list[str], pad: bool) -> None:
+    """Raise `InputError`, which names the inputs, unless the encoder takes the batch, once it is padded if `pad`."""
+    label = range_of(names)
+    check_layout(batch, spec._replace(multiple_of=1) if pad else spec, label)
     if batch.dtype == np.float32:
         check_range(batch, spec, label)
-    return batch, image_size(batch) if spec.is_image else None
 
 
 def check_latents(file: LatentFile, manifest: Manifest) -> None:

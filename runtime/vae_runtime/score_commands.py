@@ -22,23 +22,24 @@ from .command_inputs import (
     batches_with_progress,
     bundle_argument,
     command_inputs,
-    fitting,
     force_option,
     golden_option,
     inputs_argument,
     pad_option,
     range_of,
+    require_fitting,
     tile_option,
 )
-from .console import NEGATIVE_VERDICT, Command, engine_options, json_option, json_text, print_json
+from .console import NEGATIVE_VERDICT, Command, engine_options, json_option, json_text, print_json, printable
 from .detection import auroc, average_precision, check_labels
 from .errors import InputError
 from .images import overlay
 from .labels import read_labels
 from .latents import require_finite
-from .preprocess import Float32, Float64, check_layout, image_size, to_model_input
+from .manifest import InputSpec
+from .preprocess import Float32, Float64, to_model_input
 from .scoring import default_method, score_methods
-from .sources import ARRAY_SUFFIXES
+from .sources import ARRAY_SUFFIXES, PictureSource
 from .vae import VAE
 
 _SMALLEST = float(np.finfo(np.float32).tiny)
@@ -57,10 +58,7 @@ class _Inputs(NamedTuple):
         """Examples that are checked, their names, and what `VAE.score` is to be called with."""
         spec = self.vae.manifest.input
         for batch, names, options in batches_with_progress(self.source, label, self.tile, spec, warn):
-            if self.pad:
-                check_layout(batch, spec._replace(multiple_of=1), range_of(names))
-            else:
-                fitting(batch, spec, names, False)
+            require_fitting(batch, spec, names, self.pad)
             yield batch, names, {**options, "pad": self.pad}
 
     def images(self, batch: Any, names: list[str]) -> Float32:
@@ -68,28 +66,24 @@ class _Inputs(NamedTuple):
         spec = self.vae.manifest.input
         return to_model_input(batch, spec._replace(multiple_of=1) if self.pad else spec, range_of(names))
 
-    def maps(self, batch: Any, names: list[str]) -> Float32:
-        return require_finite(self.vae.score_map(batch, pad=self.pad, tile=self.tile), names, "map")
+    def maps(self, batch: Any, names: list[str], **options: Any) -> Float32:
+        options = {"pad": self.pad, "tile": self.tile, **options}
+        return require_finite(self.vae.score_map(batch, **options), names, "map")
 
 
-class _Sizes:
-    """Which sizes images have had, by the first of each; of vectors there is one."""
-
-    def __init__(self) -> None:
-        self._first: dict[tuple[int, ...], str] = {}
-
-    def add(self, batch: Any, name: str) -> None:
-        self._first.setdefault(image_size(batch) if batch.ndim > 2 else (), name)
-
-    def refusal(self, method: str) -> str | None:
-        """Why scores of these do not compare, if so."""
-        if method == "reconstruction" or len(self._first) < 2:
-            return None
-        (size, name), (other, first) = list(self._first.items())[1::-1]
-        return (
-            f"{name} has (height, width) {size}, and {first} {other}; scores by {method} add up over the pixels and"
-            " compare between images of one size only: take --method reconstruction"
-        )
+def _why_not_comparable(source: Source, spec: InputSpec) -> str | None:
+    """Of the scores that add up over the pixels, of images of different sizes."""
+    if not spec.is_free or not isinstance(source, PictureSource):
+        return None
+    sizes = list(source.sizes())
+    other = next((index for index, size in enumerate(sizes) if size != sizes[0]), None)
+    if other is None:
+        return None
+    return (
+        f"{printable(source.names[other])} has (height, width) {sizes[other]}, and {printable(source.names[0])}"
+        f" {sizes[0]}; scores in nats add up over the pixels and compare between images of one size only: take --method"
+        " reconstruction"
+    )
 
 
 class _Scored(NamedTuple):
@@ -203,11 +197,11 @@ def score(
     _check_outputs(output, maps, map_scale, force)
     with VAE.load(bundle, **engine) as vae, command_inputs(vae, inputs, golden, pad) as source:
         chosen = method or default_method(vae.manifest)
-        threshold = None if quantile is None else vae.threshold(quantile, chosen)
-        scores, examples, sizes = [], _Inputs(vae, source, pad, tile), _Sizes()
+        threshold = None if quantile is None else vae.threshold(quantile, chosen, tile=tile)
+        doubt = None if chosen == "reconstruction" else _why_not_comparable(source, vae.manifest.input)
+        scores, examples = [], _Inputs(vae, source, pad, tile)
         with _open_maps(examples, maps, map_scale, force) as (show, said):
             for batch, names, options in examples.batches("scoring"):
-                sizes.add(batch, names[0])
                 scores.append(vae.score(batch, chosen, **options))
                 show(batch, names)
     found = _Scored(list(source.names), np.concatenate(scores), chosen, quantile, threshold)
@@ -220,8 +214,8 @@ def score(
         click.echo(found.to_csv() if as_csv else found.to_text(), nl=not as_csv)
     if said is not None:
         click.echo(said, err=as_json or as_csv)
-    if (refusal := sizes.refusal(chosen)) is not None:
-        click.echo(f"Warning: {refusal}", err=True)
+    if doubt is not None:
+        click.echo(f"Warning: {doubt}", err=True)
     anomalies = found.anomalies
     ctx.exit(NEGATIVE_VERDICT if fail and anomalies is not None and anomalies.any() else 0)
 
@@ -240,8 +234,9 @@ def score(
     " for none]",
 )  # fmt: skip
 @click.option(
-    "--method", type=click.Choice((*SCORE_METHODS, "all")), default="all", show_default=True, help="Which scores."
-)
+    "--method", type=click.Choice((*SCORE_METHODS, "all")), default="all", show_default=True,
+    help="Which scores; all: those that can be compared between these images, and made with these options.",
+)  # fmt: skip
 @json_option
 @pad_option
 @tile_option
@@ -264,14 +259,14 @@ def evaluate(
     """
     with VAE.load(bundle, **engine) as vae, command_inputs(vae, inputs, False, pad) as source:
         methods = score_methods(vae.manifest, not pad and tile is None) if method == "all" else (method,)
-        sizes = _Sizes()
+        doubt = None if methods == ("reconstruction",) else _why_not_comparable(source, vae.manifest.input)
+        if doubt is not None and method != "all":
+            raise InputError(doubt)
+        methods = methods if doubt is None else ("reconstruction",)
         is_anomaly = check_labels(read_labels(labels, anomaly_labels, source.names), len(source), labels)
         parts: dict[str, list[Float64]] = {name: [] for name in methods}
-        for batch, names, options in _Inputs(vae, source, pad, tile).batches("scoring"):
-            sizes.add(batch, names[0])
+        for batch, _, options in _Inputs(vae, source, pad, tile).batches("scoring"):
             for name in methods:
-                if (refusal := sizes.refusal(name)) is not None:
-                    raise InputError(refusal)
                 parts[name].append(vae.score(batch, name, **options))
     scores = {name: np.concatenate(found) for name, found in parts.items()}
     results = {
@@ -333,7 +328,7 @@ def _open_maps(
         with sinks.open_sink(output, spec, len(source), force) as sink:
             if scale is None:
                 found = examples.batches("finding a scale", warn=False)
-                scale = max([_largest(examples.maps(batch, names)) for batch, names, _ in found])
+                scale = max([_largest(examples.maps(batch, names, **options)) for batch, names, options in found])
             full = max(scale, _SMALLEST)
 
             def show(batch: Any, names: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,13 +16,14 @@ from .evidence import Operations, blocks, log_likelihood, require_likelihood
 from .likelihood import comparable, negative_log_likelihoods, squared_norms, sums_of_log_likelihoods, targets
 from .manifest import Likelihood, Manifest
 from .posterior import Posterior
-from .preprocess import Float32, Float64, zeros
+from .preprocess import Float32, Float64, image_size, to_model_input, zeros
 from .session import BOUND_VALUES
 
 if TYPE_CHECKING:
     from .tiled import Tiler
 
 _MEAN_METHODS = ("reconstruction", "elbo")  # of the posterior's mean alone, pixel by pixel
+_STRIP_VALUES = 2**20  # of an image in tiles, whose differences are in memory at once
 _KEPT_SHAPES = 8  # whose memory is kept for the next call, by method
 
 
@@ -51,13 +53,18 @@ class Extent(NamedTuple):
 WHOLE = Extent()
 
 
-class _Reconstructed(NamedTuple):
-    """Consecutive examples, as the encoder takes them, with what became of them; padding is cut off."""
+class _Piece(NamedTuple):
+    """Consecutive examples, or some rows of one, as the encoder takes them, and what they were decoded to; padding is
+    cut off.
 
-    part: slice
+    examples, rows: which these are. posterior: of these examples, in the rows of the latents that become these.
+    """
+
+    examples: slice
+    rows: slice
     x: Float32
-    posterior: Posterior
     decoded: Float32
+    posterior: Posterior
 
 
 class Scoring:
@@ -93,6 +100,7 @@ class Scoring:
     ) -> Float64:
         method = self._default if method is None else check_choice(method, "method", SCORE_METHODS)
         if method == "log_likelihood":
+            require_likelihood(self._manifest, "log_likelihood")
             if extent != WHOLE:
                 raise InputError(
                     "pad, tile or progress was given with method 'log_likelihood', which decodes draws of whole images;"
@@ -104,26 +112,30 @@ class Scoring:
             found = self._score_at_once(inputs, method, likelihood)
             if found is not None:
                 return found
-        parts = self._reconstruct(inputs, batch_size, extent)
-        return np.concatenate([self._score_part(part, likelihood) for part in parts])
+        sums: Float64 | None = None
+        for piece in self._pieces(inputs, batch_size, extent):
+            sums = np.zeros(len(inputs)) if sums is None else sums
+            sums[piece.examples] += self._sum(piece, likelihood)
+        assert sums is not None  # there is an example
+        return sums if likelihood is not None else sums / math.prod(self._shape(inputs, extent))
 
     def score_map(self, inputs: Any, method: str, batch_size: int | None, extent: Extent = WHOLE) -> Float32:
         """As `VAE.score_map`."""
         method, manifest, maps = check_choice(method, "method", _MEAN_METHODS), self._manifest, None
         likelihood = require_likelihood(manifest, "score_map with method 'elbo'") if method == "elbo" else None
-        for part, x, _, decoded in self._reconstruct(inputs, batch_size, extent):
+        for examples, rows, x, decoded, _ in self._pieces(inputs, batch_size, extent):
             if likelihood is None:
                 terms = np.square(np.subtract(decoded, x, dtype=np.float64))
             else:
                 terms = negative_log_likelihoods(likelihood, decoded, targets(likelihood, x))
-            pixels = terms.sum(axis=1) if manifest.input.is_image else terms
             if maps is None:
-                maps = zeros((len(inputs), *pixels.shape[1:]), "a map")
-            maps[part] = pixels
+                shape = self._shape(inputs, extent)
+                maps = zeros((len(inputs), *shape[1 if manifest.input.is_image else 0 :]), "a map")
+            maps[examples, rows] = terms.sum(axis=1) if manifest.input.is_image else terms
         assert maps is not None  # there is an example
         return maps
 
-    def threshold(self, quantile: float, method: str | None) -> float:
+    def threshold(self, quantile: float, method: str | None, tile: int | None) -> float:
         """As `VAE.threshold`."""
         method = self._default if method is None else check_choice(method, "method", SCORE_METHODS)
         calibration = self._manifest.calibration
@@ -131,6 +143,19 @@ class Scoring:
             raise NotInBundleError(
                 f"{self._manifest.name} was not calibrated, so that no score is known to be high; make the bundle again"
                 " with: vae-export SOURCE --calibrate DATA"
+            )
+        if self._manifest.input.is_free and method not in calibration.scores:
+            raise NotInBundleError(
+                f"scores by {method!r} grow with the size of an image, which {self._manifest.name} leaves free, so that"
+                f" none is known to be high; take {' or '.join(map(repr, calibration.scores))}"
+            )
+        tiling = self._manifest.tiling
+        is_exact = tiling is None or not (tiling.encoder.context is None or tiling.decoder.context is None)
+        if tile != calibration.tile and not is_exact:
+            raise InputError(
+                f"tile is {tile}, and {self._manifest.name} was calibrated with {calibration.tile}; its tiles are an"
+                " approximation, which changes scores: take the same, or make the bundle again with: vae-export SOURCE"
+                " --calibrate DATA --calibrate-tile PIXELS"
             )
         return calibration.threshold(method, quantile)
 
@@ -167,26 +192,46 @@ class Scoring:
             return None
         return BoundScore(self._manifest, self._operations, shape, likelihood)
 
-    def _reconstruct(self, inputs: Any, batch_size: int | None, extent: Extent) -> Iterator[_Reconstructed]:
-        encoder, decoder = self._operations
-        height, width = extent.size or (None, None)
+    def _shape(self, inputs: Any, extent: Extent) -> tuple[int, ...]:
+        """Of one of the inputs, which are known to be good, as the encoder takes it; without padding."""
+        spec = self._manifest.input
+        if not spec.is_image:
+            return tuple(inputs.shape[1:])
+        return (spec.example_shape[0], *(extent.size or image_size(inputs)))
 
-        def cut(images: Float32) -> Float32:
-            return images if extent.size is None else images[..., :height, :width]
-
+    def _pieces(self, inputs: Any, batch_size: int | None, extent: Extent) -> Iterator[_Piece]:
         if extent.tiler is not None:
-            for number, (outputs, image) in enumerate(extent.tiler.reconstruct_each(inputs, extent.size)):
-                part = slice(number, number + 1)
-                yield _Reconstructed(part, cut(encoder.check(inputs[part])), Posterior(*outputs), image)
-            return
+            return self._strips(inputs, extent, extent.tiler)
+        return self._blocks(inputs, batch_size, extent)
+
+    def _blocks(self, inputs: Any, batch_size: int | None, extent: Extent) -> Iterator[_Piece]:
+        encoder, decoder = self._operations
         for block in blocks(self._manifest, encoder, inputs, batch_size):
             posterior = Posterior(*encoder.run(block.x, len(block.x), len(inputs)))
-            decoded = decoder.run(posterior.mean, len(block.x), len(inputs))[0]
-            yield _Reconstructed(block.part, cut(block.x), posterior, cut(decoded))
+            x, decoded = block.x, decoder.run(posterior.mean, len(block.x), len(inputs))[0]
+            if extent.size is not None:
+                height, width = extent.size
+                x, decoded = (images[..., :height, :width] for images in (x, decoded))
+            yield _Piece(block.part, slice(None), x, decoded, posterior)
 
-    def _score_part(self, part: _Reconstructed, likelihood: Likelihood | None) -> Float64:
-        x, means = (comparable(self._manifest.input, array) for array in (part.x, part.decoded))
+    def _strips(self, inputs: Any, extent: Extent, tiler: Tiler) -> Iterator[_Piece]:
+        """Some rows at once: memory is that of the reconstruction, and not of all that is computed from it."""
+        reconstructed = tiler.reconstruct_each(inputs, extent.size)
+        channels, height, width = self._shape(inputs, extent)
+        factor, spec = self._manifest.input.multiple_of, self._manifest.input._replace(multiple_of=1)
+        cells = max(1, _STRIP_VALUES // (channels * width * factor))  # rows of latents
+        for number, (outputs, image) in enumerate(reconstructed):
+            example = slice(number, number + 1)
+            for start in range(0, outputs[0].shape[2], cells):
+                rows = slice(start * factor, min((start + cells) * factor, height))
+                strip = inputs[example, rows, :width] if inputs.dtype == np.uint8 else inputs[example, :, rows, :width]
+                posterior = Posterior(*(output[:, :, start : start + cells] for output in outputs))
+                yield _Piece(example, rows, to_model_input(strip, spec), image[:, :, rows], posterior)
+
+    def _sum(self, piece: _Piece, likelihood: Likelihood | None) -> Float64:
+        """What these examples, or rows, add to the score; by "reconstruction", to the sum that it is the mean of."""
+        x, means = (comparable(self._manifest.input, array) for array in (piece.x, piece.decoded))
         if likelihood is None:
-            return np.asarray(squared_norms(means - x).astype(np.float64) / x.shape[1])
-        x = comparable(self._manifest.input, targets(likelihood, part.x))
-        return part.posterior.kl() - sums_of_log_likelihoods(likelihood, means[:, None], x)[:, 0]
+            return squared_norms(means - x).astype(np.float64)
+        x = comparable(self._manifest.input, targets(likelihood, piece.x))
+        return piece.posterior.kl() - sums_of_log_likelihoods(likelihood, means[:, None], x)[:, 0]

@@ -38,6 +38,10 @@ class PictureSource:
             return self._spec.example_shape
         return (self._spec.example_shape[0], *padded_size(*picture_size(self.names[0]), multiple))
 
+    def sizes(self) -> Iterator[tuple[int, int]]:
+        """(height, width) of each, of which the pixels are not read; also tells whether it is a picture."""
+        return map(picture_size, self.names)
+
     def batches(self, size: int) -> Iterator[NDArray[Any]]:
         """Pictures of one size each; where sizes are free, as many at once as follow one another in the same size."""
         if not self._spec.is_free:

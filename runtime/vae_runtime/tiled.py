@@ -98,21 +98,23 @@ class Tiler:
     def reconstruct(self, images: Any, size: tuple[int, int] | None = None) -> Float32:
         """As `VAE.reconstruct`; size: (height, width) of the images before they were padded."""
         passage = self._passage(images, size)
-        result = zeros(passage.images, "a result")
+        latents, result = self._latents((1, *passage.latents[1:])), zeros(passage.images, "a result")
         for number in range(len(images)):
-            self._reconstruct(images, number, passage, result[number : number + 1])
+            self._reconstruct(images, number, passage, latents, result[number : number + 1])
         return result
 
     def reconstruct_each(
         self, images: Any, size: tuple[int, int] | None = None
     ) -> Iterator[tuple[list[Float32], Float32]]:
-        """The encoder's outputs and the reconstruction of one image after the other, all checked before the first; for
-        callers that do not keep them. size: as in `reconstruct`."""
+        """The encoder's outputs and the reconstruction of one image after the other, all checked before the first, in
+        arrays that the next one overwrites. size: as in `reconstruct`."""
         passage = self._passage(images, size)
+        latents, result = self._latents((1, *passage.latents[1:])), zeros((1, *passage.images[1:]), "a result")
 
         def one(number: int) -> tuple[list[Float32], Float32]:
-            image = zeros((1, *passage.images[1:]), "a result")
-            return self._reconstruct(images, number, passage, image), image
+            result.fill(0)
+            self._reconstruct(images, number, passage, latents, result)
+            return latents, result
 
         return map(one, range(len(images)))
 
@@ -124,14 +126,16 @@ class Tiler:
         self._warn("decode", self._tiling.decoder, passage.decoder, "the range of images")
         return passage
 
-    def _reconstruct(self, images: NDArray[Any], number: int, passage: _Passage, output: Float32) -> list[Float32]:
-        """Of one image into `output`, and the encoder's outputs."""
+    def _reconstruct(
+        self, images: NDArray[Any], number: int, passage: _Passage, latents: list[Float32], output: Float32
+    ) -> None:
+        """One image, into `latents` and `output`, which is zero."""
         first, second, examples = passage.encoder, passage.decoder, len(images)
         done, total = (count * (len(first) + len(second)) for count in (number, examples))
-        latents = self._latents((1, *passage.latents[1:]))
+        for latent in latents:
+            latent.fill(0)
         self._encode(images[number : number + 1], first, latents, examples, self._counted(done, total))
         self._decode(latents[0], second, output, examples, self._counted(done + len(first), total))
-        return latents
 
     def _encoder_plan(self, images: Any) -> tuple[TilePlan, tuple[int, ...]]:
         """The windows of images that are found good, and the shape of their latents."""

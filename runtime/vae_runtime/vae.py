@@ -29,6 +29,7 @@ from .preprocess import (
     Float32,
     check_layout,
     describe,
+    image_size,
     pad_images,
     require_plain_array,
     to_model_input,
@@ -467,7 +468,7 @@ class VAE:
             score does not depend on what it comes with, but for rounding.
         inputs, batch_size: as in `encode`.
         pad, tile, progress: too, but not for "log_likelihood"; the pixels that are padded do not count, while the KL
-            divergence is that of the whole code.
+            divergence is that of the whole code. With `tile`, memory is that of a window and of one reconstruction.
 
         Raises:
             InputError: as `encode`; another method. KindError, NotInBundleError: as `elbo`, by methods that need a
@@ -499,8 +500,11 @@ class VAE:
         Raises:
             As `score`.
         """
+        scoring = self._scoring()
+        if pad is False and tile is None and progress is None:
+            return scoring.score_map(inputs, method, batch_size)
         inputs, extent = self._extent(inputs, batch_size, pad, tile, progress)
-        return self._scoring().score_map(inputs, method, batch_size, extent)
+        return scoring.score_map(inputs, method, batch_size, extent)
 
     def is_anomaly(
         self,
@@ -525,22 +529,24 @@ class VAE:
         Raises:
             As `score` and `threshold`.
         """
-        threshold = self.threshold(quantile, method)
+        threshold = self.threshold(quantile, method, tile=tile)
         scores = self.score(
             inputs, method, n_samples=n_samples, seed=seed, batch_size=batch_size, pad=pad, tile=tile, progress=progress
         )
         return np.asarray(scores > threshold)
 
-    def threshold(self, quantile: float = 0.99, method: str | None = None) -> float:
+    def threshold(self, quantile: float = 0.99, method: str | None = None, *, tile: int | None = None) -> float:
         """The score above which `is_anomaly` calls an input an anomaly, for applications that keep the scores: the one
-        that a part `quantile` of the data at export did not exceed. method: as in `score`.
+        that a part `quantile` of the data at export did not exceed. method, tile: as in
+        `score`, of the scores that are compared with it.
 
         Raises:
-            InputError: a quantile outside (0, 1), or beyond what the examples tell; another method. NotInBundleError:
+            InputError: a quantile outside (0, 1), or beyond what the examples tell; another method; another tile than
+            `manifest.calibration.tile`, where tiles are an approximation. NotInBundleError:
             the bundle was not calibrated, or not for this method; `vae-export SOURCE --calibrate DATA` makes one that
             is. ClosedError: after `close()`.
         """
-        return self._scoring().threshold(quantile, method)
+        return self._scoring().threshold(quantile, method, tile)
 
     def _scoring(self) -> Scoring:
         operations, scores = self._operations or self._open_operations(), self._scores
@@ -561,11 +567,14 @@ class VAE:
         self, inputs: Any, batch_size: int | None, pad: bool, tile: int | None, progress: Progress | None
     ) -> tuple[Any, Extent]:
         """The inputs, padded where that is asked for, and how they are gone through."""
-        from .scoring import Extent
+        from .scoring import WHOLE, Extent
 
         inputs, size = self._padded(inputs) if check_flag(pad, "pad") else (inputs, None)
-        whole = tile is None and progress is None
-        return inputs, Extent(size, None if whole else self._tiler(tile, batch_size, progress))
+        if size is not None and image_size(inputs) == size:
+            size = None
+        if tile is not None or progress is not None:
+            return inputs, Extent(size, self._tiler(tile, batch_size, progress))
+        return inputs, WHOLE if size is None else Extent(size)
 
     def _padded(self, inputs: Any) -> tuple[Any, tuple[int, int]]:
         """The inputs, of free height and width, up to the next multiples, and the (height, width) that they had."""

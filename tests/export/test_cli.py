@@ -206,14 +206,23 @@ def test_photographs_calibrate_in_their_own_size(tmp_path: Path, monkeypatch: py
     assert calibration.examples == 110
     levels = np.quantile(scores, calibration.levels)
     np.testing.assert_allclose(calibration.scores["reconstruction"], levels, rtol=1e-3)
+    monkeypatch.setattr("vae_export.cli.MOST_VALUES", 1000)
+    monkeypatch.setattr("vae_export.cli.BATCH_VALUES", 7 * 15 * 13 * 3)
     np.save(tmp_path / "odd.npy", np.stack([image[:15, :13] for image in images]))
-    result = run(tmp_path / "model.pt", "--output", tmp_path / "b.vae", "--calibrate", tmp_path / "odd.npy")
+    arguments = ("--calibrate", tmp_path / "odd.npy", "--calibrate-tile", "64")
+    result = run(tmp_path / "model.pt", "--output", tmp_path / "b.vae", *arguments)
     assert result.exit_code == 0, result.output
     with VAE.load(tmp_path / "b.vae", threads=1) as vae:
         calibration = vae.manifest.calibration
         scores = vae.score(np.load(tmp_path / "odd.npy")[::2], "reconstruction", pad=True)
     assert calibration is not None
+    assert calibration.examples == 110  # also where so many values would be too many for one array
     assert calibration.scores["reconstruction"][-1] == pytest.approx(scores.max(), rel=1e-3)
+    (tmp_path / "photos" / "100.png").write_bytes(b"no picture")
+    monkeypatch.setattr("vae_export.export._export", None)  # found before the work
+    result = run(tmp_path / "model.pt", "--output", tmp_path / "c.vae", "--calibrate", tmp_path / "photos")
+    assert result.exit_code == 1
+    assert "100.png cannot be read as a picture" in result.stderr
 
 
 def test_few_examples_for_a_prior_are_warned_of(model_file: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from vae_export.imported import Imported
 from vae_export.on_data import LEAST_FOR_UNITS, LEVELS, active_units
 from vae_export.prior import PriorFit, parse_prior
 from vae_export.verify import Reference
-from vae_runtime import VAE, InputError, NotInBundleError
+from vae_runtime import VAE, InputError, NotInBundleError, OutOfMemoryError
 from vae_runtime.calibration import SCORE_METHODS
 from vae_runtime.manifest import FittedPrior, InputSpec
 from vae_runtime.preprocess import to_model_input
@@ -279,6 +279,59 @@ def test_images_of_any_size_are_calibrated_in_their_own(tmp_path: Path) -> None:
     np.testing.assert_allclose(units.variances, [channel.var() for channel in channels], rtol=1e-4)
 
 
+def test_large_images_are_calibrated_in_tiles(tmp_path: Path) -> None:
+    model, given = Halves(), images_of(100, 15, 21)
+    options = {"examples": images_of(20, 8, 8), "kind": "autoencoder", "multiple_of": 2, "calibrate": [given]}
+    manifest = export_bundle(model.encode, model.decode, tmp_path / "a.vae", calibrate_tile=6, **options)
+    assert manifest.calibration is not None
+    assert manifest.calibration.tile == 6
+    with VAE.load(tmp_path / "a.vae", threads=1) as vae:
+        scores = vae.score(given, pad=True, tile=6)
+        assert vae.manifest.tiling is not None
+        assert vae.manifest.tiling.encoder.context == 0  # exact, so that thresholds are those of whole images too
+        assert vae.is_anomaly(given, 0.5, pad=True).sum() == vae.is_anomaly(given, 0.5, pad=True, tile=6).sum() == 50
+    np.testing.assert_allclose(manifest.calibration.scores["reconstruction"], np.quantile(scores, LEVELS), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tile", "change", "message"),
+    [
+        (5, {}, "calibrate_tile is 5; expected a multiple of 2 pixels"),
+        (0, {}, "calibrate_tile is 0"),
+        ("6", {}, "calibrate_tile is '6'"),
+        (6, {"calibrate": None}, "calibrate_tile is 6, and nothing is calibrated"),
+        (6, {"multiple_of": None}, "calibrate_tile is 6, and the model takes inputs of one shape only"),
+    ],
+)
+def test_tiles_that_nothing_can_be_calibrated_with(
+    tmp_path: Path, tile: Any, change: dict[str, Any], message: str
+) -> None:
+    model, images = Halves(), images_of(100, 8, 8)
+    options = {"examples": images, "kind": "autoencoder", "multiple_of": 2, "calibrate": images, **change}
+    with pytest.raises(InputError, match=message):
+        export_bundle(model.encode, model.decode, tmp_path / "a.vae", calibrate_tile=tile, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_that_are_too_large_to_calibrate_on_are_sent_to_tiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise OutOfMemoryError("cpu has not enough memory; go through large images in windows, with tile")
+
+    monkeypatch.setattr(VAE, "score", fail)
+    model = Halves()
+    with pytest.raises(
+        OutOfMemoryError,
+        match=r"^images of 9x13 pixels to calibrate on: cpu .*, with tile: --calibrate-tile \(calibrate_",
+    ):
+        export_bundle(
+            model.encode, model.decode, tmp_path / "a.vae", examples=images_of(40, 8, 8), kind="autoencoder",
+            multiple_of=2, calibrate=images_of(100, 9, 13),
+        )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("calibrate", "message"),
     [
@@ -428,7 +481,7 @@ def test_examples_on_which_the_model_overflows_are_named(vectors: np.ndarray, tm
         export(tmp_path / "a.vae", vectors[:40], calibrate=far, likelihood=GAUSSIAN)
     far[70] = 3e38
     overflowing = SimpleNamespace(
-        encode=lambda x, pad: SimpleNamespace(mean=np.where(x > 1e38, -np.inf, x)),
+        encode=lambda x, **options: SimpleNamespace(mean=np.where(x > 1e38, -np.inf, x)),
         manifest=SimpleNamespace(input=InputSpec("vector", far.shape[1:])),
     )
     with pytest.raises(InputError, match="the mean's largest value of example 70 is inf: the model overflows there"):

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vae_runtime import VAE, ApproximateTilingWarning, ClosedError, InputError, KindError, NotInBundleError
+from vae_runtime import VAE, ApproximateTilingWarning, BundleError, ClosedError, InputError, KindError, NotInBundleError
 from vae_runtime.bound_score import BoundScore
-from vae_runtime.calibration import SCORE_METHODS
+from vae_runtime.calibration import SCORE_METHODS, Calibration
 from vae_runtime.manifest import Manifest
 from vae_runtime.scoring import Scoring, default_method
 
@@ -368,7 +368,10 @@ def free(free_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize("tile", [None, 12])
 @pytest.mark.parametrize("size", [(29, 45), (30, 45), (30, 46)])
-def test_padded_images_are_scored_without_the_padding(free: VAE, size: tuple[int, int], tile: int | None) -> None:
+def test_padded_images_are_scored_without_the_padding(
+    free: VAE, size: tuple[int, int], tile: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vae_runtime.scoring._STRIP_VALUES", 3 * 46 * 8)  # 8 rows, not all of them
     images = IMAGES[:, : size[0], : size[1]]
     x = as_float(images)
     posterior = free.encode(images, pad=True)
@@ -409,16 +412,21 @@ def test_progress_of_scores_counts_all_windows(free: VAE) -> None:
     assert calls == [(done, 24) for done in range(1, 25)]  # 2 images, 2 halves, 2 x 3 windows
 
 
-@pytest.mark.parametrize("more", [{"pad": True}, {"tile": 12}, {"progress": print}])
+@pytest.mark.parametrize("more", [{"pad": True}, {"tile": 12}, {"tile": 12, "progress": print}])
 def test_draws_are_of_whole_images(free: VAE, more: Any) -> None:
-    if "progress" in more:
-        with pytest.raises(InputError, match="progress was given without tile"):
-            free.score(IMAGES, **more)
-        more = {**more, "tile": 12}
+    images = IMAGES[:, :29, :45] if "pad" in more else IMAGES
     with pytest.raises(
-        InputError, match=r"^pad, tile or progress was given with method 'log_likelihood', .* take 'elbo'"
+        InputError, match=r"^pad, tile or progress was given with method 'log_likelihood', .* take 'elbo"
     ):
-        free.score(IMAGES, "log_likelihood", **more)
+        free.score(images, "log_likelihood", **more)
+    with pytest.raises(InputError, match="progress was given without tile"):
+        free.score(images, progress=print, **{"pad": "pad" in more})
+
+
+def test_padding_that_adds_nothing_changes_nothing(free: VAE) -> None:
+    small = IMAGES[:1, :12, :12]
+    for method in SCORE_METHODS:
+        assert np.array_equal(free.score(small, method, pad=True), free.score(small, method))
 
 
 def test_what_cannot_be_padded_or_tiled_is_refused(tiny: VAE, images: np.ndarray, free: VAE) -> None:
@@ -437,6 +445,59 @@ def test_what_cannot_be_padded_or_tiled_is_refused(tiny: VAE, images: np.ndarray
     for more in ({"pad": True}, {"tile": 12}):
         with pytest.raises(InputError, match="NaN"):
             free.score(bad, **more)
+
+
+def test_thresholds_hold_for_the_tiles_of_the_calibration_where_they_are_an_approximation(
+    free_path: Path, tmp_path: Path
+) -> None:
+    calibration = {"source": "data", "examples": 100, "levels": [0, 1], "scores": {"reconstruction": [0, 1]}}
+    for name, tiling in (("exact", EXACT), ("wide", WIDE)):
+        for calibrated in (None, 12):
+            (tmp_path / f"{name}{calibrated}").mkdir()
+            changed = calibration if calibrated is None else {**calibration, "tile": calibrated}
+            path = with_tiling(tmp_path / f"{name}{calibrated}", free_path, tiling, calibration=changed)
+            with VAE.load(path, threads=1) as vae:
+                assert vae.manifest.calibration is not None
+                assert vae.manifest.calibration.to_dict() == changed
+                for tile in (None, 12, 64):
+                    if name == "exact" or tile == calibrated:
+                        assert vae.threshold(0.5, tile=tile) == 0.5
+                        continue
+                    with pytest.raises(
+                        InputError, match=rf"tile is {tile}, and tiny-free was calib.* with {calibrated};"
+                    ):
+                        vae.threshold(0.5, tile=tile)
+                    with pytest.raises(InputError, match=rf"tile is {tile}, .* approximation"):
+                        vae.is_anomaly(IMAGES, 0.5, tile=tile)
+    for wrong in (0, -1, 1.5, "12", True):
+        with pytest.raises(BundleError, match=r"calibration\.tile is .*; expected a whole number from 1"):
+            Calibration.from_dict({**calibration, "tile": wrong})
+
+
+def test_methods_that_no_calibration_can_have_are_not_sent_for_one(free_path: Path, tmp_path: Path) -> None:
+    calibration = {"source": "data", "examples": 100, "levels": [0, 1], "scores": {"reconstruction": [0, 1]}}
+    with VAE.load(with_tiling(tmp_path, free_path, EXACT, calibration=calibration), threads=1) as vae:
+        for method in ("elbo", "log_likelihood"):
+            with pytest.raises(
+                NotInBundleError, match=rf"^scores by '{method}' grow with the size .* take 'reconstruction'$"
+            ):
+                vae.threshold(0.5, method)
+
+
+def test_memory_of_scores_in_tiles_is_that_of_one_reconstruction(free: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vae_runtime.scoring._STRIP_VALUES", 2**14)
+    images = np.random.default_rng(0).integers(0, 256, (3, 768, 768, 3), np.uint8)
+    whole = images[:1].size * 4  # bytes of a reconstruction
+    free.score(images[:1, :64, :64], tile=32)
+    for call, more in ((free.score, 0), (free.score_map, images.size // 3 * 4)):
+        for method in ("reconstruction", "elbo"):
+            gc.collect()
+            tracemalloc.start()
+            call(images, method, tile=64)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            # One reconstruction, mean and logvar of a sixth of it each, and what is computed from some rows.
+            assert peak - more < 1.4 * whole + 2**20, (method, peak / whole)
 
 
 def test_scores_from_blended_tiles_warn_where_they_are_asked_for(free_path: Path, tmp_path: Path) -> None:

@@ -123,7 +123,8 @@ def describe_latent(manifest: Manifest) -> list[str]:
         lines.append(f"fitted prior: {what} with full covariance, from {fitted.examples} examples")
     if (calibration := manifest.calibration) is not None:
         source = "held-out " if calibration.source == "held-out" else ""
-        lines.append(f"calibrated on {calibration.examples} {source}examples: {', '.join(calibration.scores)}")
+        tiles = f" in tiles of {calibration.tile}" if calibration.tile else ""
+        lines.append(f"calibrated on {calibration.examples} {source}examples{tiles}: {', '.join(calibration.scores)}")
     return lines
 
 

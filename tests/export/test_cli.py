@@ -212,6 +212,7 @@ def test_photographs_calibrate_in_their_own_size(tmp_path: Path, monkeypatch: py
     arguments = ("--calibrate", tmp_path / "odd.npy", "--calibrate-tile", "64")
     result = run(tmp_path / "model.pt", "--output", tmp_path / "b.vae", *arguments)
     assert result.exit_code == 0, result.output
+    assert "  calibrated on 110 examples in tiles of 64: reconstruction\n" in result.stdout
     with VAE.load(tmp_path / "b.vae", threads=1) as vae:
         calibration = vae.manifest.calibration
         scores = vae.score(np.load(tmp_path / "odd.npy")[::2], "reconstruction", pad=True)

@@ -153,9 +153,9 @@ class Scoring:
         is_exact = tiling is None or not (tiling.encoder.context is None or tiling.decoder.context is None)
         if tile != calibration.tile and not is_exact:
             raise InputError(
-                f"tile is {tile}, and {self._manifest.name} was calibrated with tile {calibration.tile}; its tiles are an"
-                " approximation, which changes scores: take the same, or make the bundle again with: vae-export SOURCE"
-                " --calibrate DATA --calibrate-tile PIXELS"
+                f"tile is {tile}, and {self._manifest.name} was calibrated with tile {calibration.tile}; its tiles are"
+                " an approximation, which changes scores: take the same, or make the bundle again with: vae-export"
+                " SOURCE --calibrate DATA --calibrate-tile PIXELS"
             )
         return calibration.threshold(method, quantile)
 

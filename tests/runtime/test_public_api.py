@@ -38,6 +38,7 @@ def test_members_of_a_vae_are_frozen() -> None:
     }  # fmt: skip
 
 
+LARGE = {"batch_size": None, "pad": False, "tile": None, "progress": None}
 SAMPLE = {
     "self": ..., "n": ..., "seed": None, "temperature": 1.0, "prior": None, "truncation": None,
     "batch_size": None, "size": None,
@@ -51,33 +52,28 @@ SAMPLE = {
             VAE.load,
             {"path": ..., "device": "cpu", "precision": "fp32", "threads": None, "provider_options": None},
         ),
-        (VAE.encode, {"self": ..., "inputs": ..., "batch_size": None, "pad": False, "tile": None, "progress": None}),
+        (VAE.encode, {"self": ..., "inputs": ..., **LARGE}),
         (VAE.decode, {"self": ..., "latents": ..., "batch_size": None, "size": None, "tile": None, "progress": None}),
         (VAE.sample, SAMPLE),
         (VAE.sample_batches, SAMPLE),
         (
             VAE.reconstruct,
-            {"self": ..., "inputs": ..., "n_samples": None, "seed": None}
-            | {"batch_size": None, "pad": False, "tile": None, "progress": None},
+            {"self": ..., "inputs": ..., "n_samples": None, "seed": None, **LARGE},
         ),
         (VAE.elbo, {"self": ..., "inputs": ..., "n_samples": 1, "seed": None, "batch_size": None}),
         (
             VAE.log_likelihood,
             {"self": ..., "inputs": ..., "n_samples": 5000, "seed": None, "batch_size": None, "progress": None},
         ),
-        (VAE.reconstruction_error, {"self": ..., "inputs": ..., "batch_size": None}),
-        (
-            VAE.score,
-            {"self": ..., "inputs": ..., "method": None, "n_samples": 100, "seed": 0, "batch_size": None},
-        ),
-        (VAE.score_map, {"self": ..., "inputs": ..., "method": "reconstruction", "batch_size": None}),
+        (VAE.reconstruction_error, {"self": ..., "inputs": ..., **LARGE}),
+        (VAE.score, {"self": ..., "inputs": ..., "method": None, "n_samples": 100, "seed": 0, **LARGE}),
+        (VAE.score_map, {"self": ..., "inputs": ..., "method": "reconstruction", **LARGE}),
         (
             VAE.is_anomaly,
-            {"self": ..., "inputs": ..., "quantile": 0.99, "method": None}
-            | {"n_samples": 100, "seed": 0, "batch_size": None},
+            {"self": ..., "inputs": ..., "quantile": 0.99, "method": None, "n_samples": 100, "seed": 0, **LARGE},
         ),
         (vae_runtime.Posterior.kl, {"self": ..., "per_dimension": False}),
-        (VAE.threshold, {"self": ..., "quantile": 0.99, "method": None}),
+        (VAE.threshold, {"self": ..., "quantile": 0.99, "method": None, "tile": None}),
         (VAE.interpolate, {"self": ..., "a": ..., "b": ..., "steps": 8, "method": "spherical"}),
         (VAE.traverse, {"self": ..., "inputs": ..., "dimension": ..., "values": ...}),
         (VAE.nearest, {"self": ..., "inputs": ..., "references": ..., "k": 1}),

@@ -14,6 +14,7 @@ KINDS = {
     "AutoencoderKL": "vae",
     "AutoencoderKLFlux2": "vae",
     "AutoencoderKLHunyuanImage": "vae",
+    "AutoencoderKLQwenImage": "vae",
     "AsymmetricAutoencoderKL": "vae",
     "AutoencoderDC": "autoencoder",
     "AutoencoderTiny": "autoencoder",

@@ -3,12 +3,13 @@
 The library's own `encode` and `decode` run inside the graphs, from [0, 1] to its [-1, 1] and back, and so does what its
 pipelines make of the latents: a bundle's are those that a diffusion model sees, (z - shift) · scale, or in patches
 where AutoencoderKLFlux2's does. AutoencoderTiny's `scale_latents` is not among it: it makes pictures of latents, which
-cut them.
+cut them. A model of videos is given one frame.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import math
 import re
@@ -32,7 +33,8 @@ from .weights import assign
 
 CONFIG = "config.json"
 _WRITTEN = {"block_out_channels", "force_upcast"}  # by classes that do not take them
-_LEVELS = ("num_encoder_blocks", "encoder_block_out_channels", "down_block_out_channels", "block_out_channels")
+_TRIED = 512  # pixels: a multiple of what any of these models is made for
+OF_VIDEOS = ("AutoencoderKLQwenImage",)
 DEFAULT_SIDE = (64, 128)  # of golden inputs: within these bounds, as near as may be to the size it was trained with
 
 
@@ -49,13 +51,16 @@ def import_model(
     Raises: as `diffusers_folder.load`.
     """
     model = _build(name, config, folder / CONFIG)
-    patch, factor = _patch_side(model.config), _spatial_factor(model.config)
-    _require_bundle_shapes(model, patch, factor)
-    units = LatentUnits(model.config) if patch == 1 else PatchUnits(model, patch)
-    shape = _shape(model.config, factor * patch, input_shape)
+    channels, latent = _channels(model.config)
+    patch, network = _patch_side(model.config), Network(model, name in OF_VIDEOS)
+    multiple = patch * _require_bundle_shapes(network, channels, latent, patch)
+    units = LatentUnits(model.config, latent) if patch == 1 else PatchUnits(model, patch)
+    shape = _shape(model.config, channels, multiple, input_shape)
     assign(model, read_weights(folder), folder)
-    encoder = EncoderGraph(Encoder(model, units), kind, clamp=False)
-    halves = Reference(encoder, DecoderGraph(Decoder(model, units), clamp=True), against="diffusers")
+    if network.of_videos:
+        keep_one_frame(model)
+    encoder = EncoderGraph(Encoder(network, units), kind, clamp=False)
+    halves = Reference(encoder, DecoderGraph(Decoder(network, units), clamp=True), against="diffusers")
     origin = {"library": "diffusers", "version": _library().__version__, "class": name}
     return Imported(halves, bundle_name, *shape, origin=origin)
 
@@ -71,9 +76,8 @@ class LatentUnits(nn.Module):
     shift: Tensor
     growth: Tensor
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, channels: int) -> None:
         super().__init__()
-        channels = config.latent_channels
         means, stds = (_per_channel(config, name, channels) for name in ("latents_mean", "latents_std"))
         shift, scale = _number(config, "shift_factor", 0.0), _number(config, "scaling_factor", 1.0)
         if (means is None) != (stds is None) or (means is not None and shift):
@@ -125,37 +129,64 @@ class PatchUnits(nn.Module):
 Units = LatentUnits | PatchUnits
 
 
+class Network(nn.Module):
+    """The library's own methods, of images in [-1, 1] and latents in its units. of_videos: to it, an image is a video
+    of one frame."""
+
+    def __init__(self, model: Any, of_videos: bool) -> None:
+        super().__init__()
+        self.model, self.of_videos = model, of_videos
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """Mean and logvar, or the code."""
+        encoded = self.model.encode(x.unsqueeze(2) if self.of_videos else x)
+        if hasattr(encoded, "latent_dist"):
+            outputs = [encoded.latent_dist.mean, encoded.latent_dist.logvar]  # which is clamped to [-30, 20]
+        else:
+            outputs = [encoded.latents if hasattr(encoded, "latents") else encoded.latent]
+        return [output.squeeze(2) for output in outputs] if self.of_videos else outputs
+
+    def decode(self, z: Tensor) -> Tensor:
+        decoded: Tensor = self.model.decode(z.unsqueeze(2) if self.of_videos else z).sample
+        return decoded.squeeze(2) if self.of_videos else decoded
+
+
+def keep_one_frame(model: nn.Module) -> None:
+    """Leave of causal convolutions what they compute of a first frame, in front of which are zeros: the last slice of
+    the kernel, over height and width alone. A third of the weights and of the work of 3x3x3."""
+    for conv in model.modules():
+        if isinstance(conv, nn.Conv3d):
+            conv.weight = nn.Parameter(conv.weight[:, :, -1].contiguous(), requires_grad=False)
+            conv.forward = functools.partial(_on_one_frame, conv)  # type: ignore[method-assign]
+
+
+def _on_one_frame(conv: Any, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+    width, _, height = conv._padding[:3]  # in the order of torch.nn.functional.pad; its own are 0
+    options = {"stride": conv.stride[1:], "padding": (height, width), "dilation": conv.dilation[1:]}
+    return functional.conv2d(x.squeeze(2), conv.weight, conv.bias, groups=conv.groups, **options).unsqueeze(2)
+
+
 class Encoder(nn.Module):
     """x (N, C, H, W) in [0, 1] -> mean, logvar, or the code, each (N, latent, H / f, W / f)."""
 
-    def __init__(self, model: Any, units: Units) -> None:
+    def __init__(self, network: Network, units: Units) -> None:
         super().__init__()
-        self.model, self.units = model, units
+        self.network, self.units = network, units
 
     def forward(self, x: Tensor) -> Any:
-        encoded = self.model.encode(2 * x - 1)
-        if not hasattr(encoded, "latent_dist"):
-            return self.units(_code(encoded))
-        posterior = encoded.latent_dist  # its logvar is clamped to [-30, 20]
-        return self.units(posterior.mean), self.units.of_logvar(posterior.logvar)
+        mean, *logvar = self.network.encode(2 * x - 1)
+        return (self.units(mean), self.units.of_logvar(logvar[0])) if logvar else self.units(mean)
 
 
 class Decoder(nn.Module):
     """z (N, latent, H / f, W / f) -> (N, C, H, W), images in [0, 1] and a little beyond."""
 
-    def __init__(self, model: Any, units: Units) -> None:
+    def __init__(self, network: Network, units: Units) -> None:
         super().__init__()
-        self.model, self.units = model, units
+        self.network, self.units = network, units
 
     def forward(self, z: Tensor) -> Tensor:
-        sample: Tensor = self.model.decode(self.units.inverse(z)).sample
-        return sample / 2 + 0.5
-
-
-def _code(encoded: Any) -> Tensor:
-    """What encoders without a distribution give, by the name that each class has for it."""
-    code: Tensor = encoded.latents if hasattr(encoded, "latents") else encoded.latent
-    return code
+        return self.network.decode(self.units.inverse(z)) / 2 + 0.5
 
 
 def _library() -> Any:
@@ -196,14 +227,11 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
-def _spatial_factor(config: Any) -> int:
-    """How many times smaller than the images the model's own latents are, along each side."""
-    if (ratio := config.get("spatial_compression_ratio")) is not None:
-        if not _is_count(ratio):
-            raise CheckpointError(f"{CONFIG} has spatial_compression_ratio {ratio!r}; expected a whole number from 1")
-        return int(ratio)
-    levels = next(config[name] for name in _LEVELS if name in config)
-    return 2 ** (len(levels) - 1)
+def _channels(config: Any) -> tuple[int, int]:
+    """Of the images, and of the model's own latents."""
+    if "z_dim" in config:
+        return config.input_channels, config.z_dim
+    return config.in_channels, config.latent_channels
 
 
 def _patch_side(config: Any) -> int:
@@ -220,20 +248,23 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _require_bundle_shapes(model: Any, patch: int, factor: int) -> None:
-    """Raises: ExportError: the latents have another size, or the reconstruction another shape than the images."""
-    channels, cells = model.config.in_channels, 2 * patch
-    expected = 1, model.config.latent_channels, cells, cells
-    x = torch.empty(1, channels, cells * factor, cells * factor, device="meta")
+def _require_bundle_shapes(network: Network, channels: int, latent: int, patch: int) -> int:
+    """How many times smaller than the images the model's own latents are, along each side.
+
+    Raises: ExportError: by no whole number of times, or the reconstruction has another shape than the images.
+    """
+    side = _TRIED * patch
     with _as_export_error():
-        encoded = model.encode(x)
-        z = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else _code(encoded)
-        decoded = model.decode(z).sample
-    if z.shape != expected or decoded.shape != x.shape:
+        x = torch.empty(1, channels, side, side, device="meta")
+        z = network.encode(x)[0]
+        decoded = network.decode(z)
+    cells = z.shape[-1]
+    if z.shape != (1, latent, cells, cells) or side % cells or cells % patch or decoded.shape != x.shape:
         raise ExportError(
             f"images of shape {tuple(x.shape)} have latents of shape {tuple(z.shape)} and reconstructions of shape "
-            f"{tuple(decoded.shape)}; expected {expected} and the images' own"
+            f"{tuple(decoded.shape)}; expected {latent} channels, sides that divide {side}, and the images' own shape"
         )
+    return side // cells
 
 
 @contextlib.contextmanager
@@ -245,10 +276,10 @@ def _as_export_error() -> Iterator[None]:
 
 
 def _shape(
-    config: Any, multiple: int, asked: tuple[int | None, ...] | None
+    config: Any, channels: int, multiple: int, asked: tuple[int | None, ...] | None
 ) -> tuple[tuple[int | None, ...], int, tuple[int, int] | None]:
     """input_shape, multiple_of and default_size, as `Imported` has them."""
-    free = (config.in_channels, None, None)
+    free = (channels, None, None)
     if asked is None or asked == free:
         return free, multiple, _default_size(config, multiple)
     sides = [side for side in asked[1:] if side is not None]

@@ -145,6 +145,10 @@ OTHERS: dict[str, dict[str, Any]] = {
         "in_channels": 3, "out_channels": 3, "latent_channels": 8, "block_out_channels": (64, 128),
         "layers_per_block": 1, "spatial_compression_ratio": 2, "sample_size": 32, "scaling_factor": 0.7,
     },
+    "AutoencoderKLQwenImage": {
+        "base_dim": 8, "z_dim": 3, "dim_mult": [1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [False, True],
+        "latents_mean": [0.5, -0.25, 0.0], "latents_std": [2.0, 0.5, 1.5],
+    },
     "AutoencoderDC": {
         "latent_channels": 4, "attention_head_dim": 8, "scaling_factor": 0.4,
         **{f"{half}_block_types": ("ResBlock", "EfficientViTBlock") for half in ("encoder", "decoder")},
@@ -157,13 +161,18 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 def expected_of(model: Any, x: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
     """mean, logvar if there is one, and the reconstruction, by the library's methods and its pipelines' formulas."""
-    encoded = model.encode(torch.from_numpy(x * 2 - 1))
+    inputs = torch.from_numpy(x * 2 - 1)
     if isinstance(model, diffusers.AutoencoderDC):
-        return (
-            (encoded.latent * model.config.scaling_factor).numpy(), None,
-            (model.decode(encoded.latent).sample / 2 + 0.5).clamp(0, 1).numpy(),
-        )  # fmt: skip
-    posterior = encoded.latent_dist
+        code = model.encode(inputs).latent
+        images = (model.decode(code).sample / 2 + 0.5).clamp(0, 1)
+        return (code * model.config.scaling_factor).numpy(), None, images.numpy()
+    if isinstance(model, diffusers.AutoencoderKLQwenImage):
+        posterior = model.encode(inputs.unsqueeze(2)).latent_dist
+        shift, std = (torch.tensor(model.config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+        images = (model.decode(posterior.mean).sample[:, :, 0] / 2 + 0.5).clamp(0, 1)
+        outputs = (posterior.mean - shift) / std, posterior.logvar - 2 * std.log()
+        return outputs[0][:, :, 0].numpy(), outputs[1][:, :, 0].numpy(), images.numpy()
+    posterior = model.encode(inputs).latent_dist
     images = (model.decode(posterior.mean).sample / 2 + 0.5).clamp(0, 1).numpy()
     if not isinstance(model, diffusers.AutoencoderKLFlux2):
         scale = model.config.scaling_factor
@@ -194,6 +203,10 @@ def test_bundles_of_other_classes_agree_with_diffusers(
     sizes = [(48, 64), (4, 4)] if name in ("AutoencoderKLFlux2", "AutoencoderDC") else [(32, 32)]
     if len(sizes) == 1:
         imported = load(str(tmp_path / "model"), None, ImportOptions(input_shape=(3, 32, 32)))
+    if name == "AutoencoderKLQwenImage":  # one slice of each kernel, and nothing of those over time alone
+        halves = [imported.halves._encoder, imported.halves._decoder]
+        weights = {id(tensor): tensor for half in halves for tensor in half.parameters()}.values()
+        assert sum(tensor.numel() for tensor in weights) < 0.5 * sum(tensor.numel() for tensor in model.parameters())
     manifest = export_imported(imported, tmp_path / "a.vae")
     assert manifest.kind == ("autoencoder" if name == "AutoencoderDC" else "vae")
     with VAE.load(tmp_path / "a.vae", threads=1) as vae, torch.no_grad():
@@ -220,9 +233,13 @@ def test_bundles_of_other_classes_agree_with_diffusers(
             {"patch_size": 2},
             "AutoencoderKLFlux2: .*|patch_size 2; expected the sides of a square",
         ),
-        ("AutoencoderKLHunyuanImage", {"spatial_compression_ratio": 2.5}, "ratio 2.5; expected a whole number from 1"),
-        ("AutoencoderKLHunyuanImage", {"spatial_compression_ratio": 4}, r"images of shape \(1, 3, 8, 8\) have latents"),
         ("AutoencoderKLHunyuanImage", {"spatial_compression_ratio": None}, "describes no AutoencoderKLHunyuanImage"),
+        (
+            "AutoencoderKLHunyuanImage",
+            {"out_channels": 1},
+            r"of shape \(1, 3, 512, 512\) have .* \(1, 1, 512, 512\); exp",
+        ),
+        ("AutoencoderKLQwenImage", {"latents_std": [1, 1]}, "latents_std .*; expected 3 numbers"),
     ],
 )
 def test_configs_of_other_classes_that_say_nonsense_are_refused(
@@ -478,7 +495,7 @@ def test_variants_without_a_plain_file_are_not_guessed_between(kl: Path, tmp_pat
 def test_a_tiny_model_whose_halves_do_not_meet_is_refused(tiny: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny, tmp_path / "tiny"))
     config(upsampling_scaling_factor=4)(folder)
-    with pytest.raises(ExportError, match=r"reconstructions of shape \(1, 3, 32, 32\)"):
+    with pytest.raises(ExportError, match=r"reconstructions of shape \(1, 3, 2048, 2048\)"):
         load(str(folder), None, PLAIN)
 
 

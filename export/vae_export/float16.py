@@ -63,12 +63,17 @@ class ConvertibleGraph:
 
 
 def _in_float32(graph: onnx.GraphProto) -> Iterator[str]:
-    """Nodes that are never in float16; with what moves a quotient, or multiplies by it: it may be beyond its range."""
+    """Nodes that are never in float16; with what moves a quotient, or multiplies by it, which may be beyond its range,
+    and with what computes sizes and positions, of which it holds whole numbers up to 2,048."""
     quotients: set[str] = set()
+    values = {value.name for value in graph.input}
     for node in graph.node:
         carries = node.op_type in ("Mul", *MOVES) and not quotients.isdisjoint(node.input)
-        if node.op_type in FLOAT_OPERATORS or carries:
+        of_values = node.op_type not in ("Shape", "Size") and not values.isdisjoint(node.input)
+        if node.op_type in FLOAT_OPERATORS or carries or not of_values:
             yield node.name
+        if of_values:
+            values.update(node.output)
         if node.op_type in ("Div", "Pow", "Reciprocal") or carries:
             quotients.update(node.output)
 
@@ -114,15 +119,18 @@ def _convert(model: onnx.ModelProto, blocked: Collection[str]) -> bytes:
     converted = convert_float_to_float16(
         model, keep_io_types=True, op_block_list=FLOAT_OPERATORS, node_block_list=sorted(blocked)
     )
-    _drop_round_trips(converted.graph)
+    _drop_round_trips(converted.graph, {node.name for node in model.graph.node})
     sorted_model = ONNXModel(converted)
     sorted_model.topological_sort()
     data: bytes = plain(sorted_model.model).SerializeToString(deterministic=True)
     return data
 
 
-def _drop_round_trips(graph: onnx.GraphProto) -> None:
-    """Between two nodes in fp32 the converter goes through float16, where a value may overflow; once per reader."""
+def _drop_round_trips(graph: onnx.GraphProto, of_before: set[str]) -> None:
+    """Between two nodes in fp32 the converter goes through float16, where a value may overflow; once per reader.
+
+    of_before: the nodes that it has not added: a Cast among them is of integers or booleans, say, and is still needed.
+    """
     nodes = list({node.output[0]: node for node in graph.node}.values())
     made_by = {name: node for node in nodes for name in node.output}
     outputs = {value.name for value in graph.output}
@@ -130,6 +138,9 @@ def _drop_round_trips(graph: onnx.GraphProto) -> None:
     for node in nodes:
         narrow = made_by.get(node.input[0]) if _casts_to(node, TensorProto.FLOAT) else None
         if narrow is not None and _casts_to(narrow, TensorProto.FLOAT16):
+            if narrow.name in of_before:
+                node.input[0] = narrow.input[0]
+                continue
             source, result = narrow.input[0], node.output[0]
             names |= {source: result} if result in outputs else {result: source}
             node.output[0] = ""

@@ -25,10 +25,10 @@ from vae_runtime.graph_rules import check_graph
 from vae_runtime.manifest import INPUT, LATENT, LOGVAR, MEAN, RECONSTRUCTION
 from vae_training.models import LOGVAR_MAX, LOGVAR_MIN
 
-from .attention import with_four_axes
 from .reason import innermost_reason, tracing_reason
 from .rewrite import rewrite
 from .simplify import simplified
+from .traced import prepared
 
 Call = Callable[[nn.Module, Tensor], Any]
 OPSET, IR_VERSION = 20, 10  # read by onnxruntime 1.18 and newer
@@ -133,7 +133,7 @@ def _to_onnx(module: nn.Module, example: Tensor, input_name: str, outputs: list[
         raise ExportError(f"the {half} has over 2 GB of weights; an ONNX file with its weights inside holds less")
     try:
         with quiet(), torch.no_grad(), without_validation():
-            traced = with_four_axes(_trace(module.eval(), example, free))
+            traced = prepared(_trace(module.eval(), example, free))
             program = torch.onnx.export(
                 traced,
                 (),

@@ -340,3 +340,28 @@ print("done")
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
+class ShareAboveZero(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (x > 0).float().mean((1, 2, 3), keepdim=True)
+
+
+class NearestExact(nn.Module):
+    """Gathers by positions that are computed from the size, in float32."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.interpolate(x, scale_factor=3, mode="nearest-exact")[..., 1::3, 1::3]
+
+
+@pytest.mark.parametrize("layer", [ShareAboveZero(), NearestExact()])
+def test_numbers_that_are_no_floats_are_cast_to_float32_before_nodes_in_it(layer: nn.Module) -> None:
+    first, *rest = make_layers()
+    module = EncoderGraph(nn.Sequential(first, layer, *rest), "autoencoder")
+    graph = encoder_to_onnx(module, torch.from_numpy(X[:2]), free=True)
+    built = ConvertibleGraph(graph, X).build()
+    expected = run(graph)
+    for found in (run(built.graph), run(built.twin)):
+        np.testing.assert_allclose(found, expected, atol=5e-3 * np.abs(expected).max())
+    weights = [tensor for tensor in onnx.load_from_string(built.graph or b"").graph.initializer if len(tensor.dims) == 4]
+    assert [tensor.data_type for tensor in weights].count(TensorProto.FLOAT16) >= 2

@@ -1,18 +1,19 @@
-"""Attention without an axis for heads, or for the batch, is what torch computes with one of size 1."""
+"""Programs are changed into what torch.onnx exports, and compute the same."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vae_export.attention import with_four_axes
 from vae_export.graphs import EncoderGraph, encoder_to_onnx
+from vae_export.traced import prepared
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
@@ -46,7 +47,7 @@ VARIANTS = {
 def test_the_program_computes_the_same_with_four_axes(name: str, axes: int) -> None:
     module, shape = VARIANTS[name], (2, 3, 5, 6)[4 - axes :]
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
-    traced = with_four_axes(torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)))
+    traced = prepared(torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)))
     (node,) = traced.graph.find_nodes(op="call_function", target=ATTENTION)
     assert [argument.meta["val"].dim() for argument in node.args[:3]] == [4, 4, 4]
     with torch.no_grad():
@@ -79,3 +80,42 @@ def test_an_encoder_with_it_becomes_a_graph_of_free_sizes() -> None:
             expected = graph(x)
         for found, wanted in zip(session.run(None, {"x": x.numpy()}), expected, strict=True):
             np.testing.assert_allclose(found, wanted.numpy(), atol=1e-6)
+
+
+class Upsampling(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.interpolate(x, mode="nearest-exact", **self.options)
+
+
+@pytest.mark.parametrize(
+    ("options", "becomes_resize"),
+    [
+        ({"scale_factor": 2}, True),
+        ({"scale_factor": (1.0, 4.0)}, True),
+        ({"scale_factor": 3}, False),
+        ({"scale_factor": 1.5}, False),
+        ({"scale_factor": 0.5}, False),
+        ({"size": (14, 12)}, False),
+    ],
+)
+def test_nearest_exact_becomes_nearest_where_these_are_the_same(options: Any, becomes_resize: bool) -> None:
+    class Code(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last, self.upsample = nn.Conv2d(3, 4, 1), Upsampling(**options)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.upsample(x))
+
+    graph = EncoderGraph(Code(), "autoencoder")
+    file = encoder_to_onnx(graph, torch.zeros(2, 3, 6, 8))
+    operators = {node.op_type for node in onnx.load_from_string(file).graph.node}
+    assert ("Resize" in operators) == becomes_resize
+    x = torch.rand(3, 3, 6, 8, generator=torch.Generator().manual_seed(0))
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], graph(x).numpy(), atol=1e-6)

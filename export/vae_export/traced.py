@@ -1,7 +1,8 @@
-"""Scaled dot-product attention, of which torch.onnx knows tensors of four axes alone: (batch, heads, length, width)."""
+"""Traced programs in the form that torch.onnx exports, or exports best."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,17 +10,30 @@ from torch.fx import Graph, Node
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _UNSQUEEZE, _SQUEEZE = torch.ops.aten.unsqueeze.default, torch.ops.aten.squeeze.dim
+_NEAREST_EXACT, _NEAREST = torch.ops.aten._upsample_nearest_exact2d.vec, torch.ops.aten.upsample_nearest2d.vec
 _AXES = 4
 
 
-def with_four_axes(traced: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The same program, in which attention without an axis for heads, or for the batch, has one of size 1 in front; it
-    is changed in place. A mask needs none: it is broadcast."""
+def prepared(traced: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The same program, changed in place.
+
+    Attention without an axis for heads, or for the batch, gets one of size 1 in front, as torch.onnx knows tensors of
+    (batch, heads, length, width) alone; a mask needs none, as it is broadcast. The mode "nearest-exact" of upsampling,
+    of which an export would gather pixel by pixel, becomes "nearest" where these are the same.
+    """
     for node in traced.graph.find_nodes(op="call_function", target=_ATTENTION):
         if (missing := _AXES - node.args[0].meta["val"].dim()) > 0:
             _widen(traced, node, missing)
+    for node in traced.graph.find_nodes(op="call_function", target=_NEAREST_EXACT):
+        if node.args[2] is not None and all(map(_is_power_of_two, node.args[2])):
+            node.target = _NEAREST
     traced.graph_module.recompile()
     return traced
+
+
+def _is_power_of_two(scale: float) -> bool:
+    """From 1 on. Of such, floor((i + 1/2) / scale) is floor(i / scale), also as torch rounds them."""
+    return scale >= 1 and math.frexp(scale)[0] == 0.5
 
 
 def _widen(traced: torch.export.ExportedProgram, node: Node, missing: int) -> None:

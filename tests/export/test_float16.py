@@ -363,5 +363,6 @@ def test_numbers_that_are_no_floats_are_cast_to_float32_before_nodes_in_it(layer
     expected = run(graph)
     for found in (run(built.graph), run(built.twin)):
         np.testing.assert_allclose(found, expected, atol=5e-3 * np.abs(expected).max())
-    weights = [tensor for tensor in onnx.load_from_string(built.graph or b"").graph.initializer if len(tensor.dims) == 4]
+    tensors = onnx.load_from_string(built.graph or b"").graph.initializer
+    weights = [tensor for tensor in tensors if len(tensor.dims) == 4]
     assert [tensor.data_type for tensor in weights].count(TensorProto.FLOAT16) >= 2

@@ -96,7 +96,7 @@ class InputShape(click.ParamType):
 @click.argument("source", type=click.Path())
 @click.option("--output", type=click.Path(), help="The bundle's folder.  [default: SOURCE.vae beside SOURCE]")
 @click.option("--name", help="The bundle's name.  [default: the data set and family, or the source's name]")
-@click.option("--from", "origin", help="What SOURCE is: model, diffusers, pythae, factory, program or onnx.")
+@click.option("--from", "origin", help="What SOURCE is: model, diffusers, ldm, pythae, factory, program or onnx.")
 @click.option(
     "--weights", type=click.Path(), help="Of a factory's network: .safetensors, or .pt, .pth with tensors only."
 )
@@ -200,6 +200,7 @@ def main(
     """Export SOURCE as a bundle: encoder and decoder as ONNX, verified against what made it.
 
     SOURCE is a model.pt of vae-train; a folder of diffusers (AutoencoderKL and others; also a pipeline's) or of pythae;
+    a .safetensors of Stable Diffusion's or FLUX's own code, with the autoencoder in it;
     package.module:factory, which returns a PyTorch network; a folder with two TorchScript or torch.export
     programs, encoder and decoder, or with two ONNX files. What it is, its content tells.
 

@@ -14,7 +14,7 @@ from vae_runtime.bundle import is_bundle_folder
 from vae_runtime.errors import InputError, MissingExtraError
 
 from ..imported import Imported, ImportOptions
-from . import diffusers_folder, factory, onnx_pair, pythae_folder, torch_program
+from . import diffusers_folder, factory, ldm_file, onnx_pair, pythae_folder, torch_program
 from .hints import refuse_misstated
 
 
@@ -39,7 +39,7 @@ class Importer(Protocol):
         ...
 
 
-IMPORTERS: tuple[Importer, ...] = (diffusers_folder, pythae_folder, factory, torch_program, onnx_pair)
+IMPORTERS: tuple[Importer, ...] = (diffusers_folder, ldm_file, pythae_folder, factory, torch_program, onnx_pair)
 OURS, MODEL = "model", "a model.pt of vae-train"  # which the command line reads: for `--from`, and in words
 
 

@@ -20,7 +20,7 @@ KINDS = {
     "AutoencoderTiny": "autoencoder",
 }
 CONFIG, PIPELINE, SUBFOLDER = "config.json", "model_index.json", "vae"
-_TOLD = ("weights", "trust_pickle", "multiple_of", "input_range", "logits", "latent_scale", "latent_shift")
+_TOLD = ("weights", "trust_pickle", "multiple_of", "input_range", "logits", "latent_scale", "latent_shift", "spread")
 
 
 def recognises(source: str) -> bool:
@@ -45,8 +45,12 @@ def load(source: str, options: ImportOptions) -> Imported:
         raise ExportError(f"{folder} holds a diffusers {name}; of its classes {', '.join(KINDS)} can be exported")
     require_agreement(options, "kind", KINDS[name], name)
     from .diffusers_model import import_model
+    from .diffusers_weights import read_weights
 
-    return import_model(folder, name, KINDS[name], config, options.input_shape, bundle_name(folder, SUBFOLDER))
+    return import_model(
+        folder, name, KINDS[name], config, lambda: read_weights(folder), options.input_shape,
+        bundle_name(folder, SUBFOLDER),
+    )  # fmt: skip
 
 
 def _model_folder(source: Path) -> Path:

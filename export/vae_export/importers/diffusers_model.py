@@ -13,7 +13,7 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from ..graphs import DecoderGraph, EncoderGraph
 from ..imported import Imported
 from ..reason import reason
 from ..verify import Reference
-from .diffusers_weights import read_weights
 from .options import FLAGS
 from .weights import assign
 
@@ -39,24 +38,26 @@ DEFAULT_SIDE = (64, 128)  # of golden inputs: within these bounds, as near as ma
 
 
 def import_model(
-    folder: Path,
+    source: Path,
     name: str,
     kind: str,
     config: dict[str, Any],
+    weights: Callable[[], Mapping[str, Any]],
     input_shape: tuple[int | None, ...] | None,
     bundle_name: str,
 ) -> Imported:
-    """name: the class; kind: what it is in a bundle; config: of config.json; input_shape: that the user asks for.
+    """source: a folder, or the file that tells `config`; name: the class; kind: what it is in a bundle; weights: reads
+    them, once the rest is known to be right; input_shape: that the user asks for.
 
     Raises: as `diffusers_folder.load`.
     """
-    model = _build(name, config, folder / CONFIG)
+    model = _build(name, config, source / CONFIG if source.is_dir() else source)
     channels, latent = _channels(model.config)
     patch, network = _patch_side(model.config), Network(model, name in OF_VIDEOS)
     multiple = patch * _require_bundle_shapes(network, channels, latent, patch)
     units = LatentUnits(model.config, latent) if patch == 1 else PatchUnits(model, patch)
     shape = _shape(model.config, channels, multiple, input_shape)
-    assign(model, read_weights(folder), folder)
+    assign(model, weights(), source)
     if network.of_videos:
         keep_one_frame(model)
     encoder = EncoderGraph(Encoder(network, units), kind, clamp=False)

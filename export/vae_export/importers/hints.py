@@ -34,7 +34,8 @@ def refuse_weights(source: str) -> None:
     """
     import torch
 
-    from .state_dict import holds_tensors, is_safetensors
+    from .safetensors_header import is_safetensors
+    from .state_dict import holds_tensors
 
     path = Path(source)
     try:

@@ -43,7 +43,7 @@ REFUSED = {
     "VQVAEConfig": "its latents are entries of a codebook, not continuous",
 }
 NETWORKS = ("encoder", "decoder", "discriminator")
-_UNUSED = ("weights", "multiple_of", "logits", "latent_scale", "latent_shift")
+_UNUSED = ("weights", "multiple_of", "logits", "latent_scale", "latent_shift", "spread")
 
 
 def recognises(source: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import struct
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ from torch import Tensor, nn
 
 from vae_runtime.errors import CheckpointError
 
+from .safetensors_header import is_safetensors
 from .weights import assign, read_pickled, read_safetensors
 
 HOLDERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "module", "vae")
-MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, by its specification
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
@@ -30,15 +29,6 @@ def load_weights(module: nn.Module, path: Path) -> None:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     assign(module, _without_prefix(_find_tensors(content, path), module.state_dict()), path)
-
-
-def is_safetensors(path: Path) -> bool:
-    """Its first 8 bytes are the size of a JSON object that follows."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as stream:
-        start = stream.read(9)
-    return len(start) == 9 and struct.unpack("<Q", start[:8])[0] <= MAX_HEADER_BYTES and start[8:] == b"{"
 
 
 def _find_tensors(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:

@@ -95,7 +95,7 @@ def test_a_folder_of_two_kinds_must_be_told_apart(tmp_path: Path) -> None:
 
 
 def test_a_kind_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--from is 'keras'; expected one of model, diffusers, pythae"):
+    with pytest.raises(InputError, match="--from is 'keras'; expected one of model, diffusers, ldm, pythae"):
         load(str(tmp_path), "keras", ImportOptions())
 
 

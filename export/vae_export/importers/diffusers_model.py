@@ -201,7 +201,9 @@ def _library() -> Any:
 
 def _build(name: str, config: dict[str, Any], file: Path) -> Any:
     """The model without weights, in no memory until they are known to fit."""
-    model_class = getattr(_library(), name)
+    model_class = getattr(_library(), name, None)
+    if model_class is None:
+        raise ExportError(f"{file} is of {name}, which diffusers {_library().__version__} has not; a newer one does")
     if config.get("quantization_config") is not None:
         raise ExportError(f"{file} says that the weights are quantized; expected them in floating point")
     known = _known(model_class, config, file)

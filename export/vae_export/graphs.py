@@ -129,7 +129,8 @@ def decoder_to_onnx(graph: DecoderGraph, example: Tensor, free: bool = False) ->
 
 
 def _to_onnx(module: nn.Module, example: Tensor, input_name: str, outputs: list[str], half: str, free: bool) -> bytes:
-    if sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers())) > MAX_BYTES:
+    tensors = (*module.parameters(), *module.buffers())
+    if sum(tensor.numel() * tensor.element_size() for tensor in tensors) > MAX_BYTES:
         raise ExportError(f"the {half} has over 2 GB of weights; an ONNX file with its weights inside holds less")
     try:
         with quiet(), torch.no_grad(), without_validation():
@@ -312,11 +313,21 @@ def _check_contract(model: onnx.ModelProto, data: bytes, half: str) -> None:
         raise ExportError(
             f"the {half} needs the operator sets {opsets}; a bundle's fp32 graph has {{'': {OPSET}}} alone"
         )
+    if _has_bfloat16(model.graph):
+        raise ExportError(
+            f"the {half} computes in bfloat16, of which onnxruntime has little; export it in float32, without autocast"
+        )
     try:
         check_graph(data, f"the {half}")
         onnx.checker.check_model(model, full_check=True)
     except (BundleError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"the {half} cannot go into a bundle: {innermost_reason(error)}") from error
+
+
+def _has_bfloat16(graph: onnx.GraphProto) -> bool:
+    kind = onnx.TensorProto.BFLOAT16
+    casts = (a.i for node in graph.node if node.op_type == "Cast" for a in node.attribute if a.name == "to")
+    return kind in casts or any(tensor.data_type == kind for tensor in graph.initializer)
 
 
 @contextlib.contextmanager

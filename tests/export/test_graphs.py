@@ -111,9 +111,30 @@ class Branching(nn.Module):
         return x + 1 if x.sum() > 0 else x
 
 
+class Autocast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.layer(x).float()
+
+
+class Sparse(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("matrix", torch.eye(3).to_sparse())
+
+    def forward(self, x):
+        return torch.sparse.mm(self.matrix, x.T).T
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [
+        (Autocast(), "the encoder computes in bfloat16, of which onnxruntime has little; export it in float32"),
+        (Sparse(), "the encoder cannot be exported by torch.onnx: "),
         (Noisy(), "the encoder cannot go into a bundle: BundleError: the encoder has the operator 'RandomNormal"),
         (Branching(), "the encoder cannot be exported by torch.onnx: "),
     ],

@@ -97,7 +97,8 @@ class _Sample:
     def _error(self, half: int, tile: int, context: int | None) -> float:
         """max|Δ| between windows and the whole: three windows from left to right, two from top to bottom."""
         more = tile - 2 * context if context is not None else tile // 2
-        rows, columns = tile + max(more // 2, 1), tile + 2 * more
+        # Of the exact ones, neither side is longer by a multiple of 2 cells: networks that pad to a power of 2 differ.
+        rows, columns = tile + max(more // 2, 1), tile + 2 * more - (context is not None)
         image = self._enlarged(rows * self._factor, columns * self._factor)
         encoder, decoder = self._sessions
         if half == 0:

@@ -326,6 +326,40 @@ def attention(network: Network) -> Network:
     return network.add("Softmax", axis=-1)
 
 
+def copies_of_all(network: Network, read: int) -> Network:
+    """As many copies of each channel as there are positions, in front of height and width; `read`: which of these is
+    kept, and which channel that is depends on the size."""
+    count = network.node("Mul", network.dims(2, 3), network.dims(3, 4))
+    sizes = network.node("Concat", network.dims(0, 1), count, network.dims(1, 4), axis=0)
+    axis = network.constant(np.array([1]))
+    expanded = network.node("Expand", network.node("Unsqueeze", network.last, axis), sizes)
+    merged = network.node("Concat", network.dims(0, 2), count, network.dims(2, 4), axis=0)
+    network.last = network.node("Reshape", expanded, merged)
+    network.add("Gather", np.array(read), axis=2)
+    return network.conv(3)
+
+
+def padded_to(network: Network, multiple: int, float_arithmetic: bool = False) -> Network:
+    """The width is padded to the next multiple with a number that is nowhere in the image, and cut off again."""
+    width = network.dims(3, 4)
+    if float_arithmetic:
+        divided = network.node(
+            "Div", network.node("Cast", width, to=1), network.constant(np.array([multiple], np.float32))
+        )
+        rounds = network.node("Cast", network.node("Ceil", divided), to=TensorProto.INT64)
+    else:
+        more = network.node("Add", width, network.constant(np.array([multiple - 1])))
+        rounds = network.node("Div", more, network.constant(np.array([multiple])))
+    target = network.node("Mul", rounds, network.constant(np.array([multiple])))
+    missing, zero = network.node("Sub", target, width), network.constant(np.array([0]))
+    pads = network.node("Concat", *[zero] * 7, missing, axis=0)
+    network.last = network.node("Pad", network.last, pads, network.constant(np.float32(5)))
+    network.conv(3)
+    end, axis = width, network.constant(np.array([3]))
+    network.last = network.node("Slice", network.last, zero, end, axis)
+    return network
+
+
 def by_the_size(network: Network) -> Network:
     """Divided by the number of rows: a window has fewer."""
     rows = network.node("Cast", network.dims(2, 3), to=TensorProto.FLOAT)
@@ -369,6 +403,9 @@ UNBOUNDED: dict[str, tuple[Callable[[Network], Network], str]] = {
     "repeated": (lambda n: n.add("Tile", np.array([1, 1, 2, 1])).conv(3, 2), "Conv"),
     "everywhere": (everywhere, "ReduceMean"),
     "copies": (copies, "ReduceSum"),
+    "copies-of-all": (lambda n: copies_of_all(n.conv(1), 0), "Conv"),
+    "padded": (lambda n: padded_to(n.conv(3), 2 * MULTIPLE), "Pad"),
+    "padded-by-floats": (lambda n: padded_to(n.conv(3), 2 * MULTIPLE, float_arithmetic=True), "Pad"),
     "unknown": (lambda n: n.add("GridSample", np.zeros((1, 4, 4, 2), np.float32)), "GridSample"),
 }
 
@@ -383,6 +420,12 @@ def test_what_mixes_all_positions_or_is_not_known_is_named(name: str) -> None:
     field = field_of(build(Network()).model())
     assert not field.is_bounded
     assert (field.reason or "").startswith(reason)
+
+
+@pytest.mark.parametrize("float_arithmetic", [False, True])
+def test_padding_to_what_all_sizes_are_multiples_of_is_none(float_arithmetic: bool) -> None:
+    model = padded_to(Network().conv(3), MULTIPLE, float_arithmetic).model()
+    assert (field_of(model).context_before, field_of(model).context_after) == (2, 2)
 
 
 def test_operators_over_channels_alone_look_at_one_position() -> None:

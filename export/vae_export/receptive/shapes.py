@@ -28,7 +28,8 @@ Value = Fraction | Length | None  # None: not known, for example the batch
 Values = list[Value]  # of a tensor of rank 0 or 1
 
 MAX_VALUES = 64  # a longer constant is no shape
-_PLAIN = ("Identity", "Cast", "Squeeze", "Unsqueeze", "Reshape", "Floor", "Ceil", "Round")
+_PLAIN = ("Identity", "Cast", "Squeeze", "Unsqueeze", "Reshape")
+_ROUNDING = ("Floor", "Ceil", "Round")
 
 
 def constant_values(array: NDArray[Any]) -> Values | None:
@@ -38,14 +39,19 @@ def constant_values(array: NDArray[Any]) -> Values | None:
     return [Fraction(number) for number in array.reshape(-1).tolist()]
 
 
-def evaluate(node: onnx.NodeProto, inputs: Sequence[Values | None], multiple: int | None = None) -> Values | None:
+def evaluate(
+    node: onnx.NodeProto, inputs: Sequence[Values | None], multiple: int, whole: bool, rounds: bool
+) -> Values | None:
     """What a node gives whose inputs are values; None for operators that are not followed.
 
-    multiple: of what height and width are multiples, if the values are whole numbers, whose division rounds down.
+    multiple: of what height and width are multiples. whole: the inputs are whole numbers, whose division rounds down.
+    rounds: this node makes whole numbers of others.
     """
     if any(values is None for values in inputs):
         return None
     known = [values for values in inputs if values is not None]
+    if node.op_type in _ROUNDING or (rounds and node.op_type == "Cast"):
+        return [_if_whole(value, multiple) for value in known[0]]
     if node.op_type in _PLAIN:
         return known[0]
     if node.op_type == "Concat":
@@ -60,7 +66,7 @@ def evaluate(node: onnx.NodeProto, inputs: Sequence[Values | None], multiple: in
         if {len(left), len(right)} - {1, size}:
             return None
         pairs = zip(left * (size // len(left)), right * (size // len(right)), strict=True)
-        if node.op_type == "Div" and multiple is not None:
+        if node.op_type == "Div" and whole:
             return [_divide_down(a, b, multiple) for a, b in pairs]
         return [_ARITHMETIC[node.op_type](*pair) for pair in pairs]
     return None
@@ -113,13 +119,23 @@ def _divide(a: Value, b: Value) -> Value:
 
 
 def _divide_down(a: Value, b: Value, multiple: int) -> Value:
-    """Of whole numbers, none of which is negative: (N - 1) / 2 is N / 2 - 1 where N is even."""
-    if not isinstance(a, Length) or not isinstance(b, Fraction) or b <= 0:
-        return _divide(a, b)
+    """Of whole numbers, none of which is negative: (N - 1) / 2 is N / 2 - 1 where N is even, and else not known."""
+    if a is None or not isinstance(b, Fraction) or b <= 0:
+        return None
+    if isinstance(a, Fraction):
+        return Fraction(math.floor(a / b))
     times = a.times / b
-    if any((factor * multiple).denominator != 1 for factor in (a.times, times)) or a.extra.denominator != 1:
-        return _divide(a, b)
-    return Length(a.side, times, Fraction(math.floor(a.extra / b)))
+    return _if_whole(Length(a.side, times, Fraction(math.floor(a.extra / b))), multiple)
+
+
+def _if_whole(value: Value, multiple: int) -> Value:
+    """What rounding changes nothing of."""
+    whole = value is not None and all(part.denominator == 1 for part in _parts(value, multiple))
+    return value if whole else None
+
+
+def _parts(value: Fraction | Length, multiple: int) -> tuple[Fraction, ...]:
+    return (value,) if isinstance(value, Fraction) else (value.times * multiple, value.extra)
 
 
 def _line(value: Fraction | Length) -> tuple[str, Fraction, Fraction]:

@@ -77,6 +77,7 @@ class Walk:
         graph, self._multiple = model.graph, multiple
         self._constants = {entry.name: numpy_helper.to_array(entry) for entry in graph.initializer}
         self._values: dict[str, Values] = {}
+        self._floats: set[str] = set()  # of these
         self._tensors: dict[str, Grid | Mixed] = {}
         for value in graph.input:
             if value.name not in self._constants:
@@ -96,14 +97,21 @@ class Walk:
             return
         if node.op_type == "Shape" and data and isinstance(data[0], Grid):
             self._values[node.output[0]] = sliced([_dimension(axis) for axis in data[0].axes], given)
-        elif not data and (values := self._evaluate(node)) is not None:
+        elif not data and (values := self._evaluate(node, given)) is not None:
             self._values[node.output[0]] = values
         else:
             self._visit_data(node, given, data)
 
-    def _evaluate(self, node: onnx.NodeProto) -> Values | None:
-        kinds = [self._constants[name].dtype.kind for name in node.input if name in self._constants]
-        return evaluate(node, [self._value(name) for name in node.input], self._multiple if "i" in kinds else None)
+    def _evaluate(self, node: onnx.NodeProto, given: dict[str, Any]) -> Values | None:
+        whole = not any(map(self._is_float, node.input))
+        to_float = helper.tensor_dtype_to_np_dtype(given["to"]).kind == "f" if "to" in given else not whole
+        if to_float:
+            self._floats.add(node.output[0])
+        values = [self._value(name) for name in node.input]
+        return evaluate(node, values, self._multiple, whole, rounds=not to_float)
+
+    def _is_float(self, name: str) -> bool:
+        return name in self._floats or (name in self._constants and self._constants[name].dtype.kind == "f")
 
     def _visit_data(self, node: onnx.NodeProto, given: dict[str, Any], data: list[Grid | Mixed]) -> None:
         name = f"{node.domain}.{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type
@@ -176,7 +184,9 @@ class Walk:
             ((name, value),) = given.items()
             self._constants[node.output[0]] = numpy_helper.to_array(value) if name == "value" else np.asarray(value)
         elif node.input[0] in self._constants:  # of quantised weights the shape alone is of use
-            self._constants[node.output[0]] = self._constants[node.input[0]]
+            value = self._constants[node.input[0]]
+            to = helper.tensor_dtype_to_np_dtype(given["to"]) if "to" in given else value.dtype
+            self._constants[node.output[0]] = value.astype(to)
 
     # What the nodes do.
 
@@ -345,7 +355,7 @@ class Walk:
         axes, target = self._grid(node).axes, self._optional(node, 1) or []
         rank = max(len(axes), len(target))
         axes, ones = (1,) * (rank - len(axes)) + axes, [Fraction(1)] * (rank - len(target))
-        return [Grid(tuple(map(_expanded, axes, [*ones, *target])))]
+        return [Grid(tuple(map(_expanded, range(rank), axes, [*ones, *target])))]
 
     def _tile(self, node: onnx.NodeProto, given: dict[str, Any]) -> list[Grid | Mixed]:
         grid, repeats = self._grid(node), self._integers(node, 1)
@@ -425,12 +435,14 @@ def _together(sizes: list[Axis | int | None]) -> Axis | int | None:
     return sides[0].joined(sides[1:])
 
 
-def _expanded(axis: Axis | int | None, size: Value) -> Axis | int | None:
+def _expanded(position: int, axis: Axis | int | None, size: Value) -> Axis | int | None:
     if isinstance(axis, Axis):
         return axis
-    if isinstance(size, Length):
-        raise _CannotFollowError  # height and width where there were none
-    return axis if axis != 1 else _integer(size) if size is not None else None
+    if isinstance(size, Fraction):
+        return axis if axis != 1 else _integer(size)
+    if isinstance(size, Length) or position or axis is not None:
+        raise _CannotFollowError  # as many as there are positions, perhaps, where there were none
+    return None  # the batch
 
 
 def _growth(axis: Axis, size: Value) -> Fraction:

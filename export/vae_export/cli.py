@@ -20,6 +20,7 @@ from vae_runtime.calibration import LEAST_EXAMPLES, SCORE_METHODS
 from vae_runtime.console import NEGATIVE_VERDICT, Command, describe_latent, json_option, print_json
 from vae_runtime.errors import CheckpointError, InputError, MissingExtraError
 from vae_runtime.manifest import GOLDEN_FILE, INPUT, KINDS, PRECISIONS, InputSpec, Manifest, Precision
+from vae_runtime.preprocess import check_range
 from vae_runtime.sources import BATCH_VALUES, ArraySource, PictureSource, open_inputs
 from vae_runtime.tiling import Progress
 from vae_runtime.version import __version__
@@ -200,7 +201,7 @@ def main(
     """Export SOURCE as a bundle: encoder and decoder as ONNX, verified against what made it.
 
     SOURCE is a model.pt of vae-train; a folder of diffusers (AutoencoderKL and others; also a pipeline's) or of pythae;
-    a .safetensors of Stable Diffusion's or FLUX's own code, with the autoencoder in it;
+    a .safetensors of Stable Diffusion's or FLUX.1's own code, with the autoencoder in it;
     package.module:factory, which returns a PyTorch network; a folder with two TorchScript or torch.export
     programs, encoder and decoder, or with two ONNX files. What it is, its content tells.
 
@@ -374,7 +375,10 @@ def _open_in_their_own_size(data: tuple[str, ...], spec: InputSpec) -> PictureSo
     spec = spec._replace(shape=(channels, None, None), resize="exact", default_size=(height, width))
     source = open_inputs(data, spec, pad=True)
     if not isinstance(source, PictureSource):
-        return _ArrayRows(source, MOST_EXAMPLES)
+        rows = _ArrayRows(source, MOST_EXAMPLES)
+        for batch in rows.batches(READ_ROWS) if source.dtype != np.uint8 else ():  # of bytes, any value is good
+            check_range(batch, spec, str(source.path))
+        return rows
     pictures = _thinned(source, MOST_EXAMPLES, spec)
     for _ in pictures.sizes():  # a file that is no picture is found before the work
         pass

@@ -177,9 +177,8 @@ def plan_on_data(
             raise InputError(f"prior {prior!r} needs real inputs, and there are none; pass some (--data)")
         fit = PriorFit(kind, components, to_model_input(prior_examples, example, "the prior's examples"))
     checked = None if calibrate is None else _check_calibration(calibrate, spec if spec.is_free else example, source)
-    if tile is not None:
-        _check_tile(tile, spec, calibrate)
-    return OnData(units, fit, checked, source, tile, _check_scores(scores), progress)
+    size = None if tile is None else _check_tile(tile, spec, calibrate)
+    return OnData(units, fit, checked, source, size, _check_scores(scores), progress)
 
 
 def active_units(vae: VAE, examples: Float32 | Source, tile: int | None = None) -> ActiveUnits:
@@ -262,13 +261,14 @@ def _of_any_size(examples: Any, spec: InputSpec, name: str) -> Source:
     return _Arrays(arrays)
 
 
-def _check_tile(tile: Any, spec: InputSpec, calibrate: Any) -> None:
+def _check_tile(tile: Any, spec: InputSpec, calibrate: Any) -> int:
     size = check_count(tile, "calibrate_tile")
     if calibrate is None or not spec.is_free:
         what = "nothing is calibrated" if calibrate is None else "the model takes inputs of one shape only"
         raise InputError(f"calibrate_tile is {size}, and {what}; it is for images of free size (--calibrate)")
     if size % spec.multiple_of:
         raise InputError(f"calibrate_tile is {size}; expected a multiple of {spec.multiple_of} pixels, as for images")
+    return size
 
 
 def _rounded(value: float) -> float:

@@ -22,7 +22,8 @@ def prepared(traced: torch.export.ExportedProgram) -> torch.export.ExportedProgr
     of which an export would gather pixel by pixel, becomes "nearest" where these are the same.
     """
     for node in traced.graph.find_nodes(op="call_function", target=_ATTENTION):
-        if (missing := _AXES - node.args[0].meta["val"].dim()) > 0:
+        axes = {tensor.meta["val"].dim() for tensor in node.args[:3]}
+        if len(axes) == 1 and (missing := _AXES - axes.pop()) > 0:
             _widen(traced, node, missing)
     for node in traced.graph.find_nodes(op="call_function", target=_NEAREST_EXACT):
         if node.args[2] is not None and all(map(_is_power_of_two, node.args[2])):

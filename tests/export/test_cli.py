@@ -219,11 +219,15 @@ def test_photographs_calibrate_in_their_own_size(tmp_path: Path, monkeypatch: py
     assert calibration is not None
     assert calibration.examples == 110  # also where so many values would be too many for one array
     assert calibration.scores["reconstruction"][-1] == pytest.approx(scores.max(), rel=1e-3)
+    np.save(tmp_path / "nan.npy", np.full((120, 3, 15, 13), np.nan, np.float32))
     (tmp_path / "photos" / "100.png").write_bytes(b"no picture")
     monkeypatch.setattr("vae_export.export._export", None)  # found before the work
     result = run(tmp_path / "model.pt", "--output", tmp_path / "c.vae", "--calibrate", tmp_path / "photos")
     assert result.exit_code == 1
     assert "100.png cannot be read as a picture" in result.stderr
+    result = run(tmp_path / "model.pt", "--output", tmp_path / "c.vae", "--calibrate", tmp_path / "nan.npy")
+    assert result.exit_code == 1
+    assert "nan.npy has NaN" in result.stderr
 
 
 def test_few_examples_for_a_prior_are_warned_of(model_file: Path, tmp_path: Path) -> None:

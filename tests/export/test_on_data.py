@@ -282,7 +282,7 @@ def test_images_of_any_size_are_calibrated_in_their_own(tmp_path: Path) -> None:
 def test_large_images_are_calibrated_in_tiles(tmp_path: Path) -> None:
     model, given = Halves(), images_of(100, 15, 21)
     options = {"examples": images_of(20, 8, 8), "kind": "autoencoder", "multiple_of": 2, "calibrate": [given]}
-    manifest = export_bundle(model.encode, model.decode, tmp_path / "a.vae", calibrate_tile=6, **options)
+    manifest = export_bundle(model.encode, model.decode, tmp_path / "a.vae", calibrate_tile=np.int64(6), **options)
     assert manifest.calibration is not None
     assert manifest.calibration.tile == 6
     with VAE.load(tmp_path / "a.vae", threads=1) as vae:

@@ -43,6 +43,7 @@ def load(source: str, options: ImportOptions) -> Imported:
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in KINDS:
         raise ExportError(f"{folder} holds a diffusers {name}; of its classes {', '.join(KINDS)} can be exported")
+    _require_known_latents(name, folder)
     require_agreement(options, "kind", KINDS[name], name)
     from .diffusers_model import import_model
     from .diffusers_weights import read_weights
@@ -51,6 +52,16 @@ def load(source: str, options: ImportOptions) -> Imported:
         folder, name, KINDS[name], config, lambda: read_weights(folder), options.input_shape,
         bundle_name(folder, SUBFOLDER),
     )  # fmt: skip
+
+
+def _require_known_latents(name: str, folder: Path) -> None:
+    """Raises: ExportError: it is the model of a pipeline that makes other latents of it than those of a bundle."""
+    pipeline = (peek_json(folder.absolute().parent / PIPELINE) or {}).get("_class_name")
+    if name == "AutoencoderKLFlux2" and isinstance(pipeline, str) and not pipeline.startswith("Flux2"):
+        raise ExportError(
+            f"{folder} is of {pipeline}, which puts the latents of an {name} in another order or unit than FLUX.2's"
+            " pipelines, whose a bundle has; in a folder by itself it is exported as theirs"
+        )
 
 
 def _model_folder(source: Path) -> Path:

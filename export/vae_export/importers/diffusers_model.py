@@ -33,7 +33,7 @@ from .weights import assign
 CONFIG = "config.json"
 _WRITTEN = {"block_out_channels", "force_upcast"}  # by classes that do not take them
 _TRIED = 512  # pixels: a multiple of what any of these models is made for
-OF_VIDEOS = ("AutoencoderKLQwenImage",)
+OF_VIDEOS, IN_PATCHES = ("AutoencoderKLQwenImage",), ("AutoencoderKLFlux2",)
 DEFAULT_SIDE = (64, 128)  # of golden inputs: within these bounds, as near as may be to the size it was trained with
 
 
@@ -54,8 +54,8 @@ def import_model(
     model = _build(name, config, source / CONFIG if source.is_dir() else source)
     channels, latent = _channels(model.config)
     patch, network = _patch_side(model.config), Network(model, name in OF_VIDEOS)
-    multiple = patch * _require_bundle_shapes(network, channels, latent, patch)
-    units = LatentUnits(model.config, latent) if patch == 1 else PatchUnits(model, patch)
+    multiple = patch * _require_bundle_shapes(network, channels, latent, patch, source)
+    units = PatchUnits(model, patch) if name in IN_PATCHES else LatentUnits(model.config, latent)
     shape = _shape(model.config, channels, multiple, input_shape)
     assign(model, weights(), source)
     if network.of_videos:
@@ -105,7 +105,7 @@ class LatentUnits(nn.Module):
 
 class PatchUnits(nn.Module):
     """z (N, C, H, W) -> (N, side² · C, H / side, W / side), each patch as channels, normalised by the statistics of the
-    model's BatchNorm, as the pipelines of AutoencoderKLFlux2 have it."""
+    model's BatchNorm, as FLUX.2's pipelines have it."""
 
     def __init__(self, model: Any, side: int) -> None:
         super().__init__()
@@ -251,13 +251,13 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _require_bundle_shapes(network: Network, channels: int, latent: int, patch: int) -> int:
+def _require_bundle_shapes(network: Network, channels: int, latent: int, patch: int, source: Path) -> int:
     """How many times smaller than the images the model's own latents are, along each side.
 
     Raises: ExportError: by no whole number of times, or the reconstruction has another shape than the images.
     """
     side = _TRIED * patch
-    with _as_export_error():
+    with _as_export_error(source):
         x = torch.empty(1, channels, side, side, device="meta")
         z = network.encode(x)[0]
         decoded = network.decode(z)
@@ -271,11 +271,11 @@ def _require_bundle_shapes(network: Network, channels: int, latent: int, patch: 
 
 
 @contextlib.contextmanager
-def _as_export_error() -> Iterator[None]:
+def _as_export_error(source: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ExportError(f"the model that {CONFIG} describes does not run: {reason(error)}") from None
+        raise ExportError(f"the model that {source} describes does not run: {reason(error)}") from None
 
 
 def _shape(

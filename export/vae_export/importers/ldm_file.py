@@ -15,12 +15,14 @@ from typing import Any
 from vae_runtime.errors import CheckpointError, ExportError, MissingExtraError
 
 from ..imported import Imported, ImportOptions
-from .options import refuse_options, require_agreement
+from .options import check_options, refuse_options, require_agreement
 from .safetensors_header import tensor_shapes
 
 KIND = "ldm"
 CLASS = "AutoencoderKL"
 TRAINED = 256  # pixels, of most such models
+_MOST = 9  # levels, and blocks in each: twice what any has
+_OF_OTHERS = ("bn.", "quantize.", "encoder.quant_conv.", "decoder.post_quant_conv.")
 _PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 _FIRST, _OTHERS = "encoder.conv_in.weight", ("encoder.mid.block_1.norm1.weight", "decoder.conv_in.weight")
 _TOLD = ("weights", "trust_pickle", "multiple_of", "input_range", "logits", "spread")
@@ -45,6 +47,7 @@ def load(source: str, options: ImportOptions) -> Imported:
         ExportError: an autoencoder that AutoencoderKL is not. InputError: an option is of no use here.
         MissingExtraError: diffusers or safetensors is not installed.
     """
+    check_options(options)
     refuse_options(options, "images of latent diffusion are in [-1, 1], and the weights say the rest", *_TOLD)
     require_agreement(options, "kind", "vae", "latent diffusion's autoencoder")
     path = Path(source)
@@ -54,6 +57,11 @@ def load(source: str, options: ImportOptions) -> Imported:
         what = f"several, under {', '.join(map(repr, found))}" if found else "none, or is no safetensors file"
         raise CheckpointError(f"{path} should hold one autoencoder of latent diffusion; it holds {what}")
     own = {name.removeprefix(found[0]): shape for name, shape in shapes.items() if name.startswith(found[0])}
+    if other := next((name for name in own if name.startswith(_OF_OTHERS)), None):
+        raise ExportError(
+            f"{path} has {other}, as FLUX.2's or a quantising autoencoder has, and latent diffusion's has not; export"
+            " FLUX.2's from a folder of diffusers"
+        )
     own = {name: shape for name, shape in own.items() if name.startswith(_PARTS)}
     config = _config(own, path) | {"scaling_factor": options.latent_scale, "shift_factor": options.latent_shift}
     from .diffusers_model import import_model
@@ -77,12 +85,25 @@ def _config(shapes: Shapes, path: Path) -> dict[str, Any]:
     ):
         raise ExportError(f"{path} has {attention}, attention outside of the middle; {CLASS} has none there")
     try:
-        levels = 1 + max(int(match[1]) for name in shapes if (match := re.match(r"encoder\.down\.(\d+)\.", name)))
-        channels = [shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in range(levels)]
+        levels, decoded = (
+            {int(match[1]) for name in shapes if (match := re.match(rf"{side}\.(\d{{1,3}})\.", name))}
+            for side in (r"encoder\.down", r"decoder\.up")
+        )
+        if levels != decoded or levels != set(range(len(levels))) or len(levels) > _MOST:
+            raise CheckpointError(
+                f"{path} has the levels {sorted(levels)} of an encoder and {sorted(decoded)} of a decoder; expected the"
+                f" same from 0 on, at most {_MOST}"
+            )
+        channels = [shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in sorted(levels)]
         latent, moments = shapes["decoder.conv_in.weight"][1], shapes["encoder.conv_out.weight"][0]
         images, given = shapes["encoder.conv_in.weight"][1], shapes["decoder.conv_out.weight"][0]
-    except (KeyError, IndexError, ValueError) as error:
+    except KeyError as error:
         raise CheckpointError(f"{path} has a part of latent diffusion's autoencoder only: {error} is missing") from None
+    except IndexError:
+        raise CheckpointError(f"{path} has weights of convolutions with fewer axes than 4") from None
+    layers = {name.split(".")[4] for name in shapes if name.startswith("encoder.down.0.block.")}
+    if len(layers) > _MOST:
+        raise CheckpointError(f"{path} has {len(layers)} blocks at level 0 of its encoder; expected at most {_MOST}")
     if moments != 2 * latent:
         raise ExportError(
             f"{path} has an encoder that gives {moments} channels, and a decoder that takes {latent}; of a VAE's, which"
@@ -93,9 +114,9 @@ def _config(shapes: Shapes, path: Path) -> dict[str, Any]:
         "out_channels": given,
         "latent_channels": latent,
         "block_out_channels": channels,
-        "layers_per_block": len({name.split(".")[4] for name in shapes if name.startswith("encoder.down.0.block.")}),
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "layers_per_block": len(layers),
+        "down_block_types": ["DownEncoderBlock2D"] * len(levels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(levels),
         "use_quant_conv": "quant_conv.weight" in shapes,
         "use_post_quant_conv": "post_quant_conv.weight" in shapes,
         "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in shapes,

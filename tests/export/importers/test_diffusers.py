@@ -488,6 +488,37 @@ def test_a_folder_that_cannot_be_imported_is_refused_by_name(
     assert not Path("canary").exists()
 
 
+@pytest.mark.parametrize(("pipeline", "fine"), [("Flux2Pipeline", True), ("Ideogram4Pipeline", False)])
+def test_a_pipeline_that_orders_patches_in_its_own_way_is_refused(tmp_path: Path, pipeline: str, fine: bool) -> None:
+    if not hasattr(diffusers, "AutoencoderKLFlux2"):
+        pytest.skip(f"diffusers {diffusers.__version__} has no AutoencoderKLFlux2")
+    torch.manual_seed(0)
+    diffusers.AutoencoderKLFlux2(**OTHERS["AutoencoderKLFlux2"]).save_pretrained(tmp_path / "vae")
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    for source in (tmp_path, tmp_path / "vae"):
+        if fine:
+            assert load(str(source), None, PLAIN).multiple_of == 4
+            continue
+        with pytest.raises(
+            ExportError, match=r"vae is of Ideogram4Pipeline, which puts the latents of an AutoencoderKL"
+        ):
+            load(str(source), None, PLAIN)
+
+
+def test_patches_of_one_latent_are_normalised_too(tmp_path: Path) -> None:
+    if not hasattr(diffusers, "AutoencoderKLFlux2"):
+        pytest.skip(f"diffusers {diffusers.__version__} has no AutoencoderKLFlux2")
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderKLFlux2(**{**OTHERS["AutoencoderKLFlux2"], "patch_size": (1, 1)}).eval()
+    torch.nn.init.uniform_(model.bn.running_mean, -0.5, 0.5)
+    model.save_pretrained(tmp_path)
+    imported = load(str(tmp_path), None, PLAIN)
+    x = torch.rand(1, 3, 8, 8)
+    with torch.no_grad():
+        expected = model.bn(model.encode(2 * x - 1).latent_dist.mean)
+        np.testing.assert_allclose(imported.halves.encode(x.numpy())["mean"], expected.numpy(), atol=1e-5)
+
+
 def test_a_class_that_an_older_version_has_not_is_said(kl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vae_export.importers.diffusers_model._library", lambda: SimpleNamespace(__version__="0.1"))
     with pytest.raises(ExportError, match=r"of AutoencoderKL, which diffusers 0\.1 has not; a newer one does$"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -124,6 +125,24 @@ def added(**more: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], Any]:
             CheckpointError,
             "several, under '', 'vae.'",
         ),
+        (added(bn__running_mean=torch.zeros(12)), ExportError, "has bn.running_mean, as FLUX.2's or a quantising"),
+        (
+            added(quantize__embedding__weight=torch.zeros(2, 2)),
+            ExportError,
+            "has quantize.embedding.weight, as FLUX.2's",
+        ),
+        (added(encoder__quant_conv__weight=torch.zeros(2)), ExportError, "has encoder.quant_conv.weight, as FLUX.2's"),
+        (
+            lambda w: [w.pop(name) for name in list(w) if name.startswith("encoder.down.2.")],
+            CheckpointError,
+            r"the levels \[0, 1\] of an encoder and \[0, 1, 2\] of a decoder",
+        ),
+        (
+            lambda w: w.update({f"encoder.down.0.block.{n}.x": torch.zeros(1) for n in range(3000)}),
+            CheckpointError,
+            "has 3000 blocks at level 0",
+        ),
+        (added(encoder__conv_out__weight=torch.tensor(1.0)), CheckpointError, "with fewer axes than 4"),
         (
             lambda w: w.update({"encoder.conv_out.weight": w["encoder.conv_out.weight"][:3].clone()}),
             ExportError,
@@ -164,11 +183,21 @@ def test_damaged_and_other_files_are_refused(weights: dict[str, torch.Tensor], t
 
 @pytest.mark.parametrize(
     "options",
-    [{"kind": "autoencoder"}, {"input_range": "unit"}, {"multiple_of": 8}, {"weights": "a.pt"}, {"spread": "std"}],
+    [
+        {"latent_scale": 0.0},
+        {"latent_scale": math.nan},
+        {"latent_shift": math.inf},
+        {"kind": "autoencoder"},
+        {"input_range": "unit"},
+        {"multiple_of": 8},
+        {"weights": "a.pt"},
+        {"spread": "std"},
+    ],
 )
 def test_options_that_the_file_contradicts_are_refused(
     weights: dict[str, torch.Tensor], tmp_path: Path, options: dict[str, Any]
 ) -> None:
     save_file(weights, tmp_path / "a.safetensors")
-    with pytest.raises(InputError):
+    (name,) = options
+    with pytest.raises(InputError, match=f"^--{name.replace('_', '-').replace('-shape', '')} is "):
         load(str(tmp_path / "a.safetensors"), None, ImportOptions(**options))

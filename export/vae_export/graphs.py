@@ -313,10 +313,6 @@ def _check_contract(model: onnx.ModelProto, data: bytes, half: str) -> None:
         raise ExportError(
             f"the {half} needs the operator sets {opsets}; a bundle's fp32 graph has {{'': {OPSET}}} alone"
         )
-    if _has_bfloat16(model.graph):
-        raise ExportError(
-            f"the {half} computes in bfloat16, of which onnxruntime has little; export it in float32, without autocast"
-        )
     try:
         check_graph(data, f"the {half}")
         onnx.checker.check_model(model, full_check=True)
@@ -324,7 +320,8 @@ def _check_contract(model: onnx.ModelProto, data: bytes, half: str) -> None:
         raise ExportError(f"the {half} cannot go into a bundle: {innermost_reason(error)}") from error
 
 
-def _has_bfloat16(graph: onnx.GraphProto) -> bool:
+def has_bfloat16(graph: onnx.GraphProto) -> bool:
+    """Whether anything in it is in bfloat16."""
     kind = onnx.TensorProto.BFLOAT16
     casts = (a.i for node in graph.node if node.op_type == "Cast" for a in node.attribute if a.name == "to")
     return kind in casts or any(tensor.data_type == kind for tensor in graph.initializer)

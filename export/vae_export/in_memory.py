@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import onnx
+
 from vae_runtime.boundary import Boundary
 from vae_runtime.bundle import Bundle
 from vae_runtime.devices import CPU, Device
@@ -15,6 +17,8 @@ from vae_runtime.operation import Candidate
 from vae_runtime.plan import open_halves, same_plan
 from vae_runtime.session import GraphSession
 from vae_runtime.vae import VAE
+
+from .graphs import has_bfloat16
 
 THREADS = 4
 
@@ -28,7 +32,9 @@ def open_graph(graph: bytes, half: str, boundary: Boundary) -> GraphSession:
     try:
         return GraphSession(graph, f"the {half}", Device("cpu", CPU), boundary, threads=THREADS, spinning=False)
     except (BundleError, DeviceError) as error:
-        raise ExportError(str(error)) from error
+        bfloat16 = has_bfloat16(onnx.load_from_string(graph).graph)
+        hint = "; it has little of bfloat16: export it in float32, without autocast" if bfloat16 else ""
+        raise ExportError(f"{error}{hint}") from error
 
 
 def run_in_memory(manifest: Manifest, files: Mapping[str, bytes]) -> VAE:

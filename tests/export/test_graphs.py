@@ -111,16 +111,6 @@ class Branching(nn.Module):
         return x + 1 if x.sum() > 0 else x
 
 
-class Autocast(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(3, 3)
-
-    def forward(self, x):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return self.layer(x).float()
-
-
 class Sparse(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +123,6 @@ class Sparse(nn.Module):
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (Autocast(), "the encoder computes in bfloat16, of which onnxruntime has little; export it in float32"),
         (Sparse(), "the encoder cannot be exported by torch.onnx: "),
         (Noisy(), "the encoder cannot go into a bundle: BundleError: the encoder has the operator 'RandomNormal"),
         (Branching(), "the encoder cannot be exported by torch.onnx: "),

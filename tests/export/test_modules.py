@@ -236,6 +236,24 @@ def test_weights_in_another_type_are_named_with_the_cure(form: str, dtype: torch
         export_bundle(both.encode, both.decode, tmp_path / "a.vae", examples=X)
 
 
+class Autocast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(7, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.layer(x).float()
+
+
+def test_what_computes_in_bfloat16_is_told_to_do_so_in_float32(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(8, 7)).astype(np.float32)
+    with pytest.raises(
+        ExportError, match=r"the encoder .* it has little of bfloat16: export it in float32, without autoc"
+    ):
+        export_bundle(Autocast(), nn.Linear(2, 7), tmp_path / "a.vae", examples=x, kind="autoencoder", tolerance=0.1)
+
+
 @pytest.mark.parametrize(
     ("dtype", "form"), [(torch.float16, "pair"), (torch.bfloat16, "moments"), (torch.float64, "pair")]
 )

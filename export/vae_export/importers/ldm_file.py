@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from vae_runtime.errors import CheckpointError, ExportError, MissingExtraError
+from vae_runtime.errors import CheckpointError, ExportError
 
 from ..imported import Imported, ImportOptions
 from .options import check_options, refuse_options, require_agreement
@@ -126,16 +126,10 @@ def _config(shapes: Shapes, path: Path) -> dict[str, Any]:
 
 def _weights(path: Path, prefix: str, names: Collection[str], levels: int) -> dict[str, Any]:
     """By diffusers' names; of a whole diffusion model nothing else is read."""
-    try:
-        from safetensors import safe_open
-    except ModuleNotFoundError:
-        raise MissingExtraError("safetensors", "diffusers", "reading .safetensors") from None
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(prefix + name) for name in names}
-    except Exception as error:  # a SafetensorError, or what torch says of a type that it has not
-        raise CheckpointError(f"{path} is damaged ({error})") from None
-    renamed = {diffusers_name(name, levels): tensor for name, tensor in tensors.items()}
+    from .weights import read_some_safetensors  # late, as it needs torch
+
+    tensors = read_some_safetensors(path, [prefix + name for name in names], "diffusers")
+    renamed = {diffusers_name(name.removeprefix(prefix), levels): tensor for name, tensor in tensors.items()}
     # What is a convolution of 1x1 there is a linear layer here.
     return {
         name: tensor.flatten(1) if ".attentions." in name and tensor.ndim == 4 else tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,23 @@ def read_safetensors(path: Path, extra: str) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is missing or damaged. MissingExtraError: safetensors is not installed.
     """
+    return _read(path, extra, lambda file: file.keys())
+
+
+def read_some_safetensors(path: Path, names: Iterable[str], extra: str) -> dict[str, Tensor]:
+    """Those of the tensors with these names; of a file that has much more, nothing else is read. Raises: the same."""
+    return _read(path, extra, lambda file: names)
+
+
+def _read(path: Path, extra: str, choose: Callable[[Any], Iterable[str]]) -> dict[str, Tensor]:
     try:
-        from safetensors.torch import load_file
+        from safetensors import safe_open
     except ModuleNotFoundError:
         raise MissingExtraError("safetensors", extra, "reading .safetensors") from None
     require_file(path)
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in choose(file)}
     except Exception as error:  # a SafetensorError, or what torch says of a type that it has not
         raise CheckpointError(f"{path} is damaged or no safetensors file ({reason(error)})") from None
 

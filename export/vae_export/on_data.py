@@ -205,10 +205,13 @@ def _means(vae: VAE, examples: Float32 | Source, tile: int | None) -> Iterator[F
         yield mean
 
 
-def _within_memory(call: Callable[..., Any], batch: NDArray[Any], *arguments: Any, **options: Any) -> Any:
+def _within_memory(call: Callable[..., Any], batch: NDArray[Any], *arguments: Any, pad: bool, **options: Any) -> Any:
+    """pad: as of the call, and whether the images are of any size."""
     try:
-        return call(batch, *arguments, **options)
+        return call(batch, *arguments, pad=pad, **options)
     except OutOfMemoryError as error:
+        if not pad:
+            raise
         raise type(error)(
             f"images of {'x'.join(map(str, image_size(batch)))} pixels to calibrate on: {error}: --calibrate-tile"
             " (calibrate_tile)"

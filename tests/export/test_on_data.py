@@ -314,7 +314,7 @@ def test_tiles_that_nothing_can_be_calibrated_with(
 
 
 def test_images_that_are_too_large_to_calibrate_on_are_sent_to_tiles(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vectors: np.ndarray
 ) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
         raise OutOfMemoryError("cpu has not enough memory; go through large images in windows, with tile")
@@ -329,6 +329,8 @@ def test_images_that_are_too_large_to_calibrate_on_are_sent_to_tiles(
             model.encode, model.decode, tmp_path / "a.vae", examples=images_of(40, 8, 8), kind="autoencoder",
             multiple_of=2, calibrate=images_of(100, 9, 13),
         )  # fmt: skip
+    with pytest.raises(OutOfMemoryError, match=r"^cpu has not enough memory"):
+        export(tmp_path / "a.vae", vectors[:40], calibrate=vectors, likelihood=GAUSSIAN, scores=["log_likelihood"])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -17,11 +17,9 @@ diffusers = pytest.importorskip("diffusers", reason="diffusers computes them")
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from vae_export.export import export_imported  # noqa: E402
 from vae_export.imported import ImportOptions  # noqa: E402
 from vae_export.importers import load, recognise  # noqa: E402
 from vae_export.importers.ldm_file import diffusers_name  # noqa: E402
-from vae_runtime import VAE  # noqa: E402
 from vae_runtime.errors import CheckpointError, ExportError, InputError  # noqa: E402
 
 PLAIN = ImportOptions()
@@ -74,10 +72,10 @@ def test_names_are_translated_as_diffusers_does(weights: dict[str, torch.Tensor]
     ("prefix", "changes", "options"),
     [
         ("", {"use_quant_conv": False, "use_post_quant_conv": False}, {"latent_scale": 0.36, "latent_shift": 0.12}),
-        ("first_stage_model.", {"mid_block_add_attention": False}, {"latent_scale": 0.5, "input_shape": (3, 32, 32)}),
+        ("first_stage_model.", {"mid_block_add_attention": False}, {"latent_scale": 0.5}),
     ],
 )
-def test_a_bundle_computes_what_diffusers_does_with_these_weights(
+def test_the_halves_compute_what_diffusers_does_with_these_weights(
     tmp_path: Path, crops: Callable[..., np.ndarray], prefix: str, changes: dict[str, Any], options: dict[str, Any]
 ) -> None:
     model = build(**changes)
@@ -86,18 +84,17 @@ def test_a_bundle_computes_what_diffusers_does_with_these_weights(
     save_file({**tensors, **others}, tmp_path / "sd.safetensors")
     assert recognise(str(tmp_path / "sd.safetensors")).KIND == "ldm"
     imported = load(str(tmp_path / "sd.safetensors"), None, ImportOptions(**options))
-    manifest = export_imported(imported, tmp_path / "a.vae")
-    assert (manifest.name, manifest.kind, manifest.origin["class"]) == ("sd", "vae", "AutoencoderKL")
-    assert manifest.input.is_free == ("input_shape" not in options)
-    x = crops(2, 32, 32)
-    with VAE.load(tmp_path / "a.vae", threads=1) as vae, torch.no_grad():
+    assert (imported.name, imported.is_free, imported.multiple_of) == ("sd", True, 4)
+    assert (imported.default_size, imported.origin["class"]) == ((128, 128), "AutoencoderKL")
+    x, halves = crops(2, 32, 32), imported.halves  # whose graphs are those of a model from a folder
+    with torch.no_grad():
         posterior = model.encode(torch.from_numpy(x * 2 - 1)).latent_dist
-        scale, shift = options["latent_scale"], options.get("latent_shift", 0)
-        found = vae.encode(x)
-        np.testing.assert_allclose(found.mean, (posterior.mean.numpy() - shift) * scale, rtol=0, atol=1e-4)
-        np.testing.assert_allclose(found.logvar, posterior.logvar.numpy() + 2 * np.log(scale), rtol=0, atol=1e-4)
         images = (model.decode(posterior.mean).sample / 2 + 0.5).clamp(0, 1).numpy()
-        np.testing.assert_allclose(vae.decode(found.mean), images, rtol=0, atol=1e-4)
+    scale, shift = options["latent_scale"], options.get("latent_shift", 0)
+    found = halves.encode(x)
+    np.testing.assert_allclose(found["mean"], (posterior.mean.numpy() - shift) * scale, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(found["logvar"], posterior.logvar.numpy() + 2 * np.log(scale), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(halves.decode(found["mean"]), images, rtol=0, atol=1e-4)
 
 
 def dropped(name: str) -> Callable[[dict[str, torch.Tensor]], Any]:

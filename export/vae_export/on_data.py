@@ -196,10 +196,11 @@ def active_units(vae: VAE, examples: Float32 | Source, tile: int | None = None) 
 def _means(vae: VAE, examples: Float32 | Source, tile: int | None) -> Iterator[Float32]:
     done, tile = 0, None if isinstance(examples, np.ndarray) else tile
     source = _source(examples)
+    names = source.names  # which some make anew each time
     for batch in source.batches(PART):
         mean = _within_memory(vae.encode, batch, pad=vae.manifest.input.is_free, tile=tile).mean
         _require_finite(
-            np.abs(mean).reshape(len(mean), -1).max(axis=1), "examples: the mean's largest value", source.names[done:]
+            np.abs(mean).reshape(len(mean), -1).max(axis=1), "examples: the mean's largest value", names[done:]
         )
         done += len(mean)
         yield mean

@@ -85,28 +85,22 @@ class Scoring:
         extent: Extent = WHOLE,
     ) -> Float64:
         """As `VAE.score`."""
-        found = self._score(inputs, method, n_samples, seed, batch_size, extent)
-        found[np.isnan(found)] = np.inf  # the model's numbers overflow: nothing is odder, and NaN is above no threshold
-        return found
-
-    def _score(
-        self,
-        inputs: Any,
-        method: str | None,
-        n_samples: int,
-        seed: int | None,
-        batch_size: int | None,
-        extent: Extent,
-    ) -> Float64:
         method = self._default if method is None else check_choice(method, "method", SCORE_METHODS)
-        if method == "log_likelihood":
+        if method != "log_likelihood":
+            found = self._score_of_mean(inputs, method, batch_size, extent)
+        else:
             require_likelihood(self._manifest, "log_likelihood")
-            if extent != WHOLE:
+            if extent is not WHOLE:
                 raise InputError(
                     "pad, tile or progress was given with method 'log_likelihood', which decodes draws of whole images;"
                     " take 'elbo' or 'reconstruction'"
                 )
-            return -log_likelihood(self._manifest, self._operations, inputs, n_samples, seed, batch_size, shared=True)
+            found = -log_likelihood(self._manifest, self._operations, inputs, n_samples, seed, batch_size, shared=True)
+        found[np.isnan(found)] = np.inf  # the model's numbers overflow: nothing is odder, and NaN is above no threshold
+        return found
+
+    def _score_of_mean(self, inputs: Any, method: str, batch_size: int | None, extent: Extent) -> Float64:
+        """By one of `_MEAN_METHODS`."""
         likelihood = require_likelihood(self._manifest, "score with method 'elbo'") if method == "elbo" else None
         if batch_size is None and extent is WHOLE:
             found = self._score_at_once(inputs, method, likelihood)

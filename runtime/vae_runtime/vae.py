@@ -537,14 +537,14 @@ class VAE:
 
     def threshold(self, quantile: float = 0.99, method: str | None = None, *, tile: int | None = None) -> float:
         """The score above which `is_anomaly` calls an input an anomaly, for applications that keep the scores: the one
-        that a part `quantile` of the data at export did not exceed. method, tile: as in
-        `score`, of the scores that are compared with it.
+        that a part `quantile` of the data at export did not exceed. method, tile: as in `score`, of the scores that are
+        compared with it.
 
         Raises:
             InputError: a quantile outside (0, 1), or beyond what the examples tell; another method; another tile than
-            `manifest.calibration.tile`, where tiles are an approximation. NotInBundleError:
-            the bundle was not calibrated, or not for this method; `vae-export SOURCE --calibrate DATA` makes one that
-            is. ClosedError: after `close()`.
+            `manifest.calibration.tile`, where tiles are an approximation. NotInBundleError: the bundle was not
+            calibrated, or not for this method; `vae-export SOURCE --calibrate DATA` makes one that is. ClosedError:
+            after `close()`.
         """
         return self._scoring().threshold(quantile, method, tile)
 

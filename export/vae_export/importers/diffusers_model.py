@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vae_runtime.errors import CheckpointError, ExportError, InputError, MissingExtraError
+from vae_runtime.json_fields import is_count
 
 from ..graphs import DecoderGraph, EncoderGraph
 from ..imported import Imported
@@ -240,15 +241,17 @@ def _channels(config: Any) -> tuple[int, int]:
 def _patch_side(config: Any) -> int:
     """Of the patches that pipelines make of the model's own latents."""
     sides = config.get("patch_size", (1, 1))
-    if not isinstance(sides, (list, tuple)) or len(sides) != 2 or sides[0] != sides[1] or not _is_count(sides[0]):
+    if (
+        not isinstance(sides, (list, tuple))
+        or len(sides) != 2
+        or sides[0] != sides[1]
+        or not is_count(sides[0])
+        or not sides[0]
+    ):
         raise CheckpointError(
             f"{CONFIG} has patch_size {sides!r}; expected the sides of a square, whole numbers from 1"
         )
     return int(sides[0])
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _require_bundle_shapes(network: Network, channels: int, latent: int, patch: int, source: Path) -> int:

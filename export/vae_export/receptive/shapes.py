@@ -130,12 +130,10 @@ def _divide_down(a: Value, b: Value, multiple: int) -> Value:
 
 def _if_whole(value: Value, multiple: int) -> Value:
     """What rounding changes nothing of."""
-    whole = value is not None and all(part.denominator == 1 for part in _parts(value, multiple))
-    return value if whole else None
-
-
-def _parts(value: Fraction | Length, multiple: int) -> tuple[Fraction, ...]:
-    return (value,) if isinstance(value, Fraction) else (value.times * multiple, value.extra)
+    if value is None:
+        return None
+    _, times, extra = _line(value)
+    return value if (times * multiple).denominator == extra.denominator == 1 else None
 
 
 def _line(value: Fraction | Length) -> tuple[str, Fraction, Fraction]:

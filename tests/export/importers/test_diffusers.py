@@ -160,6 +160,11 @@ OTHERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def require_class(name: str) -> None:
+    if not hasattr(diffusers, name):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
+
+
 def expected_of(model: Any, x: np.ndarray) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
     """mean, logvar if there is one, and the reconstruction, by the library's methods and its pipelines' formulas."""
     name, inputs = type(model).__name__, torch.from_numpy(x * 2 - 1)
@@ -193,8 +198,7 @@ def in_patches(z: torch.Tensor) -> torch.Tensor:
 def test_bundles_of_other_classes_agree_with_diffusers(
     name: str, tmp_path: Path, crops: Callable[..., np.ndarray]
 ) -> None:
-    if not hasattr(diffusers, name):
-        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
+    require_class(name)
     torch.manual_seed(0)
     model = getattr(diffusers, name)(**OTHERS[name]).eval()
     if name == "AutoencoderKLFlux2":
@@ -257,8 +261,7 @@ def test_bundles_of_other_classes_agree_with_diffusers(
 def test_configs_of_other_classes_that_say_nonsense_are_refused(
     name: str, changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    if not hasattr(diffusers, name):
-        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
+    require_class(name)
     config = {"_class_name": name, **OTHERS[name], **changes}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises((CheckpointError, ExportError), match=message):
@@ -499,8 +502,7 @@ def test_a_folder_that_cannot_be_imported_is_refused_by_name(
 
 @pytest.mark.parametrize(("pipeline", "fine"), [("Flux2Pipeline", True), ("Ideogram4Pipeline", False)])
 def test_a_pipeline_that_orders_patches_in_its_own_way_is_refused(tmp_path: Path, pipeline: str, fine: bool) -> None:
-    if not hasattr(diffusers, "AutoencoderKLFlux2"):
-        pytest.skip(f"diffusers {diffusers.__version__} has no AutoencoderKLFlux2")
+    require_class("AutoencoderKLFlux2")
     torch.manual_seed(0)
     diffusers.AutoencoderKLFlux2(**OTHERS["AutoencoderKLFlux2"]).save_pretrained(tmp_path / "vae")
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
@@ -515,8 +517,7 @@ def test_a_pipeline_that_orders_patches_in_its_own_way_is_refused(tmp_path: Path
 
 
 def test_patches_of_one_latent_are_normalised_too(tmp_path: Path) -> None:
-    if not hasattr(diffusers, "AutoencoderKLFlux2"):
-        pytest.skip(f"diffusers {diffusers.__version__} has no AutoencoderKLFlux2")
+    require_class("AutoencoderKLFlux2")
     torch.manual_seed(0)
     model = diffusers.AutoencoderKLFlux2(**{**OTHERS["AutoencoderKLFlux2"], "patch_size": (1, 1)}).eval()
     torch.nn.init.uniform_(model.bn.running_mean, -0.5, 0.5)

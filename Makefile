@@ -36,6 +36,8 @@ lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/mypy --platform darwin --cache-dir .mypy_cache/darwin runtime
+	.venv/bin/mypy --platform win32 --cache-dir .mypy_cache/win32 runtime
 
 .venv/installed: pyproject.toml install.py
 	$(PYTHON) install.py .venv --extras cpu,openvino,images,train,tensorboard,export,diffusers,pythae,bench,race,dev

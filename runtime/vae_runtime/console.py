@@ -1,4 +1,4 @@
-"""What command lines share: expected failures become one sentence on stderr and exit code 1; SIGTERM is heard."""
+"""What command lines share: expected failures become one sentence on stderr and exit code 1, signals end cleanly."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from .manifest import Manifest
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 NEGATIVE_VERDICT = 3  # the exit code of a command that ran and whose answer is no
+ENDINGS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))  # Windows: the first
 
 
 class Command(click.Command):
     """A command whose `VAEError`s are printed as `Error: ...`, and so are files and folders that the system refuses;
-    wrong usage exits with 2, as click has it, and SIGTERM with 143, after all that the command has started and made for
-    a time is gone."""
+    wrong usage exits with 2, as click has it, and SIGTERM with 143 or a closed terminal with 129, after all that the
+    command has started and made for a time is gone."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with hear_sigterm(), _any_file_names():
+            with hear_endings(), _any_file_names():
                 return super().invoke(ctx)
         except VAEError as error:
             raise click.ClickException(str(error)) from error
@@ -61,25 +62,27 @@ def _any_file_names() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hear_sigterm() -> Iterator[None]:
-    """SIGTERM raises `SystemExit` here, as Ctrl-C raises `KeyboardInterrupt`: `finally` and context managers run.
+def hear_endings() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise `SystemExit` here, as Ctrl-C raises `KeyboardInterrupt`: `finally` and context managers
+    run.
 
-    Nothing is changed outside of the main thread, and nothing where the signal is ignored or has a handler.
+    Nothing is changed outside of the main thread, nor where a signal is ignored (by nohup, say) or has a handler.
     """
     main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, _exit)
+    heard = [number for number in ENDINGS if main and signal.getsignal(number) is signal.SIG_DFL]
+
+    def end(number: int, frame: object) -> None:
+        for one in heard:
+            signal.signal(one, lambda number, frame: None)  # another one must not interrupt what the first one ends
+        raise SystemExit(128 + number)
+
+    for number in heard:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _exit(number: int, frame: object) -> None:
-    signal.signal(number, lambda number, frame: None)  # another one must not interrupt what the first one ends
-    raise SystemExit(128 + number)
+        for number in heard:
+            signal.signal(number, signal.SIG_DFL)
 
 
 DEVICE_HELP = "cpu, cuda, cuda:N, tensorrt, openvino, auto or a provider's name."

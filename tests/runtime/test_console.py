@@ -1,4 +1,4 @@
-"""What the command lines share: SIGTERM ends a command as Ctrl-C does, and everything that it has started."""
+"""What the command lines share: signals end a command as Ctrl-C does, and everything that it has started."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,19 @@ import pytest
 from click.testing import CliRunner
 
 from vae_runtime.cli import main
-from vae_runtime.console import Command, printable
+from vae_runtime.console import ENDINGS, Command, printable
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 MAIN = "from vae_runtime.cli import main; main()"
 
 
-@pytest.fixture
-def default() -> Iterator[None]:
-    """SIGTERM as an interpreter finds it."""
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGTERM, before)
+@pytest.fixture(params=ENDINGS)
+def ending(request: pytest.FixtureRequest) -> Iterator[signal.Signals]:
+    """A signal that ends a command, as an interpreter finds it."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in ENDINGS}
+    yield request.param
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_sigterm_leaves_no_process_of_tune(tiny_path: Path, tmp_path: Path, terminate: Callable[..., str]) -> None:
@@ -45,28 +47,41 @@ def test_sigterm_leaves_no_process_of_tune(tiny_path: Path, tmp_path: Path, term
     assert (terminate(process), process.returncode) == ("", 143)
 
 
-def test_sigterm_runs_what_cleans_up_once(default: None) -> None:
+def test_the_first_of_them_runs_what_cleans_up_once(ending: signal.Signals) -> None:
     ended: list[str] = []
 
     @click.command(cls=Command)
     def command() -> None:
         try:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), ending)
         finally:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for number in ENDINGS:
+                os.kill(os.getpid(), number)
             ended.append("cleaned up")
 
     result = CliRunner().invoke(command, [])
-    assert (result.exit_code, result.output, ended) == (143, "", ["cleaned up"])
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert (result.exit_code, result.output, ended) == (128 + ending, "", ["cleaned up"])
+    assert [signal.getsignal(number) for number in ENDINGS] == [signal.SIG_DFL, signal.SIG_DFL]
 
 
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda number, frame: None])
-def test_what_was_decided_about_sigterm_stays(default: None, handler: Any) -> None:
-    signal.signal(signal.SIGTERM, handler)
+def test_what_was_decided_about_one_stays(ending: signal.Signals, handler: Any) -> None:
+    signal.signal(ending, handler)
     seen: list[Any] = []
-    CliRunner().invoke(click.command(cls=Command)(lambda: seen.append(signal.getsignal(signal.SIGTERM))), [])
+    CliRunner().invoke(click.command(cls=Command)(lambda: seen.append(signal.getsignal(ending))), [])
     assert seen == [handler]
+    assert signal.getsignal(ending) is handler
+
+
+def test_a_closed_terminal_leaves_no_temporary_file(tiny_path: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", MAIN, "sample", str(tiny_path), "-n", "2000000", "--output", "a.npz"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not any(file.stat().st_size for file in tmp_path.glob(".a.npz.*/*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    assert process.communicate(timeout=20)[1] == ""
+    assert (process.returncode, list(tmp_path.iterdir())) == (129, [])
 
 
 def test_a_name_that_the_system_refuses_is_one_sentence(tiny_path: Path) -> None:

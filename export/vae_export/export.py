@@ -417,6 +417,8 @@ def _export(
     graphs = halves.to_onnx(pair, latents, spec.is_free)
     _log.info("comparing them with the model on %d inputs", len(x))
     fidelity = verify(graphs, halves, x, spec, options.tolerance)
+    tiling = find_tiling(graphs, spec, x[:1], encoded) if spec.is_free else None
+    on_data.check_tile(tiling, spec.multiple_of)
     prior = {"type": "standard_normal"} if halves.kind == "vae" else None
     latent = LatentSpec(latent_pattern(spec, latents.shape[1:]), prior)
     _log.info("computing the golden values")
@@ -445,7 +447,7 @@ def _export(
         budget=wanted.budget.to_dict(),
         refused=made.refused,
         origin=origin,
-        tiling=find_tiling(graphs, spec, x[:1], encoded) if spec.is_free else None,
+        tiling=tiling,
         # What a codec costs is not measured on noise.
         latent_codecs={UINT8: judge.codec_cost()} if spec.is_image and inputs.is_real else {},
     )

@@ -17,7 +17,7 @@ from vae_runtime.arguments import check_count
 from vae_runtime.calibration import LEAST_EXAMPLES, SCORE_METHODS, Calibration
 from vae_runtime.errors import ApproximateTilingWarning, InputError, OutOfMemoryError
 from vae_runtime.latent_space import unit_moments
-from vae_runtime.manifest import PRIOR_FILE, ActiveUnits, InputSpec, Manifest
+from vae_runtime.manifest import PRIOR_FILE, ActiveUnits, InputSpec, Manifest, Tiling
 from vae_runtime.preprocess import (
     Float32,
     Float64,
@@ -28,7 +28,7 @@ from vae_runtime.preprocess import (
     to_model_input,
 )
 from vae_runtime.scoring import score_methods
-from vae_runtime.tiling import Progress
+from vae_runtime.tiling import Progress, check_tile
 from vae_runtime.vae import VAE
 
 from .in_memory import run_in_memory
@@ -96,6 +96,14 @@ class OnData:
         """Raise `InputError` if the prior cannot be fitted to latents of this shape, before the work is done."""
         if self.prior is not None:
             self.prior.check(math.prod(latent_shape))
+
+    def check_tile(self, tiling: Tiling | None, multiple: int) -> None:
+        """Raise `InputError` if a half looks further than the tiles go; multiple: of pixels, as for images."""
+        if self.tile is None or tiling is None:
+            return
+        for half in tiling:
+            if half.context is not None:
+                check_tile(self.tile // multiple, half.context, multiple, "calibrate_tile")
 
     def measure(self, manifest: Manifest, graphs: dict[str, bytes]) -> tuple[Manifest, dict[str, bytes]]:
         """The manifest with what was found, and the files that it names beside the graphs."""

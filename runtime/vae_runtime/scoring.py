@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -87,7 +88,9 @@ class Scoring:
         """As `VAE.score`."""
         method = self._default if method is None else check_choice(method, "method", SCORE_METHODS)
         if method != "log_likelihood":
-            found = self._score_of_mean(inputs, method, batch_size, extent)
+            # What overflows is infinite below; only vectors may be so large, and images are spared what this costs.
+            with nullcontext() if self._manifest.input.is_image else np.errstate(over="ignore", invalid="ignore"):
+                found = self._score_of_mean(inputs, method, batch_size, extent)
         else:
             require_likelihood(self._manifest, "log_likelihood")
             if extent is not WHOLE:

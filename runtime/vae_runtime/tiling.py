@@ -86,11 +86,11 @@ class TilePlan:
             )
 
 
-def check_tile(tile: int, context: int, factor: int) -> None:
-    """Raise `InputError` where a window of `tile` cells would be nothing but context."""
+def check_tile(tile: int, context: int, factor: int, name: str = "tile") -> None:
+    """Raise `InputError` where a window of `tile` cells would be nothing but context; name: the argument's."""
     if tile <= 2 * context:
         raise InputError(
-            f"tile is {tile * factor}, but each window needs {context * factor} pixels of context on every side; the"
+            f"{name} is {tile * factor}, but each window needs {context * factor} pixels of context on every side; the"
             f" smallest tile for this model is {(2 * context + 1) * factor}"
         )
 

@@ -313,6 +313,25 @@ def test_tiles_that_nothing_can_be_calibrated_with(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_tiles_that_are_too_small_are_refused_before_precisions_are_made(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = nn.Conv2d(1, 2, 6, stride=2, padding=2)
+    decoder = nn.Sequential(nn.ConvTranspose2d(2, 1, 2, stride=2), nn.Sigmoid())
+    message = (
+        "calibrate_tile is 4, but each window needs 2 pixels of context on every side; the smallest tile for this model"
+        " is 6"
+    )
+    options = {"examples": images_of(64, 8, 8), "kind": "autoencoder", "multiple_of": 2, "precisions": ["fp32", "fp16"]}
+    calibrate = images_of(100, 8, 8)
+    with caplog.at_level("INFO", "vae_export"), pytest.raises(InputError, match=f"^{message}$"):
+        export_bundle(encoder, decoder, tmp_path / "a.vae", calibrate=calibrate, calibrate_tile=4, **options)
+    assert "measuring how far each half looks and what tiling changes" in caplog.messages
+    assert "making and measuring fp16" not in caplog.messages
+    assert list(tmp_path.iterdir()) == []
+    export_bundle(encoder, decoder, tmp_path / "a.vae", calibrate=calibrate, calibrate_tile=6, **options)
+
+
 def test_images_that_are_too_large_to_calibrate_on_are_sent_to_tiles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vectors: np.ndarray
 ) -> None:
@@ -476,6 +495,7 @@ def test_what_cannot_be_calibrated_on_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_examples_on_which_the_model_overflows_are_named(vectors: np.ndarray, tmp_path: Path) -> None:
     far = vectors[:150].copy()
     far[5] = 1e25

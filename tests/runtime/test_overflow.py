@@ -34,7 +34,6 @@ def file(far: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return Path("far.npy")
 
 
-@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 @pytest.mark.parametrize("batch_size", [None, 1])
 def test_nothing_is_odder(vectors: VAE, far: np.ndarray, batch_size: int | None) -> None:
     assert not np.isfinite(vectors.encode(far[1:2]).mean).all()
@@ -60,7 +59,6 @@ def test_what_goes_on_from_a_latent_names_the_input(
         call(vectors, far)
 
 
-@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -80,7 +78,6 @@ def test_commands_name_the_input_and_write_nothing(vectors_path: Path, file: Pat
     assert list(Path().iterdir()) == [file]
 
 
-@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 def test_scores_are_infinite_in_a_table_and_null_in_json(vectors_path: Path, file: Path) -> None:
     for arguments in (["--json"], ["--output", "a.json"], ["--output", "a.csv"], ["--csv"], []):
         result = CliRunner().invoke(main, ["score", str(vectors_path), str(file), *arguments])

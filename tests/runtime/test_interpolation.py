@@ -52,7 +52,9 @@ def test_spherical_keeps_the_length_where_linear_cuts_through_the_middle() -> No
 @pytest.mark.parametrize(
     ("a", "b"),
     [((1, 2, 3), (2, 4, 6)), ((1, 2, 3), (-1, -2, -3)), ((0, 0, 0), (1, 2, 3)), ((1, 2, 3), (0, 0, 0)),
-     ((0, 0, 0), (0, 0, 0)), ((1, 2, 3), (1, 2, 3)), ((1e-30, 0, 0), (1e-30, 0, 0)), ((1e-45, 0, 0), (3e38, 0, 0))],
+     ((0, 0, 0), (0, 0, 0)), ((1, 2, 3), (1, 2, 3)), ((1e-30, 0, 0), (1e-30, 0, 0)), ((1e-45, 0, 0), (3e38, 0, 0)),
+     ((0.12573022, -0.13210486), (0.12573022, -0.13210486)),  # whose cosine is rounded to above 1
+     ((0.12573022, -0.13210486), (-0.12573022, 0.13210486))],
 )  # fmt: skip
 def test_ends_that_have_no_angle_between_them_are_joined_linearly_and_stay_finite(a: Any, b: Any) -> None:
     start, end = np.array(a, np.float32), np.array(b, np.float32)

@@ -70,8 +70,10 @@ def test_log_density_is_that_of_scipy(components: int, dimensions: int) -> None:
     np.testing.assert_allclose(mixture.log_density(z), expected.ravel(), rtol=1e-9)
 
 
-def test_log_density_far_away_is_finite() -> None:
-    assert np.isfinite(THREE.log_density(np.full((1, 4), 1e4))).all()
+def test_log_density_far_away_is_finite_also_beside_what_is_near() -> None:
+    far = THREE.log_density(np.full((1, 4), 1e4))
+    assert np.isfinite(far).all()
+    assert np.array_equal(THREE.log_density(np.array([[1e4] * 4, [0.0] * 4]))[:1], far)
 
 
 # --- draws ------------------------------------------------------------------------------------------------------------

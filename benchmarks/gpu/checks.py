@@ -4,8 +4,9 @@ memory was exhausted."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -222,11 +223,12 @@ def concurrency(findings: Findings, job: Job) -> None:
     them: what the one that warmed up runs may take other kernels, see `fidelity`."""
     reference = job.case.reference()[INPUT]
     batches = [batch for batch in BATCHES if batch * reference[0].size <= MOST_VALUES]
+    warm = [batch for batch in WARM if batch in batches]
     with VAE.load(job.case.bundle, job.device) as vae:
-        for state in ("cold", "warm"):
+        for state in ("cold", "warm", "beside others that come and go"):
             with findings.guard(state):
                 if state == "warm":
-                    vae.warmup([batch for batch in WARM if batch in batches])
+                    vae.warmup(warm)
                 calls: dict[str, Callable[[], Float32]] = {}
                 for batch in batches:
                     x = tile(reference, batch)
@@ -234,11 +236,38 @@ def concurrency(findings: Findings, job: Job) -> None:
                     calls[f"encode {batch}"] = partial(encode_mean, vae, x)
                     calls[f"decode {batch}"] = partial(vae.decode, mean)
                     calls[f"reconstruct {batch}"] = partial(vae.reconstruct, x)
-                count, differing = run_threads(calls, 2 if job.quick else ROUNDS)
+                with meanwhile(partial(use_another, job, warm[:1])) if state.startswith("beside") else nullcontext():
+                    count, differing = run_threads(calls, 2 if job.quick else ROUNDS)
                 text = f"{len(differing)} of {count} calls differ: {', '.join(sorted(set(differing)))}"
                 findings.verdict(
                     f"{state}: {count} calls by {THREADS} threads", not differing, text if differing else ""
                 )
+
+
+def use_another(job: Job, batches: list[int]) -> None:
+    """Another `VAE` of the bundle, from beginning to end."""
+    with VAE.load(job.case.bundle, job.device) as other:
+        other.warmup(batches)
+        other.reconstruct(job.case.reference()[INPUT])
+
+
+@contextmanager
+def meanwhile(work: Callable[[], None]) -> Iterator[None]:
+    """A thread does this again and again, at least once; what fails there is raised at the end."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        work()
+        while not ended.is_set():
+            work()
+
+    with ThreadPoolExecutor(1) as pool:
+        repeated = pool.submit(repeat)
+        try:
+            yield
+        finally:
+            ended.set()
+        repeated.result()
 
 
 def encode_mean(vae: VAE, x: Float32) -> Float32:

@@ -28,6 +28,7 @@ from vae_runtime.devices import Device, find_device
 from vae_runtime.engine import import_engine
 from vae_runtime.manifest import INPUT, LATENT, LOGVAR, MEAN, RECONSTRUCTION
 from vae_runtime.preprocess import Float32
+from vae_runtime.session import free_names
 
 BATCHES = (1, 32)
 BLOCKS, WARM_CALLS = 60, 10
@@ -48,7 +49,7 @@ def ways(findings: Findings, job: Job) -> None:
             vae.warmup((2,) if job.quick else BATCHES)
             for operation, (route, *_) in vae.plan.items():
                 rows += [{"precision": precision, "operation": operation, **way} for way in route["fixed_on_gpu"]]
-    findings.figure("ways", rows)
+        findings.figure("ways", rows)  # each time: what there is when a part's time is over is kept
     with findings.guard("memory"):
         # What the caller says of memory gives each half a pool of its own; this is the default, but said.
         own = memory_of(job, {"arena_extend_strategy": "kNextPowerOfTwo"})
@@ -72,13 +73,11 @@ def overhead(findings: Findings, job: Job) -> None:
         for batch in (2,) if job.quick else BATCHES:
             vae.warmup([batch])
             for operation, array in (("encode", tile(x, batch)), ("decode", tile(mean, batch))):
-                for place, sides in (
-                    ("host", host_sides(job, vae, operation, array)),
-                    ("device", device_sides(job, vae, operation, array)),
-                ):
+                for place, make in (("host", host_sides), ("device", device_sides)):
                     with findings.guard(f"{operation} {batch} {place}"):
+                        sides = make(job, vae, operation, array)
                         rows.append(row(f"{operation}, batch {batch}, {place}", *sides, 10 if job.quick else BLOCKS))
-    findings.figure("rows", rows)
+                    findings.figure("rows", rows)
 
 
 Sides = tuple[Callable[[], object], Callable[[], object]]
@@ -87,7 +86,7 @@ Sides = tuple[Callable[[], object], Callable[[], object]]
 def host_sides(job: Job, vae: VAE, operation: str, array: Float32) -> Sides:
     """Bare onnxruntime and `VAE` from a host array to host arrays, by a session for this batch size on a GPU."""
     device = device_of(vae, operation, array.shape)
-    session = bare_session(job, device, operation, len(array), is_fixed=device.is_gpu)
+    session = bare_session(job, device, operation, array.shape if device.is_gpu else ())
     make = import_engine().OrtValue.ortvalue_from_shape_and_type
     given, binding = make(array.shape, np.float32, *device.memory), session.io_binding()
     binding.bind_ortvalue_input(INPUT if operation == "encode" else LATENT, given)
@@ -106,7 +105,7 @@ def host_sides(job: Job, vae: VAE, operation: str, array: Float32) -> Sides:
 def device_sides(job: Job, vae: VAE, operation: str, array: Float32) -> Sides:
     """The same from an array on the device to new ones there, by a session for any batch size."""
     device = find_device(job.device)
-    session = bare_session(job, device, operation, len(array), is_fixed=False)
+    session = bare_session(job, device, operation)
     given = import_engine().OrtValue.ortvalue_from_numpy(array, *device.memory)
 
     def bare() -> object:
@@ -125,21 +124,23 @@ def device_of(vae: VAE, operation: str, shape: tuple[int, ...]) -> Device:
     """What the session for this shape was opened on, but for a stream of our own, which a bare session would not wait
     for, and with it a graph of our own, in place of which the bare session makes one."""
     half = vae._open_operations()[0 if operation == "encode" else 1]
-    device = half.route(shape[0]).session(shape).device
-    ours = {"user_compute_stream", "enable_cuda_graph"} if "user_compute_stream" in device.options else set()
+    session = half.route(shape[0]).session(shape)
+    device, ours = session.device, {"user_compute_stream"}
+    if session.captured_call is not None:
+        ours.add("enable_cuda_graph")
     return device._replace(options={name: value for name, value in device.options.items() if name not in ours})
 
 
-def bare_session(job: Job, device: Device, operation: str, batch: int, is_fixed: bool) -> Any:
-    """onnxruntime on the bundle's fp32 graph with the options that `VAE` takes."""
+def bare_session(job: Job, device: Device, operation: str, fixed: tuple[int, ...] = ()) -> Any:
+    """onnxruntime on the bundle's fp32 graph with the options that `VAE` takes. fixed: the one shape of its input."""
     engine = import_engine()
     options = engine.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    if is_fixed:
-        options.add_free_dimension_override_by_name("batch", batch)
+    for name, side in free_names(fixed):
+        options.add_free_dimension_override_by_name(name, side)
     graph = job.case.bundle_graph("encoder" if operation == "encode" else "decoder", "fp32")
-    provider = device.provider, device.session_options(1, is_fixed, "")
+    provider = device.provider, device.session_options(1, bool(fixed), "")
     return engine.InferenceSession(graph, options, providers=[provider])
 
 

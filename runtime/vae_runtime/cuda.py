@@ -10,6 +10,7 @@ import io
 import os
 import re
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from .errors import DeviceError
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 _LEGACY_STREAM = ctypes.c_void_p(1)  # CU_STREAM_LEGACY of cuda.h
 _CAPTURE_ERRORS = range(900, 910)  # CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED and its like
+_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL of cuda.h
 _COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76  # of CUdevice_attribute in cuda.h
 
 # Arithmetic on shapes, which the CUDA provider leaves to the CPU: a few integers per call.
@@ -31,6 +33,10 @@ SHAPE_OPERATORS = {
 # fmt: on
 
 
+# Held while a CUDA graph is captured, and by who waits for a whole GPU, as onnxruntime does when it opens a session:
+# that CUDA refuses meanwhile, whichever thread it is.
+capturing = threading.RLock()
+_of_thread = threading.local()
 _asked_in = [0]  # the process that started the driver, 0 for none; a forked child cannot use what it inherits
 
 
@@ -74,7 +80,7 @@ def synchronize(index: int) -> None:
     Raises:
         DeviceError: some of it failed, or is being captured into a CUDA graph, which allows no such wait.
     """
-    with ContextOf(index):
+    with capturing, ContextOf(index):
         _require_done(index, driver().cuCtxSynchronize())
 
 
@@ -108,9 +114,18 @@ class ContextOf(contextlib.AbstractContextManager[None]):
     def __enter__(self) -> None:
         if (status := self._push(self.handle)) != 0:
             raise DeviceError(f"GPU {self._index} cannot be used in this thread (CUDA error {status})")
+        if not hasattr(_of_thread, "minds_its_own_captures"):
+            _mind_own_captures()
 
     def __exit__(self, *_: object) -> None:
         self._pop(self._popped)
+
+
+def _mind_own_captures() -> None:
+    """In this thread, for good. While a thread captures a CUDA graph as onnxruntime does, CUDA lets those that are not
+    told so take and free no memory: their calls fail, the capture does, and freeing a graph then ends the process."""
+    driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(ctypes.c_int(_THREAD_LOCAL)))
+    _of_thread.minds_its_own_captures = True
 
 
 def made_current(memory: tuple[str, int]) -> contextlib.AbstractContextManager[None]:

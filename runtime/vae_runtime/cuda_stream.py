@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .cuda import ContextOf, driver
+from .cuda import ContextOf, capturing, driver
 from .cuda_graph import LaunchGraph, require
 from .preprocess import Float32
 
@@ -116,11 +116,12 @@ class Stream:
         """What the steps give this stream, which is entered and has nothing to do, as one launch; none of it is done
         yet. host: the arrays in host memory that they copy from or to. Raises as `LaunchGraph`."""
         places = [range(array.ctypes.data, array.ctypes.data + array.nbytes) for array in host]
-        self.is_capturing = True
-        try:
-            return LaunchGraph(self._context, self._stream, steps, places)
-        finally:
-            self.is_capturing = False
+        with capturing:
+            self.is_capturing = True
+            try:
+                return LaunchGraph(self._context, self._stream, steps, places)
+            finally:
+                self.is_capturing = False
 
     def wait(self) -> None:
         """Until all that was begun is done."""

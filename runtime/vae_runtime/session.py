@@ -15,7 +15,7 @@ import numpy as np
 
 from .bound import BoundCall, Owner
 from .boundary import Boundary
-from .cuda import CUDA, made_current, operators, real_work_on_cpu, share_allocator
+from .cuda import CUDA, capturing, made_current, operators, real_work_on_cpu, share_allocator
 from .device_array import DeviceArray, await_others, copy_to_device
 from .device_call import CapturedCall, DeviceCall, ResidentCall, StagedCall
 from .devices import CPU, Device
@@ -77,7 +77,7 @@ class GraphSession:
         self._process = os.getpid()
         self._stream, self._captures, self._memory = stream, captures, device.memory
         self._context = made_current(device.memory)
-        with self._context:
+        with _alone_on(device), self._context:
             any_size = None in boundary.input_shape and fixed is None
             self._session = _open(model, file, device, threads, spinning, fixed, bundle, any_size)
         self.owner = Owner()
@@ -172,9 +172,10 @@ class GraphSession:
         captures: bool = False,
     ) -> GraphSession:
         """The same by one way: what `device` says, which is this session's but for options."""
-        settings = self.threads, self.spinning, shape, self.bundle
-        session = GraphSession(model, self.file, device, self._boundary, *settings, stream=stream, captures=captures)
-        session.run(np.zeros(shape, np.float32))  # what cannot be captured fails here
+        settings = self._boundary, self.threads, self.spinning, shape, self.bundle
+        with _alone_on(device):
+            session = GraphSession(model, self.file, device, *settings, stream=stream, captures=captures)
+            session.run(np.zeros(shape, np.float32))  # what cannot be captured fails here
         return session
 
     def bind(self, shape: tuple[int, ...], rule: ValueRule) -> BoundCall | DeviceCall | None:
@@ -312,6 +313,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_keep_inherited_sessions)
 
 
+def _alone_on(device: Device) -> contextlib.AbstractContextManager[object]:
+    """While it lasts, no other thread captures a CUDA graph, which opening a session would spoil."""
+    return capturing if device.provider == CUDA else contextlib.nullcontext()
+
+
 def _open(
     model: bytes,
     file: str,
@@ -332,7 +338,7 @@ def _open(
         options.intra_op_num_threads = threads
     if spinning is not None:
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
-    for name, side in _free_names(fixed or ()):
+    for name, side in free_names(fixed or ()):
         options.add_free_dimension_override_by_name(name, side)
     options.add_session_config_entry("session.load_model_format", "ONNX")
     records_nodes = device.is_gpu and hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info")
@@ -373,7 +379,7 @@ def _open(
     return session
 
 
-def _free_names(fixed: tuple[int, ...]) -> list[tuple[str, int]]:
+def free_names(fixed: tuple[int, ...]) -> list[tuple[str, int]]:
     """The names that a bundle's graphs have for free sides, with what they are for an input of this shape."""
     height_and_width = [("height", "width"), ("latent_height", "latent_width")] if len(fixed) == 4 else []
     return [("batch", side) for side in fixed[:1]] + [

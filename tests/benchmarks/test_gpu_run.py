@@ -113,7 +113,7 @@ def test_every_step_passes_on_the_cpu(whole: SimpleNamespace) -> None:
         **{step: "skipped" if step in skipped else "passed" for step in run.STEPS if step != "race"},
     }
     counts = {step: len(unit["checks"]) for step, unit in whole.units.items()}
-    assert (counts["golden"], counts["fidelity"], counts["concurrency"]) == (3, 4, 2)
+    assert (counts["golden"], counts["fidelity"], counts["concurrency"]) == (3, 4, 3)
     assert counts["calls"] == 2 * 4 * (5 + 4 + 2 + 1) + 5
     names = {check["check"] for check in whole.units["calls"]["checks"]}
     assert {"cold batch 1 host sample", "warm batch 32 device reconstruct", "torch shares the memory"} <= names
@@ -348,7 +348,20 @@ def test_threads_that_get_something_else() -> None:
 def test_concurrency_says_who_differs(job: Job, planted: Any) -> None:
     numbers = iter(range(10**9))
     planted("decode", lambda array: array + np.float32(next(numbers) % 7))
-    assert len(failed_by(checks.concurrency, job)) == 2
+    assert len(failed_by(checks.concurrency, job)) == 3
+
+
+def test_what_fails_meanwhile_is_raised_at_the_end() -> None:
+    done: list[str] = []
+
+    def fail() -> None:
+        raise ValueError("it broke")
+
+    with pytest.raises(ValueError, match="it broke"), checks.meanwhile(fail):
+        done.append("the calls")
+    with checks.meanwhile(lambda: done.append("beside")):
+        pass
+    assert set(done) == {"the calls", "beside"}
 
 
 class Exhausted:
@@ -468,6 +481,37 @@ def test_both_sides_of_the_cost_give_the_same(job: Job, monkeypatch: pytest.Monk
             bare, ours = timings.device_sides(job, vae, operation, array)
             results = ours().mean if operation == "encode" else ours()
             np.testing.assert_allclose(bare()[0].numpy(), results.numpy(), atol=1e-6)
+
+
+def test_a_bare_session_for_one_shape_knows_all_its_sides(tiny: Path) -> None:
+    job = Job("cpu", Case.open(tiny.parent / "tiny-free.vae"), quick=True)
+    for fixed, known in (((3, 3, 8, 12), [3, 3, 8, 12]), ((), ["batch", 3, "height", "width"])):
+        session = timings.bare_session(job, find_device("cpu"), "encode", fixed)
+        assert session.get_inputs()[0].shape == known
+
+
+def test_a_side_that_fails_costs_no_other_row(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("no session")
+
+    monkeypatch.setattr(timings, "device_sides", fail)
+    stream = io.StringIO()
+    timings.overhead(Findings(stream), job)
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line["text"] for line in lines if "check" in line] == ["RuntimeError: no session"] * 2
+    rows = [line["value"] for line in lines if "figure" in line][-1]
+    assert [row["what"] for row in rows] == ["encode, batch 2, host", "decode, batch 2, host"]
+
+
+@pytest.mark.skipif(why_not_cuda() is not None, reason=f"no usable GPU: {why_not_cuda()}")
+@pytest.mark.parametrize("bundle", ["tiny.vae", "tiny-free.vae"])
+def test_the_runtime_s_own_cost_and_many_threads_on_the_gpu(tiny: Path, bundle: str) -> None:
+    job, stream = Job("cuda", Case.open(tiny.parent / bundle), quick=True), io.StringIO()
+    timings.overhead(Findings(stream), job)
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line for line in lines if "check" in line] == []
+    assert len([line["value"] for line in lines if "figure" in line][-1]) == 4
+    assert all(found_by(checks.concurrency, job).values())
 
 
 # --- the run survives what goes wrong ---------------------------------------------------------------------------------
@@ -778,7 +822,7 @@ def test_a_text_of_somebody_else_is_not_replaced(
 def test_every_step_has_its_time() -> None:
     assert list(run.STEPS) == list(steps.STEPS)
     arguments = SimpleNamespace(budget=60, rounds=6)
-    assert [run.seconds_of(step, arguments) for step in ("golden", "bench-tf32", "race")] == [15, 70, 210]
+    assert [run.seconds_of(step, arguments) for step in ("golden", "bench-tf32", "race")] == [15, 70, 260]
 
 
 @pytest.mark.skipif(why_not_cuda() is None, reason="this machine has a usable GPU")

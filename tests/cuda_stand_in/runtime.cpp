@@ -17,6 +17,7 @@
 #include <map>
 #include <mutex>
 #include <set>
+#include <thread>
 #include <vector>
 
 #include "stand_in.h"
@@ -58,7 +59,9 @@ bool is_pinned(const void* address) {
 struct Stream {
   std::deque<Work> waiting;
   std::vector<Node> captured;
-  bool is_capturing = false, is_relaxed = false, is_spoilt = false;
+  bool is_capturing = false, is_spoilt = false;
+  int mode = cudaStreamCaptureModeGlobal;  // of the capture
+  std::thread::id capturer;
   bool is_blocking = true;  // waits for the default stream, and it for this one
 };
 Stream default_stream;
@@ -92,9 +95,21 @@ void finish_all() {
   for (Stream* stream : streams) finish(stream);
 }
 
-void refuse_while_capturing(const char* what) {
-  for (Stream* stream : streams)
-    if (stream->is_capturing && !stream->is_relaxed) say("not allowed while a graph is captured: %s", what);
+thread_local int thread_mode = cudaStreamCaptureModeGlobal;
+
+// What may not be done beside a capture, unless it is relaxed: in its own thread, and, while both the capture's mode and
+// that of this thread are global, in any. It fails, and so will the capture.
+bool is_prohibited(const char* what) {
+  bool is_any = false;
+  for (Stream* stream : streams) {
+    if (!stream->is_capturing || stream->mode == cudaStreamCaptureModeRelaxed) continue;
+    bool is_mine = stream->capturer == std::this_thread::get_id();
+    bool is_global = stream->mode == cudaStreamCaptureModeGlobal && thread_mode == cudaStreamCaptureModeGlobal;
+    if (!is_mine && !is_global) continue;
+    say("not allowed while a graph is captured: %s", what);
+    is_any = stream->is_spoilt = true;
+  }
+  return is_any;
 }
 
 bool spoils_a_capture() {
@@ -196,7 +211,7 @@ extern "C" {
 
 cudaError_t cudaMalloc(void** address, size_t size) {
   Lock lock(mutex);
-  refuse_while_capturing("cudaMalloc");
+  if (is_prohibited("cudaMalloc")) return cudaErrorStreamCaptureUnsupported;
   return allocate(address, size);
 }
 
@@ -205,7 +220,7 @@ cudaError_t cudaMallocFromPoolAsync(void** address, size_t size, cudaMemPool_t, 
   return allocate(address, size);
 }
 
-cudaError_t cudaFree(void* address) {
+cudaError_t cudaFreeAsync(void* address, cudaStream_t) {
   Lock lock(mutex);
   if (address == nullptr) return cudaSuccess;
   finish_all();
@@ -218,10 +233,15 @@ cudaError_t cudaFree(void* address) {
   return cudaSuccess;
 }
 
-cudaError_t cudaFreeAsync(void* address, cudaStream_t) { return cudaFree(address); }
+cudaError_t cudaFree(void* address) {
+  Lock lock(mutex);
+  if (address != nullptr && is_prohibited("cudaFree")) return cudaErrorStreamCaptureUnsupported;
+  return cudaFreeAsync(address, nullptr);
+}
 
 cudaError_t cudaHostAlloc(void** address, size_t size, unsigned) {
   Lock lock(mutex);
+  if (is_prohibited("cudaHostAlloc")) return cudaErrorStreamCaptureUnsupported;
   *address = aligned_alloc(4096, (size + 4095) / 4096 * 4096);
   pinned[static_cast<char*>(*address)] = size;
   return cudaSuccess;
@@ -231,6 +251,7 @@ cudaError_t cudaMallocHost(void** address, size_t size) { return cudaHostAlloc(a
 
 cudaError_t cudaFreeHost(void* address) {
   Lock lock(mutex);
+  if (is_prohibited("cudaFreeHost")) return cudaErrorStreamCaptureUnsupported;
   finish_all();
   pinned.erase(static_cast<char*>(address));
   mapped.erase(address);
@@ -259,7 +280,7 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
 
 cudaError_t cudaMemcpy(void* target, const void* source, size_t size, cudaMemcpyKind) {
   Lock lock(mutex);
-  refuse_while_capturing("cudaMemcpy");
+  if (is_prohibited("cudaMemcpy")) return cudaErrorStreamCaptureUnsupported;
   finish_default();
   copy(target, source, size);
   return cudaSuccess;
@@ -383,7 +404,8 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode mo
   finish(stream_of(handle));
   stream_of(handle)->is_capturing = true;
   stream_of(handle)->is_spoilt = false;
-  stream_of(handle)->is_relaxed = mode == cudaStreamCaptureModeRelaxed;
+  stream_of(handle)->mode = mode;
+  stream_of(handle)->capturer = std::this_thread::get_id();
   return cudaSuccess;
 }
 
@@ -427,6 +449,7 @@ cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
 
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
   Lock lock(mutex);
+  if (is_prohibited("cudaGraphExecDestroy")) return cudaErrorStreamCaptureUnsupported;
   finish_all();
   delete reinterpret_cast<Graph*>(executable);
   return cudaSuccess;
@@ -685,6 +708,11 @@ int cuMemcpyDtoHAsync_v2(void* target, const void* source, size_t size, cudaStre
 
 int cuMemcpyDtoDAsync_v2(void* target, const void* source, size_t size, cudaStream_t stream) {
   return contexts.empty() ? kNoContext : cudaMemcpyAsync(target, source, size, cudaMemcpyDeviceToDevice, stream);
+}
+
+int cuThreadExchangeStreamCaptureMode(int* mode) {
+  std::swap(*mode, thread_mode);
+  return 0;
 }
 
 int cuStreamBeginCapture_v2(cudaStream_t stream, int mode) {

@@ -55,6 +55,7 @@ class Driver:
         self.gpus, self.status = gpus, status
         self.stack: list[int | None] = []
         self.waited: list[Any] = []
+        self.modes: list[int] = []
 
     def cuInit(self, flags: int) -> int:
         return self.status
@@ -87,6 +88,11 @@ class Driver:
         self.stack.append(context.value)
         return 0
 
+    def cuThreadExchangeStreamCaptureMode(self, mode: Any) -> int:
+        assert self.stack
+        self.modes.append(mode._obj.value)
+        return 0
+
     def cuCtxSynchronize(self) -> int:
         self.waited.append(self.stack[-1] if self.stack else None)
         return self.status
@@ -115,6 +121,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
             return driver
 
         monkeypatch.setattr(module, "driver", load)
+        monkeypatch.setattr(module, "_of_thread", threading.local())  # what this one is told, a real one is not
         engine = SimpleNamespace(get_available_providers=lambda: list(providers), __file__="/nowhere/onnxruntime/x.py")
         monkeypatch.setattr(module, "import_engine", lambda: engine)
         for function in cached:
@@ -185,6 +192,17 @@ def test_waiting_is_for_the_gpu_that_is_named(machine: Any) -> None:
     driver.status = 0
     synchronize_default_stream(1)
     assert driver.waited[-1] == (1001, 1)
+
+
+def test_each_thread_is_told_once_that_other_threads_captures_do_not_concern_it(machine: Any) -> None:
+    driver = Driver(1)
+    machine(driver)
+    for _ in range(2):
+        synchronize(0)
+    assert driver.modes == [1]  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(synchronize, 0).result()
+    assert driver.modes == [1, 1]
 
 
 def test_the_application_s_gpu_stays_the_current_one(
@@ -746,6 +764,65 @@ def test_threads_share_the_gpu(both: tuple[VAE, VAE, np.ndarray]) -> None:
             for found, wanted in zip((*mine, *others), (*expected, *expected), strict=True):
                 np.testing.assert_allclose(found[0], wanted[0], atol=1e-5)
                 np.testing.assert_allclose(found[1], wanted[1], atol=1e-5)
+
+
+@with_gpu
+def test_a_thread_that_captures_disturbs_no_calls(
+    both: tuple[VAE, VAE, np.ndarray], tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the mode that onnxruntime captures in, which concerns all threads: they take memory, copy, free graphs."""
+    gpu, cpu, x = both
+    monkeypatch.setattr(trial, "_relative_time", lambda call, plain: 2.0)  # onnxruntime makes the graph, and frees it
+    stream, begun, done = Stream(0), threading.Event(), threading.Event()
+
+    def capture() -> tuple[int, int]:
+        graph = ctypes.c_void_p()
+        with stream._context:
+            first = module.driver().cuStreamBeginCapture_v2(stream._stream, 0)  # CU_STREAM_CAPTURE_MODE_GLOBAL
+            begun.set()
+            done.wait(60)
+            return first, module.driver().cuStreamEndCapture(stream._stream, ctypes.byref(graph))
+
+    with VAE.load(tiny_path, device="cuda") as warm, ThreadPoolExecutor(1) as pool:
+        warm.warmup([2])
+        captured = pool.submit(capture)
+        assert begun.wait(60)
+        try:
+            np.testing.assert_allclose(gpu.reconstruct(x[:3]), cpu.reconstruct(x[:3]), atol=1e-5)
+            np.testing.assert_allclose(gpu.encode_to_device(x).mean.numpy(), cpu.encode(x).mean, atol=1e-5)
+            warm.close()
+            gc.collect()
+        finally:
+            done.set()
+        assert captured.result() == (0, 0)
+
+
+@with_gpu
+@pytest.mark.parametrize("work", ["load", "warmup", "wait"])
+def test_what_waits_for_the_whole_gpu_lets_a_capture_end(tiny_path: Path, images: np.ndarray, work: str) -> None:
+    """onnxruntime does, when it opens a session."""
+    begun = threading.Event()
+
+    def step() -> None:
+        begun.set()
+        time.sleep(0.3)  # in which the other thread would do harm
+
+    def capture() -> object:
+        stream = Stream(0)
+        with stream:
+            return stream.capture([step], [])
+
+    with VAE.load(tiny_path, device="cuda") as vae, ThreadPoolExecutor(1) as pool:
+        captured = pool.submit(capture)
+        assert begun.wait(60)
+        if work == "load":
+            VAE.load(tiny_path, device="cuda").close()
+        elif work == "warmup":
+            vae.warmup([2])
+            assert vae.plan["encode"][0]["fixed_on_gpu"][0]["cuda_graph"] is True
+        else:
+            module.synchronize(0)
+        assert captured.result() is not None
 
 
 @with_gpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -79,6 +80,9 @@ class Driver:
 
     def do_cuCtxPopCurrent_v2(self, context: Any) -> None:
         self.stack.pop()
+
+    def do_cuThreadExchangeStreamCaptureMode(self, mode: Any) -> None:
+        pass
 
     def do_cuStreamCreate(self, stream: Any, flags: int) -> None:
         assert flags == 1
@@ -192,7 +196,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     monkeypatch.setattr(cuda, "driver", lambda: found)
     monkeypatch.setattr(cuda_stream, "driver", lambda: found)
     monkeypatch.setattr(cuda_graph, "driver", lambda: found)
-    monkeypatch.setattr(cuda_stream, "_of_thread", type(cuda_stream._of_thread)())
+    monkeypatch.setattr(cuda_stream, "_of_thread", threading.local())
+    monkeypatch.setattr(cuda, "_of_thread", threading.local())  # what this one is told, a real one is not
     monkeypatch.setattr(cuda_stream, "_idle", {})
     cuda._primary_context.cache_clear()
     yield found

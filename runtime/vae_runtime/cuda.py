@@ -80,7 +80,7 @@ def synchronize(index: int) -> None:
     Raises:
         DeviceError: some of it failed, or is being captured into a CUDA graph, which allows no such wait.
     """
-    with capturing, ContextOf(index):
+    with ContextOf(index), capturing:  # in this order: a forked child may find the lock taken for ever
         _require_done(index, driver().cuCtxSynchronize())
 
 

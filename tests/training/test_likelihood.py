@@ -93,3 +93,14 @@ def test_against_a_computation_in_float64() -> None:
 def test_the_same_seed_measures_the_same(weight: np.ndarray, x: np.ndarray) -> None:
     objective = linear_gaussian(weight, wrong=0.15)
     assert measure_nll(objective, x, 1, 3) == measure_nll(objective, x, 1, 3) != measure_nll(objective, x, 2, 3)
+
+
+def test_it_is_of_the_model_as_it_is_used() -> None:
+    """BatchNorm has what it learnt, not this batch's mean, and learns nothing more."""
+    torch.manual_seed(0)
+    objective = Objective(build_model(default_config("conv", "vae", (1, 8, 8), 3)), "bernoulli").train()
+    before = {name: value.clone() for name, value in objective.state_dict().items()}
+    x = np.random.default_rng(0).random((64, 1, 8, 8), dtype=np.float32)
+    found = measure_nll(objective, x, 0, 2)
+    assert found == measure_nll(objective.eval(), x, 0, 2)
+    assert all(torch.equal(value, before[name]) for name, value in objective.state_dict().items())

@@ -37,7 +37,7 @@ class Calibration(NamedTuple):
             InputError: `quantile` is not strictly between 0 and 1, or so high that these examples cannot tell it.
             NotInBundleError: this method was not calibrated.
         """
-        if isinstance(quantile, bool) or not isinstance(quantile, Real) or not 0 < quantile < 1:
+        if not isinstance(quantile, Real) or not 0 < quantile < 1:
             raise InputError(f"quantile is {quantile!r}; expected a number above 0 and below 1")
         if quantile > 1 - 1 / self.examples:
             raise InputError(

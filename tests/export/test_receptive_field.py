@@ -399,6 +399,8 @@ UNBOUNDED: dict[str, tuple[Callable[[Network], Network], str]] = {
     "transposed": (lambda n: n.add("Transpose", perm=[0, 1, 3, 2]), "another layout"),
     "valid": (lambda n: n.conv(3, pads=[0] * 4), "an output that is no multiple"),
     "cropped": (lambda n: n.conv(3).crop(4, 4).pad(4, 4).conv(3), "Slice or cropping"),
+    "cropped-before": (lambda n: n.conv(3).crop(2, 0).pad(0, 2).conv(3, pads=[1] * 4), "Slice or cropping"),
+    "cropped-after": (lambda n: n.conv(3).crop(0, 2).pad(2, 0).conv(3, pads=[1] * 4), "Slice or cropping"),
     "wrap": (lambda n: n.pad(2, 2, "wrap"), "Pad (mode"),
     "repeated": (lambda n: n.add("Tile", np.array([1, 1, 2, 1])).conv(3, 2), "Conv"),
     "everywhere": (everywhere, "ReduceMean"),

@@ -451,7 +451,8 @@ def test_thresholds_hold_for_the_tiles_of_the_calibration_where_they_are_an_appr
     free_path: Path, tmp_path: Path
 ) -> None:
     calibration = {"source": "data", "examples": 100, "levels": [0, 1], "scores": {"reconstruction": [0, 1]}}
-    for name, tiling in (("exact", EXACT), ("wide", WIDE)):
+    halves = {"exact": EXACT, "wide": WIDE, "encoder": (WIDE[0], EXACT[1]), "decoder": (EXACT[0], WIDE[1])}
+    for name, tiling in halves.items():
         for calibrated in (None, 12):
             (tmp_path / f"{name}{calibrated}").mkdir()
             changed = calibration if calibrated is None else {**calibration, "tile": calibrated}

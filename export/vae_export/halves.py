@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from vae_runtime.preprocess import Float32
 
 HALF_NAMES = ("encoder", "decoder")  # in this order everywhere
+Pair = tuple[bytes | None, bytes | None]  # graphs of both; None is fp32's
 
 
 def graph_file(half: str, precision: str = "fp32") -> str:
@@ -24,6 +25,17 @@ class ReducedHalf(NamedTuple):
     graph: bytes | None
     twin: bytes | None
     kept: list[str]
+
+
+class ReducedPair(NamedTuple):
+    """Both halves in a lower precision, and what was decided on the way to them, for the manifest's `quality`.
+
+    graphs: what ships, by half; None where a half stays as it is in fp32. twins: what is measured in their place.
+    """
+
+    graphs: Pair
+    twins: Pair
+    notes: dict[str, Any]
 
 
 class Halves(Protocol):

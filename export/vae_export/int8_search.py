@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Any
 
 from .activation_ranges import METHODS
-from .halves import HALF_NAMES
-from .judge import Judge, Pair
+from .halves import HALF_NAMES, Pair, ReducedPair
+from .judge import Judge
 from .quality import Budget, Measurement
 from .quantize import QuantizableGraph
 
 ENOUGH = 0.5  # of the budget: a way of calibration that uses no more is taken without trying the next
 Layer = tuple[int, str]  # which half, and the node's name
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A precision's graphs, and what was decided on the way to them, for the manifest's `quality`.
-
-    graphs: what ships, by half; None where a half stays as it is in fp32. twins: what is measured in their place.
-    """
-
-    graphs: Pair
-    twins: Pair
-    notes: dict[str, Any]
 
 
 class LayerSearch:
@@ -43,7 +29,7 @@ class LayerSearch:
         self._layers: list[Layer] = [(half, node) for half in (0, 1) for node in halves[half].nodes]
         self._methods = ("", "")
 
-    def run(self) -> tuple[Candidate, Measurement] | None:
+    def run(self) -> tuple[ReducedPair, Measurement] | None:
         """The first within the budget; else everything in int8, which misses it; None where nothing can be in int8."""
         if not self._layers:
             return None
@@ -86,7 +72,7 @@ class LayerSearch:
         )
         return encoder, decoder
 
-    def _measured(self, kept: Collection[Layer]) -> tuple[Candidate, Measurement]:
+    def _measured(self, kept: Collection[Layer]) -> tuple[ReducedPair, Measurement]:
         graphs = self._build([layer for layer in self._layers if layer not in kept])
         notes = {
             "calibration": dict(zip(HALF_NAMES, self._methods, strict=True)),
@@ -97,4 +83,4 @@ class LayerSearch:
             },
             "layers": {name: len(self._halves[half].nodes) for half, name in enumerate(HALF_NAMES)},
         }
-        return Candidate(graphs, graphs, notes), self._final.measure(graphs)
+        return ReducedPair(graphs, graphs, notes), self._final.measure(graphs)

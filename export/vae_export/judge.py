@@ -18,10 +18,9 @@ from vae_runtime.posterior import Posterior
 from vae_runtime.preprocess import Float32
 from vae_runtime.session import GraphSession
 
+from .halves import Pair
 from .in_memory import open_graph
 from .quality import NOISE_SEED, Figures, Measurement
-
-Pair = tuple[bytes | None, bytes | None]  # encoder and decoder; None is fp32's
 
 BATCH_SIZE = 32
 CODEC_EXAMPLES = 64

@@ -15,9 +15,9 @@ from vae_runtime.preprocess import Float32
 
 from .activation_ranges import activation_inputs
 from .float16 import ConvertibleGraph
-from .halves import HALF_NAMES, Halves, ReducedHalf, graph_file
-from .int8_search import Candidate, LayerSearch
-from .judge import Judge, Pair
+from .halves import HALF_NAMES, Halves, Pair, ReducedHalf, ReducedPair, graph_file
+from .int8_search import LayerSearch
+from .judge import Judge
 from .quality import Budget, Measurement
 from .quantize import QuantizableGraph
 from .tf32 import tf32_twin, with_exact_first_layer
@@ -76,14 +76,14 @@ def make_precisions(
 
 def _int8(
     graphs: tuple[bytes, bytes], inputs: Mapping[str, Float32], trial: Judge, final: Judge, wanted: Wanted
-) -> tuple[Candidate, Measurement] | None:
+) -> tuple[ReducedPair, Measurement] | None:
     halves = QuantizableGraph(graphs[0], inputs[INPUT]), QuantizableGraph(graphs[1], inputs[LATENT])
     return LayerSearch(halves, trial, final, wanted.budget).run()
 
 
 def _fp16(
     graphs: tuple[bytes, bytes], inputs: Mapping[str, Float32], trial: Judge, final: Judge
-) -> tuple[Candidate, Measurement] | None:
+) -> tuple[ReducedPair, Measurement] | None:
     halves = ConvertibleGraph(graphs[0], inputs[INPUT]), ConvertibleGraph(graphs[1], inputs[LATENT])
     encoder, decoder = (half.build() for half in halves)
     if encoder.graph is None and decoder.graph is None:
@@ -92,7 +92,7 @@ def _fp16(
     return _measured(final, encoder, decoder, calibration_examples=len(inputs[INPUT]))
 
 
-def _tf32(graphs: tuple[bytes, bytes], trial: Judge, final: Judge) -> tuple[Candidate, Measurement] | None:
+def _tf32(graphs: tuple[bytes, bytes], trial: Judge, final: Judge) -> tuple[ReducedPair, Measurement] | None:
     encoder, decoder = (ReducedHalf(None, tf32_twin(graph), []) for graph in graphs)
     if encoder.twin is None and decoder.twin is None:
         return None
@@ -118,16 +118,18 @@ def _exact_if_worth_it(
     return exact if trial.round_trip_error((exact.twin, decoder.twin)) <= enough else encoder
 
 
-def _measured(final: Judge, encoder: ReducedHalf, decoder: ReducedHalf, **notes: Any) -> tuple[Candidate, Measurement]:
+def _measured(
+    final: Judge, encoder: ReducedHalf, decoder: ReducedHalf, **notes: Any
+) -> tuple[ReducedPair, Measurement]:
     twins = encoder.twin, decoder.twin
     kept = dict(zip(HALF_NAMES, (encoder.kept, decoder.kept), strict=True))
-    return Candidate((encoder.graph, decoder.graph), twins, {**notes, "kept_fp32": kept}), final.measure(twins)
+    return ReducedPair((encoder.graph, decoder.graph), twins, {**notes, "kept_fp32": kept}), final.measure(twins)
 
 
 def _decide(
     made: Made,
     name: str,
-    found: tuple[Candidate, Measurement] | None,
+    found: tuple[ReducedPair, Measurement] | None,
     final: Judge,
     wanted: Wanted,
     golden: Mapping[str, Float32],

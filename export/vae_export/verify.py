@@ -35,9 +35,9 @@ class Fidelity:
     """How far the exported graphs are from PyTorch, max|Δ| over all inputs and batch sizes.
 
     against: what computed the reference. examples: different inputs that were compared, at every batch size; where they
-        are fewer than the largest, weaker copies of them fill it. sizes: (H, W) of
-        them, where free. tolerance: on reconstructions, relative to the data's range; ten times that on mean and
-        logvar, relative to max|reference|. logvar_max_error: None for an autoencoder.
+        are fewer than the largest, weaker copies of them fill it. sizes: (H, W) of them, where free. tolerance: on
+        reconstructions, relative to the data's range; ten times that on mean and logvar, relative to max|reference|.
+        logvar_max_error: None for an autoencoder.
     """
 
     against: str

@@ -69,9 +69,9 @@ def check_sides(size: Any) -> tuple[int, int]:
 def check_cut(size: Any, shape: tuple[int, ...], multiple: int) -> tuple[int, int]:
     """The (height, width) to which images of `shape` are cut, where padding to multiples made them from that size."""
     height, width = check_sides(size)
-    if len(shape) != 4 or padded_size(height, width, multiple) != shape[2:]:
-        raise InputError(
-            f"size is {(height, width)}; these latents are of images of {shape[2:]}, or up to {multiple - 1} pixels"
-            " less on each side"
-        )
+    if len(shape) != 4:
+        raise InputError(f"size is {(height, width)}; it is of images, and these latents are of vectors")
+    if padded_size(height, width, multiple) != shape[2:]:
+        less = f", or up to {multiple - 1} pixels less on each side" if multiple > 1 else ""
+        raise InputError(f"size is {(height, width)}; these latents are of images of {shape[2:]}{less}")
     return height, width

@@ -39,25 +39,7 @@ picture_format_option = click.option(
 )
 
 
-class _GoldenSource:
-    """The bundle's golden inputs, as a source."""
-
-    def __init__(self, images: Any) -> None:
-        self._images = images
-        self.names = [f"golden#{index}" for index in range(len(images))]
-
-    def example_shape(self, multiple: int = 1) -> tuple[int, ...]:
-        return tuple(self._images.shape[1:])
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def batches(self, size: int) -> Iterator[Any]:
-        for start in range(0, len(self), size):
-            yield self._images[start : start + size]
-
-
-Source = sources.PictureSource | sources.ArraySource | _GoldenSource
+Source = sources.PictureSource | sources.ArraySource | sources.MemorySource
 
 
 @contextmanager
@@ -67,7 +49,7 @@ def command_inputs(vae: VAE, inputs: tuple[str, ...], golden: bool, pad: bool) -
     spec = vae.manifest.input
     if pad and not spec.is_free:
         raise InputError(f"--pad is for bundles that leave height and width free; this one takes {describe(spec)}")
-    yield _GoldenSource(vae.golden()[INPUT]) if golden else sources.open_inputs(inputs, spec, pad)
+    yield sources.MemorySource(vae.golden()[INPUT], "golden#") if golden else sources.open_inputs(inputs, spec, pad)
 
 
 def fitting(batch: Any, spec: InputSpec, names: list[str], pad: bool) -> tuple[Any, tuple[int, int] | None]:

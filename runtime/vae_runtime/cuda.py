@@ -109,23 +109,24 @@ class ContextOf(contextlib.AbstractContextManager[None]):
     def __init__(self, index: int) -> None:
         self._index, self.handle = index, _primary_context(index)
         self._push, self._pop = driver().cuCtxPushCurrent_v2, driver().cuCtxPopCurrent_v2
+        self._exchange_mode = driver().cuThreadExchangeStreamCaptureMode
         self._popped = ctypes.byref(ctypes.c_void_p())
 
     def __enter__(self) -> None:
         if (status := self._push(self.handle)) != 0:
             raise DeviceError(f"GPU {self._index} cannot be used in this thread (CUDA error {status})")
         if not hasattr(_of_thread, "minds_its_own_captures"):
-            _mind_own_captures()
+            self._mind_own_captures()
 
     def __exit__(self, *_: object) -> None:
         self._pop(self._popped)
 
-
-def _mind_own_captures() -> None:
-    """In this thread, for good. While a thread captures a CUDA graph as onnxruntime does, CUDA lets those that are not
-    told so take and free no memory: their calls fail, the capture does, and freeing a graph then ends the process."""
-    driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(ctypes.c_int(_THREAD_LOCAL)))
-    _of_thread.minds_its_own_captures = True
+    def _mind_own_captures(self) -> None:
+        """In this thread, for good. While a thread captures a CUDA graph as onnxruntime does, CUDA lets those that are
+        not told so take and free no memory: their calls fail, the capture does, and freeing a graph then ends the
+        process."""
+        self._exchange_mode(ctypes.byref(ctypes.c_int(_THREAD_LOCAL)))
+        _of_thread.minds_its_own_captures = True
 
 
 def made_current(memory: tuple[str, int]) -> contextlib.AbstractContextManager[None]:

@@ -32,11 +32,11 @@ class ResidentCall:
     Below onnxruntime's public layer, which takes a third of such a call's time to look the device's name up.
     """
 
-    def __init__(self, session: GraphSession, memory: tuple[str, int]) -> None:
+    def __init__(self, session: GraphSession) -> None:
         self._input, *self._outputs = session.names
         binding = session.io_binding()
         self._binding, self._run = binding._iobinding, session.bound_run(binding)
-        self._device, self._wrap = _engines_device(memory), import_engine().OrtValue
+        self._device, self._wrap = _engines_device(session.device.memory), import_engine().OrtValue
 
     def __call__(self, value: Any) -> list[Any]:
         """An `OrtValue` -> the outputs as such, which belong to the caller; raises what the engine raises."""

@@ -124,7 +124,7 @@ def elbo(
     """As `VAE.elbo`."""
     likelihood, count = require_likelihood(manifest, "elbo"), check_count(n_samples, "n_samples")
     stream, results = NormalStream(seed), []
-    for block, posterior, rows in _encoded(manifest, operations, inputs, batch_size):
+    for block, posterior, rows in encoded(manifest, operations, inputs, batch_size):
         x = comparable(manifest.input, targets(likelihood, block.x))
         sums = np.zeros(len(x))
         for draws in posterior_draws(operations[1], posterior, count, stream, rows, len(inputs) * count):
@@ -147,7 +147,7 @@ def log_likelihood(
     likelihood, count = require_likelihood(manifest, "log_likelihood"), check_count(n_samples, "n_samples")
     stream = SharedNoise(seed, count) if shared else NormalStream(seed)
     results, done = [], 0
-    for block, posterior, rows in _encoded(manifest, operations, inputs, batch_size):
+    for block, posterior, rows in encoded(manifest, operations, inputs, batch_size):
         x = comparable(manifest.input, targets(likelihood, block.x))
         average = LogMeanExp(len(x))
         for draws in posterior_draws(operations[1], posterior, count, stream, rows, len(inputs) * count):
@@ -161,7 +161,7 @@ def log_likelihood(
     return np.concatenate(results)
 
 
-def _encoded(
+def encoded(
     manifest: Manifest, operations: Operations, inputs: Any, batch_size: int | None
 ) -> Iterator[tuple[Block, Posterior, int]]:
     """Block after block with its posteriors, and how many latents to decode at once."""
@@ -209,7 +209,7 @@ def reconstruct(
             f"n_samples is {n_samples!r}, which needs a distribution; {manifest.name} is a plain autoencoder"
         )
     count, stream, results = check_count(n_samples, "n_samples"), NormalStream(seed), []
-    for block, posterior, rows in _encoded(manifest, operations, inputs, batch_size):
+    for block, posterior, rows in encoded(manifest, operations, inputs, batch_size):
         mean = np.zeros((len(block.x), block.x[0].size))
         deviations, seen = np.zeros_like(mean), np.zeros((len(mean), 1))
         for part, _, _, decoded in posterior_draws(operations[1], posterior, count, stream, rows, len(inputs) * count):

@@ -23,7 +23,7 @@ from .manifest import LOGVAR, MEAN, Manifest
 from .posterior import Posterior
 from .preprocess import Float32
 from .sinks import ArrayWriter, unused_name
-from .sources import ArraySource
+from .sources import ArraySource, MemorySource
 
 FORMATS = ("npz", "safetensors")
 LATENT_SUFFIXES = (".npy", ".npz", ".safetensors")
@@ -174,7 +174,7 @@ class LatentFile:
             name = next((name for name in ("z", MEAN, "codes") if name in arrays), None)
             if name is None:
                 raise InputError(f"{path} holds the arrays {sorted(arrays)}; expected z, mean or codes")
-            self._source: _Array | ArraySource = _Array(arrays[name], f"{path.name}#")
+            self._source: MemorySource | ArraySource = MemorySource(arrays[name], f"{path.name}#")
         else:
             self._source = ArraySource(path, ("z", MEAN, "codes"))
             name = self._source.member
@@ -230,24 +230,6 @@ def open_latents(path: str) -> list[LatentFile]:
     if not files:
         raise InputError(f"{path} holds no files of latents; looked for {', '.join(LATENT_SUFFIXES)}")
     return [LatentFile(file) for file in files]
-
-
-class _Array:
-    """An array in memory as a source."""
-
-    def __init__(self, array: NDArray[Any], prefix: str) -> None:
-        self._array = array
-        self.names = [f"{prefix}{index}" for index in range(len(array))]
-
-    def __len__(self) -> int:
-        return len(self._array)
-
-    def outline(self) -> NDArray[Any]:
-        return self._array
-
-    def batches(self, size: int) -> Iterator[NDArray[Any]]:
-        for start in range(0, len(self._array), size):
-            yield self._array[start : start + size]
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:

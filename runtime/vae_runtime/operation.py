@@ -103,7 +103,7 @@ class Operation:
         self.channels_first = channels_first
         self.routes = tuple(routes)
         self._boundary = boundary
-        self._check = check
+        self.check = check
         self._rule = rule
         self._free: dict[tuple[int, ...], list[BoundCall | DeviceCall]] = {}
         self._own: dict[tuple[int, ...], DeviceCall] = {}  # of sessions for one shape
@@ -133,15 +133,11 @@ class Operation:
             pixels = self.channels_first(array)
             if pixels is not None and len(array) > (size := self.chunk_size(batch_size, pixels.shape[1:])):
                 return self._run_bytes(array, pixels.shape, size)
-        checked = self._check(array)
+        checked = self.check(array)
         results = self.run(checked, self.chunk_size(batch_size, checked.shape[1:]))
         if given is not None:
             self._prepare(checked.shape)
         return results
-
-    def check(self, array: Any) -> Float32:
-        """What the caller passed as the graph takes it. Raises `InputError`."""
-        return self._check(array)
 
     def _prepare(self, shape: tuple[int, ...]) -> None:
         """Have one more call of this shape ready: this one found none, or was odd."""
@@ -207,15 +203,15 @@ class Operation:
         """uint8, of which any value is good and which takes four times the memory as float32, in chunks of `size`.
         shape: as the graph has it."""
         if not self._boundary.accepts(shape[1:]):
-            self._check(array)  # says what is wrong
-        chunks = (self._check(array[start : start + size]) for start in range(0, len(array), size))
+            self.check(array)  # says what is wrong
+        chunks = (self.check(array[start : start + size]) for start in range(0, len(array), size))
         return self._joined([self.run(chunk, size, len(array)) for chunk in chunks], shape)
 
     def run_on_device(self, array: Any, name: str) -> list[DeviceArray]:
         """The same without leaving the device's memory, in one piece. array: what a call takes, or an array in that
         memory, whose values are not looked at."""
         if isinstance(array, np.ndarray):
-            checked = self._check(array)
+            checked = self.check(array)
             shared = self.route(len(checked)).any_batch.to_device(checked)
         else:
             shared = from_dlpack(array, self._boundary, self.routes[0].any_batch.device, name)
@@ -227,7 +223,7 @@ class Operation:
 
     def then(self, decoder: Operation, array: Any, batch_size: int | None) -> Float32:
         """Encode, take the mean, decode, without bringing the latents to host memory in between."""
-        checked = self._check(array)
+        checked = self.check(array)
         size, route = self.chunk_size(batch_size, checked.shape[1:]), self.route(len(checked))
         if batch_size is None and route.session(checked.shape) is not route.any_batch:
             pair = self._staged_pair(decoder, checked.shape)
@@ -257,7 +253,7 @@ class Operation:
 
     def run_each(self, array: Any) -> list[tuple[Route, list[Float32]]]:
         """The outputs of every route for the same input."""
-        checked = self._check(array)
+        checked = self.check(array)
         return [(route, route.any_batch.run(checked)) for route in self.routes]
 
     def route(self, examples: int) -> Route:

@@ -11,7 +11,7 @@ from .bundle import Bundle
 from .devices import ALL_PRECISIONS, PROVIDER_PRECISIONS, find_device
 from .errors import DeviceError, InputError
 from .latents import to_decoder_input
-from .manifest import PRECISIONS, Manifest
+from .manifest import Manifest
 from .operation import Candidate, Operation, Route
 from .preprocess import FINITE, UNIT_INTERVAL, channels_first, to_model_input
 from .session import GraphSession
@@ -57,7 +57,7 @@ def check_precision(asked: Any, manifest: Manifest) -> None:
     check_choice(asked, "precision", (*ALL_PRECISIONS, "auto"))
     if asked in manifest.refused:
         raise DeviceError(f"precision {asked!r} is not in {manifest.name}: {manifest.refused[asked]['reason']}")
-    if asked in PRECISIONS and asked not in (*manifest.precisions, *PROVIDER_PRECISIONS):
+    if asked not in (*manifest.precisions, *PROVIDER_PRECISIONS, "auto"):
         raise DeviceError(
             f"precision {asked!r} is not in {manifest.name}, which has {', '.join(sorted(manifest.precisions))}"
         )

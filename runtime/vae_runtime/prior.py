@@ -7,7 +7,6 @@ something to sample from at all (ex-post density estimation: Ghosh et al., 2020,
 from __future__ import annotations
 
 import io
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,16 +46,6 @@ class GaussianMixture(NamedTuple):
         """Uniform numbers in [0, 1), (N,) -> which component each is of, (N,)."""
         edges = np.cumsum(self.weights)
         return np.asarray(np.minimum(np.searchsorted(edges, uniform * edges[-1], side="right"), len(edges) - 1))
-
-    def log_density(self, latents: NDArray[Any]) -> Float64:
-        """log p(z) in nats of each row, (N, D) -> float64 (N,)."""
-        logs = np.empty((len(self.weights), len(latents)))
-        for k, (weight, mean, factor) in enumerate(zip(self.weights, self.means, self.factors, strict=True)):
-            whitened = np.linalg.solve(factor, (latents - mean).T)  # (D, N)
-            normaliser = np.log(np.diag(factor)).sum() + 0.5 * len(mean) * math.log(2 * math.pi)
-            logs[k] = math.log(weight) - 0.5 * np.square(whitened).sum(axis=0) - normaliser
-        peak = logs.max(axis=0)
-        return np.asarray(peak + np.log(np.exp(logs - peak).sum(axis=0)))
 
     def to_npz(self) -> bytes:
         """The bytes of the bundle's prior file: an .npz of `weights`, `means` and `factors`, little-endian float64."""

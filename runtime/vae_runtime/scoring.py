@@ -13,7 +13,7 @@ from .arguments import check_choice
 from .bound_score import BoundScore
 from .calibration import SCORE_METHODS
 from .errors import InputError, NotInBundleError
-from .evidence import Operations, blocks, log_likelihood, require_likelihood
+from .evidence import Operations, encoded, log_likelihood, require_likelihood
 from .likelihood import comparable, negative_log_likelihoods, squared_norms, sums_of_log_likelihoods, targets
 from .manifest import Likelihood, Manifest
 from .posterior import Posterior
@@ -202,10 +202,8 @@ class Scoring:
         return self._blocks(inputs, batch_size, extent)
 
     def _blocks(self, inputs: Any, batch_size: int | None, extent: Extent) -> Iterator[_Piece]:
-        encoder, decoder = self._operations
-        for block in blocks(self._manifest, encoder, inputs, batch_size):
-            posterior = Posterior(*encoder.run(block.x, len(block.x), len(inputs)))
-            x, decoded = block.x, decoder.run(posterior.mean, len(block.x), len(inputs))[0]
+        for block, posterior, _ in encoded(self._manifest, self._operations, inputs, batch_size):
+            x, decoded = block.x, self._operations[1].run(posterior.mean, len(block.x), len(inputs))[0]
             if extent.size is not None:
                 height, width = extent.size
                 x, decoded = (images[..., :height, :width] for images in (x, decoded))

@@ -244,7 +244,7 @@ class GraphSession:
         self._require_own_process()
         with self._naming_errors(len(array)):
             # Taken out while it is in use: a signal's handler may make a call within this one.
-            call = getattr(self._of_thread, "resident", None) or ResidentCall(self, self._memory)
+            call = getattr(self._of_thread, "resident", None) or ResidentCall(self)
             self._of_thread.resident = None
             found = [DeviceArray(value, self._memory) for value in call(array._value)]
             self._of_thread.resident = call

@@ -161,6 +161,27 @@ class ArraySource:
                 yield stream
 
 
+class MemorySource:
+    """An array in memory, whose rows are called `prefix` and their number."""
+
+    def __init__(self, array: NDArray[Any], prefix: str) -> None:
+        self._array = array
+        self.names = [f"{prefix}{index}" for index in range(len(array))]
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def example_shape(self, multiple: int = 1) -> tuple[int, ...]:
+        return tuple(self._array.shape[1:])
+
+    def outline(self) -> NDArray[Any]:
+        return self._array
+
+    def batches(self, size: int) -> Iterator[NDArray[Any]]:
+        for start in range(0, len(self), size):
+            yield self._array[start : start + size]
+
+
 def open_inputs(paths: Sequence[str], spec: InputSpec, pad: bool = False) -> PictureSource | ArraySource:
     """What `paths` name: pictures and folders of pictures in any number, or one .npy or .npz file.
 

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
+from .preprocess import Float32
 
-Float32 = NDArray[np.float32]
 Progress = Callable[[int, int], Any]
 OVERLAP = 4  # blended windows share one part in so many
 

@@ -60,10 +60,10 @@ class VAE:
     def __init__(self, bundle: Bundle, encoder: Operation, decoder: Operation, precision: str) -> None:
         self._bundle = bundle
         self._precision = precision
-        self._device = _joined(route.any_batch.device.name for half in (encoder, decoder) for route in half.routes)
         self._operations: tuple[Operation, Operation] | None = (encoder, decoder)
         self._scores: Scoring | None = None
         devices = [route.any_batch.device for half in (encoder, decoder) for route in half.routes]
+        self._device = _joined(device.name for device in devices)
         self._mixture: GaussianMixture | None = None  # the fitted prior, once it was asked for
         self._is_on_one_gpu = all(device.is_gpu and device.memory == devices[0].memory for device in devices)
 
@@ -82,7 +82,7 @@ class VAE:
         path: the bundle's folder. Every file in it is checked against the manifest.
         device: "cpu", "cuda", "cuda:N", "tensorrt", "tensorrt:N", "openvino", an onnxruntime provider's name, or
             "auto": what `vae-run tune` found fastest on this machine; where it was not run, CUDA where usable, else
-            the CPU.
+            the CPU, and OpenVINO for "bf16".
         precision: one that the bundle has ("fp32", "fp16", "int8"), "bf16" (OpenVINO) or "tf32" (CUDA), which need no
             files of their own, or "auto": what `vae-run tune` found fastest among those within the bundle's quality
             budget; where it was not run, fp32. "auto" may take another precision for calls with another number of
@@ -95,6 +95,7 @@ class VAE:
             DeviceError: the device or the precision is not to be had; there is no silent fallback.
             InputError: no such device name, precision name, thread count or option.
             MissingExtraError: no onnxruntime is installed.
+            OutputError: the folder for TensorRT's engines cannot be made.
         """
         check_device_name(device)
         threads = check_threads(threads)
@@ -154,15 +155,16 @@ class VAE:
         faster: compile the graphs for just that batch size. Each costs memory and time there; results stay the same up
         to rounding. On CUDA each becomes a CUDA graph, and what may be faster is tried: convolutions with the
         channels last, copies through pinned memory in the same graph or around it, outputs that the kernels write to
-        the host's memory. It belongs to the thread that calls this, before other threads use the GPU; calls in other
-        threads run without it.
+        the host's memory. It belongs to the thread that calls this; calls in other threads run without it. What is
+        tried is timed, so best while nobody else uses the GPU.
 
         batch_sizes: numbers of examples that `encode` and `decode` will be given in one call.
         size: (height, width) of these images, where the bundle leaves it free; None: `manifest.input.default_size`.
 
         Raises:
-            InputError: a batch size that is no whole number from 1, a size that does not fit. BundleError: the bundle
-            has been altered or removed since it was loaded. DeviceError: the device failed, as for want of memory.
+            InputError: a batch size that is no whole number from 1, a size that does not fit, more than 8 sizes in all
+            where each has a session of its own. BundleError: the bundle has been altered or removed since it was
+            loaded. DeviceError: the device failed, as for want of memory. ClosedError: after `close()`.
         """
         if isinstance(batch_sizes, (str, bytes)) or not isinstance(batch_sizes, Sequence):
             raise InputError(f"batch_sizes is {batch_sizes!r}; expected a sequence such as (1, 32)")
@@ -254,7 +256,8 @@ class VAE:
 
         Raises:
             KindError: the bundle is a plain autoencoder, which has no prior but a fitted one. NotInBundleError: no
-            prior was fitted. InputError: an argument out of range.
+            prior was fitted. BundleError: its file is damaged, which shows when it is used first. InputError: an
+            argument out of range. ClosedError: after `close()`.
         """
         batches = self.sample_batches(
             n, seed, temperature, prior=prior, truncation=truncation, batch_size=batch_size, size=size
@@ -280,8 +283,8 @@ class VAE:
         """The same examples as `sample`, batch by batch, for more than fit into memory.
 
         Raises:
-            As `sample`, for its arguments at once; later where latents leave float32 at a temperature beyond 1e30, and
-            ClosedError if the bundle is closed between two batches.
+            As `sample`, for its arguments at once; later where latents leave float32, as at a temperature beyond 1e30
+            or with a fitted prior of such numbers, and ClosedError if the bundle is closed between two batches.
         """
         from .prior import LatentStream, choose_prior  # late: not every application samples
 
@@ -350,7 +353,8 @@ class VAE:
         seed: of these draws, which for the n-th example do not depend on `batch_size`; None: fresh ones.
 
         Raises:
-            As `encode`. KindError: `n_samples` for a plain autoencoder, which has no distribution.
+            As `encode`. InputError: `seed` without `n_samples`, or `n_samples` beside `tile` or `progress`. KindError:
+            `n_samples` for a plain autoencoder, which has no distribution.
         """
         encoder, decoder = self._open_operations()
         inputs, size = self._padded(inputs) if check_flag(pad, "pad") else (inputs, None)
@@ -628,7 +632,7 @@ class VAE:
         `vae_runtime.interpolation`.
 
         Raises:
-            InputError: not one example each, fewer than 2 steps, another method.
+            InputError: not one example each, latents of two shapes, fewer than 2 steps, another method.
         """
         start, end = self._codes(a, "a"), self._codes(b, "b")
         for name, latent in (("a", start), ("b", end)):
@@ -707,7 +711,11 @@ class VAE:
         return SelfTest(self.device, self._precision, routes)
 
     def golden(self) -> dict[str, Float32]:
-        """The bundle's golden inputs `x` with the reference's `mean`, `logvar` and `reconstruction`, new arrays."""
+        """The bundle's golden inputs `x` with the reference's `mean`, `logvar` and `reconstruction`, new arrays.
+
+        Raises:
+            BundleError: the golden file has been altered or removed. ClosedError: after `close()`.
+        """
         self._open_operations()
         return self._bundle.golden()
 

@@ -53,29 +53,6 @@ def fitted_autoencoder(vectors_path: Path, tmp_path: Path, give_prior: Any) -> P
     return Path(give_prior(Path(shutil.copytree(vectors_path, tmp_path / "ae.vae")), make_mixture(1, 2)))
 
 
-# --- the density ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("components", "dimensions"), [(1, 1), (1, 4), (3, 4), (10, 7)])
-def test_log_density_is_that_of_scipy(components: int, dimensions: int) -> None:
-    stats = pytest.importorskip("scipy.stats")
-    mixture = make_mixture(components, dimensions)
-    z = np.random.default_rng(1).normal(0, 3, (50, dimensions)).astype(np.float32)
-    expected = np.logaddexp.reduce(
-        [
-            np.log(weight) + stats.multivariate_normal(mean, factor @ factor.T).logpdf(z)
-            for weight, mean, factor in zip(*mixture, strict=True)
-        ]
-    )
-    np.testing.assert_allclose(mixture.log_density(z), expected.ravel(), rtol=1e-9)
-
-
-def test_log_density_far_away_is_finite_also_beside_what_is_near() -> None:
-    far = THREE.log_density(np.full((1, 4), 1e4))
-    assert np.isfinite(far).all()
-    assert np.array_equal(THREE.log_density(np.array([[1e4] * 4, [0.0] * 4]))[:1], far)
-
-
 # --- draws ------------------------------------------------------------------------------------------------------------
 
 

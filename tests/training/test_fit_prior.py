@@ -19,6 +19,14 @@ def log_normal(x: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> np.nd
     return -0.5 * ((left @ np.linalg.inv(covariance) * left).sum(1) + determinant + x.shape[1] * math.log(2 * math.pi))
 
 
+def log_density(prior: GaussianMixture, latents: np.ndarray) -> np.ndarray:
+    parts = [
+        math.log(weight) + log_normal(latents, mean, factor @ factor.T)
+        for weight, mean, factor in zip(*prior, strict=True)
+    ]
+    return np.asarray(np.logaddexp.reduce(parts))
+
+
 @pytest.fixture
 def clusters() -> np.ndarray:
     """A fifth of all around (20, 0), four fifths around (0, -20), each of its own form."""
@@ -39,7 +47,7 @@ def test_a_gaussian_has_the_mean_and_the_covariance_of_the_latents(unit: float) 
     np.testing.assert_allclose(prior.means[0], latents.mean(0), rtol=1e-6)
     np.testing.assert_allclose(prior.factors[0] @ prior.factors[0].T, covariance, rtol=1e-4)
     np.testing.assert_allclose(
-        prior.log_density(latents), log_normal(latents, latents.mean(0), covariance), rtol=1e-4, atol=1e-3
+        log_density(prior, latents), log_normal(latents, latents.mean(0), covariance), rtol=1e-4, atol=1e-3
     )
 
 
@@ -52,8 +60,8 @@ def test_a_mixture_finds_the_clusters_in_any_unit(clusters: np.ndarray, unit: fl
         np.testing.assert_allclose(prior.means[k] / unit, rows.mean(0), atol=1e-6)
         covariance = prior.factors[k] @ prior.factors[k].T / unit**2
         np.testing.assert_allclose(covariance, np.cov(rows, rowvar=False, bias=True), rtol=1e-2, atol=1e-3)
-    alone = fit_prior(clusters, "gaussian")
-    assert fit_prior(clusters, "mixture", 2).log_density(clusters).mean() > alone.log_density(clusters).mean() + 1
+    alone, both = (fit_prior(clusters, *kind) for kind in (("gaussian",), ("mixture", 2)))
+    assert log_density(both, clusters).mean() > log_density(alone, clusters).mean() + 1
 
 
 def test_draws_are_like_the_latents(clusters: np.ndarray) -> None:
@@ -83,7 +91,7 @@ def test_collapsed_dimensions_leave_a_density(kind: str, components: int, collap
         latents[:] = 0.7
     prior = fit_prior(latents, kind, components)
     assert GaussianMixture.from_npz(prior.to_npz(), components, 4)  # checked there
-    assert np.isfinite(prior.log_density(latents)).all()
+    assert np.isfinite(log_density(prior, latents)).all()
     if collapsed == "all":
         np.testing.assert_allclose(prior.factors[0] @ prior.factors[0].T, 1e-6 * np.eye(4), atol=1e-20)
     draws = prior.transform(np.ones((components, 4), np.float32), np.arange(components))

@@ -80,9 +80,7 @@ def load(source: str, options: ImportOptions) -> Imported:
     return Imported(
         reference,
         match[2].rpartition(".")[2],
-        sizes.input_shape,
-        sizes.multiple_of,
-        sizes.default_size,
+        *sizes,
         options.input_range,
         origin={"library": "torch", "version": torch.__version__, "factory": source},
     )

@@ -29,28 +29,6 @@ class Reading(NamedTuple):
     meaning: str = "logvar"
 
 
-class Encoder(nn.Module):
-    """x (N, *input_shape), images in [0, 1] -> (mean, logvar), or the code of an autoencoder."""
-
-    def __init__(self, network: nn.Module, signed: bool, reading: Reading) -> None:
-        super().__init__()
-        self.network, self.signed, self.reading = network, signed, reading
-
-    def forward(self, x: Tensor) -> Any:
-        return encode(self.network, x, self.signed, self.reading)
-
-
-class Decoder(nn.Module):
-    """z (N, *latent_shape) -> reconstruction (N, *input_shape), images around [0, 1]."""
-
-    def __init__(self, network: nn.Module, signed: bool) -> None:
-        super().__init__()
-        self.network, self.signed = network, signed
-
-    def forward(self, z: Tensor) -> Tensor:
-        return decode(self.network, z, self.signed)
-
-
 def encode(network: nn.Module, x: Tensor, signed: bool, reading: Reading) -> Any:
     """Images in [0, 1] through an encoder that takes [-1, 1] where `signed` -> (mean, logvar), or the code."""
     with without_validation():
@@ -101,14 +79,8 @@ def make_graphs(
         ExportError: a network does not run, or returns what is not understood.
         InputError: an option is missing or contradicts the networks.
     """
-    signed, units = options.input_range == "signed", _units(options)
-    encoder, decoder = encoder.eval(), decoder.eval()
-    reading = read(encoder, decoder, noise(shape, PROBES, options.multiple_of), options)
-    graphs = (
-        EncoderGraph(Encoder(encoder, signed, reading), reading.kind, *units),
-        DecoderGraph(Decoder(decoder, signed and not options.logits), len(shape) == 3, *units, options.logits),
-    )
-    return graphs[0].eval(), graphs[1].eval()
+    x = noise(shape, PROBES, options.multiple_of)
+    return make_bare_graphs(encoder.eval(), decoder.eval(), x, options, threshold=False)
 
 
 def make_bare_graphs(

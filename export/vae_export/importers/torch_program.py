@@ -59,9 +59,7 @@ def load(source: str, options: ImportOptions) -> Imported:
     return Imported(
         halves,
         default_name(source),
-        sizes.input_shape,
-        sizes.multiple_of,
-        sizes.default_size,
+        *sizes,
         options.input_range,
         origin={"library": "torch", "version": torch.__version__, "program": sorts},
     )

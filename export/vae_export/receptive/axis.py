@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from .maps import SAME, AxisMap
-from .shapes import Length
+from .shapes import Length, Value
 
 
 class Axis:
@@ -63,3 +63,8 @@ class Axis:
         """Whether positions that a window alone does not have, and whose place padding would take, depend only on what
         lies inside the window: then a window may differ where its field does not show it. Cropping does that."""
         return self.first(-1) > -1 or self.last(self.extra) < 0
+
+
+def length_of(axis: Axis | int | None) -> Value:
+    """Of a dimension that is height or width, a number, or not known."""
+    return axis.length if isinstance(axis, Axis) else None if axis is None else Fraction(axis)

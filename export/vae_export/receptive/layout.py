@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-from .axis import Axis
+from .axis import Axis, length_of
 from .maps import spread, window
 from .shapes import Length, Value
 
@@ -57,8 +57,7 @@ def _with_zeros_filled(axes: Axes, target: Sequence[Value], allow_zero: bool) ->
     filled: list[Value] = []
     for position, value in enumerate(target):
         if value == 0 and not allow_zero and position < len(axes):
-            axis = axes[position]
-            filled.append(axis.length if isinstance(axis, Axis) else None if axis is None else Fraction(axis))
+            filled.append(length_of(axes[position]))
         else:
             filled.append(value)
     return filled

@@ -11,9 +11,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from .axis import Axis
+from .axis import Axis, length_of
 from .layout import reshaped
-from .maps import AxisMap, UnknownMapError, convolution, resize, spread, transposed, window
+from .maps import SAME, AxisMap, UnknownMapError, convolution, resize, spread, transposed, window
 from .shapes import Length, Value, Values, constant_values, evaluate, sliced
 
 
@@ -96,7 +96,7 @@ class Walk:
         if node.output[0] in self._constants:
             return
         if node.op_type == "Shape" and data and isinstance(data[0], Grid):
-            self._values[node.output[0]] = sliced([_dimension(axis) for axis in data[0].axes], given)
+            self._values[node.output[0]] = sliced([length_of(axis) for axis in data[0].axes], given)
         elif not data and (values := self._evaluate(node, given)) is not None:
             self._values[node.output[0]] = values
         else:
@@ -411,10 +411,6 @@ def _input(value: onnx.ValueInfoProto) -> Grid | Mixed:
     return Grid((None, sizes[1], Axis("h", Fraction(1), 0), Axis("w", Fraction(1), 0)))
 
 
-def _dimension(axis: Axis | int | None) -> Value:
-    return axis.length if isinstance(axis, Axis) else None if axis is None else Fraction(axis)
-
-
 def _size(axis: Axis | int | None) -> int | None:
     return axis if isinstance(axis, int) else None
 
@@ -456,7 +452,7 @@ def _resize_map(factor: Value, given: dict[str, Any]) -> AxisMap:
     if not isinstance(factor, Fraction) or factor <= 0 or factor.denominator > 64:
         raise UnknownMapError("by a factor that is not exact")
     if factor == 1:
-        return window(1, 0, 0, 1)
+        return SAME
     if given.get("antialias", 0) and factor < 1:
         raise UnknownMapError("antialias")
     mode, coordinates, rounding = (

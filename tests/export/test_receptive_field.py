@@ -67,6 +67,10 @@ class Network:
         scales = np.array([1, 1, 2, 2], np.float32)
         return self.add("Resize", None, scales, mode="nearest", coordinate_transformation_mode="asymmetric")
 
+    def rounded(self, scale: float, nearest_mode: str, coordinates: str = "half_pixel") -> Network:
+        given = {"nearest_mode": nearest_mode, "coordinate_transformation_mode": coordinates}
+        return self.add("Resize", None, np.array([1, 1, scale, scale], np.float32), mode="nearest", **given)
+
     def linear(self, scale: float = 2.0) -> Network:
         return self.add("Resize", None, np.array([1, 1, scale, scale], np.float32), mode="linear")
 
@@ -184,12 +188,24 @@ EXACT: dict[str, Callable[[Network], Network]] = {
     "strided": lambda n: n.conv(4, 2, [1] * 4).conv(4, 2, [1] * 4).conv(5),
     "dilated": lambda n: n.conv(3, dilation=2).conv(3, dilation=4).conv(3),
     "same": lambda n: n.conv(4, 2, auto_pad="SAME_UPPER").conv(3, auto_pad="SAME_LOWER"),
+    "same-upper": lambda n: n.conv(3, 2, auto_pad="SAME_UPPER").conv(3),
+    "same-lower": lambda n: n.conv(3, 2, auto_pad="SAME_LOWER").conv(3),
+    "valid": lambda n: n.pad(1, 1).conv(3, auto_pad="VALID"),
+    "defaults": lambda n: n.pad(1, 1).add("Conv", n.weights(2, 2, 3, 3)).add("ConvTranspose", n.weights(2, 2, 1, 1)),
     "nearest": lambda n: n.conv(3).nearest().conv(3).nearest().conv(5).nearest().conv(3),
     "sizes": lambda n: to_twice_the_size(n.conv(3)).conv(3),
+    "thrice": lambda n: n.rounded(3, "floor", "asymmetric").conv(3),
+    "half-floor": lambda n: n.conv(3).rounded(0.5, "round_prefer_floor").conv(3),
+    "half-ceil": lambda n: n.conv(3).rounded(0.5, "round_prefer_ceil").conv(3),
+    "half-up": lambda n: n.conv(3).rounded(0.5, "ceil").conv(3),
     "linear": lambda n: n.linear().conv(3),
     "half": lambda n: n.conv(3).linear(0.5).conv(3),
     "transposed": lambda n: n.conv(3).transposed(4, 2, 1).transposed(4, 2, 1).conv(3),
     "transposed-3": lambda n: n.transposed(3, 2, 1, 1).transposed(2, 2, 0),
+    "transposed-valid": lambda n: n.add("ConvTranspose", n.weights(2, 2, 2, 2), strides=[2, 2], auto_pad="VALID").conv(
+        3
+    ),
+    "longer-then-valid": lambda n: n.transposed(3, 2, 0).conv(2, pads=[0] * 4),
     "shuffle": lambda n: n.conv(3).shuffle().conv(3).shuffle(),
     "unshuffle": lambda n: n.unshuffle().conv(3).unshuffle().conv(3),
     "reshaped": lambda n: shuffle_by_reshape(n.conv(3)).conv(3),
@@ -198,14 +214,19 @@ EXACT: dict[str, Callable[[Network], Network]] = {
     "groups": lambda n: summed_by_groups(n).nearest(),
     "shortcut": lambda n: two_shortcuts(n.conv(3, 2)),
     "pools": lambda n: n.conv(3).add("MaxPool", kernel_shape=[2, 2], strides=[2, 2]).conv(3),
+    "ceil": lambda n: n.add("MaxPool", kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1).conv(3),
     "up-and-down": lambda n: n.transposed(4, 2, 1).conv(3).conv(4, 2, [1] * 4).conv(4, 2, [1] * 4),
     "valid-then-pad": lambda n: n.conv(5, pads=[0] * 4).conv(3, pads=[0] * 4).pad(3, 3),
     "crop": lambda n: n.pad(2, 2).conv(3).crop(1, 1).conv(3, pads=[0] * 4),
-}
-# Where a bound is enough: padding that repeats, which reaches further at the border than elsewhere.
-BOUNDED: dict[str, Callable[[Network], Network]] = {
+    # Padding that repeats reaches further at the border than elsewhere.
     "reflect": lambda n: n.pad(3, 3, "reflect").conv(7, pads=[0] * 4).nearest().pad(1, 1, "edge").conv(3, pads=[0] * 4),
     "shift": lambda n: n.pad(5, 0, "reflect").conv(6, pads=[0] * 4),
+    "shift-back": lambda n: n.pad(0, 5, "reflect").conv(6, pads=[0] * 4),
+    "valid-then-before": lambda n: n.conv(3, pads=[0] * 4).pad(4, 0, "reflect").conv(3, pads=[0] * 4),
+    "valid-then-after": lambda n: n.conv(3, pads=[0] * 4).pad(0, 4, "reflect").conv(3, pads=[0] * 4),
+}
+# Where a bound is enough: weights of both signs, and outputs that no input reaches.
+BOUNDED: dict[str, Callable[[Network], Network]] = {
     "cubic": lambda n: n.add("Resize", None, np.array([1, 1, 2, 2], np.float32), mode="cubic").conv(3),
     "holes": lambda n: n.transposed(1, 2, 0, 1).conv(3),
 }
@@ -306,7 +327,7 @@ def test_nothing_outside_the_computed_field_changes_an_output(seed: int) -> None
 
 
 def test_padding_that_repeats_reaches_inwards() -> None:
-    field = field_of(BOUNDED["shift"](Network()).model())
+    field = field_of(EXACT["shift"](Network()).model())
     assert (field.context_before, field.context_after) == (5, 5)  # the first output sees input position 5, mirrored
 
 
@@ -401,6 +422,15 @@ UNBOUNDED: dict[str, tuple[Callable[[Network], Network], str]] = {
     "cropped": (lambda n: n.conv(3).crop(4, 4).pad(4, 4).conv(3), "Slice or cropping"),
     "cropped-before": (lambda n: n.conv(3).crop(2, 0).pad(0, 2).conv(3, pads=[1] * 4), "Slice or cropping"),
     "cropped-after": (lambda n: n.conv(3).crop(0, 2).pad(2, 0).conv(3, pads=[1] * 4), "Slice or cropping"),
+    "ceil": (lambda n: n.add("MaxPool", kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1), "MaxPool (ceil_mode"),
+    "transposed-same": (
+        lambda n: n.add("ConvTranspose", n.weights(2, 2, 3, 3), strides=[2, 2], auto_pad="SAME_UPPER"),
+        "ConvTranspose (an output shape",
+    ),
+    "output-shape": (
+        lambda n: n.add("ConvTranspose", n.weights(2, 2, 3, 3), strides=[2, 2], output_shape=[2 * SIZE, 2 * OTHER]),
+        "ConvTranspose (an output shape",
+    ),
     "wrap": (lambda n: n.pad(2, 2, "wrap"), "Pad (mode"),
     "repeated": (lambda n: n.add("Tile", np.array([1, 1, 2, 1])).conv(3, 2), "Conv"),
     "everywhere": (everywhere, "ReduceMean"),
@@ -441,3 +471,4 @@ def test_the_widest_of_several_outputs_covers_them_all() -> None:
     assert widest([small, large]) == ReceptiveField(Fraction(8), 5, 9, 13, 8)
     unbounded = ReceptiveField(reason="Softmax")
     assert widest([small, unbounded]) == unbounded
+    assert widest([small, ReceptiveField(Fraction(4), 3, 9, 13, 8)]).reason == "outputs of different sizes"

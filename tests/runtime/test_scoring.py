@@ -511,6 +511,17 @@ def test_scores_from_blended_tiles_warn_where_they_are_asked_for(free_path: Path
             ]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore::vae_runtime.ApproximateTilingWarning")
+def test_scores_from_blended_tiles_are_of_each_image_s_own_reconstruction(free_path: Path, tmp_path: Path) -> None:
+    """Whose memory is that of the one before."""
+    with VAE.load(with_tiling(tmp_path, free_path, WIDE), threads=1) as vae:
+        squares = np.square(vae.reconstruct(IMAGES, tile=12).astype(np.float64) - as_float(IMAGES))
+        np.testing.assert_allclose(
+            vae.score(IMAGES, "reconstruction", tile=12), squares.mean(axis=(1, 2, 3)), rtol=1e-6
+        )
+        np.testing.assert_allclose(vae.score_map(IMAGES, tile=12), squares.sum(axis=1), rtol=1e-5, atol=1e-9)
+
+
 def test_images_that_need_padding_say_what_can_pad_them(free_path: Path) -> None:
     with (
         VAE.load(free_path, threads=1) as vae,

@@ -86,6 +86,10 @@ def test_progress_counts_the_windows_of_all_images_and_halves(exact: VAE) -> Non
     total = calls[0][1]
     assert calls == [(done, total) for done in range(1, total + 1)]
     assert total == 2 * 2 * (2 * 3)  # halves, images, windows from top to bottom and from left to right
+    for call, given in ((exact.encode, IMAGES), (exact.decode, exact.encode(IMAGES).mean)):
+        calls.clear()
+        call(given, tile=24, progress=lambda done, total: calls.append((done, total)))
+        assert calls == [(done, total // 2) for done in range(1, total // 2 + 1)]
 
 
 def test_blending_warns_with_what_the_export_measured_and_stays_in_range(wide: VAE) -> None:

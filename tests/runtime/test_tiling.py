@@ -58,6 +58,9 @@ def test_two_windows_go_over_from_one_to_the_other_linearly() -> None:
     assert (first.start, second.start) == (0, 6)
     np.testing.assert_allclose(first.weights, [1, 1, 1, 1, 1, 1, 0.75, 0.25])
     np.testing.assert_allclose(second.weights, [0.25, 0.75, 1, 1, 1, 1, 1, 1])
+    first, second = blended_spans(14, 8, 2)  # two positions for each cell
+    np.testing.assert_allclose(first.weights, [1] * 12 + [0.875, 0.625, 0.375, 0.125])
+    np.testing.assert_allclose(second.weights, first.weights[::-1])
 
 
 KERNEL = np.random.default_rng(0).uniform(0.5, 1.5, (5, 5)).astype(np.float32)

@@ -14,6 +14,7 @@ from vae_benchmarks.intervals import (
     _rank_sum_ranks,
     median_interval,
     median_ranks,
+    paired_ratio,
     rounds_for_shift,
     shift_interval,
     smallest_count,
@@ -115,3 +116,20 @@ def test_shift_interval_covers_as_promised() -> None:
         _, low, high = shift_interval(a, b, 0.95) or (0, 1, 0)
         covered.append(low <= 0.7 <= high)
     assert 0.95 - 0.015 < np.mean(covered) < 0.98
+
+
+def test_paired_ratios() -> None:
+    level = np.exp(np.random.default_rng(0).normal(size=12))  # drift that both share
+    ratio, low, high, source = paired_ratio(level, 2 * level * (1 + 0.01 * np.sin(np.arange(12))))
+    assert (ratio, source) == (pytest.approx(2, rel=0.01), "rounds")
+    assert low is not None
+    assert high is not None
+    assert 1.97 < low <= ratio <= high < 2.03
+    assert paired_ratio([1, 1, 1, 1], [2, 2, 2, 2]) == (pytest.approx(2), pytest.approx(2), pytest.approx(2), "t")
+    # Logarithms 0, 1, 2: mean 1, standard error 1/√3, 4.3027 of which to each side.
+    _, low, high, source = paired_ratio([1, 1, 1], [1, np.e, np.e**2])
+    assert (np.log(low or 0), np.log(high or 0)) == (
+        pytest.approx(1 - 2.4842, abs=1e-3),
+        pytest.approx(1 + 2.4842, abs=1e-3),
+    )
+    assert paired_ratio([1, 1], [3, 3]) == (pytest.approx(3), None, None, "none")

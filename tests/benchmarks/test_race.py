@@ -23,7 +23,6 @@ import vae_benchmarks.cli as cli
 import vae_benchmarks.race.cli as race_cli
 import vae_benchmarks.race.course as course
 from vae_benchmarks import ReportError
-from vae_benchmarks.intervals import paired_ratio
 from vae_benchmarks.machine import choose_cores
 from vae_benchmarks.race import COMPETITORS, Case, CaseError, Competitor, Point, RaceReport, RaceSettings, merge, race
 from vae_benchmarks.race.entrant import Entrant, error_of, judge
@@ -254,23 +253,6 @@ def test_rounds_and_turns_fit_into_the_budget(
     calls: list[float], budget: float, rounds: int, expected: tuple[int, float]
 ) -> None:
     assert plan_rounds(calls, budget, rounds) == pytest.approx(expected)
-
-
-def test_paired_ratios() -> None:
-    level = np.exp(np.random.default_rng(0).normal(size=12))  # drift that both share
-    ratio, low, high, source = paired_ratio(level, 2 * level * (1 + 0.01 * np.sin(np.arange(12))))
-    assert (ratio, source) == (pytest.approx(2, rel=0.01), "rounds")
-    assert low is not None
-    assert high is not None
-    assert 1.97 < low <= ratio <= high < 2.03
-    assert paired_ratio([1, 1, 1, 1], [2, 2, 2, 2]) == (pytest.approx(2), pytest.approx(2), pytest.approx(2), "t")
-    # Logarithms 0, 1, 2: mean 1, standard error 1/√3, 4.3027 of which to each side.
-    _, low, high, source = paired_ratio([1, 1, 1], [1, np.e, np.e**2])
-    assert (np.log(low or 0), np.log(high or 0)) == (
-        pytest.approx(1 - 2.4842, abs=1e-3),
-        pytest.approx(1 + 2.4842, abs=1e-3),
-    )
-    assert paired_ratio([1, 1], [3, 3]) == (pytest.approx(3), None, None, "none")
 
 
 def test_nobody_is_ranked_without_ours() -> None:

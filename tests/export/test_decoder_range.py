@@ -47,6 +47,8 @@ def make(middle, spread, last=nn.Identity):
 def logits(): return make(-2.0, 6.0)
 def faint_logits(): return make(-0.2, 0.7)
 def normalised(): return make(0.2, 2.5)
+def dark_logits(): return make(-3.0, 2.0)
+def large_logits(): return make(0.0, 30.0)
 def signed(): return make(0.0, 3.0, nn.Tanh)
 def sigmoid(): return make(-2.0, 6.0, nn.Sigmoid)
 def near(): return make(0.5, 0.55)
@@ -119,6 +121,9 @@ def test_modules_are_looked_at_as_well(networks: Any, tmp_path: Path) -> None:
         with pytest.raises(
             InputError, match=r"look like images in \[-1, 1\]: .*input_range='signed'.* or, if they are"
         ):
+            export_bundle(*getattr(networks, name)(), tmp_path / "a.vae", examples=X)
+    for name in ("dark_logits", "large_logits"):
+        with pytest.raises(InputError, match=r"\[0, 1\], where images are; they look like logits: say so with"):
             export_bundle(*getattr(networks, name)(), tmp_path / "a.vae", examples=X)
     with pytest.raises(
         InputError, match=r"from -2.3 to 2.7, .* look like logits: .*; or, if they are normalised by a mean"

@@ -205,6 +205,9 @@ EXACT: dict[str, Callable[[Network], Network]] = {
     "transposed-valid": lambda n: n.add("ConvTranspose", n.weights(2, 2, 2, 2), strides=[2, 2], auto_pad="VALID").conv(
         3
     ),
+    "transposed-uneven": lambda n: n.add(
+        "ConvTranspose", n.weights(2, 2, 4, 4), strides=[2, 2], pads=[0, 0, 2, 2]
+    ).conv(3),
     "longer-then-valid": lambda n: n.transposed(3, 2, 0).conv(2, pads=[0] * 4),
     "shuffle": lambda n: n.conv(3).shuffle().conv(3).shuffle(),
     "unshuffle": lambda n: n.unshuffle().conv(3).unshuffle().conv(3),
@@ -415,6 +418,8 @@ UNBOUNDED: dict[str, tuple[Callable[[Network], Network], str]] = {
     "size": (by_the_size, "Div"),
     "flip": (lambda n: n.add("Slice", *(np.array([value]) for value in (-1, -(2**62), 3, -1))), "Slice"),
     "corners": (lambda n: _resize(n, coordinate_transformation_mode="align_corners"), "Resize (coordinates"),
+    "thrice": (lambda n: n.linear(3), "Resize (mode 'linear' by 3"),
+    "same-remainder": (lambda n: n.conv(2, pads=[0] * 4).conv(2, 2, auto_pad="SAME_UPPER"), "Conv (auto_pad SAME"),
     "third": (lambda n: n.linear(1 / 3), "Resize (by a factor"),
     "sizes": (lambda n: n.add("Resize", None, None, np.array([1, 2, 48, 48]), mode="nearest"), "Resize (to a size"),
     "transposed": (lambda n: n.add("Transpose", perm=[0, 1, 3, 2]), "another layout"),

@@ -49,6 +49,9 @@ def test_positions_that_are_merged_again() -> None:
     """Two cells along each side for one position, as PixelShuffle has it."""
     found = reshaped((None, 4, H, 2, W, 2), [None, Fraction(4), of("h", 2), of("w", 2)], False)
     assert described(found) == [None, 4, ("h", Fraction(1, 2), 0), ("w", Fraction(1, 2), 0)]
+    smaller = Axis("h", Fraction(2), 1)  # N / 2 + 1 positions
+    found = reshaped((None, 4, smaller, 2, W, 2), [None, Fraction(4), of("h", 1, 2), of("w", 2)], False)
+    assert described(found) == [None, 4, ("h", Fraction(1), 2), ("w", Fraction(1, 2), 0)]
 
 
 @pytest.mark.parametrize(
@@ -60,6 +63,7 @@ def test_positions_that_are_merged_again() -> None:
         (IMAGE, [None, 4, of("h", "1/2"), 3, of("w", "1/2"), 2], False),
         (IMAGE, [None, 4, of("h", "1/2"), of("w", 2)], False),  # half as high, twice as wide
         (IMAGE, [None, 4, of("h", "3/2"), of("w")], False),
+        ((None, 4, H, 1, W), [None, 4, of("h", "3/2"), of("w")], False),
         ((None, 4, H, 2, W, 2), [None, 4, of("h", 4), of("w", 2)], False),
         ((None, 4, H, 3, W, 2), [None, 4, of("h", 2), of("w", 2)], False),
         (IMAGE, [None, 4, of("h", 1, 1), of("w")], False),  # one row more

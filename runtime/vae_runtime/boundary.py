@@ -72,6 +72,6 @@ def check_cut(size: Any, shape: tuple[int, ...], multiple: int) -> tuple[int, in
     if len(shape) != 4:
         raise InputError(f"size is {(height, width)}; it is of images, and these latents are of vectors")
     if padded_size(height, width, multiple) != shape[2:]:
-        less = f", or up to {multiple - 1} pixels less on each side" if multiple > 1 else ""
+        less = f", or less by up to {multiple - 1} on each side" if multiple > 1 else ""
         raise InputError(f"size is {(height, width)}; these latents are of images of {shape[2:]}{less}")
     return height, width

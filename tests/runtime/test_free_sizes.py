@@ -136,7 +136,10 @@ def test_samples_have_the_size_asked_for(vae: VAE) -> None:
         (lambda vae: vae.decode(np.zeros((2, 4, 4), np.float32)), r"latents\[None\]"),
         (lambda vae: vae.decode(np.zeros((2, 2, 0, 4), np.float32)), r"shape \(2, 2, 0, 4\)"),
         (lambda vae: vae.decode(np.zeros((1, 2, 4, 4), np.float32), size=(6, 8)), r"size is \(6, 8\); these latents"),
-        (lambda vae: vae.decode(np.zeros((1, 2, 4, 4), np.float32), size=(9, 8)), r"size is \(9, 8\); these latents"),
+        (
+            lambda vae: vae.decode(np.zeros((1, 2, 4, 4), np.float32), size=(9, 8)),
+            r"size is \(9, 8\); these latents are of images of \(8, 8\), or less by up to 1 on each side$",
+        ),
         (lambda vae: vae.decode(np.zeros((1, 2, 4, 4), np.float32), size=8), r"expected \(height, width\)"),
         (lambda vae: vae.encode(pictures(4, 4), pad="no"), "pad is 'no'; expected True or False"),
         (lambda vae: vae.reconstruct(pictures(4, 4), pad=1), "pad is 1; expected True or False"),
@@ -227,3 +230,10 @@ def test_manifests_that_contradict_themselves_are_refused(free_path: Path, chang
         data[key] = {**data[key], **values}
     with pytest.raises(BundleError, match=message):
         Manifest.from_json(sign_text(data))
+
+
+def test_a_size_that_a_bundle_without_free_sizes_does_not_give_is_refused(tiny: VAE, vectors: VAE) -> None:
+    with pytest.raises(InputError, match=r"^size is \(8, 9\); these latents are of images of \(8, 8\)$"):
+        tiny.decode(np.zeros((1, 4), np.float32), size=(8, 9))
+    with pytest.raises(InputError, match=r"^size is \(1, 2\); it is of images, and these latents are of vectors$"):
+        vectors.decode(np.zeros((1, 2), np.float32), size=(1, 2))

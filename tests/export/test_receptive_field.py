@@ -87,6 +87,12 @@ class Network:
         bounds = [np.array([begin] * 2), np.array([-end if end else 2**62] * 2), np.array([2, 3])]
         return self.add("Slice", *bounds)
 
+    def slice(self, *bounds: Any) -> Network:
+        """Starts, ends, axes and steps, each as numbers or the name of what computes them."""
+        names = [bound if isinstance(bound, str) else self.constant(np.array(bound)) for bound in bounds]
+        self.last = self.node("Slice", self.last, *names)
+        return self
+
     def dims(self, start: int, end: int) -> str:
         return self.node("Shape", self.last, start=start, end=end)
 
@@ -181,6 +187,35 @@ def summed_by_groups(network: Network) -> Network:
     return network.add("ReduceSum", np.array([2]), keepdims=0).add("Tile", np.array([1, CHANNELS, 1, 1])).conv(3)
 
 
+def joined_and_split(network: Network) -> Network:
+    """Channels of two tensors side by side, and half of them again."""
+    start = network.last
+    network.conv(3).add("Concat", before=(start,), axis=-3)._now(2 * CHANNELS).conv(3, channels=2 * CHANNELS)
+    first, second = (f"{network.last}_{index}" for index in range(2))
+    network._nodes.append(helper.make_node("Split", [network.last], [first, second], axis=-3, num_outputs=2))
+    network.last = second
+    return network._now(CHANNELS).conv(3)
+
+
+def weighted_by_channels(network: Network) -> Network:
+    mean = network.node("ReduceMean", network.last, network.constant(np.array([-3])), keepdims=1)
+    network.last = network.node("Mul", network.last, mean)
+    return network
+
+
+def cut_to_the_size(network: Network) -> Network:
+    """Padding is cut off by the size that the image had."""
+    one = network.constant(np.array([1]))
+    ends = network.node("Add", network.dims(2, 4), one)
+    return network.pad(1, 1).slice([1, 1], ends, [2, 3], [1, 1])
+
+
+def part_of(network: Network, divisor: int, *dims: int) -> Network:
+    """The first rows, as many as a part of one of the sides."""
+    end = network.node("Div", network.dims(*dims), network.constant(np.array([divisor])))
+    return network.slice([0], end, [2], [1])
+
+
 # Architectures whose operators are linear with positive weights: there the computed field is the measured one.
 EXACT: dict[str, Callable[[Network], Network]] = {
     "one": lambda n: n.conv(3),
@@ -220,6 +255,22 @@ EXACT: dict[str, Callable[[Network], Network]] = {
     "ceil": lambda n: n.add("MaxPool", kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1).conv(3),
     "up-and-down": lambda n: n.transposed(4, 2, 1).conv(3).conv(4, 2, [1] * 4).conv(4, 2, [1] * 4),
     "valid-then-pad": lambda n: n.conv(5, pads=[0] * 4).conv(3, pads=[0] * 4).pad(3, 3),
+    "channels": joined_and_split,
+    "weighted": lambda n: weighted_by_channels(n.conv(3)).conv(3),
+    "gathered": lambda n: n.conv(3).add("Gather", np.array([1, 0]), axis=-3).conv(3),
+    "squeezed": lambda n: n.conv(3).add("Unsqueeze", np.array([1])).add("Squeeze", np.array([-4])).conv(3),
+    "mixed-channels": lambda n: (
+        n.conv(3)
+        .add("Transpose", perm=[0, 2, 3, 1])
+        .add("MatMul", n.weights(2, 2))
+        .add("Transpose", perm=[0, 3, 1, 2])
+        .conv(3)
+    ),
+    "resized-by-axes": lambda n: n.add("Resize", None, np.array([2, 2], np.float32), mode="nearest", axes=[3, 2]).conv(
+        3
+    ),
+    "every-second": lambda n: n.conv(3).slice([0, 0], [2**62] * 2, [2, -1], [2, 2]).conv(3),
+    "cut-to-size": lambda n: cut_to_the_size(n.conv(3)).conv(3),
     "crop": lambda n: n.pad(2, 2).conv(3).crop(1, 1).conv(3, pads=[0] * 4),
     # Padding that repeats reaches further at the border than elsewhere.
     "reflect": lambda n: n.pad(3, 3, "reflect").conv(7, pads=[0] * 4).nearest().pad(1, 1, "edge").conv(3, pads=[0] * 4),
@@ -435,6 +486,29 @@ UNBOUNDED: dict[str, tuple[Callable[[Network], Network], str]] = {
     "output-shape": (
         lambda n: n.add("ConvTranspose", n.weights(2, 2, 3, 3), strides=[2, 2], output_shape=[2 * SIZE, 2 * OTHER]),
         "ConvTranspose (an output shape",
+    ),
+    "antialias": (
+        lambda n: n.add("Resize", None, np.array([1, 1, 0.5, 0.5], np.float32), mode="linear", antialias=1),
+        "Resize (antialias)",
+    ),
+    "more-channels": (
+        lambda n: n.add("Resize", None, np.array([1, 2, 2, 2], np.float32), mode="nearest"),
+        "Resize (of channels)",
+    ),
+    "by-aspect": (
+        lambda n: n.add("Resize", None, None, np.array([96, 96]), axes=[2, 3], keep_aspect_ratio_policy="not_larger"),
+        "Resize (keep_aspect_ratio_policy)",
+    ),
+    "fixed-part": (lambda n: n.slice([0], [16], [2], [1]), "Slice"),
+    "from-the-end": (lambda n: n.slice([-16], [2**62], [2], [1]), "Slice"),
+    "first-half": (lambda n: part_of(n, 2, 2, 3), "Slice"),
+    "by-the-width": (lambda n: part_of(n, 1, 3, 4), "Slice"),
+    "rows-joined": (lambda n: n.add("Concat", before=(n.last,), axis=2), "Concat"),
+    "rows-gathered": (lambda n: n.add("Gather", np.array([1, 0]), axis=2), "Gather"),
+    "columns-multiplied": (lambda n: n.add("MatMul", n.weights(OTHER, OTHER)), "MatMul"),
+    "batch-multiplied": (
+        lambda n: n.add("Transpose", perm=[0, 2, 3, 1]).add("MatMul", n.weights(1, 2, 2)),
+        "MatMul",
     ),
     "wrap": (lambda n: n.pad(2, 2, "wrap"), "Pad (mode"),
     "repeated": (lambda n: n.add("Tile", np.array([1, 1, 2, 1])).conv(3, 2), "Conv"),

@@ -229,6 +229,7 @@ EXACT: dict[str, Callable[[Network], Network]] = {
     "defaults": lambda n: n.pad(1, 1).add("Conv", n.weights(2, 2, 3, 3)).add("ConvTranspose", n.weights(2, 2, 1, 1)),
     "nearest": lambda n: n.conv(3).nearest().conv(3).nearest().conv(5).nearest().conv(3),
     "sizes": lambda n: to_twice_the_size(n.conv(3)).conv(3),
+    "sizes-again": lambda n: to_twice_the_size(n.conv(4, 2, [1] * 4)).conv(3),
     "thrice": lambda n: n.rounded(3, "floor", "asymmetric").conv(3),
     "half-floor": lambda n: n.conv(3).rounded(0.5, "round_prefer_floor").conv(3),
     "half-ceil": lambda n: n.conv(3).rounded(0.5, "round_prefer_ceil").conv(3),

@@ -85,17 +85,23 @@ def shift_interval(a: Sequence[float], b: Sequence[float], confidence: float) ->
 def rounds_for_shift(confidence: float, most: int) -> int | None:
     """How many values both samples of one size need until `shift_interval` has an interval; None where `most` are too
     few."""
-    return next((count for count in range(1, most + 1) if _rank_sum_ranks(count, count, confidence) >= 1), None)
+    # U is 0 in one order alone.
+    return next((count for count in range(1, most + 1) if _most_orders(count, count, confidence) >= 1), None)
 
 
 def _rank_sum_ranks(m: int, n: int, confidence: float) -> int:
     """The largest c with 2·P(U <= c - 1) <= 1 - confidence, U the Mann-Whitney statistic of samples of m and n."""
-    total, limit = 0, (1 - confidence) / 2 * (1 + 1e-9) * math.comb(m + n, m)
+    total, limit = 0, _most_orders(m, n, confidence)
     for rank, ways in enumerate(_mann_whitney_counts(m, n)):
         total += ways
         if total > limit:
             return rank
     return 0
+
+
+def _most_orders(m: int, n: int, confidence: float) -> float:
+    """In how many of all orders the true shift may lie outside of an interval, to one side."""
+    return (1 - confidence) / 2 * (1 + 1e-9) * math.comb(m + n, m)
 
 
 @functools.cache

@@ -329,7 +329,6 @@ def test_tiles_that_are_too_small_are_refused_before_precisions_are_made(
     assert "measuring how far each half looks and what tiling changes" in caplog.messages
     assert "making and measuring fp16" not in caplog.messages
     assert list(tmp_path.iterdir()) == []
-    export_bundle(encoder, decoder, tmp_path / "a.vae", calibrate=calibrate, calibrate_tile=6, **options)
 
 
 def test_images_that_are_too_large_to_calibrate_on_are_sent_to_tiles(

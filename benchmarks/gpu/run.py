@@ -133,7 +133,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def seconds_of(step: str, arguments: argparse.Namespace) -> float:
-    """How much time has to be left for a step to begin; on an H200 nearly all took less."""
+    """How much time has to be left for a step to begin; on an H200 nearly all took less. For concurrency, ways and the
+    race it is estimated, as they do more since."""
     if step == "race":
         return float(arguments.budget) + 200  # to compile for everybody and to start them, for every point
     return 10.0 * (arguments.rounds + 1) if step.startswith("bench") else SECONDS[step]

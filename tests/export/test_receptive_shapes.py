@@ -82,8 +82,8 @@ def test_whole_numbers_are_divided_as_engines_do() -> None:
 
 @pytest.mark.parametrize("operator", ["Floor", "Ceil", "Round", "Cast"])
 def test_rounding_keeps_what_is_whole_for_all_sizes(operator: str) -> None:
-    eighth, sixteenth, odd = Length("h", Fraction(1, 8)), Length("h", Fraction(1, 16)), Length("h", Fraction(1), "1/2")
-    odd = odd._replace(extra=Fraction(1, 2))
+    eighth, sixteenth = (Length("h", Fraction(1, part)) for part in (8, 16))
+    odd = H._replace(extra=Fraction(1, 2))
     given = [H, eighth, sixteenth, odd, *values(3, "3/2"), None]
     assert found(operator, given, rounds=True) == [H, eighth, None, None, Fraction(3), None, None]
     if operator == "Cast":

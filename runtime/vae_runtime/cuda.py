@@ -33,8 +33,8 @@ SHAPE_OPERATORS = {
 # fmt: on
 
 
-# Held while a CUDA graph is captured, and by who waits for a whole GPU, as onnxruntime does when it opens a session:
-# that CUDA refuses meanwhile, whichever thread it is.
+# Held while a CUDA graph is captured, and by who waits for a whole GPU, as onnxruntime does when it opens a session and
+# cuBLAS and cuDNN when one is freed: that CUDA refuses meanwhile, whichever thread it is, and spoils the graph.
 capturing = threading.RLock()
 _of_thread = threading.local()
 _asked_in = [0]  # the process that started the driver, 0 for none; a forked child cannot use what it inherits

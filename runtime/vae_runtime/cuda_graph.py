@@ -144,6 +144,8 @@ def _parameters(node: ctypes.c_void_p) -> _Copy:
 def _nodes(graph: ctypes.c_void_p) -> Iterator[ctypes.c_void_p]:
     count = ctypes.c_size_t()
     require(driver().cuGraphGetNodes(graph, None, ctypes.byref(count)), "describe a graph")
+    if not count.value:  # the driver takes no room for none
+        return
     nodes = (ctypes.c_void_p * count.value)()
     require(driver().cuGraphGetNodes(graph, nodes, ctypes.byref(count)), "describe a graph")
     yield from map(ctypes.c_void_p, nodes)

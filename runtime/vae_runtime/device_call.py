@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .session import GraphSession
 
 _ALIGNMENT = 64  # numbers; CUDA's own allocations begin at multiples of 256 bytes
-_PIECE = 2**16  # numbers that are sent at once
+_LARGE = 2**16  # numbers; what has more is no part of a launch, and pixels are sent in pieces of so many
 _WARMUP_RUNS = 3  # in which onnxruntime chooses algorithms and lays out memory
 
 
@@ -127,24 +127,27 @@ class DeviceCall:
 
 class StagedCall(DeviceCall):
     """The same on a stream of our own, whose session has it for its work: through pinned memory, and one wait for both
-    copies and the work between them."""
+    copies and the work between them.
+
+    What is large the driver copies from the caller's memory and to that of the result: it goes through pinned memory of
+    its own, piece by piece, while other pieces are on their way.
+    """
 
     def __init__(self, session: GraphSession, shapes: dict[str, tuple[int, ...]], stream: Stream) -> None:
         super().__init__(session, shapes, waits=False)
         self._stream = stream
         self._given = stream.pinned(math.prod(self._input.shape())).reshape(self._input.shape())
-        self._found = stream.pinned(self._parts[-1].stop)
+        size, start = self._parts[-1].stop, self._outputs.data_ptr()
+        self._found = stream.pinned(size) if size <= _LARGE else np.empty(0, np.float32)
+        self._fetches = [stream.to_host(self._found, start)] if self._found.size else []
         self._flat, place = self._given.reshape(-1), self._input.data_ptr()
-        pieces = [slice(start, start + _PIECE) for start in range(0, self._flat.size, _PIECE)]
+        pieces = [slice(start, start + _LARGE) for start in range(0, self._flat.size, _LARGE)]
         sends = [stream.to_device(place + 4 * piece.start, self._flat[piece]) for piece in pieces]
-        # Of a large input, each piece is on its way while the next one is copied to pinned memory; a small one is sent
-        # with the work.
+        # Of many pixels, each piece is on its way while the next one is made of them.
         self._pieces = list(zip(pieces, sends, strict=True)) if len(pieces) > 1 else []
         self._sends = [] if self._pieces else sends
-        self._fetch = stream.to_host(self._found, self._outputs.data_ptr())
         self._to_decoder: tuple[StagedCall, list[Callable[[], None]]] | None = None
         self._take = stream.from_anywhere(place, self._given.nbytes)
-        start = self._outputs.data_ptr()
         self._places = [part.address(start) for part in self._parts]
         self._give = [
             stream.to_anywhere(place, part.nbytes) for place, part in zip(self._places, self._parts, strict=True)
@@ -156,7 +159,7 @@ class StagedCall(DeviceCall):
     def hold_to(self, rule: ValueRule) -> None:
         """As `DeviceCall`."""
         super().hold_to(rule)
-        self._is_good = partial(rule.holds, rule.view(self._given))
+        self._given_is_good = partial(rule.holds, rule.view(self._given))
 
     def __call__(self, array: Float32 | UInt8) -> list[Float32] | None:
         """As `DeviceCall`."""
@@ -166,11 +169,11 @@ class StagedCall(DeviceCall):
         try:
             with suppress_engine_errors:
                 with self._stream:
-                    self._put(array)
+                    values = self._put(array)
                     self._begin()
-                    is_good = self._is_good()  # while the GPU is at work
-                    self._stream.wait()
-                return self._cut(self._found.copy()) if is_good else None
+                    is_good = self._is_good(values)  # while the GPU is at work
+                    found = self._bring()
+                return found if is_good else None
         finally:
             self.is_busy = False
         return None
@@ -182,8 +185,7 @@ class StagedCall(DeviceCall):
             with self._stream:
                 self._put(array)
                 self._begin()
-                self._stream.wait()
-            return self._cut(self._found.copy())
+                return self._bring()
         finally:
             self.is_busy = False
 
@@ -191,21 +193,40 @@ class StagedCall(DeviceCall):
         """As `DeviceCall`; nor while a graph is captured on the stream, which all calls of this thread share."""
         return not self._stream.is_capturing and super().may_run()
 
-    def _put(self, array: Float32 | UInt8) -> None:
-        """Into pinned memory; a large one is sent as well."""
-        copy = copy_pixels if array.dtype == PIXEL else np.copyto
+    def _put(self, array: Float32 | UInt8) -> Float32:
+        """On its way: a small one into pinned memory, a large one to the GPU -> the values, to be looked at."""
         if not self._pieces:
-            copy(self._given, array)
-            return
-        flat = np.ascontiguousarray(array).reshape(-1)
+            (copy_pixels if array.dtype == PIXEL else np.copyto)(self._given, array)
+            return self._given
+        whole = np.ascontiguousarray(array)
+        if array.dtype != PIXEL:
+            self._stream.to_device(self._input.data_ptr(), whole)()
+            return whole
+        flat = whole.reshape(-1)
         for piece, send in self._pieces:
-            copy(self._flat[piece], flat[piece])
+            copy_pixels(self._flat[piece], flat[piece])
             send()
+        return self._given
+
+    def _is_good(self, values: Float32) -> bool:
+        if values is self._given:
+            return self._given_is_good()
+        return self._rule is not None and self._rule.holds(self._rule.view(values))
 
     def _begin(self) -> None:
-        """The way there, but for a large input's, the work and the way back."""
-        for step in (*self._sends, self._run, self._fetch):
+        """The work, and the ways there and back of what is not large."""
+        for step in (*self._sends, self._run, *self._fetches):
             step()
+
+    def _bring(self) -> list[Float32]:
+        """The outputs in memory of their own, when all that was begun is done."""
+        if self._found.size:
+            self._stream.wait()
+            return self._cut(self._found.copy())
+        found = np.empty(self._parts[-1].stop, np.float32)
+        self._stream.to_host(found, self._outputs.data_ptr())()
+        self._stream.wait()
+        return self._cut(found)
 
     def then(self, decoder: StagedCall, array: Float32) -> Float32 | None:
         """The decoder's output for the first of this encoder's, which does not leave the GPU. array: known to be good.
@@ -214,16 +235,15 @@ class StagedCall(DeviceCall):
         """
         if not self.may_run() or not decoder.may_run() or decoder._stream is not self._stream:
             return None
+        values = np.ascontiguousarray(array)  # alive until the copy is done
         self.is_busy = decoder.is_busy = True
         try:
-            with suppress_engine_errors:
-                with self._stream:
-                    steps = self.steps_to(decoder)
-                    self._put(array)
-                    for step in steps:
-                        step()
-                    self._stream.wait()
-                return decoder._cut(decoder._found.copy())[0]
+            with suppress_engine_errors, self._stream:
+                steps = self.steps_to(decoder)
+                self._put(values)
+                for step in steps:
+                    step()
+                return decoder._bring()[0]
         finally:
             self.is_busy = decoder.is_busy = False
         return None
@@ -259,7 +279,7 @@ class StagedCall(DeviceCall):
             give(target)
 
     def _make_steps_to(self, decoder: StagedCall) -> list[Callable[[], None]]:
-        return [*self._sends, self._run, self._hand_over(decoder), decoder._run, decoder._fetch]
+        return [*self._sends, self._run, self._hand_over(decoder), decoder._run, *decoder._fetches]
 
     def _hand_over(self, decoder: StagedCall) -> Callable[[], None]:
         """What begins the copy of the first output to the decoder's input."""
@@ -267,8 +287,8 @@ class StagedCall(DeviceCall):
 
 
 class CapturedCall(StagedCall):
-    """The same with both copies and the work between them as one launch, without onnxruntime, whose session must not
-    make a CUDA graph itself.
+    """The same with both copies, but of what is large, and the work between them as one launch, without onnxruntime,
+    whose session must not make a CUDA graph itself.
 
     begin: begins that launch. in_steps: what is no launch of its own, "on_device" or "reconstruct", and why.
     """
@@ -282,14 +302,16 @@ class CapturedCall(StagedCall):
                 super()._begin()
                 stream.wait()
         self._engine_run = self._run
-        self.begin = self._capture([*self._sends, self._engine_run, self._fetch]).launch
+        self.begin = self._capture([*self._sends, self._engine_run, *self._fetches]).launch
         self._run = self._capture([self._engine_run]).launch
         self._resident: _Resident | None = None
 
     def begin_zero_copy(self, session: GraphSession) -> Callable[[], None]:
         """Another `begin`: the kernels write the outputs to pinned memory themselves ("zero copy" in NVIDIA's CUDA C++
         Best Practices Guide). session: the call's own. Raises `DeviceError` where the engine or the driver does not do
-        so."""
+        so, and for large outputs."""
+        if not self._found.size:
+            raise DeviceError("its outputs are large, and are copied")
         try:
             steps = [*self._sends, self._bind(session, self._stream.address_of(self._found), waits=False)]
             with self._stream:
@@ -337,7 +359,10 @@ class CapturedCall(StagedCall):
 
     def _make_steps_to(self, decoder: StagedCall) -> list[Callable[[], None]]:
         if isinstance(decoder, CapturedCall):
-            steps = [*self._sends, self._engine_run, self._hand_over(decoder), decoder._engine_run, decoder._fetch]
+            steps = [
+                *(*self._sends, self._engine_run, self._hand_over(decoder), decoder._engine_run),
+                *decoder._fetches,
+            ]
             try:
                 return [self._capture(steps, decoder._found).launch]
             except Exception as error:

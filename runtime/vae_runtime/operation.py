@@ -55,15 +55,16 @@ class Route:
         """Whether this shape has a session of its own, be it another thread's."""
         return shape in self._fixed
 
-    def fix(self, shape: tuple[int, ...], read: Callable[[str], bytes]) -> None:
-        """Make a session for just this shape, where that is faster. read: a file of the bundle -> its bytes."""
+    def fix(self, shape: tuple[int, ...], read: Callable[[str], bytes], rule: ValueRule) -> None:
+        """Make a session for just this shape, where that is faster. read: a file of the bundle -> its bytes. rule: what
+        calls hold values to."""
         if self.any_batch.gains_from_fixed_shape and shape not in self._fixed:
             if len(self._fixed) >= _BOUND_SHAPES:
                 raise InputError(
                     f"batch size {shape[0]} would be number {len(self._fixed) + 1} with a session of its own, which"
                     f" takes memory; at most {_BOUND_SHAPES} are made"
                 )
-            self._fixed[shape] = self.any_batch.for_shape(read(self.any_batch.file), shape)
+            self._fixed[shape] = self.any_batch.for_shape(read(self.any_batch.file), shape, rule)
 
     def describe(self) -> dict[str, Any]:
         """One entry of `VAE.plan`."""
@@ -168,7 +169,7 @@ class Operation:
         route = self.route(examples)
         for rows in {min(examples, chunk), examples % chunk if examples > chunk else 0} - {0}:
             part = (rows, *shape[1:])
-            route.fix(part, read)
+            route.fix(part, read, self._rule)
             if route.is_fixed(part):
                 self._free.pop(part, None)  # calls that would be taken in its place
                 self._prefer(route.session(part), part)

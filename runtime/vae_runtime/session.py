@@ -7,7 +7,7 @@ import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -153,15 +153,16 @@ class GraphSession:
         chooses its kernels by shape, CUDA replays a CUDA graph; the CPU provider takes the same time."""
         return self.device.provider in (OPENVINO, CUDA)
 
-    def for_shape(self, model: bytes, shape: tuple[int, ...]) -> GraphSession:
+    def for_shape(self, model: bytes, shape: tuple[int, ...], rule: ValueRule) -> GraphSession:
         """A session of the same graph, whose file's bytes are `model`, in all as this one, but for one shape of input,
-        with the batch. Raises as `run`."""
+        with the batch. rule: what its calls hold values to. Raises as `run`."""
         self._require_own_process()
         if self.device.provider != CUDA:
             return self.open_for(model, shape, self.device)
         from .trial import fastest_session  # late: only a GPU has several ways
 
-        return fastest_session(self, model, shape)
+        with _alone_on(self.device):  # also while those that are not taken are freed
+            return fastest_session(self, model, shape, rule)
 
     def open_for(
         self,
@@ -313,8 +314,15 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_keep_inherited_sessions)
 
 
+def freeing(sessions: Iterable[GraphSession]) -> contextlib.AbstractContextManager[object]:
+    """While it lasts, these may be freed without harm to a CUDA graph that another thread captures: cuBLAS and cuDNN
+    wait for the whole GPU then."""
+    frees = any(session.device.provider == CUDA and not session.owner.is_of_parent for session in sessions)
+    return capturing if frees else contextlib.nullcontext()
+
+
 def _alone_on(device: Device) -> contextlib.AbstractContextManager[object]:
-    """While it lasts, no other thread captures a CUDA graph, which opening a session would spoil."""
+    """While it lasts, no other thread captures a CUDA graph, which opening or freeing a session would spoil."""
     return capturing if device.provider == CUDA else contextlib.nullcontext()
 
 

@@ -36,6 +36,7 @@ from .preprocess import (
     zeros,
 )
 from .selftest import SelfTest, run_routes
+from .session import freeing
 
 if TYPE_CHECKING:
     from .prior import GaussianMixture
@@ -721,7 +722,10 @@ class VAE:
 
     def close(self) -> None:
         """Free both graphs; every later call raises `ClosedError`. Calls under way in other threads finish."""
-        self._operations = self._scores = None
+        operations = self._operations
+        if operations is not None:
+            with freeing(route.any_batch for half in operations for route in half.routes):
+                self._operations = self._scores = operations = None
 
     def __enter__(self) -> VAE:
         self._open_operations()

@@ -63,6 +63,7 @@ int cublasCreate_v2(Handle** handle) {
 }
 
 int cublasDestroy_v2(Handle* handle) {
+  wait_for_all();
   delete handle;
   return 0;
 }

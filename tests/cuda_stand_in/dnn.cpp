@@ -257,6 +257,7 @@ int cudnnCreate(Handle** handle) {
 }
 
 int cudnnDestroy(Handle* handle) {
+  wait_for_all();
   delete handle;
   return 0;
 }

@@ -8,6 +8,7 @@ extern "C" {
 
 CUresult cuGraphGetNodes(CUgraph handle, CUgraphNode* nodes, size_t* count) {
   auto* graph = reinterpret_cast<Graph*>(handle);
+  if (nodes && *count == 0) return CUDA_ERROR_INVALID_VALUE;
   *count = graph->size();
   if (nodes)
     for (Node& node : *graph) *nodes++ = reinterpret_cast<CUgraphNode>(&node);

@@ -31,6 +31,9 @@ struct Node {  // of a CUDA graph
 };
 using Graph = std::vector<Node>;
 
+// Wait for all streams, as the libraries do when a handle is destroyed; what is being captured is spoilt by it.
+void wait_for_all();
+
 // Add to a stream, or to the graph that it is capturing.
 void enqueue(void* stream, Node node);
 inline void enqueue(void* stream, Work work, Kind kind = Kind::kKernel) { enqueue(stream, Node{std::move(work), kind}); }

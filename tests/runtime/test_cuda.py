@@ -687,7 +687,7 @@ def both(request: pytest.FixtureRequest, tiny_path: Path) -> Iterator[tuple[VAE,
 
 
 @with_gpu
-@pytest.mark.parametrize("way", ["zero_copy", "in pieces", "captured", "pinned", "plain"])
+@pytest.mark.parametrize("way", ["zero_copy", "large", "captured", "pinned", "plain"])
 def test_every_way_on_the_gpu_gives_the_same(
     both: tuple[VAE, VAE, np.ndarray], way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -699,15 +699,15 @@ def test_every_way_on_the_gpu_gives_the_same(
     monkeypatch.setattr(trial, "_relative_time", lambda call, plain: 0.5 if way != "plain" else 2.0)
     if way == "captured":
         monkeypatch.setattr(CapturedCall, "begin_zero_copy", refuse)
-    if way == "in pieces":
-        monkeypatch.setattr(device_call, "_PIECE", 50)
+    if way == "large":
+        monkeypatch.setattr(device_call, "_LARGE", 20)
     if way == "pinned":
         monkeypatch.setattr(Stream, "capture", refuse)
     gpu.warmup([2])
     found = gpu.plan["encode"][0]["fixed_on_gpu"][0]
     assert found["cuda_graph"]
-    assert found["copies"] == {"plain": "pageable", "zero_copy": "captured", "in pieces": "captured"}.get(way, way)
-    assert found["zero_copy"] == (way in ("zero_copy", "in pieces"))
+    assert found["copies"] == {"plain": "pageable", "zero_copy": "captured", "large": "captured"}.get(way, way)
+    assert found["zero_copy"] == (way == "zero_copy")
     tried = {"plain": ["captured", "pinned"], "pinned": ["captured", "pinned", "on_device"]}
     assert [name for name in found["trials"] if name != "NHWC"] == tried.get(
         way, ["captured", "on_device", "zero_copy"]
@@ -767,12 +767,9 @@ def test_threads_share_the_gpu(both: tuple[VAE, VAE, np.ndarray]) -> None:
 
 
 @with_gpu
-def test_a_thread_that_captures_disturbs_no_calls(
-    both: tuple[VAE, VAE, np.ndarray], tiny_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the mode that onnxruntime captures in, which concerns all threads: they take memory, copy, free graphs."""
+def test_a_thread_that_captures_disturbs_no_calls(both: tuple[VAE, VAE, np.ndarray]) -> None:
+    """In the mode that onnxruntime captures in, which concerns all threads: they take memory, and copy."""
     gpu, cpu, x = both
-    monkeypatch.setattr(trial, "_relative_time", lambda call, plain: 2.0)  # onnxruntime makes the graph, and frees it
     stream, begun, done = Stream(0), threading.Event(), threading.Event()
 
     def capture() -> tuple[int, int]:
@@ -783,24 +780,23 @@ def test_a_thread_that_captures_disturbs_no_calls(
             done.wait(60)
             return first, module.driver().cuStreamEndCapture(stream._stream, ctypes.byref(graph))
 
-    with VAE.load(tiny_path, device="cuda") as warm, ThreadPoolExecutor(1) as pool:
-        warm.warmup([2])
+    with ThreadPoolExecutor(1) as pool:
         captured = pool.submit(capture)
         assert begun.wait(60)
         try:
             np.testing.assert_allclose(gpu.reconstruct(x[:3]), cpu.reconstruct(x[:3]), atol=1e-5)
             np.testing.assert_allclose(gpu.encode_to_device(x).mean.numpy(), cpu.encode(x).mean, atol=1e-5)
-            warm.close()
-            gc.collect()
         finally:
             done.set()
         assert captured.result() == (0, 0)
 
 
 @with_gpu
-@pytest.mark.parametrize("work", ["load", "warmup", "wait"])
-def test_what_waits_for_the_whole_gpu_lets_a_capture_end(tiny_path: Path, images: np.ndarray, work: str) -> None:
-    """onnxruntime does, when it opens a session."""
+@pytest.mark.parametrize("work", ["load", "warmup", "close", "wait"])
+def test_what_waits_for_the_whole_gpu_lets_a_capture_end(
+    tiny_path: Path, work: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime does, when it opens a session, and cuBLAS and cuDNN do, when one is freed."""
     begun = threading.Event()
 
     def step() -> None:
@@ -813,9 +809,15 @@ def test_what_waits_for_the_whole_gpu_lets_a_capture_end(tiny_path: Path, images
             return stream.capture([step], [])
 
     with VAE.load(tiny_path, device="cuda") as vae, ThreadPoolExecutor(1) as pool:
+        if work == "close":
+            monkeypatch.setattr(trial, "_relative_time", lambda call, plain: 2.0)  # onnxruntime makes the graph
+            vae.warmup([2])
         captured = pool.submit(capture)
         assert begun.wait(60)
-        if work == "load":
+        if work == "close":
+            vae.close()
+            gc.collect()
+        elif work == "load":
             VAE.load(tiny_path, device="cuda").close()
         elif work == "warmup":
             vae.warmup([2])

@@ -198,11 +198,11 @@ class StagedCall(DeviceCall):
         if not self._pieces:
             (copy_pixels if array.dtype == PIXEL else np.copyto)(self._given, array)
             return self._given
-        whole = np.ascontiguousarray(array)
         if array.dtype != PIXEL:
-            self._stream.to_device(self._input.data_ptr(), whole)()
-            return whole
-        flat = whole.reshape(-1)
+            values = np.ascontiguousarray(array, np.float32)
+            self._stream.to_device(self._input.data_ptr(), values)()
+            return values
+        flat = np.ascontiguousarray(array).reshape(-1)
         for piece, send in self._pieces:
             copy_pixels(self._flat[piece], flat[piece])
             send()

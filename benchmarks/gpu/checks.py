@@ -73,7 +73,17 @@ def fidelity(findings: Findings, job: Job) -> None:
 
 
 def torch_results(job: Job, torch: Any, precision: str, x: Float32, mean: Float32) -> dict[str, Float32]:
-    """The case's own modules on the device, eager, in the precision as the race has it."""
+    """Of the case's own modules on the device, eager, in the precision as the race has it."""
+    encoder, decoder, place = torch_halves(job, torch, precision)
+    with torch.inference_mode():
+        latents = encoder(torch.from_numpy(x).to(**place))
+        latents = latents[0] if isinstance(latents, tuple) else latents
+        given = {"decode": torch.from_numpy(mean).to(**place), "reconstruct": latents}
+        return {name: decoder(array).float().cpu().numpy() for name, array in given.items()}
+
+
+def torch_halves(job: Job, torch: Any, precision: str) -> tuple[Any, Any, dict[str, Any]]:
+    """The case's encoder and decoder, and where and as what their tensors have to be."""
     assert job.case.torch is not None
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     place: dict[str, Any] = {
@@ -81,11 +91,7 @@ def torch_results(job: Job, torch: Any, precision: str, x: Float32, mean: Float3
         "dtype": torch.float16 if precision == "fp16" else torch.float32,
     }
     encoder, decoder = (half.to(**place) for half in load_modules(job.case.torch, job.case.facts.name))
-    with torch.inference_mode():
-        latents = encoder(torch.from_numpy(x).to(**place))
-        latents = latents[0] if isinstance(latents, tuple) else latents
-        given = {"decode": torch.from_numpy(mean).to(**place), "reconstruct": latents}
-        return {name: decoder(array).float().cpu().numpy() for name, array in given.items()}
+    return encoder, decoder, place
 
 
 def calls(findings: Findings, job: Job) -> None:

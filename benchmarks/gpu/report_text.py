@@ -28,6 +28,7 @@ def render(document: dict[str, Any], name: str) -> str:
         errors(units),
         ways(units),
         overhead(units),
+        kernels(units),
         bench(units, document["torch_loaded_first"]),
         race(units),
         skipped(units),
@@ -152,6 +153,26 @@ def overhead(units: list[dict[str, Any]]) -> str:
             rows.append([unit["case"], row["what"], *times, f"{row['ratio']:.3f}", interval])
     head = ["case", "what", "onnxruntime with IO binding", "vae_runtime", "ratio", "95% interval"]
     return section("The runtime's own cost", head, rows)
+
+
+def kernels(units: list[dict[str, Any]]) -> str:
+    """Of one call each."""
+    rows = [
+        [
+            *(
+                unit["case"],
+                row["precision"],
+                f"{row['operation']}, batch {row['batch']}",
+                row["engine"],
+                row["kernel"],
+            ),
+            *(f"{row['launches']:g}", f"{row['microseconds']:.1f} µs"),
+        ]
+        for unit in units
+        for row in unit["figures"].get("kernels", [])
+    ]
+    head = ["case", "precision", "call", "engine", "kernel", "launches", "time on the GPU"]
+    return section("Kernels", head, rows)
 
 
 def bench(units: list[dict[str, Any]], torch_loaded_first: bool) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import checks
+import kernels
 import timings
 from findings import PRECISIONS, Findings, Job
 
@@ -40,6 +41,7 @@ STEPS: dict[str, Callable[[Findings, Job], None]] = {
     "memory": checks.memory,
     "ways": timings.ways,
     "overhead": timings.overhead,
+    "kernels": kernels.kernels,
     **{f"bench-{precision}": partial(timings.bench, precision=precision) for precision in PRECISIONS},
     "race": timings.race,
 }

@@ -36,6 +36,7 @@ with pytest.MonkeyPatch.context() as _path:
     _path.syspath_prepend(GPU)
     import checks
     import child
+    import kernels
     import report_text
     import run
     import steps
@@ -249,6 +250,30 @@ def test_torch_s_own_error_stands_beside_it(torch_case: Path) -> None:
     text = report_text.errors([{**unit, "checks": found}])
     assert "| fidelity | small | fp16 warm decode | 5.00e-01 | 1e+00 | 2.50e-01 |" in text
     assert "| fidelity | small | fp16 warm reconstruct | 5.00e-01 | 1e+00 | – |" in text
+
+
+def test_kernels_are_those_of_one_call(torch_case: Path) -> None:
+    """On the CPU torch's operators stand for them."""
+    torch = pytest.importorskip("torch")
+    weight, x = torch.zeros(64, 64), torch.zeros(512, 64)
+    total, *found = kernels.profile(torch, lambda: [torch.relu(x @ weight) for _ in range(3)], is_gpu=False)
+    launches = {row["kernel"]: row["launches"] for row in found}
+    assert (launches["aten::mm"], launches["aten::relu"]) == (3, 3)
+    assert total["kernel"] == "all"
+    assert total["launches"] == sum(launches.values())
+    assert total["microseconds"] == pytest.approx(sum(row["microseconds"] for row in found))
+    assert found == sorted(found, key=lambda row: -row["microseconds"])
+    stream = io.StringIO()
+    kernels.kernels(Findings(stream), Job("cpu", Case.open(torch_case), True, budget=1.0))
+    lines = child.parse_lines(stream.getvalue())
+    assert not [line for line in lines if "check" in line]
+    rows = [line["value"] for line in lines if line.get("figure") == "kernels"][-1]
+    known = {(row["engine"], row["operation"]) for row in rows}
+    assert known == {(engine, operation) for engine in ("torch", "vae_runtime") for operation in ("encode", "decode")}
+    row = {"precision": "fp32", "operation": "encode", "batch": 32, "engine": "torch", "kernel": "a|b"}
+    row |= {"launches": 1.5, "microseconds": 12.34}
+    text = report_text.kernels([{"step": "kernels", "case": "small", "figures": {"kernels": [row]}}])
+    assert "| small | fp32 | encode, batch 32 | torch | a/b | 1.5 | 12.3 µs |" in text
 
 
 @pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-6), ("fp16", 5e-3)])

@@ -11,13 +11,15 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .cuda import ContextOf, capturing, driver
 from .cuda_graph import LaunchGraph, require
 from .preprocess import Float32
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING of cuda.h
-_PORTABLE_AND_MAPPED = 3  # CU_MEMHOSTALLOC_PORTABLE and _DEVICEMAP: for every context, and for kernels
+_PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE: for every context
+_PORTABLE_AND_MAPPED = 3  # CU_MEMHOSTALLOC_PORTABLE and _DEVICEMAP: the same, and for kernels
 _of_thread = threading.local()
 _idle: dict[int, list[ctypes.c_void_p]] = {}  # by GPU: streams of threads that have ended
 
@@ -80,6 +82,17 @@ class Stream:
         freed.atexit = False  # the driver may be gone by then, and takes its memory with it
         return np.ctypeslib.as_array(memory)
 
+    def register(self, pages: NDArray[np.uint8]) -> bool:
+        """Let the GPU write these pages of the host's memory, a view of other memory, by itself as long as the array
+        lives; False where the driver does not."""
+        address, undo = ctypes.c_void_p(pages.ctypes.data), driver().cuMemHostUnregister
+        with self._context:
+            if driver().cuMemHostRegister_v2(address, ctypes.c_size_t(pages.nbytes), _PORTABLE) != 0:
+                return False
+        freed = weakref.finalize(pages, _free, undo, self._context, address, os.getpid(), pages.base)
+        freed.atexit = False
+        return True
+
     def address_of(self, array: Float32) -> int:
         """Where kernels on the GPU find pinned memory: nearly everywhere at its own address."""
         address = ctypes.c_uint64()
@@ -140,7 +153,10 @@ def _at(place: ctypes.c_uint64, copy: Callable[[], None]) -> Callable[[int], Non
     return begin
 
 
-def _free(free: Callable[[Any], int], context: ContextOf, address: ctypes.c_void_p, process: int) -> None:
+def _free(
+    free: Callable[[Any], int], context: ContextOf, address: ctypes.c_void_p, process: int, memory: object = None
+) -> None:
+    """memory: what has to be there until then."""
     if os.getpid() == process:  # a forked child has neither the context nor, for the GPU, the memory
         with context:
             free(address)

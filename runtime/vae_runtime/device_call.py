@@ -15,6 +15,7 @@ from .device_array import await_others
 from .engine import first_line, import_engine, is_engine_error, suppress_engine_errors
 from .errors import DeviceError, VAEError
 from .preprocess import PIXEL, Float32, UInt8, ValueRule, copy_pixels, from_pixels
+from .result_memory import ResultMemory
 
 if TYPE_CHECKING:
     from .cuda_graph import LaunchGraph, MovableCopy
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from .session import GraphSession
 
 _ALIGNMENT = 64  # numbers; CUDA's own allocations begin at multiples of 256 bytes
-_LARGE = 2**16  # numbers; what has more is no part of a launch, and pixels are sent in pieces of so many
+_LARGE = 2**16  # numbers; the copies of what has more are no part of a launch
 _WARMUP_RUNS = 3  # in which onnxruntime chooses algorithms and lays out memory
 
 
@@ -129,8 +130,9 @@ class StagedCall(DeviceCall):
     """The same on a stream of our own, whose session has it for its work: through pinned memory, and one wait for both
     copies and the work between them.
 
-    What is large the driver copies from the caller's memory and to that of the result: it goes through pinned memory of
-    its own, piece by piece, while other pieces are on their way.
+    A large input the driver copies from the caller's memory, through pinned memory of its own, piece by piece, while
+    other pieces are on their way. Large outputs the GPU writes to the memory of the result, see `ResultMemory`, or the
+    driver copies them likewise.
     """
 
     def __init__(self, session: GraphSession, shapes: dict[str, tuple[int, ...]], stream: Stream) -> None:
@@ -139,13 +141,11 @@ class StagedCall(DeviceCall):
         self._given = stream.pinned(math.prod(self._input.shape())).reshape(self._input.shape())
         size, start = self._parts[-1].stop, self._outputs.data_ptr()
         self._found = stream.pinned(size) if size <= _LARGE else np.empty(0, np.float32)
+        self._results = ResultMemory(stream, size)
         self._fetches = [stream.to_host(self._found, start)] if self._found.size else []
-        self._flat, place = self._given.reshape(-1), self._input.data_ptr()
-        pieces = [slice(start, start + _LARGE) for start in range(0, self._flat.size, _LARGE)]
-        sends = [stream.to_device(place + 4 * piece.start, self._flat[piece]) for piece in pieces]
-        # Of many pixels, each piece is on its way while the next one is made of them.
-        self._pieces = list(zip(pieces, sends, strict=True)) if len(pieces) > 1 else []
-        self._sends = [] if self._pieces else sends
+        place = self._input.data_ptr()
+        self._send = stream.to_device(place, self._given)
+        self._sends = [self._send] if self._given.size <= _LARGE else []
         self._to_decoder: tuple[StagedCall, list[Callable[[], None]]] | None = None
         self._take = stream.from_anywhere(place, self._given.nbytes)
         self._places = [part.address(start) for part in self._parts]
@@ -195,17 +195,13 @@ class StagedCall(DeviceCall):
 
     def _put(self, array: Float32 | UInt8) -> Float32:
         """On its way: a small one into pinned memory, a large one to the GPU -> the values, to be looked at."""
-        if not self._pieces:
-            (copy_pixels if array.dtype == PIXEL else np.copyto)(self._given, array)
-            return self._given
-        if array.dtype != PIXEL:
+        if array.dtype != PIXEL and not self._sends:
             values = np.ascontiguousarray(array, np.float32)
             self._stream.to_device(self._input.data_ptr(), values)()
             return values
-        flat = np.ascontiguousarray(array).reshape(-1)
-        for piece, send in self._pieces:
-            copy_pixels(self._flat[piece], flat[piece])
-            send()
+        (copy_pixels if array.dtype == PIXEL else np.copyto)(self._given, array)
+        if not self._sends:
+            self._send()
         return self._given
 
     def _is_good(self, values: Float32) -> bool:
@@ -223,7 +219,9 @@ class StagedCall(DeviceCall):
         if self._found.size:
             self._stream.wait()
             return self._cut(self._found.copy())
-        found = np.empty(self._parts[-1].stop, np.float32)
+        found = self._results.take()
+        if found is None:
+            found = np.empty(self._parts[-1].stop, np.float32)
         self._stream.to_host(found, self._outputs.data_ptr())()
         self._stream.wait()
         return self._cut(found)

@@ -694,6 +694,24 @@ int cuMemHostAlloc(void** address, size_t size, unsigned flags) {
   return status;
 }
 
+int cuMemHostRegister_v2(void* address, size_t size, unsigned) {
+  Lock lock(mutex);
+  if (contexts.empty()) return kNoContext;
+  if (is_prohibited("cuMemHostRegister")) return cudaErrorStreamCaptureUnsupported;
+  if (is_pinned(address)) return cudaErrorHostMemoryAlreadyRegistered;
+  pinned[static_cast<char*>(address)] = size;
+  return cudaSuccess;
+}
+
+int cuMemHostUnregister(void* address) {
+  Lock lock(mutex);
+  if (contexts.empty()) return kNoContext;
+  if (is_prohibited("cuMemHostUnregister")) return cudaErrorStreamCaptureUnsupported;
+  finish_all();
+  pinned.erase(static_cast<char*>(address));
+  return cudaSuccess;
+}
+
 int cuMemFreeHost(void* address) { return contexts.empty() ? kNoContext : cudaFreeHost(address); }
 
 int cuMemHostGetDevicePointer_v2(void** address, void* pinned_address, unsigned) {

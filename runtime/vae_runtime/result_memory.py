@@ -1,0 +1,73 @@
+"""Host memory for large results, which the GPU writes by itself and which is used again once the caller lets go of it.
+
+PyTorch hands out pinned memory in this way; here it is ordinary memory that is registered with the driver (NVIDIA's
+CUDA Driver API, "Memory Management"), so that a forked child can read it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import weakref
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .preprocess import Float32
+
+if TYPE_CHECKING:
+    from .cuda_stream import Stream
+
+_PAGE = 4096  # bytes; whole pages, as what lies beside is not for the GPU
+_MOST = 3  # pieces: whoever keeps more results has the others in ordinary memory
+_forks = [0]  # of this process so far
+
+
+class ResultMemory:
+    """Pieces of `values` numbers each. For one call at a time."""
+
+    def __init__(self, stream: Stream, values: int) -> None:
+        self._stream, self._values = stream, values
+        self._idle: list[NDArray[np.uint8]] = []
+        self._count, self._forks = 0, _forks[0]
+
+    def take(self) -> Float32 | None:
+        """float32 (values,), the caller's until the last view of it is gone; None where there is none."""
+        if self._forks != _forks[0]:
+            self._idle, self._count, self._forks = [], 0, _forks[0]
+        try:
+            piece = self._idle.pop()
+        except IndexError:
+            made = self._make() if self._count < _MOST else None
+            if made is None:
+                return None
+            piece = made
+        shown = (ctypes.c_float * self._values).from_address(piece.ctypes.data)
+        weakref.finalize(shown, _give_back, weakref.ref(self), piece, self._forks).atexit = False
+        return np.ctypeslib.as_array(shown)
+
+    def _make(self) -> NDArray[np.uint8] | None:
+        size = -(-4 * self._values // _PAGE) * _PAGE
+        raw = np.empty(size + _PAGE, np.uint8)
+        piece = raw[-raw.ctypes.data % _PAGE :][:size]
+        if not self._stream.register(piece):
+            return None
+        self._count += 1
+        return piece
+
+
+def _give_back(owner: weakref.ref[ResultMemory], piece: NDArray[np.uint8], forks: int) -> None:
+    memory = owner()
+    if memory is not None and memory._forks == forks:
+        memory._idle.append(piece)
+
+
+def _count_fork() -> None:
+    _forks[0] += 1
+
+
+# After a fork, parent and child have the same pages until one of them writes: an older kernel may leave the parent with
+# a copy, while the GPU goes on to write the original. So what there was is not given to the GPU again.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_parent=_count_fork, after_in_child=_count_fork)

@@ -55,7 +55,7 @@ STEPS = (
 )
 TIMELESS = frozenset({"golden", "fidelity", "calls", "concurrency"})  # nothing is measured in them
 SECONDS = {
-    **{"golden": 15, "fidelity": 40, "calls": 40, "concurrency": 80, "memory": 15, "ways": 40, "overhead": 30},
+    **{"golden": 15, "fidelity": 60, "calls": 50, "concurrency": 95, "memory": 15, "ways": 40, "overhead": 30},
     "kernels": 60,
 }
 

@@ -22,6 +22,9 @@ _PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE: for every context
 _PORTABLE_AND_MAPPED = 3  # CU_MEMHOSTALLOC_PORTABLE and _DEVICEMAP: the same, and for kernels
 _of_thread = threading.local()
 _idle: dict[int, list[ctypes.c_void_p]] = {}  # by GPU: streams of threads that have ended
+# Memory by the address that the driver was given. Whatever interrupts, and whatever the driver refuses, it is not freed
+# while the driver may hold it for registered: what comes to lie there later would be taken for it.
+_registered: dict[int, object] = {}
 
 
 class Stream:
@@ -85,13 +88,17 @@ class Stream:
     def register(self, pages: NDArray[np.uint8]) -> bool:
         """Let the GPU write these pages of the host's memory, a view of other memory, by itself as long as the array
         lives; False where the driver does not."""
-        address, undo = ctypes.c_void_p(pages.ctypes.data), driver().cuMemHostUnregister
+        address = pages.ctypes.data
+        _registered[address] = pages.base
+        undone = weakref.finalize(pages, _unregister, driver().cuMemHostUnregister, self._context, address, os.getpid())
+        undone.atexit = False
         with self._context:
-            if driver().cuMemHostRegister_v2(address, ctypes.c_size_t(pages.nbytes), _PORTABLE) != 0:
-                return False
-        freed = weakref.finalize(pages, _free, undo, self._context, address, os.getpid(), pages.base)
-        freed.atexit = False
-        return True
+            size = ctypes.c_size_t(pages.nbytes)
+            status = driver().cuMemHostRegister_v2(ctypes.c_void_p(address), size, _PORTABLE)
+        if status != 0:
+            undone.detach()
+            del _registered[address]
+        return bool(status == 0)
 
     def address_of(self, array: Float32) -> int:
         """Where kernels on the GPU find pinned memory: nearly everywhere at its own address."""
@@ -153,10 +160,15 @@ def _at(place: ctypes.c_uint64, copy: Callable[[], None]) -> Callable[[int], Non
     return begin
 
 
-def _free(
-    free: Callable[[Any], int], context: ContextOf, address: ctypes.c_void_p, process: int, memory: object = None
-) -> None:
-    """memory: what has to be there until then."""
+def _unregister(undo: Callable[[Any], int], context: ContextOf, address: int, process: int) -> None:
+    if os.getpid() == process:
+        with context:
+            status = undo(ctypes.c_void_p(address))
+        if status == 0:
+            _registered.pop(address, None)
+
+
+def _free(free: Callable[[Any], int], context: ContextOf, address: ctypes.c_void_p, process: int) -> None:
     if os.getpid() == process:  # a forked child has neither the context nor, for the GPU, the memory
         with context:
             free(address)

@@ -130,9 +130,8 @@ class StagedCall(DeviceCall):
     """The same on a stream of our own, whose session has it for its work: through pinned memory, and one wait for both
     copies and the work between them.
 
-    A large input the driver copies from the caller's memory, through pinned memory of its own, piece by piece, while
-    other pieces are on their way. Large outputs the GPU writes to the memory of the result, see `ResultMemory`, or the
-    driver copies them likewise.
+    A large input the driver copies from the caller's memory. Large outputs the GPU writes to the memory of the result,
+    see `ResultMemory`, or the driver copies them there.
     """
 
     def __init__(self, session: GraphSession, shapes: dict[str, tuple[int, ...]], stream: Stream) -> None:
@@ -180,10 +179,11 @@ class StagedCall(DeviceCall):
 
     def run(self, array: Float32) -> list[Float32]:
         """As `DeviceCall.run`."""
+        values = np.ascontiguousarray(array)  # alive until the copy is done
         self.is_busy = True
         try:
             with self._stream:
-                self._put(array)
+                self._put(values)
                 self._begin()
                 return self._bring()
         finally:
@@ -197,6 +197,8 @@ class StagedCall(DeviceCall):
         """On its way: a small one into pinned memory, a large one to the GPU -> the values, to be looked at."""
         if array.dtype != PIXEL and not self._sends:
             values = np.ascontiguousarray(array, np.float32)
+            if values.shape != self._given.shape:
+                raise ValueError(f"the input is {values.shape}, not {self._given.shape}")
             self._stream.to_device(self._input.data_ptr(), values)()
             return values
         (copy_pixels if array.dtype == PIXEL else np.copyto)(self._given, array)
@@ -294,9 +296,10 @@ class CapturedCall(StagedCall):
     def __init__(self, session: GraphSession, shapes: dict[str, tuple[int, ...]], stream: Stream) -> None:
         super().__init__(session, shapes, stream)
         self.in_steps: dict[str, str] = {}
+        nothing = np.zeros(self._given.shape, np.float32)
         for _ in range(_WARMUP_RUNS):
             with stream:
-                self._put(np.zeros(self._given.shape, np.float32))
+                self._put(nothing)
                 super()._begin()
                 stream.wait()
         self._engine_run = self._run

@@ -7,6 +7,7 @@ CUDA Driver API, "Memory Management"), so that a forked child can read it.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import weakref
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from .preprocess import Float32
 if TYPE_CHECKING:
     from .cuda_stream import Stream
 
-_PAGE = 4096  # bytes; whole pages, as what lies beside is not for the GPU
+_PAGE = mmap.PAGESIZE  # bytes; whole pages, as what lies beside is not for the GPU
 _MOST = 3  # pieces: whoever keeps more results has the others in ordinary memory
 _forks = [0]  # of this process so far
 
@@ -30,16 +31,17 @@ class ResultMemory:
     def __init__(self, stream: Stream, values: int) -> None:
         self._stream, self._values = stream, values
         self._idle: list[NDArray[np.uint8]] = []
-        self._count, self._forks = 0, _forks[0]
+        self._made: list[weakref.ref[NDArray[np.uint8]]] = []
+        self._most, self._forks = _MOST, _forks[0]
 
     def take(self) -> Float32 | None:
         """float32 (values,), the caller's until the last view of it is gone; None where there is none."""
         if self._forks != _forks[0]:
-            self._idle, self._count, self._forks = [], 0, _forks[0]
+            self._idle, self._made, self._forks = [], [], _forks[0]
         try:
             piece = self._idle.pop()
         except IndexError:
-            made = self._make() if self._count < _MOST else None
+            made = self._make()
             if made is None:
                 return None
             piece = made
@@ -48,12 +50,16 @@ class ResultMemory:
         return np.ctypeslib.as_array(shown)
 
     def _make(self) -> NDArray[np.uint8] | None:
+        self._made = [one for one in self._made if one() is not None]  # an interrupt may have cost one
+        if len(self._made) >= self._most:
+            return None
         size = -(-4 * self._values // _PAGE) * _PAGE
         raw = np.empty(size + _PAGE, np.uint8)
         piece = raw[-raw.ctypes.data % _PAGE :][:size]
         if not self._stream.register(piece):
+            self._most = 0  # nor the next time
             return None
-        self._count += 1
+        self._made.append(weakref.ref(piece))
         return piece
 
 
@@ -68,6 +74,7 @@ def _count_fork() -> None:
 
 
 # After a fork, parent and child have the same pages until one of them writes: an older kernel may leave the parent with
-# a copy, while the GPU goes on to write the original. So what there was is not given to the GPU again.
+# a copy, while the GPU goes on to write the original. So what there was is not given to the GPU again, where Python
+# knows of the fork.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_parent=_count_fork, after_in_child=_count_fork)

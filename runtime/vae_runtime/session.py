@@ -77,7 +77,7 @@ class GraphSession:
         self._process = os.getpid()
         self._stream, self._captures, self._memory = stream, captures, device.memory
         self._context = made_current(device.memory)
-        with _alone_on(device), self._context:
+        with alone_on(device), self._context:
             any_size = None in boundary.input_shape and fixed is None
             self._session = _open(model, file, device, threads, spinning, fixed, bundle, any_size)
         self.owner = Owner()
@@ -161,8 +161,7 @@ class GraphSession:
             return self.open_for(model, shape, self.device)
         from .trial import fastest_session  # late: only a GPU has several ways
 
-        with _alone_on(self.device):  # also while those that are not taken are freed
-            return fastest_session(self, model, shape, rule)
+        return fastest_session(self, model, shape, rule)
 
     def open_for(
         self,
@@ -174,7 +173,7 @@ class GraphSession:
     ) -> GraphSession:
         """The same by one way: what `device` says, which is this session's but for options."""
         settings = self._boundary, self.threads, self.spinning, shape, self.bundle
-        with _alone_on(device):
+        with alone_on(device):
             session = GraphSession(model, self.file, device, *settings, stream=stream, captures=captures)
             session.run(np.zeros(shape, np.float32))  # what cannot be captured fails here
         return session
@@ -321,7 +320,7 @@ def freeing(sessions: Iterable[GraphSession]) -> contextlib.AbstractContextManag
     return capturing if frees else contextlib.nullcontext()
 
 
-def _alone_on(device: Device) -> contextlib.AbstractContextManager[object]:
+def alone_on(device: Device) -> contextlib.AbstractContextManager[object]:
     """While it lasts, no other thread captures a CUDA graph, which opening or freeing a session would spoil."""
     return capturing if device.provider == CUDA else contextlib.nullcontext()
 

@@ -19,7 +19,7 @@ from .engine import first_line, is_engine_error
 from .errors import DeviceError, OutOfMemoryError
 from .fidelity import relative_error
 from .preprocess import Float32, ValueRule
-from .session import GraphSession
+from .session import GraphSession, alone_on
 from .tuning import GAIN
 
 _LAYOUT_OPERATORS = {"Conv", "ConvTranspose", "FusedConv"}  # that cuDNN also runs with the channels last
@@ -57,15 +57,19 @@ def fastest_session(session: GraphSession, model: bytes, shape: tuple[int, ...],
     if "user_compute_stream" not in options:
         trial.try_stream()
     trial.best.trials = trial.results
+    with alone_on(session.device):
+        trial.opened.clear()  # and so those that are not taken are freed
     return trial.best
 
 
 class _Trial:
-    """best: the fastest session so far. results: way -> its time relative to the best before, or why there is none."""
+    """best: the fastest session so far. results: way -> its time relative to the best before, or why there is none.
+    opened: all sessions that there were."""
 
     def __init__(self, session: GraphSession, model: bytes, shape: tuple[int, ...], rule: ValueRule) -> None:
         self._session, self._model, self._shape, self._rule = session, model, shape, rule
         self._array = np.random.default_rng(0).random(shape, np.float32)
+        self.opened: list[GraphSession] = []
         self.best = self._captured()
         self.results: dict[str, float | str] = {}
 
@@ -110,7 +114,8 @@ class _Trial:
         call.begin = made[0] if self.best.is_zero_copy else plain
 
     def _open(self, device: Device, stream: Stream | None = None, captures: bool = False) -> GraphSession:
-        return self._session.open_for(self._model, self._shape, device, stream, captures)
+        self.opened.append(self._session.open_for(self._model, self._shape, device, stream, captures))
+        return self.opened[-1]
 
     def _captured(self) -> GraphSession:
         try:

@@ -721,7 +721,11 @@ class VAE:
         return self._bundle.golden()
 
     def close(self) -> None:
-        """Free both graphs; every later call raises `ClosedError`. Calls under way in other threads finish."""
+        """Free both graphs; every later call raises `ClosedError`. Calls under way in other threads finish.
+
+        On a GPU it waits while another thread captures a CUDA graph, which freeing would spoil. What is freed in
+        another way, as a `VAE` that nobody closes is, or after a call under way, may cost that thread a faster way.
+        """
         operations = self._operations
         if operations is not None:
             with freeing(route.any_batch for half in operations for route in half.routes):

@@ -206,6 +206,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     monkeypatch.setattr(cuda_stream, "driver", lambda: found)
     monkeypatch.setattr(cuda_graph, "driver", lambda: found)
     monkeypatch.setattr(cuda_stream, "_of_thread", threading.local())
+    monkeypatch.setattr(cuda_stream, "_registered", {})
     monkeypatch.setattr(cuda, "_of_thread", threading.local())  # what this one is told, a real one is not
     monkeypatch.setattr(cuda_stream, "_idle", {})
     cuda._primary_context.cache_clear()
@@ -461,7 +462,11 @@ def test_who_keeps_many_results_gets_ordinary_memory(driver: Driver) -> None:
     kept.clear()
     assert memory.take() is not None
     driver.status["cuMemHostRegister_v2"] = 712
-    assert ResultMemory(Stream(0), 10).take() is None
+    refused = ResultMemory(Stream(0), 10)
+    assert refused.take() is None
+    driver.status.clear()
+    assert refused.take() is None  # it is not tried again in each call
+    assert driver.registered.keys() == cuda_stream._registered.keys()
 
 
 def test_memory_for_results_lasts_as_long_as_the_result(driver: Driver) -> None:
@@ -478,6 +483,35 @@ def test_memory_for_results_lasts_as_long_as_the_result(driver: Driver) -> None:
     del kept
     gc.collect()
     assert (driver.registered, driver.stack) == ({}, [])
+
+
+def test_memory_that_is_registered_is_not_freed_whatever_interrupts(driver: Driver) -> None:
+    """What comes to lie there later would be taken for it."""
+    memory, real = ResultMemory(Stream(0), 10), driver.do_cuMemHostRegister_v2
+
+    def interrupted(*arguments: Any) -> None:
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    driver.do_cuMemHostRegister_v2 = interrupted  # type: ignore[method-assign]
+    driver.status["cuMemHostUnregister"] = 900  # within a capture of the caller's, say
+    with pytest.raises(KeyboardInterrupt):
+        memory.take()
+    gc.collect()
+    driver.do_cuMemHostRegister_v2 = real  # type: ignore[method-assign]
+    assert driver.registered.keys() == cuda_stream._registered.keys()
+    assert len(driver.registered) == 1
+    driver.status.clear()
+    kept = [memory.take() for _ in range(3)]
+    assert all(one is not None for one in kept)  # what the interrupt cost does not count
+    del kept
+    memory._idle.clear()  # nor what another interrupt may lose
+    again = [memory.take() for _ in range(3)]
+    assert all(one is not None for one in again)
+    del memory, again
+    gc.collect()
+    assert len(driver.registered) == 1
+    assert driver.registered.keys() == cuda_stream._registered.keys()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -251,6 +254,29 @@ def test_a_stream_that_costs_little_is_taken_for_arrays_on_the_device(
     best = Ways(monkeypatch, tiny_path, NHWC=1.0, on_device=on_device, **times).choose()
     assert best.describe_way()["copies"] == copies
     assert best.replays_on_device is (on_device == 0.5 and copies != "pageable")
+
+
+def test_other_threads_may_capture_between_openings(monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> None:
+    """Only opening and freeing keep them waiting, not the calls that are timed."""
+    ways, free, opened = Ways(monkeypatch, tiny_path, NHWC=1.0, pinned=1.0), [], weakref.WeakSet()
+
+    def is_free() -> bool:
+        if taken := cuda.capturing.acquire(blocking=False):
+            cuda.capturing.release()
+        return taken
+
+    def relative_time(call: Any, plain: Any) -> float:
+        with ThreadPoolExecutor(1) as pool:
+            free.append(pool.submit(is_free).result())
+        return 1.0
+
+    real = ways.open_for
+    monkeypatch.setattr(GraphSession, "open_for", lambda _, *given: (one := real(*given), opened.add(one))[0])
+    monkeypatch.setattr(trial, "_relative_time", relative_time)
+    best = ways.choose()
+    gc.collect()
+    assert free == [True, True]
+    assert list(opened) == [best]
 
 
 def test_calls_are_compared_as_users_make_them(monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> None:

@@ -533,8 +533,9 @@ def test_after_a_fork_the_gpu_writes_nothing_that_the_child_has(driver: Driver) 
     made: list[int] = []
     real = driver.do_cuMemHostRegister_v2
     driver.do_cuMemHostRegister_v2 = lambda *a: (made.append(1), real(*a))[1]  # type: ignore[method-assign]
-    del kept
-    again = [memory.take() for _ in range(3)]
+    again = [memory.take()]
+    del kept  # only now
+    again += [memory.take() for _ in range(2)]
     assert all(one is not None for one in again)
     assert (len(made), len(driver.registered)) == (3, 3)
 

@@ -283,6 +283,10 @@ def test_calls_are_compared_as_users_make_them(monkeypatch: pytest.MonkeyPatch, 
     """With the values looked at; and where a quick call gives nothing, the session does or says why."""
     ways = Ways(monkeypatch, tiny_path, NHWC=1.0, pinned=1.0)
     looked: list[tuple[int, ...]] = []
+    bound: list[Any] = []
+    monkeypatch.setattr(GraphSession, "bind", lambda _, *given: bound.append(given))
+    ways.choose()
+    assert bound == [(SHAPE, UNIT_INTERVAL)] * 4  # two ways, each beside the best so far
     rule = UNIT_INTERVAL._replace(holds=lambda bits: (looked.append(bits.shape), UNIT_INTERVAL.holds(bits))[1])
     one = trial._Trial(ways.session, ways.model, SHAPE, rule)
     monkeypatch.undo()

@@ -399,7 +399,9 @@ def test_a_damaged_compressed_record(networks: tuple[Any, Any], tmp_path: Path) 
     start = code.header_offset + 30 + len(code.filename)
     content[start : start + code.compress_size] = b"\xff" * code.compress_size
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"my_encoder is not a TorchScript program that can be (read|loaded)"):
+    # torch's reader may also give what happens to lie in memory, which the look at the code may refuse.
+    refused = r"my_encoder (is not a TorchScript program that can be (read|loaded)|has '\w+' in code/)"
+    with pytest.raises((CheckpointError, ExportError), match=refused):
         load(source)
 
 

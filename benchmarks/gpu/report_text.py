@@ -157,20 +157,12 @@ def overhead(units: list[dict[str, Any]]) -> str:
 
 def kernels(units: list[dict[str, Any]]) -> str:
     """Of one call each."""
-    rows = [
-        [
-            *(
-                unit["case"],
-                row["precision"],
-                f"{row['operation']}, batch {row['batch']}",
-                row["engine"],
-                row["kernel"],
-            ),
-            *(f"{row['launches']:g}", f"{row['microseconds']:.1f} µs"),
-        ]
-        for unit in units
-        for row in unit["figures"].get("kernels", [])
-    ]
+    rows = []
+    for unit in units:
+        for row in unit["figures"].get("kernels", []):
+            call = f"{row['operation']}, batch {row['batch']}"
+            cost = [f"{row['launches']:g}", f"{row['microseconds']:.1f} µs"]
+            rows.append([unit["case"], row["precision"], call, row["engine"], row["kernel"], *cost])
     head = ["case", "precision", "call", "engine", "kernel", "launches", "time on the GPU"]
     return section("Kernels", head, rows)
 

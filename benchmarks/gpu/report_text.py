@@ -29,6 +29,7 @@ def render(document: dict[str, Any], name: str) -> str:
         ways(units),
         overhead(units),
         kernels(units),
+        variations(units),
         bench(units, document["torch_loaded_first"]),
         race(units),
         skipped(units),
@@ -165,6 +166,22 @@ def kernels(units: list[dict[str, Any]]) -> str:
             rows.append([unit["case"], row["precision"], call, row["engine"], row["kernel"], *cost])
     head = ["case", "precision", "call", "engine", "kernel", "launches", "time on the GPU"]
     return section("Kernels", head, rows)
+
+
+def variations(units: list[dict[str, Any]]) -> str:
+    rows = []
+    for unit in units:
+        for row in unit["figures"].get("variations", []):
+            what = [unit["case"], row["precision"], f"{row['half']}, batch {row['batch']}", row["variation"]]
+            if "failed" in row:
+                rows.append([*what, _DASH, one_line(row["failed"]), _DASH, _DASH])
+                continue
+            interval = _DASH if row["low"] is None else f"{row['low']:.2f} to {row['high']:.2f}"
+            error = "not finite" if row["error"] is None else f"{row['error']:.1e}"
+            found = [f"{row['ratio']:.2f}", interval, error, f"{row['opened_s']:.1f} s"]
+            rows.append([*what, *found])
+    head = ["case", "precision", "graph", "variation", "time ÷ plain", "95% interval", "error", "opened in"]
+    return section("Variations", head, rows)
 
 
 def bench(units: list[dict[str, Any]], torch_loaded_first: bool) -> str:

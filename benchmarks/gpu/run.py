@@ -14,6 +14,7 @@ of arrays and the race. It runs for --minutes; the same command with --resume go
     ways          what VAE.warmup tried and took, and the memory of both halves
     overhead      VAE beside bare onnxruntime with IO binding
     kernels       which kernels calls run on the GPU and for how long, and those of torch, by torch's profiler
+    variations    what other options of onnxruntime, and other operators, would make of the graphs; with onnx
     bench-fp32 bench-tf32 bench-fp16   vae-bench, with the parts of each call
     race          vae-bench race on the device
 
@@ -50,13 +51,14 @@ from vae_runtime.errors import InputError, OutputError, VAEError
 FORMAT, FORMAT_VERSION = "vae-gpu-run", 1
 ENVIRONMENT = "environment"
 STEPS = (
-    *("golden", "fidelity", "calls", "concurrency", "memory", "ways", "overhead", "kernels"),
+    *("golden", "fidelity", "calls", "concurrency", "memory", "ways", "overhead"),
+    *("kernels", "variations"),
     *("bench-fp32", "bench-tf32", "bench-fp16", "race"),
 )
 TIMELESS = frozenset({"golden", "fidelity", "calls", "concurrency"})  # nothing is measured in them
 SECONDS = {
     **{"golden": 15, "fidelity": 60, "calls": 50, "concurrency": 95, "memory": 15, "ways": 40, "overhead": 30},
-    "kernels": 60,
+    **{"kernels": 60, "variations": 90},
 }
 
 
@@ -137,8 +139,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def seconds_of(step: str, arguments: argparse.Namespace) -> float:
-    """How much time has to be left for a step to begin; on an H100 nearly all took less. For kernels and the race it is
-    estimated."""
+    """How much time has to be left for a step to begin; on an H100 nearly all took less. For kernels, variations
+    and the race it is estimated."""
     if step == "race":
         return float(arguments.budget) + 200  # to compile for everybody and to start them, for every point
     return 10.0 * (arguments.rounds + 1) if step.startswith("bench") else SECONDS[step]

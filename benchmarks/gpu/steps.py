@@ -21,6 +21,7 @@ from typing import Any
 import checks
 import kernels
 import timings
+import variations
 from findings import PRECISIONS, Findings, Job
 
 from vae_benchmarks.gpu import GpuFacts
@@ -42,6 +43,7 @@ STEPS: dict[str, Callable[[Findings, Job], None]] = {
     "ways": timings.ways,
     "overhead": timings.overhead,
     "kernels": kernels.kernels,
+    "variations": variations.variations,
     **{f"bench-{precision}": partial(timings.bench, precision=precision) for precision in PRECISIONS},
     "race": timings.race,
 }

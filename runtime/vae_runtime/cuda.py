@@ -172,10 +172,10 @@ def require_tensorrt_precision(precision: str) -> None:
         )
 
 
-# What is taken unless the caller's provider_options say otherwise. An exhaustive search may stall at each new shape;
-# the heuristic picks from the same algorithms by shape alone.
+# What is taken unless the caller's provider_options say otherwise. Whatever its values are called, the option chooses
+# among three of cuDNN's heuristics (onnxruntime's conv_transpose.cc): this one, A, takes least time for each new shape.
 CUDA_DEFAULTS: Mapping[str, str] = {"cudnn_conv_algo_search": "HEURISTIC"}
-# For a session that takes one shape only: chosen once, with more care, and replayed as one CUDA graph per call.
+# For a session that takes one shape only: the slower and better heuristic, B, and one CUDA graph per call.
 CUDA_FIXED_SHAPE: Mapping[str, str] = {"cudnn_conv_algo_search": "EXHAUSTIVE", "enable_cuda_graph": "1"}
 # By which a caller has a say in a session's memory.
 CUDA_MEMORY_OPTIONS = frozenset(

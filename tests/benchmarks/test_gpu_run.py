@@ -19,6 +19,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 
 import vae_runtime.devices
@@ -36,11 +38,13 @@ with pytest.MonkeyPatch.context() as _path:
     _path.syspath_prepend(GPU)
     import checks
     import child
+    import graph_edits
     import kernels
     import report_text
     import run
     import steps
     import timings
+    import variations
     from findings import Findings, Job
 
 EVERY_STEP_BUT_THE_RACE = ",".join(name for name in run.STEPS if name != "race")
@@ -274,6 +278,146 @@ def test_kernels_are_those_of_one_call(torch_case: Path) -> None:
     row |= {"launches": 1.5, "microseconds": 12.34}
     text = report_text.kernels([{"step": "kernels", "case": "small", "figures": {"kernels": [row]}}])
     assert "| small | fp32 | encode, batch 32 | torch | a/b | 1.5 | 12.3 µs |" in text
+
+
+def small_graph(*nodes: onnx.NodeProto, x: list[Any], **constants: np.ndarray) -> bytes:
+    sides = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in
+             (("x", x), ("y", None))]  # fmt: skip
+    tensors = [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = onnx.helper.make_graph(nodes, "graph", sides[:1], sides[1:], tensors)
+    return onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10
+    ).SerializeToString()
+
+
+def run_on_cpu(graph: bytes, x: np.ndarray) -> np.ndarray:
+    return onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+
+
+def upsampling(random: np.random.Generator, resize: dict[str, Any], conv: dict[str, Any], bias: bool = True) -> bytes:
+    make = onnx.helper.make_node
+    names = ["w", "b"] if bias else ["w"]
+    return small_graph(
+        make("Resize", ["x", "", "scales"], ["big"], **resize),
+        make("Conv", ["big", *names], ["y"], **conv),
+        x=["batch", 5, 4, 3],
+        scales=np.array([1, 1, 2, 2], np.float32),
+        w=random.standard_normal((7, 5, 3, 3), np.float32),
+        b=random.standard_normal(7, np.float32),
+    )
+
+
+NEAREST = {"mode": "nearest", "nearest_mode": "floor", "coordinate_transformation_mode": "asymmetric"}
+
+
+@pytest.mark.parametrize("resize", [NEAREST, {"mode": "nearest"}])
+@pytest.mark.parametrize("bias", [True, False])
+def test_upsampling_in_the_convolution_computes_the_same(resize: dict[str, Any], bias: bool) -> None:
+    random = np.random.default_rng(0)
+    graph = upsampling(random, resize, {"pads": [1] * 4, "kernel_shape": [3, 3], "auto_pad": "NOTSET"}, bias)
+    edited = graph_edits.join_upsampling(graph)
+    assert edited is not None
+    assert [node.op_type for node in onnx.load_from_string(edited).graph.node] == ["ConvTranspose"]
+    x = random.standard_normal((2, 5, 4, 3), np.float32)
+    np.testing.assert_allclose(run_on_cpu(edited, x), run_on_cpu(graph, x), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("resize", "conv"),
+    [
+        ({"mode": "linear"}, {"pads": [1] * 4}),
+        ({**NEAREST, "coordinate_transformation_mode": "align_corners"}, {"pads": [1] * 4}),
+        (NEAREST, {}),
+        (NEAREST, {"pads": [1] * 4, "strides": [2, 2]}),
+        (NEAREST, {"pads": [1] * 4, "dilations": [2, 2]}),
+    ],
+)
+def test_other_upsampling_is_left_alone(resize: dict[str, Any], conv: dict[str, Any]) -> None:
+    assert graph_edits.join_upsampling(upsampling(np.random.default_rng(0), resize, conv)) is None
+
+
+def scale_and_shift(random: np.random.Generator, *shape: int, swapped: bool = False) -> bytes:
+    make = onnx.helper.make_node
+    scale, shift = ("s", "x"), ("t", "m")
+    return small_graph(
+        make("Mul", scale if swapped else scale[::-1], ["m"]),
+        make("Add", shift if swapped else shift[::-1], ["y"]),
+        x=["batch", 5, 4, 3],
+        s=random.standard_normal(shape, np.float32),
+        t=random.standard_normal(shape, np.float32),
+    )
+
+
+@pytest.mark.parametrize(("shape", "swapped"), [((5, 1, 1), False), ((1, 5, 1, 1), True)])
+def test_scale_and_shift_joined_compute_the_same(shape: tuple[int, ...], swapped: bool) -> None:
+    random = np.random.default_rng(0)
+    graph = scale_and_shift(random, *shape, swapped=swapped)
+    edited = graph_edits.join_scale_and_shift(graph)
+    assert edited is not None
+    assert [node.op_type for node in onnx.load_from_string(edited).graph.node] == ["BatchNormalization"]
+    x = random.standard_normal((2, 5, 4, 3), np.float32)
+    np.testing.assert_allclose(run_on_cpu(edited, x), run_on_cpu(graph, x), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3,), (4, 3), (5, 4, 1)])
+def test_scales_not_by_channel_are_left_alone(shape: tuple[int, ...]) -> None:
+    assert graph_edits.join_scale_and_shift(scale_and_shift(np.random.default_rng(0), *shape)) is None
+
+
+def varied(job: Job) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What the step says, and its rows."""
+    stream = io.StringIO()
+    variations.variations(Findings(stream), job)
+    lines = child.parse_lines(stream.getvalue())
+    return lines, [line["value"] for line in lines if line.get("figure") == "variations"][-1]
+
+
+def test_variations_are_compared_with_the_plain_session(tiny: Path) -> None:
+    lines, rows = varied(Job("cpu", Case.open(tiny), True, budget=1.0))
+    assert not [line for line in lines if "check" in line]
+    assert [(row["half"], row["variation"], row["error"]) for row in rows] == [
+        ("encoder", "activations apart", 0.0),
+        ("decoder", "activations apart", 0.0),
+    ]
+    assert all(0 < row["low"] < row["ratio"] < row["high"] for row in rows)
+
+
+@pytest.mark.parametrize("factor", [1.5, np.nan])
+def test_variations_that_compute_something_else_or_nothing(
+    tiny: Path, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(graph: bytes) -> bytes:
+        model = onnx.load_from_string(graph)
+        tensor = model.graph.initializer[0]
+        values = onnx.numpy_helper.to_array(tensor) * np.float32(factor)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+        return model.SerializeToString()
+
+    monkeypatch.setattr(graph_edits, "EDITS", {"spoilt": spoil, "broken": lambda graph: graph[:-9]})
+    lines, rows = varied(Job("cpu", Case.open(tiny), True, budget=1.0))
+    assert not [line for line in lines if "check" in line]
+    found = {row["variation"]: row for row in rows if row["half"] == "decoder"}
+    assert found["spoilt"]["error"] is None if np.isnan(factor) else found["spoilt"]["error"] > 1e-3
+    assert "failed" in found["broken"]
+    text = report_text.variations([{"case": "tiny", "figures": {"variations": rows}}])
+    assert ("not finite" in text) is bool(np.isnan(factor))
+    assert "| tiny | fp32 | decoder, batch 2 | broken | – |" in text
+
+
+def test_variations_need_no_onnx(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "graph_edits", None)
+    lines, rows = varied(Job("cpu", Case.open(tiny), True, budget=1.0))
+    assert next(line["skipped"] for line in lines if "skipped" in line) == "edits of the graphs"
+    assert {row["variation"] for row in rows} == {"activations apart"}
+
+
+@pytest.mark.skipif(why_not_cuda() is not None, reason=f"no usable GPU: {why_not_cuda()}")
+def test_variations_on_the_gpu(tiny: Path) -> None:
+    _, rows = varied(Job("cuda", Case.open(tiny), True, budget=1.0))
+    assert {(row["half"], row["precision"]) for row in rows} >= {("encoder", "fp32"), ("decoder", "tf32")}
+    found = {row["variation"]: row for row in rows if (row["half"], row["precision"]) == ("encoder", "fp32")}
+    assert found.keys() == variations.SETTINGS.keys()
+    assert max(found[name]["error"] for name in ("HEURISTIC", "DEFAULT", "NHWC", "activations apart")) < 2e-5
 
 
 @pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-6), ("fp16", 5e-3)])

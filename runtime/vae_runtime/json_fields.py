@@ -62,7 +62,7 @@ def shape_of(data: Mapping[str, Any], path: str, rank: int | None) -> Shape:
     value: Any = data.get(_last(path))
     sides: Any = value
     free: tuple[None, ...] = ()
-    if isinstance(value, list) and len(value) == 3 and value[1:] == [None, None] and rank in (3, None):
+    if isinstance(value, list) and value[1:] == [None, None]:
         sides, free = value[:1], (None, None)  # (C, H, W), height and width free
     if (
         not isinstance(sides, list)

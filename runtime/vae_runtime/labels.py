@@ -91,7 +91,7 @@ def _check_order(path: Path, found: Sequence[str], names: Sequence[str]) -> None
         theirs, ours = ([_parts(name, ()) for name in some] for some in (found, names))
     if all(_ROW.fullmatch(name) for name in names) and not set(theirs) & set(ours):
         return
-    longest = max(map(len, ours), default=1)
+    longest = max(map(len, ours))
     depth = next((n for n in range(1, longest) if len({parts[-n:] for parts in ours}) == len(ours)), longest)
     for index, (row, example) in enumerate(zip(theirs, ours, strict=False)):  # how many there are is compared later
         common = min(depth, len(row), len(example))

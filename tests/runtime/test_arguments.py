@@ -21,6 +21,8 @@ def test_numpy_integers_are_whole_numbers() -> None:
     assert check_count(np.int16(3), "n") == 3
     assert type(check_count(np.int16(3), "n")) is int
     assert check_threads(np.uint8(2)) == 2
+    assert type(check_threads(np.uint8(2))) is int
+    assert (check_threads(1), check_threads(4096)) == (1, 4096)
 
 
 @pytest.mark.parametrize("value", [0, 1, "yes", None, np.int8(1)])

@@ -216,10 +216,20 @@ def test_selftest_passes(vae: VAE) -> None:
         ({"input": {"multiple_of": 0}}, "input.multiple_of is 0"),
         ({"input": {"multiple_of": None}}, "input.multiple_of is None"),
         ({"input": {"default_size": [12, 15]}}, r"input.default_size is \[12, 15\]; .*multiples of 2"),
+        ({"input": {"multiple_of": 1.5}}, r"input.multiple_of is 1\.5; .* a whole number from 1"),
         ({"input": {"default_size": [12]}}, r"input.default_size is \[12\]"),
+        ({"input": {"default_size": 12}}, "input.default_size is 12; expected"),
+        ({"input": {"default_size": [12, 0]}}, r"input.default_size is \[12, 0\]; .*multiples of 2"),
+        ({"input": {"default_size": [-12, 16]}}, r"input.default_size is \[-12, 16\]; .*multiples of 2"),
+        ({"input": {"default_size": [12.0, 16]}}, r"input.default_size is \[12\.0, 16\]; .*multiples of 2"),
+        ({"input": {"default_size": [2**15, 2**16]}}, "; at most 2147483647 pixels are allowed"),
         ({"input": {"shape": [3, None, 16]}}, r"input.shape is \[3, None, 16\]"),
         ({"input": {"shape": [None, None, None]}}, "input.shape"),
         ({"input": {"resize": "crop"}}, "input.resize is 'crop'; pictures keep their size"),
+        (
+            {"latent": {"fitted_prior": {"type": "gaussian", "components": 1, "file": "prior.npz", "examples": 9}}},
+            r"latent.fitted_prior is there with latent.shape \[2, None, None\]; it is of one shape only",
+        ),
         ({"latent": {"shape": [2, 6, 8]}}, "height and width are free in both or in neither"),
         ({"input": {"shape": [3, 12, 16]}}, "height and width are free in both or in neither"),
     ],
@@ -230,6 +240,14 @@ def test_manifests_that_contradict_themselves_are_refused(free_path: Path, chang
         data[key] = {**data[key], **values}
     with pytest.raises(BundleError, match=message):
         Manifest.from_json(sign_text(data))
+
+
+def test_sides_may_be_multiples_of_one_pixel(free_path: Path) -> None:
+    data = Manifest.from_json((free_path / "manifest.json").read_bytes()).to_dict()
+    data["input"] |= {"multiple_of": 1, "default_size": [1, 15]}
+    manifest = Manifest.from_json(sign_text(data))
+    assert manifest.input.example_shape == (3, 1, 15)
+    assert manifest.latent_shape((3, 7, 9)) == (2, 7, 9)
 
 
 def test_a_size_that_a_bundle_without_free_sizes_does_not_give_is_refused(tiny: VAE, vectors: VAE) -> None:

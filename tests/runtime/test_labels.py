@@ -29,6 +29,8 @@ def test_arrays_of_any_kind_hold_labels(tmp_path: Path, dtype: Any) -> None:
     [
         ("a.txt", "0\n1\n1\n0\n\n"),
         ("a.txt", "\ufeff0\n1\n1\n0\n"),
+        ("a.TXT", " 0\n1 \n \n1\n0"),
+        ("a.csv", "label\n\n0\n1\n\n1\n0\n"),
         ("a.csv", "0\r\n1\r\n1\r\n0\r\n"),
         ("a.csv", "\ufefflabel\n0\n1\n1\n0\n"),
         ("a.csv", 'name,label\na.png,0\n"b, c.png",1\nd.png, 1\ne.png,0\n'),
@@ -64,6 +66,10 @@ def test_rows_in_another_order_than_the_examples_are_refused(tmp_path: Path) -> 
         ("q/good/0.png q/good/1.png q/odd/0.png", "e/good/0.png e/good/1.png e/odd/0.png", None),
         ("good\\0.png good\\1.png odd\\0.png", "e/good/0.png e/good/1.png e/odd/0.png", None),
         ("a.jpg a.png b.png", "a.png a.jpg b.png", "has a.jpg where the inputs have a.png;"),
+        ("a a.png b", "a.png a.png b.png", None),
+        ("b/good/0 a/good/0 c", "a/good/0.png b/good/0.png c.png", "has b/good/0 where the inputs have a/good/0.png;"),
+        ("q/a/good/0 q/b/good/0 q/c", "a/good/0.png b/good/0.png c.png", None),
+        ("q/a.png q/b.png q/c.png", "e/a.png e/b.png e/c.png", None),
         ("0 1 0", "e/good/0.png e/good/1.png e/odd/0.png", None),
         ("a b c", "x/a.jpg y/b.PNG c", None),
         ("a.jpg b.tif c.png", "a.png b.png c.png", None),
@@ -74,6 +80,22 @@ def test_every_row_is_that_of_its_example(tmp_path: Path, rows: str, inputs: str
     path.write_text("\n".join(["label,name", *(f"{index % 2},{name}" for index, name in enumerate(rows.split()))]))
     with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
         assert read_labels(str(path), names=inputs.split()).tolist() == [False, True, False]
+
+
+def test_names_may_be_any_bytes_and_may_not_be_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"label,name\n1,\xff.png\n0,b.png\n")
+    assert read_labels(str(path), names=["x/\udcff.png", "x/b.png"]).tolist() == [True, False]
+    path.write_text("label,name\n0\n")
+    with pytest.raises(InputError, match=r"a\.csv has  where the inputs have a\.png; its rows are expected"):
+        read_labels(str(path), names=["a.png"])
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.txt"])
+def test_an_empty_file_has_no_labels(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    labels = read_labels(str(tmp_path / name))
+    assert (labels.dtype, labels.shape) == (bool, (0,))
 
 
 def test_anomalies_may_have_labels_of_their_own(tmp_path: Path) -> None:

@@ -96,6 +96,39 @@ def test_reading_and_writing_a_real_manifest_keeps_every_byte(tiny_path: Path, n
     assert Manifest.from_json(text).to_json() == text
 
 
+def test_origin_and_codecs_are_written_as_they_are_read(manifest_data: Any, sign: Any) -> None:
+    data = manifest_data()
+    data["origin"] = {"library": "diffusers", "version": "0.35.1"}
+    cost = {"bits_per_pixel": 0.5, "examples": 8.0, "psnr_db": 30.5, "psnr_lost_db": 0.01}
+    data["latent_codecs"] = {"uint8": cost, "of.two.words": cost}
+    manifest = Manifest.from_json(sign(data))
+    assert (manifest.origin, manifest.latent_codecs) == (data["origin"], data["latent_codecs"])
+    assert manifest.to_json() == sign(data)
+
+
+def test_values_at_the_edge_of_what_is_allowed_are_read(manifest_data: Any, sign: Any) -> None:
+    data = manifest_data()
+    data["budget"] = {"psnr_db": 0, "nats_per_dimension": 0}
+    data["golden"]["tolerance"] |= {"of.two.words": 5e-324}
+    for scale in (2.0**-126, 2.0**127):
+        data["likelihood"] = {"type": "gaussian", "scale": scale}
+        manifest = Manifest.from_json(sign(data))
+        assert manifest.budget == data["budget"]
+        assert manifest.golden.tolerance == data["golden"]["tolerance"]
+        assert manifest.likelihood == Likelihood("gaussian", scale)
+
+
+def test_what_a_manifest_leaves_out_has_a_meaning(manifest_data: Any, sign: Any) -> None:
+    data = manifest_data()
+    del data["input"]["resize"]
+    del data["input"]["colour"]
+    data["likelihood"] = {"type": "bernoulli"}
+    manifest = Manifest.from_json(sign(data))
+    assert (manifest.input.resize, manifest.input.colour) == ("exact", None)
+    assert manifest.likelihood == Likelihood("bernoulli", binarize="none")
+    assert Likelihood("bernoulli").to_dict() == {"type": "bernoulli", "binarize": "none"}
+
+
 def test_unknown_keys_are_ignored_wherever_they_stand(manifest_data: Any, sign: Any) -> None:
     data = manifest_data()
     expected = Manifest.from_json(sign(data))
@@ -176,6 +209,7 @@ WRONG_VALUES = [
     ("input.shape", [1, 8, 8.0], r"input.shape is \[1, 8, 8.0\]"),
     ("input.shape", [True, 8, 8], r"input.shape is \[True, 8, 8\]"),
     ("input.shape", "188", "input.shape is '188'"),
+    ("input.shape", 188, "input.shape is 188; expected a list of 3"),
     ("input.shape", [1, 2**16, 2**16], r"4294967296 elements; at most 2147483647 are allowed"),
     ("input.shape", [3, 8, 8], r"input.colour is 'grey', which has 1 channels, but input.shape is \[3, 8, 8\]"),
     ("input.colour", "cmyk", "input.colour is 'cmyk'; expected one of grey, rgb"),
@@ -197,15 +231,41 @@ WRONG_VALUES = [
         {"variances": [-1], "threshold": 1, "examples": 1},
         r"variances is \[-1\]; expected a list",
     ),
+    ("latent.active_units", {"variances": {}, "threshold": 1, "examples": 1}, "variances is {}; expected a list"),
+    (
+        "latent.active_units",
+        {"variances": "1", "threshold": 1, "examples": 1},
+        "active_units.variances is '1'; expected a list",
+    ),
+    (
+        "latent.active_units",
+        {"variances": [1, "1"], "threshold": 1, "examples": 1},
+        r"variances is \[1, '1'\]; expected a list of finite numbers",
+    ),
     (
         "latent.active_units",
         {"variances": [1], "threshold": 1, "examples": 0},
         "examples is 0; expected a whole number",
     ),
+    (
+        "latent.active_units",
+        {"variances": [1], "threshold": 1, "examples": 1.5},
+        "active_units.examples is 1.5; expected a whole number",
+    ),
     ("latent.active_units", {"variances": [1], "examples": 1}, "active_units.threshold is None; expected a finite"),
     ("latent.fitted_prior", None, "latent.fitted_prior is None; expected a JSON object"),
     ("latent.fitted_prior", {"type": "flow"}, "fitted_prior.type is 'flow'; expected one of gaussian, mixture"),
     ("latent.fitted_prior", {"type": "gaussian", "components": 0}, "fitted_prior.components is 0; expected a whole"),
+    (
+        "latent.fitted_prior",
+        {"type": "gaussian", "components": 1.5},
+        "fitted_prior.components is 1.5; expected a whole",
+    ),
+    (
+        "latent.fitted_prior",
+        {"type": "gaussian", "components": 1, "examples": 0, "file": "p.npz"},
+        "fitted_prior.examples is 0; expected a whole",
+    ),
     (
         "latent.fitted_prior",
         {"type": "gaussian", "components": 1, "examples": 9, "file": "../p.npz"},
@@ -254,6 +314,9 @@ WRONG_VALUES = [
         "../encoder.onnx",
         r"precisions.fp32.encoder is '\.\./encoder.onnx'; expected the plain",
     ),
+    ("precisions.fp32.encoder", "", "precisions.fp32.encoder is ''; expected the plain name of a file"),
+    ("precisions.fp32.encoder", ".", r"precisions.fp32.encoder is '\.'; expected the plain name of a file"),
+    ("precisions.fp32.encoder", "none.onnx", "precisions.fp32.encoder is 'none.onnx', which files does not list"),
     ("precisions.fp32.decoder", "a\\b", "precisions.fp32.decoder is .*; expected the plain name"),
     ("precisions.fp32.decoder", "manifest.json", "precisions.fp32.decoder is 'manifest.json'; expected the plain name"),
     ("precisions.fp32.decoder", "none.onnx", "precisions.fp32.decoder is 'none.onnx', which files does not list"),
@@ -271,6 +334,7 @@ WRONG_VALUES = [
     ("precisions.fp32.quality", {"fp32_psnr_db": "1"}, "quality.fp32_psnr_db is '1'; expected a finite number or null"),
     ("precisions.fp32.quality", {"psnr_lost_db": "x"}, "quality.psnr_lost_db is 'x'; expected a finite number or null"),
     ("precisions.fp32.quality", {"psnr_lost_db": 10**400}, "quality.psnr_lost_db is 10+; expected a finite number"),
+    ("precisions.fp32.quality", {"psnr_lost_db": -(10**400)}, "quality.psnr_lost_db is -10+; expected a finite number"),
     (
         "precisions.fp32.quality",
         {"negative_elbo_per_dimension": True},
@@ -293,8 +357,8 @@ WRONG_VALUES = [
     ("precisions.fp32.quality", {"kept_fp32": None}, "quality.kept_fp32 is None; expected an object of lists"),
     (
         "precisions.fp32.quality",
-        {"kept_fp32": {"encoder": 3}},
-        "kept_fp32 is {'encoder': 3}; expected an object of lists",
+        {"kept_fp32": {"encoder": 3, "decoder": []}},
+        "kept_fp32 is {.*'encoder': 3}; expected an object of lists",
     ),
     ("precisions.fp32.quality", {"within_budget": False}, "quality.within_budget is false; fp32 is the reference"),
     ("budget", None, "budget is None; expected a JSON object"),
@@ -326,11 +390,21 @@ WRONG_VALUES = [
     ("golden.file", MISSING, "golden.file is None; expected the plain name"),
     ("golden.file", "/etc/passwd", "golden.file is '/etc/passwd'; expected the plain name"),
     ("golden.file", "g.npz", "golden.file is 'g.npz', which files does not list"),
+    ("golden.file", 4, "golden.file is 4; expected the plain name"),
     ("golden.source", 4, "golden.source is 4; expected a string"),
     ("golden.tolerance", MISSING, "golden.tolerance is None; expected a JSON object"),
     ("golden.tolerance.fp32", "1e-4", "golden.tolerance.fp32 is '1e-4'; expected a finite number"),
+    ("golden.tolerance.fp32", 0, r"golden.tolerance.fp32 is 0\.0; a tolerance is above 0"),
     ("training", [], r"training is \[\]; expected a JSON object"),
     ("producer", None, "producer is None; expected a JSON object"),
+    ("origin", [], r"origin is \[\]; expected a JSON object"),
+    ("latent_codecs", [], r"latent_codecs is \[\]; expected a JSON object"),
+    ("latent_codecs", {"uint8": 8}, "latent_codecs.uint8 is 8; expected a JSON object"),
+    (
+        "latent_codecs",
+        {"uint8": {"bits_per_pixel": 1}},
+        "latent_codecs.uint8.examples is None; expected a finite number",
+    ),
 ]
 
 
@@ -359,6 +433,7 @@ def test_every_wrong_value_is_named_with_its_rule(
     [
         (b"", "is not valid JSON"),
         (b"\x93NUMPY\x01", "is not valid JSON: 'utf-8' codec"),
+        ('{"format": "vae-bundle"}'.encode("utf-16"), "is not valid JSON: 'utf-8' codec"),
         (b"[1, 2]", r"has format \[1, 2\]; expected 'vae-bundle'"),
         (b"null", "has format None"),
         (b'{"format": "vae-bundle", "format": "vae-bundle"}', "the key 'format' appears twice"),
@@ -371,7 +446,7 @@ def test_every_wrong_value_is_named_with_its_rule(
         (b"[" * 100_000, "is not valid JSON: maximum recursion depth|is not valid JSON"),
         (b'{"format": "vae-bundle"} trailing', "is not valid JSON: Extra data"),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_text_that_is_no_manifest_is_refused_in_words(text: bytes, message: str) -> None:
     with pytest.raises(BundleError, match=message):

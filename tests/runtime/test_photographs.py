@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from vae_runtime import VAE, InputError, to_uint8
-from vae_runtime.codec import Quantized, dequantize, quantize
+from vae_runtime.codec import Quantized, dequantize, quantize, quantized_shapes
 from vae_runtime.command_inputs import batches_with_progress
 from vae_runtime.detection import auroc
 from vae_runtime.images import overlay, picture_size, read_picture
@@ -273,12 +273,13 @@ def test_scores_of_approximate_tiles_are_said_to_be_so_once(free_path: Path, pho
 # --- 8 bits -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(3, 2, 5, 4), (3, 7), (1, 1, 1, 1)])
+@pytest.mark.parametrize("shape", [(3, 2, 5, 4), (3, 2, 5), (3, 7), (1, 1, 1, 1)])
 def test_eight_bits_err_by_half_a_step_of_each_channel(shape: tuple[int, ...]) -> None:
     z = np.random.default_rng(0).normal(0, 3, shape).astype(np.float32)
     z[0] *= 1000
     quantized = quantize(z)
     assert quantized.codes.dtype == np.uint8
+    assert quantized_shapes(len(z), shape[1:]) == {name: part.shape for name, part in quantized._asdict().items()}
     found = dequantize(quantized)
     assert found.dtype == np.float32
     axes = tuple(range(2, z.ndim)) or (1,)
@@ -295,6 +296,11 @@ def test_constant_channels_survive_and_parts_that_do_not_belong_together_are_ref
             dequantize(quantized._replace(**change))
     with pytest.raises(InputError, match="scale has dtype"):
         dequantize(Quantized(quantized.codes, np.full((2, 3), np.nan, np.float32), quantized.offset))
+    with pytest.raises(InputError, match="offset has dtype"):
+        dequantize(quantized._replace(offset=quantized.offset[:1]))
+    row = np.zeros((3, 1), np.float32)
+    with pytest.raises(InputError, match=r"codes has dtype uint8 and shape \(3,\); expected"):
+        dequantize(Quantized(np.zeros(3, np.uint8), row, row))
 
 
 def test_eight_bits_reach_the_ends_of_float32_and_not_beyond() -> None:
@@ -303,6 +309,15 @@ def test_eight_bits_reach_the_ends_of_float32_and_not_beyond() -> None:
     np.testing.assert_allclose(dequantize(quantized) / 3e38, z / 3e38, atol=1 / 200)
     with pytest.raises(InputError, match=r"scale and offset give latents from .* beyond float32"):
         dequantize(quantized._replace(scale=quantized.scale * 2))
+    for sign in (1, -1):  # less than twice the largest, on either side
+        step, start = (np.full((1, 1), sign * value, np.float32) for value in (1e36, 3e38))
+        with pytest.raises(InputError, match="beyond float32"):
+            dequantize(Quantized(np.full((1, 2), 255, np.uint8), step, start))
+
+
+def test_steps_below_the_smallest_float32_do_not_wrap_around() -> None:
+    z = np.array([[0, 380]], np.float32) * np.float32(2.0**-149)  # a step of 380 / 255, of which 1 can be stored
+    assert quantize(z).codes.tolist() == [[0, 255]]
 
 
 @pytest.mark.parametrize("output", ["folder", "one.npz", "one.safetensors"])

@@ -159,10 +159,12 @@ def test_bundles_of_one_size_or_without_the_figures_are_refused(tiny: VAE, vecto
     [
         (0, "context", -1, "tiling.encoder.context is -1; expected a whole number or null"),
         (1, "context", 2.5, "tiling.decoder.context is 2.5"),
+        (0, "context", 2**31, "tiling.encoder.context is 2147483648; expected a whole number or null"),
         (1, "receptive_field", True, "tiling.decoder.receptive_field is True"),
         (0, "max_error", -0.1, "tiling.encoder.max_error is -0.1; an error is 0 or more"),
         (0, "max_error", "small", "tiling.encoder.max_error is 'small'; expected a finite number"),
         (0, "tile", 0, "tiling.encoder.tile is 0; expected a whole number from 1"),
+        (1, "tile", 1.5, "tiling.decoder.tile is 1.5; expected a whole number from 1"),
         (1, "reason", 7, "tiling.decoder.reason is 7; expected a string"),
     ],
 )
@@ -177,9 +179,10 @@ def test_a_manifest_that_says_nonsense_of_tiles_is_refused(
 
 def test_tiling_is_written_as_it_is_read(free_path: Path) -> None:
     manifest = Manifest.from_json((free_path / "manifest.json").read_bytes())
-    tiling = Tiling(HalfTiling(7, 2, 1e-7, 12), HalfTiling(None, None, 0.5, 16, "Softmax"))
+    tiling = Tiling(HalfTiling(7, 2, 1e-7, 1), HalfTiling(None, None, 0.5, 16, "Softmax"))
     again = Manifest.from_json(manifest._replace(tiling=tiling).to_json())
     assert again.tiling == tiling
+    assert list(tiling.encoder.to_dict()) == ["receptive_field", "context", "max_error", "tile"]
 
 
 MEMORY = """

@@ -101,6 +101,8 @@ def test_an_empty_file_has_no_labels(tmp_path: Path, name: str) -> None:
 def test_anomalies_may_have_labels_of_their_own(tmp_path: Path) -> None:
     np.save(tmp_path / "digits.npy", np.array([3, 8, 9, 3]))
     assert read_labels(str(tmp_path / "digits.npy"), ["8", "9"]).tolist() == EXPECTED
+    np.save(tmp_path / "words.npy", np.array(["good", "scratch", "scratch", "good"]))
+    assert read_labels(str(tmp_path / "words.npy"), ["scratch"]).tolist() == EXPECTED
     (tmp_path / "words.txt").write_text("good\nscratch\nscratch\ngood\n")
     assert read_labels(str(tmp_path / "words.txt"), ["scratch"]).tolist() == EXPECTED
 

@@ -96,11 +96,12 @@ def test_reading_and_writing_a_real_manifest_keeps_every_byte(tiny_path: Path, n
     assert Manifest.from_json(text).to_json() == text
 
 
-def test_origin_and_codecs_are_written_as_they_are_read(manifest_data: Any, sign: Any) -> None:
+def test_origin_codecs_and_refusals_are_written_as_they_are_read(manifest_data: Any, sign: Any) -> None:
     data = manifest_data()
     data["origin"] = {"library": "diffusers", "version": "0.35.1"}
     cost = {"bits_per_pixel": 0.5, "examples": 8.0, "psnr_db": 30.5, "psnr_lost_db": 0.01}
     data["latent_codecs"] = {"uint8": cost, "of.two.words": cost}
+    data["refused"] = {"of.two.words": {"reason": "bad", "quality": {}}}
     manifest = Manifest.from_json(sign(data))
     assert (manifest.origin, manifest.latent_codecs) == (data["origin"], data["latent_codecs"])
     assert manifest.to_json() == sign(data)
@@ -122,9 +123,11 @@ def test_what_a_manifest_leaves_out_has_a_meaning(manifest_data: Any, sign: Any)
     data = manifest_data()
     del data["input"]["resize"]
     del data["input"]["colour"]
+    del data["training"], data["producer"]
     data["likelihood"] = {"type": "bernoulli"}
     manifest = Manifest.from_json(sign(data))
     assert (manifest.input.resize, manifest.input.colour) == ("exact", None)
+    assert (manifest.training, manifest.producer) == ({}, {})
     assert manifest.likelihood == Likelihood("bernoulli", binarize="none")
     assert Likelihood("bernoulli").to_dict() == {"type": "bernoulli", "binarize": "none"}
 
@@ -231,7 +234,7 @@ WRONG_VALUES = [
         {"variances": [-1], "threshold": 1, "examples": 1},
         r"variances is \[-1\]; expected a list",
     ),
-    ("latent.active_units", {"variances": {}, "threshold": 1, "examples": 1}, "variances is {}; expected a list"),
+    ("latent.active_units", {"variances": 3, "threshold": 1, "examples": 1}, "variances is 3; expected a list"),
     (
         "latent.active_units",
         {"variances": "1", "threshold": 1, "examples": 1},

@@ -296,7 +296,7 @@ def test_constant_channels_survive_and_parts_that_do_not_belong_together_are_ref
             dequantize(quantized._replace(**change))
     with pytest.raises(InputError, match="scale has dtype"):
         dequantize(Quantized(quantized.codes, np.full((2, 3), np.nan, np.float32), quantized.offset))
-    with pytest.raises(InputError, match="offset has dtype"):
+    with pytest.raises(InputError, match=r"^offset has dtype"):
         dequantize(quantized._replace(offset=quantized.offset[:1]))
     row = np.zeros((3, 1), np.float32)
     with pytest.raises(InputError, match=r"codes has dtype uint8 and shape \(3,\); expected"):

@@ -24,7 +24,12 @@ from vae_training.models import build_model, default_config  # noqa: E402
 def one_table_of_operators() -> None:
     """Every call of torch.onnx.export builds the same table of how to translate torch's operators, which takes longer
     than a small model does; here it is built once per process, and every export has a copy. It is torch's own table:
-    where a version of torch keeps it elsewhere, exports are slower and otherwise the same."""
+    where a version of torch keeps it elsewhere, exports are slower and otherwise the same. So it is with torch's walk
+    over all operators that it knows, for those not yet in Python, which no test adds to."""
+    with contextlib.suppress(ImportError, AttributeError):
+        from torch._export import utils
+
+        utils._materialize_cpp_cia_ops = functools.cache(utils._materialize_cpp_cia_ops)
     with contextlib.suppress(ImportError, AttributeError):
         from torch.onnx._internal.exporter._registration import ONNXRegistry
 

@@ -45,6 +45,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def nothing_old_is_collected() -> None:
+    """So it is with what earlier modules have left, the libraries among it that were imported late. A measurement
+    begins with a collection of garbage, and an export makes many."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def openvino() -> None:
     """device="openvino" is usable in this process."""

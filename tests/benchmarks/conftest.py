@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -37,13 +36,6 @@ def synthetic_samples(rng: np.random.Generator, median_ms: float, noise: float, 
     level = median_ms * 1e6 * np.exp(noise * rng.standard_normal())
     calls = level * np.exp(0.05 * rng.standard_normal(count))
     return Samples(calls.tolist(), 1, Warmup(12, 0.06, True, level), 0.1)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def nothing_old_is_collected() -> None:
-    """A measurement begins with a collection of garbage, which would look at all that earlier tests have left."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture

@@ -190,7 +190,7 @@ def test_other_settings_do_not_continue(tmp_path: Path, monkeypatch: pytest.Monk
 def test_other_examples_do_not_continue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
     np.save(tmp_path / "x.npy", images)
-    config = TrainConfig(str(tmp_path / "x.npy"), split="40,10,10", family="mlp", widths=(8,), batch_size=8)
+    config = TrainConfig(str(tmp_path / "x.npy"), split="40,10,10", family="mlp", widths=(8,), batch_size=8, epochs=2)
     stop_at(monkeypatch, 2, 1)
     with pytest.raises(StopError):
         train(config, tmp_path / "run", device="cpu")

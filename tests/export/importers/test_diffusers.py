@@ -147,7 +147,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "layers_per_block": 1, "spatial_compression_ratio": 2, "sample_size": 32, "scaling_factor": 0.7,
     },
     "AutoencoderKLQwenImage": {
-        "base_dim": 8, "z_dim": 3, "dim_mult": [1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [False, True],
+        "base_dim": 8, "z_dim": 3, "dim_mult": [1, 1, 1], "num_res_blocks": 0, "temperal_downsample": [False, True],
         "latents_mean": [0.5, -0.25, 0.0], "latents_std": [2.0, 0.5, 1.5],
     },
     "AutoencoderDC": {

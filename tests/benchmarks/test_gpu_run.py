@@ -1023,24 +1023,33 @@ def test_a_step_that_runs_can_be_ended(tmp_path: Path, monkeypatch: pytest.Monke
     assert time.monotonic() - begun < 20
 
 
-@pytest.mark.parametrize("ending", ["in time", "late"])
-def test_a_race_that_is_ended_keeps_its_points(job: Job, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
-    real = timings.run_command
+@pytest.fixture(scope="module")
+def raced(tiny: Path) -> dict[str, Any]:
+    """The figures of a race that came to its end."""
+    return figures_of_race(Job("cpu", Case.open(tiny), True, budget=1.0))
 
-    def run_command(*arguments: str) -> str:
-        answer = real(*arguments)
-        if ending == "late":  # after the last point, before all is written
-            Path(arguments[arguments.index("--output") + 1], "race.md").unlink()
-            raise SystemExit(143)
-        return answer
 
-    monkeypatch.setattr(timings, "run_command", run_command)
+def figures_of_race(job: Job) -> dict[str, Any]:
     stream = io.StringIO()
     with contextlib.suppress(SystemExit):
         timings.race(Findings(stream), job)
-    figures = {line["figure"]: line["value"] for line in map(json.loads, stream.getvalue().splitlines())}
-    assert [str(point["point"]["batch"]) for point in figures["race"]["cases"][0]["points"]] == ["1"]
-    assert "× ours" in figures["race_text"]
+    return {line["figure"]: line["value"] for line in map(json.loads, stream.getvalue().splitlines())}
+
+
+def test_a_race_that_is_ended_keeps_its_points(
+    job: Job, monkeypatch: pytest.MonkeyPatch, raced: dict[str, Any]
+) -> None:
+    real = timings.run_command
+
+    def run_command(*arguments: str) -> str:
+        real(*arguments)
+        Path(arguments[arguments.index("--output") + 1], "race.md").unlink()
+        raise SystemExit(143)  # after the last point, before all is written
+
+    monkeypatch.setattr(timings, "run_command", run_command)
+    for figures in (raced, figures_of_race(job)):
+        assert [str(point["point"]["batch"]) for point in figures["race"]["cases"][0]["points"]] == ["1"]
+        assert "× ours" in figures["race_text"]
 
 
 def test_a_step_that_is_ended_ends_what_it_runs(tmp_path: Path) -> None:
@@ -1063,12 +1072,9 @@ timings.run_python("it", "-c", "import sys, time; print('said', file=sys.stderr,
     assert psutil.wait_procs(below, timeout=5)[1] == []
 
 
-def test_the_race_is_in_the_report(job: Job) -> None:
-    stream = io.StringIO()
-    timings.race(Findings(stream), job)
-    figures = {line["figure"]: line["value"] for line in map(json.loads, stream.getvalue().splitlines())}
-    assert figures["race"]["format"] == "vae-bench-race"
-    unit = {"step": "race", "case": "tiny", "figures": figures}
+def test_the_race_is_in_the_report(raced: dict[str, Any]) -> None:
+    assert raced["race"]["format"] == "vae-bench-race"
+    unit = {"step": "race", "case": "tiny", "figures": raced}
     text = report_text.race([unit])
     assert text.startswith("## Race\n")
     assert all(line.startswith(("## Race", "###")) for line in text.splitlines() if line.startswith("#"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import sys
 from collections.abc import Iterator
@@ -55,10 +56,13 @@ def networks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     sys.modules.pop(name, None)
 
 
-def make_checkpoint(family: str, kind: str, spec: InputSpec, likelihood: Likelihood, seed: int = 0) -> Checkpoint:
-    """An untrained model whose BatchNorm statistics are not the identity, with seeded examples."""
+def make_checkpoint(
+    family: str, kind: str, spec: InputSpec, likelihood: Likelihood, seed: int = 0, **changes: Any
+) -> Checkpoint:
+    """An untrained model whose BatchNorm statistics are not the identity, with seeded examples. changes: to its config
+    from what `vae-train` uses."""
     torch.manual_seed(seed)
-    config = default_config(family, kind, spec.shape, 6)
+    config = dataclasses.replace(default_config(family, kind, spec.shape, 6), **changes)
     model = build_model(config)
     rng = np.random.default_rng(seed)
     if spec.is_image:

@@ -156,8 +156,9 @@ def test_elbo_is_that_in_closed_form_and_one_weight_has_it_as_mean(off: tuple[VA
     vae, model, x = off
     expected = model.elbo(x)
     assert (expected < model.log_marginal(x) - 0.05).all()
-    np.testing.assert_allclose(vae.elbo(x, 20_000, seed=0), expected, atol=0.15)
-    assert vae.elbo(x, 20_000, seed=0).mean() == pytest.approx(expected.mean(), abs=0.005)
+    found = vae.elbo(x, 20_000, seed=0)
+    np.testing.assert_allclose(found, expected, atol=0.15)
+    assert found.mean() == pytest.approx(expected.mean(), abs=0.005)
     single = np.mean([vae.log_likelihood(x, 1, seed) for seed in range(50)])
     assert single == pytest.approx(expected.mean(), abs=0.05)
 
@@ -243,7 +244,7 @@ def test_estimates_are_those_by_hand_with_the_same_noise(case: tuple[VAE, ByHand
 def test_blocks_do_not_change_the_result(case: tuple[VAE, ByHand, np.ndarray], batch_size: int) -> None:
     vae, _, x = case
     for name in ("elbo", "log_likelihood"):
-        for count in (1, 5, 300):
+        for count in (1, 5, 300 if batch_size >= 64 else 40):  # more than a block, and not a multiple of one
             whole, parts = (getattr(vae, name)(x, count, 2, batch_size=size) for size in (None, batch_size))
             np.testing.assert_allclose(parts, whole, rtol=1e-6)
 

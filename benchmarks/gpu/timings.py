@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -133,15 +133,22 @@ def device_of(vae: VAE, operation: str, shape: tuple[int, ...]) -> Device:
 
 def bare_session(job: Job, device: Device, operation: str, fixed: tuple[int, ...] = ()) -> Any:
     """onnxruntime on the bundle's fp32 graph with the options that `VAE` takes. fixed: the one shape of its input."""
+    graph = job.case.bundle_graph("encoder" if operation == "encode" else "decoder", "fp32")
+    return open_bare(graph, device.provider, device.session_options(1, bool(fixed), ""), fixed)
+
+
+def open_bare(
+    graph: bytes, provider: str, settings: Mapping[str, str], fixed: tuple[int, ...], without: Sequence[str] = ()
+) -> Any:
+    """onnxruntime on a graph, with one thread. settings: the provider's. without: optimisations that are left out."""
     engine = import_engine()
     options = engine.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     for name, side in free_names(fixed):
         options.add_free_dimension_override_by_name(name, side)
-    graph = job.case.bundle_graph("encoder" if operation == "encode" else "decoder", "fp32")
-    provider = device.provider, device.session_options(1, bool(fixed), "")
-    return engine.InferenceSession(graph, options, providers=[provider])
+    providers = [(provider, dict(settings))]
+    return engine.InferenceSession(graph, options, providers=providers, disabled_optimizers=list(without))
 
 
 def outputs_of(job: Job, operation: str) -> dict[str, tuple[int, ...]]:

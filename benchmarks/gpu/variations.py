@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from findings import Findings, Job
+from timings import open_bare, outputs_of
 
 from vae_benchmarks.intervals import paired_ratio
 from vae_benchmarks.latency import alternate, collector_off
@@ -62,28 +63,28 @@ def variations(findings: Findings, job: Job) -> None:
         tried |= {name: Variation(edit=edit) for name, edit in EDITS.items()}
     for precision in findings.precisions(job):
         for batch in (2,) if job.quick else BATCHES:
-            for half, given in (("encoder", INPUT), ("decoder", MEAN)):
+            for half, operation, given in (("encoder", "encode", INPUT), ("decoder", "decode", MEAN)):
                 graph = job.case.bundle_graph(half, precision if precision in job.case.manifest.precisions else "fp32")
                 array = tile(job.case.reference()[given], batch)
                 with findings.guard(f"{half} {precision} {batch}"):
-                    for row in compared(job, tried, graph, precision, array):
+                    for row in compared(job, operation, tried, graph, precision, array):
                         rows.append({"half": half, "precision": precision, "batch": batch, **row})
                         findings.figure("variations", rows)  # each time: what there is when the time is over is kept
 
 
 def compared(
-    job: Job, tried: Mapping[str, Variation], graph: bytes, precision: str, array: Float32
+    job: Job, operation: str, tried: Mapping[str, Variation], graph: bytes, precision: str, array: Float32
 ) -> Iterator[dict[str, Any]]:
     """Of each variation the time relative to the plain session with its 95% interval, its error relative to the largest
     output, and the seconds it took to open; or why there is none."""
-    plain = Replay(job, graph, precision, array)
+    plain = Replay(job, operation, graph, precision, array)
     expected = plain.results()
     for name, variation in tried.items():
         if variation.provider and not job.is_gpu:
             continue
         start = time.perf_counter()
         try:
-            varied = Replay(job, graph, precision, array, variation)
+            varied = Replay(job, operation, graph, precision, array, variation)
             found = varied.results()
         except NothingToDoError:
             continue
@@ -111,7 +112,7 @@ class Replay:
     """run: the graph of kernels for one shape, once. Raises `NothingToDoError`, and onnxruntime's own."""
 
     def __init__(
-        self, job: Job, graph: bytes, precision: str, array: Float32, variation: Variation | None = None
+        self, job: Job, operation: str, graph: bytes, precision: str, array: Float32, variation: Variation | None = None
     ) -> None:
         engine, device, variation = import_engine(), find_device(job.device, precision), variation or Variation()
         if variation.edit is not None:
@@ -119,21 +120,16 @@ class Replay:
             if edited is None:
                 raise NothingToDoError
             graph = edited
-        options = engine.SessionOptions()
-        options.log_severity_level = 4
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.add_free_dimension_override_by_name("batch", len(array))
         settings = {**device.session_options(1, True, ""), **variation.provider}
-        session = engine.InferenceSession(
-            graph, options, providers=[(device.provider, settings)], disabled_optimizers=list(variation.without)
-        )
+        session = open_bare(graph, device.provider, settings, array.shape, variation.without)
         binding, make = session.io_binding(), engine.OrtValue.ortvalue_from_shape_and_type
         given = engine.OrtValue.ortvalue_from_numpy(array, *device.memory)
         (entry,) = session.get_inputs()
         binding.bind_ortvalue_input(entry.name, given)
-        self._outputs = [make(one.shape, np.float32, *device.memory) for one in session.get_outputs()]
-        for one, value in zip(session.get_outputs(), self._outputs, strict=True):
-            binding.bind_ortvalue_output(one.name, value)
+        shapes = outputs_of(job, operation)
+        self._outputs = [make((len(array), *shape), np.float32, *device.memory) for shape in shapes.values()]
+        for name, value in zip(shapes, self._outputs, strict=True):
+            binding.bind_ortvalue_output(name, value)
         self.run = partial(session.run_with_iobinding, binding)
 
     def results(self) -> list[Float32]:

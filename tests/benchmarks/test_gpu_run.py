@@ -372,8 +372,9 @@ def varied(job: Job) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return lines, [line["value"] for line in lines if line.get("figure") == "variations"][-1]
 
 
-def test_variations_are_compared_with_the_plain_session(tiny: Path) -> None:
-    lines, rows = varied(Job("cpu", Case.open(tiny), True, budget=1.0))
+@pytest.mark.parametrize("bundle", ["tiny.vae", "tiny-free.vae"])
+def test_variations_are_compared_with_the_plain_session(tiny: Path, bundle: str) -> None:
+    lines, rows = varied(Job("cpu", Case.open(tiny.parent / bundle), True, budget=1.0))
     assert not [line for line in lines if "check" in line]
     assert [(row["half"], row["variation"], row["error"]) for row in rows] == [
         ("encoder", "activations apart", 0.0),

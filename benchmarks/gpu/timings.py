@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,10 +137,8 @@ def bare_session(job: Job, device: Device, operation: str, fixed: tuple[int, ...
     return open_bare(graph, device.provider, device.session_options(1, bool(fixed), ""), fixed)
 
 
-def open_bare(
-    graph: bytes, provider: str, settings: Mapping[str, str], fixed: tuple[int, ...], without: Sequence[str] = ()
-) -> Any:
-    """onnxruntime on a graph, with one thread. settings: the provider's. without: optimisations that are left out."""
+def open_bare(graph: bytes, provider: str, settings: Mapping[str, str], fixed: tuple[int, ...]) -> Any:
+    """onnxruntime on a graph, with one thread. settings: the provider's."""
     engine = import_engine()
     options = engine.SessionOptions()
     options.log_severity_level = 4
@@ -148,7 +146,7 @@ def open_bare(
     for name, side in free_names(fixed):
         options.add_free_dimension_override_by_name(name, side)
     providers = [(provider, dict(settings))]
-    return engine.InferenceSession(graph, options, providers=providers, disabled_optimizers=list(without))
+    return engine.InferenceSession(graph, options, providers=providers)
 
 
 def outputs_of(job: Job, operation: str) -> dict[str, tuple[int, ...]]:

@@ -139,7 +139,8 @@ class GraphSession:
         return {
             "shape": list(self.fixed or ()),
             "cuda_graph": self._captures or is_on.get("enable_cuda_graph", False),
-            "layout": "NHWC" if is_on.get("prefer_nhwc") else "NCHW",
+            "layout": ("NHWC" if is_on.get("prefer_nhwc") else "NCHW")
+            + (", bias fused" if is_on.get("fuse_conv_bias") else ""),
             "copies": "pageable" if self._stream is None else "captured" if self._captures else "pinned",
             "zero_copy": self.is_zero_copy,
             "on_device": self.replays_on_device,

@@ -39,6 +39,7 @@ def fastest_session(session: GraphSession, model: bytes, shape: tuple[int, ...],
     which hold the values to `rule`, are at least 3% faster and their outputs as they should be, in this order:
 
         NHWC        convolutions with the channels last
+        NHWC, bias fused    and, in tf32 and fp16, their bias added in the same kernel
         captured    on a stream of our own: copies through pinned memory, in the same graph as the work between them,
                     but for what is large; values are looked at while the GPU is at work
         pinned      where that is not taken: the same with the copies around the graph
@@ -73,8 +74,16 @@ class _Trial:
         self.results: dict[str, float | str] = {}
 
     def try_layout(self) -> None:
-        device = self.best.device.with_option("prefer_nhwc", "1")
-        made, is_gain = self._try("NHWC", lambda: self._open(device))
+        in_nhwc = self.best.device.with_option("prefer_nhwc", "1")
+        self._try_device("NHWC", in_nhwc)
+        # Not in fp32, where it never gained on an H100 (benchmarks/results/gpu/README.md), and not in NCHW, where
+        # onnxruntime 1.31 computes something else by it.
+        if in_nhwc.precision in ("tf32", "fp16") and "fuse_conv_bias" not in in_nhwc.options:
+            self.free_others()
+            self._try_device("NHWC, bias fused", in_nhwc.with_option("fuse_conv_bias", "1"))
+
+    def _try_device(self, name: str, device: Device) -> None:
+        made, is_gain = self._try(name, lambda: self._open(device))
         if made is not None and is_gain:
             self.best = made
 

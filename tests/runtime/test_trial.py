@@ -23,6 +23,7 @@ from vae_runtime.preprocess import UNIT_INTERVAL
 from vae_runtime.session import GraphSession
 
 SHAPE = (3, 1, 8, 8)
+FUSED = "NHWC, bias fused"
 
 
 class Ways:
@@ -52,10 +53,12 @@ class Ways:
         assert (model, shape) == (self.model, SHAPE)
         names = {"enable_cuda_graph": "alone", "prefer_nhwc": "NHWC", "user_compute_stream": "pinned"}
         way = [word for option, word in names.items() if option in device.options]
+        if device.options.get("fuse_conv_bias") == "1":
+            way[way.index("NHWC")] = FUSED
         if captures:
             assert {"alone", "pinned"} <= set(way)
             assert device.options["enable_cuda_graph"] == "0"
-            way = [*(word for word in way if word == "NHWC"), "captured"]
+            way = [*(word for word in way if word in ("NHWC", FUSED)), "captured"]
         self.opened.append(way or ["plain"])
         assert (stream is not None) == ("pinned" in way or captures)
         if isinstance(error := self.times.get(self.last()), Exception):
@@ -121,12 +124,17 @@ def test_what_is_off_as_in_tf32_is_not_taken_for_fp32(
     assert isinstance(best.trials["NHWC"], float) is is_taken
 
 
-@pytest.mark.parametrize(("captured", "alive_at_most"), [(0.5, [1, 2, 2]), (1.1, [1, 2, 2, 2])])
+@pytest.mark.parametrize(
+    ("precision", "captured", "alive_at_most"),
+    [("fp32", 0.5, [1, 2, 2]), ("fp32", 1.1, [1, 2, 2, 2]), ("tf32", 0.5, [1, 2, 2, 2])],
+)
 def test_no_more_than_two_sessions_are_there_at_once(
-    captured: float, alive_at_most: list[int], monkeypatch: pytest.MonkeyPatch, tiny_path: Path
+    precision: str, captured: float, alive_at_most: list[int], monkeypatch: pytest.MonkeyPatch, tiny_path: Path
 ) -> None:
     """Of a large model each takes much of the GPU's memory."""
-    ways, opened = Ways(monkeypatch, tiny_path, NHWC=1.0, captured=captured, pinned=1.1), weakref.WeakSet()
+    times: dict[str, float] = {"NHWC": 1.0, FUSED: 1.0, "captured": captured, "pinned": 1.1}
+    ways, opened = Ways(monkeypatch, tiny_path, **times), weakref.WeakSet()
+    ways.session.device = ways.session.device._replace(precision=precision)
     real, alive = ways.open_for, []
 
     def open_for(_: GraphSession, *given: Any) -> GraphSession:
@@ -182,11 +190,36 @@ def test_what_cannot_be_had_or_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_precision_has_its_tolerance(precision: str, monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> None:
-    ways = Ways(monkeypatch, tiny_path, NHWC=0.9, pinned=1.0)
+    ways = Ways(monkeypatch, tiny_path, NHWC=0.9, pinned=1.0, **{FUSED: 1.0})
     ways.session.device = ways.session.device._replace(precision=precision)
-    assert ways.choose().trials == {"NHWC": 0.9, "captured": "not to be captured", "pinned": 1.0, "on_device": 1.0}
+    fused = {FUSED: 1.0} if precision in ("tf32", "fp16") else {}
+    others = {"captured": "not to be captured", "pinned": 1.0, "on_device": 1.0}
+    assert ways.choose().trials == {"NHWC": 0.9, **fused, **others}
     ways.wrong = {"NHWC": lambda output: output + 0.1}
     assert str(ways.choose().trials["NHWC"]).startswith("outputs differ by ")
+
+
+@pytest.mark.parametrize(
+    ("nhwc", "fused", "layout"),
+    [
+        (0.9, 0.9, "NHWC, bias fused"),
+        (0.9, 0.99, "NHWC"),  # what it has to be faster than is NHWC's time
+        (1.2, 0.9, "NHWC, bias fused"),
+        (1.2, DeviceError("no bias of ConvTranspose"), "NCHW"),
+    ],
+)
+def test_bias_is_fused_where_that_is_faster(
+    nhwc: float, fused: Any, layout: str, monkeypatch: pytest.MonkeyPatch, tiny_path: Path
+) -> None:
+    ways = Ways(monkeypatch, tiny_path, NHWC=nhwc, captured=0.5, **{FUSED: fused})
+    ways.session.device = ways.session.device._replace(precision="fp16")
+    best = ways.choose()
+    assert best.describe_way()["layout"] == layout
+    assert best.device.options.get("fuse_conv_bias") == ("1" if "fused" in layout else None)
+    assert best.trials[FUSED] == (fused if isinstance(fused, float) else str(fused))
+    assert ways.opened == [["plain"], ["NHWC"], [FUSED], [*([layout] if layout != "NCHW" else []), "captured"]]
+    ways.session.device = ways.session.device.with_option("fuse_conv_bias", "0")
+    assert FUSED not in ways.choose().trials
 
 
 def test_memory_that_lacks_for_another_way_costs_no_result(monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> None:

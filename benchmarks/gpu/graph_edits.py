@@ -5,15 +5,12 @@ Only what the exporter writes is known here, and names are taken to be free: the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
-
-Edit = Callable[[bytes], bytes | None]
 
 
 class GroupNorm(NamedTuple):
@@ -63,31 +60,6 @@ def group_norms(graph: onnx.GraphProto) -> list[GroupNorm]:
         silu = after if sorted(one.op_type for one in after) == ["Mul", "Sigmoid"] else []
         found.append(GroupNorm(node.input[0], nodes, groups, channels, size, gamma, beta, list(silu)))
     return found
-
-
-def normalize_as_one_batch(data: bytes) -> bytes | None:
-    """The groups of all examples as the channels of one, for which onnxruntime's InstanceNormalization has cuDNN do it
-    at one go; for more examples it has cuDNN compute the statistics alone, and normalises by a kernel of its own."""
-    model = onnx.load_from_string(data)
-    graph, new = model.graph, []
-    found = group_norms(graph)
-    kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
-    kinds |= {node.output[0]: node.attribute[0].i for node in graph.node if node.op_type == "Cast"}
-    new.append(helper.make_node("Shape", [graph.input[0].name], ["one_examples"], start=0, end=1))
-    for number, one in enumerate(found):
-        kind, prefix = kinds[one.nodes[1].input[1]], f"one_{number}"
-        shape = np.array([1, -1, one.channels // one.groups * one.size])
-        graph.initializer.append(numpy_helper.from_array(shape, f"{prefix}_shape"))
-        graph.initializer.append(numpy_helper.from_array(np.array([one.groups]), f"{prefix}_groups"))
-        new.append(helper.make_node("Mul", ["one_examples", f"{prefix}_groups"], [f"{prefix}_count"]))
-        for name, value in (("scale", 1.0), ("bias", 0.0)):
-            filled = helper.make_tensor("value", kind, [1], [value])
-            new.append(helper.make_node("ConstantOfShape", [f"{prefix}_count"], [f"{prefix}_{name}"], value=filled))
-        one.nodes[0].input[1] = f"{prefix}_shape"
-        one.nodes[1].input[1:] = [f"{prefix}_scale", f"{prefix}_bias"]
-    for node in reversed(new):
-        graph.node.insert(0, node)
-    return model.SerializeToString() if found else None
 
 
 def join_scale_and_shift(data: bytes) -> bytes | None:
@@ -142,80 +114,5 @@ def readers_of(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
     return {name: [node for node in graph.node if name in node.input] for node in graph.node for name in node.output}
 
 
-def join_upsampling(data: bytes, with_bias: bool = True) -> bytes | None:
-    """Nearest upsampling by 2 before a 3×3 convolution: one transposed convolution of 4×4 with stride 2, which
-    multiplies 16 times per input where the two do 36 times. with_bias: else an Add is left of it, as onnxruntime cannot
-    fuse the bias of a transposed convolution."""
-    model = onnx.load_from_string(data)
-    graph = model.graph
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    readers = readers_of(graph)
-    found = []
-    for resize in graph.node:
-        after = readers.get(resize.output[0], []) if resize.op_type == "Resize" else []
-        if len(after) != 1 or after[0].op_type != "Conv" or not doubles_nearest(resize, constants):
-            continue
-        given = {attribute.name: helper.get_attribute_value(attribute) for attribute in after[0].attribute}
-        same = {"strides": [1, 1], "pads": [1] * 4, "dilations": [1, 1], "group": 1, "auto_pad": b"NOTSET"}
-        weight = constants.get(after[0].input[1])
-        is_same = {**same, "pads": [0] * 4, **given, "kernel_shape": None} == {**same, "kernel_shape": None}
-        if weight is not None and weight.shape[2:] == (3, 3) and is_same:
-            found.append((resize, after[0], weight))
-    for number, (resize, conv, weight) in enumerate(found):
-        taps = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], np.float64)  # of 4, from those of 3
-        kernel = np.einsum("ui,vj,ocij->couv", taps, taps, weight.astype(np.float64)).astype(weight.dtype)
-        name = f"upsampling_{number}"
-        graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(kernel), name))
-        inputs, bias, outputs = [resize.input[0], name], list(conv.input[2:]), list(conv.output)
-        if bias and not with_bias:
-            graph.initializer.append(numpy_helper.from_array(constants[bias[0]].reshape(-1, 1, 1), f"{name}_bias"))
-            add = helper.make_node("Add", [f"{name}_sum", f"{name}_bias"], outputs)
-            graph.node.insert(list(graph.node).index(conv) + 1, add)
-            bias, outputs = [], [f"{name}_sum"]
-        conv.CopyFrom(helper.make_node("ConvTranspose", inputs + bias, outputs, strides=[2, 2], pads=[1] * 4))
-        graph.node.remove(resize)
-    return model.SerializeToString() if found else None
-
-
-def doubles_nearest(resize: onnx.NodeProto, constants: Mapping[str, np.ndarray[Any, Any]]) -> bool:
-    """Whether each pixel becomes 2×2 of the same."""
-    given = {attribute.name: helper.get_attribute_value(attribute) for attribute in resize.attribute}
-    scales = constants.get(resize.input[2]) if len(resize.input) > 2 else None
-    if given.get("mode", b"nearest") != b"nearest" or scales is None or scales.tolist() != [1, 1, 2, 2]:
-        return False
-    nearest = given.get("nearest_mode", b"round_prefer_floor")
-    place = given.get("coordinate_transformation_mode", b"half_pixel")
-    return (place, nearest) in ((b"asymmetric", b"floor"), (b"half_pixel", b"round_prefer_floor"))
-
-
-def chain(*edits: Edit) -> Edit:
-    """One after the other, those that change something; None unless at least two do."""
-
-    def edit(data: bytes) -> bytes | None:
-        done = [data]
-        for one in edits:
-            done += [changed] if (changed := one(done[-1])) is not None else []
-        return done[-1] if len(done) > 2 else None
-
-    return edit
-
-
-one_batch_joined = chain(normalize_as_one_batch, join_scale_and_shift)
-EDITS: dict[str, Edit] = {
-    "scale and shift joined": join_scale_and_shift,
-    "one batch normalised": normalize_as_one_batch,
-    "one batch, joined": one_batch_joined,
-    "upsampling": join_upsampling,
-    "one batch, joined, upsampling": chain(one_batch_joined, join_upsampling),
-}
-NHWC_EDITS: dict[str, Edit] = {
-    "upsampling": join_upsampling,
-    "own GroupNorm": use_own_group_norm,
-    "own GroupNorm, upsampling": chain(use_own_group_norm, join_upsampling),
-}
-FUSED_EDITS: dict[str, Edit] = {
-    "one batch, joined": one_batch_joined,
-    "upsampling": partial(join_upsampling, with_bias=False),
-    "own GroupNorm": use_own_group_norm,
-    "own GroupNorm, upsampling": chain(use_own_group_norm, partial(join_upsampling, with_bias=False)),
-}
+EDITS: dict[str, Callable[[bytes], bytes | None]] = {"scale and shift joined": join_scale_and_shift}
+NHWC_EDITS = {**EDITS, "own GroupNorm": use_own_group_norm}

@@ -132,8 +132,8 @@ def device_of(vae: VAE, operation: str, shape: tuple[int, ...]) -> Device:
 
 
 def bare_session(job: Job, device: Device, operation: str, fixed: tuple[int, ...] = ()) -> Any:
-    """onnxruntime on the bundle's fp32 graph with the options that `VAE` takes. fixed: the one shape of its input."""
-    graph = job.case.bundle_graph("encoder" if operation == "encode" else "decoder", "fp32")
+    """onnxruntime on `VAE`'s graph in fp32, with the options that it takes. fixed: the one shape of its input."""
+    graph = job.case.bundle_graph("encoder" if operation == "encode" else "decoder", "fp32", job.is_gpu)
     return open_bare(graph, device.provider, device.session_options(1, bool(fixed), ""), fixed)
 
 

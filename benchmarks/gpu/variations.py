@@ -46,18 +46,18 @@ def variations(findings: Findings, job: Job) -> None:
     changes. On the CPU only those without options of the CUDA provider, which tries the step."""
     rows: list[dict[str, Any]] = []
     try:
-        from graph_edits import EDITS, FUSED_EDITS, NHWC_EDITS
+        from graph_edits import EDITS, NHWC_EDITS
     except ImportError as error:
         findings.skip("edits of the graphs", f"{error.name} is not installed")
-        EDITS = FUSED_EDITS = NHWC_EDITS = {}
+        EDITS = NHWC_EDITS = {}
     edited = {name: Variation(edit=edit) for name, edit in EDITS.items()}
-    in_nhwc = {f"NHWC, {name}": Variation(NHWC, edit) for name, edit in NHWC_EDITS.items()}
-    in_nhwc |= {f"NHWC, bias fused, {name}": Variation(FUSED, edit) for name, edit in FUSED_EDITS.items()}
+    in_nhwc = {f"NHWC, bias fused, {name}": Variation(FUSED, edit) for name, edit in NHWC_EDITS.items()}
     for precision in findings.precisions(job):
         tried = {**SETTINGS, **edited, **(in_nhwc if precision != "fp32" else {})}
         for batch in (2,) if job.quick else BATCHES:
             for half, operation, given in (("encoder", "encode", INPUT), ("decoder", "decode", MEAN)):
-                graph = job.case.bundle_graph(half, precision if precision in job.case.manifest.precisions else "fp32")
+                stated = precision if precision in job.case.manifest.precisions else "fp32"
+                graph = job.case.bundle_graph(half, stated, job.is_gpu)
                 array = tile(job.case.reference()[given], batch)
                 with findings.guard(f"{half} {precision} {batch}"):
                     for row in compared(job, operation, tried, graph, precision, array):

@@ -450,6 +450,7 @@ def _export(
         tiling=tiling,
         # What a codec costs is not measured on noise.
         latent_codecs={UINT8: judge.codec_cost()} if spec.is_image and inputs.is_real else {},
+        on_cuda=made.on_cuda,
     )
     files = {encoder: graphs[0], decoder: graphs[1], **made.graphs}
     manifest, extra = on_data.measure(manifest, files)

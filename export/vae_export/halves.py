@@ -11,7 +11,7 @@ Pair = tuple[bytes | None, bytes | None]  # graphs of both; None is fp32's
 
 
 def graph_file(half: str, precision: str = "fp32") -> str:
-    """The name in a bundle of one half's graph: encoder.onnx, encoder.int8.onnx."""
+    """The name in a bundle of one half's graph: encoder.onnx, encoder.int8.onnx, encoder.cuda.onnx."""
     return f"{half}.onnx" if precision == "fp32" else f"{half}.{precision}.onnx"
 
 

@@ -14,6 +14,7 @@ from vae_runtime.manifest import INPUT, LATENT, InputSpec, LatentSpec, Likelihoo
 from vae_runtime.preprocess import Float32
 
 from .activation_ranges import activation_inputs
+from .cuda_forms import for_cuda
 from .float16 import ConvertibleGraph
 from .halves import HALF_NAMES, Halves, Pair, ReducedHalf, ReducedPair, graph_file
 from .int8_search import LayerSearch
@@ -35,6 +36,8 @@ GOLDEN_FACTOR, GOLDEN_FLOOR, GOLDEN_CEILING = 2.0, 0.002, 0.2
 # this, relative to the data's range, and where that brings the change below this or down to such a part of it. It takes
 # time.
 FLOAT16_ERROR, TF32_ERROR, WORTH_FLOAT32 = 0.005, 0.002, 0.5
+# What another order of sums may change in float32, relative to the data's range.
+CUDA_FORM_ERROR = 5e-5
 WITHOUT_LAYERS = {
     "int8": "neither half has a convolution or product with constant weights, which int8 is for",
     "tf32": "neither half has a convolution or matrix product, which is what TF32 makes faster",
@@ -58,20 +61,37 @@ def make_precisions(
     trial = Judge(graphs, spec, latent, likelihood, wanted.activation_examples[:TRIAL_EXAMPLES])
     inputs = activation_inputs(reference, wanted.activation_examples) if set(wanted.names) - {"tf32"} else {}
     made = Made()
+    for_gpus = _in_cuda_forms(made, graphs, final) if {"tf32", "fp16"}.intersection(wanted.names) else graphs
     for name in wanted.names:
         _log.info("making and measuring %s", name)
         try:
             if name == "int8":
                 found = _int8(graphs, inputs, trial, final, wanted)
             elif name == "fp16":
-                found = _fp16(graphs, inputs, trial, final)
+                found = _fp16(for_gpus, inputs, trial, final)
             else:
                 assert name == "tf32"
-                found = _tf32(graphs, trial, final)
+                found = _tf32(for_gpus, trial, final)
             _decide(made, name, found, final, wanted, golden)
         except Exception as error:  # the tools of onnxruntime raise what they like
             made.refused[name] = {"reason": f"{name} cannot be made: {first_line(error)}", "quality": {}}
     return made
+
+
+def _in_cuda_forms(made: Made, graphs: tuple[bytes, bytes], final: Judge) -> tuple[bytes, bytes]:
+    """Both graphs as CUDA runs them fastest, which are entered for fp32, and for tf32 where that is fp32's graph."""
+    forms: Pair = for_cuda(graphs[0]), for_cuda(graphs[1])
+    if forms == (None, None):
+        return graphs
+    error = final.round_trip_error(forms)
+    if not error <= CUDA_FORM_ERROR:
+        _log.warning("forms for CUDA are left out: they are off by %.1e of the data's range", error)
+        return graphs
+    for half, form in zip(HALF_NAMES, forms, strict=True):
+        if form is not None:
+            made.on_cuda[graph_file(half)] = file = graph_file(half, "cuda")
+            made.graphs[file] = form
+    return forms[0] or graphs[0], forms[1] or graphs[1]
 
 
 def _int8(

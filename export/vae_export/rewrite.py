@@ -7,6 +7,8 @@ chooses layouts. What is left:
                      Reshape between them.
 `fold_scale`         A multiplication or division before a Linear goes into its weights. An addition stays: where the
                      data lie far from 0, centring them first is what keeps their digits.
+`fold_norm`          InstanceNorm, then a multiplication or an addition by channel: they are its scale and bias, also
+                     through a Reshape. So ends a GroupNorm whose groups are single channels.
 `replace_transposed` A transposed convolution on a map of at most 4×4 becomes a convolution and DepthToSpace. Such maps
                      have many channels, and onnxruntime's ConvTranspose is slow on them. On larger maps the zeros in
                      the convolution's kernel cost more than is won (benchmarks/results/graphs.md).
@@ -78,15 +80,24 @@ class Graph:
         alone = len(found) == 1 and list(found[0].input).count(name) == 1
         return found[0] if alone and len(node.output) == 1 and name not in self._outputs else None
 
-    def add_constant(self, name: str, value: _Array) -> str:
-        """A new float32 constant with a name of its own."""
-        taken = set(self._constants) | {output for node in self.proto.node for output in node.output}
+    def free_name(self, name: str) -> str:
+        """It, or one like it that nothing has."""
+        inputs = {value.name for value in self.proto.input}
+        taken = inputs | set(self._constants) | {output for node in self.proto.node for output in node.output}
         while name in taken:
             name += "_"
-        entry = numpy_helper.from_array(np.ascontiguousarray(value, dtype=np.float32), name)
+        return name
+
+    def add_constant(self, name: str, value: NDArray[Any], kind: type[np.generic] = np.float32) -> str:
+        """A new constant with a name of its own."""
+        name = self.free_name(name)
+        entry = numpy_helper.from_array(np.ascontiguousarray(value, dtype=kind), name)
         self.proto.initializer.append(entry)
         self._constants[name] = entry
         return name
+
+    def insert_after(self, node: onnx.NodeProto, new: onnx.NodeProto) -> None:
+        self.proto.node.insert(list(self.proto.node).index(node) + 1, new)
 
     def bypass(self, node: onnx.NodeProto, source: str) -> None:
         """Remove `node`: what it gave is now `source`, which only `node` took and which its producer now names so."""
@@ -147,6 +158,33 @@ def fold_scale(graph: Graph, gemm: onnx.NodeProto) -> bool:
     return True
 
 
+def fold_norm(graph: Graph, norm: onnx.NodeProto) -> bool:
+    """InstanceNormalization -> [Reshape ->] scale · y + offset, with constants per channel: one normalisation."""
+    if norm.op_type != "InstanceNormalization" or (after := graph.consumer(norm)) is None:
+        return False
+    scale, bias = (graph.weights(name) for name in norm.input[1:])
+    if scale is None or bias is None:
+        return False
+    source, sides = norm, graph.shape(norm.input[0])[2:]
+    if after.op_type == "Reshape":
+        shape = graph.constant(after.input[1])
+        if shape is None or after.input[0] != norm.output[0] or (between := graph.consumer(after)) is None:
+            return False
+        new = shape[2:].tolist()
+        if None in sides or shape[0] not in (0, -1) or shape[1] != len(scale) or math.prod(sides) != math.prod(new):  # type: ignore[arg-type]
+            return False
+        source, sides, after = after, tuple(new), between
+    affine = _affine(graph, after, source.output[0], len(scale), trailing=len(sides)) if sides else None
+    if affine is None:
+        return False
+    factor, offset = affine
+    name = norm.output[0]
+    norm.input[1] = graph.add_constant(f"{name}.scale", scale * factor)
+    norm.input[2] = graph.add_constant(f"{name}.bias", bias * factor + offset)
+    graph.bypass(after, source.output[0])
+    return True
+
+
 def replace_transposed(graph: Graph, node: onnx.NodeProto) -> bool:
     """ConvTranspose on a small map -> Conv -> [activation ->] DepthToSpace."""
     if node.op_type != "ConvTranspose" or (kernel := graph.weights(node.input[1])) is None:
@@ -171,7 +209,12 @@ def replace_transposed(graph: Graph, node: onnx.NodeProto) -> bool:
     return True
 
 
-REWRITES: tuple[Callable[[Graph, onnx.NodeProto], bool], ...] = (fold_affine, fold_scale, replace_transposed)
+REWRITES: tuple[Callable[[Graph, onnx.NodeProto], bool], ...] = (
+    fold_affine,
+    fold_scale,
+    fold_norm,
+    replace_transposed,
+)
 
 
 def _linear(graph: Graph, node: onnx.NodeProto) -> tuple[_Array, _Array] | None:

@@ -34,12 +34,16 @@ class Wanted:
 
 @dataclass
 class Made:
-    """What became of it: manifest entries, ONNX files, golden tolerances, and why a precision is not there."""
+    """What became of it: manifest entries, ONNX files, golden tolerances, and why a precision is not there.
+
+    on_cuda: as in the manifest.
+    """
 
     precisions: dict[str, Precision] = field(default_factory=dict)
     graphs: dict[str, bytes] = field(default_factory=dict)
     tolerance: dict[str, float] = field(default_factory=dict)
     refused: dict[str, dict[str, Any]] = field(default_factory=dict)
+    on_cuda: dict[str, str] = field(default_factory=dict)
 
 
 def check_wanted(

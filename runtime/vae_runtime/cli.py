@@ -342,6 +342,8 @@ def _describe(manifest: Manifest, engine: dict[str, Any]) -> str:
         lines.append(f"  {'':11} fidelity {_pairs(precision.fidelity)}")
         if precision.quality:
             lines.append(f"  {'':11} {_describe_quality(precision.quality)}")
+    for file, other in manifest.on_cuda.items():
+        lines.append(f"  {'on CUDA':11} {file} is run as {other}  {manifest.files[other].bytes:,} bytes")
     for name, refusal in manifest.refused.items():
         lines.append(f"  {name:11} not there: {refusal['reason']}")
     for name, cost in manifest.latent_codecs.items():

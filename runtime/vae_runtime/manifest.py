@@ -389,6 +389,8 @@ class Manifest(NamedTuple):
     latent_codecs: by codec, what it costs: `bits_per_pixel`, and the reconstruction's `psnr_db` and `psnr_lost_db` on
         so many `examples`.
     calibration: how high anomaly scores are on data as they should be; None in a bundle that was not calibrated.
+    on_cuda: files of graphs, and those that onnxruntime's CUDA provider runs in their place: the same computation in
+        operators that are faster there.
     """
 
     kind: str
@@ -408,6 +410,7 @@ class Manifest(NamedTuple):
     tiling: Tiling | None = None
     latent_codecs: Mapping[str, Mapping[str, float]] = _NONE
     calibration: Calibration | None = None
+    on_cuda: Mapping[str, str] = _NONE
 
     def latent_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the latent of one input, both without the batch."""
@@ -474,6 +477,7 @@ class Manifest(NamedTuple):
             tiling=Tiling.from_dict(mapping(data, "tiling")) if "tiling" in data else None,
             latent_codecs={key: _codec_cost(mapping(codecs, f"latent_codecs.{key}", key), key) for key in codecs},
             calibration=Calibration.from_dict(mapping(data, "calibration")) if "calibration" in data else None,
+            on_cuda=_on_cuda(mapping(data, "on_cuda")) if "on_cuda" in data else {},
         )
         manifest._check_references()
         if manifest.input.is_free != (None in manifest.latent.shape):
@@ -493,6 +497,8 @@ class Manifest(NamedTuple):
         for key, precision in self.precisions.items():
             named[precision.encoder] = f"precisions.{key}.encoder"
             named[precision.decoder] = f"precisions.{key}.decoder"
+        for file, other in self.on_cuda.items():
+            named |= {file: "a key of on_cuda", other: f"on_cuda.{file}"}
         for file, place in named.items():
             if file not in self.files:
                 raise BundleError(f"{place} is {file!r}, which files does not list")
@@ -528,6 +534,8 @@ class Manifest(NamedTuple):
             data["latent_codecs"] = {key: dict(cost) for key, cost in self.latent_codecs.items()}
         if self.calibration is not None:
             data["calibration"] = self.calibration.to_dict()
+        if self.on_cuda:
+            data["on_cuda"] = dict(self.on_cuda)
         return data
 
     def to_json(self) -> bytes:
@@ -582,6 +590,13 @@ def _refusal(data: Mapping[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(data.get("reason"), str):
         raise BundleError(f"refused.{name}.reason is {data.get('reason')!r}; expected a string")
     return {"reason": data["reason"], "quality": _quality(data, f"refused.{name}.quality")}
+
+
+def _on_cuda(data: Mapping[str, Any]) -> dict[str, str]:
+    for file, other in data.items():
+        if not isinstance(other, str):
+            raise BundleError(f"on_cuda.{file} is {other!r}; expected the name of a file")
+    return dict(data)
 
 
 def _codec_cost(data: Mapping[str, Any], name: str) -> dict[str, float]:

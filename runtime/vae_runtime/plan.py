@@ -8,7 +8,8 @@ from typing import Any
 from .arguments import check_choice
 from .boundary import decoder_boundary, encoder_boundary
 from .bundle import Bundle
-from .devices import ALL_PRECISIONS, PROVIDER_PRECISIONS, find_device
+from .cuda import CUDA
+from .devices import ALL_PRECISIONS, PROVIDER_PRECISIONS, Device, find_device
 from .errors import DeviceError, InputError
 from .latents import to_decoder_input
 from .manifest import Manifest
@@ -83,30 +84,34 @@ def open_halves(
         "decode": decoder_boundary(manifest.input, manifest.latent.shape),
     }
 
-    opened = {_file_of(manifest, name, candidate.precision)[0] for name in plan for _, candidate in plan[name]}
-    for file in sorted(manifest.files.keys() - opened):
+    def find(operation: str, asked: Candidate) -> tuple[str, Device]:
+        file, precision = _file_of(manifest, operation, asked.precision)
+        device = find_device(asked.device, precision, provider_options)
+        return (manifest.on_cuda.get(file, file) if device.provider == CUDA else file), device
+
+    found = {(name, asked): find(name, asked) for name in plan for _, asked in plan[name]}
+    for file in sorted(manifest.files.keys() - {file for file, _ in found.values()}):
         bundle.verify(file)
 
     def open_routes(operation: str) -> list[Route]:
         sessions: dict[Candidate, GraphSession] = {}
         routes: list[Route] = []
         for from_batch, asked in plan[operation]:
-            file, precision = _file_of(manifest, operation, asked.precision)
-            candidate = asked._replace(precision=precision)
+            file, device = found[operation, asked]
+            candidate = asked._replace(precision=device.precision)
             if candidate not in sessions:
-                found = find_device(candidate.device, precision, provider_options)
                 # One graph's bytes in memory at a time, and each session made from bytes that were just checked.
                 sessions[candidate] = GraphSession(
                     bundle.read(file),
                     file,
-                    found,
+                    device,
                     boundaries[operation],
                     candidate.threads,
                     candidate.spinning,
                     bundle=bundle.digest,
                 )
             if not routes or routes[-1].any_batch is not sessions[candidate]:
-                routes.append(Route(from_batch, sessions[candidate], precision))
+                routes.append(Route(from_batch, sessions[candidate], device.precision))
         return routes
 
     name = "images" if manifest.input.is_image else "vectors"

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from vae_export import Budget, FewExamplesWarning, export_bundle, export_checkpoint
+from vae_export.cuda_forms import for_cuda
 from vae_export.graphs import DecoderGraph, EncoderGraph, decoder_to_onnx, encoder_to_onnx
 from vae_export.judge import Judge
 from vae_export.precisions import make_precisions
+from vae_export.tf32 import tf32_twin
 from vae_export.verify import Reference
 from vae_export.wanted_precisions import Made, Wanted, check_wanted
 from vae_runtime import VAE
@@ -435,7 +438,7 @@ def test_the_first_layer_stays_exact_where_that_is_worth_it(
     assert entry.fidelity["reconstruction_max_error"] > 1e-6
     if precision == "tf32":  # which runs fp32's files but where it needs another
         assert (entry.encoder, entry.decoder) == ("encoder.tf32.onnx" if kept else "encoder.onnx", "decoder.onnx")
-        assert set(made.graphs) == ({"encoder.tf32.onnx"} if kept else set())
+        assert set(made.graphs) == {"encoder.cuda.onnx", *(["encoder.tf32.onnx"] if kept else [])}
         assert made.tolerance["tf32"] >= 0.002
 
 
@@ -462,6 +465,54 @@ def test_a_bundle_with_a_file_for_tf32_is_complete(tmp_path: Path) -> None:
     assert "encoder.tf32.onnx" in manifest.files
     with VAE.load(tmp_path / "a.vae", threads=1) as vae:
         assert vae.manifest == manifest
+        assert vae.selftest().passed
+
+
+def upsampling_pair() -> tuple[tuple[nn.Module, nn.Module], tuple[bytes, bytes]]:
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Conv2d(1, 4, 2, 2))
+    decoder = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(4, 1, 3, padding=1), nn.Sigmoid())
+    graphs = (
+        encoder_to_onnx(EncoderGraph(encoder, "autoencoder"), torch.rand(2, 1, 8, 8)),
+        decoder_to_onnx(DecoderGraph(decoder, clamp=True), torch.rand(2, 4, 4, 4)),
+    )
+    return (encoder, decoder), graphs
+
+
+def test_forms_for_cuda_come_with_a_precision_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, graphs = upsampling_pair()
+    made = make(pair, graphs, "autoencoder", "int8", keep=True)
+    assert made.on_cuda == {}
+    made = make(pair, graphs, "autoencoder", "tf32", "fp16", keep=True)
+    assert made.on_cuda == {"decoder.onnx": "decoder.cuda.onnx"}
+    assert made.graphs["decoder.cuda.onnx"] == for_cuda(graphs[1])
+    for name in ("decoder.cuda.onnx", "decoder.fp16.onnx"):
+        assert "ConvTranspose" in {node.op_type for node in onnx.load_from_string(made.graphs[name]).graph.node}
+    assert made.precisions["tf32"][:2] == ("encoder.onnx", "decoder.onnx")
+    twin = tf32_twin(made.graphs["decoder.cuda.onnx"])
+    judge = Judge(graphs, GREY, LatentSpec((4, 4, 4), None), None, digits()[1::2])
+    expected = judge.fidelity(judge.measure((None, twin)), twin)["reconstruction_max_error"]
+    assert made.precisions["tf32"].fidelity["reconstruction_max_error"] == expected > 1e-6
+    monkeypatch.setattr("vae_export.precisions.for_cuda", spoilt)
+    made = make(pair, graphs, "autoencoder", "tf32", keep=True)
+    assert (made.on_cuda, made.graphs) == ({}, {})
+
+
+def spoilt(graph: bytes) -> bytes:
+    model = onnx.load_from_string(graph)
+    for tensor in model.graph.initializer:
+        value = numpy_helper.to_array(tensor)
+        if value.dtype == np.float32 and value.ndim == 4:
+            tensor.CopyFrom(numpy_helper.from_array(value * np.float32(1.01), tensor.name))
+    return model.SerializeToString()
+
+
+def test_a_bundle_with_forms_for_cuda_is_complete(tmp_path: Path) -> None:
+    pair, _ = upsampling_pair()
+    manifest = export_codes(pair, tmp_path / "a.vae", precisions=["tf32"], keep=True)
+    assert manifest.on_cuda == {"decoder.onnx": "decoder.cuda.onnx"}
+    assert {"decoder.onnx", "decoder.cuda.onnx"} <= manifest.files.keys()
+    with VAE.load(tmp_path / "a.vae", threads=1) as vae:
         assert vae.selftest().passed
 
 

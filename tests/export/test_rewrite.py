@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -120,6 +121,69 @@ def test_what_is_not_certain_is_left_alone(name: str) -> None:
     before = [part.SerializeToString() for part in model.graph.node]
     rewrite(model)
     assert [part.SerializeToString() for part in model.graph.node] == before
+
+
+def normalised(*after: onnx.NodeProto, sides: tuple[int | None, ...] = (6, 5), back: tuple[int, ...] = (-1, 3, 6, 5)):
+    """A model from x (batch, 3, *sides) to y: its instances normalised as groups of single channels, then `after`."""
+    constants = {"into": np.array([0, 3, -1]), "back": np.array(back), "scale": floats(3), "bias": floats(3)}
+    constants |= {
+        "channels": floats(3, 1, 1),
+        "shift": floats(1, 3, 1, 1),
+        "pixels": floats(6, 5),
+        "pair": floats(2, 1, 1),
+    }
+    nodes = [
+        node("Reshape", ["x", "into"], ["r"]),
+        node("InstanceNormalization", ["r", "scale", "bias"], ["n"]),
+        node("Reshape", ["n", "back"], ["b"]),
+        *after,
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3, *sides])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * len(back))
+    tensors = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "graph", [x], [y], tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+@pytest.mark.parametrize("back", [(-1, 3, 6, 5), (0, 3, 5, 6)])
+def test_scale_and_shift_go_into_the_normalisation(back: tuple[int, ...]) -> None:
+    model = normalised(node("Mul", ["channels", "b"], ["m"]), node("Add", ["m", "shift"], ["y"]), back=back)
+    x = RANDOM.standard_normal((4, 3, 6, 5)).astype(np.float32)
+    before = run(model, x)
+    rewrite(model)
+    onnx.checker.check_model(model, full_check=True)
+    assert operators(model) == ["Reshape", "InstanceNormalization", "Reshape"]
+    np.testing.assert_allclose(run(model, x)[0], before[0], rtol=1e-5, atol=1e-5)
+
+
+def test_scale_goes_into_a_normalisation_without_groups() -> None:
+    model = normalised(node("Mul", ["channels", "b"], ["y"]))
+    nodes = [node("InstanceNormalization", ["x", "scale", "bias"], ["n"]), node("Mul", ["n", "channels"], ["y"])]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    x = RANDOM.standard_normal((4, 3, 6, 5)).astype(np.float32)
+    before = run(model, x)
+    rewrite(model)
+    assert operators(model) == ["InstanceNormalization"]
+    np.testing.assert_allclose(run(model, x)[0], before[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("after", "changes"),
+    [
+        ([node("Mul", ["b", "pixels"], ["y"])], {}),
+        ([node("Mul", ["b", "channels"], ["m"]), node("Sub", ["m", "b"], ["y"])], {}),
+        ([node("Mul", ["b", "channels"], ["y"])], {"sides": (None, 5)}),
+        ([node("Mul", ["b", "channels"], ["y"])], {"back": (-1, 3, 3, 5)}),  # other examples
+        ([node("Mul", ["b", "pair"], ["y"])], {"back": (-1, 2, 9, 5)}),  # other channels
+        ([node("Mul", ["b", "channels"], ["y"])], {"back": (4, 3, 6, 5)}),
+    ],
+)
+def test_other_scales_of_normalisations_are_left_alone(after: list[onnx.NodeProto], changes: dict[str, Any]) -> None:
+    model = normalised(*after, **changes)
+    before = operators(model)
+    rewrite(model)
+    assert operators(model) == before
 
 
 def test_shared_weights_stay_as_they_are_for_the_other_layer() -> None:

@@ -23,7 +23,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vae_runtime import VAE, DeviceError, InputError, OutOfMemoryError, device_array, device_call, trial
+from vae_runtime import (
+    VAE,
+    BundleError,
+    DeviceError,
+    InputError,
+    OutOfMemoryError,
+    device_array,
+    device_call,
+    plan,
+    trial,
+)
 from vae_runtime import cuda as module
 from vae_runtime.bound import Owner
 from vae_runtime.cuda import (
@@ -677,6 +687,48 @@ def test_warm_calls_on_the_gpu_are_those_of_the_cpu(tiny_path: Path, tiny: VAE, 
             for size in (1, 2, 20):
                 np.testing.assert_allclose(vae.encode(images[:size]).mean, tiny.encode(images[:size]).mean, atol=1e-5)
                 np.testing.assert_allclose(vae.reconstruct(images[:size]), tiny.reconstruct(images[:size]), atol=1e-5)
+
+
+@pytest.fixture
+def two_forms(bundle: Path, resign: Any) -> Path:
+    """A bundle whose decoder CUDA runs from another file."""
+    other = (bundle / "decoder.onnx").read_bytes()
+    return resign(
+        bundle, lambda data: data.update(on_cuda={"decoder.onnx": "decoder.cuda.onnx"}), **{"decoder.cuda": other}
+    )
+
+
+def files_of(vae: VAE) -> list[str]:
+    return [vae.plan[operation][0]["file"] for operation in ("encode", "decode")]
+
+
+def test_the_forms_for_cuda_are_run_there_alone(two_forms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the CPU's provider in the place of CUDA's."""
+    with VAE.load(two_forms) as vae:
+        vae.sample(1, seed=0)
+        assert files_of(vae) == ["encoder.onnx", "decoder.onnx"]
+    monkeypatch.setattr(plan, "CUDA", CPU)
+    with VAE.load(two_forms) as vae:
+        assert vae.selftest().passed
+        assert files_of(vae) == ["encoder.onnx", "decoder.cuda.onnx"]
+
+
+@pytest.mark.parametrize("file", ["decoder.onnx", "decoder.cuda.onnx"])
+@pytest.mark.parametrize("provider", [CPU, CUDA])
+def test_both_forms_are_verified(two_forms: Path, file: str, provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "CUDA", provider)
+    data = bytearray((two_forms / file).read_bytes())
+    data[-100] ^= 1
+    (two_forms / file).write_bytes(data)
+    with pytest.raises(BundleError, match=file), VAE.load(two_forms) as vae:
+        vae.sample(1, seed=0)
+
+
+@with_gpu
+def test_the_forms_for_cuda_are_run_on_the_gpu(two_forms: Path) -> None:
+    with VAE.load(two_forms, device="cuda") as vae:
+        assert vae.selftest().passed
+        assert files_of(vae) == ["encoder.onnx", "decoder.cuda.onnx"]
 
 
 @pytest.fixture(params=["tiny.vae", "tiny-free.vae"])

@@ -102,7 +102,9 @@ def test_origin_codecs_and_refusals_are_written_as_they_are_read(manifest_data: 
     cost = {"bits_per_pixel": 0.5, "examples": 8.0, "psnr_db": 30.5, "psnr_lost_db": 0.01}
     data["latent_codecs"] = {"uint8": cost, "of.two.words": cost}
     data["refused"] = {"of.two.words": {"reason": "bad", "quality": {}}}
+    data["on_cuda"] = {"decoder.onnx": "encoder.onnx"}
     manifest = Manifest.from_json(sign(data))
+    assert manifest.on_cuda == data["on_cuda"]
     assert (manifest.origin, manifest.latent_codecs) == (data["origin"], data["latent_codecs"])
     assert manifest.to_json() == sign(data)
 
@@ -294,6 +296,10 @@ WRONG_VALUES = [
         {"source": "x", "examples": 100, "levels": [0, 1], "scores": {"elbo": [1, 2, 3]}},
         r"calibration.scores.elbo is \[1, 2, 3\]; expected 2 finite",
     ),
+    ("on_cuda", [], r"on_cuda is \[\]; expected a JSON object"),
+    ("on_cuda", {"decoder.onnx": 3}, "on_cuda.decoder.onnx is 3; expected the name of a file"),
+    ("on_cuda", {"decoder.onnx": "other.onnx"}, "on_cuda.decoder.onnx is 'other.onnx', which files does not list"),
+    ("on_cuda", {"other.onnx": "decoder.onnx"}, "a key of on_cuda is 'other.onnx', which files does not list"),
     ("likelihood", 3, "likelihood is 3; expected a JSON object"),
     ("likelihood", {}, "likelihood.type is None; expected one of bernoulli, gaussian, laplace"),
     ("likelihood.binarize", "maybe", "likelihood.binarize is 'maybe'; expected one of none, dynamic, threshold"),

@@ -92,10 +92,11 @@ class Case:
         except OSError as error:
             raise CaseError(f"{self.plain / half}.onnx cannot be read: {error.strerror}") from None
 
-    def bundle_graph(self, half: str, precision: str) -> bytes:
-        """The bundle's graph in one precision, verified."""
+    def bundle_graph(self, half: str, precision: str, on_cuda: bool = False) -> bytes:
+        """The bundle's graph in one precision, verified. on_cuda: the one that CUDA runs in its place."""
         files = self.manifest.precisions[precision]
-        return Bundle.open(self.bundle).read(files.encoder if half == "encoder" else files.decoder)
+        file = files.encoder if half == "encoder" else files.decoder
+        return Bundle.open(self.bundle).read(self.manifest.on_cuda.get(file, file) if on_cuda else file)
 
     def reference(self) -> dict[str, Float32]:
         """Real inputs x and PyTorch's own mean, logvar (of a vae) and reconstruction, all finite, of shape (N, ...).

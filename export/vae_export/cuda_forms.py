@@ -1,0 +1,133 @@
+"""Forms of a float32 graph that onnxruntime's CUDA provider computes faster; on a CPU they are slower, or no faster.
+
+What they take on an H100, relative to what was there: benchmarks/results/gpu/README.md.
+
+`join_upsampling`   Nearest upsampling by 2, then a 3×3 convolution: one transposed convolution of 4×4 with stride 2,
+                    which multiplies 16 times per input where the two do 36 times.
+`normalise_as_one`  GroupNorm's groups, of all examples, as the channels of a single one. For one example onnxruntime
+                    has cuDNN normalise, which is one kernel; for more it takes cuDNN's statistics alone, and a kernel
+                    and four clearings of memory beside it.
+`take_bias_out`     A transposed convolution's bias as an addition: with `fuse_conv_bias` onnxruntime refuses the one
+                    that it has.
+
+A form that does not certainly give the same result is not taken, as in `rewrite`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from .graphs import plain
+from .rewrite import Graph
+
+
+def for_cuda(graph: bytes) -> bytes | None:
+    """The same graph in these forms; None where there is nothing that has another one."""
+    model = onnx.load_from_string(graph)
+    editor = Graph(model)
+    changed = [form(editor, node) for node in list(model.graph.node) for form in (join_upsampling, take_bias_out)]
+    if not (any(changed) | normalise_as_one(editor)):
+        return None
+    editor.drop_unused()
+    data: bytes = plain(model).SerializeToString(deterministic=True)
+    return data
+
+
+def join_upsampling(graph: Graph, resize: onnx.NodeProto) -> bool:
+    """Resize -> Conv: ConvTranspose -> Add."""
+    conv = graph.consumer(resize) if resize.op_type == "Resize" else None
+    if conv is None or conv.op_type != "Conv" or not _doubles(graph, resize):
+        return False
+    kernel, bias = graph.weights(conv.input[1]), graph.weights(conv.input[2]) if len(conv.input) > 2 else None
+    given = {attribute.name: helper.get_attribute_value(attribute) for attribute in conv.attribute}
+    expected = {"pads": [1] * 4, "strides": [1, 1], "dilations": [1, 1], "group": 1, "auto_pad": b"NOTSET"}
+    is_same = all(given.get(name, [0] * 4 if name == "pads" else value) == value for name, value in expected.items())
+    if kernel is None or kernel.shape[2:] != (3, 3) or not is_same or (bias is None and len(conv.input) > 2):
+        return False
+    # Each of the 4 taps is a sum of those of the 3 that fall onto the same pixel of the smaller map.
+    taps = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], np.float64)
+    weight = graph.add_constant(conv.input[1], np.einsum("ui,vj,ocij->couv", taps, taps, kernel))
+    inputs, output = [resize.input[0], weight], conv.output[0]
+    if bias is not None:
+        inputs.append(conv.input[2])
+    conv.CopyFrom(helper.make_node("ConvTranspose", inputs, [output], conv.name, strides=[2, 2], pads=[1] * 4))
+    graph.proto.node.remove(resize)
+    take_bias_out(graph, conv)
+    return True
+
+
+def take_bias_out(graph: Graph, node: onnx.NodeProto) -> bool:
+    """ConvTranspose with a bias: one without, and an addition."""
+    if node.op_type != "ConvTranspose" or len(node.input) < 3:
+        return False
+    kernel, bias = graph.constant(node.input[1]), graph.weights(node.input[2])
+    if kernel is None or bias is None:
+        return False
+    summand = graph.add_constant(node.input[2], bias.reshape(-1, *(1,) * (kernel.ndim - 2)))
+    output, bare = node.output[0], graph.free_name(f"{node.output[0]}.products")
+    del node.input[2:]
+    node.output[0] = bare
+    graph.insert_after(node, helper.make_node("Add", [bare, summand], [output]))
+    return True
+
+
+def normalise_as_one(graph: Graph) -> bool:
+    """Maps of a known size -> Reshape to (N, G, ·) -> InstanceNormalization -> Reshape back: by (1, N · G, ·)."""
+    found = [node for node in graph.proto.node if _normalises_groups(graph, node)]
+    if not found:
+        return False
+    examples = graph.free_name("examples")
+    first = [helper.make_node("Shape", [graph.proto.input[0].name], [examples], start=0, end=1)]
+    neutral: dict[int, tuple[str, str]] = {}  # by groups of an example: the names of so many ones and zeros
+    for norm in found:
+        before, after = graph.producer(norm.input[0]), graph.consumer(norm)
+        assert before is not None
+        assert after is not None
+        sides, name = graph.shape(before.input[0])[1:], norm.output[0]
+        groups = len(graph.weights(norm.input[1]))  # type: ignore[arg-type]
+        if groups not in neutral:
+            count, *names = (graph.free_name(f"groups_{groups}{what}") for what in ("", "_scale", "_bias"))
+            factor = graph.add_constant(f"{count}_of_each", np.array([groups]), np.int64)
+            first.append(helper.make_node("Mul", [examples, factor], [count]))
+            for filled, value in zip(names, (1.0, 0.0), strict=True):
+                tensor = helper.make_tensor("value", onnx.TensorProto.FLOAT, [1], [value])
+                first.append(helper.make_node("ConstantOfShape", [count], [filled], value=tensor))
+            neutral[groups] = names[0], names[1]
+        size = math.prod(sides) // groups  # type: ignore[arg-type]
+        before.input[1] = graph.add_constant(f"{name}.as_one", np.array([1, -1, size]), np.int64)
+        after.input[1] = graph.add_constant(f"{name}.back", np.array([-1, *sides]), np.int64)
+        norm.input[1:] = neutral[groups]
+    for node in reversed(first):
+        graph.proto.node.insert(0, node)
+    return True
+
+
+def _normalises_groups(graph: Graph, norm: onnx.NodeProto) -> bool:
+    """Whether it is the heart of a GroupNorm of maps of a known size, as the exporter writes one."""
+    before, after = graph.producer(norm.input[0]), graph.consumer(norm)
+    if norm.op_type != "InstanceNormalization" or before is None or after is None:
+        return False
+    if before.op_type != "Reshape" or after.op_type != "Reshape" or graph.consumer(before) is not norm:
+        return False
+    scale, bias = (graph.weights(name) for name in norm.input[1:])
+    to_groups, back = (graph.constant(node.input[1]) for node in (before, after))
+    sides = graph.shape(before.input[0])[1:]
+    if scale is None or bias is None or to_groups is None or back is None or len(sides) < 2 or None in sides:
+        return False
+    is_neutral = bool((scale == 1).all() and not bias.any())
+    return is_neutral and to_groups.tolist() == [0, len(scale), -1] and tuple(back[1:].tolist()) == sides
+
+
+def _doubles(graph: Graph, resize: onnx.NodeProto) -> bool:
+    """Whether each pixel becomes 2×2 of the same."""
+    given = {attribute.name: helper.get_attribute_value(attribute) for attribute in resize.attribute}
+    scales = graph.constant(resize.input[2]) if len(resize.input) == 3 else None
+    if given.get("mode", b"nearest") != b"nearest" or scales is None or scales.tolist() != [1, 1, 2, 2]:
+        return False
+    place = given.get("coordinate_transformation_mode", b"half_pixel")
+    nearest = given.get("nearest_mode", b"round_prefer_floor")
+    return (place, nearest) in ((b"asymmetric", b"floor"), (b"half_pixel", b"round_prefer_floor"))

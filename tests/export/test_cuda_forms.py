@@ -1,0 +1,189 @@
+"""Forms of graphs for CUDA, which the CPU runs too: they give the same, or nothing is changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from vae_export.cuda_forms import for_cuda
+from vae_export.graphs import DecoderGraph, decoder_to_onnx
+
+RANDOM = np.random.default_rng(0)
+NEAREST = {"mode": "nearest", "nearest_mode": "floor", "coordinate_transformation_mode": "asymmetric"}
+PADDED = {"pads": [1] * 4}
+make = helper.make_node
+
+
+def floats(*shape: int) -> np.ndarray:
+    return RANDOM.standard_normal(shape, np.float32)
+
+
+def graph_of(*nodes: onnx.NodeProto, x: tuple[Any, ...] = (4, 6, 5), **constants: np.ndarray) -> bytes:
+    """From x (batch, *x) to y."""
+    ends = [("x", ["batch", *x]), ("y", [None] * (len(x) + 1))]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in ends]
+    tensors = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "graph", values[:1], values[1:], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.checker.check_model(model, full_check=True)
+    return model.SerializeToString()
+
+
+def operators(graph: bytes) -> list[str]:
+    return [node.op_type for node in onnx.load_from_string(graph).graph.node]
+
+
+def run(graph: bytes, x: np.ndarray) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+
+
+def changed(graph: bytes, *x: int) -> bytes:
+    """Its form, which is valid and gives the same for 1 and for 3 examples."""
+    form = for_cuda(graph)
+    assert form is not None
+    onnx.checker.check_model(onnx.load_from_string(form), full_check=True)
+    for count in (1, 3):
+        given = floats(count, *(x or (4, 6, 5)))
+        np.testing.assert_allclose(run(form, given), run(graph, given), rtol=1e-5, atol=2e-5)
+    return form
+
+
+def upsampling(resize: dict[str, Any], conv: dict[str, Any], bias: bool = True, kernel: int = 3) -> bytes:
+    return graph_of(
+        make("Resize", ["x", "", "scales"], ["big"], **resize),
+        make("Conv", ["big", "w", *(["b"] if bias else [])], ["y"], "conv", **conv),
+        scales=np.array([1, 1, 2, 2], np.float32),
+        w=floats(7, 4, kernel, kernel),
+        **({"b": floats(7)} if bias else {}),
+    )
+
+
+@pytest.mark.parametrize("resize", [NEAREST, {"mode": "nearest"}, {}])
+@pytest.mark.parametrize("conv", [PADDED, {**PADDED, "kernel_shape": [3, 3], "auto_pad": "NOTSET", "group": 1}])
+@pytest.mark.parametrize("bias", [True, False])
+def test_upsampling_goes_into_the_convolution(resize: dict[str, Any], conv: dict[str, Any], bias: bool) -> None:
+    form = changed(upsampling(resize, conv, bias))
+    assert operators(form) == ["ConvTranspose", *(["Add"] if bias else [])]
+    assert {tensor.name for tensor in onnx.load_from_string(form).graph.initializer} == {
+        "w_",
+        *(["b_"] if bias else []),
+    }
+
+
+@pytest.mark.parametrize(
+    ("resize", "conv", "kernel"),
+    [
+        ({"mode": "linear"}, PADDED, 3),
+        ({**NEAREST, "coordinate_transformation_mode": "align_corners"}, PADDED, 3),
+        ({**NEAREST, "nearest_mode": "ceil"}, PADDED, 3),
+        (NEAREST, {}, 3),
+        (NEAREST, {"auto_pad": "SAME_UPPER"}, 3),
+        (NEAREST, {**PADDED, "strides": [2, 2]}, 3),
+        (NEAREST, {**PADDED, "dilations": [2, 2]}, 3),
+        (NEAREST, PADDED, 5),
+    ],
+)
+def test_other_upsampling_is_left_alone(resize: dict[str, Any], conv: dict[str, Any], kernel: int) -> None:
+    assert for_cuda(upsampling(resize, conv, kernel=kernel)) is None
+
+
+def test_upsampling_that_something_else_reads_is_left_alone() -> None:
+    nodes = make("Resize", ["x", "", "scales"], ["big"]), make("Conv", ["big", "w"], ["c"], **PADDED)
+    scales, w = np.array([1, 1, 2, 2], np.float32), floats(4, 4, 3, 3)
+    assert for_cuda(graph_of(*nodes, make("Add", ["big", "c"], ["y"]), scales=scales, w=w)) is None
+    assert for_cuda(graph_of(*nodes, make("Neg", ["c"], ["y"]), scales=2 * scales - 1, w=w)) is None  # by 3
+    assert for_cuda(graph_of(*nodes, make("Neg", ["c"], ["y"]), scales=scales, w=w)) is not None
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_the_bias_of_a_transposed_convolution_is_added(group: int) -> None:
+    conv = make("ConvTranspose", ["x", "w", "b"], ["y"], strides=[2, 2], pads=[1] * 4, group=group)
+    form = changed(graph_of(conv, w=floats(4, 6 // group, 4, 4), b=floats(6)))
+    assert operators(form) == ["ConvTranspose", "Add"]
+    assert for_cuda(form) is None
+    line = make("ConvTranspose", ["x", "w", "b"], ["y"], strides=[2])
+    assert operators(changed(graph_of(line, x=(4, 6), w=floats(4, 3, 4), b=floats(3)), 4, 6)) == operators(form)
+
+
+def group_norm(name: str, source: str, result: str, back: str = "back") -> list[onnx.NodeProto]:
+    """As the exporter writes it, without scale and shift."""
+    return [
+        make("Reshape", [source, f"{name}_groups"], [f"{name}_r"]),
+        make("InstanceNormalization", [f"{name}_r", f"{name}_ones", f"{name}_zeros"], [f"{name}_n"], epsilon=1e-6),
+        make("Reshape", [f"{name}_n", back], [result]),
+    ]
+
+
+def constants_of(name: str, groups: int, scale: float = 1.0, shift: float = 0.0, first: int = 0) -> dict[str, Any]:
+    return {
+        f"{name}_groups": np.array([first, groups, -1]),
+        f"{name}_ones": np.full(groups, scale, np.float32),
+        f"{name}_zeros": np.full(groups, shift, np.float32),
+    }
+
+
+BACK = {"back": np.array([-1, 4, 6, 5]), "zero": np.array([0, 4, 6, 5])}
+
+
+def test_groups_of_all_examples_are_normalised_as_those_of_one() -> None:
+    """Two norms of 2 groups share what one of 4 has too."""
+    nodes = [*group_norm("a", "x", "h"), *group_norm("b", "h", "i", "zero"), *group_norm("c", "i", "y")]
+    tensors = {**constants_of("a", 2), **constants_of("b", 2), **constants_of("c", 4), **BACK}
+    form = changed(graph_of(*nodes, **tensors))
+    first = ["Shape", *2 * ["Mul", "ConstantOfShape", "ConstantOfShape"]]
+    assert operators(form) == first + 3 * ["Reshape", "InstanceNormalization", "Reshape"]
+    graph = onnx.load_from_string(form).graph
+    values = {tensor.name: numpy_helper.to_array(tensor).tolist() for tensor in graph.initializer}
+    assert [values[node.input[1]] for node in graph.node if node.op_type == "Reshape"] == [
+        *([1, -1, 60], [-1, 4, 6, 5]),
+        *([1, -1, 60], [-1, 4, 6, 5]),
+        *([1, -1, 30], [-1, 4, 6, 5]),
+    ]
+    assert for_cuda(form) is None
+
+
+def test_names_that_are_taken_stay() -> None:
+    nodes = [make("Neg", ["x"], ["examples"]), *group_norm("a", "examples", "groups_2")]
+    last = make("Neg", ["groups_2"], ["y"])
+    changed(graph_of(*nodes, last, **constants_of("a", 2), **BACK))
+
+
+@pytest.mark.parametrize(
+    ("sides", "constants"),
+    [
+        ((4, 6, 5), constants_of("a", 2, scale=1.5)),  # of single channels, as `fold_norm` makes them
+        ((4, 6, 5), constants_of("a", 2, shift=0.5)),
+        ((4, None, None), constants_of("a", 2)),
+        ((4, 6, 5), constants_of("a", 2, first=-1) | {"a_groups": np.array([-1, 2, 60])}),
+    ],
+)
+def test_other_normalisations_are_left_alone(sides: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    assert for_cuda(graph_of(*group_norm("a", "x", "y"), x=sides, **constants, **BACK)) is None
+
+
+def test_what_torch_exports_takes_all_forms() -> None:
+    torch.manual_seed(0)
+    upsample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(8, 8, 3, padding=1))
+    decoder = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.GroupNorm(4, 8), nn.SiLU(), upsample)
+    decoder = nn.Sequential(decoder, nn.ConvTranspose2d(8, 1, 4, 2, 1))
+    graph = decoder_to_onnx(DecoderGraph(decoder.eval(), clamp=True), torch.zeros(2, 2, 3, 4))
+    form = for_cuda(graph)
+    assert form is not None
+    z = floats(3, 2, 3, 4)
+    outputs = [
+        onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"]).run(None, {"z": z})[0]
+        for data in (graph, form)
+    ]
+    np.testing.assert_allclose(*outputs, atol=1e-6)
+    found = operators(form)
+    assert (found.count("ConvTranspose"), found.count("Resize"), found.count("ConstantOfShape")) == (2, 0, 2)
+    assert for_cuda(form) is None

@@ -39,6 +39,7 @@ class Device(NamedTuple):
     of them is the caller's.
 
     plugin: the device as a plug-in offers it; None for a provider that is compiled into onnxruntime.
+    without: onnxruntime's names of optimisations that it does without.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Device(NamedTuple):
     plugin: Any = None
     precision: str = "fp32"
     given: Mapping[str, str] = MappingProxyType({})
+    without: tuple[str, ...] = ()
 
     @property
     def is_gpu(self) -> bool:

@@ -139,8 +139,8 @@ class GraphSession:
         return {
             "shape": list(self.fixed or ()),
             "cuda_graph": self._captures or is_on.get("enable_cuda_graph", False),
-            "layout": ("NHWC" if is_on.get("prefer_nhwc") else "NCHW")
-            + (", bias fused" if is_on.get("fuse_conv_bias") else ""),
+            "layout": "NHWC" if is_on.get("prefer_nhwc") else "NCHW",
+            "bias": "fused" if is_on.get("fuse_conv_bias") else "apart" if self.device.without else "by cuDNN",
             "copies": "pageable" if self._stream is None else "captured" if self._captures else "pinned",
             "zero_copy": self.is_zero_copy,
             "on_device": self.replays_on_device,
@@ -371,7 +371,10 @@ def _open(
             providers=providers,
             enable_fallback=0,
             read_config_from_model=0,
-            disabled_optimizers=CRASHING_ON_FLOAT16 if device.provider == CPU and has_float16(model) else [],
+            disabled_optimizers=[
+                *(CRASHING_ON_FLOAT16 if device.provider == CPU and has_float16(model) else []),
+                *device.without,
+            ],
         )
     except Exception as error:
         raise _open_error(error, file, device) from error

@@ -22,7 +22,8 @@ from .preprocess import Float32, ValueRule
 from .session import GraphSession, alone_on
 from .tuning import GAIN
 
-_LAYOUT_OPERATORS = {"Conv", "ConvTranspose", "FusedConv"}  # that cuDNN also runs with the channels last
+_CONVOLUTIONS = {"Conv", "ConvTranspose", "FusedConv"}  # which cuDNN also runs with the channels last
+_BIAS_APART = ("ConvAddFusion",)
 _ROUNDS, _BLOCK_SECONDS, _MOST_CALLS = 7, 2e-3, 100
 # How far another way's outputs may be off, relative to the largest: what the precision allows, but less in fp32: where
 # cuDNN has no other algorithm, onnxruntime takes one in TF32, which is off by 1.4e-4 and more in the races' cases; two
@@ -38,8 +39,9 @@ def fastest_session(session: GraphSession, model: bytes, shape: tuple[int, ...],
     Its kernels are launched as one graph where it can be captured. Tried beside this plain way, and taken where calls,
     which hold the values to `rule`, are at least 3% faster and their outputs as they should be, in this order:
 
+        bias apart  what the graph adds to a convolution's results is added by onnxruntime's kernel and not by cuDNN's
         NHWC        convolutions with the channels last
-        NHWC, bias fused    and, in tf32 and fp16, their bias added in the same kernel
+        bias fused  in NHWC, tf32 and fp16: it is added in the same kernel
         captured    on a stream of our own: copies through pinned memory, in the same graph as the work between them,
                     but for what is large; values are looked at while the GPU is at work
         pinned      where that is not taken: the same with the copies around the graph
@@ -54,8 +56,10 @@ def fastest_session(session: GraphSession, model: bytes, shape: tuple[int, ...],
     """
     trial = _Trial(session, model, shape, rule)
     options, operators = session.device.options, session.operators
-    if "prefer_nhwc" not in options and (operators is None or operators & _LAYOUT_OPERATORS):
-        trial.try_layout()
+    if operators is None or operators & _CONVOLUTIONS:
+        trial.try_bias_apart()
+        if "prefer_nhwc" not in options:
+            trial.try_layout()
     if "user_compute_stream" not in options:
         trial.try_stream()
     trial.free_others()
@@ -73,14 +77,18 @@ class _Trial:
         self.best = self._captured()
         self.results: dict[str, float | str] = {}
 
+    def try_bias_apart(self) -> None:
+        self._try_device("bias apart", self.best.device._replace(without=_BIAS_APART))
+
     def try_layout(self) -> None:
+        self.free_others()
         in_nhwc = self.best.device.with_option("prefer_nhwc", "1")
         self._try_device("NHWC", in_nhwc)
         # Not in fp32, where it never gained on an H100 (benchmarks/results/gpu/README.md), and not in NCHW, where
         # onnxruntime 1.31 computes something else by it.
         if in_nhwc.precision in ("tf32", "fp16") and "fuse_conv_bias" not in in_nhwc.options:
             self.free_others()
-            self._try_device("NHWC, bias fused", in_nhwc.with_option("fuse_conv_bias", "1"))
+            self._try_device("bias fused", in_nhwc.with_option("fuse_conv_bias", "1")._replace(without=()))
 
     def _try_device(self, name: str, device: Device) -> None:
         made, is_gain = self._try(name, lambda: self._open(device))

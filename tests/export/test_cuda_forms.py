@@ -93,7 +93,7 @@ def test_upsampling_goes_into_the_convolution(resize: dict[str, Any], conv: dict
     ],
 )
 def test_other_upsampling_is_left_alone(resize: dict[str, Any], conv: dict[str, Any], kernel: int) -> None:
-    assert for_cuda(upsampling(resize, conv, kernel=kernel)) is None
+    assert for_cuda(upsampling(resize, conv, bias=False, kernel=kernel)) is None
 
 
 def test_upsampling_that_something_else_reads_is_left_alone() -> None:
@@ -104,14 +104,19 @@ def test_upsampling_that_something_else_reads_is_left_alone() -> None:
     assert for_cuda(graph_of(*nodes, make("Neg", ["c"], ["y"]), scales=scales, w=w)) is not None
 
 
+@pytest.mark.parametrize("kind", ["Conv", "ConvTranspose"])
 @pytest.mark.parametrize("group", [1, 2])
-def test_the_bias_of_a_transposed_convolution_is_added(group: int) -> None:
-    conv = make("ConvTranspose", ["x", "w", "b"], ["y"], strides=[2, 2], pads=[1] * 4, group=group)
-    form = changed(graph_of(conv, w=floats(4, 6 // group, 4, 4), b=floats(6)))
-    assert operators(form) == ["ConvTranspose", "Add"]
+def test_the_bias_of_a_convolution_is_added(kind: str, group: int) -> None:
+    conv = make(kind, ["x", "w", "b"], ["y"], strides=[2, 2], pads=[1] * 4, group=group)
+    weight = floats(4, 6 // group, 4, 4) if kind == "ConvTranspose" else floats(6, 4 // group, 4, 4)
+    form = changed(graph_of(conv, w=weight, b=floats(6)))
+    assert operators(form) == [kind, "Add"]
     assert for_cuda(form) is None
-    line = make("ConvTranspose", ["x", "w", "b"], ["y"], strides=[2])
-    assert operators(changed(graph_of(line, x=(4, 6), w=floats(4, 3, 4), b=floats(3)), 4, 6)) == operators(form)
+    computed = make("Neg", ["b"], ["c"]), make(kind, ["x", "w", "c"], ["y"], group=group)
+    assert for_cuda(graph_of(*computed, w=weight, b=floats(6))) is None
+    line = make(kind, ["x", "w", "b"], ["y"], strides=[2])
+    form = changed(graph_of(line, x=(4, 6), w=floats(4, 4, 3), b=floats(4)), 4, 6)
+    assert operators(form) == [kind, "Add"]
 
 
 def group_norm(name: str, source: str, result: str, back: str = "back") -> list[onnx.NodeProto]:

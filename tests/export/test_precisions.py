@@ -438,7 +438,7 @@ def test_the_first_layer_stays_exact_where_that_is_worth_it(
     assert entry.fidelity["reconstruction_max_error"] > 1e-6
     if precision == "tf32":  # which runs fp32's files but where it needs another
         assert (entry.encoder, entry.decoder) == ("encoder.tf32.onnx" if kept else "encoder.onnx", "decoder.onnx")
-        assert set(made.graphs) == {"encoder.cuda.onnx", *(["encoder.tf32.onnx"] if kept else [])}
+        assert set(made.graphs) == {*made.on_cuda.values(), *(["encoder.tf32.onnx"] if kept else [])}
         assert made.tolerance["tf32"] >= 0.002
 
 
@@ -484,14 +484,14 @@ def test_forms_for_cuda_come_with_a_precision_for_gpus(monkeypatch: pytest.Monke
     made = make(pair, graphs, "autoencoder", "int8", keep=True)
     assert made.on_cuda == {}
     made = make(pair, graphs, "autoencoder", "tf32", "fp16", keep=True)
-    assert made.on_cuda == {"decoder.onnx": "decoder.cuda.onnx"}
-    assert made.graphs["decoder.cuda.onnx"] == for_cuda(graphs[1])
+    assert made.on_cuda == {"encoder.onnx": "encoder.cuda.onnx", "decoder.onnx": "decoder.cuda.onnx"}
+    assert [made.graphs[file] for file in made.on_cuda.values()] == [for_cuda(graph) for graph in graphs]
     for name in ("decoder.cuda.onnx", "decoder.fp16.onnx"):
         assert "ConvTranspose" in {node.op_type for node in onnx.load_from_string(made.graphs[name]).graph.node}
     assert made.precisions["tf32"][:2] == ("encoder.onnx", "decoder.onnx")
-    twin = tf32_twin(made.graphs["decoder.cuda.onnx"])
+    twins = tuple(tf32_twin(made.graphs[file]) for file in made.on_cuda.values())
     judge = Judge(graphs, GREY, LatentSpec((4, 4, 4), None), None, digits()[1::2])
-    expected = judge.fidelity(judge.measure((None, twin)), twin)["reconstruction_max_error"]
+    expected = judge.fidelity(judge.measure(twins), twins[1])["reconstruction_max_error"]
     assert made.precisions["tf32"].fidelity["reconstruction_max_error"] == expected > 1e-6
     monkeypatch.setattr("vae_export.precisions.for_cuda", spoilt)
     made = make(pair, graphs, "autoencoder", "tf32", keep=True)
@@ -510,8 +510,8 @@ def spoilt(graph: bytes) -> bytes:
 def test_a_bundle_with_forms_for_cuda_is_complete(tmp_path: Path) -> None:
     pair, _ = upsampling_pair()
     manifest = export_codes(pair, tmp_path / "a.vae", precisions=["tf32"], keep=True)
-    assert manifest.on_cuda == {"decoder.onnx": "decoder.cuda.onnx"}
-    assert {"decoder.onnx", "decoder.cuda.onnx"} <= manifest.files.keys()
+    assert [*manifest.on_cuda] == ["encoder.onnx", "decoder.onnx"]
+    assert {*manifest.on_cuda, *manifest.on_cuda.values()} <= manifest.files.keys()
     with VAE.load(tmp_path / "a.vae", threads=1) as vae:
         assert vae.selftest().passed
 

@@ -23,7 +23,7 @@ from vae_runtime.preprocess import UNIT_INTERVAL
 from vae_runtime.session import GraphSession
 
 SHAPE = (3, 1, 8, 8)
-FUSED = "NHWC, bias fused"
+FUSED, APART = "bias fused", "bias apart"
 
 
 class Ways:
@@ -32,6 +32,7 @@ class Ways:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, tiny_path: Path, **times: float | Exception) -> None:
         self.times, self.opened = {"captured": DeviceError("not to be captured"), **times}, []
+        self.asks_of_bias = APART in times
         self.model = (tiny_path / "encoder.onnx").read_bytes()
         self.session = VAE.load(tiny_path)._open_operations()[0].routes[0].any_batch
         self.session.device = Device("cuda:0", CUDA, {"device_id": "0", "use_tf32": "0"})
@@ -55,10 +56,14 @@ class Ways:
         way = [word for option, word in names.items() if option in device.options]
         if device.options.get("fuse_conv_bias") == "1":
             way[way.index("NHWC")] = FUSED
+        if device.without:
+            if not self.asks_of_bias:
+                raise DeviceError("this is not what the test is of")
+            way.insert(0, APART)
         if captures:
             assert {"alone", "pinned"} <= set(way)
             assert device.options["enable_cuda_graph"] == "0"
-            way = [*(word for word in way if word in ("NHWC", FUSED)), "captured"]
+            way = [*(word for word in way if word in (APART, "NHWC", FUSED)), "captured"]
         self.opened.append(way or ["plain"])
         assert (stream is not None) == ("pinned" in way or captures)
         if isinstance(error := self.times.get(self.last()), Exception):
@@ -73,7 +78,10 @@ class Ways:
         return session
 
     def choose(self) -> GraphSession:
-        return trial.fastest_session(self.session, self.model, SHAPE, UNIT_INTERVAL)
+        best = trial.fastest_session(self.session, self.model, SHAPE, UNIT_INTERVAL)
+        if not self.asks_of_bias:
+            best.trials = {name: found for name, found in best.trials.items() if name != APART}
+        return best
 
 
 @pytest.mark.parametrize(
@@ -200,24 +208,29 @@ def test_every_precision_has_its_tolerance(precision: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("nhwc", "fused", "layout"),
+    ("apart", "nhwc", "fused", "layout", "bias"),
     [
-        (0.9, 0.9, "NHWC, bias fused"),
-        (0.9, 0.99, "NHWC"),  # what it has to be faster than is NHWC's time
-        (1.2, 0.9, "NHWC, bias fused"),
-        (1.2, DeviceError("no bias of ConvTranspose"), "NCHW"),
+        (1.0, 0.9, 0.9, "NHWC", "fused"),
+        (1.0, 0.9, 0.99, "NHWC", "by cuDNN"),  # what it has to be faster than is NHWC's time
+        (0.9, 1.2, 0.9, "NHWC", "fused"),
+        (0.9, 0.9, 1.2, "NHWC", "apart"),
+        (0.9, 1.2, DeviceError("no bias of ConvTranspose"), "NCHW", "apart"),
     ],
 )
-def test_bias_is_fused_where_that_is_faster(
-    nhwc: float, fused: Any, layout: str, monkeypatch: pytest.MonkeyPatch, tiny_path: Path
+def test_the_bias_is_added_in_the_fastest_way(
+    apart: float, nhwc: float, fused: Any, layout: str, bias: str, monkeypatch: pytest.MonkeyPatch, tiny_path: Path
 ) -> None:
-    ways = Ways(monkeypatch, tiny_path, NHWC=nhwc, captured=0.5, **{FUSED: fused})
+    times: dict[str, Any] = {APART: apart, "NHWC": nhwc, FUSED: fused, "captured": 0.5}
+    ways = Ways(monkeypatch, tiny_path, **times)
     ways.session.device = ways.session.device._replace(precision="fp16")
     best = ways.choose()
-    assert best.describe_way()["layout"] == layout
-    assert best.device.options.get("fuse_conv_bias") == ("1" if "fused" in layout else None)
-    assert best.trials[FUSED] == (fused if isinstance(fused, float) else str(fused))
-    assert ways.opened == [["plain"], ["NHWC"], [FUSED], [*([layout] if layout != "NCHW" else []), "captured"]]
+    assert [best.describe_way()[name] for name in ("layout", "bias")] == [layout, bias]
+    assert best.device.options.get("fuse_conv_bias") == ("1" if bias == "fused" else None)
+    assert best.device.without == (("ConvAddFusion",) if bias == "apart" else ())
+    expected = {name: time if isinstance(time, float) else str(time) for name, time in times.items()}
+    assert best.trials == {**expected, "on_device": 1.0}
+    kept = [APART] if apart < 0.97 else []
+    assert ways.opened[:4] == [["plain"], [APART], [*kept, "NHWC"], [FUSED]]
     ways.session.device = ways.session.device.with_option("fuse_conv_bias", "0")
     assert FUSED not in ways.choose().trials
 
@@ -274,6 +287,7 @@ def test_the_plan_says_how_it_works(monkeypatch: pytest.MonkeyPatch, tiny_path: 
             "shape": [3, 1, 8, 8],
             "cuda_graph": True,
             "layout": "NHWC",
+            "bias": "by cuDNN",
             "copies": "pageable",
             "zero_copy": False,
             "on_device": False,

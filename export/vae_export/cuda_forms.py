@@ -1,17 +1,16 @@
-"""Forms of a float32 graph that onnxruntime's CUDA provider computes faster; on a CPU they are slower, or no faster.
+"""Forms of a float32 graph that onnxruntime's CUDA provider computes faster; on a CPU they are no faster.
 
-What they take on an H100, relative to what was there: benchmarks/results/gpu/README.md.
+What they take on an H100 and an H200, relative to what was there: benchmarks/results/gpu/README.md.
 
-`join_upsampling`   Nearest upsampling by 2, then a 3×3 convolution: one transposed convolution of 4×4 with stride 2,
-                    which multiplies 16 times per input where the two do 36 times.
-`normalise_as_one`  GroupNorm's groups, of all examples, as the channels of a single one. For one example onnxruntime
-                    has cuDNN normalise, which is one kernel; for more it takes cuDNN's statistics alone, and a kernel
-                    and four clearings of memory beside it.
 `take_bias_out`     A convolution's bias as an addition, for which onnxruntime's kernel takes less time than cuDNN's.
                     onnxruntime itself makes a bias of it again where it is not told otherwise, but for a transposed
                     convolution, whose bias it refuses with `fuse_conv_bias`.
+`normalise_as_one`  GroupNorm's groups, of all examples, as the channels of a single one. For one example onnxruntime
+                    has cuDNN normalise, which is one kernel; for more it takes cuDNN's statistics alone, and a kernel
+                    and four clearings of memory beside it.
 
-A form that does not certainly give the same result is not taken, as in `rewrite`.
+A form that does not certainly give the same result is not taken, as in `rewrite`. Nor is a transposed convolution in
+the place of nearest upsampling and a convolution: cuDNN's is faster, and adds up in another order at every call.
 """
 
 from __future__ import annotations
@@ -30,35 +29,12 @@ def for_cuda(graph: bytes) -> bytes | None:
     """The same graph in these forms; None where there is nothing that has another one."""
     model = onnx.load_from_string(graph)
     editor = Graph(model)
-    changed = [form(editor, node) for node in list(model.graph.node) for form in (join_upsampling, take_bias_out)]
-    if not (any(changed) | normalise_as_one(editor)):
+    changed = [take_bias_out(editor, node) for node in list(model.graph.node)]
+    if not any([*changed, normalise_as_one(editor)]):
         return None
     editor.drop_unused()
     data: bytes = plain(model).SerializeToString(deterministic=True)
     return data
-
-
-def join_upsampling(graph: Graph, resize: onnx.NodeProto) -> bool:
-    """Resize -> Conv: ConvTranspose -> Add."""
-    conv = graph.consumer(resize) if resize.op_type == "Resize" else None
-    if conv is None or conv.op_type != "Conv" or not _doubles(graph, resize):
-        return False
-    kernel, bias = graph.weights(conv.input[1]), graph.weights(conv.input[2]) if len(conv.input) > 2 else None
-    given = {attribute.name: helper.get_attribute_value(attribute) for attribute in conv.attribute}
-    expected = {"pads": [1] * 4, "strides": [1, 1], "dilations": [1, 1], "group": 1, "auto_pad": b"NOTSET"}
-    is_same = all(given.get(name, [0] * 4 if name == "pads" else value) == value for name, value in expected.items())
-    if kernel is None or kernel.shape[2:] != (3, 3) or not is_same or (bias is None and len(conv.input) > 2):
-        return False
-    # Each of the 4 taps is a sum of those of the 3 that fall onto the same pixel of the smaller map.
-    taps = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], np.float64)
-    weight = graph.add_constant(conv.input[1], np.einsum("ui,vj,ocij->couv", taps, taps, kernel))
-    inputs, output = [resize.input[0], weight], conv.output[0]
-    if bias is not None:
-        inputs.append(conv.input[2])
-    conv.CopyFrom(helper.make_node("ConvTranspose", inputs, [output], conv.name, strides=[2, 2], pads=[1] * 4))
-    graph.proto.node.remove(resize)
-    take_bias_out(graph, conv)
-    return True
 
 
 def take_bias_out(graph: Graph, node: onnx.NodeProto) -> bool:
@@ -121,14 +97,3 @@ def _normalises_groups(graph: Graph, norm: onnx.NodeProto) -> bool:
         return False
     is_neutral = bool((scale == 1).all() and not bias.any())
     return is_neutral and to_groups.tolist() == [0, len(scale), -1] and tuple(back[1:].tolist()) == sides
-
-
-def _doubles(graph: Graph, resize: onnx.NodeProto) -> bool:
-    """Whether each pixel becomes 2×2 of the same."""
-    given = {attribute.name: helper.get_attribute_value(attribute) for attribute in resize.attribute}
-    scales = graph.constant(resize.input[2]) if len(resize.input) == 3 else None
-    if given.get("mode", b"nearest") != b"nearest" or scales is None or scales.tolist() != [1, 1, 2, 2]:
-        return False
-    place = given.get("coordinate_transformation_mode", b"half_pixel")
-    nearest = given.get("nearest_mode", b"round_prefer_floor")
-    return (place, nearest) in ((b"asymmetric", b"floor"), (b"half_pixel", b"round_prefer_floor"))

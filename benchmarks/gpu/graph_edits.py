@@ -5,7 +5,7 @@ Only what the exporter writes is known here, and names are taken to be free: the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,9 +110,65 @@ def use_own_group_norm(data: bytes) -> bytes | None:
     return model.SerializeToString() if found else None
 
 
+def split_upsampling(data: bytes) -> bytes | None:
+    """Nearest upsampling by 2 before a 3×3 convolution: four convolutions of 2×2, each for every second pixel of every
+    second row, which multiply 16 times per input where the two do 36 times. One transposed convolution does as few, and
+    took 0.87 to 0.97 of the time on an H100, but adds up in another order at every call."""
+    model = onnx.load_from_string(data)
+    graph = model.graph
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    readers, found = readers_of(graph), []
+    for resize in graph.node:
+        after = readers.get(resize.output[0], []) if resize.op_type == "Resize" else []
+        if len(after) != 1 or after[0].op_type != "Conv" or not doubles_nearest(resize, constants):
+            continue
+        given = {attribute.name: helper.get_attribute_value(attribute) for attribute in after[0].attribute}
+        same = {"strides": [1, 1], "dilations": [1, 1], "group": 1, "auto_pad": b"NOTSET", "kernel_shape": [3, 3]}
+        weight = constants.get(after[0].input[1])
+        is_same = {**same, **given, "pads": given.get("pads")} == {**same, "pads": [1] * 4}
+        if weight is not None and weight.shape[2:] == (3, 3) and is_same:
+            found.append((resize, after[0], weight))
+    taps = np.array(
+        [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float64
+    )  # of 2, from those of 3, by row parity
+    for number, (resize, conv, weight) in enumerate(found):
+        new, parts = [], []
+        for row, column in np.ndindex(2, 2):
+            name = f"split_{number}_{row}{column}"
+            kernel = np.einsum("ui,vj,ocij->ocuv", taps[row], taps[column], weight.astype(np.float64))
+            tensor = numpy_helper.from_array(np.ascontiguousarray(kernel.astype(weight.dtype)), f"{name}_weight")
+            graph.initializer.append(tensor)
+            inputs, pads = [resize.input[0], tensor.name, *conv.input[2:]], [1 - row, 1 - column, row, column]
+            new.append(helper.make_node("Conv", inputs, [name], pads=pads))
+            parts.append(name)
+        joined = f"split_{number}"
+        new.append(helper.make_node("Concat", parts, [joined], axis=1))
+        new.append(helper.make_node("DepthToSpace", [joined], [conv.output[0]], blocksize=2, mode="DCR"))
+        place = list(graph.node).index(conv)
+        graph.node.remove(conv)
+        for node in reversed(new):
+            graph.node.insert(place, node)
+        graph.node.remove(resize)
+    return model.SerializeToString() if found else None
+
+
+def doubles_nearest(resize: onnx.NodeProto, constants: Mapping[str, np.ndarray[Any, Any]]) -> bool:
+    """Whether each pixel becomes 2×2 of the same."""
+    given = {attribute.name: helper.get_attribute_value(attribute) for attribute in resize.attribute}
+    scales = constants.get(resize.input[2]) if len(resize.input) > 2 else None
+    if given.get("mode", b"nearest") != b"nearest" or scales is None or scales.tolist() != [1, 1, 2, 2]:
+        return False
+    nearest = given.get("nearest_mode", b"round_prefer_floor")
+    place = given.get("coordinate_transformation_mode", b"half_pixel")
+    return (place, nearest) in ((b"asymmetric", b"floor"), (b"half_pixel", b"round_prefer_floor"))
+
+
 def readers_of(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
     return {name: [node for node in graph.node if name in node.input] for node in graph.node for name in node.output}
 
 
-EDITS: dict[str, Callable[[bytes], bytes | None]] = {"scale and shift joined": join_scale_and_shift}
+EDITS: dict[str, Callable[[bytes], bytes | None]] = {
+    "scale and shift joined": join_scale_and_shift,
+    "upsampling split": split_upsampling,
+}
 NHWC_EDITS = {**EDITS, "own GroupNorm": use_own_group_norm}

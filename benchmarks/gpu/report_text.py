@@ -133,14 +133,15 @@ def ways(units: list[dict[str, Any]]) -> str:
             trials += [f"{name} in steps: {one_line(found)}" for name, found in way.get("in_steps", {}).items()]
             copies = "captured, outputs written" if way["zero_copy"] else way["copies"]
             on_device = "graph" if way["on_device"] else "session for any batch"
-            taken = ["CUDA graph" if way["cuda_graph"] else "kernel by kernel", way["layout"], copies, on_device]
+            convolutions = ", ".join(filter(None, (way["layout"], way.get("bias"))))  # older reports lack the second
+            taken = ["CUDA graph" if way["cuda_graph"] else "kernel by kernel", convolutions, copies, on_device]
             shape = "x".join(map(str, way["shape"]))
             rows.append([unit["case"], way["precision"], way["operation"], shape, *taken, "; ".join(trials) or _DASH])
         memory = unit["figures"].get("memory", {})
         if memory:
             sizes = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in memory.items())
             notes.append(f"GPU memory of {unit['case']} in fp32, reconstructing 32 examples; pools of memory: {sizes}.")
-    head = ["case", "precision", "operation", "shape", "launches", "layout", "copies", "arrays on the device"]
+    head = ["case", "precision", "operation", "shape", "launches", "layout, bias", "copies", "arrays on the device"]
     head.append("time of what was tried")
     return "\n".join(filter(None, [section("Ways", head, rows), "\n".join(notes)]))
 

@@ -78,18 +78,19 @@ def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespa
 
 def test_ways_are_shown_with_what_was_tried() -> None:
     way = {"precision": "fp32", "operation": "encode", "shape": [8, 3, 64, 64], "cuda_graph": True}
-    way |= {"layout": "NHWC", "copies": "captured", "zero_copy": True, "on_device": True}
+    way |= {"layout": "NHWC", "bias": "fused", "copies": "captured", "zero_copy": True, "on_device": True}
     way |= {"trials": {"NHWC": 0.81, "pinned": "no memory\nto pin"}}
-    plain = {**way, "operation": "decode", "cuda_graph": False, "layout": "NCHW", "trials": {}}
+    plain = {**way, "operation": "decode", "cuda_graph": False, "layout": "NCHW", "bias": "by cuDNN", "trials": {}}
     plain |= {"copies": "pageable", "zero_copy": False, "on_device": False}
     figures = {"ways": [way, plain], "memory": {"each its own": 3 * 2**20, "one for both": 2**21}}
     unit = {"step": "ways", "case": "conv64", "figures": figures}
     text = report_text.ways([unit, {"step": "golden", "case": "conv64", "figures": {}}])
     rows = [line for line in text.splitlines() if line.startswith("| conv64")]
     assert rows == [
-        "| conv64 | fp32 | encode | 8x3x64x64 | CUDA graph | NHWC | captured, outputs written | graph | NHWC 0.81;"
-        " pinned: no memory to pin |",
-        "| conv64 | fp32 | decode | 8x3x64x64 | kernel by kernel | NCHW | pageable | session for any batch | – |",
+        "| conv64 | fp32 | encode | 8x3x64x64 | CUDA graph | NHWC, fused | captured, outputs written | graph |"
+        " NHWC 0.81; pinned: no memory to pin |",
+        "| conv64 | fp32 | decode | 8x3x64x64 | kernel by kernel | NCHW, by cuDNN | pageable |"
+        " session for any batch | – |",
     ]
     assert text.endswith("reconstructing 32 examples; pools of memory: each its own 3 MiB, one for both 2 MiB.")
     assert report_text.ways([{"step": "ways", "case": "x", "figures": {"ways": []}}]) == ""
@@ -112,7 +113,7 @@ def test_ways_and_memory_on_the_gpu(tiny: Path) -> None:
 
 def test_every_step_passes_on_the_cpu(whole: SimpleNamespace) -> None:
     status = {step: unit["status"] for step, unit in whole.units.items()}
-    skipped = ("memory", "ways", "bench-tf32", "bench-fp16")
+    skipped = ("memory", "ways", "variations", "bench-tf32", "bench-fp16")
     assert status == {
         "environment": "passed",
         **{step: "skipped" if step in skipped else "passed" for step in run.STEPS if step != "race"},
@@ -344,6 +345,49 @@ def test_own_group_norm_is_put_in_the_place_of_the_whole(into: list[int], silu: 
 def test_other_scales_are_left_alone() -> None:
     graph = group_norm(np.random.default_rng(0), [0, 2, -1], 1)
     assert graph_edits.join_scale_and_shift(graph) is graph_edits.use_own_group_norm(graph) is None
+
+
+def upsampling(random: np.random.Generator, resize: dict[str, Any], conv: dict[str, Any], bias: bool = True) -> bytes:
+    make = onnx.helper.make_node
+    names = ["w", "b"] if bias else ["w"]
+    return small_graph(
+        make("Resize", ["x", "", "scales"], ["big"], **resize),
+        make("Conv", ["big", *names], ["y"], **conv),
+        x=["batch", 5, 4, 3],
+        scales=np.array([1, 1, 2, 2], np.float32),
+        w=random.standard_normal((7, 5, 3, 3), np.float32),
+        b=random.standard_normal(7, np.float32),
+    )
+
+
+NEAREST = {"mode": "nearest", "nearest_mode": "floor", "coordinate_transformation_mode": "asymmetric"}
+
+
+@pytest.mark.parametrize("resize", [NEAREST, {"mode": "nearest"}])
+@pytest.mark.parametrize("bias", [True, False])
+def test_upsampling_split_computes_the_same(resize: dict[str, Any], bias: bool) -> None:
+    random = np.random.default_rng(0)
+    graph = upsampling(random, resize, {"pads": [1] * 4, "kernel_shape": [3, 3], "auto_pad": "NOTSET"}, bias)
+    edited = graph_edits.split_upsampling(graph)
+    assert edited is not None
+    operators = [node.op_type for node in onnx.load_from_string(edited).graph.node]
+    assert operators == [*4 * ["Conv"], "Concat", "DepthToSpace"]
+    x = random.standard_normal((2, 5, 4, 3), np.float32)
+    np.testing.assert_allclose(run_on_cpu(edited, x), run_on_cpu(graph, x), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("resize", "conv"),
+    [
+        ({"mode": "linear"}, {"pads": [1] * 4}),
+        ({**NEAREST, "coordinate_transformation_mode": "align_corners"}, {"pads": [1] * 4}),
+        (NEAREST, {}),
+        (NEAREST, {"pads": [1] * 4, "strides": [2, 2]}),
+        (NEAREST, {"pads": [1] * 4, "dilations": [2, 2]}),
+    ],
+)
+def test_other_upsampling_is_left_alone(resize: dict[str, Any], conv: dict[str, Any]) -> None:
+    assert graph_edits.split_upsampling(upsampling(np.random.default_rng(0), resize, conv)) is None
 
 
 def varied(job: Job) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -33,6 +33,11 @@ class Job:
         return self.device != "cpu"
 
     @property
+    def is_cuda(self) -> bool:
+        """Whether it runs by onnxruntime's CUDA provider."""
+        return self.device.split(":")[0] == "cuda"
+
+    @property
     def scale(self) -> float:
         """What errors of reconstructions are relative to: 1 for images in [0, 1], the range of vectors."""
         return 1.0 if self.case.manifest.input.is_image else data_range(self.case.reference()[INPUT])

@@ -133,12 +133,14 @@ def device_of(vae: VAE, operation: str, shape: tuple[int, ...]) -> Device:
 
 def bare_session(job: Job, device: Device, operation: str, fixed: tuple[int, ...] = ()) -> Any:
     """onnxruntime on `VAE`'s graph in fp32, with the options that it takes. fixed: the one shape of its input."""
-    graph = job.case.bundle_graph("encoder" if operation == "encode" else "decoder", "fp32", job.is_gpu)
-    return open_bare(graph, device.provider, device.session_options(1, bool(fixed), ""), fixed)
+    graph = job.case.bundle_graph("encoder" if operation == "encode" else "decoder", "fp32", job.is_cuda)
+    return open_bare(graph, device.provider, device.session_options(1, bool(fixed), ""), fixed, device.without)
 
 
-def open_bare(graph: bytes, provider: str, settings: Mapping[str, str], fixed: tuple[int, ...]) -> Any:
-    """onnxruntime on a graph, with one thread. settings: the provider's."""
+def open_bare(
+    graph: bytes, provider: str, settings: Mapping[str, str], fixed: tuple[int, ...], without: tuple[str, ...] = ()
+) -> Any:
+    """onnxruntime on a graph, with one thread. settings: the provider's. without: optimisations that are left out."""
     engine = import_engine()
     options = engine.SessionOptions()
     options.log_severity_level = 4
@@ -146,7 +148,7 @@ def open_bare(graph: bytes, provider: str, settings: Mapping[str, str], fixed: t
     for name, side in free_names(fixed):
         options.add_free_dimension_override_by_name(name, side)
     providers = [(provider, dict(settings))]
-    return engine.InferenceSession(graph, options, providers=providers)
+    return engine.InferenceSession(graph, options, providers=providers, disabled_optimizers=list(without))
 
 
 def outputs_of(job: Job, operation: str) -> dict[str, tuple[int, ...]]:

@@ -57,7 +57,7 @@ def variations(findings: Findings, job: Job) -> None:
         for batch in (2,) if job.quick else BATCHES:
             for half, operation, given in (("encoder", "encode", INPUT), ("decoder", "decode", MEAN)):
                 stated = precision if precision in job.case.manifest.precisions else "fp32"
-                graph = job.case.bundle_graph(half, stated, job.is_gpu)
+                graph = job.case.bundle_graph(half, stated, job.is_cuda)
                 array = tile(job.case.reference()[given], batch)
                 with findings.guard(f"{half} {precision} {batch}"):
                     for row in compared(job, operation, tried, graph, precision, array):

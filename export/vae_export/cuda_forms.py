@@ -53,31 +53,41 @@ def take_bias_out(graph: Graph, node: onnx.NodeProto) -> bool:
 
 
 def normalise_as_one(graph: Graph) -> bool:
-    """Maps of a known size -> Reshape to (N, G, ·) -> InstanceNormalization -> Reshape back: by (1, N · G, ·)."""
+    """Maps of a known size -> Reshape to (N, G, ·) -> InstanceNormalization -> Reshape back: by (1, N · G, ·).
+
+    N is taken to be the number of examples everywhere. Where it is not, the graph cannot be run.
+    """
     found = [node for node in graph.proto.node if _normalises_groups(graph, node)]
     if not found:
         return False
-    examples = graph.free_name("examples")
-    first = [helper.make_node("Shape", [graph.proto.input[0].name], [examples], start=0, end=1)]
-    neutral: dict[int, tuple[str, str]] = {}  # by groups of an example: the names of so many ones and zeros
+    examples, rows = graph.free_name("examples"), graph.free_name("examples_1")
+    one, flat = (graph.add_constant(name, np.array([value]), np.int64) for name, value in (("one", 1), ("flat", -1)))
+    first = [
+        helper.make_node("Shape", [graph.proto.input[0].name], [examples], start=0, end=1),
+        helper.make_node("Concat", [examples, one], [rows], axis=0),
+    ]
+    repeated: dict[bytes, str] = {}  # by the values of one example: the name of those of all
+
+    def repeat(name: str) -> str:
+        values = graph.weights(name)
+        assert values is not None
+        key = values.tobytes()
+        if key not in repeated:
+            row = graph.add_constant(f"{name}_row", values[None])
+            table, repeated[key] = graph.free_name(f"{name}_table"), graph.free_name(f"{name}_of_all")
+            first.append(helper.make_node("Expand", [row, rows], [table]))
+            first.append(helper.make_node("Reshape", [table, flat], [repeated[key]]))
+        return repeated[key]
+
     for norm in found:
         before, after = graph.producer(norm.input[0]), graph.consumer(norm)
         assert before is not None
         assert after is not None
-        sides, name = graph.shape(before.input[0])[1:], norm.output[0]
-        groups = len(graph.weights(norm.input[1]))  # type: ignore[arg-type]
-        if groups not in neutral:
-            count, *names = (graph.free_name(f"groups_{groups}{what}") for what in ("", "_scale", "_bias"))
-            factor = graph.add_constant(f"{count}_of_each", np.array([groups]), np.int64)
-            first.append(helper.make_node("Mul", [examples, factor], [count]))
-            for filled, value in zip(names, (1.0, 0.0), strict=True):
-                tensor = helper.make_tensor("value", onnx.TensorProto.FLOAT, [1], [value])
-                first.append(helper.make_node("ConstantOfShape", [count], [filled], value=tensor))
-            neutral[groups] = names[0], names[1]
-        size = math.prod(sides) // groups  # type: ignore[arg-type]
+        (groups,), sides = graph.constant(norm.input[1]).shape, graph.shape(before.input[0])[1:]  # type: ignore[union-attr]
+        size, name = math.prod(sides) // groups, norm.output[0]  # type: ignore[arg-type]
         before.input[1] = graph.add_constant(f"{name}.as_one", np.array([1, -1, size]), np.int64)
         after.input[1] = graph.add_constant(f"{name}.back", np.array([-1, *sides]), np.int64)
-        norm.input[1:] = neutral[groups]
+        norm.input[1:] = [repeat(part) for part in norm.input[1:]]
     for node in reversed(first):
         graph.proto.node.insert(0, node)
     return True
@@ -95,5 +105,4 @@ def _normalises_groups(graph: Graph, norm: onnx.NodeProto) -> bool:
     sides = graph.shape(before.input[0])[1:]
     if scale is None or bias is None or to_groups is None or back is None or len(sides) < 2 or None in sides:
         return False
-    is_neutral = bool((scale == 1).all() and not bias.any())
-    return is_neutral and to_groups.tolist() == [0, len(scale), -1] and tuple(back[1:].tolist()) == sides
+    return to_groups.tolist() == [0, len(scale), -1] and tuple(back[1:].tolist()) == sides

@@ -42,6 +42,11 @@ class ConvertibleGraph:
         self._model = with_node_names(onnx.shape_inference.infer_shapes(onnx.load_from_string(graph)))
         self._unsafe = set(_unsafe(self._model, x))
 
+    @property
+    def names(self) -> set[str]:
+        """Of the nodes in fp32."""
+        return {node.name for node in self._model.graph.node}
+
     def build(self, *, keep_first: bool = False) -> ReducedHalf:
         """The half in fp16, without a graph where no layer can be in float16.
 

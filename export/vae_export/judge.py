@@ -70,6 +70,12 @@ class Judge:
         """max|Δ| of reconstructions from fp32's, each pair's from its own mean, relative to the data's range."""
         return self._error(self._run(graphs)[2]) / self._peak
 
+    def relative_error(self, graphs: Pair) -> float:
+        """The largest error of an output: of reconstructions as above, of mean and logvar relative to the largest."""
+        encoded, _, reconstruction = self._run(graphs)
+        errors = [relative_error(encoded[name], reference) for name, reference in self._encoded.items()]
+        return float(np.max([self._error(reconstruction) / self._peak, *errors]))
+
     def fidelity(self, measured: Measurement, decoder: bytes | None) -> dict[str, Any]:
         """The manifest's `fidelity`: max|Δ| from fp32, the reconstruction's with fp32's mean given to both decoders."""
         mean = self._encoded[MEAN]

@@ -166,15 +166,19 @@ def fold_norm(graph: Graph, norm: onnx.NodeProto) -> bool:
     if scale is None or bias is None:
         return False
     source, sides = norm, graph.shape(norm.input[0])[2:]
+    if not sides:
+        return False
     if after.op_type == "Reshape":
         shape = graph.constant(after.input[1])
         if shape is None or after.input[0] != norm.output[0] or (between := graph.consumer(after)) is None:
+            return False
+        if shape.ndim != 1 or len(shape) < 3:
             return False
         new = shape[2:].tolist()
         if None in sides or shape[0] not in (0, -1) or shape[1] != len(scale) or math.prod(sides) != math.prod(new):  # type: ignore[arg-type]
             return False
         source, sides, after = after, tuple(new), between
-    affine = _affine(graph, after, source.output[0], len(scale), trailing=len(sides)) if sides else None
+    affine = _affine(graph, after, source.output[0], len(scale), trailing=len(sides))
     if affine is None:
         return False
     factor, offset = affine

@@ -195,20 +195,20 @@ def tensorrt_cache(folder: str) -> dict[str, str]:
 
 def real_work_on_cpu(session: Any) -> list[str]:
     """Operators of an open session that run on the CPU and are more than arithmetic on shapes."""
-    return sorted((operators(session, "CPUExecutionProvider") or set()) - SHAPE_OPERATORS)
+    return sorted(set(operators(session, "CPUExecutionProvider") or ()) - SHAPE_OPERATORS)
 
 
-def operators(session: Any, provider: str | None = None) -> set[str] | None:
-    """The types of the operators that an open session runs, on one provider or on all; None where it does not tell:
-    only those on GPUs are opened so that they do, and only newer versions of onnxruntime can."""
+def operators(session: Any, provider: str | None = None) -> list[str] | None:
+    """The type of each operator that an open session runs, on one provider or on all; None where it does not tell: only
+    those on GPUs are opened so that they do, and only newer versions of onnxruntime can."""
     if not hasattr(session, "get_provider_graph_assignment_info"):
         return None
-    return {
+    return [
         node.op_type
         for part in session.get_provider_graph_assignment_info()
         if provider in (None, part.ep_name)
         for node in part.get_nodes()
-    }
+    ]
 
 
 @functools.cache

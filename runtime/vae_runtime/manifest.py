@@ -498,7 +498,8 @@ class Manifest(NamedTuple):
             named[precision.encoder] = f"precisions.{key}.encoder"
             named[precision.decoder] = f"precisions.{key}.decoder"
         for file, other in self.on_cuda.items():
-            named |= {file: "a key of on_cuda", other: f"on_cuda.{file}"}
+            named.setdefault(file, "a key of on_cuda")
+            named.setdefault(other, f"on_cuda.{file}")
         for file, place in named.items():
             if file not in self.files:
                 raise BundleError(f"{place} is {file!r}, which files does not list")

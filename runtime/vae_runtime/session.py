@@ -128,8 +128,8 @@ class GraphSession:
         return self._only_call if isinstance(self._only_call, CapturedCall) else None
 
     @property
-    def operators(self) -> set[str] | None:
-        """The types of the operators that it runs; None where onnxruntime does not tell."""
+    def operators(self) -> list[str] | None:
+        """The type of each operator that it runs; None where onnxruntime does not tell."""
         return operators(self._session)
 
     def describe_way(self) -> dict[str, Any]:
@@ -140,7 +140,7 @@ class GraphSession:
             "shape": list(self.fixed or ()),
             "cuda_graph": self._captures or is_on.get("enable_cuda_graph", False),
             "layout": "NHWC" if is_on.get("prefer_nhwc") else "NCHW",
-            "bias": "fused" if is_on.get("fuse_conv_bias") else "apart" if self.device.without else "by cuDNN",
+            "bias": "fused" if is_on.get("fuse_conv_bias") else "apart" if self.device.without else None,
             "copies": "pageable" if self._stream is None else "captured" if self._captures else "pinned",
             "zero_copy": self.is_zero_copy,
             "on_device": self.replays_on_device,

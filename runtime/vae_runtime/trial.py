@@ -39,7 +39,7 @@ def fastest_session(session: GraphSession, model: bytes, shape: tuple[int, ...],
     Its kernels are launched as one graph where it can be captured. Tried beside this plain way, and taken where calls,
     which hold the values to `rule`, are at least 3% faster and their outputs as they should be, in this order:
 
-        bias apart  what the graph adds to a convolution's results is added by onnxruntime's kernel and not by cuDNN's
+        bias apart  where the graph adds it to a convolution's results: by onnxruntime's kernel and not by cuDNN's
         NHWC        convolutions with the channels last
         bias fused  in NHWC, tf32 and fp16: it is added in the same kernel
         captured    on a stream of our own: copies through pinned memory, in the same graph as the work between them,
@@ -56,8 +56,9 @@ def fastest_session(session: GraphSession, model: bytes, shape: tuple[int, ...],
     """
     trial = _Trial(session, model, shape, rule)
     options, operators = session.device.options, session.operators
-    if operators is None or operators & _CONVOLUTIONS:
-        trial.try_bias_apart()
+    if operators is None or _CONVOLUTIONS.intersection(operators):
+        if "fuse_conv_bias" not in options:
+            trial.try_bias_apart()
         if "prefer_nhwc" not in options:
             trial.try_layout()
     if "user_compute_stream" not in options:
@@ -78,20 +79,27 @@ class _Trial:
         self.results: dict[str, float | str] = {}
 
     def try_bias_apart(self) -> None:
-        self._try_device("bias apart", self.best.device._replace(without=_BIAS_APART))
+        def make() -> GraphSession:
+            made = self._open(self.best.device._replace(without=_BIAS_APART))
+            if (found := made.operators) is not None and len(found) == len(self.best.operators or ()):
+                raise DeviceError("no bias is an addition in this graph")
+            return made
+
+        self._take_if_faster("bias apart", make)
 
     def try_layout(self) -> None:
         self.free_others()
         in_nhwc = self.best.device.with_option("prefer_nhwc", "1")
-        self._try_device("NHWC", in_nhwc)
+        self._take_if_faster("NHWC", lambda: self._open(in_nhwc))
         # Not in fp32, where it never gained on an H100 (benchmarks/results/gpu/README.md), and not in NCHW, where
         # onnxruntime 1.31 computes something else by it.
         if in_nhwc.precision in ("tf32", "fp16") and "fuse_conv_bias" not in in_nhwc.options:
             self.free_others()
-            self._try_device("bias fused", in_nhwc.with_option("fuse_conv_bias", "1")._replace(without=()))
+            fused = in_nhwc.with_option("fuse_conv_bias", "1")._replace(without=())
+            self._take_if_faster("bias fused", lambda: self._open(fused))
 
-    def _try_device(self, name: str, device: Device) -> None:
-        made, is_gain = self._try(name, lambda: self._open(device))
+    def _take_if_faster(self, name: str, make: Callable[[], GraphSession]) -> None:
+        made, is_gain = self._try(name, make)
         if made is not None and is_gain:
             self.best = made
 

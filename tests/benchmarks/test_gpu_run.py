@@ -80,7 +80,7 @@ def test_ways_are_shown_with_what_was_tried() -> None:
     way = {"precision": "fp32", "operation": "encode", "shape": [8, 3, 64, 64], "cuda_graph": True}
     way |= {"layout": "NHWC", "bias": "fused", "copies": "captured", "zero_copy": True, "on_device": True}
     way |= {"trials": {"NHWC": 0.81, "pinned": "no memory\nto pin"}}
-    plain = {**way, "operation": "decode", "cuda_graph": False, "layout": "NCHW", "bias": "by cuDNN", "trials": {}}
+    plain = {**way, "operation": "decode", "cuda_graph": False, "layout": "NCHW", "bias": None, "trials": {}}
     plain |= {"copies": "pageable", "zero_copy": False, "on_device": False}
     figures = {"ways": [way, plain], "memory": {"each its own": 3 * 2**20, "one for both": 2**21}}
     unit = {"step": "ways", "case": "conv64", "figures": figures}
@@ -89,8 +89,7 @@ def test_ways_are_shown_with_what_was_tried() -> None:
     assert rows == [
         "| conv64 | fp32 | encode | 8x3x64x64 | CUDA graph | NHWC, fused | captured, outputs written | graph |"
         " NHWC 0.81; pinned: no memory to pin |",
-        "| conv64 | fp32 | decode | 8x3x64x64 | kernel by kernel | NCHW, by cuDNN | pageable |"
-        " session for any batch | – |",
+        "| conv64 | fp32 | decode | 8x3x64x64 | kernel by kernel | NCHW | pageable | session for any batch | – |",
     ]
     assert text.endswith("reconstructing 32 examples; pools of memory: each its own 3 MiB, one for both 2 MiB.")
     assert report_text.ways([{"step": "ways", "case": "x", "figures": {"ways": []}}]) == ""

@@ -79,11 +79,11 @@ def group_norm(name: str, source: str, result: str, back: str = "back") -> list[
     ]
 
 
-def constants_of(name: str, groups: int, scale: float = 1.0, shift: float = 0.0, first: int = 0) -> dict[str, Any]:
+def constants_of(name: str, groups: int, first: int = 0) -> dict[str, Any]:
     return {
         f"{name}_groups": np.array([first, groups, -1]),
-        f"{name}_ones": np.full(groups, scale, np.float32),
-        f"{name}_zeros": np.full(groups, shift, np.float32),
+        f"{name}_ones": np.ones(groups, np.float32),
+        f"{name}_zeros": np.zeros(groups, np.float32),
     }
 
 
@@ -91,15 +91,16 @@ BACK = {"back": np.array([-1, 4, 6, 5]), "zero": np.array([0, 4, 6, 5])}
 
 
 def test_groups_of_all_examples_are_normalised_as_those_of_one() -> None:
-    """Two norms of 2 groups share what one of 4 has too."""
+    """Two norms of 2 groups share what is repeated; one of 4 has a scale and a shift."""
     nodes = [*group_norm("a", "x", "h"), *group_norm("b", "h", "i", "zero"), *group_norm("c", "i", "y")]
     tensors = {**constants_of("a", 2), **constants_of("b", 2), **constants_of("c", 4), **BACK}
+    tensors |= {"c_ones": floats(4), "c_zeros": floats(4)}
     form = changed(graph_of(*nodes, **tensors))
-    first = ["Shape", *2 * ["Mul", "ConstantOfShape", "ConstantOfShape"]]
+    first = ["Shape", "Concat", *4 * ["Expand", "Reshape"]]
     assert operators(form) == first + 3 * ["Reshape", "InstanceNormalization", "Reshape"]
     graph = onnx.load_from_string(form).graph
     values = {tensor.name: numpy_helper.to_array(tensor).tolist() for tensor in graph.initializer}
-    assert [values[node.input[1]] for node in graph.node if node.op_type == "Reshape"] == [
+    assert [values[node.input[1]] for node in graph.node if node.op_type == "Reshape"][4:] == [
         *([1, -1, 60], [-1, 4, 6, 5]),
         *([1, -1, 60], [-1, 4, 6, 5]),
         *([1, -1, 30], [-1, 4, 6, 5]),
@@ -107,17 +108,31 @@ def test_groups_of_all_examples_are_normalised_as_those_of_one() -> None:
     assert for_cuda(form) is None
 
 
+def test_groups_of_single_channels_have_their_scale_and_shift() -> None:
+    """As `fold_norm` makes them."""
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(8, 8)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    decoder = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1, bias=False), norm, nn.Conv2d(8, 1, 1, bias=False))
+    graph = decoder_to_onnx(DecoderGraph(decoder.eval(), clamp=True), torch.zeros(2, 2, 3, 4))
+    form = for_cuda(graph)
+    assert form is not None
+    assert operators(graph).count("Mul") == operators(form).count("Mul") == 0
+    z = floats(3, 2, 3, 4)
+    outputs = [onnxruntime.InferenceSession(data).run(None, {"z": z})[0] for data in (graph, form)]
+    np.testing.assert_allclose(*outputs, atol=1e-6)
+
+
 def test_names_that_are_taken_stay() -> None:
-    nodes = [make("Neg", ["x"], ["examples"]), *group_norm("a", "examples", "groups_2")]
-    last = make("Neg", ["groups_2"], ["y"])
+    nodes = [make("Neg", ["x"], ["examples"]), *group_norm("a", "examples", "a_ones_of_all")]
+    last = make("Neg", ["a_ones_of_all"], ["y"])
     changed(graph_of(*nodes, last, **constants_of("a", 2), **BACK))
 
 
 @pytest.mark.parametrize(
     ("sides", "constants"),
     [
-        ((4, 6, 5), constants_of("a", 2, scale=1.5)),  # of single channels, as `fold_norm` makes them
-        ((4, 6, 5), constants_of("a", 2, shift=0.5)),
         ((4, None, None), constants_of("a", 2)),
         ((4, 6, 5), constants_of("a", 2, first=-1) | {"a_groups": np.array([-1, 2, 60])}),
     ],
@@ -141,7 +156,7 @@ def test_what_torch_exports_takes_all_forms() -> None:
     ]
     np.testing.assert_allclose(*outputs, atol=1e-6)
     found = operators(form)
-    assert (found.count("ConvTranspose"), found.count("Resize"), found.count("ConstantOfShape")) == (1, 1, 2)
+    assert (found.count("ConvTranspose"), found.count("Resize"), found.count("Expand")) == (1, 1, 2)
     assert not [
         node for node in onnx.load_from_string(form).graph.node if "Conv" in node.op_type and len(node.input) > 2
     ]

@@ -432,6 +432,7 @@ def test_the_first_layer_stays_exact_where_that_is_worth_it(
     made = make(*pair, "autoencoder", precision, x=flat_images(spread), budget=Budget(psnr_db=90))
     entry = made.precisions[precision]
     assert bool(entry.quality["kept_fp32"]["encoder"]) == kept
+    assert not [name for name in entry.quality["kept_fp32"]["encoder"] if name.startswith("x_")]  # no part of a factor
     assert entry.quality["kept_fp32"]["decoder"] == []
     assert (entry.fidelity["round_trip_max_error"] < most) == (kept or spread == 1)
     assert entry.fidelity["mean_max_error"] > 1e-4  # of the layers after the first
@@ -511,6 +512,24 @@ def spoilt(graph: bytes) -> bytes:
         if value.dtype == np.float32 and value.ndim == 4:
             tensor.CopyFrom(numpy_helper.from_array(value * np.float32(1.01), tensor.name))
     return model.SerializeToString()
+
+
+def test_a_model_without_such_forms_is_exported_all_the_same(tmp_path: Path) -> None:
+    """The examples that its norm sees are other ones."""
+
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(1, 4, 2, 2), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(x.reshape(-1, 1, 4, 8)).reshape(-1, 4, 2, 4)
+
+    torch.manual_seed(0)
+    decoder = nn.Sequential(nn.ConvTranspose2d(4, 1, (4, 2), (4, 2)), nn.Sigmoid())
+    manifest = export_codes((Halves(), decoder), tmp_path / "a.vae", precisions=["tf32", "fp16"], keep=True)
+    assert manifest.on_cuda == {}
+    assert not manifest.refused
 
 
 def test_a_bundle_with_forms_for_cuda_is_complete(tmp_path: Path) -> None:

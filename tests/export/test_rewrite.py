@@ -130,6 +130,7 @@ def normalised(*after: onnx.NodeProto, sides: tuple[int | None, ...] = (6, 5), b
         "channels": floats(3, 1, 1),
         "shift": floats(1, 3, 1, 1),
         "pixels": floats(6, 5),
+        "one": floats(1),
         "pair": floats(2, 1, 1),
     }
     nodes = [
@@ -177,6 +178,8 @@ def test_scale_goes_into_a_normalisation_without_groups() -> None:
         ([node("Mul", ["b", "channels"], ["y"])], {"back": (-1, 3, 3, 5)}),  # other examples
         ([node("Mul", ["b", "pair"], ["y"])], {"back": (-1, 2, 9, 5)}),  # other channels
         ([node("Mul", ["b", "channels"], ["y"])], {"back": (4, 3, 6, 5)}),
+        ([node("Mul", ["b", "one"], ["y"])], {"back": (-1,)}),
+        ([node("Mul", ["b", "one"], ["y"])], {"back": (-1, 3)}),
     ],
 )
 def test_other_scales_of_normalisations_are_left_alone(after: list[onnx.NodeProto], changes: dict[str, Any]) -> None:

@@ -37,13 +37,18 @@ class Ways:
         self.session = VAE.load(tiny_path)._open_operations()[0].routes[0].any_batch
         self.session.device = Device("cuda:0", CUDA, {"device_id": "0", "use_tf32": "0"})
         self.wrong: dict[str, Any] = {}  # way -> what it makes of its last output
-        self.operators: set[str] | None = {"Conv", "Relu"}
-        monkeypatch.setattr(GraphSession, "operators", property(lambda _: self.operators))
+        self.operators: list[str] | None = ["Conv", "Relu"]
+        self.is_apart = True  # the graph adds a bias
+        monkeypatch.setattr(GraphSession, "operators", property(self.operators_of))
         monkeypatch.setattr(GraphSession, "open_for", self.open_for)
         monkeypatch.setattr(trial.Stream, "of_thread", lambda index: SimpleNamespace(handle="77"))
         monkeypatch.setattr(trial, "_relative_time", lambda call, plain: (call(), plain(), self.times[self.last()])[2])
         monkeypatch.setattr(trial._Trial, "_compare_on_device", lambda *_: self.times.get("on_device", 1.0))
         monkeypatch.setattr(GraphSession, "bind", lambda *_: None)
+
+    def operators_of(self, session: GraphSession) -> list[str] | None:
+        added = ["Add"] if session.device.without and self.is_apart else []
+        return None if self.operators is None else self.operators + added
 
     def last(self) -> str:
         return self.opened[-1][-1]
@@ -211,14 +216,20 @@ def test_every_precision_has_its_tolerance(precision: str, monkeypatch: pytest.M
     ("apart", "nhwc", "fused", "layout", "bias"),
     [
         (1.0, 0.9, 0.9, "NHWC", "fused"),
-        (1.0, 0.9, 0.99, "NHWC", "by cuDNN"),  # what it has to be faster than is NHWC's time
+        (1.0, 0.9, 0.99, "NHWC", None),  # what it has to be faster than is NHWC's time
         (0.9, 1.2, 0.9, "NHWC", "fused"),
         (0.9, 0.9, 1.2, "NHWC", "apart"),
         (0.9, 1.2, DeviceError("no bias of ConvTranspose"), "NCHW", "apart"),
     ],
 )
 def test_the_bias_is_added_in_the_fastest_way(
-    apart: float, nhwc: float, fused: Any, layout: str, bias: str, monkeypatch: pytest.MonkeyPatch, tiny_path: Path
+    apart: float,
+    nhwc: float,
+    fused: Any,
+    layout: str,
+    bias: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_path: Path,
 ) -> None:
     times: dict[str, Any] = {APART: apart, "NHWC": nhwc, FUSED: fused, "captured": 0.5}
     ways = Ways(monkeypatch, tiny_path, **times)
@@ -232,7 +243,19 @@ def test_the_bias_is_added_in_the_fastest_way(
     kept = [APART] if apart < 0.97 else []
     assert ways.opened[:4] == [["plain"], [APART], [*kept, "NHWC"], [FUSED]]
     ways.session.device = ways.session.device.with_option("fuse_conv_bias", "0")
-    assert FUSED not in ways.choose().trials
+    assert {APART, FUSED}.isdisjoint(ways.choose().trials)
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_what_takes_nothing_apart_is_not_taken(tells: bool, monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> None:
+    times: dict[str, Any] = {APART: 0.5, "NHWC": 1.0, "pinned": 1.0}
+    ways = Ways(monkeypatch, tiny_path, **times)
+    ways.is_apart = False
+    if not tells:
+        ways.operators = None
+    best = ways.choose()
+    assert best.describe_way()["bias"] == (None if tells else "apart")
+    assert best.trials[APART] == ("no bias is an addition in this graph" if tells else 0.5)
 
 
 def test_memory_that_lacks_for_another_way_costs_no_result(monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> None:
@@ -246,7 +269,7 @@ def test_memory_that_lacks_for_another_way_costs_no_result(monkeypatch: pytest.M
 
 def test_layouts_are_tried_only_where_there_are_convolutions(monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> None:
     ways = Ways(monkeypatch, tiny_path, pinned=1.0, NHWC=1.0)
-    ways.operators = {"Gemm", "Relu"}
+    ways.operators = ["Gemm", "Relu"]
     ways.choose()
     assert ways.opened == [["plain"], ["captured"], ["pinned"]]
     ways.operators = None  # this onnxruntime does not tell
@@ -287,7 +310,7 @@ def test_the_plan_says_how_it_works(monkeypatch: pytest.MonkeyPatch, tiny_path: 
             "shape": [3, 1, 8, 8],
             "cuda_graph": True,
             "layout": "NHWC",
-            "bias": "by cuDNN",
+            "bias": None,
             "copies": "pageable",
             "zero_copy": False,
             "on_device": False,

@@ -176,6 +176,31 @@ Work fill(Arguments given, bool counts_by_int) {
   return [=] { std::fill_n(at<T>(out), count, value); };
 }
 
+Work expand_rows(Arguments given) {  // of 4 bytes an element
+  int count = given.get<int>(0), row_stride = given.get<int>(4), column_stride = given.get<int>(5);
+  void *in = given.address(1), *out = given.address(2);
+  int columns = given.get<Divisor>(3).value;
+  return [=] {
+    for (int i = 0; i < count; i++)
+      at<int32_t>(out)[i] = at<int32_t>(in)[i / columns * row_stride + i % columns * column_stride];
+  };
+}
+
+Work expand(Arguments given) {  // the same of any rank
+  int rank = given.get<int>(0), count = given.get<int>(1);
+  void *in = given.address(2), *out = given.address(3);
+  auto divisors = given.get<List<Divisor, 8>>(4);
+  auto strides = given.get<List<int64_t, 8>>(5);
+  return [=] {
+    for (int i = 0; i < count; i++) {
+      int64_t from = 0;
+      for (int dim = 0, rest = i; dim < rank; rest %= divisors.items[dim].value, dim++)
+        from += strides.items[dim] * (rest / divisors.items[dim].value);
+      at<int32_t>(out)[i] = at<int32_t>(in)[from];
+    }
+  };
+}
+
 template <typename T>
 Work broadcast_bias(Arguments given) {
   void *bias = given.address(0), *out = given.address(1);
@@ -318,6 +343,8 @@ Work find_kernel(const std::string& name, void** arguments, unsigned grid_depth)
   if (has(name, "_Clip<")) return is_half ? clip<Half>(given) : clip<float>(given);
   if (has(name, "::_Fill<float,")) return fill<float>(given, has(name, ", int)"));
   if (has(name, "::_Fill<__half,")) return fill<Half>(given, has(name, ", int)"));
+  if (has(name, "::ExpandKernel2D<int>")) return expand_rows(given);
+  if (has(name, "::ExpandKernel<unsigned int, ")) return expand(given);
   if (has(name, "BroadcastBiasKernel<")) return is_half ? broadcast_bias<Half>(given) : broadcast_bias<float>(given);
   for (auto [type, bytes] : {std::pair{"<char>", 1}, {"<short>", 2}, {"<int>", 4}, {"<long>", 8}, {"<int4>", 16}})
     if (has(name, ("_SplitSmallInnerKernel" + std::string(type)).c_str())) return split(given, bytes);

@@ -114,3 +114,30 @@ def test_an_exact_first_layer_is_exact_where_tf32_is_on(monkeypatch: pytest.Monk
             error[name] = np.abs(gpu.encode(x).mean - cpu.encode(x).mean).max()
     assert error["exact"] < 1e-5
     assert error["plain"] > 5e-5
+
+
+@pytest.mark.filterwarnings("ignore::vae_export.FewExamplesWarning")
+def test_groups_are_normalised_as_one_for_every_number_of_examples(tmp_path: Path) -> None:
+    """Those of single channels, whose scale and shift are the normalisation's own, and others."""
+
+    def norm(groups: int) -> nn.Module:
+        layer = nn.GroupNorm(groups, 8)
+        nn.init.normal_(layer.weight)
+        nn.init.normal_(layer.bias)
+        return layer
+
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), norm(8), nn.SiLU(), nn.Conv2d(8, 8, 3, 1, 1), norm(4))
+    decoder = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(8, 1, 3, 1, 1), nn.Sigmoid())
+    x = np.random.default_rng(0).random((8, 1, 16, 16), np.float32)
+    path = tmp_path / "groups.vae"
+    export_bundle(
+        encoder, decoder, path, kind="autoencoder", examples=x, precisions=["tf32"], budget=Budget(psnr_db=90)
+    )
+    with VAE.load(path, "cuda") as gpu, VAE.load(path) as cpu:
+        for _ in range(2):
+            for count in (1, 2, 5):
+                np.testing.assert_allclose(gpu.encode(x[:count]).mean, cpu.encode(x[:count]).mean, atol=1e-5)
+                np.testing.assert_allclose(gpu.reconstruct(x[:count]), cpu.reconstruct(x[:count]), atol=1e-5)
+            gpu.warmup([1, 5])
+        assert gpu.plan["encode"][0]["file"] == "encoder.cuda.onnx"

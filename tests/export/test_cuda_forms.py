@@ -135,10 +135,21 @@ def test_names_that_are_taken_stay() -> None:
     [
         ((4, None, None), constants_of("a", 2)),
         ((4, 6, 5), constants_of("a", 2, first=-1) | {"a_groups": np.array([-1, 2, 60])}),
+        ((4, 5, 6), constants_of("a", 2)),  # back to maps of other sides
     ],
 )
 def test_other_normalisations_are_left_alone(sides: tuple[Any, ...], constants: dict[str, Any]) -> None:
     assert for_cuda(graph_of(*group_norm("a", "x", "y"), x=sides, **constants, **BACK)) is None
+
+
+def test_groups_that_something_else_reads_are_left_alone() -> None:
+    first, norm, back = group_norm("a", "x", "h")
+    other = make("ReduceMean", ["a_r", "last"], ["mean"])
+    last = np.array([1, 2])
+    tensors = constants_of("a", 2)
+    both = make("Reshape", ["mean", "each"], ["m"]), make("Add", ["h", "m"], ["y"])
+    each = np.array([-1, 1, 1, 1])
+    assert for_cuda(graph_of(first, norm, back, other, *both, last=last, each=each, **tensors, **BACK)) is None
 
 
 def test_what_torch_exports_takes_all_forms() -> None:

@@ -500,9 +500,34 @@ def test_forms_for_cuda_come_with_a_precision_for_gpus(monkeypatch: pytest.Monke
     judge = Judge(graphs, GREY, LatentSpec((4, 4, 4), None), None, digits()[1::2])
     expected = judge.fidelity(judge.measure(twins), twins[1])["reconstruction_max_error"]
     assert made.precisions["tf32"].fidelity["reconstruction_max_error"] == expected > 1e-6
-    monkeypatch.setattr("vae_export.precisions.for_cuda", spoilt)
-    made = make(pair, graphs, "autoencoder", "tf32", keep=True)
-    assert (made.on_cuda, made.graphs) == ({}, {})
+    for form in (spoilt, for_32_examples):
+        monkeypatch.setattr("vae_export.precisions.for_cuda", form)
+        made = make(pair, graphs, "autoencoder", "tf32", keep=True, x=digits()[:64])
+        assert (made.on_cuda, made.graphs) == ({}, {})
+
+
+def test_forms_for_cuda_are_held_to_the_latents_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    (encoder, decoder), _ = upsampling_pair()
+    nn.init.zeros_(decoder[1].weight)  # nothing of the latent is seen in a reconstruction
+    graphs = (
+        encoder_to_onnx(EncoderGraph(encoder, "autoencoder"), torch.rand(2, 1, 8, 8)),
+        decoder_to_onnx(DecoderGraph(decoder, clamp=True), torch.rand(2, 4, 4, 4)),
+    )
+    for form, taken in ((for_cuda, True), (spoilt, False)):
+        monkeypatch.setattr("vae_export.precisions.for_cuda", form)
+        assert bool(make((encoder, decoder), graphs, "autoencoder", "tf32", keep=True).on_cuda) is taken
+
+
+def for_32_examples(graph: bytes) -> bytes:
+    """The same, for so many alone."""
+    model = onnx.load_from_string(graph)
+    (given,) = model.graph.input
+    for node in model.graph.node:
+        node.input[:] = ["reshaped" if name == given.name else name for name in node.input]
+    sides = [side.dim_value for side in given.type.tensor_type.shape.dim][1:]
+    model.graph.initializer.append(numpy_helper.from_array(np.array([32, *sides]), "of_32"))
+    model.graph.node.insert(0, helper.make_node("Reshape", [given.name, "of_32"], ["reshaped"]))
+    return model.SerializeToString()
 
 
 def spoilt(graph: bytes) -> bytes:

@@ -246,6 +246,21 @@ def test_the_bias_is_added_in_the_fastest_way(
     assert {APART, FUSED}.isdisjoint(ways.choose().trials)
 
 
+def test_a_session_does_without_what_its_device_names(monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> None:
+    asked, real = [], onnxruntime.InferenceSession
+
+    def spy(*given: Any, **named: Any) -> Any:
+        asked.append(named["disabled_optimizers"])
+        return real(*given, **named)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", spy)
+    boundary = VAE.load(tiny_path)._open_operations()[0].routes[0].any_batch._boundary
+    model = (tiny_path / "encoder.onnx").read_bytes()
+    for without in ((), ("ConvAddFusion",)):
+        GraphSession(model, "encoder.onnx", Device("cpu", CPU, without=without), boundary)
+    assert asked[-2:] == [[], ["ConvAddFusion"]]
+
+
 @pytest.mark.parametrize("tells", [True, False])
 def test_what_takes_nothing_apart_is_not_taken(tells: bool, monkeypatch: pytest.MonkeyPatch, tiny_path: Path) -> None:
     times: dict[str, Any] = {APART: 0.5, "NHWC": 1.0, "pinned": 1.0}

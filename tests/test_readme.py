@@ -105,15 +105,8 @@ def test_the_manifest_keys_of_the_format_are_those_that_are_written() -> None:
     table = text.split("| key of the manifest | meaning |")[1].split("\n\n")[0]
     named = {name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])}
     tiny = Bundle.open(ROOT / "tests" / "data" / "tiny.vae")
-    added = {
-        "budget",
-        "refused",
-        "origin",
-        "tiling",
-        "latent_codecs",
-        "calibration",
-        "on_cuda",
-    }  # since the tiny bundle was made
+    # since the tiny bundle was made
+    added = {"budget", "refused", "origin", "tiling", "latent_codecs", "calibration", "on_cuda"}
     assert named == {*tiny.manifest.to_dict(), *added, "manifest_sha256"}
 
 

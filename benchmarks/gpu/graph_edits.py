@@ -128,9 +128,8 @@ def split_upsampling(data: bytes) -> bytes | None:
         is_same = {**same, **given, "pads": given.get("pads")} == {**same, "pads": [1] * 4}
         if weight is not None and weight.shape[2:] == (3, 3) and is_same:
             found.append((resize, after[0], weight))
-    taps = np.array(
-        [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float64
-    )  # of 2, from those of 3, by row parity
+    # of 2, from those of 3: of the upper or left pixel, and of the lower or right one
+    taps = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float64)
     for number, (resize, conv, weight) in enumerate(found):
         new, parts = [], []
         for row, column in np.ndindex(2, 2):

@@ -22,6 +22,7 @@ from .activation_ranges import activation_ranges
 from .graphs import plain, with_node_names
 from .halves import ReducedHalf
 from .layers import WEIGHTED, after_the_last, before_the_second
+from .tf32 import with_exact_first_layer
 
 MAX_FLOAT16 = float(np.finfo(np.float16).max)
 MARGIN = 4.0  # by which activations may exceed those of the calibration examples
@@ -39,32 +40,36 @@ class ConvertibleGraph:
     """One half in fp32, with its activations over the inputs `x` measured once, and its forms in fp16."""
 
     def __init__(self, graph: bytes, x: Float32) -> None:
-        self._model = with_node_names(onnx.shape_inference.infer_shapes(onnx.load_from_string(graph)))
+        self._model = _inferred(graph)
         self._unsafe = set(_unsafe(self._model, x))
-
-    @property
-    def names(self) -> set[str]:
-        """Of the nodes in fp32."""
-        return {node.name for node in self._model.graph.node}
 
     def build(self, *, keep_first: bool = False) -> ReducedHalf:
         """The half in fp16, without a graph where no layer can be in float16.
 
         What float16 would overflow in, or lose the weights of, stays in fp32. keep_first: everything before the second
-        layer with weights too.
+        layer with weights too, and the first is exact in TF32 as well, which a GPU takes for what is in fp32.
 
         A flat image is a large value with small differences, of which float16's 11 bits leave few. A normalisation
         after the first layer enlarges them, and with them how the image, and what that layer gives, are rounded.
         """
-        graph = self._model.graph
-        chosen = {*self._unsafe, *(node.name for node in before_the_second(graph) if keep_first)}
-        kept = [node.name for node in graph.node if node.name in chosen]
-        in_float = {*kept, *(node.name for node in after_the_last(graph)), *_in_float32(graph)}
+        model, chosen = self._model, set(self._unsafe)
+        if keep_first:
+            chosen.update(node.name for node in before_the_second(model.graph))
+        kept = [node.name for node in model.graph.node if node.name in chosen]
+        if keep_first:
+            model = _inferred(with_exact_first_layer(model.SerializeToString())[0])
+            chosen.update(node.name for node in before_the_second(model.graph))  # and what splits its factors
+        graph = model.graph
+        in_float = {*chosen, *(node.name for node in after_the_last(graph)), *_in_float32(graph)}
         blocked = in_float | _between(graph, in_float)
         if not any(node.op_type in WEIGHTED and node.name not in blocked for node in graph.node):
             return ReducedHalf(None, None, kept)
-        converted = _convert(self._model, blocked)
+        converted = _convert(model, blocked)
         return ReducedHalf(converted, _twin(converted), kept)
+
+
+def _inferred(graph: bytes) -> onnx.ModelProto:
+    return with_node_names(onnx.shape_inference.infer_shapes(onnx.load_from_string(graph)))
 
 
 def _in_float32(graph: onnx.GraphProto) -> Iterator[str]:

@@ -70,11 +70,18 @@ class Judge:
         """max|Δ| of reconstructions from fp32's, each pair's from its own mean, relative to the data's range."""
         return self._error(self._run(graphs)[2]) / self._peak
 
-    def relative_error(self, graphs: Pair) -> float:
-        """The largest error of an output: of reconstructions as above, of mean and logvar relative to the largest."""
-        encoded, _, reconstruction = self._run(graphs)
+    def form_error(self, graphs: Pair) -> float:
+        """The largest error of an output: of reconstructions as above, of mean and logvar relative to the largest.
+
+        Raises as `GraphSession.run`, also where the graphs hold for some numbers of examples alone.
+        """
+        encoder = self._open_encoder(graphs[0])
+        decoder = self._fp32_decoder if graphs[1] is None else self._open_decoder(graphs[1])
+        for count in (1, 3):
+            decoder.run(encoder.run(np.repeat(self._x[:1], count, axis=0))[0])
+        encoded = self._encode(encoder)
         errors = [relative_error(encoded[name], reference) for name, reference in self._encoded.items()]
-        return float(np.max([self._error(reconstruction) / self._peak, *errors]))
+        return float(np.max([self._error(self._decode(decoder, encoded[MEAN])) / self._peak, *errors]))
 
     def fidelity(self, measured: Measurement, decoder: bytes | None) -> dict[str, Any]:
         """The manifest's `fidelity`: max|Δ| from fp32, the reconstruction's with fp32's mean given to both decoders."""

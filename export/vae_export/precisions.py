@@ -61,7 +61,7 @@ def make_precisions(
     trial = Judge(graphs, spec, latent, likelihood, wanted.activation_examples[:TRIAL_EXAMPLES])
     inputs = activation_inputs(reference, wanted.activation_examples) if set(wanted.names) - {"tf32"} else {}
     made = Made()
-    for_gpus = _in_cuda_forms(made, graphs, final, golden) if {"tf32", "fp16"}.intersection(wanted.names) else graphs
+    for_gpus = _in_cuda_forms(made, graphs, final) if {"tf32", "fp16"}.intersection(wanted.names) else graphs
     for name in wanted.names:
         _log.info("making and measuring %s", name)
         try:
@@ -78,18 +78,13 @@ def make_precisions(
     return made
 
 
-def _in_cuda_forms(
-    made: Made, graphs: tuple[bytes, bytes], final: Judge, golden: Mapping[str, Float32]
-) -> tuple[bytes, bytes]:
+def _in_cuda_forms(made: Made, graphs: tuple[bytes, bytes], final: Judge) -> tuple[bytes, bytes]:
     """Both graphs as CUDA runs them fastest, which are entered for fp32, and for tf32 where that is fp32's graph."""
     try:
         forms: Pair = for_cuda(graphs[0]), for_cuda(graphs[1])
         if forms == (None, None):
             return graphs
-        for count in (1, 3):  # forms may hold for one number of examples alone
-            repeated = {name: np.repeat(array[:1], count, axis=0) for name, array in golden.items()}
-            final.golden_error(repeated, forms, "fp32")
-        error = final.relative_error(forms)
+        error = final.form_error(forms)
     except Exception as reason:  # a bundle is complete without them
         _log.warning("forms for CUDA are left out: %s", first_line(reason))
         return graphs
@@ -117,12 +112,7 @@ def _fp16(
     encoder, decoder = (half.build() for half in halves)
     if encoder.graph is None and decoder.graph is None:
         return None
-
-    def exact() -> ReducedHalf:  # in TF32 too, which a GPU takes for what is left in fp32
-        found = ConvertibleGraph(with_exact_first_layer(graphs[0])[0], inputs[INPUT]).build(keep_first=True)
-        return found._replace(kept=[name for name in found.kept if name in halves[0].names])
-
-    encoder = _exact_if_worth_it(trial, FLOAT16_ERROR, encoder, decoder, exact)
+    encoder = _exact_if_worth_it(trial, FLOAT16_ERROR, encoder, decoder, lambda: halves[0].build(keep_first=True))
     return _measured(final, encoder, decoder, calibration_examples=len(inputs[INPUT]))
 
 

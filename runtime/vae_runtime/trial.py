@@ -88,13 +88,11 @@ class _Trial:
         self._take_if_faster("bias apart", make)
 
     def try_layout(self) -> None:
-        self.free_others()
         in_nhwc = self.best.device.with_option("prefer_nhwc", "1")
         self._take_if_faster("NHWC", lambda: self._open(in_nhwc))
         # Not in fp32, where it never gained on an H100 (benchmarks/results/gpu/README.md), and not in NCHW, where
         # onnxruntime 1.31 computes something else by it.
         if in_nhwc.precision in ("tf32", "fp16") and "fuse_conv_bias" not in in_nhwc.options:
-            self.free_others()
             fused = in_nhwc.with_option("fuse_conv_bias", "1")._replace(without=())
             self._take_if_faster("bias fused", lambda: self._open(fused))
 
@@ -102,6 +100,8 @@ class _Trial:
         made, is_gain = self._try(name, make)
         if made is not None and is_gain:
             self.best = made
+        del made  # it is freed where all are
+        self.free_others()
 
     def free_others(self) -> None:
         """Those that are not taken: of a large model the GPU may have no room for more than two."""
@@ -109,7 +109,6 @@ class _Trial:
             self._opened[:] = [self.best]
 
     def try_stream(self) -> None:
-        self.free_others()
         plain = self.best
 
         def make(captures: bool) -> GraphSession:

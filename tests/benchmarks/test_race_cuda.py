@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import subprocess
 import sys
 import threading
@@ -28,7 +29,7 @@ from vae_benchmarks.race.competitors import COMPETITORS, CUDA_COMPETITORS, compe
 from vae_benchmarks.race.entrant import DEVICE_OPERATIONS, HOST_OPERATIONS, judge
 from vae_benchmarks.race.peers import onnxruntime_device
 from vae_benchmarks.race.peers.choice import fastest
-from vae_benchmarks.race.picture import _draw_case, draw_race
+from vae_benchmarks.race.picture import _draw_case, _label_axis, draw_race
 from vae_benchmarks.race.report import OPERATIONS
 from vae_benchmarks.race.text import format_markdown, format_race
 from vae_runtime.cuda import why_not_cuda
@@ -246,6 +247,25 @@ def test_the_report_survives_json_and_the_picture_shows_each_precision(report: R
     (point,) = report.cases[0].points
     _draw_case(panel, 0, point, "encode", "fp16", ["ours", "onnxruntime", "torch", "torch-graph"])
     assert marks == [row.p50_ms for row in point.rows if row.operation == "encode" and "fp16" in row.competitor]
+
+
+@pytest.mark.parametrize("times", [(1.6, 2.4), (2.1, 3.2), (0.25, 2.1), (0.02, 90.0)])
+def test_the_times_below_a_panel_stand_apart(times: tuple[float, float]) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.0, 1.5))
+    canvas = FigureCanvasAgg(figure)
+    panel = figure.subplots()
+    panel.set_xscale("log")
+    panel.set_xlim(*times)
+    _label_axis([panel])
+    canvas.draw()
+    ticks = zip(panel.get_xticklabels(), panel.get_xticks(), strict=True)
+    boxes = [label.get_window_extent() for label, at in ticks if times[0] <= at <= times[1]]
+    assert len(boxes) >= 2
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
 def test_older_reports_stay_readable_and_take_races_on_a_gpu(report: RaceReport, tiny: Path) -> None:

@@ -103,12 +103,13 @@ def _draw_panel(panel: Any, cases: list[Any], operation: str, column: _Column, n
 
 
 def _label_axis(column: list[Any]) -> None:
-    """Times in words at each power of ten, and between them where the axis is short."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    """Times in words at each power of ten, and between them where the axis is short; a few where it has hardly any."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     low, high = column[-1].get_xlim()
     for panel in column:
-        panel.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high < 50 * low else (1,), numticks=99))
+        between = LogLocator(10, subs=(1, 2, 5) if high < 50 * low else (1,), numticks=99)
+        panel.xaxis.set_major_locator(MaxNLocator(4) if high < 4 * low else between)
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_ms(value)))
         panel.xaxis.set_minor_formatter(NullFormatter())
 

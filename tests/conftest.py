@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib.util
 import platform
@@ -51,6 +52,30 @@ def nothing_old_is_collected() -> None:
     begins with a collection of garbage, and an export makes many."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_table_of_operators() -> None:
+    """Every call of torch.onnx.export builds the same table of how to translate torch's operators, which takes longer
+    than a small model does; here it is built once per process, and every export has a copy. It is torch's own table:
+    where a version of torch keeps it elsewhere, exports are slower and otherwise the same. So it is with torch's walk
+    over all operators that it knows, for those not yet in Python, which no test adds to."""
+    with contextlib.suppress(ImportError, AttributeError):
+        from torch._export import utils
+
+        utils._materialize_cpp_cia_ops = functools.cache(utils._materialize_cpp_cia_ops)
+    with contextlib.suppress(ImportError, AttributeError):
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        build = functools.cache(ONNXRegistry.from_torchlib)
+
+        def from_torchlib(cls: type[ONNXRegistry], *arguments: Any, **options: Any) -> ONNXRegistry:
+            built, table = build(*arguments, **options), cls()
+            vars(table).update(vars(built))
+            table.functions = {operator: list(ways) for operator, ways in built.functions.items()}
+            return table
+
+        ONNXRegistry.from_torchlib = classmethod(from_torchlib)
 
 
 @pytest.fixture(scope="session")

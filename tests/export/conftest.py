@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,30 +17,6 @@ pytest.importorskip("onnxscript", reason="export needs onnxscript")
 from vae_runtime.manifest import InputSpec, Likelihood  # noqa: E402
 from vae_training.checkpoint import Checkpoint, save_checkpoint  # noqa: E402
 from vae_training.models import build_model, default_config  # noqa: E402
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_table_of_operators() -> None:
-    """Every call of torch.onnx.export builds the same table of how to translate torch's operators, which takes longer
-    than a small model does; here it is built once per process, and every export has a copy. It is torch's own table:
-    where a version of torch keeps it elsewhere, exports are slower and otherwise the same. So it is with torch's walk
-    over all operators that it knows, for those not yet in Python, which no test adds to."""
-    with contextlib.suppress(ImportError, AttributeError):
-        from torch._export import utils
-
-        utils._materialize_cpp_cia_ops = functools.cache(utils._materialize_cpp_cia_ops)
-    with contextlib.suppress(ImportError, AttributeError):
-        from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-        build = functools.cache(ONNXRegistry.from_torchlib)
-
-        def from_torchlib(cls: type[ONNXRegistry], *arguments: Any, **options: Any) -> ONNXRegistry:
-            built, table = build(*arguments, **options), cls()
-            vars(table).update(vars(built))
-            table.functions = {operator: list(ways) for operator, ways in built.functions.items()}
-            return table
-
-        ONNXRegistry.from_torchlib = classmethod(from_torchlib)
 
 
 @pytest.fixture(scope="module")

@@ -85,7 +85,7 @@ def _weighted(graph: onnx.GraphProto) -> Iterable[onnx.NodeProto]:
             continue
         transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
         rank = len(constants[node.input[1]].dims)
-        if node.input[0] not in constants and not transposed and (node.op_type != "MatMul" or rank == 2):
+        if not transposed and (node.op_type != "MatMul" or rank == 2):  # of constants alone none are left
             yield node
 
 

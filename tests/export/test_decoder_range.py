@@ -48,7 +48,9 @@ def logits(): return make(-2.0, 6.0)
 def faint_logits(): return make(-0.2, 0.7)
 def normalised(): return make(0.2, 2.5)
 def dark_logits(): return make(-3.0, 2.0)
+def bright_logits(): return make(2.0, 2.0)
 def large_logits(): return make(0.0, 30.0)
+def logits_as_signed(): return make(-1.0, 2.0)
 def signed(): return make(0.0, 3.0, nn.Tanh)
 def sigmoid(): return make(-2.0, 6.0, nn.Sigmoid)
 def near(): return make(0.5, 0.55)
@@ -122,9 +124,10 @@ def test_modules_are_looked_at_as_well(networks: Any, tmp_path: Path) -> None:
             InputError, match=r"look like images in \[-1, 1\]: .*input_range='signed'.* or, if they are"
         ):
             export_bundle(*getattr(networks, name)(), tmp_path / "a.vae", examples=X)
-    for name in ("dark_logits", "large_logits"):
+    said = {"dark_logits": "unit", "bright_logits": "unit", "large_logits": "unit", "logits_as_signed": "signed"}
+    for name, input_range in said.items():
         with pytest.raises(InputError, match=r"\[0, 1\], where images are; they look like logits: say so with"):
-            export_bundle(*getattr(networks, name)(), tmp_path / "a.vae", examples=X)
+            export_bundle(*getattr(networks, name)(), tmp_path / "a.vae", examples=X, input_range=input_range)
     with pytest.raises(
         InputError, match=r"from -2.3 to 2.7, .* look like logits: .*; or, if they are normalised by a mean"
     ):

@@ -127,6 +127,25 @@ def test_weights_that_float16_does_not_hold_stay_in_fp32(plain_graph: bytes, wei
     assert [node.op_type for node in model.graph.node if node.name in names] == ["Conv"] * kept
 
 
+def test_constants_that_are_no_weights_keep_nothing_in_fp32() -> None:
+    class Rest(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[:, :, 1:]  # to the largest integer, which float16 does not hold
+
+    conv = nn.Conv2d(3, 2, 3)
+    graph = to_graph(conv, Rest())
+    assert max(numpy_helper.to_array(one).max() for one in onnx.load_from_string(graph).graph.initializer) > 2**62
+    assert ConvertibleGraph(graph, X).build().kept == []
+
+
+def test_ten_groups_are_no_type() -> None:
+    """TensorProto.FLOAT16 is 10."""
+    torch.manual_seed(0)
+    graph = to_graph(nn.Conv2d(3, 10, 1), nn.Conv2d(10, 10, 3, groups=10), nn.Conv2d(10, 2, 1))
+    result = ConvertibleGraph(graph, X).build()
+    np.testing.assert_allclose(run(result.twin), run(graph), atol=5e-3)
+
+
 class PixelNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)

@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from vae_export.activation_ranges import METHODS, activation_ranges
@@ -101,6 +101,8 @@ def test_a_chain_is_quantised_once_and_ends_in_float(convolutions: bytes, tmp_pa
     assert found["QuantizeLinear"] == 1
     assert found["DequantizeLinear"] <= 1  # none, as the product gives float32 itself; onnxruntime 1.23 leaves one
     assert found["Relu"] == found["Conv"] == found["Gemm"] == 0
+    graph = onnx.load_from_string(quantise(convolutions)).graph
+    assert [node.op_type for node in graph.node if "mean" in node.output] == ["Gemm"]
 
 
 def test_what_lies_between_convolutions_stays_in_int8(tmp_path: Path) -> None:
@@ -115,6 +117,40 @@ def test_what_lies_between_convolutions_stays_in_int8(tmp_path: Path) -> None:
     assert (found["QuantizeLinear"], found["DequantizeLinear"]) == (1, 1)
     assert found["Clip"] == 0
     assert np.abs(run(quantise(graph), IMAGES) - run(graph, IMAGES)).max() < 0.02
+
+
+def test_only_products_of_values_and_plain_weights_are_quantised() -> None:
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(8, 8))
+            self.weights = nn.Parameter(torch.rand(3, 8, 8))  # a product of its own for each channel
+            self.layer = nn.Linear(8, 8, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x) + self.weight @ x + x @ self.weights + x @ x.mT
+
+    torch.manual_seed(0)
+    graph = to_graph(Products())
+    assert Counter(node.op_type for node in onnx.load_from_string(graph).graph.node)["MatMul"] == 4
+    half = QuantizableGraph(graph, IMAGES)
+    assert len(half.nodes) == 1
+    expected = run(graph, IMAGES)
+    assert np.abs(run(quantise(graph), IMAGES) - expected).max() < 0.01 * np.abs(expected).max()
+
+
+def test_a_product_of_what_is_turned_stays_in_fp32() -> None:
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "w"], ["mean"], transA=1),
+    ]
+    graph = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("x", 1, [24, 3, 8, 8])],
+        [helper.make_tensor_value_info("mean", 1, [192, 2])],
+        [numpy_helper.from_array(np.ones((24, 2), np.float32), "w")],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    assert QuantizableGraph(model.SerializeToString(), IMAGES).nodes == []
 
 
 def test_a_transposed_convolution_stays_in_fp32(tmp_path: Path) -> None:

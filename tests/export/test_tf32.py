@@ -162,6 +162,14 @@ def test_products_with_a_weight_either_way_up(is_transposed: int) -> None:
     assert np.abs(run(tf32_twin(graph), x) - expected).max() > 1e-5
 
 
+def test_a_product_of_what_is_turned_stays() -> None:
+    weight = np.random.default_rng(1).standard_normal((8, 8), np.float32)
+    graph = product("Gemm", weight, [8, 8], [8, 8], transA=1)
+    exact, names = with_exact_first_layer(graph)
+    assert names == []
+    np.testing.assert_allclose(run(exact, X[0, 0]), X[0, 0].T @ weight, atol=1e-6)
+
+
 def test_a_product_with_a_vector_stays() -> None:
     graph = product("MatMul", np.ones(8, np.float32), ["batch", 8], ["batch"])
     exact, names = with_exact_first_layer(graph)

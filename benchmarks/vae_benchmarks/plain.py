@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import types
 from collections.abc import Mapping
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from vae_runtime.json_fields import is_number
 
 from .errors import ReportError
 
@@ -53,8 +54,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 def _scalar(hint: type, value: Any, where: str) -> Any:
     if hint is float:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        _require(number, value, where, "a finite number")
+        _require(is_number(value), value, where, "a finite number")
         return float(value)
     names = {int: "a whole number", str: "a string", bool: "true or false"}
     _require(isinstance(value, hint) and (hint is bool or not isinstance(value, bool)), value, where, names[hint])

@@ -111,6 +111,8 @@ class LatencyReport:
     input: str | None = "float32"
 
     def __post_init__(self) -> None:
+        if min((self.p50_ms, *self.round_p50_ms)) < 0:
+            raise ReportError(f"{self.operation} has a time below 0 ms; expected times from 0")
         if self.operation not in TAKE_INPUTS:
             object.__setattr__(self, "input", None)
 
@@ -238,6 +240,10 @@ class BundleFacts:
     golden: int
     golden_source: str
     size: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
+            raise ReportError(f"bundle.size is {self.size}; expected a height and a width, or none")
 
 
 @dataclass(frozen=True)

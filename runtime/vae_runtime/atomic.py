@@ -72,18 +72,21 @@ def atomic_folder(path: str | os.PathLike[str], may_replace: Callable[[Path], bo
 
 def refuse_other_file(path: str | os.PathLike[str], force: bool) -> None:
     """`refuse_existing`, but that a file, and no folder, may be replaced by `force`."""
-    refuse_existing(path, lambda old: force and old.is_file())
+    refuse_existing(path, lambda old: force and old.is_file(), "it is replaced only when that is asked for (--force)")
 
 
-def refuse_existing(path: str | os.PathLike[str], may_replace: Callable[[Path], bool] | None = None) -> None:
-    """Raise `OutputError` if something stands at `path`, unless `may_replace(path)` allows it."""
+def refuse_existing(
+    path: str | os.PathLike[str],
+    may_replace: Callable[[Path], bool] | None = None,
+    rule: str = "it is replaced only when that is asked for (--force), and only by the program that wrote it",
+) -> None:
+    """Raise `OutputError` if something stands at `path`, unless `may_replace(path)` allows it, which `rule` says."""
     path = Path(path)
     with writing(path):
         if os.path.lexists(path) and not (may_replace is not None and may_replace(path)):
             if path.is_dir():
-                rule = "which is not replaced; choose a name that is not taken"
-                raise OutputError(f"{path} exists and is a folder, {rule}")
-            rule = "it is replaced only when that is asked for (--force), and only by the program that wrote it"
+                rule = "choose a name that is not taken"
+                raise OutputError(f"{path} exists and is a folder, which is not replaced; {rule}")
             raise OutputError(f"{path} exists; {rule}")
 
 

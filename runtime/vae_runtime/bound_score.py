@@ -63,15 +63,16 @@ class BoundScore:
         self._pair = operations[0].pair_with(operations[1], arrays)
 
     def __call__(self, array: Float32 | UInt8) -> Float64 | None:
-        """The scores of an array of that shape, which belong to the caller; None where something is wrong with it."""
+        """The scores of an array of that shape, which belong to the caller; None where something is wrong with it, or
+        float32 is too narrow for a sum."""
         if not self._pair(array):
             return None
         if self._likelihood is None:
-            return np.array(self._terms() / self._elements, np.float64, ndmin=1)
+            return _finite(self._terms() / self._elements)
         np.exp(self._logvar, self._variance)
         sums = self._sums
         divergence = 0.5 * (sums(self._mean, self._mean) + sums(self._signs, self._spread) - self._latents)
-        return np.array(divergence + self._terms(), np.float64, ndmin=1)
+        return _finite(divergence + self._terms())
 
     def _rows(self, array: NDArray[Any]) -> NDArray[Any]:
         """(K, N, D) as it is, or of one example as a vector."""
@@ -108,6 +109,11 @@ class BoundScore:
         np.absolute(difference, difference)
         sums = self._sums(difference, self._ones)
         return sums / self._likelihood.scale + self._elements * normaliser(self._likelihood)
+
+
+def _finite(scores: float | Float64) -> Float64 | None:
+    is_finite = math.isfinite(scores) if isinstance(scores, float) else bool(np.isfinite(scores).all())
+    return np.array(scores, np.float64, ndmin=1) if is_finite else None
 
 
 def _sum_of_one(a: NDArray[Any], b: NDArray[Any]) -> float:

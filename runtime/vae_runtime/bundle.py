@@ -108,6 +108,8 @@ class Bundle:
                 raise BundleError(
                     f"{self.path / file} has {name} of dtype {array.dtype} and shape {array.shape}; {rule}"
                 )
+            if not np.isfinite(array).all():
+                raise BundleError(f"{self.path / file} has NaN or infinite values in {name}")
         return arrays
 
     def _check_layout(self) -> None:

@@ -39,6 +39,7 @@ class Calibration(NamedTuple):
         """
         if not isinstance(quantile, Real) or not 0 < quantile < 1:
             raise InputError(f"quantile is {quantile!r}; expected a number above 0 and below 1")
+        quantile = float(quantile)
         if quantile > 1 - 1 / self.examples:
             raise InputError(
                 f"quantile is {quantile}; the bundle was calibrated on {self.examples} examples, which tell quantiles"

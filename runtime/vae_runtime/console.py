@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import io
@@ -47,18 +48,32 @@ class Group(click.Group):
     command_class = Command
 
 
+def _as_it_can_be(error: UnicodeError) -> tuple[bytes, int]:
+    """Bytes of a name as they are, and what the encoding lacks as an escape, \\u76ee."""
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end]
+    ways = ("surrogateescape" if "\udc80" <= one <= "\udcff" else "backslashreplace" for one in text)
+    return b"".join(one.encode("ascii", way) for one, way in zip(text, ways, strict=True)), error.end
+
+
+_AS_IT_CAN_BE = "vae_runtime.as_it_can_be"
+codecs.register_error(_AS_IT_CAN_BE, _as_it_can_be)
+
+
 @contextlib.contextmanager
 def _any_file_names() -> Iterator[None]:
-    """Names of files that are no UTF-8 are printed byte by byte, as they are."""
+    """Names of files that are no UTF-8 are printed byte by byte, as they are, and characters that a terminal's encoding
+    lacks as escapes."""
     stream = sys.stdout
-    if not isinstance(stream, io.TextIOWrapper) or stream.closed or stream.errors != "strict":
+    if not isinstance(stream, io.TextIOWrapper) or stream.closed or stream.errors not in ("strict", "surrogateescape"):
         yield  # PYTHONIOENCODING has said what to do with them
         return
-    stream.reconfigure(errors="surrogateescape")
+    errors = stream.errors
+    stream.reconfigure(errors=_AS_IT_CAN_BE)
     try:
         yield
     finally:
-        stream.reconfigure(errors="strict")
+        stream.reconfigure(errors=errors)
 
 
 @contextlib.contextmanager
@@ -142,12 +157,13 @@ def json_option(function: _Function) -> _Function:
 
 
 def print_json(document: Any) -> None:
-    """One JSON document on stdout; see `json_text`."""
-    click.echo(json_text(document))
+    """One JSON document on stdout, in ASCII where that is not UTF-8; see `json_text`."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    click.echo(json_text(document, only_ascii=codecs.lookup(encoding).name != "utf-8"))
 
 
-def json_text(document: Any) -> str:
+def json_text(document: Any, only_ascii: bool = False) -> str:
     """A JSON document, in which bytes of file names that are no UTF-8 are escaped as Python has them, \\udce9; NaN is
     refused, as JSON has none."""
-    text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=only_ascii, allow_nan=False)
     return text.encode(errors="backslashreplace").decode()

@@ -18,6 +18,7 @@ import numpy as np
 
 from .arguments import check_count
 from .errors import KindError, NotInBundleError
+from .latents import require_finite
 from .likelihood import comparable, sums_of_log_likelihoods, targets
 from .manifest import Likelihood, Manifest
 from .operation import Operation
@@ -199,6 +200,7 @@ class LogMeanExp:
         return np.asarray(self._peak + np.log(self._sum) - math.log(count))
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what overflows is refused at the end
 def reconstruct(
     manifest: Manifest, operations: Operations, inputs: Any, n_samples: int, seed: int | None, batch_size: int | None
 ) -> Reconstruction:
@@ -211,8 +213,8 @@ def reconstruct(
     count, stream, results = check_count(n_samples, "n_samples"), NormalStream(seed), []
     for block, posterior, rows in encoded(manifest, operations, inputs, batch_size):
         mean = np.zeros((len(block.x), block.x[0].size))
-        deviations, seen = np.zeros_like(mean), np.zeros((len(mean), 1))
-        for part, _, _, decoded in posterior_draws(operations[1], posterior, count, stream, rows, len(inputs) * count):
+        deviations, seen, most = np.zeros_like(mean), np.zeros((len(mean), 1)), len(inputs) * count
+        for part, _, _, decoded in posterior_draws(operations[1], posterior, count, stream, rows, most):
             new, own = decoded.shape[1], decoded.mean(axis=1, dtype=np.float64)
             share, shift = new / (seen[part] + new), own - mean[part]
             spread = np.square(decoded - own[:, None]).sum(axis=1)
@@ -221,4 +223,6 @@ def reconstruct(
             seen[part] += new
         std = np.sqrt(deviations / count)
         results.append([array.astype(np.float32).reshape(block.x.shape) for array in (mean, std)])
-    return Reconstruction(*(np.concatenate(arrays) for arrays in zip(*results, strict=True)))
+    found = Reconstruction(*(np.concatenate(arrays) for arrays in zip(*results, strict=True)))
+    require_finite(found.mean, "inputs", "reconstruction")
+    return found

@@ -55,10 +55,10 @@ def read_picture(path: str | os.PathLike[str], spec: InputSpec) -> UInt8:
     with _opened(path) as file:
         from PIL import ImageOps
 
-        deep = any(";16" in str(tile[-1]) for tile in file.tile)  # Pillow would cut 16-bit colour to 8 unasked
+        # Pillow would cut 16-bit colour to 8 unasked. BMP has 16 bits for all three.
+        deep = any(";16" in str(tile[-1]).replace("BGR;16", "") for tile in file.tile)
         file.load()
-        picture = ImageOps.exif_transpose(file)
-    picture = _to_colour(picture, spec.colour, path)
+        picture = _to_colour(ImageOps.exif_transpose(file), spec.colour, path)
     if deep:
         raise InputError(f"{path} has 16 bits per channel; convert it to 8 bits per channel first")
     return np.asarray(_resize(picture, spec, path), dtype=np.uint8)
@@ -156,6 +156,8 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
             yield file
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
+    except InputError:
+        raise
     except Exception as error:  # a damaged file raises nearly anything: OSError, SyntaxError, TypeError, ...
         raise InputError(f"{path} cannot be read as a picture: {error}") from None
 
@@ -170,6 +172,8 @@ def _to_colour(picture: Image.Image, colour: str, path: str | os.PathLike[str]) 
             raise InputError(
                 f"{path} has transparent pixels, which have no colour of their own; flatten it onto a background first"
             )
+        picture = picture.convert("RGB")
+    if picture.mode == "LAB":  # Pillow converts it to RGB alone
         picture = picture.convert("RGB")
     return picture.convert("L" if colour == "grey" else "RGB")
 

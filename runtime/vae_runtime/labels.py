@@ -68,8 +68,9 @@ def _column(path: Path, names: Sequence[str]) -> list[str]:
         rows = [[cell.strip() for cell in row] for row in csv.reader(stream) if row]
     if not rows:
         return []
-    if "label" in rows[0]:
-        head, rows = rows[0], rows[1:]
+    head = [cell.lower() for cell in rows[0]]
+    if "label" in head:
+        rows = rows[1:]
         place = head.index("label")
         if "name" in head:
             column = head.index("name")
@@ -89,7 +90,8 @@ def _check_order(path: Path, found: Sequence[str], names: Sequence[str]) -> None
     theirs, ours = ([_parts(name) for name in some] for some in (found, names))
     if len(set(ours)) < len(set(names)):  # a.png and a.jpg
         theirs, ours = ([_parts(name, ()) for name in some] for some in (found, names))
-    if all(_ROW.fullmatch(name) for name in names) and not set(theirs) & set(ours):
+    last = ({parts[-1] for parts in some} for some in (theirs, ours))
+    if all(_ROW.fullmatch(name) for name in names) and set.isdisjoint(*last):
         return
     longest = max(map(len, ours))
     depth = next((n for n in range(1, longest) if len({parts[-n:] for parts in ours}) == len(ours)), longest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -80,7 +81,7 @@ def check_truncation(truncation: Any) -> float | None:
     """None, or the largest size of a standard normal number."""
     if truncation is None:
         return None
-    if not _is_real(truncation) or not LEAST_TRUNCATION <= truncation <= _LARGEST:
+    if not LEAST_TRUNCATION <= _real(truncation) <= _LARGEST:
         raise InputError(
             f"truncation is {truncation!r}; expected a finite number from {LEAST_TRUNCATION}, or None for all draws"
         )
@@ -96,10 +97,14 @@ def check_seed(seed: Any) -> int | None:
 
 def check_temperature(temperature: Any) -> np.float32:
     """The factor on the standard deviation: a finite number from 0, where 0 gives the mean itself."""
-    if not _is_real(temperature) or not 0 <= temperature <= _LARGEST:
+    if not 0 <= _real(temperature) <= _LARGEST:
         raise InputError(f"temperature is {temperature!r}; expected a finite float32 number from 0")
     return np.float32(temperature)
 
 
-def _is_real(value: Any) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+def _real(value: Any) -> float:
+    """A number in Python's own precision; NaN for anything else."""
+    if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):
+            return float(value)
+    return math.nan

@@ -225,8 +225,8 @@ def score(
 @inputs_argument
 @click.option(
     "--labels", required=True, type=click.Path(),
-    help="One for each input, in their order: .npy, .npz, .csv (its column `label`, or its only one) or .txt (a line"
-    " each).",
+    help="One for each input, in their order: .npy, .npz, .csv (its column `label`, or its only one; a column `name` is"
+    " held to the order of the inputs) or .txt (a line each).",
 )  # fmt: skip
 @click.option(
     "--anomaly-label", "anomaly_labels", multiple=True, metavar="LABEL",

@@ -121,14 +121,17 @@ class Scoring:
         method, manifest, maps = check_choice(method, "method", _MEAN_METHODS), self._manifest, None
         likelihood = require_likelihood(manifest, "score_map with method 'elbo'") if method == "elbo" else None
         for examples, rows, x, decoded, _ in self._pieces(inputs, batch_size, extent):
-            if likelihood is None:
-                terms = np.square(np.subtract(decoded, x, dtype=np.float64))
-            else:
-                terms = negative_log_likelihoods(likelihood, decoded, targets(likelihood, x))
+            with np.errstate(over="ignore", invalid="ignore"):  # what overflows is infinite
+                if likelihood is None:
+                    terms = np.square(np.subtract(decoded, x, dtype=np.float64))
+                else:
+                    terms = negative_log_likelihoods(likelihood, decoded, targets(likelihood, x))
+                terms = (terms.sum(axis=1) if manifest.input.is_image else terms).astype(np.float32)
+            terms[np.isnan(terms)] = np.inf
             if maps is None:
                 shape = self._shape(inputs, extent)
                 maps = zeros((len(inputs), *shape[1 if manifest.input.is_image else 0 :]), "a map")
-            maps[examples, rows] = terms.sum(axis=1) if manifest.input.is_image else terms
+            maps[examples, rows] = terms
         assert maps is not None  # there is an example
         return maps
 

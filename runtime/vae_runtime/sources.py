@@ -207,7 +207,9 @@ def open_inputs(paths: Sequence[str], spec: InputSpec, pad: bool = False) -> Pic
 
 def read_one(path: str, spec: InputSpec) -> NDArray[Any]:
     """A single example with its batch axis, from a picture, or from an array file as `FILE.npy#INDEX`."""
-    name, _, index = path.partition("#") if not Path(path).exists() else (path, "", "")
+    name, _, index = path.rpartition("#")
+    if not name or Path(path).exists() or Path(index).name != index:  # the # is one of a file or folder
+        name, index = path, ""
     source = open_inputs([name], spec)
     if not index and len(source) == 1:
         index = "0"

@@ -46,7 +46,7 @@ class Measured:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Measured:
-        """Raises ValueError, KeyError, TypeError or AttributeError for anything but what `to_dict` makes."""
+        """Raises ValueError, OverflowError, KeyError, TypeError or AttributeError for what `to_dict` does not make."""
         device, precision, threads, spinning = (data[name] for name in Candidate._fields)
         check_device_name(device)
         if precision not in ALL_PRECISIONS or not (spinning is None or isinstance(spinning, bool)):
@@ -97,7 +97,7 @@ def read_tuning(bundle: str) -> list[Measured]:
         data = json.loads(_file_of(header).read_text())
         if header.items() <= data.items():
             return [Measured.from_dict(entry) for entry in data["measured"]]
-    except (OutputError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OutputError, OSError, ValueError, ArithmeticError, KeyError, TypeError, AttributeError, RecursionError):
         pass  # a damaged cache is no cache
     return []
 

@@ -496,7 +496,7 @@ class VAE:
         progress: Progress | None = None,
     ) -> Float32:
         """Where an input is odd: what each pixel adds to the score, summed over the channels -> float32 (N, H, W), for
-        vectors (N, D).
+        vectors (N, D), infinite where the model's numbers overflow.
 
         method: "reconstruction": the squared error of the reconstruction from the mean; "elbo": -log p(x|z) at the
             mean, in nats (the KL divergence is of no pixel).

@@ -333,6 +333,8 @@ MALFORMED_GOLDEN: list[tuple[str, bytes, str]] = [
      r"x of dtype float32 and shape \(2, 8, 8\); expected float32 \(N, 1, 8, 8\)"),
     ("scalar", npz(**{**good_arrays(), "x": np.float32(0)}), r"golden.npz has \w+ of dtype float32 and shape"),
     ("rows differ", npz(**{**good_arrays(), "logvar": np.zeros((3, 4), np.float32)}), r"logvar of .* shape \(3, 4\)"),
+    ("no number", npz(**{**good_arrays(), "x": np.full((2, 1, 8, 8), np.nan, np.float32)}),
+     r"golden.npz has NaN or infinite values in x"),
     ("no rows", npz(**good_arrays(0)), r"x of dtype float32 and shape \(0, 1, 8, 8\); expected"),
 ]  # fmt: skip
 

@@ -30,6 +30,8 @@ def test_quantile_outside_of_0_to_1_is_refused(quantile: Any) -> None:
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_quantile_may_be_a_number_of_numpy(dtype: type[np.floating]) -> None:
     assert calibration().threshold("elbo", dtype(0.75)) == calibration().threshold("elbo", 0.75)
+    found = calibration().threshold("elbo", dtype(0.8))
+    assert (type(found), found) == (float, calibration().threshold("elbo", float(dtype(0.8))))
 
 
 def test_quantile_that_so_few_examples_cannot_tell_is_refused() -> None:

@@ -391,6 +391,8 @@ BAD_INPUT = [
     (("reconstruct", "{vectors}", "{tmp}/text.png", "--output", "{tmp}/o.npy"), "takes vectors, from .npy"),
     (("interpolate", "{bundle}", "{npy}", "{npy}#1", "--output", "{tmp}/o.png"), r"names no single example; write"),
     (("interpolate", "{bundle}", "{npy}#150", "{npy}#1", "--output", "{tmp}/o.png"), "an index from 0 to 149"),
+    (("interpolate", "{bundle}", "{tmp}/no#1/a.npy#0", "{npy}#1", "--output", "{tmp}/o.png"), "a.npy does not exist"),
+    (("interpolate", "{bundle}", "{tmp}/no#1/a.npy", "{npy}#1", "--output", "{tmp}/o.png"), "no#1/a.npy does not"),
     (("interpolate", "{bundle}", "{npy}#-1", "{npy}#1", "--output", "{tmp}/o.png"), "names no single example"),
     (("interpolate", "{bundle}", "{npy}#0", "{npy}#1", "--steps", "1", "--output", "{tmp}/o.png"), "steps is 1"),
 ]  # fmt: skip

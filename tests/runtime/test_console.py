@@ -123,6 +123,24 @@ def test_names_of_files_may_be_any_bytes(tiny_path: Path, tmp_path: Path) -> Non
     assert os.fsencode(json.loads((tmp_path / "a.json").read_text())["scores"][0]["name"]) == path
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "cp1252:surrogateescape"])
+def test_names_that_stdout_cannot_show_are_escaped(tiny_path: Path, tmp_path: Path, encoding: str) -> None:
+    images = pytest.importorskip("PIL.Image")
+    for name in ("caf\u00e9.png", "\u76ee\U0001f600.png"):
+        images.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / name)
+    command = [sys.executable, "-c", MAIN, "score", str(tiny_path), str(tmp_path)]
+    windows = {**os.environ, "PYTHONIOENCODING": encoding}
+    table, document = (
+        subprocess.run([*command, *options], env=windows, capture_output=True, check=False)
+        for options in ([], ["--json"])
+    )
+    assert (table.returncode, table.stderr, document.returncode, document.stderr) == (0, b"", 0, b"")
+    assert b"caf\xe9.png" in table.stdout
+    assert rb"\u76ee\U0001f600.png" in table.stdout
+    names = [Path(score["name"]).name for score in json.loads(document.stdout)["scores"]]
+    assert names == ["caf\u00e9.png", "\u76ee\U0001f600.png"]
+
+
 def test_what_was_said_of_other_characters_stays(tiny_path: Path, tmp_path: Path) -> None:
     images = pytest.importorskip("PIL.Image")
     images.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "日.png")

@@ -124,6 +124,24 @@ def off(tmp_path: Path) -> tuple[VAE, Linear, np.ndarray]:
     return VAE.load(model.write(tmp_path / "off.vae"), threads=1), model, model.draw(200)
 
 
+@pytest.mark.filterwarnings("error")
+def test_vectors_far_out_are_scored_or_refused_and_never_nan(off: tuple[VAE, Linear, np.ndarray]) -> None:
+    vae, model, _ = off
+    far = np.full((2, model.SIZE), 1e20, np.float32)
+    found = vae.score(far, "elbo")
+    assert np.isfinite(found).all()  # beyond float32
+    np.testing.assert_allclose(found, vae.score(far, "elbo", batch_size=1), rtol=1e-9)
+    np.testing.assert_allclose(found[:1], vae.score(far[:1], "elbo"), rtol=1e-9)
+    beyond = np.tile(np.sign(model.gain[:1]) * 3e38, (2, 1)).astype(np.float32)  # whose mean overflows
+    assert np.isposinf(vae.score(beyond, "elbo")).all()
+    maps = vae.score_map(beyond)
+    assert np.isposinf(maps).any()
+    assert not np.isnan(maps).any()
+    beyond[0] = 0
+    with pytest.raises(InputError, match=r"^inputs\[1\] is so far from .* that its reconstruction has NaN or infinite"):
+        vae.reconstruct(beyond, n_samples=3, seed=0)
+
+
 def test_with_the_true_posterior_one_draw_is_the_truth(tmp_path: Path) -> None:
     model = Linear(exact=True)
     x = model.draw(200)

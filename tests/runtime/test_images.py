@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import random
+import struct
 import warnings
 import zlib
 from pathlib import Path
@@ -81,6 +82,26 @@ def test_palette_and_black_and_white_and_cmyk_are_understood(tmp_path: Path) -> 
     assert np.array_equal(read_picture(bits, GREY), (PIXELS[..., 0] > 127) * 255)
     cmyk = save(tmp_path / "c.tiff", flat, "CMYK")
     assert np.array_equal(read_picture(cmyk, RGB), flat)
+
+
+def test_cielab_is_understood(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("LAB", (6, 4), (128, 128, 128)).save(tmp_path / "lab.tiff")  # lightness 50 of 100 and no colour
+    colour, grey = (read_picture(tmp_path / "lab.tiff", spec) for spec in (RGB, GREY))
+    assert np.abs(colour.astype(int) - 119).max() <= 1
+    assert np.abs(grey.astype(int) - 119).max() <= 1
+
+
+def test_16_bits_for_all_three_channels_are_no_16_bits_each(tmp_path: Path) -> None:
+    pixels = np.full((4, 6), 0x7BEF, "<u2").tobytes()  # 15, 31 and 15 of 31, 63 and 31
+    header = struct.pack("<IiiHHIIiiII", 40, 6, 4, 1, 16, 3, len(pixels), 2835, 2835, 0, 0)
+    header += struct.pack("<III", 0xF800, 0x07E0, 0x1F)
+    sizes = struct.pack("<IHHI", 14 + len(header) + len(pixels), 0, 0, 14 + len(header))
+    (tmp_path / "a.bmp").write_bytes(b"BM" + sizes + header + pixels)
+    found = read_picture(tmp_path / "a.bmp", RGB)
+    assert found.shape == (4, 6, 3)
+    assert np.abs(found.astype(int) - 125).max() <= 2
 
 
 def test_transparency_is_refused_and_an_opaque_alpha_channel_is_not(tmp_path: Path) -> None:

@@ -58,6 +58,9 @@ def test_rows_in_another_order_than_the_examples_are_refused(tmp_path: Path) -> 
         ("x.png a.png b.png", "a.png b.png c.png", "has x.png where the inputs have a.png;"),
         ("a v1.5 c", "a.png v1.6 c.png", r"has v1\.5 where the inputs have v1\.6;"),
         ("a.npy#1 a.npy#0 a.npy#2", "a.npy#0 a.npy#1 a.npy#2", "has a.npy#1 where the inputs have a.npy#0;"),
+        ("q/a.npy#1 q/a.npy#0 q/a.npy#2", "a.npy#0 a.npy#1 a.npy#2", "has a.npy#1 where the inputs have a.npy#0;"),
+        ("a.npy#0 a.npy#2 a.npy#1", "e/a.npy#0 e/a.npy#1 e/a.npy#2", "has a.npy#2 where the inputs have a.npy#1;"),
+        ("q/a.npy#0 q/a.npy#1 q/a.npy#2", "e/a.npy#0 e/a.npy#1 e/a.npy#2", None),
         (
             "q/odd/0.png q/good/1.png q/good/0.png",
             "e/good/0.png e/good/1.png e/odd/0.png",
@@ -80,6 +83,14 @@ def test_every_row_is_that_of_its_example(tmp_path: Path, rows: str, inputs: str
     path.write_text("\n".join(["label,name", *(f"{index % 2},{name}" for index, name in enumerate(rows.split()))]))
     with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
         assert read_labels(str(path), names=inputs.split()).tolist() == [False, True, False]
+
+
+def test_headings_may_be_capital(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("Name,Label\na,1\nb,0\n")
+    assert read_labels(str(path), names=["a.png", "b.png"]).tolist() == [True, False]
+    with pytest.raises(InputError, match="its rows are expected in their order"):
+        read_labels(str(path), names=["b.png", "a.png"])
 
 
 def test_names_may_be_any_bytes_and_may_not_be_left_out(tmp_path: Path) -> None:

@@ -86,7 +86,8 @@ def test_wrong_temperatures_are_refused(value: Any) -> None:
         check_temperature(value)
 
 
-@pytest.mark.parametrize("value", [0, 0.0, 1, 0.7, np.float64(0.7), np.int32(2), 3e38])
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [0, 0.0, 1, 0.7, np.float64(0.7), np.float16(0.7), np.int32(2), 3e38])
 def test_good_temperatures_are_float32(value: Any) -> None:
     assert check_temperature(value) == np.float32(value)
     assert type(check_temperature(value)) is np.float32

@@ -140,6 +140,7 @@ def test_damaged_cache_is_no_cache(damage: bytes) -> None:
         ("device", 5), ("precision", "fp8"), ("precision", ["int8"]), ("threads", "2"), ("threads", 10**9),
         ("threads", -3), ("threads", True), ("spinning", "no"), ("spinning", 0), ("seconds", {"encode": {"1": 1.0}}),
         ("seconds", {name: {"1": "Infinity"} for name in ("encode", "decode")}),
+        ("seconds", {name: {"1": 10**400} for name in ("encode", "decode")}),
     ],
 )  # fmt: skip
 def test_cache_with_a_value_that_cannot_be_is_no_cache(key: str, value: Any) -> None:

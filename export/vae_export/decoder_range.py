@@ -68,17 +68,16 @@ def _outside(values: Float32) -> float:
 
 def _advice(low: float, high: float, logits_alone: bool) -> str:
     logits = "--logits (logits=True), which puts the sigmoid into the graph"
+    normalised = (
+        "; or, if they are normalised by a mean and a std, undo that within the decoder that is exported, and normalise"
+        " within its encoder"
+    )
     if not logits_alone and low >= -1 - MARGIN and high <= 1 + MARGIN:
         return (
             "they look like images in [-1, 1]: say so with --input-range signed (input_range='signed'); or, if they are"
-            f" logits, with {logits}"
+            f" logits, with {logits}{normalised}"
         )
     if low >= -MARGIN and high > LARGEST_OF_SMALL:
         return "they look like images of a larger range, such as [0, 255]: bring them to [0, 1] in the decoder"
     advice = f"they look like logits: say so with {logits}"
-    if max(-low, high) <= LARGEST_OF_NORMALISED:
-        advice += (
-            "; or, if they are normalised by a mean and a std, undo that within the decoder that is exported, and"
-            " normalise within its encoder"
-        )
-    return advice
+    return advice + normalised if max(-low, high) <= LARGEST_OF_NORMALISED else advice

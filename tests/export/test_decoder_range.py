@@ -121,7 +121,8 @@ def test_modules_are_looked_at_as_well(networks: Any, tmp_path: Path) -> None:
         export_bundle(*networks.logits(), tmp_path / "a.vae", examples=X)
     for name in ("signed", "faint_logits"):
         with pytest.raises(
-            InputError, match=r"look like images in \[-1, 1\]: .*input_range='signed'.* or, if they are"
+            InputError,
+            match=r"images in \[-1, 1\]: .*input_range='signed'.* or, if they are logits.* normalised by a mean",
         ):
             export_bundle(*getattr(networks, name)(), tmp_path / "a.vae", examples=X)
     said = {"dark_logits": "unit", "bright_logits": "unit", "large_logits": "unit", "logits_as_signed": "signed"}

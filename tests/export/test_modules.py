@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributions import Independent, Normal
 
 from vae_export import export_bundle
+from vae_export.importers.network import UnusedWeightsWarning
 from vae_runtime import VAE
 from vae_runtime.errors import ExportError, InputError
 from vae_runtime.manifest import Likelihood
@@ -117,7 +118,9 @@ def test_a_standard_deviation_in_place_of_logvar_is_asked_about(tmp_path: Path) 
 
 def test_methods_are_taken_with_the_mode_of_what_they_are_of(tmp_path: Path) -> None:
     both = Both()
-    export_bundle(both.encode, both.decode, tmp_path / "a.vae", examples=X)
+    with pytest.warns(UnusedWeightsWarning, match=r"uses the weights of encoder\.norm: ") as caught:
+        export_bundle(both.encode, both.decode, tmp_path / "a.vae", examples=X)
+    assert [warning.filename for warning in caught] == [__file__]
     assert both.training
     assert both.drop.training
     check(tmp_path / "a.vae")

@@ -22,7 +22,7 @@ from vae_runtime.errors import ExportError, InputError, VAEError
 from ..imported import Imported, ImportOptions
 from ..reason import reason
 from .options import FLAGS, check_options, require_shape
-from .trial import try_out
+from .trial import noise, try_out
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,8 +42,8 @@ def recognises(source: str) -> bool:
 
 
 def load(source: str, options: ImportOptions) -> Imported:
-    """Import the module, from the current folder too, call the factory and load the weights. Where there is no file of
-    them, it is called twice: those that it makes up anew are told so.
+    """Import the module, from the current folder too, call the factory and load the weights. It is called twice where
+    there is no file of them, or the network has tensors that no such file has: those that it makes up anew are told so.
 
     Raises:
         CheckpointError: the weights cannot be read or do not fit.
@@ -52,7 +52,7 @@ def load(source: str, options: ImportOptions) -> Imported:
     """
     import torch
 
-    from ..verify import Reference
+    from ..verify import Reference, run_both
     from .network import Network
     from .state_dict import load_weights
     from .torch_halves import make_graphs
@@ -65,18 +65,20 @@ def load(source: str, options: ImportOptions) -> Imported:
     with _importing_from_here(), contextlib.redirect_stdout(sys.stderr):  # what is printed is not the command's output
         factory = _find(*match.groups())
         network = Network(_call(factory, source))
-        if options.weights is not None:
-            load_weights(network.whole, Path(options.weights))
-        else:
-            first = _digests(network.whole)
+        _require_weights(network.whole, source)
+        first = _digests(network.whole, options.weights is not None)
+        if first:
             del network  # one at a time: they may be large
             gc.collect()
             network = Network(_call(factory, source))
-            _require_same(first, _digests(network.whole), source)
+            _require_same(first, _digests(network.whole, options.weights is not None), source, options.weights)
+        if options.weights is not None:
+            load_weights(network.whole, Path(options.weights))
         network.whole.cpu().float()  # what bundles compute in
         with network.watched():
             reference = Reference(*make_graphs(network.encoder, network.decoder, shape, options))
             sizes = try_out(reference, shape, options)
+        network.warn_of_unused(lambda: run_both(reference, noise(shape, 2, sizes.multiple_of)))
     return Imported(
         reference,
         match[2].rpartition(".")[2],
@@ -91,7 +93,8 @@ def _find(module: str, path: str) -> Any:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
-            raise InputError(f"there is no module {error.name!r} here or among the installed packages") from None
+            rule = f"; write {module.removesuffix('.py')}:{path}" if module.endswith(".py") else ""
+            raise InputError(f"there is no module {error.name!r} here or among the installed packages{rule}") from None
         raise ExportError(f"the module {module} needs {error.name}, which is not installed") from error
     except (Exception, SystemExit) as error:
         raise ExportError(f"the module {module} cannot be imported: {reason(error)}") from error
@@ -113,22 +116,47 @@ def _call(factory: Any, source: str) -> Any:
         raise ExportError(f"{source} fails when it is called without arguments: {reason(error)}") from error
 
 
-def _digests(network: nn.Module) -> dict[str, bytes]:
-    """SHA-256 of every parameter and buffer, by name."""
+def _require_weights(network: nn.Module, source: str) -> None:
+    """Raises: ExportError: a lazy module has not seen an input, so that it has no weights, nor a place for any."""
+    from torch.nn.parameter import is_lazy
+
+    tensors = (*network.named_parameters(), *network.named_buffers())
+    if lazy := [name for name, value in tensors if is_lazy(value)]:
+        raise ExportError(
+            f"{source} returns lazy modules that have no weights yet, as {lazy[0]}; run the network once in it, on an"
+            " input of its size"
+        )
+
+
+def _digests(network: nn.Module, beside_weights: bool) -> dict[str, bytes]:
+    """SHA-256 of every parameter, buffer and other tensor of a module, by name. beside_weights: of those alone that are
+    in no file of weights."""
     import torch
 
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    for place, module in network.named_modules():
+        plain = {name: value for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
+        tensors |= {f"{place}.{name}".removeprefix("."): value for name, value in plain.items()}
+    filed = network.state_dict().keys() if beside_weights else ()
     found = {}
-    for name, value in (*network.named_parameters(), *network.named_buffers()):
+    for name, value in tensors.items():
+        if name in filed or value.layout != torch.strided:
+            continue
         data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         found[name] = hashlib.sha256(data.data).digest()
     return found
 
 
-def _require_same(first: dict[str, bytes], second: dict[str, bytes], source: str) -> None:
-    """Raises: InputError: the factory gave other weights at its second call, so that nobody has trained them."""
+def _require_same(first: dict[str, bytes], second: dict[str, bytes], source: str, weights: str | None) -> None:
+    """Raises: InputError: the factory gave other tensors at its second call, so that nobody has trained with them."""
     other = [name for name, digest in second.items() if first.get(name) != digest]
     if other:
         more = f" and {len(other) - SHOWN} more" if len(other) > SHOWN else ""
+        if weights is not None:
+            raise InputError(
+                f"{source} returns random numbers, other ones at each call, in {', '.join(other[:SHOWN])}{more}, which"
+                f" {weights} does not have; set them as they were in training, or call torch.manual_seed in it"
+            )
         raise InputError(
             f"{source} returns random weights, other ones at each call, in {', '.join(other[:SHOWN])}{more}; pass"
             f" those that were trained as {FLAGS['weights']} FILE, or, if random ones are meant, call torch.manual_seed"

@@ -16,7 +16,7 @@ from vae_runtime.preprocess import Float32
 
 from ..halves import HALF_NAMES
 from ..imported import Arguments
-from ..verify import Reference, at_least
+from ..verify import Reference, at_least, run_both
 from .network import Network
 from .torch_halves import make_bare_graphs, require_float32
 from .trial import DoesNotRunError, check_halves, check_range, run
@@ -55,6 +55,8 @@ class Modules:
                 halves = Reference(*make_bare_graphs(self.encoder, self.decoder, x, options, threshold))
                 check_halves(halves, x, run(halves.encode, x, "encoder")[MEAN].shape[1:])
                 check_range(halves, x, options)
+            if self._network is not None:
+                self._network.warn_of_unused(lambda: run_both(halves, x))
         except DoesNotRunError as error:
             require_float32(error.half, self.encoder if error.half == HALF_NAMES[0] else self.decoder)
             raise

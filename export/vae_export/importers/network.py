@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vae_runtime.errors import ExportError
 
+from ..quality import ExportWarning
+
+SHOWN = 5  # names in a warning
 _CURE = (
     "return a torch.nn.Module with encode and decode and with its networks as attributes or in a ModuleList, or a pair"
     " of modules (encoder, decoder)"
 )
+
+
+class UnusedWeightsWarning(ExportWarning):
+    """Neither half uses some of the network's weights, so that a part of it is perhaps not in the bundle."""
 
 
 class Network:
@@ -37,6 +47,8 @@ class Network:
         calls = [getattr(product, name) for name in names]
         self.whole = _whole(product, calls)
         self.encoder, self.decoder = (_Half(self.whole, call) for call in calls)
+        # Of a pair each half is what was meant; if it is a method, its model has the other half too, and uses it not.
+        self._is_pair = isinstance(product, SimpleNamespace) and isinstance(self.whole, _Parts)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -50,6 +62,8 @@ class Network:
         strange: list[str] = []
 
         def see(module: nn.Module, inputs: Any) -> None:
+            if torch.compiler.is_compiling():  # it reads this code too, of modules that are no longer themselves
+                return
             # Whatever is around the halves has known ones in it.
             if known.isdisjoint(module.modules()) and (*module.parameters(), *module.buffers()):
                 strange.append(type(module).__name__)
@@ -67,6 +81,56 @@ class Network:
                 f"{self._what} runs a network, {strange[0]}, that is registered in no module of it, so that its weights"
                 f" and its evaluation mode are out of reach; {self._cure}"
             )
+
+    def warn_of_unused(self, run_halves: Callable[[], Any]) -> None:
+        """Warn of an `UnusedWeightsWarning` where `run_halves`, which runs both, leaves parameters of `whole` unread.
+
+        A forward that does more than both halves, as to compute mean and log-variance from an encoder's features or to
+        look a code up, is not seen by an export; what that has weights for is.
+        """
+        if self._is_pair:
+            return
+        with _Reads() as reads:
+            run_halves()
+        unused = list(_unread(self.whole, reads.storages, ""))
+        if unused and unused != [""]:  # all: operators that are out of sight, as those that torch.compile made
+            more = f" and {len(unused) - SHOWN} more" if len(unused) > SHOWN else ""
+            warnings.warn(
+                f"neither half uses the weights of {', '.join(unused[:SHOWN])}{more}: what the network's forward does"
+                " with them is not in the bundle; if they belong to it, let encode hold all from the input to the"
+                " latent, and decode all from there on",
+                UnusedWeightsWarning,
+                stacklevel=4,
+            )
+
+
+class _Reads(TorchDispatchMode):
+    """The storages that operators read, by their address."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        self.storages.update(one.untyped_storage().data_ptr() for one in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+def _unread(module: nn.Module, read: set[int], name: str) -> Iterator[str]:
+    """The names of the largest parts of `module` with none of their parameters among `read`."""
+    parameters = list(module.parameters())
+    if not parameters:
+        return
+    if all(parameter.untyped_storage().data_ptr() not in read for parameter in parameters):
+        yield name
+        return
+    prefix = f"{name}." if name else ""
+    for own, parameter in module.named_parameters(recurse=False):
+        if parameter.untyped_storage().data_ptr() not in read:
+            yield f"{prefix}{own}"
+    for own, child in module.named_children():
+        yield from _unread(child, read, f"{prefix}{own}")
 
 
 class _Parts(nn.Module):

@@ -58,7 +58,8 @@ def read_pickled(path: Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise CheckpointError(
-            f"{path} holds more than plain data and tensors (pickled classes can run code) and was not loaded"
+            f"{path} holds more than plain data and tensors (pickled classes can run code) and was not loaded; save the"
+            " network's state_dict() alone"
         ) from None
     except Exception as error:  # torch raises whatever a damaged pickle leads it to
         raise CheckpointError(f"{path} is damaged or holds no weights ({type(error).__name__})") from None

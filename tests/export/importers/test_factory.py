@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import sys
+import warnings
 import weakref
 from collections import OrderedDict, namedtuple
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from torch.distributions import Independent, MultivariateNormal, Normal
 
 from vae_export.imported import ImportOptions
 from vae_export.importers import factory
+from vae_export.importers.network import UnusedWeightsWarning
 from vae_export.importers.outputs import read_encoded, read_reconstruction
 from vae_export.importers.trial import SIDE
 from vae_runtime.errors import CheckpointError, ExportError, InputError
@@ -74,6 +76,45 @@ class Mixing(Random):
     def encode(self, x):
         mean, logvar = self.encoder(x).chunk(2, 1)
         return mean - mean.mean(0, keepdim=True), logvar
+
+class Bottleneck(Random):
+    """Its moments are made by forward; decode uses a weight without running its layer."""
+    def __init__(self):
+        super().__init__()
+        self.moments = nn.ModuleDict({"mean": nn.Conv2d(4, 2, 1)})
+        self.tied, self.scale = nn.Conv2d(2, 2, 1, bias=False), nn.Parameter(torch.ones(1))
+    def encode(self, x):
+        return self.encoder(x)
+    def decode(self, z):
+        return self.decoder(nn.functional.conv2d(z, self.tied.weight))
+    def forward(self, x):
+        h = self.encoder(x)
+        return self.decode(self.moments["mean"](h)) * self.scale
+
+class Fourier(Networks):
+    """What it multiplies with is in no file of weights."""
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("factors", torch.randn(4, 1, 1), persistent=False)
+    def encode(self, x):
+        return self.encoder(x) * self.factors
+    def decode(self, z):
+        return self.decoder(z)
+
+class Attribute(Fourier):
+    def __init__(self):
+        super().__init__()
+        self.factors, self.plain = torch.ones(1), torch.randn(4, 1, 1)
+
+class Compiled(Random):
+    @torch.compile(backend="eager")
+    def encode(self, x):
+        return self.encoder(x).chunk(2, 1)
+
+class Lazy(Random):
+    def __init__(self):
+        super().__init__()
+        self.decoder = nn.Sequential(nn.LazyConv2d(3, 1), nn.Upsample(scale_factor=4.0), nn.Tanh())
 
 class Holder:
     """No module itself, but with methods and networks."""
@@ -290,6 +331,34 @@ def test_random_weights_are_refused_unless_a_file_brings_others(monkeypatch: pyt
     assert len(made) == 2
 
 
+@pytest.mark.parametrize("name", ["Fourier", "Attribute"])
+def test_random_numbers_that_no_file_of_weights_has_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    load(name)  # from one seed
+    module = sys.modules[MODULE]
+    torch.save(getattr(module, name)().state_dict(), "trained.pt")
+    load(name, weights="trained.pt")
+    monkeypatch.setattr(module, "SEED", None)
+    which = "factors" if name == "Fourier" else "plain"
+    with pytest.raises(InputError, match=rf"returns random numbers, .* in {which}, which trained.pt does not have"):
+        load(name, weights="trained.pt")
+
+
+def test_weights_that_forward_alone_uses_are_warned_of() -> None:
+    rule = "neither half uses the weights of scale, moments: what the network's forward does with them is not in the"
+    with pytest.warns(UnusedWeightsWarning, match=rule):
+        load("Bottleneck")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in ("Networks", "Methods", "methods_of_one", "methods_of_two", "Holder", "pair"):
+            load(name)
+
+
+def test_compiled_methods_are_exported() -> None:
+    x = noise(3, 3, 16, 16)
+    found = load("Compiled").halves.encode(x)
+    np.testing.assert_allclose(found["mean"], load("Networks").halves.encode(x)["mean"], atol=1e-5)
+
+
 def test_what_a_network_prints_is_kept_off_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     imported = load("Printing")
     x = noise(1, 3, 16, 16)
@@ -351,6 +420,7 @@ def test_a_second_output_that_is_never_negative_is_asked_about() -> None:
         ("InList", {}, ExportError, "runs a network, Sequential, that is registered in no .* return a torch.nn.Module"),
         ("Halfway", {}, ExportError, "runs a network, Sequential, that is registered in no module"),
         ("closure", {}, ExportError, "runs a network, Sequential, that is registered in no module"),
+        ("Lazy", {}, ExportError, "Lazy returns lazy modules that have no weights yet, as decoder.0.weight; run the"),
         ("leaves", {}, ExportError, "fails when it is called without arguments: SystemExit: 0"),
         ("Leaving", {}, ExportError, r"the encoder does not run on a batch of shape .*: SystemExit: 0"),
         ("Networks", {"shape": (3, 400000, 400000)}, InputError, "inputs of 3x400000x400000 are too large"),
@@ -370,6 +440,7 @@ def test_refused_in_words(name: str, options: dict[str, Any], error: type[Except
     ("source", "error", "message"),
     [
         ("no_such_module:make", InputError, "there is no module 'no_such_module'"),
+        ("no_such.py:make", InputError, "there is no module 'no_such' .*; write no_such:make"),
         ("leaves_at_once:make", ExportError, "the module leaves_at_once cannot be imported: SystemExit: 0"),
         ("needs_more:make", ExportError, "needs a_package_that_is_not_there, which is not installed"),
         ("module", InputError, "expected package.module:callable"),

@@ -16,7 +16,7 @@ import pytest
 
 from vae_runtime import OutputError
 from vae_runtime import atomic as module
-from vae_runtime.atomic import atomic_file, atomic_folder, refuse_existing
+from vae_runtime.atomic import atomic_file, atomic_folder, refuse_existing, refuse_other_file
 
 
 def always(_: Path) -> bool:
@@ -265,6 +265,13 @@ except OutputError as error: print(error)
     ]
     assert (tmp_path / "out").read_bytes() == b"old"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_of_anybody_is_replaced_where_that_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "a.npy").write_bytes(b"")
+    refuse_other_file(tmp_path / "a.npy", force=True)
+    with pytest.raises(OutputError, match=r"a\.npy exists; it is replaced only when that is asked for \(--force\)$"):
+        refuse_other_file(tmp_path / "a.npy", force=False)
 
 
 def test_refuse_existing(tmp_path: Path) -> None:

@@ -132,8 +132,11 @@ def test_vectors_far_out_are_scored_or_refused_and_never_nan(off: tuple[VAE, Lin
     assert np.isfinite(found).all()  # beyond float32
     np.testing.assert_allclose(found, vae.score(far, "elbo", batch_size=1), rtol=1e-9)
     np.testing.assert_allclose(found[:1], vae.score(far[:1], "elbo"), rtol=1e-9)
-    beyond = np.tile(np.sign(model.gain[:1]) * 3e38, (2, 1)).astype(np.float32)  # whose mean overflows
+    gain = model.gain[1:2] - model.gain[2:3]  # two elements of the mean overflow, to both sides
+    beyond = np.tile(np.sign(gain) * 3.4e38, (2, 1)).astype(np.float32)
     assert np.isposinf(vae.score(beyond, "elbo")).all()
+    with np.errstate(invalid="ignore"):
+        assert np.isnan(vae.encode(beyond).mean @ model.weight.T).any()
     maps = vae.score_map(beyond)
     assert np.isposinf(maps).any()
     assert not np.isnan(maps).any()

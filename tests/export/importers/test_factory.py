@@ -22,7 +22,7 @@ from torch.distributions import Independent, MultivariateNormal, Normal
 
 from vae_export.imported import ImportOptions
 from vae_export.importers import factory
-from vae_export.importers.network import UnusedWeightsWarning
+from vae_export.importers.network import Network, UnusedWeightsWarning
 from vae_export.importers.outputs import read_encoded, read_reconstruction
 from vae_export.importers.trial import SIDE
 from vae_runtime.errors import CheckpointError, ExportError, InputError
@@ -104,7 +104,7 @@ class Fourier(Networks):
 class Attribute(Fourier):
     def __init__(self):
         super().__init__()
-        self.factors, self.plain = torch.ones(1), torch.randn(4, 1, 1)
+        self.factors, self.plain, self.sparse = torch.ones(1), torch.randn(4, 1, 1), torch.eye(2).to_sparse()
 
 class Compiled(Random):
     @torch.compile(backend="eager")
@@ -351,6 +351,7 @@ def test_weights_that_forward_alone_uses_are_warned_of() -> None:
         warnings.simplefilter("error")
         for name in ("Networks", "Methods", "methods_of_one", "methods_of_two", "Holder", "pair"):
             load(name)
+        Network(networks()).warn_of_unused(lambda: None)  # as of operators that are out of sight
 
 
 def test_compiled_methods_are_exported() -> None:

@@ -40,7 +40,8 @@ def test_the_cost_of_latents_in_8_bits_is_that_of_a_round_trip(judge: Judge) -> 
     assert cost["examples"] == 64
     assert cost["bits_per_pixel"] == pytest.approx(bits, rel=1e-3)
     assert cost["psnr_db"] == pytest.approx(kept, rel=1e-3)
-    assert cost["psnr_lost_db"] == pytest.approx(exact - kept, abs=1e-3)
+    assert cost["psnr_lost_db"] == pytest.approx(exact - kept, rel=0.05, abs=1e-7)
+    assert cost["psnr_lost_db"] != 0
 
 
 def test_fp32_measured_against_itself_loses_nothing(judge: Judge) -> None:

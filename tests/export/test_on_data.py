@@ -497,10 +497,10 @@ def test_what_cannot_be_calibrated_on_is_refused_before_anything_is_written(
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_examples_on_which_the_model_overflows_are_named(vectors: np.ndarray, tmp_path: Path) -> None:
     far = vectors[:150].copy()
-    far[5] = 1e25
+    far[5] = 3.4e38 * np.sign(Encoder().mean.weight[0].detach().numpy())
     with pytest.raises(InputError, match="calibrate: the score 'elbo' of example 5 is inf: the model overflows there"):
         export(tmp_path / "a.vae", vectors[:40], calibrate=far, likelihood=GAUSSIAN)
-    far[70] = 3e38
+    far[5], far[70] = vectors[5], 3e38
     overflowing = SimpleNamespace(
         encode=lambda x, **options: SimpleNamespace(mean=np.where(x > 1e38, -np.inf, x)),
         manifest=SimpleNamespace(input=InputSpec("vector", far.shape[1:])),

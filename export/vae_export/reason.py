@@ -1,11 +1,13 @@
-"""Errors of other libraries, and of the code of models from elsewhere, for a sentence of ours."""
+"""Errors of other libraries, and of the code of models from elsewhere, and lists of names, for a sentence of ours."""
 
 from __future__ import annotations
 
 import re
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
+_SHOWN = 3  # names
 _SIZE = re.compile(r"\.size\(\)\[(\d)\]")
 _SIDES = {0: "the batch size", 2: "the height", 3: "the width"}
 
@@ -17,6 +19,12 @@ def reason(error: BaseException) -> str:
         return type(error).__name__
     text = lines[-1] if "TorchScript interpreter" in lines[0] else lines[0]
     return text if text.startswith(type(error).__name__) else f"{type(error).__name__}: {text}"
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of the names, and how many there are beside them."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def innermost(error: BaseException) -> BaseException:

@@ -9,7 +9,8 @@ from typing import Any
 from vae_runtime.errors import CheckpointError
 
 from .options import read_json
-from .weights import read_pickled, read_safetensors
+from .pickled import read_pickled_dict
+from .weights import read_safetensors
 
 WEIGHTS = "diffusion_pytorch_model"
 EXTRA = "diffusers"
@@ -31,7 +32,7 @@ def read_weights(folder: Path) -> dict[str, Any]:
     elif single.is_file():
         weights = read_safetensors(single, EXTRA)
     elif pickled.is_file():
-        weights = read_pickled(pickled)
+        weights = read_pickled_dict(pickled)
     else:
         weights = read_safetensors(_only_variant(folder), EXTRA)
     return {_OLD_ATTENTION.sub(_new_name, str(name)): value for name, value in weights.items()}

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from vae_runtime.errors import ExportError, InputError, VAEError
 
 from ..imported import Imported, ImportOptions
-from ..reason import reason
+from ..reason import reason, some
 from .options import FLAGS, check_options, require_shape
 from .trial import noise, try_out
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 KIND = "factory"
-SHOWN = 3  # names in an error
 _NAME = r"[A-Za-z_]\w*"
 _SOURCE = re.compile(rf"({_NAME}(?:\.{_NAME})*):({_NAME}(?:\.{_NAME})*)")
 
@@ -151,14 +150,13 @@ def _require_same(first: dict[str, bytes], second: dict[str, bytes], source: str
     """Raises: InputError: the factory gave other tensors at its second call, so that nobody has trained with them."""
     other = [name for name, digest in second.items() if first.get(name) != digest]
     if other:
-        more = f" and {len(other) - SHOWN} more" if len(other) > SHOWN else ""
         if weights is not None:
             raise InputError(
-                f"{source} returns random numbers, other ones at each call, in {', '.join(other[:SHOWN])}{more}, which"
+                f"{source} returns random numbers, other ones at each call, in {some(other)}, which"
                 f" {weights} does not have; set them as they were in training, or call torch.manual_seed in it"
             )
         raise InputError(
-            f"{source} returns random weights, other ones at each call, in {', '.join(other[:SHOWN])}{more}; pass"
+            f"{source} returns random weights, other ones at each call, in {some(other)}; pass"
             f" those that were trained as {FLAGS['weights']} FILE, or, if random ones are meant, call torch.manual_seed"
             " in it"
         )

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import pickle
 import re
-import zipfile
 from pathlib import Path
 
-from vae_runtime.errors import InputError
+from vae_runtime.errors import CheckpointError, InputError
 
 from . import onnx_pair, torch_program
 
@@ -28,26 +26,19 @@ def refuse_misstated(source: str) -> None:
 
 
 def refuse_weights(source: str) -> None:
-    """Raise `InputError` for a file of weights alone, or of a pickled network: neither says all that a model.pt does.
+    """Raise `InputError` for a file of weights alone, or of a pickled network, of which nothing else can be read:
+    neither says all that a model.pt does.
 
     Nothing in the file is run.
     """
-    import torch
-
+    from .pickled import read_pickled
     from .safetensors_header import is_safetensors
     from .state_dict import holds_tensors
 
     path = Path(source)
     try:
-        found = is_safetensors(path) or holds_tensors(torch.load(path, map_location="cpu", weights_only=True))
-    except pickle.UnpicklingError:
-        if not zipfile.is_zipfile(path):
-            return
-        raise InputError(
-            f"{source} holds a pickled network, or other pickled classes, which are not loaded, as they may run code;"
-            " pass what returns the network as package.module:factory, and its state_dict() in a file as --weights FILE"
-        ) from None
-    except Exception:  # damaged, or none of torch's
+        found = is_safetensors(path) or holds_tensors(read_pickled(path))
+    except (CheckpointError, OSError, ValueError):
         return
     if found:
         raise InputError(

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 from vae_runtime.errors import ExportError
 
 from ..quality import ExportWarning
+from ..reason import some
 
-SHOWN = 5  # names in a warning
 _CURE = (
     "return a torch.nn.Module with encode and decode and with its networks as attributes or in a ModuleList, or a pair"
     " of modules (encoder, decoder)"
@@ -94,9 +94,8 @@ class Network:
             run_halves()
         unused = list(_unread(self.whole, reads.storages, ""))
         if unused and unused != [""]:  # all: operators that are out of sight, as those that torch.compile made
-            more = f" and {len(unused) - SHOWN} more" if len(unused) > SHOWN else ""
             warnings.warn(
-                f"neither half uses the weights of {', '.join(unused[:SHOWN])}{more}: what the network's forward does"
+                f"neither half uses the weights of {some(unused)}: what the network's forward does"
                 " with them is not in the bundle; if they belong to it, let encode hold all from the input to the"
                 " latent, and decode all from there on",
                 UnusedWeightsWarning,

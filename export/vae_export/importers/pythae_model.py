@@ -18,8 +18,9 @@ from ..graphs import DecoderGraph, EncoderGraph
 from ..imported import Imported
 from ..reason import reason
 from ..verify import Reference
+from .pickled import read_pickled_dict
 from .pythae_folder import CONFIG, class_name
-from .weights import assign, read_pickled
+from .weights import assign
 
 WEIGHTS, STATE = "model.pt", "model_state_dict"
 
@@ -98,7 +99,7 @@ def _build(folder: Path, config: dict[str, Any]) -> Any:
             model = getattr(library, name)(settings)
     except Exception as error:  # pydantic's, or any that a value leads to
         raise CheckpointError(f"{folder / CONFIG} describes no {name}: {reason(error)}") from None
-    content = read_pickled(folder / WEIGHTS)
+    content = read_pickled_dict(folder / WEIGHTS)
     if not isinstance(content.get(STATE), dict):
         raise CheckpointError(f"{folder / WEIGHTS} has no {STATE}, which pythae's save writes")
     assign(model, content[STATE], folder / WEIGHTS)

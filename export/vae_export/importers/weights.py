@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,7 @@ from torch import Tensor, nn
 
 from vae_runtime.errors import CheckpointError, MissingExtraError
 
-from ..reason import reason
-
-SHOWN = 3  # names in an error
+from ..reason import reason, some
 
 
 def read_safetensors(path: Path, extra: str) -> dict[str, Tensor]:
@@ -45,60 +41,44 @@ def _read(path: Path, extra: str, choose: Callable[[Any], Iterable[str]]) -> dic
         raise CheckpointError(f"{path} is damaged or no safetensors file ({reason(error)})") from None
 
 
-def read_pickled(path: Path) -> dict[str, Any]:
-    """What `torch.save` wrote: a dict of plain data and tensors. Other pickled objects are refused, not run.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or holds more than plain data and tensors.
-    """
-    require_file(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of unusual protocols, before they are refused
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise CheckpointError(
-            f"{path} holds more than plain data and tensors (pickled classes can run code) and was not loaded; save the"
-            " network's state_dict() alone"
-        ) from None
-    except Exception as error:  # torch raises whatever a damaged pickle leads it to
-        raise CheckpointError(f"{path} is damaged or holds no weights ({type(error).__name__})") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a dict of weights by name")
-    return content
-
-
 def assign(network: nn.Module, weights: Mapping[str, Any], source: Path) -> None:
     """Put weights, as float32, in the place of the network's own, which may be on the device "meta".
 
     Raises:
         CheckpointError: some are missing, unknown, of another shape, or no plain tensors; the message has their names.
     """
-    expected = network.state_dict()
-    wrong = [
-        f"{name} ({_describe(weights[name])}, expected {_shape(value)})"
-        for name, value in expected.items()
+    wrong = {
+        name: f"{name} ({_describe(weights[name])}, expected {_shape(value)})"
+        for name, value in network.state_dict().items()
         if name in weights and not _fits(weights[name], value)
-    ]
+    }
+    fitting = {str(name): _in_float32(value) for name, value in weights.items() if name not in wrong}
+    rule = f"{source} does not fit its {type(network).__name__}:"
+    try:  # which knows older names too, as weight_g, and what older files had not
+        left = network.load_state_dict(fitting, strict=False, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{rule} {str(error).splitlines()[-1].strip()}") from None
     problems = [
-        f"{what} {_some(names)}"
+        f"{what} {some(names)}"
         for what, names in (
-            ("lacks", [name for name in expected if name not in weights]),
-            ("has the unknown", [str(name) for name in weights if name not in expected]),
-            ("has the wrong shape or type in", wrong),
+            ("lacks", [name for name in left.missing_keys if name not in wrong]),
+            ("has the unknown", left.unexpected_keys),
+            ("has the wrong shape or type in", list(wrong.values())),
         )
         if names
     ]
     if problems:
-        raise CheckpointError(f"{source} does not fit its {type(network).__name__}: it {'; it '.join(problems)}")
-    tensors = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
-    network.load_state_dict(tensors, strict=True, assign=True)
+        raise CheckpointError(f"{rule} it {'; it '.join(problems)}")
 
 
 def require_file(path: Path) -> None:
     """Raises: CheckpointError: there is no such file."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
+
+
+def _in_float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _fits(value: Any, expected: Tensor) -> bool:
@@ -113,8 +93,3 @@ def _describe(value: Any) -> str:
 
 def _shape(value: Tensor) -> str:
     return "×".join(map(str, value.shape)) or "one number"
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

@@ -7,8 +7,9 @@ import pickle
 import sys
 import warnings
 import weakref
-from collections import OrderedDict, namedtuple
-from collections.abc import Iterator
+from argparse import Namespace
+from collections import OrderedDict, defaultdict, namedtuple
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from vae_export.imported import ImportOptions
 from vae_export.importers import factory
 from vae_export.importers.network import Network, UnusedWeightsWarning
 from vae_export.importers.outputs import read_encoded, read_reconstruction
+from vae_export.importers.pickled import read_pickled, weights_of_network
 from vae_export.importers.trial import SIDE
 from vae_runtime.errors import CheckpointError, ExportError, InputError
 
@@ -110,6 +112,17 @@ class Compiled(Random):
     @torch.compile(backend="eager")
     def encode(self, x):
         return self.encoder(x).chunk(2, 1)
+
+class CompiledEncoder(Networks):
+    """Its weights have other names than in the files."""
+    def __init__(self):
+        super().__init__()
+        self.encoder = torch.compile(self.encoder, backend="eager")
+
+class WeightNorm(Networks):
+    def __init__(self):
+        super().__init__()
+        nn.utils.parametrizations.weight_norm(self.encoder[0])
 
 class Lazy(Random):
     def __init__(self):
@@ -484,12 +497,101 @@ def test_names_under_two_prefixes_are_not_chosen_from() -> None:
         load("Networks", weights="one.ckpt")
 
 
+class _Loud:
+    def __init__(self) -> None:
+        self.value = 1
+
+    def __setstate__(self, state: Any) -> None:
+        pytest.fail("it was run")
+
+
+def beside_other_things(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """As training leaves it."""
+    history = defaultdict(list, loss=[np.float64(0.5)])
+    return {
+        "model": weights,
+        "args": Namespace(lr=1),
+        "history": history,
+        "at": Path("run"),
+        "loud": _Loud(),
+        "f": torch.tanh,
+    }
+
+
+def in_a_wrapper(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+    return {"loss.scale": torch.ones(3), **{f"model.{name}": value for name, value in weights.items()}}
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [
+        lambda model: model,
+        lambda model: {"epoch": 1, "network": model},
+        lambda model: torch.optim.swa_utils.AveragedModel(model).state_dict(),
+        lambda model: torch.compile(model).state_dict(),
+        lambda model: beside_other_things(model.state_dict()),
+        lambda model: {"state_dict": in_a_wrapper(model.state_dict()), "optimizer": {"state": {}}},
+        lambda model: {"ema": model.state_dict(), "step": np.int64(5)},
+        lambda model: (
+            {"critic": torch.nn.Linear(1, 1).state_dict()}
+            | {half: getattr(model, half).state_dict() for half in ("decoder", "encoder")}
+        ),
+        lambda model: {name: value for name, value in model.state_dict().items() if "num_batches" not in name},
+    ],
+    ids=["network", "network-in-dict", "averaged", "compiled", "training", "loss", "only", "halves", "no-count"],
+)
+@pytest.mark.parametrize("name", ["Networks", "CompiledEncoder"])
+def test_files_that_training_leaves(name: str, pack: Callable[[Any], Any]) -> None:
+    """Whatever else is in them is neither run nor imported."""
+    load("Networks")
+    model = networks()
+    x = noise(3, 3, 16, 16)
+    torch.save(pack(model), "trained.pt")
+    wanted = expected(model, x)[0]
+    np.testing.assert_allclose(load(name, weights="trained.pt").halves.encode(x)["mean"], wanted, atol=1e-6)
+
+
+def test_a_pickled_network_has_the_weights_of_its_state_dict(tmp_path: Path) -> None:
+    """A module within itself, as damage may have it, is not followed."""
+    network = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 3, bias=False))
+    network.register_buffer("left_out", torch.ones(1), persistent=False)
+    torch.save(network, tmp_path / "network.pt")
+    read = weights_of_network(read_pickled(tmp_path / "network.pt"))
+    assert read is not None
+    assert {name: value.tolist() for name, value in read.items()} == {
+        name: value.tolist() for name, value in network.state_dict().items()
+    }
+    network[0].add_module("around", network)
+    torch.save(network, tmp_path / "damaged.pt")
+    again = weights_of_network(read_pickled(tmp_path / "damaged.pt"))
+    assert again is not None
+    assert again.keys() == read.keys()
+
+
+def test_names_of_older_torch_are_understood() -> None:
+    load("Networks")
+    model = networks()
+    torch.nn.utils.weight_norm(model.encoder[0])
+    model.encoder[0].weight_g.data *= 2
+    torch.save(model.state_dict(), "old.pt")
+    x = noise(3, 3, 16, 16)
+    loaded = load("WeightNorm", weights="old.pt")
+    np.testing.assert_allclose(loaded.halves.encode(x)["mean"], expected(model, x)[0], atol=1e-6)
+    torch.save(model.state_dict() | {"encoder.0.weight_g": torch.ones(5, 1, 1, 1)}, "wrong.pt")
+    with pytest.raises(CheckpointError, match="does not fit its WeightNorm: size mismatch for encoder.0.*5, 1, 1, 1"):
+        load("WeightNorm", weights="wrong.pt")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ({"state_dict": {"a": torch.zeros(1)}, "model": {"a": torch.ones(1)}}, "holds weights under state_dict, model"),
-        ({"epoch": 3, "ema": {"a": torch.zeros(1)}}, "holds no tensors under state_dict.*its keys are epoch, ema"),
-        ([torch.zeros(1)], "holds a list"),
+        ({"a": {"a": torch.zeros(1)}, "b": {"a": torch.zeros(1)}}, "holds weights under a, b; save one of them"),
+        ({"epoch": 3, "losses": [0.1]}, "holds no tensors under state_dict.*its keys are epoch, losses"),
+        ([torch.zeros(1)], "holds a list; expected weights by name"),
+        (Namespace(a=torch.zeros(1)), "holds a pickled object; expected weights by name"),
+        (torch.nn.Linear(2, 1), "lacks .*; it has the unknown weight, bias$"),
+        ({"encoder.0.bias": Namespace()}, "holds no tensors under state_dict"),
     ],
 )
 def test_files_whose_weights_are_not_found(content: Any, message: str) -> None:

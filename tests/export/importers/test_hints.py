@@ -41,7 +41,7 @@ WEIGHTS = "holds weights alone, without the network that they are of; pass what 
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("whole.pt", "whole.pt holds a pickled network, or other pickled classes, which are not loaded"),
+        ("whole.pt", f"whole.pt {WEIGHTS}, and --weights whole.pt"),
         ("state.pth", f"state.pth {WEIGHTS}, and --weights state.pth"),
         ("checkpoint.ckpt", f"checkpoint.ckpt {WEIGHTS}, and --weights checkpoint.ckpt"),
         ("model.onnx", f"model.onnx is one ONNX file; {TWO}"),

@@ -578,7 +578,7 @@ def test_names_of_older_torch_are_understood() -> None:
     loaded = load("WeightNorm", weights="old.pt")
     np.testing.assert_allclose(loaded.halves.encode(x)["mean"], expected(model, x)[0], atol=1e-6)
     torch.save(model.state_dict() | {"encoder.0.weight_g": torch.ones(5, 1, 1, 1)}, "wrong.pt")
-    with pytest.raises(CheckpointError, match="does not fit its WeightNorm: size mismatch for encoder.0.*5, 1, 1, 1"):
+    with pytest.raises(CheckpointError, match=r"does not fit its WeightNorm: size mismatch for encoder.0.*5, 1, 1, 1"):
         load("WeightNorm", weights="wrong.pt")
 
 

@@ -471,7 +471,10 @@ def test_weights_that_do_not_fit_are_named() -> None:
     weights["decoder.0.weight"] = torch.zeros(6, 2, 5, 5)
     weights["head.weight"] = weights.pop("encoder.0.bias")
     torch.save(weights, "wrong.pt")
-    with pytest.raises(CheckpointError, match=r"encoder.0.bias.*head.weight.*decoder.0.weight \(6×2×5×5"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"lacks encoder.0.bias; it has the unknown head.weight; it has .* decoder.0.weight \(6×2×5×5",
+    ):
         load("Networks", weights="wrong.pt")
 
 
@@ -529,6 +532,7 @@ def in_a_wrapper(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
         lambda model: {"epoch": 1, "network": model},
         lambda model: torch.optim.swa_utils.AveragedModel(model).state_dict(),
         lambda model: torch.compile(model).state_dict(),
+        lambda model: {name.replace(".", "._orig_mod.", 1): value for name, value in model.state_dict().items()},
         lambda model: beside_other_things(model.state_dict()),
         lambda model: {"state_dict": in_a_wrapper(model.state_dict()), "optimizer": {"state": {}}},
         lambda model: {"ema": model.state_dict(), "step": np.int64(5)},
@@ -538,7 +542,18 @@ def in_a_wrapper(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
         ),
         lambda model: {name: value for name, value in model.state_dict().items() if "num_batches" not in name},
     ],
-    ids=["network", "network-in-dict", "averaged", "compiled", "training", "loss", "only", "halves", "no-count"],
+    ids=[
+        "network",
+        "network-in-dict",
+        "averaged",
+        "compiled",
+        "parts-compiled",
+        "training",
+        "loss",
+        "only",
+        "halves",
+        "no-count",
+    ],
 )
 @pytest.mark.parametrize("name", ["Networks", "CompiledEncoder"])
 def test_files_that_training_leaves(name: str, pack: Callable[[Any], Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -12,7 +13,6 @@ from vae_runtime.preprocess import Float32
 
 from .halves import Halves
 from .quality import ExportWarning
-from .verify import run_both
 
 MARGIN = 0.1  # a value further outside is none that rounding or a linear last layer gives now and then
 # Shares of such values. Of small VAEs of digits and of photographs, linear decoders of [0, 1] gave 0 to 0.01 on real
@@ -24,27 +24,25 @@ LARGEST_OF_SMALL = 20  # logits that are never negative and go beyond are those 
 # Images normalised by a mean and a std, ImageNet's for example, are within [-1 / std, 1 / std]: of photographs and of
 # digits within 5, and linear decoders exceed that a little. Logits may be as small.
 LARGEST_OF_NORMALISED = 6
-_MOST_ROWS, _MOST_VALUES = 16, 2**20  # that are decoded
 
 
 class DecoderRangeWarning(ExportWarning):
     """Many values of the decoder lie outside [0, 1], where they can mean nothing."""
 
 
-def check_decoder_range(halves: Halves, x: Float32, signed: bool, real: bool) -> None:
+def check_decoder_range(
+    halves: Halves, encoded: Mapping[str, Float32], values: Float32, signed: bool, real: bool
+) -> None:
     """Refuse a decoder that visibly gives something else than images in [0, 1], in the bundle's units; warn of one
     that often leaves that range.
 
-    x: inputs (N, ...), images, or vectors of which a Bernoulli likelihood is. signed: the decoder is said to give
-        [-1, 1]. real: they are no noise, on which the means of posteriors tell less, so that draws from the prior are
-        asked too.
+    encoded: the latents of some inputs. values: what the decoder makes of their means, uncut: images, or vectors of
+        which a Bernoulli likelihood is. signed: it is said to give [-1, 1]. real: the inputs are no noise, on which the
+        means of posteriors tell less, so that draws from the prior are asked too.
 
     Raises:
-        ExportError: the model does not run on so many inputs.
         InputError: what the decoder gives looks like logits, or like images of another range.
     """
-    rows = max(2, min(_MOST_ROWS, _MOST_VALUES // x[0].size, len(x)))
-    encoded, values = run_both(halves, np.ascontiguousarray(x[np.arange(rows) * len(x) // rows]), cut=False)
     share = _outside(values)
     refused = share > REFUSED
     if not refused and not real and halves.kind == "vae":
@@ -54,11 +52,11 @@ def check_decoder_range(halves: Halves, x: Float32, signed: bool, real: bool) ->
     low, high = float(values.min()), float(values.max())
     found = f"the decoder gives values from {low:.3g} to {high:.3g}, {share:.0%} of them more than {MARGIN} outside"
     if refused:
-        there = "where images are" if x.ndim > 2 else "where the means of a Bernoulli likelihood are"
-        raise InputError(f"{found} [0, 1], {there}; {_advice(low, high, signed or x.ndim == 2)}")
+        there = "where images are" if values.ndim > 2 else "where the means of a Bernoulli likelihood are"
+        raise InputError(f"{found} [0, 1], {there}; {_advice(low, high, signed or values.ndim == 2)}")
     if share > WARNED:
-        what = "they are cut to it" if x.ndim > 2 else "a Bernoulli likelihood takes them as 0 and 1"
-        warnings.warn(f"{found} [0, 1]; {what}", DecoderRangeWarning, stacklevel=4)
+        what = "they are cut to it" if values.ndim > 2 else "a Bernoulli likelihood takes them as 0 and 1"
+        warnings.warn(f"{found} [0, 1]; {what}", DecoderRangeWarning, stacklevel=5)
 
 
 def _outside(values: Float32) -> float:

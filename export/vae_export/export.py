@@ -40,7 +40,6 @@ from vae_runtime.version import __version__
 from vae_training.checkpoint import Checkpoint
 
 from .bundle import check_output, write_bundle
-from .decoder_range import check_decoder_range
 from .graphs import DecoderGraph, EncoderGraph
 from .halves import HALF_NAMES, Halves, graph_file
 from .imported import HELD_OUT, INPUT_RANGES, Arguments, Imported
@@ -48,6 +47,7 @@ from .importers.modules import Modules
 from .judge import CODEC_EXAMPLES, Judge
 from .likelihood import agree, parse_likelihood
 from .on_data import LEAST_FOR_UNITS, OnData, plan_on_data
+from .plausibility import check_plausible
 from .quality import Budget
 from .threshold import Thresholded
 from .tiling import find_tiling
@@ -411,8 +411,7 @@ def _export(
     encoded = _try_out(halves, pair, spec)
     latents = encoded[MEAN]
     on_data.check(latents.shape[1:])
-    if input_range is not None:
-        check_decoder_range(halves, x, input_range == "signed", real=inputs.is_real)
+    check_plausible(halves, x, input_range, inputs.is_real)
     _log.info("exporting the two graphs")
     graphs = halves.to_onnx(pair, latents, spec.is_free)
     _log.info("comparing them with the model on %d inputs", len(x))

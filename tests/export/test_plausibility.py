@@ -1,0 +1,89 @@
+"""Models whose reconstructions of real inputs are worse than a constant are warned of."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from vae_export import export_bundle
+from vae_export.graphs import DecoderGraph, EncoderGraph
+from vae_export.plausibility import PoorReconstructionWarning, check_plausible
+from vae_export.verify import Reference
+
+MEANS = np.array([0.2, 0.5, 0.8], np.float32)[:, None, None]
+IMAGES = MEANS + np.random.default_rng(0).uniform(-0.2, 0.2, (6, 3, 4, 4)).astype(np.float32)
+VECTORS = np.random.default_rng(0).normal([-50, 0, 70], [1, 20, 3], (40, 3)).astype(np.float32)
+
+
+class Function(nn.Module):
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.function(z)
+
+
+def check(x: np.ndarray, decode: Callable[[torch.Tensor], torch.Tensor], real: bool = True) -> None:
+    halves = Reference(
+        EncoderGraph(nn.Flatten(), "autoencoder"),
+        DecoderGraph(Function(lambda z: decode(z.reshape(-1, *x.shape[1:]))), x.ndim == 4),
+    )
+    check_plausible(halves, x, "unit" if x.ndim == 4 else None, real)
+
+
+@pytest.mark.parametrize(
+    ("x", "decode", "said"),
+    [
+        (IMAGES, lambda z: 1.05 - 0.05 * z, r"than one colour for all of them is: their mean squared error is 0\.3\d"),
+        (VECTORS, lambda z: -z, r"than their mean is: their mean squared error is .*, 1\d\d\.\d times as large; the m"),
+    ],
+)
+def test_they_are_warned_of(x: np.ndarray, decode: Callable[[torch.Tensor], torch.Tensor], said: str) -> None:
+    with pytest.warns(PoorReconstructionWarning, match=said):
+        check(x, decode)
+
+
+@pytest.mark.parametrize(
+    ("x", "decode"),
+    [
+        (IMAGES, lambda z: z),
+        (IMAGES, lambda z: 0 * z + torch.from_numpy(MEANS)),
+        (IMAGES, lambda z: torch.where(z > MEANS[0, 0, 0], z, -0.09 * torch.ones(()))),
+        (VECTORS, lambda z: 0 * z + torch.from_numpy(VECTORS.mean(0))),
+        (VECTORS[:7], lambda z: -z),
+        (0 * IMAGES, lambda z: z + 0.5),
+    ],
+    ids=["exact", "mean image", "cut", "mean vector", "few vectors", "black"],
+)
+def test_others_are_not(x: np.ndarray, decode: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PoorReconstructionWarning)
+        check(x, decode)
+
+
+def test_of_noise_nothing_is_said() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PoorReconstructionWarning)
+        check(IMAGES, lambda z: 1 - z, real=False)
+
+
+def test_the_warning_is_the_callers_and_states_the_ratio(tmp_path: Path) -> None:
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(48, 4))
+    decoder = nn.Sequential(nn.Linear(4, 48), nn.Hardtanh(1, 1.05), nn.Unflatten(1, (3, 4, 4)))
+    with pytest.warns(PoorReconstructionWarning) as caught:
+        export_bundle(encoder, decoder, tmp_path / "a.vae", examples=IMAGES, kind="autoencoder")
+    assert {warning.filename for warning in caught} == {__file__}
+    error = np.mean((1 - IMAGES) ** 2)
+    constant = np.mean((IMAGES - IMAGES.mean((0, 2, 3), keepdims=True)) ** 2)
+    found = re.search(r"error is ([\d.]+), ([\d.]+) times", str(caught[0].message))
+    assert found is not None
+    assert float(found[1]) == pytest.approx(error, rel=0.05)
+    assert float(found[2]) == pytest.approx(error / constant, rel=0.02)

@@ -152,6 +152,12 @@ def _to_onnx(module: nn.Module, example: Tensor, input_name: str, outputs: list[
     except ExportError:
         raise
     except Exception as error:
+        if scripted := [part for part in module.modules() if isinstance(part, torch.jit.ScriptModule)]:
+            raise ExportError(
+                f"the {half} has a part in TorchScript, {scripted[0].original_name}, which torch.onnx does not export;"
+                " build it without torch.jit, or write both halves with torch.jit.save, and pass these files to"
+                " vae-export as ENCODER,DECODER"
+            ) from error
         raise ExportError(f"the {half} cannot be exported by torch.onnx: {tracing_reason(error)}") from error
     return finish(model, half)
 
@@ -317,14 +323,17 @@ def _check_contract(model: onnx.ModelProto, data: bytes, half: str) -> None:
         check_graph(data, f"the {half}")
         onnx.checker.check_model(model, full_check=True)
     except (BundleError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"the {half} cannot go into a bundle: {innermost_reason(error)}") from error
+        hint = bfloat16_hint(model.graph)
+        raise ExportError(f"the {half} cannot go into a bundle: {innermost_reason(error)}{hint}") from error
 
 
-def has_bfloat16(graph: onnx.GraphProto) -> bool:
-    """Whether anything in it is in bfloat16."""
+def bfloat16_hint(graph: onnx.GraphProto) -> str:
+    """How to end the error of a graph that is refused, where anything in it is in bfloat16."""
     kind = onnx.TensorProto.BFLOAT16
     casts = (a.i for node in graph.node if node.op_type == "Cast" for a in node.attribute if a.name == "to")
-    return kind in casts or any(tensor.data_type == kind for tensor in graph.initializer)
+    if kind in casts or any(tensor.data_type == kind for tensor in graph.initializer):
+        return "; bfloat16 has little support: export it in float32, without autocast"
+    return ""
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from vae_runtime.plan import open_halves, same_plan
 from vae_runtime.session import GraphSession
 from vae_runtime.vae import VAE
 
-from .graphs import has_bfloat16
+from .graphs import bfloat16_hint
 
 THREADS = 4
 
@@ -32,9 +32,7 @@ def open_graph(graph: bytes, half: str, boundary: Boundary) -> GraphSession:
     try:
         return GraphSession(graph, f"the {half}", Device("cpu", CPU), boundary, threads=THREADS, spinning=False)
     except (BundleError, DeviceError) as error:
-        bfloat16 = has_bfloat16(onnx.load_from_string(graph).graph)
-        hint = "; it has little of bfloat16: export it in float32, without autocast" if bfloat16 else ""
-        raise ExportError(f"{error}{hint}") from error
+        raise ExportError(f"{error}{bfloat16_hint(onnx.load_from_string(graph).graph)}") from error
 
 
 def run_in_memory(manifest: Manifest, files: Mapping[str, bytes]) -> VAE:

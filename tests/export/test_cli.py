@@ -152,6 +152,16 @@ def test_a_failure_is_one_sentence_and_writes_nothing(model_file: Path, argument
     assert sorted(model_file.parent.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("shape", "rule"),
+    [("3x64", "784; a sequence goes as one vector: reshape in both halves\n"), ("3xHx64", "784\n"), ("0", "784\n")],
+)
+def test_a_shape_of_another_form_is_wrong_usage(shape: str, rule: str) -> None:
+    result = run("package:factory", "--input", shape)
+    assert result.exit_code == 2
+    assert result.stderr.endswith(f"'{shape}' is not of the form 3x64x64 (channels, height, width), 3xHxW or {rule}")
+
+
 def test_data_calibrates_and_a_prior_is_fitted_to_more_than_verifies(
     model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

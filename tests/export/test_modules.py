@@ -193,7 +193,7 @@ CLASS_RULE = r"encoder is the class Encoder; expected a torch.nn.Module, or a me
         ({"encoder": Encoder("moments"), "kind": "autoencoder"}, InputError, "kind is 'autoencoder', but the encoder"),
         ({"kind": "autoencoder"}, InputError, "kind is 'autoencoder', but the encoder returns a mean and a spread"),
         ({"spread": "sigma"}, InputError, "spread is 'sigma'; expected one of logvar, log_std, std, variance"),
-        ({"spread": "std"}, InputError, "spread is 'std', but the encoder gives -.*; it is never negative"),
+        ({"spread": "std"}, InputError, "spread is 'std', but it has values from -.*; a std is never negative"),
         (
             {"encoder": Encoder("normal"), "spread": "logvar"},
             InputError,
@@ -252,9 +252,33 @@ class Autocast(nn.Module):
 def test_what_computes_in_bfloat16_is_told_to_do_so_in_float32(tmp_path: Path) -> None:
     x = np.random.default_rng(0).normal(size=(8, 7)).astype(np.float32)
     with pytest.raises(
-        ExportError, match=r"the encoder .* it has little of bfloat16: export it in float32, without autoc"
+        ExportError, match=r"the encoder .* bfloat16 has little support: export it in float32, without autoc"
     ):
         export_bundle(Autocast(), nn.Linear(2, 7), tmp_path / "a.vae", examples=x, kind="autoencoder", tolerance=0.1)
+
+
+def test_so_are_convolutions(tmp_path: Path) -> None:
+    class Convolution(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(1, 1, 3, 1, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return self.layer(x)
+
+    with pytest.raises(
+        ExportError, match=r"the encoder .* bfloat16 has little support: export it in float32, without autoc"
+    ):
+        export_bundle(Convolution(), nn.Sigmoid(), tmp_path / "a.vae", examples=X, kind="autoencoder", tolerance=0.1)
+
+
+def test_parts_in_torchscript_are_told_the_ways_there_are(tmp_path: Path) -> None:
+    decoder = nn.Sequential(torch.jit.script(nn.Linear(3, 16)), nn.Sigmoid(), nn.Unflatten(1, (1, 4, 4)))
+    with pytest.raises(
+        ExportError, match=r"the decoder has a part in TorchScript, Linear, which .* without torch\.jit,"
+    ):
+        export_bundle(Encoder(), decoder, tmp_path / "a.vae", examples=X)
 
 
 @pytest.mark.parametrize(

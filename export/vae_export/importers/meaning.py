@@ -40,8 +40,8 @@ def settle_meaning(named: str | None, least: float, options: ImportOptions) -> s
             f" is; say what it is with {flag(options, 'spread')} {', '.join(SPREADS)}"
         )
     if meaning in ("std", "variance") and least < 0:
-        said = flag(options, "spread")
-        raise InputError(f"{said} is {meaning!r}, but the encoder gives {least:.2g}; it is never negative")
+        who = f"{flag(options, 'spread')} is" if named is None else "the encoder names its second output"
+        raise InputError(f"{who} {meaning!r}, but it has values from {least:.2g}; a {meaning} is never negative")
     return meaning or "logvar"
 
 

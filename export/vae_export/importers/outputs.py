@@ -36,6 +36,8 @@ RULE = (
     " std or variance"
 )
 
+_ALONE = "a decoder of a bundle gets the latent alone: features of the encoder cannot go beside it"
+
 
 class Encoded(NamedTuple):
     """mean: or the only tensor. spread: None where there is one tensor alone. meaning: of the spread, one of
@@ -151,11 +153,11 @@ def _read_sequence(output: tuple[Any, ...] | list[Any]) -> Encoded:
     if len(output) == 1:
         return read_encoded(output[0])
     if len(output) != 2 or not all(isinstance(part, Tensor) for part in output):
-        raise ExportError(
-            f"the encoder returns {_say(output)}; {RULE} (an encoder of a bundle does not sample: leave z out)"
-        )
+        alike = {part.shape if isinstance(part, Tensor) else None for part in output}
+        hint = "an encoder of a bundle does not sample: leave z out" if len(alike) == 1 else _ALONE
+        raise ExportError(f"the encoder returns {_say(output)}; {RULE} ({hint})")
     if output[0].shape != output[1].shape:
-        raise ExportError(f"the encoder returns {_say(output)}; mean and logvar have the same shape")
+        raise ExportError(f"the encoder returns {_say(output)}; mean and logvar have the same shape ({_ALONE})")
     return Encoded(output[0], output[1])
 
 

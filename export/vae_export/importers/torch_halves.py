@@ -43,18 +43,25 @@ def encode(network: nn.Module, x: Tensor, signed: bool, reading: Reading) -> Any
 def decode(network: nn.Module, z: Tensor, signed: bool) -> Tensor:
     """Latents through a decoder that gives [-1, 1] where `signed` -> images around [0, 1]."""
     with without_validation():
-        output = _to_float32(read_reconstruction(network(z)))
+        output = _to_float32(read_reconstruction(network(z)), "decoder")
     return (output + 1) / 2 if signed else output
 
 
 def _in_float32(encoded: Encoded) -> Encoded:
     spread = encoded.spread
-    return Encoded(_to_float32(encoded.mean), None if spread is None else _to_float32(spread), encoded.meaning)
+    return Encoded(
+        _to_float32(encoded.mean, "encoder"),
+        None if spread is None else _to_float32(spread, "encoder"),
+        encoded.meaning,
+    )
 
 
-def _to_float32(x: Tensor) -> Tensor:
+def _to_float32(x: Tensor, half: str) -> Tensor:
     """What a bundle's outputs are in, of any floating type."""
-    return x.float() if x.is_floating_point() and x.dtype != torch.float32 else x
+    if not x.is_floating_point():
+        rule = ": indices of a codebook are no latents" if half == "encoder" else ", images in [0, 1] or vectors"
+        raise ExportError(f"the {half} gives values in {x.dtype}; expected floating point{rule}")
+    return x if x.dtype == torch.float32 else x.float()
 
 
 def require_float32(half: str, network: nn.Module) -> None:

@@ -69,6 +69,21 @@ class Triple(Random):
         mean, logvar = super().encode(x)
         return mean, mean, logvar
 
+class Variance(Random):
+    def encode(self, x):
+        mean, logvar = self.encoder(x).chunk(2, 1)
+        return {"mean": mean, "var": logvar}
+
+class Indices(Random):
+    def encode(self, x):
+        return self.encoder(x).argmax(1, keepdim=True)
+
+class Bytes(Networks):
+    def encode(self, x):
+        return self.encoder(x).chunk(2, 1)
+    def decode(self, z):
+        return (255 * self.decoder(z)).to(torch.uint8)
+
 class Std(Random):
     def encode(self, x):
         mean, logvar = self.encoder(x).chunk(2, 1)
@@ -413,7 +428,10 @@ def test_a_second_output_that_is_never_negative_is_asked_about() -> None:
         ("Mixing", {}, ExportError, "mixes the rows of a batch"),
         ("Odd", {}, ExportError, "the encoder returns str; expected"),
         ("Networks", {"kind": "autoencoder"}, InputError, "--kind is 'autoencoder', but the encoder returns a mean"),
-        ("Networks", {"spread": "std"}, InputError, "--spread is 'std', but the encoder gives -"),
+        ("Indices", {}, ExportError, "the encoder gives values in torch.int64; expected floating point: indices of a"),
+        ("Bytes", {}, ExportError, r"the decoder gives values in torch.uint8; expected floating point, images in \[0"),
+        ("Variance", {}, InputError, "^the encoder names its second output 'variance', but it has values from -.*neg"),
+        ("Networks", {"spread": "std"}, InputError, "^--spread is 'std', but it has values from -"),
         ("Networks", {"spread": "sigma"}, InputError, "--spread is 'sigma'; expected one of"),
         ("Methods", {"spread": "logvar"}, InputError, "--spread is 'logvar', but the encoder names it std"),
         ("vectors", {"shape": (6,), "kind": "vae"}, InputError, "--kind is 'vae', but the encoder returns one tensor"),
@@ -705,7 +723,10 @@ def test_forms_of_a_reconstruction(output: Any) -> None:
     ("output", "message"),
     [
         ((MEAN, LOGVAR, MEAN), "3 values of shapes .1, 2., .1, 2., .1, 2.; expected .mean, logvar."),
-        ((MEAN, LOGVAR[:, :1]), "mean and logvar have the same shape"),
+        ((MEAN, LOGVAR, MEAN), "leave z out.$"),
+        ((MEAN, LOGVAR[:, :1]), "mean and logvar have the same shape .a decoder of a bundle gets the latent alone"),
+        ((MEAN, LOGVAR, LOGVAR[:, :1]), "a decoder of a bundle gets the latent alone: features of the encoder cannot"),
+        ((MEAN, LOGVAR, [MEAN]), "a decoder of a bundle gets the latent alone: features of the encoder cannot go"),
         ((MEAN, "x"), "2 values of shapes .1, 2., str"),
         (
             {"a": MEAN, "b": LOGVAR},

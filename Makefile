@@ -19,9 +19,10 @@ demo: .venv/installed .venv-edge/installed
 	.venv-edge/bin/vae-run sample $(DEMO)/digits.vae --seed 0 --output $(DEMO)/samples.png --force
 	.venv-edge/bin/vae-bench $(DEMO)/digits.vae --batch 1,32 --threads 1
 
-# Two processes with one thread each: as fast as one with two, and steadier.
+# Two processes with one thread each: as fast as one with two, and steadier. Byte code is written, or each of the many
+# processes that tests start would compile the packages anew.
 test: .venv/installed
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # A GPU may be slow or quick: work is done as late as it may be, then at once.
 STAND_IN := $(CURDIR)/.cuda-stand-in

@@ -82,7 +82,7 @@ def report(tiny: Path) -> RaceReport:
         planted("torch-reduce-overhead-cuda-fp16"),
     )
     with a_gpu():
-        return race([tiny], on_cuda(budget=3, rounds=6), competitors=field)
+        return race([tiny], on_cuda(budget=1.5, rounds=6), competitors=field)
 
 
 def test_everyone_is_compared_within_his_precision(report: RaceReport) -> None:

@@ -231,8 +231,12 @@ def sample(
         batches = vae.sample_batches(count, seed, temperature, prior=prior, truncation=truncation, size=size)
         shape = spec.example_shape if size is None else (spec.example_shape[0], *size)
         with sinks.open_sink(output, spec, count, force, shape=shape, form=form) as sink:
+            drawn = 0
             for batch in batches:
                 sink.add(batch, ["#"] * len(batch))
+                drawn += len(batch)
+                if sink.written < drawn:  # one picture shows no more of them
+                    break
     _report(count, output, sink.written)
 
 

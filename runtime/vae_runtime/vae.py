@@ -171,8 +171,8 @@ class VAE:
             raise InputError(f"batch_sizes is {batch_sizes!r}; expected a sequence such as (1, 32)")
         shape = self._input_shape(size)
         shapes = shape, self.manifest.latent_shape(shape)
+        encoder, decoder = self._open_operations()
         for batch in [check_count(count, "a batch size") for count in batch_sizes]:
-            encoder, decoder = self._open_operations()
             for operation, one in zip((encoder, decoder), shapes, strict=True):
                 operation.warm((batch, *one), self._bundle.read)
             encoder.warm_then(decoder, (batch, *shape))

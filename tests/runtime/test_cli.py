@@ -259,6 +259,10 @@ def test_grid_of_too_many_says_how_many_it_shows(tiny_path: Path, tmp_path: Path
     assert result.stdout == f"{tmp_path / 'out.png'}: 256 examples\n"
     assert f"shows the first 256 of {GRID_LIMIT + 44}; name an .npz file or a folder for all" in result.stderr
     assert read_png(tmp_path / "out.png").shape == (16 * 66 + 2, 16 * 66 + 2)
+    few = (tmp_path / "out.png").read_bytes()
+    result = run("sample", tiny_path, "-n", 10**12, "--output", tmp_path / "many.png")  # no more are drawn than shown
+    assert "shows the first 256 of 1000000000000" in result.stderr
+    assert (tmp_path / "many.png").read_bytes() == few
 
 
 def test_reconstruct_shows_originals_above_their_reconstructions(

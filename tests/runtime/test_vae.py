@@ -610,8 +610,9 @@ def test_what_cannot_be_pickled_says_what_to_do(tiny: VAE, duplicate: Any) -> No
 def test_warmup_of_a_closed_bundle_is_refused(tiny_path: Path) -> None:
     vae = VAE.load(tiny_path)
     vae.close()
-    with pytest.raises(ClosedError):
-        vae.warmup()
+    for sizes in ([1], []):
+        with pytest.raises(ClosedError):
+            vae.warmup(sizes)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits its address space, as Linux does it")

@@ -254,6 +254,10 @@ EXACT: dict[str, Callable[[Network], Network]] = {
     "shortcut": lambda n: two_shortcuts(n.conv(3, 2)),
     "pools": lambda n: n.conv(3).add("MaxPool", kernel_shape=[2, 2], strides=[2, 2]).conv(3),
     "ceil": lambda n: n.add("MaxPool", kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1).conv(3),
+    "ceil-padded": lambda n: n.add("MaxPool", kernel_shape=[3, 3], strides=[2, 2], pads=[0, 0, 1, 1], ceil_mode=1).conv(
+        3
+    ),
+    "enlarged-valid": lambda n: n.conv(3, pads=[0] * 4).nearest().pad(2, 2).conv(3),
     "up-and-down": lambda n: n.transposed(4, 2, 1).conv(3).conv(4, 2, [1] * 4).conv(4, 2, [1] * 4),
     "valid-then-pad": lambda n: n.conv(5, pads=[0] * 4).conv(3, pads=[0] * 4).pad(3, 3),
     "channels": joined_and_split,

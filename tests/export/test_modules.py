@@ -166,7 +166,11 @@ CLASS_RULE = r"encoder is the class Encoder; expected a torch.nn.Module, or a me
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"encoder": Encoder("triple")}, ExportError, "the encoder returns 3 values of shapes .* leave z out"),
+        (
+            {"encoder": Encoder("triple")},
+            ExportError,
+            "the encoder returns 3 values of shapes .*leave out what is more",
+        ),
         ({"encoder": Encoder("random")}, ExportError, "the encoder gives other values for the same input in a second"),
         (
             {"encoder": Encoder("norm")},
@@ -193,7 +197,7 @@ CLASS_RULE = r"encoder is the class Encoder; expected a torch.nn.Module, or a me
         ({"encoder": Encoder("moments"), "kind": "autoencoder"}, InputError, "kind is 'autoencoder', but the encoder"),
         ({"kind": "autoencoder"}, InputError, "kind is 'autoencoder', but the encoder returns a mean and a spread"),
         ({"spread": "sigma"}, InputError, "spread is 'sigma'; expected one of logvar, log_std, std, variance"),
-        ({"spread": "std"}, InputError, "spread is 'std', but it has values from -.*; a std is never negative"),
+        ({"spread": "std"}, InputError, "spread is 'std', but that has values from -.*; a std is never negative"),
         (
             {"encoder": Encoder("normal"), "spread": "logvar"},
             InputError,

@@ -20,6 +20,8 @@ from vae_export.verify import Reference
 MEANS = np.array([0.2, 0.5, 0.8], np.float32)[:, None, None]
 IMAGES = MEANS + np.random.default_rng(0).uniform(-0.2, 0.2, (6, 3, 4, 4)).astype(np.float32)
 VECTORS = np.random.default_rng(0).normal([-50, 0, 70], [1, 20, 3], (40, 3)).astype(np.float32)
+DARK_FIRST = np.random.default_rng(0).uniform(0, 0.4, (48, 1, 4, 4)).astype(np.float32)
+DARK_FIRST[16:] += 0.6
 
 
 class Function(nn.Module):
@@ -43,6 +45,7 @@ def check(x: np.ndarray, decode: Callable[[torch.Tensor], torch.Tensor], real: b
     ("x", "decode", "said"),
     [
         (IMAGES, lambda z: 1.05 - 0.05 * z, r"than one colour for all of them is: their mean squared error is 0\.3\d"),
+        (DARK_FIRST, lambda z: torch.where(z < 0.5, z, 0.0), "than one colour for all of them is"),
         (VECTORS, lambda z: -z, r"than their mean is: their mean squared error is .*, 1\d\d\.\d times as large; the m"),
     ],
 )
@@ -58,10 +61,12 @@ def test_they_are_warned_of(x: np.ndarray, decode: Callable[[torch.Tensor], torc
         (IMAGES, lambda z: 0 * z + torch.from_numpy(MEANS)),
         (IMAGES, lambda z: torch.where(z < 0.05, -3.0, z)),
         (VECTORS, lambda z: 0 * z + torch.from_numpy(VECTORS.mean(0))),
+        (VECTORS[:8], lambda z: 0 * z + torch.from_numpy(np.float32([-50, 0, 70]))),
         (VECTORS[:7], lambda z: -z),
+        (0.9 + 0.001 * IMAGES, lambda z: z + 0.003),
         (0 * IMAGES, lambda z: z + 0.5),
     ],
-    ids=["exact", "mean image", "cut", "mean vector", "few vectors", "black"],
+    ids=["exact", "mean image", "cut", "mean vector", "by 8 vectors", "few vectors", "faint", "black"],
 )
 def test_others_are_not(x: np.ndarray, decode: Callable[[torch.Tensor], torch.Tensor]) -> None:
     with warnings.catch_warnings():

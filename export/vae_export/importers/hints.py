@@ -31,19 +31,24 @@ def refuse_weights(source: str) -> None:
 
     Nothing in the file is run.
     """
-    from .pickled import read_pickled
+    from .pickled import describe, read_pickled
     from .safetensors_header import is_safetensors
     from .state_dict import holds_tensors
 
     path = Path(source)
     try:
-        found = is_safetensors(path) or holds_tensors(read_pickled(path))
+        content = None if is_safetensors(path) else read_pickled(path)
     except (CheckpointError, OSError, ValueError):
         return
-    if found:
+    if content is None or holds_tensors(content):
         raise InputError(
             f"{source} holds weights alone, without the network that they are of; pass what returns that as"
             f" package.module:factory, and --weights {source}"
+        )
+    if not isinstance(content, dict):
+        raise InputError(
+            f"{source} holds {describe(content)}, which is no model; pass what returns a network as"
+            " package.module:factory, and its state_dict() in a file as --weights FILE"
         )
 
 

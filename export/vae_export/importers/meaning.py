@@ -41,7 +41,7 @@ def settle_meaning(named: str | None, least: float, options: ImportOptions) -> s
         )
     if meaning in ("std", "variance") and least < 0:
         who = f"{flag(options, 'spread')} is" if named is None else "the encoder names its second output"
-        raise InputError(f"{who} {meaning!r}, but it has values from {least:.2g}; a {meaning} is never negative")
+        raise InputError(f"{who} {meaning!r}, but that has values from {least:.2g}; a {meaning} is never negative")
     return meaning or "logvar"
 
 

@@ -36,7 +36,10 @@ RULE = (
     " std or variance"
 )
 
-_ALONE = "a decoder of a bundle gets the latent alone: features of the encoder cannot go beside it"
+_NO_MORE = (
+    "leave out what is more, as a sample z, which the runtime draws, or features for the decoder, which gets the latent"
+    " alone"
+)
 
 
 class Encoded(NamedTuple):
@@ -153,11 +156,9 @@ def _read_sequence(output: tuple[Any, ...] | list[Any]) -> Encoded:
     if len(output) == 1:
         return read_encoded(output[0])
     if len(output) != 2 or not all(isinstance(part, Tensor) for part in output):
-        alike = {part.shape if isinstance(part, Tensor) else None for part in output}
-        hint = "an encoder of a bundle does not sample: leave z out" if len(alike) == 1 else _ALONE
-        raise ExportError(f"the encoder returns {_say(output)}; {RULE} ({hint})")
+        raise ExportError(f"the encoder returns {_say(output)}; {RULE} ({_NO_MORE})")
     if output[0].shape != output[1].shape:
-        raise ExportError(f"the encoder returns {_say(output)}; mean and logvar have the same shape ({_ALONE})")
+        raise ExportError(f"the encoder returns {_say(output)}; mean and logvar have the same shape ({_NO_MORE})")
     return Encoded(output[0], output[1])
 
 

@@ -3,10 +3,12 @@ with `weights_only`, and in place of all other classes and functions stands one 
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,21 @@ from vae_runtime.errors import CheckpointError
 from .weights import require_file
 
 _PARTS = ("_parameters", "_buffers", "_modules")  # of a torch.nn.Module's state
+_MOST_MODULES = 10_000  # of a network; a small file may name one module within the other without end
+_LOADING = threading.Lock()  # torch keeps what it may load for the whole process
 
 
 class Stranger:
-    """Stands for a pickled object of any class, or for what any function gave, neither of which is loaded. state: what
-    the object was to be filled with."""
+    """Stands for a pickled object of any class, or for what any function gave, neither of which is loaded. arguments,
+    state: what the object was to be made of, and filled with."""
 
+    arguments: tuple[Any, ...] = ()
     state: Any = None
 
     def __new__(cls, *arguments: Any) -> Stranger:
-        return super().__new__(cls)
+        made = super().__new__(cls)
+        made.arguments = arguments
+        return made
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -41,14 +48,13 @@ def read_pickled(path: Path) -> Any:
 
     Raises:
         CheckpointError: the file is missing, damaged, no `torch.save` wrote it, or it has other objects than strangers
-            can stand for.
+            can stand for, as all are in the format of PyTorch before 1.6.
     """
     require_file(path)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _strangers_for_all_in(path):
             warnings.simplefilter("ignore")  # of unusual protocols, before they are refused
-            with torch.serialization.safe_globals(_stand_ins(path)):
-                return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"{path} holds more than plain data and tensors (pickled classes can run code) and was not loaded; save the"
@@ -66,43 +72,69 @@ def read_pickled_dict(path: Path) -> dict[Any, Any]:
     """
     content = read_pickled(path)
     if not isinstance(content, dict):
-        what = content if isinstance(content, Stranger) else f"a {type(content).__name__}"
-        raise CheckpointError(f"{path} holds {what}; expected a dict of weights by name")
+        raise CheckpointError(f"{path} holds {describe(content)}; expected a dict of weights by name")
     return content
 
 
+def describe(content: Any) -> str:
+    """What was read, for an error."""
+    is_strange = isinstance(content, Stranger) or content is Stranger  # which a function is, not called
+    return "a pickled object" if is_strange else f"a {type(content).__name__}"
+
+
 def weights_of_network(content: Any) -> dict[str, Tensor] | None:
-    """The weights of a pickled torch.nn.Module, by the names of its state_dict; None of anything else."""
-    return dict(_weights(content, "", ())) if _is_network(content) else None
+    """The weights of a pickled torch.nn.Module, or of the one that it is made of, as torch.compile's is, by the names
+    of its state_dict; None of anything else, or where a module has itself within."""
+    try:
+        if isinstance(content, Stranger) and not _is_network(content):
+            around = [one for one in content.arguments if _is_network(one)]
+            content = around[0] if len(around) == 1 else None
+        return dict(_weights(content)) if _is_network(content) else None
+    except (TypeError, AttributeError, ValueError):  # a state that is no module's after all
+        return None
 
 
 def _is_network(content: Any) -> bool:
-    if not isinstance(content, Stranger) or not isinstance(content.state, Mapping):
+    if not isinstance(content, Stranger) or not isinstance(content.state, dict):
         return False
-    return all(isinstance(content.state.get(part), Mapping) for part in _PARTS)
+    return all(isinstance(content.state.get(part), dict) for part in _PARTS)
 
 
-def _weights(network: Stranger, prefix: str, around: tuple[Stranger, ...]) -> Iterator[tuple[str, Tensor]]:
-    """around: the networks that this one is in, and should not be around again, as a damaged file may have it."""
-    parameters, buffers, modules = (network.state[part] for part in _PARTS)
-    left_out = network.state.get("_non_persistent_buffers_set", ())
-    kept = {name: value for name, value in buffers.items() if name not in left_out}
-    for name, value in {**parameters, **kept}.items():
-        if isinstance(value, Tensor):  # else None, for a bias that there is not
-            yield f"{prefix}{name}", value.detach()
-    for name, module in modules.items():
-        if _is_network(module) and module not in (network, *around):
-            yield from _weights(module, f"{prefix}{name}.", (network, *around))
+def _weights(network: Stranger) -> Iterator[tuple[str, Tensor]]:
+    """Raises: ValueError: there are too many modules."""
+    left = [("", network)]
+    for _ in range(_MOST_MODULES):
+        if not left:
+            return
+        prefix, module = left.pop()
+        parameters, buffers, modules = (module.state[part] for part in _PARTS)
+        left_out = module.state.get("_non_persistent_buffers_set", ())
+        for name, value in (*dict.items(parameters), *dict.items(buffers)):
+            if isinstance(value, Tensor) and name not in left_out:  # None: a bias that there is not
+                yield f"{prefix}{name}", value
+        left += [(f"{prefix}{name}.", one) for name, one in dict.items(modules) if _is_network(one)]
+    raise ValueError
 
 
-def _stand_ins(path: Path) -> list[Any]:
-    """What torch takes in place of everything that it would refuse. It finds that in files of its present format; of
-    older ones, it goes on to refuse it."""
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # no such file, or a damaged one, which loading tells
-        return []
-    return [(_mapping if name == "collections.defaultdict" else Stranger, name) for name in names]
+@contextlib.contextmanager
+def _strangers_for_all_in(path: Path) -> Iterator[None]:
+    """Have torch take a `Stranger` for all that it would refuse, also what others have told it to load. What a file of
+    the present format names, it tells; of older ones, it goes on to refuse all."""
+    with _LOADING:
+        told = torch.serialization.get_safe_globals()
+        torch.serialization.clear_safe_globals()
+        try:
+            with contextlib.suppress(Exception):  # no such file, or a damaged one, which loading tells
+                names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+                torch.serialization.add_safe_globals([(_stand_in(name), name) for name in names])
+            yield
+        finally:
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(told)
+
+
+def _stand_in(name: str) -> Any:
+    return _mapping if name == "collections.defaultdict" else Stranger
 
 
 def _mapping(*arguments: Any) -> OrderedDict[Any, Any]:

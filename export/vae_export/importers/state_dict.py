@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import logging
-from collections.abc import Collection, Mapping
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,92 +13,126 @@ from torch import Tensor, nn
 
 from vae_runtime.errors import CheckpointError
 
+from ..quality import ExportWarning
 from ..reason import some
-from .pickled import Stranger, read_pickled, weights_of_network
+from .pickled import describe, read_pickled, weights_of_network
 from .safetensors_header import is_safetensors
+from .torch_program import sort_of
 from .weights import assign, read_safetensors
 
 HOLDERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "module", "vae")
 COMPILED = "_orig_mod."  # what torch.compile puts before the names of a module's weights
+AVERAGED = "n_averaged"  # what torch.optim.swa_utils.AveragedModel counts beside the weights
+_EXPECTED = "expected weights by name, or the network that has them"
 
-_log = logging.getLogger(__name__)
+
+class LeftOutWeightsWarning(ExportWarning):
+    """A file of weights has some for which the network has no place, and that were not put before others of its own."""
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
     """Fill `module` with the weights in a file: .safetensors, or what torch.save wrote of a state_dict, of a checkpoint
     with one, or of a network. Nothing that is pickled in it is run.
 
+    Warns of a `LeftOutWeightsWarning` where it has others beside all that `module` takes.
+
     Raises:
         CheckpointError: it cannot be read or does not fit; what is wrong is named.
         MissingExtraError: it is a safetensors file and safetensors is not installed.
     """
     try:
-        content = read_safetensors(path, "safetensors") if is_safetensors(path) else read_pickled(path)
+        content = read_safetensors(path, "safetensors") if is_safetensors(path) else _read(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     names = {name.replace(COMPILED, ""): name for name in module.state_dict()}
-    found = {name.replace(COMPILED, ""): value for name, value in _find_tensors(content, names, path).items()}
-    found = _without_prefix(found, names)
-    assign(module, {names.get(name, name): value for name, value in found.items()}, path)
+    left_out: list[str] = []
+    found = _find_tensors(content, names, path, left_out)
+    if left_out := [name for name in left_out if name != AVERAGED]:
+        warnings.warn(
+            f"of {path}, {some(left_out)} are left out, for which the network has no place; if they belong to the"
+            " model, have the factory return what has them all",
+            LeftOutWeightsWarning,
+            stacklevel=2,
+        )
+    assign(module, _renamed(found, lambda name: names.get(name, name)), path)
 
 
 def holds_tensors(content: Any) -> bool:
-    """Whether what was read is a dict of tensors, or has one under a usual key, and is no checkpoint of ours; or is a
-    network."""
-    if isinstance(content, Mapping) and "format" in content:
-        return False
-    return _state_dict(content) is not None or any(key in HOLDERS for key in _holders(content))
-
-
-def _find_tensors(content: Any, wanted: Collection[str], path: Path) -> dict[str, Tensor]:
-    """The dict of tensors in what was read: itself; or those of the network's parts, each under its name; or the one
-    under a usual key, or the only one."""
-    if (own := _state_dict(content)) is not None:
-        return own
+    """Whether what was read is a dict of tensors, or has some in it, and is no checkpoint of ours; or is a network."""
     if not isinstance(content, Mapping):
-        what = "a pickled object" if isinstance(content, Stranger) else f"a {type(content).__name__}"
-        raise CheckpointError(f"{path} holds {what}; expected weights by name, or the network that has them")
+        return weights_of_network(content) is not None
+    return "format" not in content and (_state_dict(content) is not None or bool(_holders(content)))
+
+
+def _read(path: Path) -> Any:
+    if (sort := sort_of(path)) is not None:
+        raise CheckpointError(f"{path} is a {sort} program; {_EXPECTED}")
+    return read_pickled(path)
+
+
+def _find_tensors(content: Any, wanted: Collection[str], path: Path, left_out: list[str]) -> OrderedDict[str, Tensor]:
+    """The tensors in what was read, by the names that the network has: those of itself; or of the network's parts, each
+    under its name; or those under a usual key, or the only one. left_out: gets the names of others beside them."""
+    if (own := _state_dict(content)) is not None:
+        return _without_prefix(own, wanted, left_out)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{path} holds {describe(content)}; expected weights by name, or the network that has them"
+        )
     found = _holders(content)
+    usual = [key for key in found if key in HOLDERS]
     parts = {name.partition(".")[0] for name in wanted}
-    if parts and parts <= found.keys():
-        return {f"{part}.{name}": value for part in sorted(parts) for name, value in found[part].items()}
-    usual = [key for key in found if key in HOLDERS] or list(found)
-    if len(usual) == 1:
-        return found[usual[0]]
-    if usual:
-        raise CheckpointError(f"{path} holds weights under {', '.join(usual)}; save one of them in a file of its own")
-    keys = ", ".join(map(str, list(content)[:8]))
-    raise CheckpointError(f"{path} holds no tensors under {', '.join(HOLDERS)}; its keys are {keys}")
+    if wanted and parts <= found.keys() and parts.issuperset(usual):
+        left_out += [key for key in found if key not in parts]
+        return _joined((part, _of_part(part, found[part], wanted, left_out)) for part in sorted(parts))
+    chosen = usual or list(found)
+    if len(chosen) == 1:
+        return _without_prefix(found[chosen[0]], wanted, left_out)
+    if chosen:
+        raise CheckpointError(f"{path} holds weights under {', '.join(chosen)}; save one of them in a file of its own")
+    others = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if 0 < len(others) < len(content):
+        raise CheckpointError(f"{path} holds {some(others)} beside tensors; save these alone, as by state_dict()")
+    keys = f"its keys are {some(others)}" if others else "it is empty"
+    raise CheckpointError(f"{path} holds no tensors under {', '.join(HOLDERS)}; {keys}")
 
 
-def _holders(content: Mapping[Any, Any]) -> dict[str, dict[str, Tensor]]:
+def _of_part(
+    part: str, weights: OrderedDict[str, Tensor], wanted: Collection[str], left_out: list[str]
+) -> OrderedDict[str, Tensor]:
+    """Those of one of the network's parts, which may have had a wrapper of its own."""
+    own = [name.removeprefix(f"{part}.") for name in wanted if name.startswith(f"{part}.")]
+    return _without_prefix(weights, own, left_out)
+
+
+def _holders(content: Mapping[Any, Any]) -> dict[str, OrderedDict[str, Tensor]]:
     found = {key: _state_dict(value) for key, value in content.items() if isinstance(key, str)}
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _state_dict(content: Any) -> dict[str, Tensor] | None:
-    """A dict of tensors by name, or that of a network."""
-    if not isinstance(content, Mapping):
-        return weights_of_network(content)
-    named = all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
-    return dict(content) if content and named else None
+def _state_dict(content: Any) -> OrderedDict[str, Tensor] | None:
+    """A dict of tensors by name, or that of a network, without what torch.compile did to the names."""
+    weights = content if isinstance(content, Mapping) else weights_of_network(content)
+    if not weights or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()):
+        return None
+    return _renamed(weights, lambda name: name.replace(COMPILED, ""))
 
 
-def _without_prefix(weights: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+def _without_prefix(
+    weights: OrderedDict[str, Tensor], wanted: Collection[str], left_out: list[str]
+) -> OrderedDict[str, Tensor]:
     """The names without what a wrapper put before them, such as "module." of DataParallel and "model." of a
     LightningModule: that under which all are that are wanted, whatever else the wrapper has, such as a loss's own
     weights; else, that which all have in common and which makes the most of them known."""
     if prefix := _prefix_of_all(weights, wanted):
-        others = [name for name in weights if not name.startswith(prefix)]
-        if others:
-            _log.info("of the weights, those under %s are taken, and %s left out", prefix, some(others))
-        return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    columns = zip(*(name.split(".")[:-1] for name in weights), strict=False)
-    parts = [column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns)]
-    prefixes = ["".join(f"{part}." for part in parts[:count]) for count in range(len(parts) + 1)]
-    known = [sum(name.removeprefix(prefix) in wanted for name in weights) for prefix in prefixes]
-    best = prefixes[known.index(max(known))]
-    return {name.removeprefix(best): value for name, value in weights.items()}
+        left_out += [name for name in weights if not name.startswith(prefix)]
+    else:
+        columns = zip(*(name.split(".")[:-1] for name in weights), strict=False)
+        parts = [column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns)]
+        prefixes = ["".join(f"{part}." for part in parts[:count]) for count in range(len(parts) + 1)]
+        known = [sum(name.removeprefix(prefix) in wanted for name in weights) for prefix in prefixes]
+        prefix = prefixes[known.index(max(known))]
+    return _renamed(weights, lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None)
 
 
 def _prefix_of_all(weights: Collection[str], wanted: Collection[str]) -> str | None:
@@ -106,3 +141,29 @@ def _prefix_of_all(weights: Collection[str], wanted: Collection[str]) -> str | N
     prefixes = [name.removesuffix(first) for name in weights if f".{name}".endswith(f".{first}")]
     complete = [prefix for prefix in prefixes if all(prefix + name in weights for name in wanted)]
     return complete[0] if len(complete) == 1 else None
+
+
+def _joined(parts: Iterable[tuple[str, OrderedDict[str, Tensor]]]) -> OrderedDict[str, Tensor]:
+    """The weights of several parts of a network, which have the names of these parts before their own."""
+    joined: OrderedDict[str, Tensor] = OrderedDict()
+    versions: dict[str, Any] = {}
+    for part, weights in parts:
+        named = _renamed(weights, lambda name, part=part: f"{part}.{name}")  # type: ignore[misc]
+        joined |= named
+        versions |= getattr(named, "_metadata", None) or {}
+    joined._metadata = versions  # type: ignore[attr-defined]
+    return joined
+
+
+def _renamed(weights: Mapping[str, Tensor], rename: Callable[[str], str | None]) -> OrderedDict[str, Tensor]:
+    """Weights, and the versions of modules that torch notes beside them, under other names. rename: gets the name of a
+    weight, or of a module with a dot behind it; None: it is left out."""
+    named = ((rename(name), value) for name, value in weights.items())
+    renamed = OrderedDict((name, value) for name, value in named if name is not None)
+    versions = getattr(weights, "_metadata", None)
+    if isinstance(versions, Mapping):
+        modules = ((rename(f"{name}." if name else ""), value) for name, value in versions.items())
+        renamed._metadata = {  # type: ignore[attr-defined]
+            name.removesuffix("."): value for name, value in modules if name is not None
+        }
+    return renamed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,20 +45,25 @@ def _read(path: Path, extra: str, choose: Callable[[Any], Iterable[str]]) -> dic
 def assign(network: nn.Module, weights: Mapping[str, Any], source: Path) -> None:
     """Put weights, as float32, in the place of the network's own, which may be on the device "meta".
 
+    weights: by name; torch's note of the versions of its modules, `_metadata` of a state_dict, is heeded.
+
     Raises:
         CheckpointError: some are missing, unknown, of another shape, or no plain tensors; the message has their names.
     """
+    expected = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
     wrong = {
-        name: f"{name} ({_describe(weights[name])}, expected {_shape(value)})"
-        for name, value in network.state_dict().items()
-        if name in weights and not _fits(weights[name], value)
+        name: f"{name} ({_describe(value)}{f', expected {_shape(expected[name])}' if name in expected else ''})"
+        for name, value in weights.items()
+        if not _fits(value, expected.get(name))
     }
-    fitting = {str(name): _in_float32(value) for name, value in weights.items() if name not in wrong}
+    fitting = OrderedDict((str(name), value) for name, value in weights.items() if name not in wrong)
+    fitting._metadata = getattr(weights, "_metadata", None)  # type: ignore[attr-defined]
     rule = f"{source} does not fit its {type(network).__name__}:"
     try:  # which knows older names too, as weight_g, and what older files had not
         left = network.load_state_dict(fitting, strict=False, assign=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{rule} {str(error).splitlines()[-1].strip()}") from None
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise CheckpointError(f"{rule} {' '.join(lines[1:] or lines)}") from None
     problems = [
         f"{what} {some(names)}"
         for what, names in (
@@ -69,6 +75,7 @@ def assign(network: nn.Module, weights: Mapping[str, Any], source: Path) -> None
     ]
     if problems:
         raise CheckpointError(f"{rule} it {'; it '.join(problems)}")
+    network.float()
 
 
 def require_file(path: Path) -> None:
@@ -77,13 +84,14 @@ def require_file(path: Path) -> None:
         raise CheckpointError(f"{path} is missing")
 
 
-def _in_float32(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _fits(value: Any, expected: Tensor) -> bool:
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized or value.is_complex():
+def _fits(value: Any, expected: Tensor | None) -> bool:
+    """expected: None where the network has no such name, and torch perhaps knows it as an older one."""
+    if not isinstance(value, Tensor):
+        return expected is None
+    if value.layout != torch.strided or value.is_quantized or value.is_complex() or value.is_meta:
         return False
+    if expected is None:
+        return True
     return value.shape == expected.shape and value.is_floating_point() == expected.is_floating_point()
 
 

@@ -10,6 +10,7 @@ import weakref
 from argparse import Namespace
 from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,8 @@ from vae_export.imported import ImportOptions
 from vae_export.importers import factory
 from vae_export.importers.network import Network, UnusedWeightsWarning
 from vae_export.importers.outputs import read_encoded, read_reconstruction
-from vae_export.importers.pickled import read_pickled, weights_of_network
+from vae_export.importers.pickled import Stranger, read_pickled, weights_of_network
+from vae_export.importers.state_dict import LeftOutWeightsWarning
 from vae_export.importers.trial import SIDE
 from vae_runtime.errors import CheckpointError, ExportError, InputError
 
@@ -133,6 +135,19 @@ class CompiledEncoder(Networks):
     def __init__(self):
         super().__init__()
         self.encoder = torch.compile(self.encoder, backend="eager")
+
+class Doubling(nn.Conv2d):
+    """What older versions of it saved is half as large."""
+    _version = 2
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *more):
+        if (local_metadata.get("version") or 1) < 2:
+            state_dict[prefix + "weight"] = 2 * state_dict[prefix + "weight"]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *more)
+
+class Versioned(Methods):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), Doubling(6, 4, 3, 2, 1))
 
 class WeightNorm(Networks):
     def __init__(self):
@@ -424,14 +439,19 @@ def test_a_second_output_that_is_never_negative_is_asked_about() -> None:
     ("name", "options", "error", "message"),
     [
         ("Random", {}, ExportError, "the encoder gives other values for the same input in a second run"),
-        ("Triple", {}, ExportError, "the encoder returns 3 values.*leave z out"),
+        ("Triple", {}, ExportError, "the encoder returns 3 values.*leave out what is more, as a sample z"),
         ("Mixing", {}, ExportError, "mixes the rows of a batch"),
         ("Odd", {}, ExportError, "the encoder returns str; expected"),
         ("Networks", {"kind": "autoencoder"}, InputError, "--kind is 'autoencoder', but the encoder returns a mean"),
         ("Indices", {}, ExportError, "the encoder gives values in torch.int64; expected floating point: indices of a"),
         ("Bytes", {}, ExportError, r"the decoder gives values in torch.uint8; expected floating point, images in \[0"),
-        ("Variance", {}, InputError, "^the encoder names its second output 'variance', but it has values from -.*neg"),
-        ("Networks", {"spread": "std"}, InputError, "^--spread is 'std', but it has values from -"),
+        (
+            "Variance",
+            {},
+            InputError,
+            "^the encoder names its second output 'variance', but that has values from -.*neg",
+        ),
+        ("Networks", {"spread": "std"}, InputError, "^--spread is 'std', but that has values from -"),
         ("Networks", {"spread": "sigma"}, InputError, "--spread is 'sigma'; expected one of"),
         ("Methods", {"spread": "logvar"}, InputError, "--spread is 'logvar', but the encoder names it std"),
         ("vectors", {"shape": (6,), "kind": "vae"}, InputError, "--kind is 'vae', but the encoder returns one tensor"),
@@ -549,7 +569,11 @@ def in_a_wrapper(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
         lambda model: model,
         lambda model: {"epoch": 1, "network": model},
         lambda model: torch.optim.swa_utils.AveragedModel(model).state_dict(),
+        lambda model: torch.compile(model),
         lambda model: torch.compile(model).state_dict(),
+        lambda model: {
+            half: torch.nn.DataParallel(getattr(model, half)).state_dict() for half in ("encoder", "decoder")
+        },
         lambda model: {name.replace(".", "._orig_mod.", 1): value for name, value in model.state_dict().items()},
         lambda model: beside_other_things(model.state_dict()),
         lambda model: {"state_dict": in_a_wrapper(model.state_dict()), "optimizer": {"state": {}}},
@@ -564,7 +588,9 @@ def in_a_wrapper(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
         "network",
         "network-in-dict",
         "averaged",
+        "whole-compiled",
         "compiled",
+        "parallel-halves",
         "parts-compiled",
         "training",
         "loss",
@@ -585,7 +611,6 @@ def test_files_that_training_leaves(name: str, pack: Callable[[Any], Any]) -> No
 
 
 def test_a_pickled_network_has_the_weights_of_its_state_dict(tmp_path: Path) -> None:
-    """A module within itself, as damage may have it, is not followed."""
     network = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 3, bias=False))
     network.register_buffer("left_out", torch.ones(1), persistent=False)
     torch.save(network, tmp_path / "network.pt")
@@ -594,11 +619,86 @@ def test_a_pickled_network_has_the_weights_of_its_state_dict(tmp_path: Path) -> 
     assert {name: value.tolist() for name, value in read.items()} == {
         name: value.tolist() for name, value in network.state_dict().items()
     }
+
+
+def within_itself() -> torch.nn.Module:
+    network = torch.nn.Sequential(torch.nn.Linear(1, 1))
     network[0].add_module("around", network)
-    torch.save(network, tmp_path / "damaged.pt")
-    again = weights_of_network(read_pickled(tmp_path / "damaged.pt"))
-    assert again is not None
-    assert again.keys() == read.keys()
+    return network
+
+
+def shared_at_every_level() -> torch.nn.Module:
+    """Little in the file, and twice as much of it at each level."""
+    network: torch.nn.Module = torch.nn.Linear(1, 1)
+    for _ in range(40):
+        network = torch.nn.Sequential(network, network)
+    return network
+
+
+def of_another_state() -> torch.nn.Module:
+    network = torch.nn.Linear(1, 1)
+    network._non_persistent_buffers_set = 5
+    return network
+
+
+@pytest.mark.parametrize("make", [within_itself, shared_at_every_level, of_another_state])
+def test_networks_that_no_module_is_have_no_weights(make: Callable[[], torch.nn.Module], tmp_path: Path) -> None:
+    torch.save(make(), tmp_path / "damaged.pt")
+    assert weights_of_network(read_pickled(tmp_path / "damaged.pt")) is None
+
+
+def test_what_torch_may_load_stays_as_it_was_also_in_other_threads(tmp_path: Path) -> None:
+    torch.save({"args": Namespace(), "loud": _Loud()}, tmp_path / "a.pt")
+    with torch.serialization.safe_globals([_Loud]):
+        before = set(torch.serialization.get_safe_globals())
+        with ThreadPoolExecutor(4) as pool:
+            read = list(pool.map(lambda _: read_pickled(tmp_path / "a.pt"), range(40)))
+        assert {type(one["loud"]) for one in read} == {Stranger}  # it is not run, though others have told torch to
+        assert set(torch.serialization.get_safe_globals()) == before
+        (tmp_path / "b.pt").write_bytes(b"PK")
+        with pytest.raises(CheckpointError):
+            read_pickled(tmp_path / "b.pt")
+        assert set(torch.serialization.get_safe_globals()) == before
+
+
+def test_versions_that_torch_notes_beside_weights_are_heeded() -> None:
+    load("Networks")
+    model = sys.modules[MODULE].Versioned()
+    x = noise(2, 3, 16, 16)
+    wanted = expected(model.eval(), x)[0]
+    wrapped = torch.nn.Sequential()
+    wrapped.add_module("model", model)
+    torch.save(wrapped.state_dict(), "wrapped.pt")
+    torch.save({half: getattr(model, half).state_dict() for half in ("encoder", "decoder")}, "halves.pt")
+    for file in ("wrapped.pt", "halves.pt"):
+        np.testing.assert_allclose(load("Versioned", weights=file).halves.encode(x)["mean"], wanted, atol=1e-6)
+
+
+def test_weights_without_a_place_are_warned_of_but_the_counter_of_averages() -> None:
+    load("Networks")
+    model = networks()
+    torch.save(in_a_wrapper(model.state_dict()), "wrapped.pt")
+    with pytest.warns(LeftOutWeightsWarning, match=r"of wrapped.pt, loss.scale are left out, for which the network"):
+        load("Networks", weights="wrapped.pt")
+    halves = {half: getattr(model, half).state_dict() for half in ("decoder", "encoder")}
+    torch.save(halves | {"norm": {"mean": torch.zeros(1)}}, "halves.pt")
+    with pytest.warns(LeftOutWeightsWarning, match=r"of halves.pt, norm are left out"):
+        load("Networks", weights="halves.pt")
+    torch.save(torch.optim.swa_utils.AveragedModel(model).state_dict(), "averaged.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LeftOutWeightsWarning)
+        load("Networks", weights="averaged.pt")
+
+
+def test_a_usual_key_comes_before_others() -> None:
+    load("Networks")
+    model, other = networks(), networks(seed=5)
+    halves = {half: getattr(other, half).state_dict() for half in ("encoder", "decoder")}
+    x = noise(2, 3, 16, 16)
+    for beside in ({"ema": other.state_dict()}, halves):
+        torch.save({**beside, "model": model.state_dict()}, "both.pt")
+        loaded = load("Networks", weights="both.pt")
+        np.testing.assert_allclose(loaded.halves.encode(x)["mean"], expected(model, x)[0], atol=1e-6)
 
 
 def test_names_of_older_torch_are_understood() -> None:
@@ -611,6 +711,9 @@ def test_names_of_older_torch_are_understood() -> None:
     loaded = load("WeightNorm", weights="old.pt")
     np.testing.assert_allclose(loaded.halves.encode(x)["mean"], expected(model, x)[0], atol=1e-6)
     torch.save(model.state_dict() | {"encoder.0.weight_g": torch.ones(5, 1, 1, 1)}, "wrong.pt")
+    torch.save(model.state_dict() | {"encoder.0.weight_g": torch.ones(6, 1, 1, 1) * 1j}, "complex.pt")
+    with pytest.raises(CheckpointError, match=r"wrong shape or type in encoder.0.weight_g \(6×1×1×1 complex64\)"):
+        load("WeightNorm", weights="complex.pt")
     with pytest.raises(CheckpointError, match=r"does not fit its WeightNorm: size mismatch for encoder.0.*5, 1, 1, 1"):
         load("WeightNorm", weights="wrong.pt")
 
@@ -622,9 +725,13 @@ def test_names_of_older_torch_are_understood() -> None:
         ({"a": {"a": torch.zeros(1)}, "b": {"a": torch.zeros(1)}}, "holds weights under a, b; save one of them"),
         ({"epoch": 3, "losses": [0.1]}, "holds no tensors under state_dict.*its keys are epoch, losses"),
         ([torch.zeros(1)], "holds a list; expected weights by name"),
+        (torch.tanh, "holds a pickled object; expected weights by name"),
+        ({}, "; it is empty$"),
+        ({"encoder.0.bias": torch.zeros(1), "epoch": 3}, "holds epoch beside tensors; save these alone"),
+        (shared_at_every_level(), "holds a pickled object; expected weights by name"),
         (Namespace(a=torch.zeros(1)), "holds a pickled object; expected weights by name"),
         (torch.nn.Linear(2, 1), "lacks .*; it has the unknown weight, bias$"),
-        ({"encoder.0.bias": Namespace()}, "holds no tensors under state_dict"),
+        ({"encoder.0.bias": Namespace()}, "holds no tensors under state_dict.*; its keys are encoder.0.bias"),
     ],
 )
 def test_files_whose_weights_are_not_found(content: Any, message: str) -> None:
@@ -723,10 +830,10 @@ def test_forms_of_a_reconstruction(output: Any) -> None:
     ("output", "message"),
     [
         ((MEAN, LOGVAR, MEAN), "3 values of shapes .1, 2., .1, 2., .1, 2.; expected .mean, logvar."),
-        ((MEAN, LOGVAR, MEAN), "leave z out.$"),
-        ((MEAN, LOGVAR[:, :1]), "mean and logvar have the same shape .a decoder of a bundle gets the latent alone"),
-        ((MEAN, LOGVAR, LOGVAR[:, :1]), "a decoder of a bundle gets the latent alone: features of the encoder cannot"),
-        ((MEAN, LOGVAR, [MEAN]), "a decoder of a bundle gets the latent alone: features of the encoder cannot go"),
+        ((MEAN, LOGVAR, MEAN), "leave out what is more, as a sample z"),
+        ((MEAN, LOGVAR[:, :1]), "mean and logvar have the same shape .leave out what is more"),
+        ((MEAN, LOGVAR, LOGVAR[:, :1]), "features for the decoder, which gets the latent alone"),
+        ((MEAN, LOGVAR, [MEAN]), "features for the decoder, which gets the latent alone"),
         ((MEAN, "x"), "2 values of shapes .1, 2., str"),
         (
             {"a": MEAN, "b": LOGVAR},

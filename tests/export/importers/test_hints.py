@@ -26,6 +26,10 @@ def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.save(network.state_dict(), "state.pth")
     torch.save({"epoch": 1, "model": network.state_dict()}, "checkpoint.ckpt")
     torch.save({"lr": 1.0}, "other.pt")
+    torch.save({"gen": network}, "gen.pt")
+    torch.save([torch.zeros(1)], "list.pt")
+    torch.save(torch.zeros(1), "tensor.pt")
+    torch.save(torch.tanh, "function.pt")
     torch.jit.save(torch.jit.trace(network, torch.rand(1, 2)), "script.pt")
     save(parser.parse_model('<ir_version: 8, opset_import: ["" : 17]> g (float[N] x) => (float[N] y) { y = Tanh(x) }'),
          "model.onnx")  # fmt: skip
@@ -44,6 +48,10 @@ WEIGHTS = "holds weights alone, without the network that they are of; pass what 
         ("whole.pt", f"whole.pt {WEIGHTS}, and --weights whole.pt"),
         ("state.pth", f"state.pth {WEIGHTS}, and --weights state.pth"),
         ("checkpoint.ckpt", f"checkpoint.ckpt {WEIGHTS}, and --weights checkpoint.ckpt"),
+        ("gen.pt", f"gen.pt {WEIGHTS}, and --weights gen.pt"),
+        ("list.pt", "list.pt holds a list, which is no model; pass what returns a network as package.module:factory"),
+        ("tensor.pt", "tensor.pt holds a Tensor, which is no model; pass what returns"),
+        ("function.pt", "function.pt holds a pickled object, which is no model; pass what returns"),
         ("model.onnx", f"model.onnx is one ONNX file; {TWO}"),
         ("script.pt", f"script.pt is one TorchScript program; {TWO}"),
         ("zoo/models.py", "zoo/models.py is a Python file; pass its module .*, as in zoo.models:factory"),

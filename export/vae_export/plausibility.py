@@ -60,8 +60,8 @@ def _warn_of_poor(x: Float32, reconstructed: Float32) -> None:
         warnings.warn(
             f"the reconstructions of real inputs are further from them than {what}: their mean squared error is"
             f" {error:.2g}, {error / constant:.1f} times as large; the model is not trained, or not on such inputs, or"
-            " its latents tell nothing, or it has another range, or another meaning of its outputs, than is said"
-            " (--input-range, --logits, --spread)",
+            " its latents tell nothing, or a part of it is missing here, or it has another range, or another meaning of"
+            " its outputs, than is said (--input-range, --logits, --spread)",
             PoorReconstructionWarning,
             stacklevel=5,
         )

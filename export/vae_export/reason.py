@@ -43,6 +43,11 @@ def tracing_reason(error: BaseException) -> str:
     """The same where torch cannot trace a network: in terms of its code, not of the tracer, where that is known."""
     first = innermost(error)
     text = str(first)
+    if any(frame.name == "_detect_is_causal_mask" for frame in traceback.extract_tb(first.__traceback__)):
+        return (
+            "torch looks into a mask to see whether it is causal, which no graph can; say so with is_causal=True, or of"
+            " a decoder with tgt_is_causal=True"
+        )
     if "data-dependent" in text.lower():
         return (
             f"its code decides by the values of a tensor{_place(first)}, in an if, a loop or a check, which no graph"

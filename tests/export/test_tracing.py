@@ -86,3 +86,32 @@ def test_code_that_no_graph_can_follow_is_named(
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
     assert list(tmp_path.iterdir()) == []
+
+
+class Masked(nn.Module):
+    """Rows of an image that attend to those before them."""
+
+    def __init__(self, is_causal: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.attend, self.is_causal = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), is_causal
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        mask = nn.Transformer.generate_square_subsequent_mask(8)
+        rows = self.attend(x.flatten(1, 2), mask=mask, is_causal=self.is_causal)
+        return rows.flatten(1)[:, :6].chunk(2, dim=1)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return z.repeat(1, 22)[:, :64].sigmoid().view(-1, 1, 8, 8)
+
+
+def test_a_causal_mask_is_told_of(tmp_path: Path) -> None:
+    model = Masked(is_causal=None).eval()
+    with pytest.raises(ExportError, match="torch looks into a mask to see whether it is causal.*with is_causal=True"):
+        export_bundle(model.encode, model.decode, tmp_path / "a.vae", examples=X)
+    model.is_causal = True
+    export_bundle(model.encode, model.decode, tmp_path / "a.vae", examples=X)
+    with VAE.load(tmp_path / "a.vae") as vae, torch.no_grad():
+        expected = model.encode(torch.from_numpy(X))[0].numpy()
+        np.testing.assert_allclose(vae.encode(X).mean, expected, atol=1e-5)

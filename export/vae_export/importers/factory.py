@@ -25,9 +25,11 @@ from .options import FLAGS, check_options, require_shape
 from .trial import noise, try_out
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 KIND = "factory"
+_DERIVED = re.compile("_(g|v|orig)$")  # of what weight_norm, spectral_norm and pruning make anew at each call
 _NAME = r"[A-Za-z_]\w*"
 _SOURCE = re.compile(rf"({_NAME}(?:\.{_NAME})*):({_NAME}(?:\.{_NAME})*)")
 
@@ -133,8 +135,11 @@ def _digests(network: nn.Module, beside_weights: bool) -> dict[str, bytes]:
     import torch
 
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    owned = {value.untyped_storage().data_ptr() for value in tensors.values() if value.layout == torch.strided}
     for place, module in network.named_modules():
         plain = {name: value for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
+        derived = {_DERIVED.sub("", own) for own in (*module._parameters, *module._buffers)}
+        plain = {name: value for name, value in plain.items() if name not in derived and not _is_view(value, owned)}
         tensors |= {f"{place}.{name}".removeprefix("."): value for name, value in plain.items()}
     filed = network.state_dict().keys() if beside_weights else ()
     found = {}
@@ -144,6 +149,13 @@ def _digests(network: nn.Module, beside_weights: bool) -> dict[str, bytes]:
         data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         found[name] = hashlib.sha256(data.data).digest()
     return found
+
+
+def _is_view(value: torch.Tensor, owned: set[int]) -> bool:
+    """Whether it lies in the memory of one of the network's own, and so follows what is put there."""
+    import torch
+
+    return value.layout == torch.strided and value.untyped_storage().data_ptr() in owned
 
 
 def _require_same(first: dict[str, bytes], second: dict[str, bytes], source: str, weights: str | None) -> None:

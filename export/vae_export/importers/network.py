@@ -20,6 +20,8 @@ from vae_runtime.errors import ExportError
 from ..quality import ExportWarning
 from ..reason import some
 
+# A method before the network that is perhaps a part of what it does.
+_PAIRS = (("encode", "decode"), ("encode", "decoder"), ("encoder", "decode"), ("encoder", "decoder"))
 _CURE = (
     "return a torch.nn.Module with encode and decode and with its networks as attributes or in a ModuleList, or a pair"
     " of modules (encoder, decoder)"
@@ -38,7 +40,7 @@ class Network:
         self._what, self._cure = what, cure
         if isinstance(product, (tuple, list)) and len(product) == 2:
             product = SimpleNamespace(encoder=product[0], decoder=product[1])
-        names = next((names for names in (("encode", "decode"), ("encoder", "decoder")) if _has(product, names)), None)
+        names = next((names for names in _PAIRS if _has(product, names)), None)
         if names is None:
             raise ExportError(
                 f"the factory returns {type(product).__name__}; expected an object with encode and decode, or with"
@@ -118,7 +120,7 @@ class _Reads(TorchDispatchMode):
 
 def _unread(module: nn.Module, read: set[int], name: str) -> Iterator[str]:
     """The names of the largest parts of `module` with none of their parameters among `read`."""
-    parameters = list(module.parameters())
+    parameters = [parameter for parameter in module.parameters() if parameter.numel()]
     if not parameters:
         return
     if all(parameter.untyped_storage().data_ptr() not in read for parameter in parameters):
@@ -126,7 +128,7 @@ def _unread(module: nn.Module, read: set[int], name: str) -> Iterator[str]:
         return
     prefix = f"{name}." if name else ""
     for own, parameter in module.named_parameters(recurse=False):
-        if parameter.untyped_storage().data_ptr() not in read:
+        if parameter.numel() and parameter.untyped_storage().data_ptr() not in read:
             yield f"{prefix}{own}"
     for own, child in module.named_children():
         yield from _unread(child, read, f"{prefix}{own}")
@@ -161,10 +163,15 @@ class _Half(nn.Module):
 
 
 def _whole(product: Any, calls: list[Any]) -> nn.Module:
-    """The module with all weights: of two methods of one object, that object."""
-    owners = [getattr(call, "__self__", None) for call in calls]
-    if owners[0] is not None and owners[0] is owners[1] and not isinstance(product, nn.Module):
+    """The module with all weights: of two methods of one object, or of one and a part of it, that object."""
+    if isinstance(product, nn.Module):
+        return product
+    owners = [getattr(call, "__self__", call) for call in calls]
+    if owners[0] is owners[1]:
         product = owners[0]
+    for one, other in (owners, reversed(owners)):
+        if isinstance(one, nn.Module) and any(other is part for part in one.modules()):
+            product = one
     return product if isinstance(product, nn.Module) else _Parts(product)
 
 

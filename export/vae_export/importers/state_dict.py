@@ -22,6 +22,8 @@ from .weights import assign, read_safetensors
 
 HOLDERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "module", "vae")
 COMPILED = "_orig_mod."  # what torch.compile puts before the names of a module's weights
+# How the names begin of what training has beside the model, as latent-diffusion's and taming-transformers' has.
+FOR_TRAINING = ("loss", "loss_fn", "criterion", "perceptual_loss", "lpips", "discriminator", "model_ema")
 AVERAGED = "n_averaged"  # what torch.optim.swa_utils.AveragedModel counts beside the weights
 _EXPECTED = "expected weights by name, or the network that has them"
 
@@ -49,8 +51,8 @@ def load_weights(module: nn.Module, path: Path) -> None:
     found = _find_tensors(content, names, path, left_out)
     if left_out := [name for name in left_out if name != AVERAGED]:
         warnings.warn(
-            f"of {path}, {some(left_out)} are left out, for which the network has no place; if they belong to the"
-            " model, have the factory return what has them all",
+            f"of {path}, {some(left_out)} are left out, for which the network has no place, or other weights; if they"
+            " are the model's, save them alone, or load them in the factory",
             LeftOutWeightsWarning,
             stacklevel=2,
         )
@@ -87,9 +89,13 @@ def _find_tensors(content: Any, wanted: Collection[str], path: Path, left_out: l
         return _joined((part, _of_part(part, found[part], wanted, left_out)) for part in sorted(parts))
     chosen = usual or list(found)
     if len(chosen) == 1:
+        left_out += [key for key in found if key != chosen[0]]
         return _without_prefix(found[chosen[0]], wanted, left_out)
     if chosen:
-        raise CheckpointError(f"{path} holds weights under {', '.join(chosen)}; save one of them in a file of its own")
+        raise CheckpointError(
+            f"{path} holds weights under {', '.join(chosen)}; save the network's in a file of its own, or those of its"
+            f" parts under {some(sorted(parts))}"
+        )
     others = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
     if 0 < len(others) < len(content):
         raise CheckpointError(f"{path} holds {some(others)} beside tensors; save these alone, as by state_dict()")
@@ -106,7 +112,8 @@ def _of_part(
 
 
 def _holders(content: Mapping[Any, Any]) -> dict[str, OrderedDict[str, Tensor]]:
-    found = {key: _state_dict(value) for key, value in content.items() if isinstance(key, str)}
+    names = {key: key if key in HOLDERS else key.removesuffix("_state_dict") for key in content if isinstance(key, str)}
+    found = {names[key]: _state_dict(content[key]) for key in names}
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -122,17 +129,36 @@ def _without_prefix(
     weights: OrderedDict[str, Tensor], wanted: Collection[str], left_out: list[str]
 ) -> OrderedDict[str, Tensor]:
     """The names without what a wrapper put before them, such as "module." of DataParallel and "model." of a
-    LightningModule: that under which all are that are wanted, whatever else the wrapper has, such as a loss's own
-    weights; else, that which all have in common and which makes the most of them known."""
-    if prefix := _prefix_of_all(weights, wanted):
-        left_out += [name for name in weights if not name.startswith(prefix)]
+    LightningModule, and with what the network itself, as a wrapper, has before all of its own: those under which all
+    are that are wanted, whatever else there is beside them; else, what all have in common and what makes the most of
+    them known. What is only for training, as a loss with its own networks, is left out in any case."""
+    mine = {name.partition(".")[0] for name in wanted}
+    for own in _common_prefixes(wanted):
+        names = [name.removeprefix(own) for name in wanted]
+        named = not own or all("." in name for name in names)  # of one layer alone, any other has all names
+        if named and (prefix := _prefix_of_all(weights, names)) is not None:
+            left_out += [name for name in weights if not name.startswith(prefix)]
+            break
     else:
-        columns = zip(*(name.split(".")[:-1] for name in weights), strict=False)
-        parts = [column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns)]
-        prefixes = ["".join(f"{part}." for part in parts[:count]) for count in range(len(parts) + 1)]
-        known = [sum(name.removeprefix(prefix) in wanted for name in weights) for prefix in prefixes]
-        prefix = prefixes[known.index(max(known))]
-    return _renamed(weights, lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None)
+        own = ""
+        prefix = max(
+            _common_prefixes(weights), key=lambda one: sum(name.removeprefix(one) in wanted for name in weights)
+        )
+
+    def rename(name: str) -> str | None:
+        stripped = name.removeprefix(prefix)
+        part = stripped.partition(".")[0]
+        return f"{own}{stripped}" if name.startswith(prefix) and (part in mine or part not in FOR_TRAINING) else None
+
+    left_out += [name for name in weights if name.startswith(prefix) and rename(name) is None]
+    return _renamed(weights, rename)
+
+
+def _common_prefixes(names: Collection[str]) -> list[str]:
+    """What is before all names, of no, one, two, ... parts."""
+    columns = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    parts = [column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns)]
+    return ["".join(f"{part}." for part in parts[:count]) for count in range(len(parts) + 1)]
 
 
 def _prefix_of_all(weights: Collection[str], wanted: Collection[str]) -> str | None:

@@ -163,8 +163,8 @@ def _check_rows(half: str, run: Callable[[Float32], Float32], rows: Float32, out
         raise ExportError(f"the {half} gives NaN or infinite values for what it is tried with")
     if not np.array_equal(run(rows), outputs):
         raise ExportError(
-            f"the {half} gives other values for the same input in a second run: it draws random numbers; a bundle's"
-            " encoder gives mean and logvar, and sampling is the runtime's"
+            f"the {half} gives other values for the same input in a second run: it draws random numbers, or keeps"
+            " something of an earlier call; a bundle's encoder gives mean and logvar, and sampling is the runtime's"
         )
     single = np.concatenate([run(rows[i : i + 1]) for i in range(len(rows))])
     if single.shape != outputs.shape:

@@ -43,13 +43,17 @@ def _read(path: Path, extra: str, choose: Callable[[Any], Iterable[str]]) -> dic
 
 
 def assign(network: nn.Module, weights: Mapping[str, Any], source: Path) -> None:
-    """Put weights, as float32, in the place of the network's own, which may be on the device "meta".
+    """Put weights, as float32, into the network's own tensors, or in their place where these are on the device "meta".
+    Of several names for one tensor, one is enough.
 
     weights: by name; torch's note of the versions of its modules, `_metadata` of a state_dict, is heeded.
 
     Raises:
         CheckpointError: some are missing, unknown, of another shape, or no plain tensors; the message has their names.
     """
+    is_meta = any(value.is_meta for value in (*network.parameters(), *network.buffers()))
+    if not is_meta:
+        network.float()
     expected = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
     wrong = {
         name: f"{name} ({_describe(value)}{f', expected {_shape(expected[name])}' if name in expected else ''})"
@@ -60,14 +64,19 @@ def assign(network: nn.Module, weights: Mapping[str, Any], source: Path) -> None
     fitting._metadata = getattr(weights, "_metadata", None)  # type: ignore[attr-defined]
     rule = f"{source} does not fit its {type(network).__name__}:"
     try:  # which knows older names too, as weight_g, and what older files had not
-        left = network.load_state_dict(fitting, strict=False, assign=True)
+        # In place, as authors do: whatever else the network keeps of a tensor, a view or in a list, follows.
+        left = network.load_state_dict(fitting, strict=False, assign=is_meta)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()]
         raise CheckpointError(f"{rule} {' '.join(lines[1:] or lines)}") from None
+    filled = {_memory(value) for name, value in expected.items() if name in fitting and not is_meta}
     problems = [
         f"{what} {some(names)}"
         for what, names in (
-            ("lacks", [name for name in left.missing_keys if name not in wrong]),
+            (
+                "lacks",
+                [name for name in left.missing_keys if name not in wrong and _memory(expected[name]) not in filled],
+            ),
             ("has the unknown", left.unexpected_keys),
             ("has the wrong shape or type in", list(wrong.values())),
         )
@@ -75,13 +84,19 @@ def assign(network: nn.Module, weights: Mapping[str, Any], source: Path) -> None
     ]
     if problems:
         raise CheckpointError(f"{rule} it {'; it '.join(problems)}")
-    network.float()
+    if is_meta:
+        network.float()
 
 
 def require_file(path: Path) -> None:
     """Raises: CheckpointError: there is no such file."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
+
+
+def _memory(value: Tensor) -> tuple[Any, ...]:
+    """Where a tensor is, and how it lies there."""
+    return value.data_ptr(), value.shape, value.stride()
 
 
 def _fits(value: Any, expected: Tensor | None) -> bool:

@@ -36,6 +36,7 @@ SOURCE = '''
 import sys
 from types import SimpleNamespace
 import torch
+import torch.nn.utils.prune
 from torch import nn
 from torch.distributions import Independent, Normal
 
@@ -148,6 +149,54 @@ class Versioned(Methods):
     def __init__(self):
         super().__init__()
         self.encoder = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), Doubling(6, 4, 3, 2, 1))
+
+class Tied(Methods):
+    """What else is kept of a tensor follows what is loaded into it."""
+    def __init__(self):
+        super().__init__()
+        first = self.encoder[0].weight
+        self.kept, self.turned = [first], first.data.transpose(0, 1)
+    def encode(self, x):
+        mean, logvar = self.encoder(x).chunk(2, 1)
+        return mean + self.kept[0].mean() + self.turned.mean(), logvar
+
+class Twice(Methods):
+    """Some of its weights have two names."""
+    def __init__(self):
+        super().__init__()
+        self.again = self.encoder[0]
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.vae = Methods()
+    def encode(self, x):
+        return self.vae.encode(x)
+    def decode(self, z):
+        return self.vae.decode(z)
+
+class EncodeAndDecoder(Networks):
+    """Its encoder is a part of what encode does."""
+    def __init__(self):
+        super().__init__()
+        self.moments = nn.Conv2d(4, 4, 1)
+        self.probe = nn.Parameter(torch.empty(0))
+    def encode(self, x):
+        return self.moments(self.encoder(x)).chunk(2, 1)
+
+def encode_and_decoder():
+    model = EncodeAndDecoder()
+    return model.encode, model.decoder
+
+def derived(norm):
+    model = Networks()
+    norm(model.encoder[0])
+    norm(model.decoder[0])
+    return model
+
+def weight_norm(): return derived(nn.utils.weight_norm)
+def spectral_norm(): return derived(nn.utils.spectral_norm)
+def pruned(): return derived(lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5))
 
 class WeightNorm(Networks):
     def __init__(self):
@@ -571,6 +620,7 @@ def in_a_wrapper(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
         lambda model: torch.optim.swa_utils.AveragedModel(model).state_dict(),
         lambda model: torch.compile(model),
         lambda model: torch.compile(model).state_dict(),
+        lambda model: {f"{half}_state_dict": getattr(model, half).state_dict() for half in ("encoder", "decoder")},
         lambda model: {
             half: torch.nn.DataParallel(getattr(model, half)).state_dict() for half in ("encoder", "decoder")
         },
@@ -590,6 +640,7 @@ def in_a_wrapper(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
         "averaged",
         "whole-compiled",
         "compiled",
+        "halves-as-state-dicts",
         "parallel-halves",
         "parts-compiled",
         "training",
@@ -684,12 +735,82 @@ def test_weights_without_a_place_are_warned_of_but_the_counter_of_averages() -> 
     torch.save(halves | {"norm": {"mean": torch.zeros(1)}}, "halves.pt")
     with pytest.warns(LeftOutWeightsWarning, match=r"of halves.pt, norm are left out"):
         load("Networks", weights="halves.pt")
+    torch.save({"model": model.state_dict(), "ema": model.state_dict()}, "two.pt")
+    with pytest.warns(LeftOutWeightsWarning, match=r"of two.pt, ema are left out"):
+        load("Networks", weights="two.pt")
     torch.save(torch.optim.swa_utils.AveragedModel(model).state_dict(), "averaged.pt")
     with warnings.catch_warnings():
         warnings.simplefilter("error", LeftOutWeightsWarning)
         load("Networks", weights="averaged.pt")
 
 
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm", "pruned"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weights_that_are_made_anew_at_each_call_are_not_random(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    load("Networks")
+    module = sys.modules[MODULE]
+    model = getattr(module, name)().eval()
+    monkeypatch.setattr(module, "SEED", None)
+    torch.save(model.state_dict(), "derived.pt")
+    x = noise(2, 3, 16, 16)
+    loaded = load(name, weights="derived.pt")
+    np.testing.assert_allclose(loaded.halves.encode(x)["mean"], expected(model, x)[0], atol=1e-6)
+    with pytest.raises(InputError, match=r"random weights.*(_g|_orig)"):
+        load(name)
+
+
+def test_what_is_kept_of_a_tensor_follows_its_weights() -> None:
+    load("Networks")
+    model = sys.modules[MODULE].Tied().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+        x = noise(2, 3, 16, 16)
+        wanted = model.encode(torch.from_numpy(2 * x - 1))[0].numpy()
+    for dtype in (torch.float32, torch.float16):
+        weights = {name: value.to(dtype) if value.ndim else value for name, value in model.state_dict().items()}
+        torch.save(weights, "tied.pt")
+        loaded = load("Tied", weights="tied.pt")
+        np.testing.assert_allclose(
+            loaded.halves.encode(x)["mean"], wanted, atol=1e-6 if dtype == torch.float32 else 0.01
+        )
+
+
+@pytest.mark.parametrize("name", ["Twice", "Wrapped", "EncodeAndDecoder", "encode_and_decoder"])
+@pytest.mark.filterwarnings("error::vae_export.quality.ExportWarning")
+def test_names_that_the_network_has_otherwise(name: str) -> None:
+    load("Networks")
+    module = sys.modules[MODULE]
+    model = (module.EncodeAndDecoder if name.lower().startswith("encode") else module.Methods)().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+        x = noise(2, 3, 16, 16)
+        output = model.encode(torch.from_numpy(2 * x - 1))
+        wanted = output[0] if isinstance(output, tuple) else output.mean
+    torch.save(model.state_dict(), "otherwise.pt")
+    loaded = load(name, weights="otherwise.pt")
+    np.testing.assert_allclose(loaded.halves.encode(x)["mean"], wanted.numpy(), atol=1e-6)
+    assert loaded.halves.kind == "vae"
+
+
+def test_weights_for_training_alone_are_left_out() -> None:
+    load("Networks")
+    model = networks()
+    beside = {"loss.discriminator.weight": torch.ones(2), "model_ema.decay": torch.ones(1)}
+    x = noise(2, 3, 16, 16)
+    for prefix in ("", "first_stage_model."):
+        weights = {prefix + name: value for name, value in (model.state_dict() | beside).items()}
+        torch.save({"state_dict": weights}, "ldm.ckpt")
+        with pytest.warns(LeftOutWeightsWarning, match=r"loss.discriminator.weight, .*model_ema.decay are left out"):
+            loaded = load("Networks", weights="ldm.ckpt")
+        np.testing.assert_allclose(loaded.halves.encode(x)["mean"], expected(model, x)[0], atol=1e-6)
+    torch.save(model.state_dict() | {"quant_conv.weight": torch.ones(2)}, "other.pt")
+    with pytest.raises(CheckpointError, match=r"it has the unknown quant_conv.weight$"):
+        load("Networks", weights="other.pt")
+
+
+@pytest.mark.filterwarnings("ignore::vae_export.importers.state_dict.LeftOutWeightsWarning")
 def test_a_usual_key_comes_before_others() -> None:
     load("Networks")
     model, other = networks(), networks(seed=5)
@@ -722,7 +843,10 @@ def test_names_of_older_torch_are_understood() -> None:
     ("content", "message"),
     [
         ({"state_dict": {"a": torch.zeros(1)}, "model": {"a": torch.ones(1)}}, "holds weights under state_dict, model"),
-        ({"a": {"a": torch.zeros(1)}, "b": {"a": torch.zeros(1)}}, "holds weights under a, b; save one of them"),
+        (
+            {"a": {"a": torch.zeros(1)}, "b": {"a": torch.zeros(1)}},
+            "holds weights under a, b; save the network's .* or those of its parts under decoder, encoder$",
+        ),
         ({"epoch": 3, "losses": [0.1]}, "holds no tensors under state_dict.*its keys are epoch, losses"),
         ([torch.zeros(1)], "holds a list; expected weights by name"),
         (torch.tanh, "holds a pickled object; expected weights by name"),

@@ -108,7 +108,7 @@ class Masked(nn.Module):
 
 def test_a_causal_mask_is_told_of(tmp_path: Path) -> None:
     model = Masked(is_causal=None).eval()
-    with pytest.raises(ExportError, match="torch looks into a mask to see whether it is causal.*with is_causal=True"):
+    with pytest.raises(ExportError, match=r"torch looks into a mask to see whether it is causal.*with is_causal=True"):
         export_bundle(model.encode, model.decode, tmp_path / "a.vae", examples=X)
     model.is_causal = True
     export_bundle(model.encode, model.decode, tmp_path / "a.vae", examples=X)

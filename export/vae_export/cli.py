@@ -316,6 +316,11 @@ def _export_imported(request: _Request, settings: _Settings) -> Manifest:
     imported = importers.load(request.source, request.origin, request.options)
     limit = IMPORTED_EXAMPLES_FP32 if settings["precisions"] == ["fp32"] else IMPORTED_EXAMPLES
     spec = example_spec(imported)
+    if imported.is_free and request.data:
+        _, height, width = spec.example_shape
+        any_size = spec._replace(shape=imported.input_shape, resize="exact", default_size=(height, width))
+        source = open_inputs(request.data, any_size, pad=True)
+        spec = spec if isinstance(source, PictureSource) else example_spec(imported, source)
     examples = _read_examples(request.data, spec, limit) if request.data else None
     _read_more(request, settings, spec, imported.is_free)
     units = None

@@ -224,7 +224,7 @@ def export_imported(
     options = _Options(
         path, name, golden, tolerance, precisions, budget, keep, prior, calibrate_tile, scores, progress, force
     )
-    spec = example_spec(imported)
+    spec = example_spec(imported, examples)
     told = parse_likelihood(imported.likelihood)
     parsed = agree(parse_likelihood(likelihood), told)
     halves = imported.halves
@@ -357,16 +357,33 @@ def export_bundle(
         return _export(halves, spec, inputs, options, parsed, input_range=said.input_range or _range_of_means(parsed))
 
 
-def example_spec(imported: Imported) -> InputSpec:
-    """Inputs of an imported model, at `default_size` where it takes any: pictures are scaled and cut to that."""
+def example_spec(imported: Imported, array: Any = None) -> InputSpec:
+    """Inputs of an imported model: where it takes any size, at that of `array`, of images as an array has them; else at
+    `default_size`, to which pictures are scaled and cut.
+
+    Raises:
+        InputError: the array's height or width is no multiple of what the model takes multiples of.
+    """
     shape = imported.input_shape
     if len(shape) == 1:
         return InputSpec("vector", shape)
     if imported.is_free:
         side = max(1, DEFAULT_SIDE // imported.multiple_of) * imported.multiple_of
-        shape = (shape[0], *(imported.default_size or (side, side)))
+        shape = (shape[0], *(_array_size(array, imported.multiple_of) or imported.default_size or (side, side)))
     colour = {count: key for key, count in COLOURS.items()}.get(shape[0] or 0)
     return InputSpec("image", shape, colour, "crop")
+
+
+def _array_size(array: Any, multiple: int) -> tuple[int, int] | None:
+    """(H, W) of images in an array, or None of what is none. array: anything with a shape and a dtype."""
+    if array is None or len(array.shape) not in (3, 4):
+        return None
+    height, width = array.shape[1:3] if array.dtype == np.uint8 else array.shape[-2:]
+    if height % multiple or width % multiple:
+        raise InputError(
+            f"the examples have shape {tuple(array.shape)}; expected height and width that are multiples of {multiple}"
+        )
+    return int(height), int(width)
 
 
 def _image_range(said: str | None, spec: InputSpec) -> str | None:

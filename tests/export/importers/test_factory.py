@@ -19,9 +19,11 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import save_file
 from torch.distributions import Independent, MultivariateNormal, Normal
 
+from vae_export.cli import main
 from vae_export.imported import ImportOptions
 from vae_export.importers import factory
 from vae_export.importers.network import Network, UnusedWeightsWarning
@@ -29,6 +31,7 @@ from vae_export.importers.outputs import read_encoded, read_reconstruction
 from vae_export.importers.pickled import Stranger, read_pickled, weights_of_network
 from vae_export.importers.state_dict import LeftOutWeightsWarning
 from vae_export.importers.trial import SIDE
+from vae_runtime.bundle import Bundle
 from vae_runtime.errors import CheckpointError, ExportError, InputError
 
 MODULE = "networks_of_the_factory_tests"
@@ -985,6 +988,21 @@ def test_reconstructions_that_are_not_understood(output: Any) -> None:
 def test_of_a_decoders_distribution_its_mean_alone_is_asked_for() -> None:
     with pytest.raises(ExportError, match=r"2 values of shapes .*; expected one tensor: .* return its mean alone"):
         read_reconstruction((MEAN, LOGVAR))
+
+
+@pytest.mark.filterwarnings("ignore:.*the reconstructions of real inputs")
+def test_arrays_are_taken_in_their_own_size_where_any_will_do() -> None:
+    np.save("floats.npy", noise(5, 3, 16, 24))
+    np.save("bytes.npy", np.random.default_rng(0).integers(0, 256, (5, 20, 12, 3), dtype=np.uint8))
+    np.save("odd.npy", noise(5, 3, 16, 18))
+    command = [f"{MODULE}:Networks", "--input", "3xHxW", "--input-range", "signed", "--force", "--output", "a.vae"]
+    for file, size in (("floats.npy", (16, 24)), ("bytes.npy", (20, 12))):
+        result = CliRunner().invoke(main, [*command, "--data", file])
+        assert result.exit_code == 0, result.output
+        assert Bundle.open("a.vae").manifest.input.default_size == size
+    result = CliRunner().invoke(main, [*command, "--data", "odd.npy"])
+    assert result.exit_code == 1
+    assert "(5, 3, 16, 18); expected height and width that are multiples of 4" in result.stderr
 
 
 def test_validation_of_distributions_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ from vae_export.importers import factory
 from vae_export.importers.network import Network, UnusedWeightsWarning
 from vae_export.importers.outputs import read_encoded, read_reconstruction
 from vae_export.importers.pickled import Stranger, read_pickled, weights_of_network
-from vae_export.importers.state_dict import LeftOutWeightsWarning
+from vae_export.importers.state_dict import LeftOutWeightsWarning, load_weights
 from vae_export.importers.trial import SIDE
 from vae_runtime.bundle import Bundle
 from vae_runtime.errors import CheckpointError, ExportError, InputError
@@ -795,6 +795,13 @@ def test_names_that_the_network_has_otherwise(name: str) -> None:
     loaded = load(name, weights="otherwise.pt")
     np.testing.assert_allclose(loaded.halves.encode(x)["mean"], wanted.numpy(), atol=1e-6)
     assert loaded.halves.kind == "vae"
+
+
+def test_one_layer_is_not_taken_for_another(tmp_path: Path) -> None:
+    torch.save({"other.weight": torch.ones(2, 2), "other.bias": torch.ones(2)}, tmp_path / "other.pt")
+    network = torch.nn.Sequential(OrderedDict(layer=torch.nn.Linear(2, 2)))
+    with pytest.raises(CheckpointError, match=r"it lacks layer.weight, layer.bias; it has the unknown"):
+        load_weights(network, tmp_path / "other.pt")
 
 
 def test_weights_for_training_alone_are_left_out() -> None:

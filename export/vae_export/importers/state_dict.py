@@ -29,7 +29,7 @@ _EXPECTED = "expected weights by name, or the network that has them"
 
 
 class LeftOutWeightsWarning(ExportWarning):
-    """A file of weights has some for which the network has no place, and that were not put before others of its own."""
+    """A file has other weights beside those that were loaded, which the message names."""
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
@@ -78,9 +78,7 @@ def _find_tensors(content: Any, wanted: Collection[str], path: Path, left_out: l
     if (own := _state_dict(content)) is not None:
         return _without_prefix(own, wanted, left_out)
     if not isinstance(content, Mapping):
-        raise CheckpointError(
-            f"{path} holds {describe(content)}; expected weights by name, or the network that has them"
-        )
+        raise CheckpointError(f"{path} holds {describe(content)}; {_EXPECTED}")
     found = _holders(content)
     usual = [key for key in found if key in HOLDERS]
     parts = {name.partition(".")[0] for name in wanted}

@@ -64,6 +64,12 @@ def _misstated(source: str) -> str | None:
         return None
     if path.exists():
         return None
+    pair = [Path(part) for part in source.split(",")]
+    if len(pair) == 2 and all(part.is_file() for part in pair):
+        return (
+            "two files that are no programs or ONNX graphs; of weights, save a dict of both under the names of the"
+            " network's parts, and pass what returns that as package.module:factory, and the one file as --weights FILE"
+        )
     file, colon, name = source.rpartition(":")
     if colon and name.isidentifier() and ("/" in file or file.endswith(".py")):
         return f"no package.module:factory; a module is written with dots, as in {_module(file)}:{name}"

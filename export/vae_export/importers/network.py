@@ -38,6 +38,8 @@ class Network:
 
     def __init__(self, product: Any, what: str = "what the factory returns", cure: str = _CURE) -> None:
         self._what, self._cure = what, cure
+        if isinstance(product, nn.DataParallel):
+            product = product.module
         if isinstance(product, (tuple, list)) and len(product) == 2:
             product = SimpleNamespace(encoder=product[0], decoder=product[1])
         names = next((names for names in _PAIRS if _has(product, names)), None)

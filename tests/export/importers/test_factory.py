@@ -199,6 +199,7 @@ def derived(norm):
 
 def weight_norm(): return derived(nn.utils.weight_norm)
 def spectral_norm(): return derived(nn.utils.spectral_norm)
+def parallel(): return nn.DataParallel(Methods())
 def pruned(): return derived(lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5))
 
 class WeightNorm(Networks):
@@ -779,7 +780,7 @@ def test_what_is_kept_of_a_tensor_follows_its_weights() -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["Twice", "Wrapped", "EncodeAndDecoder", "encode_and_decoder"])
+@pytest.mark.parametrize("name", ["Twice", "Wrapped", "parallel", "EncodeAndDecoder", "encode_and_decoder"])
 @pytest.mark.filterwarnings("error::vae_export.quality.ExportWarning")
 def test_names_that_the_network_has_otherwise(name: str) -> None:
     load("Networks")

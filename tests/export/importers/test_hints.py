@@ -52,6 +52,10 @@ WEIGHTS = "holds weights alone, without the network that they are of; pass what 
         ("list.pt", "list.pt holds a list, which is no model; pass what returns a network as package.module:factory"),
         ("tensor.pt", "tensor.pt holds a Tensor, which is no model; pass what returns"),
         ("function.pt", "function.pt holds a pickled object, which is no model; pass what returns"),
+        (
+            "state.pth,gen.pt",
+            "state.pth,gen.pt is two files that are no programs .* save a dict of both under the names",
+        ),
         ("model.onnx", f"model.onnx is one ONNX file; {TWO}"),
         ("script.pt", f"script.pt is one TorchScript program; {TWO}"),
         ("zoo/models.py", "zoo/models.py is a Python file; pass its module .*, as in zoo.models:factory"),

@@ -317,10 +317,8 @@ def _export_imported(request: _Request, settings: _Settings) -> Manifest:
     limit = IMPORTED_EXAMPLES_FP32 if settings["precisions"] == ["fp32"] else IMPORTED_EXAMPLES
     spec = example_spec(imported)
     if imported.is_free and request.data:
-        _, height, width = spec.example_shape
-        any_size = spec._replace(shape=imported.input_shape, resize="exact", default_size=(height, width))
-        source = open_inputs(request.data, any_size, pad=True)
-        spec = spec if isinstance(source, PictureSource) else example_spec(imported, source)
+        source = open_inputs(request.data, _of_any_size(spec), pad=True)
+        spec = spec if isinstance(source, PictureSource) else example_spec(imported, source.outline())
     examples = _read_examples(request.data, spec, limit) if request.data else None
     _read_more(request, settings, spec, imported.is_free)
     units = None
@@ -374,11 +372,16 @@ def _read_examples(data: tuple[str, ...], spec: InputSpec, limit: int) -> np.nda
     return np.concatenate(list(_ArrayRows(source, limit).batches(READ_ROWS)))
 
 
+def _of_any_size(spec: InputSpec) -> InputSpec:
+    """Such images at the sizes that they have."""
+    channels, height, width = spec.example_shape
+    return spec._replace(shape=(channels, None, None), resize="exact", default_size=(height, width))
+
+
 def _open_in_their_own_size(data: tuple[str, ...], spec: InputSpec) -> PictureSource | _ArrayRows:
     """Images as `vae-run score --pad` will see them: scaled down, they would have more detail in each pixel. They are
     read when they are needed, as there may be more than fit into memory."""
-    channels, height, width = spec.example_shape
-    spec = spec._replace(shape=(channels, None, None), resize="exact", default_size=(height, width))
+    spec = _of_any_size(spec)
     source = open_inputs(data, spec, pad=True)
     if not isinstance(source, PictureSource):
         rows = _ArrayRows(source, MOST_EXAMPLES)

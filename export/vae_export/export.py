@@ -34,7 +34,7 @@ from vae_runtime.manifest import (
     Manifest,
     Precision,
 )
-from vae_runtime.preprocess import Float32, require_plain_array, to_model_input
+from vae_runtime.preprocess import Float32, image_size, padded_size, require_plain_array, to_model_input
 from vae_runtime.tiling import Progress
 from vae_runtime.version import __version__
 from vae_training.checkpoint import Checkpoint
@@ -375,15 +375,15 @@ def example_spec(imported: Imported, array: Any = None) -> InputSpec:
 
 
 def _array_size(array: Any, multiple: int) -> tuple[int, int] | None:
-    """(H, W) of images in an array, or None of what is none. array: anything with a shape and a dtype."""
-    if array is None or len(array.shape) not in (3, 4):
+    """(H, W) of images in an array, or None of what is none."""
+    if not isinstance(array, np.ndarray) or (array.ndim != 4 and (array.ndim, array.dtype) != (3, np.uint8)):
         return None
-    height, width = array.shape[1:3] if array.dtype == np.uint8 else array.shape[-2:]
-    if height % multiple or width % multiple:
+    size = image_size(array)
+    if padded_size(*size, multiple) != size:
         raise InputError(
-            f"the examples have shape {tuple(array.shape)}; expected height and width that are multiples of {multiple}"
+            f"the examples have shape {array.shape}; expected height and width that are multiples of {multiple}"
         )
-    return int(height), int(width)
+    return size
 
 
 def _image_range(said: str | None, spec: InputSpec) -> str | None:

@@ -120,7 +120,7 @@ def test_methods_are_taken_with_the_mode_of_what_they_are_of(tmp_path: Path) -> 
     both = Both()
     with pytest.warns(UnusedWeightsWarning, match=r"uses the weights of encoder\.norm: ") as caught:
         export_bundle(both.encode, both.decode, tmp_path / "a.vae", examples=X)
-    assert {warning.filename for warning in caught} == {__file__}
+    assert [one.filename for one in caught if one.category is UnusedWeightsWarning] == [__file__]
     assert both.training
     assert both.drop.training
     check(tmp_path / "a.vae")

@@ -135,7 +135,6 @@ def _without_prefix(
         names = [name.removeprefix(own) for name in wanted]
         named = not own or all("." in name for name in names)  # of one layer alone, any other has all names
         if named and (prefix := _prefix_of_all(weights, names)) is not None:
-            left_out += [name for name in weights if not name.startswith(prefix)]
             break
     else:
         own = ""
@@ -148,7 +147,7 @@ def _without_prefix(
         part = stripped.partition(".")[0]
         return f"{own}{stripped}" if name.startswith(prefix) and (part in mine or part not in FOR_TRAINING) else None
 
-    left_out += [name for name in weights if name.startswith(prefix) and rename(name) is None]
+    left_out += [name for name in weights if rename(name) is None]
     return _renamed(weights, rename)
 
 

@@ -1,5 +1,6 @@
-"""Every code block of the README runs, in order, in one folder, save those that a marker names with the reason; the
-bundle format is the one that is written; every link between the Markdown files leads somewhere."""
+"""Every code block of the README, and then of the folders' own, runs, in order, in one folder, save those that a marker
+names with the reason; the bundle format is the one that is written; every link between the Markdown files leads
+somewhere."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 FORMAT = ROOT / "runtime" / "FORMAT.md"
 FOLDERS = ("training", "export", "runtime", "benchmarks")
+READMES = [README, *(ROOT / folder / "README.md" for folder in FOLDERS)]
 PAGES = [README, *(page for folder in FOLDERS for page in sorted((ROOT / folder).rglob("*.md")))]
 MARKER = r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?"
 BLOCK = re.compile(MARKER + r"```(?P<language>bash|python)\n(?P<code>.*?)```", re.DOTALL)
@@ -32,7 +34,8 @@ SHORTER = {  # the same commands, where they would only go on with what they hav
 
 
 def blocks() -> list[tuple[str | None, str, str]]:
-    return [(match["reason"], match["language"], match["code"]) for match in BLOCK.finditer(README.read_text("utf-8"))]
+    found = (match for page in READMES for match in BLOCK.finditer(page.read_text("utf-8")))
+    return [(match["reason"], match["language"], match["code"]) for match in found]
 
 
 def shortened(code: str) -> str:
@@ -42,15 +45,15 @@ def shortened(code: str) -> str:
 
 
 def test_every_fenced_block_has_a_language_that_this_test_knows() -> None:
-    opened = re.findall(r"^```(\w*)$", README.read_text("utf-8"), re.MULTILINE)
+    opened = [word for page in READMES for word in re.findall(r"^```(\w*)$", page.read_text("utf-8"), re.MULTILINE)]
     assert set(opened[::2]) <= {"bash", "python", "text", "json"}
     assert opened[::2].count("bash") + opened[::2].count("python") == len(blocks())
 
 
 def test_the_examples_are_as_short_as_promised() -> None:
-    embedding, _, _, bare, _ = (
-        code for _, language, code in blocks() if language == "python" and "export_bundle" not in code
-    )
+    python = [code for _, language, code in blocks() if language == "python"]
+    (embedding,) = (code for code in python if "vae.encode(images)  # mean, logvar, std" in code)
+    (bare,) = (code for code in python if "vae_runtime" not in code and "onnxruntime" in code)
     assert len(embedding.strip().splitlines()) < 15
     assert len([line for line in bare.strip().splitlines() if line and not line.startswith("import")]) < 10
 

@@ -392,8 +392,11 @@ def test_bad_files_of_latents_are_named(free_path: Path, tmp_path: Path) -> None
     }
     if importlib.util.find_spec("safetensors"):
         cases["text.safetensors"] = "text.safetensors cannot be read as .safetensors"
+        cases["none.safetensors"] = "none.safetensors does not exist"
         save = importlib.import_module("safetensors.numpy").save_file
-        for number, size in enumerate(("[[1], [2, 3]]", "[1e400, 3]", '{"a": 3}', "[1000000000000000000000, 3]")):
+        for number, size in enumerate(
+            ("[[1], [2, 3]]", "[1e400, 3]", '{"a": 3}', "[1000000000000000000000, 3]", "[0, 8]")
+        ):
             save({"mean": mean}, tmp_path / f"odd{number}.safetensors", {"size": size})
             cases[f"odd{number}.safetensors"] = rf"odd{number}\.safetensors has the size .*; expected height and width"
     for name, message in cases.items():
@@ -440,6 +443,26 @@ def test_names_that_are_no_list_of_words_are_left_aside(free_path: Path, tmp_pat
         save({"mean": np.zeros((1, 2, 4, 4), np.float32)}, tmp_path / "z" / f"{number}.safetensors", {"names": names})
     assert run("decode", free_path, tmp_path / "z", "--output", tmp_path / "back").exit_code == 0
     assert sorted(path.name for path in (tmp_path / "back").iterdir()) == [f"00000{number}.png" for number in range(6)]
+
+
+def test_what_others_note_in_safetensors_is_left_aside(free_path: Path, tmp_path: Path) -> None:
+    save = pytest.importorskip("safetensors.numpy").save_file
+    save({"mean": np.zeros((1, 2, 4, 4), np.float32)}, tmp_path / "z.safetensors", {"format": "pt"})  # as torch's own
+    assert run("decode", free_path, tmp_path / "z.safetensors", "--output", tmp_path / "back.npy").exit_code == 0
+
+
+def test_a_format_is_for_files_in_a_folder(free_path: Path, photos: Path, tmp_path: Path) -> None:
+    refused(
+        "--format is 'npz' with the file",
+        "encode",
+        free_path,
+        photos,
+        "--format",
+        "npz",
+        "--output",
+        tmp_path / "z.npz",
+    )
+    assert not (tmp_path / "z.npz").exists()
 
 
 def test_bundles_of_one_size_also_write_folders_of_latents(tiny: VAE, tiny_path: Path, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from vae_runtime.vae import VAE
 
 from .in_memory import run_in_memory
 from .prior import PriorFit, parse_prior
+from .quality import ExportWarning
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +42,10 @@ LEAST_FOR_UNITS = 32  # examples; the variance of fewer says little
 PART = 64  # examples, at most, that are scored at once where that takes long
 # Hundredths, and at both ends thousandths: thresholds lie in the tail.
 LEVELS = tuple(sorted({*(n / 100 for n in range(101)), *(n / 1000 for n in (*range(10), *range(990, 1000))), 0.9999}))
+
+
+class InactiveUnitsWarning(ExportWarning):
+    """The latents of real inputs are all about the same."""
 
 
 class Source(Protocol):
@@ -123,6 +128,14 @@ class OnData:
                 latent = latent._replace(fitted_prior=fitted)
             if self.calibration is not None:
                 calibration = self._calibrate(vae, self.calibration)
+        if manifest.kind == "vae" and latent.active_units is not None and not latent.active_units.active:
+            warnings.warn(
+                f"no unit of the latent space is active: the posterior's mean varies by less than {ACTIVE_VARIANCE}"
+                f" over {latent.active_units.examples} real inputs, so that latents tell nothing of them; the model is"
+                " collapsed, or takes its inputs in another range",
+                InactiveUnitsWarning,
+                stacklevel=4,
+            )
         return manifest._replace(latent=latent, calibration=calibration), files
 
     def _calibrate(self, vae: VAE, examples: Float32 | Source) -> Calibration:

@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 
+from vae_runtime.manifest import LOGVAR, MEAN
 from vae_runtime.preprocess import Float32
 
 from .decoder_range import check_decoder_range
@@ -14,11 +15,16 @@ from .quality import ExportWarning
 from .verify import run_both
 
 _MOST_ROWS, _MOST_VALUES = 16, 2**20  # that are reconstructed, of images
-_MOST_VECTORS, _LEAST_VECTORS = 256, 8  # the least that tell their mean; of images, one has many pixels
+_MOST_VECTORS, _LEAST = 256, 8  # the least that tell their mean
 # Of the best constant's error. Of trained models of digits and photographs it was 0.1 to 0.5; of those said to be of
 # [-1, 1] or to give logits 0.8 to 1.3; where latents tell nothing it is about 1.
 WARNED = 1.1
+_MOMENT = 2.0  # of trained models of digits it was 1.05 to 1.08, of one with the prior N(3, 4) 13
 _SMALL_ERROR = (1 / 255) ** 2  # of images: a step of 8 bits, which is no matter of contrast
+
+
+class AnotherPriorWarning(ExportWarning):
+    """The latents of real inputs are spread otherwise than the standard normal prior."""
 
 
 class PoorReconstructionWarning(ExportWarning):
@@ -43,20 +49,42 @@ def check_plausible(halves: Halves, x: Float32, input_range: str | None, real: b
     encoded, values = run_both(halves, tried, cut=False)
     if input_range is not None:
         check_decoder_range(halves, encoded, values, input_range == "signed", real)
-    if real and (tried.ndim > 2 or len(x) >= _LEAST_VECTORS):
+    if real and (tried.ndim > 2 or len(x) >= _LEAST):
         _warn_of_poor(tried, np.clip(values, 0, 1) if tried.ndim > 2 else values)
+    if real and LOGVAR in encoded and encoded[MEAN].ndim == 2 and len(x) >= _LEAST:
+        _warn_of_another_prior(encoded[MEAN], encoded[LOGVAR])
+
+
+def _warn_of_another_prior(mean: Float32, logvar: Float32) -> None:
+    """Latents of a VAE's own data, drawn from their posteriors, are spread about as its prior is (Hoffman and Johnson,
+    2016). Not asked of latents with a height and a width, from whose prior alone nobody samples."""
+    with np.errstate(over="ignore"):
+        moment = float(np.mean(np.square(mean, dtype=np.float64) + np.exp(logvar, dtype=np.float64)))
+    if not 1 / _MOMENT <= moment <= _MOMENT:
+        warnings.warn(
+            f"the latents of real inputs have a mean square of {moment:.2g}, where N(0, 1), which is taken for the"
+            " prior, has 1: the model was trained with another one, or with little weight on the KL, or its outputs"
+            " mean something else than is said (--spread); samples from N(0, 1) will not be like the data, for which a"
+            " prior can be fitted (--prior gaussian)",
+            AnotherPriorWarning,
+            stacklevel=5,
+        )
 
 
 def _warn_of_poor(x: Float32, reconstructed: Float32) -> None:
-    """Compare with what is the best constant for each channel, or each dimension of vectors."""
+    """Compare with what is the best constant: for each channel of images, or for each pixel, or number of vectors, the
+    mean of the others, as a model has learned it from others."""
     wide, is_image = x.astype(np.float64), x.ndim > 2
     error = float(np.mean((reconstructed - wide) ** 2))
-    best = wide.mean((0, *range(2, x.ndim)), keepdims=True)
-    constant = float(np.mean((wide - best) ** 2))
-    if not is_image:  # each vector against the mean of the others, as a model has learned it from others
-        constant *= (len(x) / (len(x) - 1)) ** 2
+    constants = {}
+    if is_image:
+        best = wide.mean((0, *range(2, x.ndim)), keepdims=True)
+        constants["one colour for all of them is"] = float(np.mean((wide - best) ** 2))
+    if len(x) >= _LEAST:
+        others = (len(x) / (len(x) - 1)) ** 2
+        constants["their mean is"] = float(np.mean((wide - wide.mean(0)) ** 2)) * others
+    what, constant = min(constants.items(), key=lambda one: one[1])
     if constant > 0 and error > max(WARNED * constant, _SMALL_ERROR if is_image else 0):
-        what = "one colour for all of them is" if is_image else "their mean is"
         warnings.warn(
             f"the reconstructions of real inputs are further from them than {what}: their mean squared error is"
             f" {error:.2g}, {error / constant:.1f} times as large; the model is not trained, or not on such inputs, or"

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _SHOWN = 3  # names
+_CUDA = re.compile(
+    r"not compiled with CUDA|torch\.cuda\.\w+ not available|no NVIDIA driver|No CUDA GPUs|initialize CUDA"
+)
 _SIZE = re.compile(r"\.size\(\)\[(\d)\]")
 _SIDES = {0: "the batch size", 2: "the height", 3: "the width"}
 
@@ -18,6 +21,8 @@ def reason(error: BaseException) -> str:
     if not lines:
         return type(error).__name__
     text = lines[-1] if "TorchScript interpreter" in lines[0] else lines[0]
+    if _CUDA.search(str(error)):
+        return "its code asks for CUDA, and is run on the CPU here; let it take the device of its weights or its inputs"
     return text if text.startswith(type(error).__name__) else f"{type(error).__name__}: {text}"
 
 

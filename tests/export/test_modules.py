@@ -118,7 +118,7 @@ def test_a_standard_deviation_in_place_of_logvar_is_asked_about(tmp_path: Path) 
 
 def test_methods_are_taken_with_the_mode_of_what_they_are_of(tmp_path: Path) -> None:
     both = Both()
-    with pytest.warns(UnusedWeightsWarning, match=r"uses the weights of encoder\.norm: ") as caught:
+    with pytest.warns(UnusedWeightsWarning, match=r"depends on the weights of encoder\.norm: ") as caught:
         export_bundle(both.encode, both.decode, tmp_path / "a.vae", examples=X)
     assert [one.filename for one in caught if one.category is UnusedWeightsWarning] == [__file__]
     assert both.training

@@ -14,7 +14,8 @@ from torch import nn
 
 from vae_export import export_bundle
 from vae_export.graphs import DecoderGraph, EncoderGraph
-from vae_export.plausibility import PoorReconstructionWarning, check_plausible
+from vae_export.on_data import InactiveUnitsWarning
+from vae_export.plausibility import AnotherPriorWarning, PoorReconstructionWarning, check_plausible
 from vae_export.verify import Reference
 
 MEANS = np.array([0.2, 0.5, 0.8], np.float32)[:, None, None]
@@ -22,6 +23,8 @@ IMAGES = MEANS + np.random.default_rng(0).uniform(-0.2, 0.2, (6, 3, 4, 4)).astyp
 VECTORS = np.random.default_rng(0).normal([-50, 0, 70], [1, 20, 3], (40, 3)).astype(np.float32)
 DARK_FIRST = np.random.default_rng(0).uniform(0, 0.4, (48, 1, 4, 4)).astype(np.float32)
 DARK_FIRST[16:] += 0.6
+PLACES = np.linspace(0, 1, 16, dtype=np.float32).reshape(1, 4, 4)
+BY_PLACE = PLACES + np.random.default_rng(0).uniform(-0.02, 0.02, (8, 1, 4, 4)).astype(np.float32)
 
 
 class Function(nn.Module):
@@ -46,6 +49,7 @@ def check(x: np.ndarray, decode: Callable[[torch.Tensor], torch.Tensor], real: b
     [
         (IMAGES, lambda z: 1.05 - 0.05 * z, r"than one colour for all of them is: their mean squared error is 0\.3\d"),
         (DARK_FIRST, lambda z: torch.where(z < 0.5, z, 0.0), "than one colour for all of them is"),
+        (BY_PLACE, lambda z: 0 * z + z.mean((1, 2, 3), keepdim=True), r"than their mean is: .*, \d\d\d\.\d times"),
         (VECTORS, lambda z: -z, r"than their mean is: their mean squared error is .*, 1\d\d\.\d times as large; the m"),
     ],
 )
@@ -59,6 +63,8 @@ def test_they_are_warned_of(x: np.ndarray, decode: Callable[[torch.Tensor], torc
     [
         (IMAGES, lambda z: z),
         (IMAGES, lambda z: 0 * z + torch.from_numpy(MEANS)),
+        (BY_PLACE, lambda z: 0 * z + torch.from_numpy(PLACES)),
+        (BY_PLACE[:7], lambda z: 0 * z + z.mean((1, 2, 3), keepdim=True)),
         (IMAGES, lambda z: torch.where(z < 0.05, -3.0, z)),
         (VECTORS, lambda z: 0 * z + torch.from_numpy(VECTORS.mean(0))),
         (VECTORS[:8], lambda z: 0 * z + torch.from_numpy(np.float32([-50, 0, 70]))),
@@ -66,7 +72,18 @@ def test_they_are_warned_of(x: np.ndarray, decode: Callable[[torch.Tensor], torc
         (0.9 + 0.001 * IMAGES, lambda z: z + 0.003),
         (0 * IMAGES, lambda z: z + 0.5),
     ],
-    ids=["exact", "mean image", "cut", "mean vector", "by 8 vectors", "few vectors", "faint", "black"],
+    ids=[
+        "exact",
+        "one colour",
+        "mean image",
+        "few images",
+        "cut",
+        "mean vector",
+        "by 8 vectors",
+        "few vectors",
+        "faint",
+        "black",
+    ],
 )
 def test_others_are_not(x: np.ndarray, decode: Callable[[torch.Tensor], torch.Tensor]) -> None:
     with warnings.catch_warnings():
@@ -92,3 +109,51 @@ def test_the_warning_is_the_callers_and_states_the_ratio(tmp_path: Path) -> None
     assert found is not None
     assert float(found[1]) == pytest.approx(error, rel=0.05)
     assert float(found[2]) == pytest.approx(error / constant, rel=0.02)
+
+
+class Moments(nn.Module):
+    """A mean of x times `scale`, and one log-variance."""
+
+    def __init__(self, scale: float, logvar: float) -> None:
+        super().__init__()
+        self.scale, self.logvar = scale, logvar
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        mean = self.scale * x.flatten(1)
+        return {"mean": mean, "logvar": torch.full_like(mean, self.logvar)}
+
+
+STANDARD = np.random.default_rng(0).standard_normal((40, 3), dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("scale", "logvar", "moment"), [(2.0, -4.0, r"3\.\d"), (0.1, -5.0, r"0\.0\d+"), (0.5, 2.0, r"7\.\d")]
+)
+def test_latents_that_are_spread_otherwise_than_the_prior_are_warned_of(
+    scale: float, logvar: float, moment: str, tmp_path: Path
+) -> None:
+    with pytest.warns(
+        AnotherPriorWarning, match=rf"have a mean square of {moment}, where N\(0, 1\), .* has 1: "
+    ) as caught:
+        export_bundle(Moments(scale, logvar), nn.Linear(3, 3), tmp_path / "a.vae", examples=STANDARD)
+    assert {one.filename for one in caught if one.category is AnotherPriorWarning} == {__file__}
+
+
+@pytest.mark.parametrize(("scale", "logvar", "rows"), [(0.9, -1.5, 40), (0.0, 0.0, 40), (2.0, -4.0, 7)])
+def test_latents_that_are_spread_as_the_prior_are_not(scale: float, logvar: float, rows: int, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AnotherPriorWarning)
+        warnings.simplefilter("ignore", InactiveUnitsWarning)
+        export_bundle(Moments(scale, logvar), nn.Linear(3, 3), tmp_path / "a.vae", examples=STANDARD[:rows])
+
+
+@pytest.mark.parametrize(("scale", "warned"), [(0.05, True), (0.2, False)])
+def test_latents_that_are_all_the_same_are_warned_of(scale: float, warned: bool, tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        export_bundle(Moments(scale, 0.0), nn.Linear(3, 3), tmp_path / "a.vae", examples=STANDARD)
+    said = [one for one in caught if one.category is InactiveUnitsWarning]
+    assert len(said) == warned
+    for one in said:
+        assert "varies by less than 0.01 over 40 real inputs" in str(one.message)
+        assert one.filename == __file__

@@ -53,7 +53,7 @@ def load(source: str, options: ImportOptions) -> Imported:
     """
     import torch
 
-    from ..verify import Reference, run_both
+    from ..verify import Reference
     from .network import Network
     from .state_dict import load_weights
     from .torch_halves import make_graphs
@@ -77,9 +77,10 @@ def load(source: str, options: ImportOptions) -> Imported:
             load_weights(network.whole, Path(options.weights))
         network.whole.cpu().float()  # what bundles compute in
         with network.watched():
-            reference = Reference(*make_graphs(network.encoder, network.decoder, shape, options))
+            graphs = make_graphs(network.encoder, network.decoder, shape, options)
+            reference = Reference(*graphs)
             sizes = try_out(reference, shape, options)
-        network.warn_of_unused(lambda: run_both(reference, noise(shape, 2, sizes.multiple_of)))
+        network.heed_the_rest(*graphs, noise(shape, 3, sizes.multiple_of), options.input_range == "signed")
     return Imported(
         reference,
         match[2].rpartition(".")[2],
@@ -138,7 +139,8 @@ def _digests(network: nn.Module, beside_weights: bool) -> dict[str, bytes]:
     owned = {value.untyped_storage().data_ptr() for value in tensors.values() if value.layout == torch.strided}
     for place, module in network.named_modules():
         plain = {name: value for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
-        derived = {_DERIVED.sub("", own) for own in (*module._parameters, *module._buffers)}
+        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        derived = {_DERIVED.sub("", name) for name, _ in own}
         plain = {name: value for name, value in plain.items() if name not in derived and not _is_view(value, owned)}
         tensors |= {f"{place}.{name}".removeprefix("."): value for name, value in plain.items()}
     filed = network.state_dict().keys() if beside_weights else ()
@@ -176,10 +178,12 @@ def _require_same(first: dict[str, bytes], second: dict[str, bytes], source: str
 
 @contextlib.contextmanager
 def _importing_from_here() -> Iterator[None]:
-    """The current folder first on the path, as for `python -m`; afterwards the path is as it was."""
-    path = list(sys.path)
+    """The current folder first on the path, as for `python -m`, and no arguments of ours for a script that parses them
+    as it is imported; afterwards both are as they were."""
+    path, arguments = list(sys.path), list(sys.argv)
     sys.path.insert(0, str(Path.cwd()))
+    sys.argv[1:] = []
     try:
         yield
     finally:
-        sys.path[:] = path
+        sys.path[:], sys.argv[:] = path, arguments

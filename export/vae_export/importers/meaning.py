@@ -23,6 +23,11 @@ def to_logvar(spread: _Array, meaning: str, log: Callable[[_Array], _Array]) -> 
     return spread * 2 if meaning in ("log_std", "std") else spread
 
 
+def in_every_meaning(logvar: Tensor) -> tuple[Tensor, ...]:
+    """A log-variance as each of `SPREADS`."""
+    return logvar, logvar / 2, (logvar / 2).exp(), logvar.exp()
+
+
 def settle_meaning(named: str | None, least: float, options: ImportOptions) -> str:
     """What the spread is, of `SPREADS`; named: by the source itself. least: its smallest value for several inputs.
 
@@ -31,25 +36,33 @@ def settle_meaning(named: str | None, least: float, options: ImportOptions) -> s
     """
     if options.spread not in (None, *SPREADS):
         raise wrong_option(options, "spread", f"; expected one of {', '.join(SPREADS)}")
+    if named in ("std", "variance") and least < 0 and options.spread is not None:
+        named = None  # it is called so, and is none
     if named is not None and options.spread not in (None, named):
         raise wrong_option(options, "spread", f", but the encoder names it {named}")
     meaning = named or options.spread
     if meaning is None and least >= 0:
         raise InputError(
             f"the second of the encoder's outputs is never negative (at least {least:.2g}), which a log-variance rarely"
-            f" is; say what it is with {flag(options, 'spread')} {', '.join(SPREADS)}"
+            f" is; say what it is with {flag(options, 'spread')} {', '.join(SPREADS)}; or, where these are features of"
+            " which other layers make mean and log-variance, let the encoder hold those too"
         )
     if meaning in ("std", "variance") and least < 0:
         who = f"{flag(options, 'spread')} is" if named is None else "the encoder names its second output"
-        raise InputError(f"{who} {meaning!r}, but that has values from {least:.2g}; a {meaning} is never negative")
+        cure = "" if named is None else f": say what it is with {flag(options, 'spread')}"
+        raise InputError(
+            f"{who} {meaning!r}, but that has values from {least:.2g}; a {meaning} is never negative{cure}"
+        )
     return meaning or "logvar"
 
 
 def require_kind(kind: str, options: ImportOptions) -> None:
     """Raises: InputError: the options say another kind than was found, or what a code's spread is."""
     if options.kind not in (None, kind):
-        found = "one tensor, which the decoder takes" if kind == "autoencoder" else "a mean and a spread"
-        raise wrong_option(options, "kind", f", but the encoder returns {found}: it is of kind {kind!r}")
+        found = "one tensor, which the decoder takes: it is of kind 'autoencoder'"
+        if kind == "vae":
+            found = "a mean and a spread, as it is read; an autoencoder's encoder returns its code alone"
+        raise wrong_option(options, "kind", f", but the encoder returns {found}")
     if kind == "autoencoder" and options.spread is not None:
         raise wrong_option(options, "spread", ", but an autoencoder's code has none")
 

@@ -16,7 +16,7 @@ from vae_runtime.preprocess import Float32
 
 from ..halves import HALF_NAMES
 from ..imported import Arguments
-from ..verify import Reference, at_least, run_both
+from ..verify import Reference, at_least
 from .network import Network
 from .torch_halves import make_bare_graphs, require_float32
 from .trial import DoesNotRunError, check_halves, check_range, run
@@ -52,11 +52,12 @@ class Modules:
         x = (x >= 0.5).astype(np.float32) if threshold else x
         try:
             with contextlib.nullcontext() if self._network is None else self._network.watched():
-                halves = Reference(*make_bare_graphs(self.encoder, self.decoder, x, options, threshold))
+                graphs = make_bare_graphs(self.encoder, self.decoder, x, options, threshold)
+                halves = Reference(*graphs)
                 check_halves(halves, x, run(halves.encode, x, "encoder")[MEAN].shape[1:])
                 check_range(halves, x, options)
             if self._network is not None:
-                self._network.warn_of_unused(lambda: run_both(halves, x))
+                self._network.heed_the_rest(*graphs, x, options.input_range == "signed")
         except DoesNotRunError as error:
             require_float32(error.half, self.encoder if error.half == HALF_NAMES[0] else self.decoder)
             raise

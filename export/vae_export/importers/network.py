@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,9 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vae_runtime.errors import ExportError
+from vae_runtime.preprocess import Float32
 
+from ..graphs import DecoderGraph, EncoderGraph
 from ..quality import ExportWarning
 from ..reason import some
+from .witness import heed_forward
 
 # A method before the network that is perhaps a part of what it does.
 _PAIRS = (("encode", "decode"), ("encode", "decoder"), ("encoder", "decode"), ("encoder", "decoder"))
@@ -29,7 +32,7 @@ _CURE = (
 
 
 class UnusedWeightsWarning(ExportWarning):
-    """Neither half uses some of the network's weights, so that a part of it is perhaps not in the bundle."""
+    """Nothing in the bundle depends on some of the network's weights, so that a part of it is perhaps not there."""
 
 
 class Network:
@@ -86,25 +89,73 @@ class Network:
                 f" and its evaluation mode are out of reach; {self._cure}"
             )
 
-    def warn_of_unused(self, run_halves: Callable[[], Any]) -> None:
-        """Warn of an `UnusedWeightsWarning` where `run_halves`, which runs both, leaves parameters of `whole` unread.
+    def heed_the_rest(self, encoder: EncoderGraph, decoder: DecoderGraph, x: Float32, signed: bool) -> None:
+        """Warn where the two halves, as they were read, are perhaps not all of the network.
 
-        A forward that does more than both halves, as to compute mean and log-variance from an encoder's features or to
-        look a code up, is not seen by an export; what that has weights for is.
+        A forward that does more than both, as to compute mean and log-variance from an encoder's features or to look a
+        code up, is not exported: that shows in weights that it alone uses, an `UnusedWeightsWarning`, and in what it
+        gives, a `ForwardDisagreesWarning`.
+
+        x: inputs (N, ...) in the bundle's units. signed: the network takes and gives [-1, 1].
         """
         if self._is_pair:
             return
-        with _Reads() as reads:
+        inputs = torch.from_numpy(x)
+        self._warn_of_unused(lambda: _outputs(encoder, decoder, inputs))
+        heed_forward(self.whole, encoder, decoder, inputs, signed)
+
+    def _warn_of_unused(self, run_halves: Callable[[], list[Tensor]]) -> None:
+        with _Reads() as reads, torch.no_grad():
             run_halves()
-        unused = list(_unread(self.whole, reads.storages, ""))
+        read = [one for one in self.whole.parameters() if one.untyped_storage().data_ptr() in reads.storages]
+        in_vain = {one.untyped_storage().data_ptr() for one in without_effect(run_halves, read)}
+        unused = list(_unread(self.whole, reads.storages - in_vain, ""))
         if unused and unused != [""]:  # all: operators that are out of sight, as those that torch.compile made
             warnings.warn(
-                f"neither half uses the weights of {some(unused)}: what the network's forward does"
-                " with them is not in the bundle; if they belong to it, let encode hold all from the input to the"
-                " latent, and decode all from there on",
+                f"neither the latent nor the reconstruction depends on the weights of {some(unused)}: what the"
+                " network's forward does with them is not in the bundle; if they belong to it, let encode hold all from"
+                " the input to the latent, as (mean, logvar), and decode all from there on",
                 UnusedWeightsWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
+
+
+def _outputs(encoder: EncoderGraph, decoder: DecoderGraph, x: Tensor) -> list[Tensor]:
+    """What both halves give: mean, log-variance if there is one, and the reconstruction of the mean."""
+    encoded = encoder(x)
+    latents = [encoded] if isinstance(encoded, Tensor) else list(encoded)
+    return [*latents, decoder.uncut(latents[0])]
+
+
+def without_effect(run: Callable[[], list[Tensor]], parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    """Those on which nothing depends that `run` gives, though it computes with them: a head whose result is dropped."""
+    wanted = [one.requires_grad for one in parameters]
+    try:
+        for one in parameters:
+            one.requires_grad_(True)
+        with torch.enable_grad():
+            outputs = [output.sum() for output in run() if output.requires_grad]
+            gradients = torch.autograd.grad(outputs, parameters, allow_unused=True) if outputs else ()
+        found = [one for one, gradient in zip(parameters, gradients, strict=False) if gradient is None]
+    except Exception:  # code that no gradient goes through
+        return []
+    finally:
+        for one, was in zip(parameters, wanted, strict=True):
+            one.requires_grad_(was)
+    # Nor is there a gradient of what runs under no_grad: other values show whether something depends on them.
+    return found if found and _changes_nothing(run, found) else []
+
+
+@torch.no_grad()
+def _changes_nothing(run: Callable[[], list[Tensor]], parameters: Sequence[nn.Parameter]) -> bool:
+    before, kept = run(), [one.clone() for one in parameters]
+    try:
+        for one in parameters:
+            one.mul_(-2).add_(1)
+        return all(map(torch.equal, before, run()))
+    finally:
+        for one, values in zip(parameters, kept, strict=True):
+            one.copy_(values)
 
 
 class _Reads(TorchDispatchMode):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from vae_runtime.errors import CheckpointError, InputError
 from vae_runtime.manifest import KINDS
 
 from ..imported import INPUT_RANGES, Arguments, ImportOptions
+from ..quality import ExportWarning
 
 FLAGS = {  # by field of ImportOptions
     "weights": "--weights",
@@ -25,6 +27,7 @@ FLAGS = {  # by field of ImportOptions
     "spread": "--spread",
 }
 _MAX_JSON = 2**20
+_MOST_CHANNELS = 4  # of images as files have them
 
 
 def flag(options: ImportOptions, name: str) -> str:
@@ -89,6 +92,14 @@ def require_shape(shape: tuple[int | None, ...] | None, options: ImportOptions) 
         )
     if len(shape) == 1 and options.input_range is not None:
         raise wrong_option(options, "input_range", ", but the inputs are vectors, which have no range")
+    if shape[2:] in ((1,), (3,)) and isinstance(shape[0], int) and shape[0] > _MOST_CHANNELS:
+        warnings.warn(
+            f"{flag(options, 'input_shape')} is {'x'.join(map(str, shape))}, {shape[0]} channels of {shape[1]} by"
+            f" {shape[2]} pixels; if channels come last there, permute in both halves, and pass"
+            f" {shape[2]}x{shape[0]}x{shape[1]}",
+            ExportWarning,
+            stacklevel=2,
+        )
     if not free and options.multiple_of not in (None, 1):
         raise wrong_option(options, "multiple_of", f", but the inputs {shape} have no free size")
     return shape

@@ -6,7 +6,8 @@ An encoder's output is understood as
 - two tensors: (mean, logvar), unless `spread` says what else the second is,
 - a dict, a named tuple or an object with `mean`, `mu`, ... and `logvar`, `log_var`, `std`, `scale`, `variance`, ...,
   with `z_` before both names or without: torch's Normal, diffusers' DiagonalGaussianDistribution, pythae's
-  ModelOutput; the names of dicts and tuples may have capitals,
+  ModelOutput; the names of dicts and tuples may have capitals, and anything, such as `q_`, before both,
+- a dict with one distribution in it,
 - an object that holds one of these as `latent_dist`.
 """
 
@@ -28,9 +29,10 @@ NAMED_SPREADS = {  # in the order in which they are looked for: an object may ha
     "std": "std", "stddev": "std", "scale": "std", "sigma": "std",
     "variance": "variance", "var": "variance",
 }  # fmt: skip
-PREFIXES = ("", "z_")  # of both names
+PREFIXES = ("", "z_")  # of both names, before any other that a mean and its spread have in common
 COVARIANCE = "Sigma"  # no capitalised sigma, perhaps
 RECONSTRUCTIONS = ("reconstruction", "sample", "recon_x", "recon")
+PIXEL_MEANS = ("mean", "mu", "loc", "probs")  # of a decoder that gives a distribution of each pixel
 RULE = (
     "expected (mean, logvar), one tensor, a distribution, or by name a mean (mean, mu, loc) and its logvar, log_std,"
     " std or variance"
@@ -83,7 +85,7 @@ def read_reconstruction(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output
     if isinstance(output, torch.distributions.Distribution):
-        return output.mean
+        return _expectation(output)
     rule = "expected one tensor, or an object or dict with 'sample' or 'reconstruction'"
     fields = _fields(output)
     if fields is None and isinstance(output, (tuple, list)):
@@ -92,11 +94,24 @@ def read_reconstruction(output: Any) -> Tensor:
     if fields is None:
         fields = {name: getattr(output, name, None) for name in RECONSTRUCTIONS}
     found = [fields[name] for name in RECONSTRUCTIONS if isinstance(fields.get(name), Tensor)]
+    found = found or [fields[name] for name in PIXEL_MEANS if isinstance(fields.get(name), Tensor)]
     if not found and len(fields) == 1:
         found = [value for value in fields.values() if isinstance(value, Tensor)]
     if len(found) != 1:
         raise ExportError(f"the decoder returns {_say(output)}; {rule}")
     return found[0]
+
+
+def _expectation(distribution: torch.distributions.Distribution) -> Tensor:
+    name = type(distribution).__name__
+    try:
+        if isinstance(distribution, torch.distributions.Categorical):  # which numbers its classes
+            raise NotImplementedError
+        return distribution.mean
+    except NotImplementedError:
+        raise ExportError(
+            f"the decoder returns the distribution {name}, whose mean torch does not know; return the expected input"
+        ) from None
 
 
 def _fields(output: Any) -> dict[Any, Any] | None:
@@ -114,11 +129,19 @@ def named_pair(names: Iterable[Any]) -> tuple[Any, Any, str] | None:
     names = list(names)
     known = {str(name).lower(): name for name in names if name != COVARIANCE} | {str(name): name for name in names}
     for prefix in PREFIXES:
-        mean = next((name for name in MEANS if prefix + name in known), None)
-        spread = next((name for name in NAMED_SPREADS if prefix + name in known), None)
-        if mean is not None and spread is not None:
-            return known[prefix + mean], known[prefix + spread], NAMED_SPREADS[spread]
-    return None
+        if (pair := _pair_after(prefix, known)) is not None:
+            return pair
+    others = {name.removesuffix(mean) for name in known for mean in MEANS if name.endswith(f"_{mean}")}
+    pairs = [pair for prefix in sorted(others) if (pair := _pair_after(prefix, known)) is not None]
+    return pairs[0] if len(pairs) == 1 else None  # of several, one is perhaps of a prior
+
+
+def _pair_after(prefix: str, known: Mapping[str, Any]) -> tuple[Any, Any, str] | None:
+    mean = next((name for name in MEANS if prefix + name in known), None)
+    spread = next((name for name in NAMED_SPREADS if prefix + name in known), None)
+    if mean is None or spread is None:
+        return None
+    return known[prefix + mean], known[prefix + spread], NAMED_SPREADS[spread]
 
 
 def _read_named(fields: Mapping[Any, Any]) -> Encoded | None:
@@ -126,9 +149,14 @@ def _read_named(fields: Mapping[Any, Any]) -> Encoded | None:
     pair = named_pair(tensors)
     if pair is not None:
         return Encoded(tensors[pair[0]], tensors[pair[1]], pair[2])
+    posteriors = [value for value in fields.values() if isinstance(value, torch.distributions.Distribution)]
+    if posteriors:
+        return _read_distribution(posteriors[0]) if len(posteriors) == 1 else None
     code = [name for name in CODES if name in tensors]
     others = {prefix + name for prefix in PREFIXES for name in (*MEANS[:3], *NAMED_SPREADS)}
     alone = len(code) == 1 and others.isdisjoint(str(name).lower() for name in tensors)
+    # Beside another tensor of its shape, it is perhaps a sample.
+    alone = alone and [one.shape for one in tensors.values()].count(tensors[code[0]].shape) == 1
     return Encoded(tensors[code[0]]) if alone else None
 
 
@@ -138,7 +166,8 @@ def _read_distribution(distribution: torch.distributions.Distribution) -> Encode
         base = base.base_dist
     if not isinstance(base, torch.distributions.Normal):
         raise ExportError(
-            f"the encoder returns the distribution {type(base).__name__}; a bundle's posterior is a diagonal normal one"
+            f"the encoder returns the distribution {type(base).__name__}; a bundle's posterior is a diagonal normal"
+            " one: return Normal(loc, scale)"
         )
     return Encoded(base.loc, base.scale, "std")
 
@@ -158,8 +187,17 @@ def _read_sequence(output: tuple[Any, ...] | list[Any]) -> Encoded:
     if len(output) != 2 or not all(isinstance(part, Tensor) for part in output):
         raise ExportError(f"the encoder returns {_say(output)}; {RULE} ({_NO_MORE})")
     if output[0].shape != output[1].shape:
-        raise ExportError(f"the encoder returns {_say(output)}; mean and logvar have the same shape ({_NO_MORE})")
+        cure = "if it is one, expand it, as by logvar.expand_as(mean)" if _broadcast(*output) else _NO_MORE
+        raise ExportError(f"the encoder returns {_say(output)}; mean and logvar have the same shape ({cure})")
     return Encoded(output[0], output[1])
+
+
+def _broadcast(mean: Tensor, spread: Tensor) -> bool:
+    """Whether the spread is one for several numbers of the mean; one for all is rather a loss."""
+    try:
+        return spread.ndim > 0 and torch.broadcast_shapes(mean.shape, spread.shape) == mean.shape
+    except RuntimeError:
+        return False
 
 
 def _say(output: Any) -> str:

@@ -23,7 +23,17 @@ from .weights import assign, read_safetensors
 HOLDERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "module", "vae")
 COMPILED = "_orig_mod."  # what torch.compile puts before the names of a module's weights
 # How the names begin of what training has beside the model, as latent-diffusion's and taming-transformers' has.
-FOR_TRAINING = ("loss", "loss_fn", "criterion", "perceptual_loss", "lpips", "discriminator", "model_ema")
+FOR_TRAINING = (
+    "loss",
+    "loss_fn",
+    "criterion",
+    "perceptual_loss",
+    "lpips",
+    "discriminator",
+    "model_ema",
+    "ema_model",
+    "ema",
+)
 AVERAGED = "n_averaged"  # what torch.optim.swa_utils.AveragedModel counts beside the weights
 _EXPECTED = "expected weights by name, or the network that has them"
 
@@ -163,6 +173,8 @@ def _prefix_of_all(weights: Collection[str], wanted: Collection[str]) -> str | N
     first = next(iter(wanted), "")
     prefixes = [name.removesuffix(first) for name in weights if f".{name}".endswith(f".{first}")]
     complete = [prefix for prefix in prefixes if all(prefix + name in weights for name in wanted)]
+    if len(complete) > 1:  # beside the model's, those of an average
+        complete = [prefix for prefix in complete if prefix.partition(".")[0] not in FOR_TRAINING]
     return complete[0] if len(complete) == 1 else None
 
 

@@ -4,6 +4,7 @@ the bundle's units."""
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,9 @@ from ..graphs import DecoderGraph, EncoderGraph, without_validation
 from ..imported import ImportOptions
 from .meaning import Trial, is_split, require_kind, settle_meaning, to_logvar
 from .outputs import Encoded, read_encoded, read_reconstruction
-from .trial import noise, require_batch, run
+from .trial import DoesNotRunError, noise, require_batch, run
+
+_log = logging.getLogger(__name__)
 
 PROBES = 8  # inputs that show whether a second output may be negative
 
@@ -120,16 +123,54 @@ def read(encoder: nn.Module, decoder: nn.Module, x: Float32, options: ImportOpti
     """Find out by trying how the encoder's output is to be read."""
     inputs = torch.from_numpy(x)
     with torch.no_grad(), without_validation():
-        output = run(encoder, 2 * inputs - 1 if options.input_range == "signed" else inputs, "encoder")
+        output = _run_encoder(encoder, 2 * inputs - 1 if options.input_range == "signed" else inputs)
         mean, spread, meaning = _in_float32(read_encoded(output))
+        if spread is not None and mean.equal(spread) and mean.any():  # which may both begin as zeros
+            raise ExportError(
+                "the encoder returns the same values as mean and as log-variance; return (mean, logvar), or of an"
+                " autoencoder the code alone"
+            )
         split = spread is None and is_split(mean.shape, *_trials(decoder, mean, inputs), options)
     if split:
         mean, spread = mean.chunk(2, dim=1)
     kind = "autoencoder" if spread is None else "vae"
     require_kind(kind, options)
+    _log.info("the encoder's %s", _say(kind, split, meaning))
     if spread is None:
         return Reading(kind)
     return Reading(kind, split, settle_meaning(meaning, float(spread.min()), options))
+
+
+def _say(kind: str, split: bool, named: str | None) -> str:
+    """How its output is read, for who looks on."""
+    if kind == "autoencoder":
+        return "output is read as the code of an autoencoder"
+    if split:
+        return "one output is cut in two, the mean and its spread"
+    return f"outputs are mean and {named}, as they are named" if named else "two outputs are read as mean and spread"
+
+
+def _run_encoder(encoder: nn.Module, x: Tensor) -> Any:
+    try:
+        return run(encoder, x, "encoder")
+    except DoesNotRunError as error:
+        if x.ndim == 4 and _runs(encoder, flat := x.flatten(1)):
+            channels, height, width = x.shape[1:]
+            raise DoesNotRunError(
+                f"the encoder takes vectors, {tuple(flat.shape)}, and no images, {tuple(x.shape)}; let encode begin"
+                f" with x.flatten(1) and decode end with .view(-1, {channels}, {height}, {width}), or export it for"
+                f" vectors of {flat.shape[1]}",
+                error.half,
+            ) from error
+        raise
+
+
+def _runs(network: nn.Module, x: Tensor) -> bool:
+    try:
+        network(x)
+    except (Exception, SystemExit):
+        return False
+    return True
 
 
 def _trials(decoder: nn.Module, output: Tensor, x: Tensor) -> tuple[Trial, Trial]:

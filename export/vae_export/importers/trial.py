@@ -22,6 +22,10 @@ from .options import FLAGS, wrong_option
 
 SIDE = 64  # of the images that a network of free sizes is tried with
 SIGMOID_OF_1 = 0.731059  # rounded up
+_ONE_INPUT = (
+    "; either half takes one input: of a conditional VAE, make a bundle for each class, of an encode and a decode that"
+    " fill the class in"
+)
 MIXING_TOLERANCE = 1e-3  # relative to max|outputs|: what the engine's kernels make of another batch size stays below
 
 
@@ -101,7 +105,10 @@ def check_range(halves: Halves, x: Float32, options: ImportOptions) -> None:
             rule = ", but the decoder gives no value outside [0, 1], as one that ends in a sigmoid already"
             raise wrong_option(options, "logits", rule)
     elif float(values.min()) >= 0.5:
-        rule = ", but the decoder gives no value below 0, as one for images in [0, 1]"
+        rule = (
+            ", but the decoder gives no value below 0, as one for images in [0, 1]; if the encoder takes [-1, 1]"
+            " nevertheless, pass 'unit', and let encode begin with 2 * x - 1"
+        )
         raise wrong_option(options, "input_range", rule)
 
 
@@ -164,7 +171,8 @@ def _check_rows(half: str, run: Callable[[Float32], Float32], rows: Float32, out
     if not np.array_equal(run(rows), outputs):
         raise ExportError(
             f"the {half} gives other values for the same input in a second run: it draws random numbers, or keeps"
-            " something of an earlier call; a bundle's encoder gives mean and logvar, and sampling is the runtime's"
+            " something of an earlier call (a dropout without training=self.training?); a bundle's encoder gives"
+            " mean and logvar, and sampling is the runtime's"
         )
     single = np.concatenate([run(rows[i : i + 1]) for i in range(len(rows))])
     if single.shape != outputs.shape:
@@ -198,5 +206,7 @@ def run(half: Callable[[Any], Any], inputs: Any, name: str) -> Any:
     except (ExportError, InputError):
         raise
     except (Exception, SystemExit) as error:  # a network's code may call sys.exit
-        message = f"the {name} does not run on a batch of shape {tuple(inputs.shape)}: {reason(error)}"
+        conditional = isinstance(error, TypeError) and "required positional argument" in str(error)
+        cure = _ONE_INPUT if conditional else ""
+        message = f"the {name} does not run on a batch of shape {tuple(inputs.shape)}: {reason(error)}{cure}"
         raise DoesNotRunError(message, name) from error

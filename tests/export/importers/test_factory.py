@@ -31,6 +31,7 @@ from vae_export.importers.outputs import read_encoded, read_reconstruction
 from vae_export.importers.pickled import Stranger, read_pickled, weights_of_network
 from vae_export.importers.state_dict import LeftOutWeightsWarning, load_weights
 from vae_export.importers.trial import SIDE
+from vae_export.importers.witness import ForwardDisagreesWarning
 from vae_runtime.bundle import Bundle
 from vae_runtime.errors import CheckpointError, ExportError, InputError
 
@@ -440,14 +441,14 @@ def test_random_numbers_that_no_file_of_weights_has_are_refused(name: str, monke
 
 
 def test_weights_that_forward_alone_uses_are_warned_of() -> None:
-    rule = "neither half uses the weights of scale, moments: what the network's forward does with them is not in the"
-    with pytest.warns(UnusedWeightsWarning, match=rule):
+    rule = "neither the latent nor the reconstruction depends on the weights of scale, moments: what the network's for"
+    with pytest.warns(ForwardDisagreesWarning), pytest.warns(UnusedWeightsWarning, match=rule):
         load("Bottleneck")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name in ("Networks", "Methods", "methods_of_one", "methods_of_two", "Holder", "pair"):
             load(name)
-        Network(networks()).warn_of_unused(lambda: None)  # as of operators that are out of sight
+        Network(networks())._warn_of_unused(lambda: [])  # as of operators that are out of sight
 
 
 def test_compiled_methods_are_exported() -> None:
@@ -582,7 +583,7 @@ def test_what_a_wrapper_put_before_all_names_is_taken_away(prefix: str) -> None:
 def test_names_under_two_prefixes_are_not_chosen_from() -> None:
     load("Networks")
     weights = networks().state_dict()
-    torch.save({f"{half}.{name}": value for half in ("model", "ema") for name, value in weights.items()}, "two.ckpt")
+    torch.save({f"{half}.{name}": value for half in ("model", "other") for name, value in weights.items()}, "two.ckpt")
     with pytest.raises(CheckpointError, match=r"lacks encoder.0.weight.*has the unknown model.encoder.0.weight"):
         load("Networks", weights="two.ckpt")
     del weights["encoder.0.bias"]
@@ -921,6 +922,9 @@ STD = (LOGVAR / 2).exp()
         Normal(MEAN, STD),
         Independent(Normal(MEAN, STD), 1),
         ((MEAN, LOGVAR),),
+        {"z": MEAN, "dist": Normal(MEAN, STD)},
+        {"z": MEAN, "q_mu": MEAN, "q_logvar": LOGVAR},
+        {"latent": STD, "latent_mean": MEAN, "latent_std": STD},
     ],
 )
 def test_forms_of_a_posterior(output: Any) -> None:
@@ -955,7 +959,7 @@ def test_forms_of_a_code(output: Any) -> None:
 @pytest.mark.parametrize(
     "output",
     [MEAN, (MEAN,), {"sample": MEAN}, {"reconstruction": MEAN, "z": LOGVAR}, SimpleNamespace(sample=MEAN),
-     Normal(MEAN, 1.0)],
+     Normal(MEAN, 1.0), {"loc": MEAN, "scale": STD}],
 )  # fmt: skip
 def test_forms_of_a_reconstruction(output: Any) -> None:
     torch.testing.assert_close(read_reconstruction(output), MEAN)
@@ -966,7 +970,8 @@ def test_forms_of_a_reconstruction(output: Any) -> None:
     [
         ((MEAN, LOGVAR, MEAN), "3 values of shapes .1, 2., .1, 2., .1, 2.; expected .mean, logvar."),
         ((MEAN, LOGVAR, MEAN), "leave out what is more, as a sample z"),
-        ((MEAN, LOGVAR[:, :1]), "mean and logvar have the same shape .leave out what is more"),
+        ((MEAN, LOGVAR[:, :1]), r"same shape \(if it is one, expand it, as by logvar\.expand_as\(mean\)\)"),
+        ((MEAN, LOGVAR.sum()), "mean and logvar have the same shape .leave out what is more"),
         ((MEAN, LOGVAR, LOGVAR[:, :1]), "features for the decoder, which gets the latent alone"),
         ((MEAN, LOGVAR, [MEAN]), "features for the decoder, which gets the latent alone"),
         ((MEAN, "x"), "2 values of shapes .1, 2., str"),
@@ -977,9 +982,12 @@ def test_forms_of_a_reconstruction(output: Any) -> None:
         ({"qm": MEAN, "qv": LOGVAR}, "dict with qm, qv"),  # a logarithm of std in some, of the variance in others
         ({"mean": MEAN, "z": MEAN}, "dict with mean, z"),
         ({"z": MEAN, "z_mean": MEAN}, "dict with z, z_mean"),
+        ({"z": MEAN, "other": LOGVAR}, "dict with z, other"),
+        ({"z": MEAN, "q": Normal(MEAN, STD), "p": Normal(MEAN, STD)}, "dict with z, q, p"),
+        ({"q_mu": MEAN, "q_logvar": LOGVAR, "p_mu": MEAN, "p_logvar": LOGVAR}, "dict with q_mu, q_logvar, p_mu, p_"),
         ({"mu": MEAN, "Sigma": STD}, "dict with mu, Sigma"),  # which may be a covariance
         (None, "returns NoneType"),
-        (MultivariateNormal(MEAN[0], torch.eye(2)), "MultivariateNormal; a bundle's posterior is a diagonal normal"),
+        (MultivariateNormal(MEAN[0], torch.eye(2)), "a bundle's posterior is a diagonal normal one: return N"),
     ],
 )
 def test_forms_that_are_not_understood(output: Any, message: str) -> None:

@@ -1,0 +1,345 @@
+"""How a network of others is read, with its own forward as a witness, and what is said where it does not run."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vae_export import export_bundle
+from vae_export.imported import ImportOptions
+from vae_export.importers import factory
+from vae_export.importers.network import UnusedWeightsWarning
+from vae_export.importers.state_dict import LeftOutWeightsWarning
+from vae_export.importers.witness import ForwardDisagreesWarning
+from vae_export.quality import ExportWarning
+from vae_runtime.errors import ExportError, InputError
+from vae_runtime.manifest import LOGVAR, MEAN
+
+MODULE = "networks_of_the_witness_tests"
+SOURCE = '''
+import torch
+from torch import nn
+from torch.distributions import Independent, Normal
+from torch.nn import functional as F
+
+class Halves(nn.Module):
+    """encoder gives moments in one tensor, which forward alone takes apart; images (1, 4, 4) in [0, 1]."""
+    def __init__(self, outputs=6):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.BatchNorm1d(12), nn.Linear(12, outputs))
+        self.decoder = nn.Sequential(nn.Linear(3, 16), nn.Sigmoid(), nn.Unflatten(1, (1, 4, 4)))
+        nn.init.uniform_(self.encoder[2].running_mean)
+    def parts(self, h):
+        return h.chunk(2, 1)
+    def draw(self, mean, logvar):
+        return mean + (logvar / 2).exp() * torch.randn_like(mean)
+    def forward(self, x):
+        mean, logvar = self.parts(self.encoder(x))
+        return self.decoder(self.draw(mean, logvar)), mean, logvar
+
+class InEval(Halves):
+    def draw(self, mean, logvar):
+        return super().draw(mean, logvar) if self.training else mean
+
+# forward bears these out
+
+class Named(InEval):
+    def forward(self, x):
+        reconstruction, mean, logvar = super().forward(x)
+        posterior = Independent(Normal(mean, (logvar / 2).exp()), 1)
+        return {"reconstruction": reconstruction, "posterior": posterior, "loss": 0}
+
+class Taught(InEval):
+    def forward(self, x):  # also its input, and what is made of random numbers
+        reconstruction, mean, logvar = super().forward(x)
+        return [reconstruction, x, mean, logvar, torch.rand_like(mean), torch.rand(()), torch.zeros(())]
+
+class Supervised(Halves):
+    def forward(self, x, labels):
+        raise NotImplementedError
+
+class Trained(InEval):
+    def forward(self, x):  # in logits, as a loss takes them
+        reconstruction, mean, logvar = super().forward(x)
+        return reconstruction.logit(), mean, logvar
+
+class Changing(InEval):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.ones(()))
+    def parts(self, h):
+        self.calls += 1
+        return super().parts(h)
+    def encode(self, x):
+        return super().parts(self.encoder(x) * self.calls)
+    def decode(self, z):
+        return self.decoder(z.clamp_(-9, 9))
+
+class Deviation(Halves):
+    """What forward gives beside a sample is no reconstruction."""
+    def forward(self, x):
+        reconstruction, mean, logvar = super().forward(x)
+        return reconstruction, torch.full_like(reconstruction, 0.1), mean, logvar
+
+# and these it does not
+
+class Interleaved(Halves):
+    def parts(self, h):
+        return h.view(-1, 3, 2).unbind(-1)
+
+class Swapped(InEval):
+    def parts(self, h):
+        return h.chunk(2, 1)[::-1]
+
+class Softplus(Halves):
+    def parts(self, h):
+        mean, spread = h.chunk(2, 1)
+        return mean, 2 * F.softplus(spread).log()
+
+class Outside(InEval):
+    def __init__(self):
+        super().__init__()
+        self.mean, self.logvar = nn.Linear(6, 3), nn.Linear(6, 3)
+    def parts(self, h):
+        return self.mean(h), self.logvar(h)
+
+class Logits(InEval):
+    def __init__(self):
+        super().__init__()
+        self.decoder = nn.Sequential(nn.Linear(3, 16), nn.Unflatten(1, (1, 4, 4)))
+    def forward(self, x):
+        reconstruction, mean, logvar = super().forward(x)
+        return reconstruction.sigmoid(), mean, logvar
+
+class Code(InEval):
+    def encode(self, x):
+        return self.parts(self.encoder(x))[0]
+    def decode(self, z):
+        return self.decoder(z)
+
+# weights that run in vain
+
+class Dropped(Code):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 3)
+    def encode(self, x):
+        mean = super().encode(x)
+        self.head(mean)
+        return mean
+    forward = nn.Module.forward
+
+class Frozen(Dropped):
+    def encode(self, x):
+        with torch.no_grad():
+            h = self.encoder(x)
+        return self.head(self.parts(h)[0])
+
+# what does not run, or is misread
+
+class Flat(Halves):
+    def __init__(self):
+        super().__init__()
+        self.encoder = self.encoder[1:]
+
+class Cuda(Code):
+    def encode(self, x):
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+class Conditional(Code):
+    def encode(self, x, y):
+        return x
+
+class Same(Code):
+    def encode(self, x):
+        mean = super().encode(x)
+        return mean, mean
+
+class Misnamed(Code):
+    def encode(self, x):
+        mean, var = self.encoder(x).chunk(2, 1)
+        return {"mu": mean, "var": var}
+
+class Scripted(Code):
+    def __init__(self):
+        super().__init__()
+        self.encoder = torch.jit.script(self.encoder)
+'''
+SCRIPT = """
+import argparse
+print(argparse.ArgumentParser().parse_args())
+from networks_of_the_witness_tests import Halves
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def importable(networks: Any) -> None:
+    """All tests here name factories in it."""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("script_of_the_witness_tests", None)
+
+
+def load(name: str, shape: tuple[int, ...] = (1, 4, 4), **options: Any) -> Any:
+    said = ImportOptions(input_shape=shape, input_range="unit" if len(shape) == 3 else None, **options)
+    return factory.load(f"{MODULE}:{name}", said).halves
+
+
+@pytest.mark.parametrize(
+    "name", ["Halves", "InEval", "Named", "Taught", "Supervised", "Trained", "Changing", "Deviation", "Frozen"]
+)
+def test_networks_that_their_forward_bears_out(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ExportWarning)
+        load(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "Interleaved",
+            "of what has the shape of a latent there, nothing is the mean that is read here; let encode ret",
+        ),
+        ("Swapped", "the reconstruction there is another one than decode gives for the mean: .* in another order"),
+        (
+            "Softplus",
+            r"only the mean is found, and not the spread that is read here, .*; say what it is \(--spread\), or",
+        ),
+        ("Logits", r"the reconstruction there is another one than decode gives for the mean: .*sigmoid \(--logits\)"),
+        (
+            "Code",
+            "it gives a second tensor of the code's shape, as a VAE gives its log-variance, and without that this",
+        ),
+    ],
+)
+def test_networks_that_it_does_not_bear_out(name: str, said: str) -> None:
+    with pytest.warns(ForwardDisagreesWarning, match=f"forward does not bear out how .* are read: .*{said}"):
+        load(name)
+
+
+def test_what_the_options_say_is_borne_out() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ExportWarning)
+        load("Logits", logits=True)
+
+
+def test_the_network_stays_as_it_was_before_it_testified() -> None:
+    x = np.random.default_rng(0).random((2, 1, 4, 4), np.float32)
+    first = load("Changing").encode(x)[MEAN]
+    network = sys.modules[MODULE].Changing().eval()  # type: ignore[attr-defined]
+    np.testing.assert_allclose(first, network.encode(torch.from_numpy(x))[0].detach(), atol=1e-6)
+
+
+def test_modules_testify_too(tmp_path: Path) -> None:
+    network = sys.modules[MODULE].Code()  # type: ignore[attr-defined]
+    x = np.random.default_rng(0).random((4, 1, 4, 4), np.float32)
+    with pytest.warns(ForwardDisagreesWarning, match="second tensor of the code's shape") as caught:
+        export_bundle(network.encode, network.decode, tmp_path / "a.vae", examples=x, kind="autoencoder")
+    assert [one.filename for one in caught if one.category is ForwardDisagreesWarning] == [__file__]
+
+
+def test_layers_behind_the_encoder_are_missed_twice() -> None:
+    with (
+        pytest.warns(ForwardDisagreesWarning, match="nothing is the mean that is read here"),
+        pytest.warns(UnusedWeightsWarning, match="neither .* depends on the weights of mean, logvar: "),
+    ):
+        load("Outside")
+
+
+def test_weights_whose_result_is_dropped_are_warned_of() -> None:
+    with pytest.warns(UnusedWeightsWarning, match="neither .* depends on the weights of head: what the network's forw"):
+        halves = load("Dropped")
+    x = np.random.default_rng(0).random((2, 1, 4, 4), np.float32)
+    network = sys.modules[MODULE].Dropped().eval()  # type: ignore[attr-defined]
+    np.testing.assert_allclose(halves.encode(x)[MEAN], network.encode(torch.from_numpy(x)).detach(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        (
+            "Flat",
+            {},
+            ExportError,
+            r"takes vectors, \(8, 16\), and no images, .* end with \.view\(-1, 1, 4, 4\), or .* 16$",
+        ),
+        ("Cuda", {}, ExportError, "batch of shape .*: its code asks for CUDA, and is run on the CPU here"),
+        (
+            "Conditional",
+            {},
+            ExportError,
+            "argument: 'y'; either half takes one input: of a conditional VAE, make a bun",
+        ),
+        ("Same", {}, ExportError, "the encoder returns the same values as mean and as log-variance"),
+        ("Misnamed", {}, InputError, "names its second output 'variance', .* negative: say what it is with --spread$"),
+        ("Misnamed", {"spread": "std"}, InputError, "--spread is 'std', but that has values from -.*; a std is never"),
+        ("Halves", {"kind": "autoencoder"}, InputError, "a mean and a spread, as it is read; an autoencoder's encoder"),
+    ],
+)
+def test_refused_with_the_cure(name: str, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        load(name, **options)
+
+
+def test_a_spread_that_cannot_be_what_it_is_called_may_be_said() -> None:
+    x = np.random.default_rng(0).random((2, 1, 4, 4), np.float32)
+    with pytest.warns(ForwardDisagreesWarning):
+        want = load("Code").encode(x)[MEAN]
+    found = load("Misnamed", spread="log_std").encode(x)
+    network = sys.modules[MODULE].Misnamed().eval()  # type: ignore[attr-defined]
+    np.testing.assert_allclose(found[MEAN], want, atol=1e-6)
+    np.testing.assert_allclose(found[LOGVAR], 2 * network.encode(torch.from_numpy(x))["var"].detach(), atol=1e-5)
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::vae_export.importers.witness.ForwardDisagreesWarning"
+)
+def test_weights_of_a_part_in_torchscript_are_looked_at(here: Path) -> None:
+    torch.save(sys.modules[MODULE].Code().state_dict(), here / "w.pt")  # type: ignore[attr-defined]
+    assert load("Scripted", weights=str(here / "w.pt")).kind == "autoencoder"
+
+
+def test_a_script_that_parses_its_command_line_sees_none_of_ours(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "script_of_the_witness_tests.py").write_text(SCRIPT)
+    monkeypatch.setattr(sys, "argv", ours := ["vae-export", "--weights", "w.pt"])
+    options = ImportOptions(input_shape=(1, 4, 4), input_range="unit")
+    assert factory.load("script_of_the_witness_tests:Halves", options).halves.kind == "vae"
+    assert sys.argv == ours == ["vae-export", "--weights", "w.pt"]
+
+
+@pytest.mark.parametrize("average", ["ema_model", "ema", "model_ema"])
+def test_an_average_beside_the_model_is_left_out(average: str, here: Path) -> None:
+    weights = sys.modules[MODULE].Halves().state_dict()  # type: ignore[attr-defined]
+    both = {f"model.{name}": 0.9 * value for name, value in weights.items() if value.is_floating_point()}
+    both |= {f"model.{name}": value for name, value in weights.items() if not value.is_floating_point()}
+    both |= {f"{average}.{name}": value for name, value in weights.items()}
+    torch.save(both, here / "both.ckpt")
+    with pytest.warns(LeftOutWeightsWarning, match=rf"{average}\.encoder"):
+        found = load("Halves", weights=str(here / "both.ckpt"))
+    network = sys.modules[MODULE].Halves().eval()  # type: ignore[attr-defined]
+    network.load_state_dict(
+        {name.removeprefix("model."): value for name, value in both.items() if name[:6] == "model."}
+    )
+    x = np.random.default_rng(0).random((2, 1, 4, 4), np.float32)
+    np.testing.assert_allclose(found.encode(x)[MEAN], network.encoder(torch.from_numpy(x)).detach()[:, :3], atol=1e-5)
+
+
+def test_channels_that_come_last_are_asked_about() -> None:
+    with (
+        pytest.raises(ExportError),
+        pytest.warns(ExportWarning, match="28x28x1, 28 channels of 28 by 1 .* pass 1x28x28$"),
+    ):
+        load("Halves", (28, 28, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
 from collections.abc import Iterator
@@ -127,6 +128,10 @@ class Code(InEval):
 
 # weights that run in vain
 
+class Pair(Code):
+    def encode(self, x):
+        return self.parts(self.encoder(x))
+
 class Dropped(Code):
     def __init__(self):
         super().__init__()
@@ -228,6 +233,22 @@ def test_networks_that_their_forward_bears_out(name: str) -> None:
 def test_networks_that_it_does_not_bear_out(name: str, said: str) -> None:
     with pytest.warns(ForwardDisagreesWarning, match=f"forward does not bear out how .* are read: .*{said}"):
         load(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("InEval", "the encoder's one output is cut in two, the mean and its spread"),
+        ("Code", "the encoder's output is read as the code of an autoencoder"),
+        ("Misnamed", "the encoder's outputs are mean and variance, as they are named"),
+        ("Pair", "the encoder's two outputs are read as mean and spread"),
+    ],
+)
+def test_how_the_encoder_is_read_is_told(name: str, said: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "vae_export"), contextlib.suppress(InputError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ForwardDisagreesWarning)
+        load(name)
+    assert [record.message for record in caplog.records] == [said]
 
 
 def test_what_the_options_say_is_borne_out() -> None:

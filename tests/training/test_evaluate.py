@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from vae_training.evaluate import figure_of_merit, measure, recalibrate
+from vae_training.feed import EVALUATE, standard_normal
 from vae_training.likelihood import measure_nll
-from vae_training.losses import Objective, kl_per_dimension
-from vae_training.models import build_model, default_config
+from vae_training.losses import Objective, gradient_difference, kl_per_dimension
+from vae_training.models import build_model, default_config, reparameterize
 
 
 @pytest.fixture
@@ -50,6 +51,29 @@ def test_the_best_weights_are_chosen_by_what_is_trained_for() -> None:
     figures = {"reconstruction_nats": -100.0, "kl_nats": 40.0, "negative_elbo_nats": -60.0}
     assert [figure_of_merit(figures, beta) for beta in (0.1, 1.0, 4.0)] == [-96, -60, 60]
     assert figure_of_merit({**figures, "free_bits_kl_nats": 50.0}, 2.0) == 0
+    assert figure_of_merit({**figures, "gradient_nats": 7.0}, 1.0) == -53
+
+
+@pytest.mark.parametrize(("kind", "likelihood"), [("vae", "laplace"), ("autoencoder", "bernoulli")])
+def test_wrong_edges_cost_the_same_whatever_has_become_of_the_scale(x: np.ndarray, kind: str, likelihood: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(default_config("mlp", kind, (1, 8, 8), 3))
+    weighted = Objective(model, likelihood, 0.5, gradient_weight=3.0)
+    images, scale = torch.from_numpy(x[:50]), 0.5 if likelihood == "laplace" else 1.0
+    with torch.no_grad():
+        if kind == "vae":
+            mean, logvar = model.encode(images)
+            noise = standard_normal(mean.shape, 0, EVALUATE, 0, 0, mean.device)
+            reconstructed = model.decode(reparameterize(mean, logvar, noise))
+        else:
+            reconstructed = model(images)
+        expected = 3.0 / scale * float(gradient_difference(reconstructed, images).mean())
+    assert measure(weighted, x[:50], 0, draws=1)["gradient_nats"] == pytest.approx(expected, rel=1e-6)
+    if likelihood == "laplace":
+        with torch.no_grad():
+            weighted.log_scale.fill_(math.log(0.01))
+        assert measure(weighted, x[:50], 0, draws=1)["gradient_nats"] == pytest.approx(expected, rel=1e-6)
+    assert "gradient_nats" not in measure(objective(kind=kind), x[:50], 0)
 
 
 def test_free_bits_count_each_element_of_the_latent_over_all_examples(x: np.ndarray) -> None:

@@ -207,6 +207,22 @@ def test_early_stop_keeps_the_best_weights(tmp_path: Path) -> None:
     assert metrics["validation"]["reconstruction_nats"] == pytest.approx(best["validation_nats"], rel=1e-9)
 
 
+@pytest.mark.parametrize("likelihood", ["bernoulli", "laplace"])
+def test_weights_that_are_better_at_edges_are_better(tmp_path: Path, likelihood: str) -> None:
+    """The likelihood alone is best in the first epochs, before the edges are learned at its cost."""
+    config = small(gradient_weight=20.0, likelihood=likelihood, epochs=24, patience=6, nll_samples=0)
+    metrics = train(config, tmp_path / "run", device="cpu")
+    history = metrics["training"]["history"]
+    best = min(history, key=lambda entry: entry["validation_nats"])
+    alike = ("validation_reconstruction_nats", "validation_kl_nats")
+    assert min(history, key=lambda entry: sum(entry[name] for name in alike))["epoch"] < 12
+    assert metrics["training"]["best_epoch"] == best["epoch"] > 18
+    assert not metrics["training"]["stopped_early"]
+    assert best["validation_nats"] == pytest.approx(
+        sum(best[name] for name in (*alike, "validation_gradient_nats")), rel=1e-9
+    )
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_in_words(tmp_path: Path) -> None:
     config = small(widths=(64,) * 6, learning_rate=10.0, clip=1e9, epochs=30, lr_warmup=0.0)
     with pytest.raises(TrainingError, match=r"epoch \d+: the .* is (nan|inf); try a learning rate below 10"):

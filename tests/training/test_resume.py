@@ -222,6 +222,25 @@ def test_a_run_of_before_that_chose_weights_by_the_elbo_chooses_anew(
     assert metrics["training"]["best_epoch"] > 12 // 4
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_a_run_of_before_that_chose_weights_without_their_edges_chooses_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    config = TrainConfig("digits", split="60,20,20", family="mlp", widths=(8,), epochs=4, gradient_weight=2.0)
+    stop_at(monkeypatch, 3, 2)
+    with pytest.raises(StopError):
+        train(config, tmp_path / "run", device="cpu")
+    monkeypatch.undo()
+    state = tmp_path / "run/state/progress.pt"
+    progress = torch.load(state, weights_only=True)
+    if before:
+        for entry in progress["history"]:
+            del entry["validation_gradient_nats"]
+    torch.save({**progress, "best": -1e9}, state)
+    metrics = train(config, tmp_path / "run", device="cpu", resume=True)
+    assert (metrics["training"]["best_epoch"] > 2) == before
+
+
 def test_a_run_of_another_version_does_not_continue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stop_at(monkeypatch, 2, 1)
     with pytest.raises(StopError):

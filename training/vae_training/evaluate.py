@@ -29,16 +29,21 @@ def measure(objective: Objective, x: Float32, seed: int, draws: int = 5) -> dict
     `draws` posterior draws each, with the standard error over the examples (None of one), and `active_units`; where
     latents are (C, h, w), their KL is the sum over all elements, and units are the channels, each over all examples and
     positions, which share their weights. With free bits also what the loss counts of the KL, `free_bits_kl_nats`.
-    For both kinds: the `mse` of the reconstruction from the posterior's mean or the code, and for images `psnr_db`, the
-    mean over images of 10·log10(1 / mse). The Bernoulli with grey values and the Gaussian have different zeros: a
-    figure is comparable only under the same likelihood.
+    For both kinds: with a gradient weight `gradient_nats`, see `Objective.gradient_cost`, by the same draws; the `mse`
+    of the reconstruction from the posterior's mean or the code, and for images `psnr_db`, the mean over images of
+    10·log10(1 / mse). The Bernoulli with grey values and the Gaussian have different zeros: a figure is comparable only
+    under the same likelihood.
     """
     objective.eval()
     parts = [_measure_batch(objective, batch, seed, draws, index) for index, batch in enumerate(batches(x, objective))]
-    nll, kl, mse, means, kl_sums = (torch.cat(column).double().cpu().numpy() for column in zip(*parts, strict=True))
+    nll, edges, kl, mse, means, kl_sums = (
+        torch.cat(column).double().cpu().numpy() for column in zip(*parts, strict=True)
+    )
     figures: dict[str, Any] = {"examples": len(x), "reconstruction_nats": float(nll.mean()), "mse": float(mse.mean())}
     if x.ndim == 4:
         figures["psnr_db"] = float(np.mean(-10 * np.log10(np.maximum(mse, _LEAST_MSE))))
+    if objective.gradient_weight:
+        figures["gradient_nats"] = float(edges.mean())
     if isinstance(objective.model, VAE):
         negative_elbo = nll + kl
         figures["draws"] = draws
@@ -60,36 +65,41 @@ def standard_error(values: Float64) -> float | None:
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
-def _measure_batch(
-    objective: Objective, x: Tensor, seed: int, draws: int, index: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(N, ...) -> nll (N,), kl (N,), mse (N,), mean or code (N · positions, latent_dim), the KL of each latent element
-    summed over the examples (1, elements)."""
+def _measure_batch(objective: Objective, x: Tensor, seed: int, draws: int, index: int) -> tuple[Tensor, ...]:
+    """(N, ...) -> nll, what wrong edges cost, kl and mse, all (N,), mean or code (N · positions, latent_dim), the KL of
+    each latent element summed over the examples (1, elements)."""
     model = objective.model
     if isinstance(model, VAE):
         mean, logvar = model.encode(x)
         each = kl_per_dimension(mean, logvar).flatten(1)
         kl, kl_sums = each.sum(1), each.sum(0, keepdim=True)
         noises = (standard_normal(mean.shape, seed, EVALUATE, index, draw, x.device) for draw in range(draws))
-        logits = (model.decode_logits(reparameterize(mean, logvar, noise)) for noise in noises)
-        nll = sum((objective.negative_log_likelihood(value, x) for value in logits), torch.zeros_like(kl)) / draws
+        costs = [_costs(objective, model.decode_logits(reparameterize(mean, logvar, noise)), x) for noise in noises]
     else:
         mean = model.encode(x)
-        nll = objective.negative_log_likelihood(model.decode_logits(mean), x)
-        kl, kl_sums = torch.zeros_like(nll), nll.new_zeros(1, 1)
+        kl, kl_sums = mean.new_zeros(len(x)), mean.new_zeros(1, 1)
+        costs = [_costs(objective, model.decode_logits(mean), x)]
+    nll, edges = (sum(column, torch.zeros_like(kl)) / len(costs) for column in zip(*costs, strict=True))
     mse = (model.decode(mean) - x).square().flatten(1).mean(1)
-    return nll, kl, mse, mean.movedim(1, -1).flatten(0, -2), kl_sums
+    return nll, edges, kl, mse, mean.movedim(1, -1).flatten(0, -2), kl_sums
+
+
+def _costs(objective: Objective, logits: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each example, -log p(x|z) and what wrong edges cost, which vectors do not have."""
+    nll = objective.negative_log_likelihood(logits, x)
+    return nll, objective.gradient_cost(logits, x) if objective.gradient_weight else torch.zeros_like(nll)
 
 
 def figure_of_merit(figures: dict[str, Any], beta: float = 1.0) -> float:
     """What early stopping and the choice of the best weights go by, the lower the better: what is trained for, the
-    reconstruction and the KL, with the weight β that it has after the warm-up and with free bits, if there are any.
+    reconstruction, the KL, with the weight β that it has after the warm-up and with free bits, if there are any, and
+    what wrong edges cost, if they have a weight.
 
     -ELBO itself would call the first weights the best where β is a millionth, those from within the warm-up where β is
-    above 1, and with free bits those before the units are in use.
+    above 1, with free bits those before the units are in use, and those before the edges are learned.
     """
     kl = figures.get("free_bits_kl_nats", figures.get("kl_nats", 0.0))
-    return float(figures["reconstruction_nats"] + beta * kl)
+    return float(figures["reconstruction_nats"] + beta * kl + figures.get("gradient_nats", 0.0))
 
 
 @torch.no_grad()

@@ -204,8 +204,9 @@ class Run:
         figure = figure_of_merit(figures, self.config.beta)
         self.require_finite({"train loss": value, "validation figure": figure}, f"epoch {epoch}")
         entry: dict[str, Any] = {"epoch": epoch, "train_loss_nats": value, "validation_nats": figure}
-        if "kl_nats" in figures:
-            entry |= {f"validation_{name}": figures[name] for name in ("reconstruction_nats", "kl_nats")}
+        terms = [name for name in ("reconstruction_nats", "kl_nats", "gradient_nats") if name in figures]
+        if len(terms) > 1:
+            entry |= {f"validation_{name}": figures[name] for name in terms}
         if self.config.capacity:
             entry["capacity_nats"] = self.kl_terms(self.state.step)[1]
         self.state.history.append(entry)
@@ -272,7 +273,7 @@ class Run:
             self.ema.load_state_dict(content.pop("ema"))
             self.state = State(**content)
             self.accelerator.load_state(str(state))
-            if self.folder.chose_by_elbo:
+            if self.folder.chose_by_elbo or self.chose_without_edges():
                 self.state.best = math.inf
         except Exception as error:  # whatever a damaged file leads torch and safetensors to
             reason = " ".join(str(error).split()[:40])
@@ -282,6 +283,10 @@ class Run:
                 f"{state} was written by {processes} processes, not {self.accelerator.num_processes}; "
                 "only as many continue exactly"
             )
+
+    def chose_without_edges(self) -> bool:
+        """Is the best that was loaded from a version that left the gradient weight out of the choice?"""
+        return self.config.gradient_weight > 0 and "validation_gradient_nats" not in (self.state.history or [{}])[-1]
 
     def finish(self, progress: bool = False) -> dict[str, Any]:
         """Measure the best weights on the test part, and their samples, write everything, and return the metrics."""

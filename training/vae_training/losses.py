@@ -106,7 +106,7 @@ class Objective(nn.Module):
     free_bits: nats per latent dimension.
     gradient_weight: of `gradient_difference` in the loss, in units of the scale (1 for the Bernoulli): with the weight
         1 a wrong difference of two neighbours costs what a wrong value costs under a Laplace density of that scale. It
-        is in the loss alone, not in the figures, and leaves the learning of the scale to the likelihood.
+        is no part of the likelihood and leaves the learning of the scale to it.
     """
 
     log_scale: Tensor
@@ -120,6 +120,7 @@ class Objective(nn.Module):
         self.likelihood = likelihood
         self.free_bits = free_bits
         self.gradient_weight = gradient_weight
+        self.first_scale = 1.0 if likelihood == "bernoulli" else scale
         if likelihood != "bernoulli":
             self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
             # Data that are reconstructed exactly would send the scale to 0 and the density to infinity.
@@ -145,6 +146,14 @@ class Objective(nn.Module):
         if self.gradient_weight:
             loss = loss + self.gradient_weight * self._edges(logits, x)
         return loss
+
+    def gradient_cost(self, logits: Tensor, x: Tensor) -> Tensor:
+        """What wrong differences of neighbours cost, (N,) nats, as measured: in units of the first scale.
+
+        In the loss the unit is the present scale, which shrinks as reconstructions get better: by that the same
+        differences would cost more from epoch to epoch, and the first epochs would look the best.
+        """
+        return self.gradient_weight / self.first_scale * gradient_difference(self.model.to_mean(logits), x)
 
     def negative_log_likelihood(self, logits: Tensor, x: Tensor) -> Tensor:
         """The decoder's logits and the target x, (N, *input_shape) -> -log p(x|z), (N,) nats."""

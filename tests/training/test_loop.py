@@ -14,7 +14,7 @@ from vae_training import feed, loop
 from vae_training.checkpoint import load_checkpoint
 from vae_training.config import TrainConfig
 from vae_training.evaluate import measure
-from vae_training.loop import train
+from vae_training.loop import Run, train
 from vae_training.losses import Objective
 from vae_training.models import build_model, default_config
 from vae_training.optimise import learning_rate, make_optimizer, moving_average, set_learning_rate
@@ -223,10 +223,33 @@ def test_weights_that_are_better_at_edges_are_better(tmp_path: Path, likelihood:
     )
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_in_words(tmp_path: Path) -> None:
-    config = small(widths=(64,) * 6, learning_rate=10.0, clip=1e9, epochs=30, lr_warmup=0.0)
-    with pytest.raises(TrainingError, match=r"epoch \d+: the .* is (nan|inf); try a learning rate below 10"):
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_epoch_in_words(tmp_path: Path) -> None:
+    config = small(widths=(64,) * 6, learning_rate=10.0, clip=1e9, epochs=1000, lr_warmup=0.0)  # measured every 83
+    message = r"epoch \d: the .* is (nan|inf); try a learning rate below 10, .* in a run begun anew \(--force\)"
+    with pytest.raises(TrainingError, match=message):
         train(config, tmp_path / "run", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("what", "stop", "message"), [("train loss", 10, "epoch 2"), ("largest weight", 12, "epoch 3")]
+)  # an epoch has 5 steps, and every fourth of 48 is measured
+def test_a_state_that_has_diverged_replaces_no_good_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, stop: int, message: str
+) -> None:
+    step = Run.train_step
+
+    def train_step(self: Run) -> torch.Tensor:
+        loss = step(self)
+        if self.state.step == stop and what == "largest weight":
+            with torch.no_grad():
+                next(self.objective.parameters())[0, 0] = math.nan
+        return loss * math.nan if self.state.step == stop and what == "train loss" else loss
+
+    monkeypatch.setattr(Run, "train_step", train_step)
+    monkeypatch.setattr(Run, "due", lambda self, *_: self.state.step in (9, stop))
+    with pytest.raises(TrainingError, match=f"{message}: the {what} is nan"):
+        train(small(epochs=48), tmp_path / "run", device="cpu")
+    assert torch.load(tmp_path / "run/state/progress.pt", weights_only=True)["step"] == 9
 
 
 def test_figures_that_overflow_end_the_run_in_words(tmp_path: Path) -> None:

@@ -155,11 +155,15 @@ class Run:
                 loss = self.train_step()
                 bar.update()
                 epoch, rest = divmod(self.state.step, self.feed.steps_per_epoch)
+                if rest == 0:
+                    self.require_not_diverged(loss)
                 if rest == 0 and (epoch % every == 0 or self.state.step == self.steps):
                     self.evaluate(epoch, loss, writer)
                     bar.set_postfix_str(f"validation {self.state.history[-1]['validation_nats']:.2f} nats")
                 self.state.seconds = before + time.perf_counter() - begun
                 if self.due(rest, time.perf_counter() - saved, checkpoint_seconds):
+                    if rest:
+                        self.require_not_diverged(loss)
                     self.save()
                     saved = time.perf_counter()
 
@@ -196,14 +200,13 @@ class Run:
 
         With a capacity the last are the best: those before them were led to a lower rate.
         """
-        value = float(loss)
         objective = cast(Objective, self.ema.module)
         recalibrate(objective, self.calibration, self.config.seed)
         figures = measure(objective, self.validation, self.config.seed, draws=1)
         assert self.config.beta is not None, "resolve first"
         figure = figure_of_merit(figures, self.config.beta)
-        self.require_finite({"train loss": value, "validation figure": figure}, f"epoch {epoch}")
-        entry: dict[str, Any] = {"epoch": epoch, "train_loss_nats": value, "validation_nats": figure}
+        self.require_finite({"validation figure": figure}, f"epoch {epoch}")
+        entry: dict[str, Any] = {"epoch": epoch, "train_loss_nats": float(loss), "validation_nats": figure}
         terms = [name for name in ("reconstruction_nats", "kl_nats", "gradient_nats") if name in figures]
         if len(terms) > 1:
             entry |= {f"validation_{name}": figures[name] for name in terms}
@@ -226,8 +229,16 @@ class Run:
             if value is not None and not math.isfinite(value):
                 rate = self.config.learning_rate
                 raise TrainingError(
-                    f"{where}: the {name} is {value}; try a learning rate below {rate:g}, or scale the data"
+                    f"{where}: the {name} is {value}; try a learning rate below {rate:g}, or scale the data, in a run "
+                    "begun anew (--force): --resume goes on with the same settings, and to the same end"
                 )
+
+    def require_not_diverged(self, loss: Tensor) -> None:
+        """Raise `TrainingError` if the run has diverged: so no state that cannot go on replaces one that can. The loss
+        is of before the last step; what became of the weights in it, they show themselves."""
+        epoch = -(-self.state.step // self.feed.steps_per_epoch)
+        largest = torch.stack([weight.detach().abs().amax() for weight in self.objective.parameters()]).amax()
+        self.require_finite({"train loss": float(loss), "largest weight": float(largest)}, f"epoch {epoch}")
 
     def examples(self, indices: NDArray[np.int64], draw: int) -> Float32:
         """The examples at `indices`, binarised as in training; a "dynamic" draw is the same for the same `draw`."""

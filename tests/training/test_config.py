@@ -46,6 +46,13 @@ def test_a_capacity_takes_the_place_of_what_else_weighs_the_kl() -> None:
     assert TrainConfig("x").resolve(GREY, 100).gamma is None
 
 
+def test_an_autoencoder_has_no_settings_of_a_kl() -> None:
+    for family in ("conv", "resnet"):
+        config = TrainConfig("x", family=family, kind="autoencoder").resolve(GREY, 100)
+        assert (config.beta, config.free_bits, config.kl_warmup) == (None, 0, 0)
+        assert config.resolve(GREY, 100) == config
+
+
 @pytest.mark.parametrize("labels", [3, [3], (3.0,), ("3",), (True,)])
 def test_labels_are_whole_numbers(labels: Any) -> None:
     with pytest.raises(InputError, match=r"exclude_label is .*; expected a tuple of whole numbers"):
@@ -98,6 +105,9 @@ def test_bad_settings_are_named(change: dict[str, object], message: str) -> None
         ({"family": "mlp", "gradient_weight": 1}, VECTOR, 100, "gradient_weight is 1, but x holds vectors"),
         ({"flip": True}, COLOUR, 100, "flip is for crops of photographs; x is trained without crops"),
         ({"kind": "autoencoder", "nll_samples": 5}, GREY, 9, "nll_samples is 5, but kind is 'autoencoder'"),
+        ({"kind": "autoencoder", "beta": 1}, GREY, 9, "beta is 1, but kind is 'autoencoder'; a vae has a KL"),
+        ({"kind": "autoencoder", "free_bits": 0.5}, GREY, 9, "free_bits is 0.5, but kind is 'autoencoder'"),
+        ({"kind": "autoencoder", "kl_warmup": 0.5}, GREY, 9, "kl_warmup is 0.5, but kind is 'autoencoder'"),
         ({"capacity": 5, "beta": 4}, GREY, 9, "beta is 4 and capacity 5; a capacity takes the place"),
         ({"capacity": 5, "free_bits": 0.5}, GREY, 9, "free_bits is 0.5 and capacity 5"),
         ({"capacity": 5, "kl_warmup": 0.5}, GREY, 9, "kl_warmup is 0.5 and capacity 5"),

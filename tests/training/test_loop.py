@@ -292,10 +292,11 @@ def test_tensorboard_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_autoencoder_has_no_warm_up_to_be_patient_with(tmp_path: Path) -> None:
-    config = small(kind="autoencoder", patience=2, epochs=40, kl_warmup=0.5, learning_rate=0.5)
-    training = train(config, tmp_path / "run", device="cpu")["training"]
-    assert training["stopped_early"]
-    assert training["epochs"] < 20
+    config = small(kind="autoencoder", patience=2, epochs=40, learning_rate=0.5)
+    metrics = train(config, tmp_path / "run", device="cpu")
+    assert metrics["training"]["stopped_early"]
+    assert metrics["training"]["epochs"] < 20
+    assert metrics["config"].items() >= {"beta": None, "free_bits": 0.0, "kl_warmup": 0.0}.items()
 
 
 def test_devices_that_are_not_there(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from vae_runtime.errors import TrainingError
 from vae_training.checkpoint import load_checkpoint
+from vae_training.cli import main
 from vae_training.config import TrainConfig
 from vae_training.loop import Run, train
 
@@ -111,6 +112,24 @@ def test_a_run_from_before_a_setting_continues_where_the_setting_is_as_it_was(
         train(replace(CONFIG, exclude_label=(3,)), tmp_path / "run", device="cpu", resume=True)
     train(CONFIG, tmp_path / "run", device="cpu", resume=True)
     assert_same(uninterrupted, tmp_path / "run")
+
+
+def test_an_autoencoder_of_before_that_recorded_a_beta_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--data", "digits", "--split", "60,20,20", "--family", "mlp", "--widths", "8", "--epochs", "3",
+                 "--kind", "autoencoder", "--device", "cpu", "--output"]  # fmt: skip
+    main([*arguments, str(tmp_path / "whole")], standalone_mode=False)
+    stop_at(monkeypatch, 2, 1)
+    with pytest.raises(StopError):
+        main([*arguments, str(tmp_path / "run")], standalone_mode=False)
+    monkeypatch.undo()
+    path = tmp_path / "run/run.json"
+    description = json.loads(path.read_text())
+    description["config"] |= {"beta": 4.0, "free_bits": 0.5, "kl_warmup": 0.1}
+    path.write_text(json.dumps(description))
+    main(["--resume", "--device", "cpu", "--output", str(tmp_path / "run")], standalone_mode=False)
+    assert_same(tmp_path / "whole", tmp_path / "run")
 
 
 def test_stopped_while_writing_the_state(tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,7 +116,7 @@ class _Sides(_Numbers):
 @_choice("activation", "Of resnet; default: relu.", ACTIVATIONS)
 @_option("attention", "Attention at the lowest resolution (resnet); each output then sees all.", is_flag=True)
 @_choice("likelihood", "Default: bernoulli for grey images, gaussian with a learned scale for all else.", LIKELIHOODS)
-@_option("beta", "Weight of the KL; default: 1, resnet: 1e-5.", type=float)
+@_option("beta", "Weight of the KL, which a vae has; default: 1, resnet: 1e-5.", type=float)
 @_option("free_bits", "Nats per latent dimension that the KL leaves alone.", type=float)
 @_option("gradient_weight", "Weight of wrong differences of neighbouring pixels in the loss.", type=float)
 @_option("kl_warmup", "Part of all steps over which the KL's weight rises.", type=float)

@@ -47,7 +47,7 @@ class TrainConfig:
         mostly made for a second model that learns their distribution, and their KL is then kept from growing without
         end and no more: Rombach et al., 2022, arXiv:2112.10752, give it the weight 1e-6 against absolute errors in
         [-1, 1]; against a Laplace density of scale b in [0, 1], in nats, that is 1e-6 / 2b: 1e-5 at b = 0.05. Samples
-        from the prior mean something only with a β near 1.
+        from the prior mean something only with a β near 1. An autoencoder has no KL and takes none of these three.
     free_bits: nats per latent dimension.
     gradient_weight: of the differences of neighbouring pixels, see `losses.Objective`; 0: not in the loss.
     kl_warmup: the part of all steps over which the KL's weight rises from 0 to beta.
@@ -137,6 +137,7 @@ class TrainConfig:
         from .models import default_config
 
         spatial = self.family == "resnet"
+        beta = 1e-5 if spatial and not self.capacity else 1.0
         likelihood = self.likelihood or (
             "bernoulli" if spec.is_image and spec.example_shape[0] == 1 and not spatial else "gaussian"
         )
@@ -155,8 +156,8 @@ class TrainConfig:
             flip=self.flip is not False if crops else None,
             latent=latent,
             likelihood=likelihood,
-            beta=(1e-5 if spatial and not self.capacity else 1.0) if self.beta is None else self.beta,
-            kl_warmup=0.0 if self.capacity else self.kl_warmup,
+            beta=beta if self.beta is None and self.kind == "vae" else self.beta,
+            kl_warmup=0.0 if self.capacity or self.kind != "vae" else self.kl_warmup,
             gamma=(GAMMA if self.gamma is None else self.gamma) if self.capacity else None,
             widths=self.widths or widths,
             depth=depth if self.depth is None else self.depth,
@@ -186,6 +187,9 @@ class TrainConfig:
             raise InputError(f"shift is {self.shift}; crops of photographs lie anywhere and are not shifted")
         if self.nll_samples and self.kind != "vae":
             raise InputError(f"nll_samples is {self.nll_samples}, but kind is {self.kind!r}; a vae has a likelihood")
+        for name, unused in _OF_THE_KL.items():
+            if self.kind != "vae" and getattr(self, name) not in unused:
+                raise InputError(f"{name} is {getattr(self, name):g}, but kind is {self.kind!r}; a vae has a KL")
         if train_examples < 2:
             raise InputError(f"the train part has {train_examples} example; expected at least 2")
 
@@ -249,6 +253,11 @@ _NOT_WITH_CAPACITY: dict[str, tuple[Any, ...]] = {
     "free_bits": (0.0,),
     "kl_warmup": (TrainConfig.kl_warmup, 0.0),
     "patience": (0,),
+}
+_OF_THE_KL: dict[str, tuple[Any, ...]] = {  # and what they are where there is none
+    "beta": (None,),
+    "free_bits": (0.0,),
+    "kl_warmup": (TrainConfig.kl_warmup, 0.0),
 }
 _RANGES = {
     "shift": (0, 64),

@@ -63,13 +63,17 @@ class RunFolder:
 
 
 def recorded_config(path: Path) -> dict[str, Any] | None:
-    """The settings of the run in the folder `path`, or None where there is none."""
+    """The settings of the run in the folder `path`, or None where there is none.
+
+    Earlier versions recorded settings of the KL for autoencoders too, which have none.
+    """
     run = _read_json(path / RUN_FILE)
-    return (
-        run["config"]
-        if run is not None and run.get("format") == FORMAT and isinstance(run.get("config"), dict)
-        else None
-    )
+    if run is None or run.get("format") != FORMAT or not isinstance(run.get("config"), dict):
+        return None
+    settings: dict[str, Any] = run["config"]
+    if settings.get("kind") == "autoencoder":
+        return {**settings, "beta": None, "free_bits": 0.0, "kl_warmup": 0.0}
+    return settings
 
 
 def open_run(path: Path, config: TrainConfig, data: str, resume: bool, force: bool) -> RunFolder:

@@ -187,13 +187,12 @@ class Run:
         return loss.detach()
 
     def kl_terms(self, step: int) -> tuple[float, float | None]:
-        """The KL's weight at `step`, and the capacity it is drawn to, or None where it is drawn to 0."""
+        """The KL's weight at `step`, 0 of an autoencoder, and the capacity it is drawn to, or None where that is 0."""
         config = self.config
         if config.capacity:
             assert config.gamma is not None, "resolve first"
             return config.gamma, capacity_at(step, round(CAPACITY_RISE * self.steps), config.capacity)
-        assert config.beta is not None, "resolve first"
-        return kl_weight(step, round(config.kl_warmup * self.steps), config.beta), None
+        return kl_weight(step, round(config.kl_warmup * self.steps), config.beta or 0.0), None
 
     def evaluate(self, epoch: int, loss: Tensor, writer: Any) -> None:
         """Measure the averaged weights on the validation part, keep them if they are the best, maybe stop.
@@ -203,8 +202,7 @@ class Run:
         objective = cast(Objective, self.ema.module)
         recalibrate(objective, self.calibration, self.config.seed)
         figures = measure(objective, self.validation, self.config.seed, draws=1)
-        assert self.config.beta is not None, "resolve first"
-        figure = figure_of_merit(figures, self.config.beta)
+        figure = figure_of_merit(figures, self.config.beta or 0.0)
         self.require_finite({"validation figure": figure}, f"epoch {epoch}")
         entry: dict[str, Any] = {"epoch": epoch, "train_loss_nats": float(loss), "validation_nats": figure}
         terms = [name for name in ("reconstruction_nats", "kl_nats", "gradient_nats") if name in figures]
@@ -219,8 +217,7 @@ class Run:
         if writer is not None:
             for name in ("train_loss_nats", "validation_nats"):
                 writer.add_scalar(name, self.state.history[-1][name], self.state.step)
-        steps = round(self.config.kl_warmup * self.steps) if self.config.kind == "vae" else 0
-        warm = steps // self.feed.steps_per_epoch  # until then the loss changes
+        warm = round(self.config.kl_warmup * self.steps) // self.feed.steps_per_epoch  # until then the loss changes
         self.state.stopped = 0 < self.config.patience <= epoch - max(warm, self.state.best_epoch)
 
     def require_finite(self, figures: dict[str, Any], where: str) -> None:

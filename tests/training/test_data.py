@@ -44,6 +44,9 @@ def test_idx_folders_join_train_and_t10k(tmp_path: Path, images: np.ndarray, suf
     np.testing.assert_array_equal(data.examples, images)
     assert data.spec.shape == (1, 9, 11)
     assert data.name == tmp_path.name
+    assert data.test_begins == 4
+    (tmp_path / f"train-images.idx3-ubyte{suffix}").unlink()
+    assert load_dataset(str(tmp_path)).test_begins is None
 
 
 def test_broken_idx_files_are_named(tmp_path: Path, images: np.ndarray) -> None:

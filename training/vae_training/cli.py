@@ -18,7 +18,7 @@ from vae_runtime.version import __version__
 
 from .config import ACTIVATIONS, FAMILIES, LIKELIHOODS, MIXED_PRECISIONS, NORMS, TrainConfig
 from .folder import recorded_config
-from .split import ORDERS
+from .split import ORDERS, PARTS
 
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(TrainConfig)}
@@ -83,8 +83,12 @@ class _Sides(_Numbers):
 @click.option(
     "--output", required=True, type=click.Path(path_type=Path), help="Folder for model.pt, metrics.json and pictures."
 )
-@_option("split", "Train, validation and test parts: counts '8000,1000,1000' or fractions.")
-@_choice("order", "Shuffle before splitting, or keep the order of the files.", ORDERS)
+@_option(
+    "split",
+    "Train, validation and test parts: counts '8000,1000,1000' or fractions; default: 0.8,0.1,0.1, but of IDX files "
+    "train-* and t10k-* the latter are the test part, unless this or --order is given.",
+)
+@_choice("order", "Shuffle before splitting, or keep the order of the files; default: seeded.", ORDERS)
 @_option(
     "exclude_label", "Leave the examples with this label out of all parts; may be repeated.", type=int, multiple=True
 )
@@ -206,12 +210,21 @@ def _summary(metrics: dict[str, Any], output: Path) -> str:
     lines = [
         f"{output}: {', '.join(metrics['files'])}, metrics.json",
         f"{model['family']} {model['kind']}, {size}, {time} on {training['device']}{kept}",
+        *_parts(metrics["dataset"]),
         f"test part, {test['examples']:,} examples: {figure}",
         *_likelihood(test),
         f"test part, without sampling: mean squared error {test['mse']:.5g}{psnr}",
         *_samples(metrics.get("samples", {})),
     ]
     return "\n".join(lines)
+
+
+def _parts(dataset: dict[str, Any]) -> list[str]:
+    """Which files the parts are from, where the files decided."""
+    if dataset.get("split_by") != "files":
+        return []
+    train, validation, test = (f"{dataset[part]:,}" for part in PARTS)
+    return [f"parts: {train} train and {validation} validation examples from train-*, {test} test examples from t10k-*"]
 
 
 def _plus_minus(error: float | None) -> str:

@@ -33,7 +33,9 @@ MIN_EPOCHS, MIN_STEPS = 20, 800  # of the default number of epochs
 class TrainConfig:
     """The settings of a run. None means "as fits the data": `resolve` fills it in.
 
-    data, size, resize, colour: see `data.load_dataset`. split, order: see `split.split_indices`.
+    data, size, resize, colour: see `data.load_dataset`.
+    split, order: see `split.split_indices`; None: "0.8,0.1,0.1" and "seeded". Where neither is given, data with a test
+        part of their own, IDX files "train" and "t10k", keep it (see `split.split_before`), and both stay None.
     exclude_label: labels whose examples are left out of all parts, after dividing: see `split.leave_out`.
     crop: (H, W) of the crops that a folder of photographs of any sizes is trained on, see `photographs.py`; None: 64×64
         for the resnet family, where neither size nor resize is given, and no crops for the others.
@@ -68,8 +70,8 @@ class TrainConfig:
     """
 
     data: str
-    split: str = "0.8,0.1,0.1"
-    order: str = "seeded"
+    split: str | None = None
+    order: str | None = None
     exclude_label: tuple[int, ...] = ()
     size: tuple[int, ...] | None = None
     resize: str | None = None

@@ -33,6 +33,7 @@ class Dataset:
     examples: uint8 images (N, H, W) or (N, H, W, 3), float32 images (N, C, H, W) in [0, 1], or float32 vectors (N, D).
     facts: how they were made, where that matters, for the records of a run.
     labels: whole numbers, int64 (N,), where the source has them; nothing is trained on them.
+    test_begins: the index of the first example of the source's own test part, which comes last, where it has one.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Dataset:
     spec: InputSpec
     facts: Mapping[str, Any] = field(default_factory=dict)
     labels: NDArray[np.int64] | None = None
+    test_begins: int | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -81,8 +83,9 @@ def load_dataset(
         images, labels = _digits()
         return _with_labels(_from_images(DIGITS, images, resize), labels, source)
     if path.is_dir():
-        images, labels = idx.read_folder(path)
-        return _with_labels(_from_images(path.resolve().name, images, resize), labels, source)
+        images, labels, test_begins = idx.read_folder(path)
+        data = _with_labels(_from_images(path.resolve().name, images, resize), labels, source)
+        return replace(data, test_begins=test_begins)
     array, labels = _read_array(path)
     return _with_labels(_from_array(path, array, resize), labels, source)
 

@@ -24,8 +24,9 @@ def find_images(folder: Path) -> list[Path]:
     return [path for path in found if path is not None]
 
 
-def read_folder(folder: Path) -> tuple[UInt8, UInt8 | None]:
-    """All images of a folder in file order, "train" before "t10k" -> uint8 (N, H, W), and their labels, uint8 (N,).
+def read_folder(folder: Path) -> tuple[UInt8, UInt8 | None, int | None]:
+    """All images of a folder in file order, "train" before "t10k" -> uint8 (N, H, W), their labels, uint8 (N,), and
+    the index of the first of "t10k", None where only one of the two is there.
 
     The labels are None unless there are some for every file of images. Where there are any their number must match,
     else the files do not belong together.
@@ -47,7 +48,8 @@ def read_folder(folder: Path) -> tuple[UInt8, UInt8 | None]:
                 f"{path} has images of {_size(images)} pixels, but those before it have {_size(arrays[0])}"
             )
         arrays.append(images)
-    return np.concatenate(arrays), np.concatenate(labels) if len(labels) == len(arrays) else None
+    all_labels = np.concatenate(labels) if len(labels) == len(arrays) else None
+    return np.concatenate(arrays), all_labels, len(arrays[0]) if len(arrays) == len(PARTS) else None
 
 
 def read_idx(path: Path, rank: int) -> UInt8:

@@ -79,7 +79,7 @@ def train(
         DeviceError, MissingExtraError: what was asked for is not there.
     """
     source = open_source(config)
-    config = config.resolve(source.data.spec, source.train_examples, crops=source.photographs is not None)
+    config = source.resolve(config)
     check_size(config, source.data)
     if config.capacity:
         require_matplotlib()

@@ -66,7 +66,8 @@ def _examples(run: Run, indices: Any) -> torch.Tensor:
 
 
 def _dataset(run: Run) -> dict[str, Any]:
-    """Crops of photographs are counted as they lie side by side; `split_by` says what the parts were divided by."""
+    """Crops of photographs are counted as they lie side by side; `split_by` says what the parts were divided by:
+    pictures, regions of each, or the files that the data set comes in."""
     counts = {"train": run.train_examples, "validation": len(run.parts.validation), "test": len(run.parts.test)}
     facts = {"order": run.config.order, "held_out_examples": "validation", **run.data.facts}
     return {"dataset": run.data.name, **counts, **facts}

@@ -16,15 +16,25 @@ from .crops import CropFeed
 from .data import Dataset, is_folder_of_pictures, load_dataset
 from .feed import Feed
 from .photographs import Photographs, load_photographs
-from .split import Parts, leave_out, split_indices
+from .split import ORDER, SPLIT, Parts, leave_out, split_before, split_indices
 
 
 class Source(NamedTuple):
-    """photographs: where training examples are crops drawn anew each time; `data` then holds the fixed grids."""
+    """photographs: where training examples are crops drawn anew each time; `data` then holds the fixed grids.
+
+    split, order: that the parts were made by; None where it was the data that decided.
+    """
 
     data: Dataset
     parts: Parts
     photographs: Photographs | None = None
+    split: str | None = None
+    order: str | None = None
+
+    def resolve(self, config: TrainConfig) -> TrainConfig:
+        """`config` with every None that depends on the data filled in; see `TrainConfig.resolve`."""
+        config = replace(config, split=self.split, order=self.order)
+        return config.resolve(self.data.spec, self.train_examples, crops=self.photographs is not None)
 
     @property
     def train_examples(self) -> int:
@@ -55,7 +65,7 @@ def open_source(config: TrainConfig) -> Source:
     """Read the data of `config` and divide them.
 
     A folder of pictures is a source of crops where `crop` is given, and for the resnet family unless `size` or `resize`
-    asks for pictures of one size.
+    asks for pictures of one size. Data with a test part of their own keep it unless `split` or `order` is given.
 
     Raises:
         InputError: nothing there, it is damaged or of the wrong form, or settings that do not go with it.
@@ -69,8 +79,20 @@ def open_source(config: TrainConfig) -> Source:
         return _open_photographs(config)
     size = (config.size[0], config.size[1]) if config.size else None
     data = load_dataset(config.data, size, config.resize, config.colour)
-    parts = split_indices(len(data), config.split, config.order, config.seed)
-    return _exclude(Source(data, parts), config) if config.exclude_label else Source(data, parts)
+    source = _divide(data, config)
+    return _exclude(source, config) if config.exclude_label else source
+
+
+def _divide(data: Dataset, config: TrainConfig) -> Source:
+    if data.test_begins is not None and config.split is None and config.order is None:
+        facts = {**data.facts, "order": "seeded", "split_by": "files"}
+        return Source(replace(data, facts=facts), split_before(data.test_begins, len(data), config.seed))
+    split, order = _split_of(config), ORDER if config.order is None else config.order
+    return Source(data, split_indices(len(data), split, order, config.seed), None, split, order)
+
+
+def _split_of(config: TrainConfig) -> str:
+    return SPLIT if config.split is None else config.split
 
 
 def _exclude(source: Source, config: TrainConfig) -> Source:
@@ -82,15 +104,16 @@ def _exclude(source: Source, config: TrainConfig) -> Source:
             ".npz has an array 'labels' or 'y', a whole number per example)"
         )
     facts = {**data.facts, "excluded_labels": sorted(set(config.exclude_label))}
-    return Source(replace(data, facts=facts), leave_out(source.parts, labels, config.exclude_label))
+    return source._replace(data=replace(data, facts=facts), parts=leave_out(source.parts, labels, config.exclude_label))
 
 
 def _open_photographs(config: TrainConfig) -> Source:
     if config.size is not None:
         raise InputError("size makes all pictures one size, crop leaves them as they are; pass one of them")
     crop = (config.crop[0], config.crop[1]) if config.crop else None
+    split, order = _split_of(config), ORDER if config.order is None else config.order
     photographs = load_photographs(
-        Path(config.data), crop, config.colour or "rgb", config.resize or "exact", config.split, config.order,
-        config.seed, config.crop_multiple,
+        Path(config.data), crop, config.colour or "rgb", config.resize or "exact", split, order, config.seed,
+        config.crop_multiple,
     )  # fmt: skip
-    return Source(*photographs.to_dataset(), photographs)
+    return Source(*photographs.to_dataset(), photographs, split, order)

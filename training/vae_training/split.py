@@ -13,6 +13,8 @@ from vae_runtime.errors import InputError
 from . import strict
 
 ORDERS = ("seeded", "file")
+SPLIT, ORDER = "0.8,0.1,0.1", "seeded"  # where none is given
+VALIDATION = 0.1  # of the examples before a test part that the data bring with them
 PARTS = ("train", "validation", "test")
 
 
@@ -44,6 +46,20 @@ def split_indices(count: int, split: str, order: str, seed: int) -> Parts:
     indices = np.random.default_rng((seed, 0)).permutation(count) if order == "seeded" else np.arange(count)
     first, second, third = np.cumsum(sizes)
     return Parts(indices[:first], indices[first:second], indices[second:third])
+
+
+def split_before(test_begins: int, count: int, seed: int) -> Parts:
+    """Keep the test part that the data bring with them, the examples from `test_begins` on; of those before it a tenth,
+    which the seed draws, are for validation.
+
+    Raises:
+        InputError: fewer than two before it.
+    """
+    if test_begins < 2:
+        raise InputError(f"the train files hold {test_begins} example; expected at least 2, one of them for validation")
+    indices = np.random.default_rng((seed, 0)).permutation(test_begins)
+    train = test_begins - max(1, round(VALIDATION * test_begins))
+    return Parts(indices[:train], indices[train:], np.arange(test_begins, count))
 
 
 def leave_out(parts: Parts, labels: NDArray[np.int64], excluded: Sequence[int]) -> Parts:

@@ -134,6 +134,12 @@ def test_what_cannot_be_measured_is_left_out(
         assert {name for name, entry in metrics["samples"].items() if isinstance(entry, dict)} == expected
 
 
+def test_examples_that_are_all_alike_have_no_samples_to_compare(tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", np.full((80, 8, 8), 77, np.uint8))
+    changes = {"data": str(tmp_path / "images.npy"), "split": "40,20,20", "epochs": 1}
+    assert "samples" not in train(TrainConfig(**{**SMALL, **changes}), tmp_path / "run", device="cpu")
+
+
 def test_without_scikit_learn_there_is_no_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = np.random.default_rng(0).integers(0, 256, (80, 8, 8), dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)

@@ -66,8 +66,11 @@ def precision_and_recall(real: Float64, samples: Float64, neighbours: int = NEIG
     }
 
 
-def measure_samples(objective: Objective, train: Float32, real: Float32, test: Float32, seed: int) -> dict[str, Any]:
-    """Precision and recall against the test part of as many samples from each prior.
+def measure_samples(
+    objective: Objective, train: Float32, real: Float32, test: Float32, seed: int
+) -> dict[str, Any] | None:
+    """Precision and recall against the test part of as many samples from each prior; None where all examples are alike,
+    so that there is no component to compare anything by.
 
     train: examples of the train part as the encoder takes them, which the priors are fitted to. real, test: examples of
     the train and of the test part, of the kind that samples are, means of p(x|z); there are more than three of each.
@@ -75,6 +78,8 @@ def measure_samples(objective: Objective, train: Float32, real: Float32, test: F
     reached; it and priors that the train part is too small for are left out.
     """
     features = Features.of(real[: max(COMPONENTS + 1, min(MAX_EXAMPLES, MAX_ELEMENTS // real[0].size))])
+    if features.axes.shape[1] == 0:
+        return None
     reference = features(test)
     found: dict[str, Any] = {
         "features": f"{features.axes.shape[1]} principal components of the train part",

@@ -132,6 +132,31 @@ def test_an_autoencoder_of_before_that_recorded_a_beta_continues(
     assert_same(tmp_path / "whole", tmp_path / "run")
 
 
+def test_tensorboard_shows_every_evaluation_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = TrainConfig("digits", split="60,20,20", family="mlp", widths=(8,), batch_size=20, epochs=6, nll_samples=0)
+    folder, known = tmp_path / "run/tensorboard", "events.out.tfevents.000000000"
+
+    def shown() -> list[int]:
+        for path in folder.glob("events*"):  # TensorBoard reads them by their names, which have the second in them
+            if not path.name.startswith(known):
+                path.rename(folder / f"{known}{len(list(folder.iterdir()))}")
+        loaded = events.EventAccumulator(str(folder)).Reload()
+        return [event.step for event in loaded.Scalars("validation_nats")]
+
+    for stop, save_at in ((7, None), (10, 6), (17, 6)):  # an epoch has 3 steps; the state of 6 is gone on from twice
+        stop_at(monkeypatch, stop, save_at)
+        with pytest.raises(StopError):
+            train(config, tmp_path / "run", device="cpu", resume=True, tensorboard=True)
+        monkeypatch.undo()
+        assert shown() == list(range(3, stop, 3))
+    train(config, tmp_path / "run", device="cpu", resume=True, tensorboard=True)
+    assert shown() == [3, 6, 9, 12, 15, 18]
+    (folder / "notes.txt").write_text("mine")
+    train(replace(config, epochs=1), tmp_path / "run", device="cpu", force=True)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
 def test_stopped_while_writing_the_state(tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate import Accelerator
 

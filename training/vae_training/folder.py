@@ -23,6 +23,7 @@ from .config import TrainConfig
 FORMAT = "vae-training"
 FORMAT_VERSION = 1
 RUN_FILE, METRICS_FILE, MODEL_FILE, STATE_FOLDER = "run.json", "metrics.json", "model.pt", "state"
+TENSORBOARD_FOLDER = "tensorboard"
 
 
 class RunFolder:
@@ -38,6 +39,10 @@ class RunFolder:
     def state(self) -> Path:
         return self.path / STATE_FOLDER
 
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / TENSORBOARD_FOLDER
+
     def finished(self) -> dict[str, Any] | None:
         """The metrics of this run if it is complete, else None."""
         metrics = _read_json(self.path / METRICS_FILE)
@@ -47,6 +52,12 @@ class RunFolder:
         """Write the metrics, with `run` among them, which makes the run complete, and drop the state."""
         write_json(self.path / METRICS_FILE, metrics)
         shutil.rmtree(self.state, ignore_errors=True)
+
+    def remove_events(self) -> None:
+        """The curves of a run before, which TensorBoard would draw into those of this one."""
+        if not self.tensorboard.is_symlink():
+            for path in self.tensorboard.glob("events.out.tfevents.*"):
+                path.unlink(missing_ok=True)
 
     def remove_leftovers(self) -> None:
         """What a run that was killed while writing left half done, or set aside for a moment."""
@@ -80,7 +91,8 @@ def open_run(path: Path, config: TrainConfig, data: str, resume: bool, force: bo
     """Make `path` the folder of a run with the resolved settings `config`. data: `Source.digest`.
 
     A new or empty folder is taken. One with a run of ours in it is continued with `resume` and begun anew with `force`:
-    then what the old run left stays until the new one replaces it. Foreign files are never touched.
+    then what the old run left stays until the new one replaces it, but for its state and TensorBoard's events. Foreign
+    files are never touched.
 
     Raises:
         OutputError: the folder has something in it and neither applies, or it cannot be written.
@@ -137,6 +149,7 @@ def _begin_run(path: Path, config: TrainConfig, data: str) -> RunFolder:
         path.mkdir(parents=True, exist_ok=True)
     folder = RunFolder(path, secrets.token_hex(8))
     folder.remove_leftovers()
+    folder.remove_events()
     shutil.rmtree(folder.state, ignore_errors=True)
     description = {"format": FORMAT, "format_version": FORMAT_VERSION, "run": folder.run, "config": config.to_dict()}
     write_json(path / RUN_FILE, {**description, "data": data, "producer": {"vae-edge": __version__}})

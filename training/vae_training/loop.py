@@ -90,7 +90,8 @@ def train(
     run = Run(config, source, accelerator, folder)
     if resume and folder.state.is_dir():
         run.load()
-    with _summary_writer(folder.path, tensorboard and accelerator.is_main_process) as writer:
+    logging = tensorboard and accelerator.is_main_process
+    with _summary_writer(folder.tensorboard, logging, run.state.step) as writer:
         run.fit(checkpoint_seconds, writer, progress and accelerator.is_main_process)
     return run.finish(progress and accelerator.is_main_process)
 
@@ -359,8 +360,8 @@ def _bar(step: int, steps: int, shown: bool) -> Iterator[Any]:
 
 
 @contextmanager
-def _summary_writer(path: Path, wanted: bool) -> Iterator[Any]:
-    """A TensorBoard writer, or None where none is wanted."""
+def _summary_writer(path: Path, wanted: bool, step: int) -> Iterator[Any]:
+    """A TensorBoard writer, or None where none is wanted. What comes after `step` is about to be written again."""
     if not wanted:
         yield None
         return
@@ -368,7 +369,7 @@ def _summary_writer(path: Path, wanted: bool) -> Iterator[Any]:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise MissingExtraError("tensorboard", "tensorboard", "writing for TensorBoard") from None
-    with SummaryWriter(str(path / "tensorboard")) as writer:
+    with SummaryWriter(str(path), purge_step=step + 1) as writer:
         yield writer
 
 

@@ -46,7 +46,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, crop: tuple[int, int] | None = (16, 16), split: str = SPLIT, f: int = 1) -> Photographs:
-    return load_photographs(folder, crop, "rgb", "exact", split, "seeded", 0, f)
+    return load_photographs(folder, crop, "rgb", "exact", split, None, 0, f)
 
 
 def overlap(photographs: Photographs, steps: int = 8) -> int:
@@ -110,7 +110,7 @@ def test_few_pictures_are_cut_along_their_longer_side(two: Path) -> None:
         Region(0, 0, 80, 16, 16), Region(0, 16, 80, 16, 16), Region(1, 72, 0, 16, 16), Region(1, 72, 16, 16, 16),
     ]  # fmt: skip
     data, parts = made.to_dataset()
-    assert data.facts == {"crop": [16, 16], "pictures": 2, "split_by": "regions"}
+    assert data.facts == {"crop": [16, 16], "pictures": 2, "split_by": "regions", "order": "strips"}
     np.testing.assert_array_equal(data.examples[parts.test[0]], made.pictures[0][:16, 80:96])
     assert made.epoch_crops == len(parts.train) == 2 * 3 + 3 * 2
 
@@ -180,13 +180,13 @@ def test_orientation_and_grey_follow_the_rules_of_pictures(tmp_path: Path) -> No
     exif = turned.getexif()
     exif[0x0112] = 6
     turned.save(folder / "turned.jpg", exif=exif)
-    made = load_photographs(folder, (16, 16), "grey", "exact", SPLIT, "seeded", 0)
+    made = load_photographs(folder, (16, 16), "grey", "exact", SPLIT, None, 0)
     assert made.pictures[0].shape == (90, 30)
     assert made.spec.shape == (1, 16, 16)
     assert CropFeed(made, 3, 0).batch(0).shape == (3, 1, 16, 16)
     Image.fromarray(np.zeros((40, 40, 4), np.uint8)).save(folder / "clear.png")
     with pytest.raises(InputError, match=r"clear.png has transparent pixels"):
-        load_photographs(folder, (8, 8), "rgb", "exact", SPLIT, "seeded", 0)
+        load_photographs(folder, (8, 8), "rgb", "exact", SPLIT, None, 0)
 
 
 def test_the_default_crop_is_what_there_is_room_for(tmp_path: Path) -> None:
@@ -268,12 +268,16 @@ def test_end_to_end(two: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert checkpoint.examples["held_out"].shape == (4, 16, 16, 3)
     metrics = json.loads((run / "metrics.json").read_text())
     expected = {"train": 12, "validation": 4, "test": 4, "crop": [16, 16], "pictures": 2, "split_by": "regions"}
-    assert metrics["dataset"].items() >= expected.items()
-    settings = {"crop": [16, 16], "flip": False, "beta": 1e-5, "gradient_weight": 0.5}
+    assert metrics["dataset"].items() >= {**expected, "order": "strips"}.items()
+    settings = {"crop": [16, 16], "flip": False, "beta": 1e-5, "gradient_weight": 0.5, "order": None}
     assert metrics["config"].items() >= settings.items()
     with Image.open(run / "reconstructions.png") as picture:
         assert picture.height > 2 * 16
     assert vae_train("--output", run, "--resume") == 0  # a finished run is left as it is
+    description = json.loads((run / "run.json").read_text())
+    description["config"]["order"] = "seeded"  # as it was recorded before, of strips too
+    (run / "run.json").write_text(json.dumps(description))
+    assert vae_train("--output", run, "--resume") == 0
 
 
 @pytest.mark.parametrize(
@@ -283,6 +287,8 @@ def test_end_to_end(two: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         (("--crop", "15"), "crop is 15x15; this model takes heights and widths that are multiples of 2"),
         (("--crop", "16x0"), "crop is [16, 0]; expected height and width"),
         (("--size", "16x16"), "size makes all pictures one size, crop leaves them as they are; pass one of them"),
+        (("--order", "seeded"), "order is 'seeded', but"),
+        (("--order", "file"), "has 2 pictures, each of which is cut into strips, train, validation and test"),
         (("--shift", "1"), "shift is 1; crops of photographs lie anywhere and are not shifted"),
         (("--family", "conv", "--attention"), "attention is True; only the resnet family has a choice of it"),
         (("--data", "digits"), "crop is for folders of pictures; digits has examples of one size"),

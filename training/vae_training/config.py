@@ -35,7 +35,8 @@ class TrainConfig:
 
     data, size, resize, colour: see `data.load_dataset`.
     split, order: see `split.split_indices`; None: "0.8,0.1,0.1" and "seeded". Where neither is given, data with a test
-        part of their own, IDX files "train" and "t10k", keep it (see `split.split_before`), and both stay None.
+        part of their own, IDX files "train" and "t10k", keep it (see `split.split_before`), and both stay None; of few
+        photographs, which are cut into strips, the order does.
     exclude_label: labels whose examples are left out of all parts, after dividing: see `split.leave_out`.
     crop: (H, W) of the crops that a folder of photographs of any sizes is trained on, see `photographs.py`; None: 64×64
         for the resnet family, where neither size nor resize is given, and no crops for the others.

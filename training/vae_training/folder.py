@@ -19,6 +19,7 @@ from vae_runtime.errors import OutputError, TrainingError
 from vae_runtime.version import __version__
 
 from .config import TrainConfig
+from .split import ORDER
 
 FORMAT = "vae-training"
 FORMAT_VERSION = 1
@@ -121,6 +122,8 @@ def _continue_run(path: Path, config: TrainConfig, data: str, recorded: dict[str
     # A setting that is newer than the run was as it is by default. How many samples measure the likelihood changes
     # nothing in the training before.
     begun = {**TrainConfig(config.data).to_dict(), "nll_samples": config.nll_samples, **recorded}
+    if config.order is None and begun["order"] == ORDER:  # earlier versions recorded one of strips too
+        begun["order"] = None
     for key, value in config.to_dict().items():
         if begun[key] != value:
             raise TrainingError(

@@ -22,7 +22,7 @@ from vae_runtime.manifest import COLOURS, InputSpec
 from vae_runtime.preprocess import UInt8
 
 from .data import Dataset, find_pictures
-from .split import PARTS, Parts, parse_split, split_indices
+from .split import ORDER, PARTS, Parts, parse_split, split_indices
 
 MANY = 10  # from so many pictures on fractions divide the pictures, below they divide each picture
 DEFAULT_CROP = 64
@@ -82,12 +82,14 @@ class Photographs:
         ends = np.cumsum([0, *(len(grid) for grid in grids)])
         train, validation, test = (np.arange(*pair, dtype=np.int64) for pair in pairwise(ends))
         facts = {"crop": list(self.spec.example_shape[1:]), "pictures": len(self.pictures), "split_by": self.split_by}
+        if self.split_by == "regions":
+            facts["order"] = "strips"
         examples = self.cut([place for grid in grids for place in grid])
         return Dataset(self.name, examples, self.spec, facts), Parts(train, validation, test)
 
 
 def load_photographs(
-    folder: Path, crop: tuple[int, int] | None, colour: str, resize: str, split: str, order: str, seed: int,
+    folder: Path, crop: tuple[int, int] | None, colour: str, resize: str, split: str, order: str | None, seed: int,
     f: int = 1,
 ) -> Photographs:  # fmt: skip
     """Read a folder of pictures of any sizes and divide it into parts.
@@ -95,12 +97,12 @@ def load_photographs(
     crop: (H, W); None takes 64×64, or the largest square that every picture and part has room for.
     split, order, seed: see `split.split_indices`. Counts divide the pictures, and so do fractions from 10 pictures on;
         of fewer, each is cut along its longer side into strips of these fractions, at least one crop wide, in the order
-        train, validation, test.
+        train, validation, test, whatever the seed, and no other order may be given. None: "seeded", where there is one.
     f: a crop's height and width are multiples of it.
 
     Raises:
         InputError: no pictures, one that is smaller than a crop, too small for its strips, or no picture that is read
-            here, a crop that is no multiple, a bad split, or pictures that need more than 4 GiB.
+            here, a crop that is no multiple, a bad split, an order of strips, or pictures that need more than 4 GiB.
         MissingExtraError: Pillow is not installed.
     """
     paths = find_pictures(folder)
@@ -108,6 +110,11 @@ def load_photographs(
     _check_memory(folder, sizes, COLOURS[colour])
     parsed = parse_split(split)
     by_pictures = len(paths) >= MANY or isinstance(parsed[0], int)
+    if order is not None and not by_pictures:
+        raise InputError(
+            f"order is {order!r}, but {folder} has {len(paths)} pictures, each of which is cut into strips, train, "
+            f"validation and test in this order; only {MANY} or more, or counts in split, have an order"
+        )
     crop = crop or _default_crop(sizes, f, 1 if by_pictures else len(PARTS))
     for side in crop:
         if side % f:
@@ -116,7 +123,7 @@ def load_photographs(
         if size[0] < crop[0] or size[1] < crop[1]:
             raise InputError(f"{path} has {_by(size)} pixels, smaller than a crop of {_by(crop)} (height x width)")
     if by_pictures:
-        parts = split_indices(len(paths), split, order, seed)
+        parts = split_indices(len(paths), split, order or ORDER, seed)
         whole = [Region(index, 0, 0, *size) for index, size in enumerate(sizes)]
         regions = {part: tuple(whole[index] for index in getattr(parts, part)) for part in PARTS}
     else:

@@ -22,7 +22,7 @@ from .split import ORDER, SPLIT, Parts, leave_out, split_before, split_indices
 class Source(NamedTuple):
     """photographs: where training examples are crops drawn anew each time; `data` then holds the fixed grids.
 
-    split, order: that the parts were made by; None where it was the data that decided.
+    split, order: that the parts were made by; None where the data decided, their files or strips of few pictures.
     """
 
     data: Dataset
@@ -87,7 +87,7 @@ def _divide(data: Dataset, config: TrainConfig) -> Source:
     if data.test_begins is not None and config.split is None and config.order is None:
         facts = {**data.facts, "order": "seeded", "split_by": "files"}
         return Source(replace(data, facts=facts), split_before(data.test_begins, len(data), config.seed))
-    split, order = _split_of(config), ORDER if config.order is None else config.order
+    split, order = _split_of(config), config.order or ORDER
     return Source(data, split_indices(len(data), split, order, config.seed), None, split, order)
 
 
@@ -111,9 +111,10 @@ def _open_photographs(config: TrainConfig) -> Source:
     if config.size is not None:
         raise InputError("size makes all pictures one size, crop leaves them as they are; pass one of them")
     crop = (config.crop[0], config.crop[1]) if config.crop else None
-    split, order = _split_of(config), ORDER if config.order is None else config.order
+    split = _split_of(config)
     photographs = load_photographs(
-        Path(config.data), crop, config.colour or "rgb", config.resize or "exact", split, order, config.seed,
+        Path(config.data), crop, config.colour or "rgb", config.resize or "exact", split, config.order, config.seed,
         config.crop_multiple,
     )  # fmt: skip
+    order = None if photographs.split_by == "regions" else config.order or ORDER
     return Source(*photographs.to_dataset(), photographs, split, order)

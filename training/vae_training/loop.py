@@ -75,7 +75,7 @@ def train(
     Raises:
         InputError: bad data, or settings that do not go with them.
         OutputError: `output` exists and is not to be replaced, or cannot be written.
-        TrainingError: the loss is not finite, or the state in `output` cannot be continued.
+        TrainingError: the run has diverged, or the state in `output` cannot be continued.
         DeviceError, MissingExtraError: what was asked for is not there.
     """
     source = open_source(config)

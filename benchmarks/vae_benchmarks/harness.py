@@ -213,7 +213,8 @@ def describe_method(facts: BundleFacts, settings: Settings) -> dict[str, str]:
         "calls": "the public ones of VAE, with their checks on inputs; the garbage collector is off",
         "clock": f"time.perf_counter_ns; calls are timed together where reading it takes more than {CLOCK_SHARE:.0%}",
         "warmup": f"VAE.warmup with the batch sizes of the report; {WARMUP_RULE}",
-        "interval": "order statistics (binomial) of the rounds' medians; of all samples where the rounds are too few",
+        "interval": "order statistics (binomial) of the rounds' medians; of all samples where the rounds are too few; "
+        "in mean, p90 and p99 every round weighs the same",
         "split": "each part alone, until the device is done, from an array of float32; a warm call on a GPU replays a "
         "CUDA graph between copies of its own, what stays on the device only where that is faster, so that the parts "
         "may sum up to more than the call",

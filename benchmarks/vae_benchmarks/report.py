@@ -69,11 +69,14 @@ class LatencyReport:
 
     threads: as asked for; None is onnxruntime's own choice. device, precision: as really used.
     count: samples in all rounds together. calls_per_sample: above 1 where a call was too short to be timed alone.
-    p50_ms: the median of all samples. p50_low_ms, p50_high_ms: its confidence interval; None where there were too few
-        samples.
+    p50_ms: the median of the rounds' medians. p50_low_ms, p50_high_ms: its confidence interval; None where there were
+        too few samples.
     interval_from: "rounds", the order statistics of the rounds' medians, which are independent, while calls in one
-        process resemble each other; or "samples" where the rounds are too few for that.
+        process resemble each other; or "samples" where the rounds are too few for that: p50_ms is that of all samples
+        then.
     p90_ms, p99_ms: None where the samples are too few to bound them from both sides, or were means of several calls.
+    mean_ms, stdev_ms, p90_ms, p99_ms: each round weighs as much as another, however many samples it took. Reports from
+        before that pooled all samples, for p50_ms too.
     throughput_per_second: examples per second, from the mean.
     width: of the interval, relative to the median. width_reached: whether it is as narrow as was asked for.
     warmup_calls, warmup_seconds: in all rounds, not part of the figures above; warmup_stable: in every round.
@@ -126,15 +129,15 @@ def summarize(
     key: RowKey, rounds: Sequence[Samples], settings: Settings, splits: Sequence[dict[str, Samples]] = ()
 ) -> LatencyReport:
     """All rounds of one row -> its figures. splits: the parts of each round, where they were measured."""
-    pooled = _pool(rounds)
+    pooled, weights = _pool(rounds), _weights(rounds)
     grouped = max(one.calls_per_sample for one in rounds)
-    median, mean = summarize_part(rounds, settings.confidence), float(pooled.mean())
+    median, mean = summarize_part(rounds, settings.confidence), float(weights @ pooled)
     p50, low, high = median.p50_ms, median.p50_low_ms, median.p50_high_ms
     width = None if low is None or high is None or not p50 else (high - low) / p50
 
     def quantile(q: float) -> float | None:
-        enough = len(pooled) >= smallest_count(q, settings.confidence)
-        return float(np.quantile(pooled, q)) if enough and grouped == 1 else None
+        enough = _even_count(rounds) >= smallest_count(q, settings.confidence)
+        return _quantile(pooled, weights, q) if enough and grouped == 1 else None
 
     return LatencyReport(
         **key._asdict(),
@@ -148,7 +151,7 @@ def summarize(
         p99_ms=quantile(0.99),
         mean_ms=mean,
         min_ms=float(pooled.min()),
-        stdev_ms=float(pooled.std(ddof=1)) if len(pooled) > 1 else None,
+        stdev_ms=_stdev(pooled, weights),
         throughput_per_second=key.batch / (mean / 1000),
         width=width,
         width_reached=width is not None and width <= settings.width,
@@ -166,19 +169,45 @@ def summarize(
 
 
 def summarize_part(rounds: Sequence[Samples], confidence: float) -> PartReport:
-    """The median over all rounds, and its interval."""
+    """The median over all rounds, and its interval, both of the rounds' medians or both of all samples."""
     pooled = _pool(rounds)
     medians = tuple(float(np.median(one.samples_ns)) / 1e6 for one in rounds)
-    interval, interval_from = median_interval(medians, confidence), "rounds"
+    p50, interval, interval_from = np.median(medians), median_interval(medians, confidence), "rounds"
     if interval is None:
-        interval, interval_from = median_interval(pooled, confidence), "samples"
+        p50, interval, interval_from = np.median(pooled), median_interval(pooled, confidence), "samples"
     low, high = interval or (None, None)
-    return PartReport(float(np.median(pooled)), low, high, interval_from, len(pooled), medians)
+    return PartReport(float(p50), low, high, interval_from, len(pooled), medians)
 
 
 def _pool(rounds: Sequence[Samples]) -> NDArray[np.float64]:
     """Every sample of every round, in milliseconds."""
     return np.concatenate([np.asarray(one.samples_ns, np.float64) for one in rounds]) / 1e6
+
+
+def _weights(rounds: Sequence[Samples]) -> NDArray[np.float64]:
+    """Of every sample, 1 in all: a noisy round takes more samples than a quiet one, and is to count no more for it."""
+    counts = [len(one.samples_ns) for one in rounds]
+    return np.repeat(1 / (len(counts) * np.array(counts, np.float64)), counts)
+
+
+def _even_count(rounds: Sequence[Samples]) -> int:
+    """For how many samples of one weight these can stand where it is asked whether they bound a quantile: were all of
+    a tail in the shortest round, its samples alone could show it."""
+    return len(rounds) * min(len(one.samples_ns) for one in rounds)
+
+
+def _quantile(values: NDArray[np.float64], weights: NDArray[np.float64], q: float) -> float:
+    """The smallest value that, with all below it, has at least `q` of the weight."""
+    order = np.argsort(values)
+    place = np.searchsorted(np.cumsum(weights[order]), q * (1 - 1e-12))
+    return float(values[order[min(int(place), len(order) - 1)]])
+
+
+def _stdev(values: NDArray[np.float64], weights: NDArray[np.float64]) -> float | None:
+    """With Bessel's correction, for weights; None of a single value."""
+    if len(values) < 2:
+        return None
+    return float(np.sqrt(weights @ (values - weights @ values) ** 2 / (1 - weights @ weights)))
 
 
 @dataclass(frozen=True)

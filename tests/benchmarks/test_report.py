@@ -110,6 +110,47 @@ def test_percentiles_of_known_values() -> None:
     assert (row.p50_ms, row.p90_ms, row.p99_ms) == (501, 901, 991)
 
 
+def uneven(grouped: tuple[int, ...] = (1,) * 8) -> list[Samples]:
+    """Seven quiet rounds and a noisy one, which took its samples until its time was up: half of them three times as
+    long. In microseconds."""
+    noisy = [0.020] * 717 + [0.060] * 717
+    return [rounds_of([values], n)[0] for values, n in zip([[0.020] * 125] * 7 + [noisy], grouped, strict=True)]
+
+
+def test_a_noisy_round_weighs_no_more_than_a_quiet_one() -> None:
+    row = summarize(KEY, uneven(), Settings(), [dict.fromkeys(SplitReport.PARTS, one) for one in uneven()])
+    assert row.count == 7 * 125 + 1434
+    assert row.round_p50_ms == pytest.approx((0.020,) * 7 + (0.040,))
+    assert row.mean_ms == pytest.approx((7 * 0.020 + 0.040) / 8)
+    assert row.throughput_per_second == pytest.approx(4 / (row.mean_ms / 1000))
+    assert row.stdev_ms == pytest.approx(0.040 * math.sqrt(1 / 16 * 15 / 16), rel=1e-3)
+    assert (row.p90_ms, row.p99_ms) == pytest.approx((0.020, 0.060))  # a 16th of the weight is slow, 31% of the samples
+    assert row.split is not None
+    for part in (row, row.split.compute):
+        assert part.p50_low_ms is not None
+        assert part.p50_high_ms is not None
+        assert part.p50_low_ms <= part.p50_ms <= part.p50_high_ms
+        assert part.p50_ms == pytest.approx(0.020)
+
+
+def test_the_median_lies_in_its_interval_however_uneven_the_rounds_are() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        counts = rng.choice([125, 1434], 8)
+        rounds = rounds_of([(rng.uniform(0.5, 2) * rng.uniform(0.9, 3, count)).tolist() for count in counts])
+        row = summarize(KEY, rounds, Settings())
+        assert row.p50_low_ms is not None
+        assert row.p50_high_ms is not None
+        assert row.p50_low_ms <= row.p50_ms == np.median(row.round_p50_ms) <= row.p50_high_ms
+
+
+def test_a_long_round_does_not_make_up_for_the_samples_that_a_short_one_lacks() -> None:
+    """Of a tail that the short ones alone had, 7 times 40 samples would tell: 320 of even weight, where p99 takes
+    368."""
+    row = summarize(KEY, rounds_of([[1.0] * 40] * 7 + [[1.0] * 1434]), Settings())
+    assert (row.p90_ms, row.p99_ms) == (1.0, None)
+
+
 def test_a_real_report_is_complete(measured: Report) -> None:
     assert [row.key for row in measured.latency] == [
         (operation, batch, 1, "cpu", "fp32", dtype)

@@ -68,13 +68,15 @@ class LatencyReport:
     """One row: the latency of one call of one operation, in milliseconds.
 
     threads: as asked for; None is onnxruntime's own choice. device, precision: as really used.
-    count: samples in all rounds together. calls_per_sample: above 1 where a call was too short to be timed alone.
+    count: samples in all rounds together. calls_per_sample: above 1 where a call was too short to be timed alone;
+        the most of any round, as each reads its own clock.
     p50_ms: the median of the rounds' medians. p50_low_ms, p50_high_ms: its confidence interval; None where there were
         too few samples.
     interval_from: "rounds", the order statistics of the rounds' medians, which are independent, while calls in one
         process resemble each other; or "samples" where the rounds are too few for that: p50_ms is that of all samples
         then.
-    p90_ms, p99_ms: None where the samples are too few to bound them from both sides, or were means of several calls.
+    p90_ms, p99_ms: of the rounds that timed single calls. None where these are not most of the rounds, or their samples
+        too few to bound them from both sides.
     mean_ms, stdev_ms, p90_ms, p99_ms: each round weighs as much as another, however many samples it took. Reports from
         before that pooled all samples, for p50_ms too.
     throughput_per_second: examples per second, from the mean.
@@ -130,25 +132,19 @@ def summarize(
 ) -> LatencyReport:
     """All rounds of one row -> its figures. splits: the parts of each round, where they were measured."""
     pooled, weights = _pool(rounds), _weights(rounds)
-    grouped = max(one.calls_per_sample for one in rounds)
     median, mean = summarize_part(rounds, settings.confidence), float(weights @ pooled)
     p50, low, high = median.p50_ms, median.p50_low_ms, median.p50_high_ms
     width = None if low is None or high is None or not p50 else (high - low) / p50
-
-    def quantile(q: float) -> float | None:
-        enough = _even_count(rounds) >= smallest_count(q, settings.confidence)
-        return _quantile(pooled, weights, q) if enough and grouped == 1 else None
-
     return LatencyReport(
         **key._asdict(),
         count=len(pooled),
-        calls_per_sample=grouped,
+        calls_per_sample=max(one.calls_per_sample for one in rounds),
         p50_ms=p50,
         p50_low_ms=low,
         p50_high_ms=high,
         interval_from=median.interval_from,
-        p90_ms=quantile(0.90),
-        p99_ms=quantile(0.99),
+        p90_ms=_high_quantile(rounds, 0.90, settings.confidence),
+        p99_ms=_high_quantile(rounds, 0.99, settings.confidence),
         mean_ms=mean,
         min_ms=float(pooled.min()),
         stdev_ms=_stdev(pooled, weights),
@@ -194,6 +190,15 @@ def _even_count(rounds: Sequence[Samples]) -> int:
     """For how many samples of one weight these can stand where it is asked whether they bound a quantile: were all of
     a tail in the shortest round, its samples alone could show it."""
     return len(rounds) * min(len(one.samples_ns) for one in rounds)
+
+
+def _high_quantile(rounds: Sequence[Samples], q: float, confidence: float) -> float | None:
+    """Of single calls, each round's clock deciding whether it times them; a mean of several hides their tail. Those of
+    a few rounds are not the row's: where it is a close thing, these are the rounds whose calls were slow."""
+    single = [one for one in rounds if one.calls_per_sample == 1]
+    if 2 * len(single) <= len(rounds) or _even_count(single) < smallest_count(q, confidence):
+        return None
+    return _quantile(_pool(single), _weights(single), q)
 
 
 def _quantile(values: NDArray[np.float64], weights: NDArray[np.float64], q: float) -> float:

@@ -133,6 +133,30 @@ def test_a_noisy_round_weighs_no_more_than_a_quiet_one() -> None:
         assert part.p50_ms == pytest.approx(0.020)
 
 
+@pytest.mark.parametrize(
+    ("grouped", "p90", "p99"),
+    [
+        ((1,) * 7 + (2,), 0.020, 0.020),  # the noisy one
+        ((2,) + (1,) * 7, 0.020, 0.060),
+        ((2,) * 3 + (1,) * 5, 0.020, 0.060),
+        ((2,) * 4 + (1,) * 4, None, None),
+        ((1,) + (2,) * 7, None, None),
+    ],
+)
+def test_one_round_s_reading_of_the_clock_takes_no_percentile_from_the_others(
+    grouped: tuple[int, ...], p90: float | None, p99: float | None
+) -> None:
+    row = summarize(KEY, uneven(grouped), Settings())
+    assert (row.calls_per_sample, row.count) == (2, 7 * 125 + 1434)
+    assert (row.p90_ms, row.p99_ms) == (pytest.approx(p90), pytest.approx(p99))
+
+
+def test_the_rounds_with_single_calls_have_to_be_enough_by_themselves() -> None:
+    rounds = [*rounds_of([[1.0] * 60] * 6), *rounds_of([[1.0] * 60] * 2, grouped=2)]
+    row = summarize(KEY, rounds, Settings())
+    assert (row.p90_ms, row.p99_ms) == (1.0, None)  # 360 of 480, where p99 takes 368
+
+
 def test_the_median_lies_in_its_interval_however_uneven_the_rounds_are() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):

@@ -24,7 +24,18 @@ import vae_benchmarks.race.cli as race_cli
 import vae_benchmarks.race.course as course
 from vae_benchmarks import ReportError
 from vae_benchmarks.machine import choose_cores
-from vae_benchmarks.race import COMPETITORS, Case, CaseError, Competitor, Point, RaceReport, RaceSettings, merge, race
+from vae_benchmarks.race import (
+    COMPETITORS,
+    Case,
+    CaseError,
+    Competitor,
+    Point,
+    PointResult,
+    RaceReport,
+    RaceSettings,
+    merge,
+    race,
+)
 from vae_benchmarks.race.entrant import Entrant, error_of, judge
 from vae_benchmarks.race.picture import draw_race
 from vae_benchmarks.race.report import Ratio, Row, rank
@@ -195,20 +206,86 @@ def test_merging_adds_cases_and_points_and_refuses_other_machines(report: RaceRe
         merge([])
 
 
-def test_what_was_raced_before_is_kept(report: RaceReport, tiny: Path) -> None:
+def test_what_was_raced_before_is_kept_with_its_date_and_settings(report: RaceReport, tiny: Path) -> None:
+    """Also of a report whose points do not say theirs."""
+    (point,) = report.cases[0].points
+    undated = dataclasses.replace(point, created=None, settings=None)
+    case = dataclasses.replace(report.cases[0], points=(undated,))
+    before = dataclasses.replace(report, created="2026-01-02T03:04:05+00:00", cases=(case,))
     seen: list[RaceReport] = []
     again = race(
         [tiny],
-        RaceSettings(points=(Point(1, 1), Point(2, 1)), budget=0.2, rounds=3),
+        RaceSettings(points=(Point(1, 1), Point(2, 1)), budget=0.2, rounds=3, tune=False),
         competitors=(planted("ours", is_peer=False), planted("slow", milliseconds=1)),
-        before=report,
+        before=before,
         after_point=seen.append,
     )
     first, second = again.cases[0].points
-    assert first == report.cases[0].points[0]
-    assert second.point == Point(2, 1)
+    assert first == dataclasses.replace(point, created=before.created, settings=before.settings)
+    assert (second.point, second.created) == (Point(2, 1), again.created)
+    assert second.settings == dataclasses.replace(again.settings, competitors=("ours", "slow"))
     assert [ratio.interval_from for ratio in second.ratios] == ["t", "t"]
     assert seen == [again]
+    for text in (format_race(again), format_markdown(again)):
+        assert f"measured: {before.created} to {again.created}\n" in text
+        assert f"raced {before.created}, budget 1.7 s for 1 point, at most 8 rounds, 60 s of tuning" in text
+        assert f"raced {again.created}, budget 0.2 s for 2 points, at most 3 rounds" in text
+    assert "raced" not in format_race(before)
+    loaded = RaceReport.from_dict(json.loads(json.dumps(again.to_dict())))
+    assert loaded.cases[0].points[0].settings == before.settings
+    document = json.loads(json.dumps(before.to_dict()))
+    for name in ("created", "settings"):
+        assert document["cases"][0]["points"][0].pop(name) is None
+    assert RaceReport.from_dict(document).cases == RaceReport.from_dict(before.to_dict()).cases
+
+
+@pytest.mark.parametrize(
+    ("names", "operations", "left"),
+    [
+        (("ours",), ("encode",), None),
+        (("ours", "torch", "openvino-f32", "planted"), ("encode", "decode"), None),
+        (("ours", "ours-int8"), ("encode",), ("ours", "ours-int8", "onnxruntime", "torch", "openvino-f32")),
+        (("torch-compile",), ("encode",), ("torch-compile", "ours", "onnxruntime", "torch", "openvino-f32")),
+    ],
+)
+def test_a_point_is_raced_again_where_somebody_is_missing(
+    report: RaceReport, tiny: Path, names: tuple[str, ...], operations: tuple[str, ...], left: tuple[str, ...] | None
+) -> None:
+    """By all who raced there before, too: only turns of one round can be compared."""
+    point = point_of(report, torch="skipped", planted="failed", **{"openvino-f32": "disqualified"})
+    before = dataclasses.replace(report, cases=(dataclasses.replace(report.cases[0], points=(point,)),))
+    lines: list[str] = []
+    settings = RaceSettings(points=ONE, operations=operations)
+    field = [COMPETITORS.get(name, planted(name)) for name in names]
+    heats = list(course._plan_heats(Case.open(tiny), before, settings, field, lines.append))
+    assert [tuple(one.name for one in heat.competitors) for heat in heats] == ([] if left is None else [left])
+    assert all(heat.settings.competitors == left for heat in heats)
+    assert all(heat.settings.operations == ("encode", "decode") for heat in heats)
+    lost = "tiny 1x1: planted is left out, as this vae-edge does not know it"
+    assert lines == ([] if left is None else [lost])
+
+
+def test_a_point_is_raced_again_where_an_operation_is_missing(report: RaceReport, tiny: Path) -> None:
+    point = point_of(report)
+    point = dataclasses.replace(point, rows=tuple(row for row in point.rows if row.operation == "decode"))
+    before = dataclasses.replace(report, cases=(dataclasses.replace(report.cases[0], points=(point,)),))
+
+    def left(*operations: str) -> list[tuple[str, ...]]:
+        settings = RaceSettings(points=ONE, operations=operations)
+        heats = course._plan_heats(Case.open(tiny), before, settings, [COMPETITORS["ours"]], print)
+        return [heat.settings.operations for heat in heats]
+
+    assert left("decode") == []
+    assert left("encode") == [("encode", "decode")]
+
+
+def point_of(report: RaceReport, **out: str) -> PointResult:
+    """The report's point as if ours and onnxruntime had been timed, and these were out in the way named."""
+    (point,) = report.cases[0].points
+    rows = tuple(row for row in point.rows if row.competitor != "quick")
+    rows = tuple(dataclasses.replace(row, competitor=row.competitor.replace("slow", "onnxruntime")) for row in rows)
+    kinds = {kind: {name: "planted" for name in out if out[name] == kind} for kind in set(out.values())}
+    return dataclasses.replace(point, rows=rows, **{"skipped": {}, "disqualified": {}, "failed": {}, **kinds})
 
 
 def test_where_memory_is_short_every_turn_has_a_fresh_process(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -495,13 +572,13 @@ def test_a_real_race_through_the_command_line(
     refused = run(tiny, *quick)
     assert (refused.exit_code, refused.stdout) == (1, "")
     assert "race.json exists; continue it with --resume, or replace it with --force" in refused.stderr
-    resumed = run(tiny, case_folder, *quick, "--competitors", "onnxruntime,openvino-int8", "--resume")
+    resumed = run(tiny, case_folder, *quick, "--competitors", "onnxruntime,ours-int8", "--resume")
     assert resumed.exit_code == 0, resumed.output
     assert "tiny 1x1" not in resumed.stderr
     both = RaceReport.load(output / "race.json")
     assert both.cases[0] == found.cases[0]
     assert [case.case.name for case in both.cases] == ["tiny", "a-case"]
-    assert "openvino-int8" in both.cases[1].points[0].skipped
+    assert "ours-int8" in both.cases[1].points[0].skipped
     assert both.cases[1].points[0].ratios == ()
     merged = run("--merge", output / "race.json", output / "race.json", "--output", tmp_path / "merged")
     assert merged.exit_code == 0, merged.output
@@ -523,12 +600,24 @@ def test_where_nobody_was_timed_the_command_says_why_and_fails(tiny: Path, case_
     assert "tiny: point 1x4000 was skipped: this machine lets it use fewer than 4000 cores\n" in none.stderr
     quick = ("--no-tune", "--budget", "0.1", "--rounds", "3", "--points", "1x1", "--output", output)
     assert run(tiny, *quick, "--competitors", "onnxruntime").exit_code == 0
-    resumed = run(tiny, case_folder, *quick, "--competitors", "ours-int8", "--resume")
-    assert (resumed.exit_code, "tiny" in resumed.stderr) == (1, False)
+    resumed = run(case_folder, *quick, "--competitors", "ours-int8", "--resume")
+    assert (resumed.exit_code, "a-case 1x1: ours-int8 skipped" in resumed.stderr) == (1, True)
     again = run(tiny, case_folder, *quick, "--competitors", "onnxruntime", "--resume")
     assert (again.exit_code, "a-case 1x1: onnxruntime: opening" in again.stderr) == (0, True)
+    (output / "race.json").write_bytes(kept := (output / "race.json").read_bytes() + b"\n")
+    (output / "race.md").unlink()
     done = run(tiny, case_folder, *quick, "--competitors", "onnxruntime", "--resume")
     assert (done.exit_code, "opening" in done.stderr) == (0, False)
+    assert "nothing is left to race: every point is there, with all who were to race\n" in done.stderr
+    assert ((output / "race.json").read_bytes(), (output / "race.md").exists()) == (kept, True)
+    more = run(tiny, *quick, "--competitors", "ours-int8", "--resume")
+    assert (more.exit_code, "tiny 1x1: onnxruntime: opening" in more.stderr) == (0, True)
+    first, second = (case.points[0] for case in RaceReport.load(output / "race.json").cases)
+    assert ({row.competitor for row in first.rows}, list(first.skipped)) == ({"onnxruntime"}, ["ours-int8"])
+    assert [point.settings and point.settings.competitors for point in (first, second)] == [
+        ("ours-int8", "onnxruntime"),
+        ("onnxruntime",),
+    ]
 
 
 @pytest.mark.parametrize("tune", [True, False])

@@ -19,8 +19,7 @@ LOADED_BYTES = 2 * 2**30  # that a process with torch and CUDA's libraries may t
 
 
 def compile_ahead(
-    points: Sequence[tuple[Case, Point]],
-    competitors: Sequence[Competitor],
+    starts: Sequence[tuple[Case, Point, Competitor]],
     scratch: str,
     tell: Callable[[str], None],
 ) -> None:
@@ -29,7 +28,7 @@ def compile_ahead(
 
     What compilers choose by trying it out is not kept, as the trials disturbed each other; see `torch_halves`.
     """
-    jobs = [(case, point, one) for case, point in points for one in competitors if one.compiles]
+    jobs = [start for start in starts if start[-1].compiles]
     count = int(min(usable_cores(), (available_bytes() - MEMORY_RESERVE) / LOADED_BYTES))
     if len(jobs) < 2 or count < 2:
         return

@@ -90,7 +90,7 @@ def race_command(
         )
         _require_rows(report, before)
         if folder is not None:
-            _write(folder, report)
+            _write(folder, report, is_new=report is not before)
     if as_json:
         print_json(report.to_dict())
     else:
@@ -107,8 +107,8 @@ def _require_rows(report: RaceReport, before: RaceReport | None) -> None:
     Raises:
         BenchmarkError: so it is.
     """
-    known = set() if before is None else {id(point) for case in before.cases for point in case.points}
-    raced = [(case.case.name, point) for case in report.cases for point in case.points if id(point) not in known]
+    known = [] if before is None else [point for case in before.dated().cases for point in case.points]
+    raced = [(case.case.name, point) for case in report.cases for point in case.points if point not in known]
     if any(point.rows for _, point in raced) or (not raced and _was_timed(report)):
         return
     for name, point in raced:
@@ -162,11 +162,13 @@ def _save(folder: Path, report: RaceReport) -> None:
     report.save(folder / JSON_FILE)
 
 
-def _write(folder: Path, report: RaceReport) -> None:
-    _save(folder, report)
+def _write(folder: Path, report: RaceReport, is_new: bool = True) -> None:
+    """All files; of a report that is not new, those that a race which was ended early did not come to write."""
+    if is_new:
+        _save(folder, report)
     with atomic_file(folder / MARKDOWN_FILE) as stream:
         stream.write(format_markdown(report).encode())
-    written = [JSON_FILE, MARKDOWN_FILE]
+    written = [*([JSON_FILE] if is_new else []), MARKDOWN_FILE]
     try:
         draw_race(report, folder / PICTURE_FILE)
         written.append(PICTURE_FILE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import os
@@ -23,9 +24,9 @@ from ..children import at_once
 from ..machine import MachineFacts, available_bytes, choose_cores
 from .ahead import LOADED_BYTES, MEMORY_RESERVE, OPEN_TIMEOUT, compile_ahead
 from .case import Case
-from .competitors import Competitor, choose_competitors
+from .competitors import COMPETITORS, CUDA_COMPETITORS, Competitor, choose_competitors
 from .process import CompetitorError, Process, run_group
-from .report import CaseResult, Point, PointResult, RaceReport, RaceSettings, Row, Runner, merge, rank
+from .report import OPERATIONS, CaseResult, Point, PointResult, RaceReport, RaceSettings, Row, Runner, merge, rank
 from .schedule import order_of, plan_rounds
 
 CALL_TIMEOUT = 600.0  # seconds
@@ -68,7 +69,9 @@ def race(
 
     cases: case folders, or bundles. progress: called with a line of text now and then. competitors: None takes those of
     `settings` by name. before: a report whose points are kept and not raced again, save those where nobody was
-    timed. after_point: called with all results so far whenever a case has finished a point.
+    timed, or that lack a competitor or an operation: there all of both are raced, as only turns of one round can be
+    compared. It is what is returned where nothing is left. after_point: called with all results so far whenever a case
+    has finished a point.
 
     Raises:
         CaseError, BundleError: a folder is not what it should be. InputError: two cases have the same name, or a
@@ -96,43 +99,72 @@ def race(
         cases=(),
     )
     report = blank if before is None else merge((before, blank))
-    done = {(case.case.name, one.point) for case in report.cases for one in case.points if one.rows}
     tell = progress or (lambda line: None)
-    left = {case.name: [point for point in settings.points if (case.name, point) not in done] for case in opened}
+    heats = [heat for case in opened for heat in _plan_heats(case, report, settings, field_of_race, tell)]
+    if before is not None and not heats:
+        tell("nothing is left to race: every point is there, with all who were to race")
+        return before
     with tempfile.TemporaryDirectory(prefix="vae-race-", ignore_cleanup_errors=True) as scratch:
         if settings.device == "cuda":
-            compile_ahead([(case, point) for case in opened for point in left[case.name]], field_of_race, scratch, tell)
+            compile_ahead([(heat.case, heat.point, one) for heat in heats for one in heat.competitors], scratch, tell)
         for case in opened:
-            for result in _race_case(case, left[case.name], settings, field_of_race, scratch, tell):
-                report = merge((report, _only(blank, result)))
+            for result in _race_case(case, [heat for heat in heats if heat.case is case], scratch, tell):
+                report = merge((report, dataclasses.replace(blank, cases=(result,))))
                 if after_point is not None:
                     after_point(report)
     return report
 
 
-def _only(blank: RaceReport, result: CaseResult) -> RaceReport:
-    return RaceReport(blank.created, blank.machine, blank.versions, blank.settings, blank.method, (result,))
+@dataclass(frozen=True)
+class Heat:
+    """What is to be raced at one point of a case, by whom and how."""
+
+    case: Case
+    point: Point
+    settings: RaceSettings
+    competitors: tuple[Competitor, ...]
+
+    def joined(self, before: PointResult, tell: Progress) -> Heat:
+        """With those who raced there before, and in their operations too, as it takes the place of that."""
+        known = {one.name: one for one in self.competitors}
+        table = COMPETITORS if self.point.device == "cpu" else CUDA_COMPETITORS
+        for name in before.entered:
+            if name not in known and name in table:
+                known[name] = table[name]
+            elif name not in known:
+                tell(f"{self.case.name} {self.point}: {name} is left out, as this vae-edge does not know it")
+        both = {*self.settings.operations, *(row.operation for row in before.rows)}
+        operations = tuple(name for name in OPERATIONS if name in both)
+        settings = dataclasses.replace(self.settings, competitors=tuple(known), operations=operations)
+        return dataclasses.replace(self, settings=settings, competitors=tuple(known.values()))
 
 
-def _race_case(
-    case: Case,
-    points: Sequence[Point],
-    settings: RaceSettings,
-    competitors: Sequence[Competitor],
-    scratch: str,
-    tell: Progress,
-) -> Iterator[CaseResult]:
+def _plan_heats(
+    case: Case, report: RaceReport, settings: RaceSettings, competitors: Sequence[Competitor], tell: Progress
+) -> Iterator[Heat]:
+    """What is left to race of a case where the report has some of it."""
+    before = next((one for one in report.cases if one.case.name == case.name), None)
+    known = {} if before is None else {one.point: one for one in before.points}
+    settings = dataclasses.replace(settings, competitors=tuple(one.name for one in competitors))
+    for point in settings.points:
+        is_done = point in known and known[point].has(settings.competitors, settings.operations)
+        if is_done or (before is not None and str(point) in before.skipped_points):
+            continue
+        heat = Heat(case, point, settings, tuple(competitors))
+        yield heat.joined(known[point], tell) if point in known and known[point].rows else heat
+
+
+def _race_case(case: Case, heats: Sequence[Heat], scratch: str, tell: Progress) -> Iterator[CaseResult]:
     """A result for each point, as it is done."""
     skipped = {}
-    for point in points:
+    for point in (heat.point for heat in heats):
         if choose_cores(point.threads) is None:
             skipped[str(point)] = f"this machine lets it use fewer than {point.threads} cores"
-    able = [point for point in points if str(point) not in skipped]
+    able = [heat for heat in heats if str(heat.point) not in skipped]
     if not able and skipped:
         yield CaseResult(case.facts, (), skipped)
-    for point in able:
-        course = Course(case, point, settings, competitors, scratch, tell)
-        yield CaseResult(case.facts, (course.run(settings.budget / len(settings.points)),), skipped)
+    for heat in able:
+        yield CaseResult(case.facts, (Course(heat, scratch, tell).run(),), skipped)
 
 
 @dataclass
@@ -155,27 +187,19 @@ class Lane:
 class Course:
     """One case at one point."""
 
-    def __init__(
-        self,
-        case: Case,
-        point: Point,
-        settings: RaceSettings,
-        competitors: Sequence[Competitor],
-        scratch: str,
-        tell: Progress,
-    ) -> None:
+    def __init__(self, heat: Heat, scratch: str, tell: Progress) -> None:
         """scratch: folder for what compilers leave, which all courses of a race share."""
-        self._case, self._point, self._settings = case, point, settings
-        self._tell: Progress = lambda line: tell(f"{case.name} {point}: {line}")
-        self._lanes = {one.name: Lane(one) for one in competitors}
+        self._case, self._point, self._settings = heat.case, heat.point, heat.settings
+        self._tell: Progress = lambda line: tell(f"{heat.case.name} {heat.point}: {line}")
+        self._lanes = {one.name: Lane(one) for one in heat.competitors}
         self._out: dict[str, dict[str, str]] = {"skipped": {}, "disqualified": {}, "failed": {}}
-        self._cores = choose_cores(point.threads) or None
+        self._cores = choose_cores(heat.point.threads) or None
         self._fresh = False
         self._scratch = scratch
-        self._environment = {} if point.device == "cuda" else dict(_NO_GPU)
+        self._environment = {} if heat.point.device == "cuda" else dict(_NO_GPU)
 
-    def run(self, budget: float) -> PointResult:
-        """Race for about `budget` seconds. Whatever ends it, no process is left."""
+    def run(self) -> PointResult:
+        """Race for about this point's share of the budget. Whatever ends it, no process is left."""
         load = MachineFacts.read().load_average_1min
         with tempfile.TemporaryDirectory(dir=self._scratch, ignore_cleanup_errors=True) as folder:
             if self._settings.tune:
@@ -185,7 +209,7 @@ class Course:
                 if self._point.device == "cuda":
                     self._load()
                 self._prepare()
-                rounds = self._run_rounds(budget)
+                rounds = self._run_rounds(self._settings.budget / len(self._settings.points))
                 for lane in list(self._lanes.values()):
                     if lane.process is not None:
                         self._ask(lane, "finish", CALL_TIMEOUT)
@@ -329,13 +353,16 @@ class Course:
             tuned=tuned,
             load_average_1min=load,
             runners=tuple(_runner(lane) for lane in lanes),
-            **self._out,
+            skipped=self._out["skipped"],
+            disqualified=self._out["disqualified"],
+            failed=self._out["failed"],
             rows=rows,
             ratios=rank(
                 rows,
                 [lane.name for lane in lanes if lane.competitor.is_peer],
                 {lane.name: lane.competitor.group for lane in lanes},
             ),
+            settings=self._settings,
         )
 
 

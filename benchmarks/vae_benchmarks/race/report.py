@@ -178,6 +178,8 @@ class PointResult:
     fresh: every turn had a process of its own, because all competitors together do not fit into memory.
     cores: to which every process was bound; None where the system cannot. skipped: competitor -> why it is not to be
     had here. disqualified: competitor -> what is wrong with its outputs. failed: competitor -> how it failed or died.
+    created, settings: of the race that it is from, with all who were to race and all operations; None in reports from
+    before each point kept its own.
     """
 
     point: Point
@@ -192,6 +194,19 @@ class PointResult:
     failed: dict[str, str]
     rows: tuple[Row, ...]
     ratios: tuple[Ratio, ...]
+    created: str | None = None
+    settings: RaceSettings | None = None
+
+    @property
+    def entered(self) -> tuple[str, ...]:
+        """All who were to race here: timed, or out for a reason that is told."""
+        timed = (row.competitor for row in self.rows)
+        return tuple(dict.fromkeys((*timed, *self.skipped, *self.disqualified, *self.failed)))
+
+    def has(self, competitors: Sequence[str], operations: Sequence[str]) -> bool:
+        """Whether nothing is left to race here: somebody was timed, and all of these were to be, in all of these."""
+        timed = {row.operation for row in self.rows}
+        return bool(self.rows) and set(self.entered) >= set(competitors) and timed >= set(operations)
 
 
 @dataclass(frozen=True)
@@ -206,7 +221,10 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class RaceReport:
-    """The result of `race`. created: UTC, ISO 8601. method: how the figures came about, in words."""
+    """The result of `race`. method: how the figures came about, in words.
+
+    created: UTC, ISO 8601. Both it and settings are those of the last of several races; each point has its own.
+    """
 
     created: str
     machine: MachineFacts
@@ -214,6 +232,16 @@ class RaceReport:
     settings: RaceSettings
     method: dict[str, str]
     cases: tuple[CaseResult, ...]
+
+    def dated(self) -> RaceReport:
+        """The same, where points that do not say of which race they are have what the report says."""
+
+        def date(point: PointResult) -> PointResult:
+            created, settings = point.created or self.created, point.settings or self.settings
+            return dataclasses.replace(point, created=created, settings=settings)
+
+        cases = (dataclasses.replace(case, points=tuple(map(date, case.points))) for case in self.cases)
+        return dataclasses.replace(self, cases=tuple(cases))
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document, as plain values."""
@@ -277,7 +305,7 @@ def merge(reports: Sequence[RaceReport]) -> RaceReport:
         names = " and ".join(f"{gpu.name} with driver {gpu.driver}" for gpu in gpus.values())
         raise ReportError(f"the reports are from different GPUs ({names}); only those of one can be merged")
     cases: dict[str, CaseResult] = {}
-    for result in (case for report in reports for case in report.cases):
+    for result in (case for report in reports for case in report.dated().cases):
         before = cases.get(result.case.name)
         cases[result.case.name] = result if before is None else _merge_case(before, result)
     versions: dict[str, str] = {}

@@ -21,7 +21,7 @@ def format_race(report: RaceReport) -> str:
     for case in report.cases:
         lines += [f"{case.case.name}: {_describe(case)}", *skipped_lines(case), ""]
         for point in case.points:
-            lines.append(_title(point))
+            lines += [_title(point), *_origin(point)]
             for group in _groups(point):
                 lines += [f"in {group}:"] if group else []
                 lines += [*align(_table(point, group), left=(0, 1, 2)), *_verdicts(point, group)]
@@ -42,7 +42,7 @@ def format_markdown(report: RaceReport) -> str:
             "",
         ]
         for point in case.points:
-            lines += [f"### {_title(point)}", ""]
+            lines += [f"### {_title(point)}", "", *(line for text in _origin(point) for line in (f"{text}.", ""))]
             groups = _groups(point)
             for group in groups:
                 notes = [*_verdicts(point, group), *(absent_lines(point) if group == groups[-1] else [])]
@@ -58,8 +58,14 @@ def _facts(report: RaceReport) -> list[str]:
         *([] if gpu is None else [f"GPU: {describe_gpu(gpu)}"]),
         f"system: {report.machine.system}",
         "versions: " + ", ".join(f"{name} {version}" for name, version in report.versions.items()),
-        f"measured: {report.created}",
+        f"measured: {_dates(report)}",
     ]
+
+
+def _dates(report: RaceReport) -> str:
+    """From the first race to the last one."""
+    dates = sorted(point.created or report.created for case in report.cases for point in case.points)
+    return " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else report.created
 
 
 def _describe(case: CaseResult) -> str:
@@ -83,6 +89,18 @@ def _title(point: PointResult) -> str:
     load = "" if point.load_average_1min is None else f", load average {point.load_average_1min:.2f} before"
     threads = f"threads {point.point.threads}" if point.point.device == "cpu" else _on_device(point.point)
     return f"batch {point.point.batch}, {threads}{cores}{fresh}{load}"
+
+
+def _origin(point: PointResult) -> list[str]:
+    """When and how it was raced; nothing where the point does not say."""
+    if point.created is None or point.settings is None:
+        return []
+    settings, count = point.settings, len(point.settings.points)
+    tuning = f", {settings.tune_seconds:g} s of tuning" if settings.tune else ""
+    return [
+        f"raced {point.created}, budget {settings.budget:g} s for {count} point{'s'[: count - 1]},"
+        f" at most {settings.rounds} rounds{tuning}"
+    ]
 
 
 def _on_device(point: Point) -> str:

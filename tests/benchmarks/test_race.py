@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import os
@@ -206,6 +207,30 @@ def test_merging_adds_cases_and_points_and_refuses_other_machines(report: RaceRe
         merge([])
 
 
+def test_points_of_other_weights_are_not_put_together(report: RaceReport, tiny: Path, tmp_path: Path) -> None:
+    (case,) = report.cases
+    digest = hashlib.sha256((tiny / "manifest.json").read_bytes()).hexdigest()
+    assert case.case.manifest_file_sha256 == digest
+    assert f", manifest {digest[:12]}" in format_race(report)
+
+    def of(manifest: str | None) -> RaceReport:
+        facts = dataclasses.replace(case.case, manifest_file_sha256=manifest)
+        return dataclasses.replace(report, cases=(dataclasses.replace(case, case=facts),))
+
+    message = f"tiny has the manifests abababababab and {digest[:12]}; only points of the same weights can be merged"
+    with pytest.raises(ReportError, match=f"^{message}$"):
+        merge([of("ab" * 32), report])
+    for points in (ONE, (Point(2, 1),)):  # also where nothing is left
+        with pytest.raises(ReportError, match=f"^{message}$"):
+            race([tiny], RaceSettings(points=points), competitors=(planted("ours"),), before=of("ab" * 32))
+    assert merge([report, report]).cases[0].case == case.case
+    for both in ([of(None), report], [report, of(None)]):
+        assert merge(both).cases[0].case.manifest_file_sha256 is None
+    document = json.loads(json.dumps(of(None).to_dict()))
+    assert document["cases"][0]["case"].pop("manifest_file_sha256") is None
+    assert RaceReport.from_dict(document).cases[0].case == of(None).cases[0].case
+
+
 def test_what_was_raced_before_is_kept_with_its_date_and_settings(report: RaceReport, tiny: Path) -> None:
     """Also of a report whose points do not say theirs."""
     (point,) = report.cases[0].points
@@ -394,6 +419,7 @@ def case_folder(write_case: Callable[..., Path], tiny: Path, tmp_path: Path) -> 
 
 def test_a_case_gives_its_own_inputs_and_graphs(case_folder: Path, tiny: Path) -> None:
     case = Case.open(case_folder)
+    assert case.facts.manifest_file_sha256 == Case.open(tiny).facts.manifest_file_sha256 is not None
     assert (case.name, case.facts.macs, case.facts.quality) == ("a-case", {"encode": 1, "decode": 2}, {"psnr_db": 20.5})
     (case_folder / "plain" / "encoder.onnx").write_bytes(b"another export")
     assert case.graph("encoder") == b"another export"

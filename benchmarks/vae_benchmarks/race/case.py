@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterable
@@ -33,6 +34,7 @@ class CaseFacts:
     """What is told about a case; None where a bundle alone does not say.
 
     macs: multiply-accumulates of one example, {"encode": n, "decode": n}. quality: of a trained model, figures by name.
+    manifest_file_sha256: of the bundle, which tells its weights; None where points are from before it was kept.
     """
 
     name: str
@@ -44,6 +46,7 @@ class CaseFacts:
     macs: dict[str, int] | None
     data: str | None
     quality: Any
+    manifest_file_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,13 @@ class Case:
             missing = [part for part in (BUNDLE, PLAIN, TORCH, INPUTS) if not (folder / part).exists()]
             if missing:
                 raise CaseError(f"{folder} lacks {', '.join(missing)}, which a case has beside {CASE_FILE}")
-            manifest = Bundle.open(folder / BUNDLE).manifest
-            _check_same_model(folder / CASE_FILE, facts, _facts_of_bundle(manifest))
-            return cls(folder, facts, manifest, folder / BUNDLE, folder / PLAIN, folder / TORCH)
+            bundle = Bundle.open(folder / BUNDLE)
+            _check_same_model(folder / CASE_FILE, facts, _facts_of_bundle(bundle))
+            facts = dataclasses.replace(facts, manifest_file_sha256=bundle.digest)
+            return cls(folder, facts, bundle.manifest, folder / BUNDLE, folder / PLAIN, folder / TORCH)
         if (folder / MANIFEST_FILE).is_file():
-            manifest = Bundle.open(folder).manifest
-            return cls(folder, _facts_of_bundle(manifest), manifest, folder, None, None)
+            bundle = Bundle.open(folder)
+            return cls(folder, _facts_of_bundle(bundle), bundle.manifest, folder, None, None)
         raise CaseError(f"{folder} is neither a case nor a bundle: it has no {CASE_FILE} and no {MANIFEST_FILE}")
 
     @property
@@ -161,7 +165,8 @@ def _read_arrays(path: Path, names: Iterable[str]) -> dict[str, Any]:
         raise CaseError(f"{path} is not an .npz archive of plain arrays, or is damaged") from None
 
 
-def _facts_of_bundle(manifest: Manifest) -> CaseFacts:
+def _facts_of_bundle(bundle: Bundle) -> CaseFacts:
+    manifest = bundle.manifest
     return CaseFacts(
         name=manifest.name,
         description="a bundle alone",
@@ -172,4 +177,5 @@ def _facts_of_bundle(manifest: Manifest) -> CaseFacts:
         macs=None,
         data=None,
         quality=None,
+        manifest_file_sha256=bundle.digest,
     )

@@ -75,8 +75,8 @@ def race(
 
     Raises:
         CaseError, BundleError: a folder is not what it should be. InputError: two cases have the same name, or a
-            competitor is unknown. ReportError: `before` is of another machine. DeviceError: a race on a GPU that
-            vae-edge itself cannot use here.
+            competitor is unknown. ReportError: `before` is of another machine, or has a case with other weights.
+            DeviceError: a race on a GPU that vae-edge itself cannot use here.
     """
     settings = settings or RaceSettings()
     field_of_race = (
@@ -99,6 +99,8 @@ def race(
         cases=(),
     )
     report = blank if before is None else merge((before, blank))
+    entered = dataclasses.replace(blank, cases=tuple(CaseResult(case.facts, (), {}) for case in opened))
+    merge((report, entered))  # only to refuse, before hours are spent, a case that is another one there
     tell = progress or (lambda line: None)
     heats = [heat for case in opened for heat in _plan_heats(case, report, settings, field_of_race, tell)]
     if before is not None and not heats:

@@ -292,7 +292,7 @@ def merge(reports: Sequence[RaceReport]) -> RaceReport:
     """One report with the cases and points of all; of a case's point that several have, the last one's.
 
     Raises:
-        ReportError: none were given, or they are from different machines.
+        ReportError: none were given, or they are from different machines, or of different weights of one case.
     """
     if not reports:
         raise ReportError("there is nothing to merge; expected at least one report of a race")
@@ -323,14 +323,23 @@ def merge(reports: Sequence[RaceReport]) -> RaceReport:
 
 
 def _merge_case(before: CaseResult, after: CaseResult) -> CaseResult:
-    if dataclasses.replace(before.case, quality=None) != dataclasses.replace(after.case, quality=None):
-        raise ReportError(f"the reports have two different cases named {before.case.name}")
+    name, weights = before.case.name, [one.case.manifest_file_sha256 for one in (before, after)]
+    facts = [dataclasses.replace(one.case, quality=None, manifest_file_sha256=None) for one in (before, after)]
+    if facts[0] != facts[1]:
+        raise ReportError(f"the reports have two different cases named {name}")
+    known = [digest[:12] for digest in dict.fromkeys(weights) if digest is not None]
+    if len(known) > 1:
+        raise ReportError(
+            f"{name} has the manifests {' and '.join(known)}; only points of the same weights can be merged"
+        )
     points = {one.point: one for one in (*before.points, *after.points)}
     skipped = {
         name: reason for name, reason in {**before.skipped_points, **after.skipped_points}.items()
         if name not in map(str, points)
     }  # fmt: skip
-    return dataclasses.replace(after, points=tuple(points.values()), skipped_points=skipped)
+    # Points of weights that nobody knows any more would pass for those of the others.
+    case = dataclasses.replace(after.case, manifest_file_sha256=None if None in weights else weights[0])
+    return CaseResult(case, tuple(points.values()), skipped)
 
 
 def _identity(machine: MachineFacts) -> MachineFacts:

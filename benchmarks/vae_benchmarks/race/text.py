@@ -75,6 +75,8 @@ def _describe(case: CaseResult) -> str:
         parts.append(f"{facts.parameters:,} parameters")
     if facts.macs is not None:
         parts.append(f"{facts.macs['encode'] / 1e6:,.1f} + {facts.macs['decode'] / 1e6:,.1f} M MACs")
+    if facts.manifest_file_sha256 is not None:
+        parts.append(f"manifest {facts.manifest_file_sha256[:12]}")
     return ", ".join(parts)
 
 

@@ -361,6 +361,58 @@ def test_nobody_is_ranked_without_ours() -> None:
     assert rank([Row.of("encode", "onnxruntime", [1.0, 2.0, 3.0], 9)], ["onnxruntime"]) == ()
 
 
+def test_where_ours_was_not_timed_another_of_its_own_is_the_reference() -> None:
+    rows = [
+        Row.of(operation, name, [level] * 6, 9)
+        for operation in ("encode", "decode")
+        for name, level in (("torch", 3.0), ("ours-int8", 1.0), ("ours-fp32", 2.0))
+    ]
+    found = rank(rows, ["torch"])
+    assert [(one.operation, one.competitor, one.against, one.fastest_peer) for one in found] == [
+        (operation, name, "ours-int8", name == "torch")
+        for operation in ("encode", "decode") for name in ("torch", "ours-fp32")
+    ]  # fmt: skip
+    assert [one.ratio for one in found] == pytest.approx([3, 2, 3, 2])
+    with_ours = [*rows, Row.of("encode", "ours", [1.5] * 6, 9)]
+    assert {one.against for one in rank(with_ours, ["torch"])} == {"ours"}
+    groups = {"torch": "fp16", "ours-int8": "fp32", "ours-fp32": "fp32"}
+    assert {(one.competitor, one.against) for one in rank(rows, ["torch"], groups)} == {("ours-fp32", "ours-int8")}
+
+
+def without_ours(report: RaceReport, other: str | None) -> RaceReport:
+    """As if ours had failed, and another one of vae-edge's own had been timed in its place, or none."""
+    (point,) = report.cases[0].points
+    rows, runners = (
+        tuple(
+            dataclasses.replace(one, **{key: other}) if getattr(one, key) == "ours" else one
+            for one in every
+            if other is not None or getattr(one, key) != "ours"
+        )
+        for every, key in ((point.rows, "competitor"), (point.runners, "name"))
+    )
+    ratios, failed = rank(rows, ["slow", "quick"]), {"ours": "was ended by SIGKILL"}
+    changed = dataclasses.replace(point, rows=rows, runners=runners, ratios=ratios, failed=failed)
+    return dataclasses.replace(report, cases=(dataclasses.replace(report.cases[0], points=(changed,)),))
+
+
+def test_the_text_says_against_whom_or_why_there_are_no_ratios(report: RaceReport) -> None:
+    assert "ratios are against" not in format_race(report)
+    for text in map(format_race, (report, without_ours(report, None))):
+        assert " × ours " in text
+    lines = format_race(without_ours(report, "ours-fp32")).splitlines()
+    (head,) = (line for line in lines if line.startswith("operation "))
+    assert " × ours-fp32 " in head
+    assert "ratios are against ours-fp32, as ours was not timed" in lines
+    assert any("ours-fp32 is faster than the fastest peer, quick, which takes 1." in line for line in lines)
+    assert any(line.startswith("ours-fp32 runs on: encode [from_batch=1") for line in lines)
+    assert [line.split()[-1] for line in lines if line.startswith("encode     ours-fp32 ")] == ["1"]
+    none = without_ours(report, None)
+    assert none.cases[0].points[0].ratios == ()
+    for text in (format_race(none), format_markdown(none)):
+        assert "no ratios are given, as none of vae-edge's own was timed\n" in text
+        assert "ours failed: was ended by SIGKILL" in text
+
+
 def test_low_precisions_are_judged_by_their_root_mean_square(tiny: Path) -> None:
     reference = Case.open(tiny).reference()
     spike = reference["reconstruction"].copy()

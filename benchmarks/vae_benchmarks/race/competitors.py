@@ -81,6 +81,12 @@ def ours_of(group: str) -> str:
     return f"{OURS}{_BETWEEN}{group}" if group else OURS
 
 
+def choose_reference(ours: Sequence[str], group: str) -> str | None:
+    """Against whom a group is compared: `ours_of` it, or else the first of vae-edge's own there; None where there is
+    none. ours: those, in their order."""
+    return ours_of(group) if ours_of(group) in ours else next(iter(ours), None)
+
+
 def engine_of(name: str) -> str:
     """A competitor's name without the device and the precision: "torch-graph-cuda-fp32" -> "torch-graph"."""
     return name.partition(_BETWEEN)[0]

@@ -21,7 +21,7 @@ from ..intervals import median_interval, paired_ratio
 from ..machine import MachineFacts
 from ..settings import LARGEST_BATCH, MOST_ROUNDS, check_number, check_whole
 from .case import CaseFacts
-from .competitors import COMPETITORS, CUDA_COMPETITORS, OURS, ours_of
+from .competitors import COMPETITORS, CUDA_COMPETITORS, OURS, choose_reference
 from .entrant import DEVICE_OPERATIONS, HOST_OPERATIONS
 from .schedule import FEWEST_ROUNDS
 
@@ -154,7 +154,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times longer `competitor` takes than `against`, which is ours of its group: above 1, ours is faster.
+    """How many times longer `competitor` takes than `against`, which is ours of its group, or where that was not timed
+    another one of vae-edge's own: above 1, that is faster.
 
     low, high: 95% interval over the rounds, whose runs were close in time; interval_from: "rounds", "t" or "none", see
     `intervals.paired_ratio`. fastest_peer: whether it is the fastest of its group's peers in this operation.
@@ -267,15 +268,17 @@ class RaceReport:
 
 
 def rank(rows: Sequence[Row], peers: Sequence[str], groups: Mapping[str, str] | None = None) -> tuple[Ratio, ...]:
-    """Everyone against ours, operation by operation, from paired rounds; none where ours did not run.
+    """Everyone against ours, or who stands for it, operation by operation, from paired rounds; none where only peers
+    ran.
 
     groups: competitor -> its group, within which it is compared; None is one group for all.
     """
     groups = groups or {}
+    own = dict.fromkeys(row.competitor for row in rows if row.competitor not in peers)
     ratios = []
     for ours in rows:
         name, group = ours.competitor, groups.get(ours.competitor, "")
-        if name != ours_of(group):
+        if name != choose_reference([one for one in own if groups.get(one, "") == group], group):
             continue
         others = [
             row for row in rows

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..table import align, describe_gpu, describe_machine
-from .competitors import TORCH, engine_of, ours_of
+from .competitors import OURS, TORCH, choose_reference, engine_of, ours_of
 from .entrant import half_of
 from .report import CaseResult, Point, PointResult, RaceReport, Ratio, Row, Runner
 
 _DASH = "–"
-_HEAD = ["operation", "competitor", "precision", "p50", "95% interval", "rounds", "calls", "× ours", "95% interval"]
+_HEAD = ["operation", "competitor", "precision", "p50", "95% interval", "rounds", "calls"]
 
 
 def format_race(report: RaceReport) -> str:
@@ -114,10 +114,27 @@ def _groups(point: PointResult) -> list[str]:
     return list(dict.fromkeys(runner.group for runner in point.runners)) or [""]
 
 
+def _reference(point: PointResult, group: str) -> str | None:
+    """Against whom the group is compared; None where none of vae-edge's own was timed."""
+    own = [runner.name for runner in point.runners if runner.group == group and not runner.is_peer]
+    return choose_reference(own, group)
+
+
+def _why_not_ours(point: PointResult, group: str) -> list[str]:
+    """Where ratios are not against ours, or there are none."""
+    reference = _reference(point, group)
+    if point.rows and reference is None:
+        return ["no ratios are given, as none of vae-edge's own was timed"]
+    if reference != ours_of(group) and any(ratio.against == reference for ratio in point.ratios):
+        return [f"ratios are against {reference}, as {ours_of(group)} was not timed"]
+    return []
+
+
 def _table(point: PointResult, group: str) -> list[list[str]]:
     ratios = {(ratio.operation, ratio.competitor): ratio for ratio in point.ratios}
     runners = {runner.name: runner for runner in point.runners}
-    rows = [_HEAD]
+    reference = _reference(point, group)
+    rows = [[*_HEAD, f"× {engine_of(reference or OURS)}", "95% interval"]]
     for row in point.rows:
         if runners[row.competitor].group != group:
             continue
@@ -126,7 +143,7 @@ def _table(point: PointResult, group: str) -> list[list[str]]:
         compared = (
             [f"{ratio.ratio:.2f}{star}", _interval_of(ratio)]
             if ratio
-            else ["1" if row.competitor == ours_of(group) else "", ""]
+            else ["1" if row.competitor == reference else "", ""]
         )
         rows.append(
             [
@@ -150,8 +167,8 @@ def _interval_of(ratio: Ratio) -> str:
 
 
 def _verdicts(point: PointResult, group: str) -> list[str]:
-    """One sentence per operation on the fastest peer, on a GPU also on torch, and what ours chose."""
-    lines = []
+    """Against whom, one sentence per operation on the fastest peer, on a GPU also on torch, and what ours chose."""
+    lines, reference = _why_not_ours(point, group), _reference(point, group)
     runners = {runner.name: runner for runner in point.runners}
     for ratio, what in _compared(point, group):
         ours, peer = (
@@ -159,7 +176,7 @@ def _verdicts(point: PointResult, group: str) -> list[str]:
         )
         lines.append(f"{ratio.operation}: {_sentence(ratio, ours, peer, what)}")
     for runner in point.runners:
-        if runner.name == ours_of(group):
+        if runner.name == reference:
             lines.append(f"{runner.name} runs on: {format_plan(runner.plan)} (tuned: {point.tuned})")
         elif group and runner.group == group:
             lines.append(f"{runner.name} runs on: {runner.engine}, {runner.configuration}")
@@ -169,8 +186,9 @@ def _verdicts(point: PointResult, group: str) -> list[str]:
 def _compared(point: PointResult, group: str) -> Iterator[tuple[Ratio, str]]:
     """The ratios that get a sentence, and what the competitor is: on a GPU eager torch, the fastest torch and, where
     that is another, the fastest peer."""
+    reference = _reference(point, group)
     for operation in dict.fromkeys(ratio.operation for ratio in point.ratios):
-        ratios = [one for one in point.ratios if one.operation == operation and one.against == ours_of(group)]
+        ratios = [one for one in point.ratios if one.operation == operation and one.against == reference]
         fastest = [one for one in ratios if one.fastest_peer]
         if group:
             times = {row.competitor: row.p50_ms for row in point.rows if row.operation == operation}
@@ -235,7 +253,7 @@ def absent_lines(point: PointResult) -> list[str]:
 
 
 def _method(report: RaceReport) -> list[str]:
-    star = "× ours: how many times longer than ours; *: the fastest peer; (t): fewer than 6 rounds"
+    star = "× ours: how many times longer than ours, or whom it names; *: the fastest peer; (t): fewer than 6 rounds"
     return [star, *(f"{name}: {text}" for name, text in report.method.items())]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ from .compare import NO_VERDICT, SAME, Comparison, ComparisonRow
 from .gpu import GpuFacts
 from .machine import MachineFacts
 from .pairing import Difference, describe_row
-from .report import LatencyReport, PartReport, PlannedRoute, Report, SplitReport, StartupReport
+from .report import LatencyReport, PlannedRoute, Report, SplitReport, StartupReport
 
 _DASH = "–"
 _WIDTH = 112
@@ -116,23 +117,45 @@ def _startup(startup: StartupReport) -> str:
     return "\n".join(align(lines, left=(0, 4)))
 
 
+class _Times:
+    """Times in one unit for a table, with the digits that each of its rows needs: three significant ones of its
+    shortest time. What a row has fewer than others is filled with spaces, so that the points stay below each other."""
+
+    def __init__(self, rows: Sequence[Sequence[float]]) -> None:
+        """rows: the times in milliseconds that decide, the first of which is that of the whole call."""
+        self._scale, self.unit, least = (1000.0, "µs", 1) if max(row[0] for row in rows) < 10 else (1.0, "ms", 3)
+        shortest = (min(row) * self._scale for row in rows)
+        self._digits = [least if time <= 0 else max(least, 2 - math.floor(math.log10(time))) for time in shortest]
+
+    def one(self, row: int, time: float | None) -> str:
+        return self._pad(row, _DASH if time is None else self._show(row, time))
+
+    def interval(self, row: int, low: float | None, high: float | None, mark: str = "") -> str:
+        ends = _DASH if low is None or high is None else f"{self._show(row, low)}–{self._show(row, high)}"
+        return self._pad(row, ends + mark)
+
+    def _show(self, row: int, time: float) -> str:
+        return f"{time * self._scale:.{self._digits[row]}f}"
+
+    def _pad(self, row: int, cell: str) -> str:
+        return cell + " " * (max(self._digits) - self._digits[row])
+
+
 def _latency(report: Report) -> str:
-    scale, unit = (1000.0, "µs") if max(row.p50_ms for row in report.latency) < 10 else (1.0, "ms")
-    digits = 1 if unit == "µs" else 3
-
-    def show(value: float | None) -> str:
-        return _DASH if value is None else f"{value * scale:.{digits}f}"
-
+    shown = _Times([[row.p50_ms, row.min_ms] for row in report.latency])
     interval = f"{report.settings.confidence:.0%} interval"
-    head = ["operation", "input", "batch", "threads", f"p50 {unit}", interval]
+    head = ["operation", "input", "batch", "threads", f"p50 {shown.unit}", interval]
     lines = [[*head, "p90", "p99", "mean", "min", "examples/s", "samples"]]
-    for row in report.latency:
-        ends = _DASH if row.p50_low_ms is None else f"{show(row.p50_low_ms)}–{show(row.p50_high_ms)}"
-        ends += "" if row.width_reached else "*"
+    for index, row in enumerate(report.latency):
+        star = "" if row.width_reached else "*"
+        ends = shown.interval(index, row.p50_low_ms, row.p50_high_ms, star)
+        p50, *others = (
+            shown.one(index, time) for time in (row.p50_ms, row.p90_ms, row.p99_ms, row.mean_ms, row.min_ms)
+        )
         lines.append(
             [
                 *_named(row),
-                *(show(row.p50_ms), ends, show(row.p90_ms), show(row.p99_ms), show(row.mean_ms), show(row.min_ms)),
+                *(p50, ends, *others),
                 *(f"{row.throughput_per_second:,.0f}", str(row.count)),
             ]
         )
@@ -144,20 +167,19 @@ def _split(report: Report) -> str:
     rows = [(row, row.split) for row in report.latency if row.split is not None]
     if not rows:
         return ""
-    digits, scale, unit = (1, 1000.0, "µs") if max(row.p50_ms for row, _ in rows) < 10 else (3, 1.0, "ms")
-
-    def show(part: PartReport) -> list[str]:
-        low, high = (
-            _DASH if end is None else f"{end * scale:.{digits}f}" for end in (part.p50_low_ms, part.p50_high_ms)
-        )
-        return [f"{part.p50_ms * scale:.{digits}f}", f"{low}–{high}"]
-
+    parts = [[getattr(split, part) for part in SplitReport.PARTS] for _, split in rows]
+    shown = _Times(
+        [[row.p50_ms, *(part.p50_ms for part in every)] for (row, _), every in zip(rows, parts, strict=True)]
+    )
     interval = f"{report.settings.confidence:.0%} interval"
-    head = ["p50 of parts", "input", "batch", "threads", f"call {unit}"]
+    head = ["p50 of parts", "input", "batch", "threads", f"call {shown.unit}"]
     lines = [[*head, *(cell for part in SplitReport.PARTS for cell in (part.replace("_", " "), interval))]]
-    for row, split in rows:
-        parts = [cell for part in SplitReport.PARTS for cell in show(getattr(split, part))]
-        lines.append([*_named(row), f"{row.p50_ms * scale:.{digits}f}", *parts])
+    for index, (row, _) in enumerate(rows):
+        cells = [
+            cell for part in parts[index]
+            for cell in (shown.one(index, part.p50_ms), shown.interval(index, part.p50_low_ms, part.p50_high_ms))
+        ]  # fmt: skip
+        lines.append([*_named(row), shown.one(index, row.p50_ms), *cells])
     return "\n".join(align(lines, left=(0, 1)))
 
 

@@ -19,6 +19,7 @@ import pytest
 from vae_benchmarks import (
     OPERATIONS,
     GpuFacts,
+    PartReport,
     Report,
     ReportError,
     Settings,
@@ -442,6 +443,44 @@ def test_the_table_shows_every_row_and_its_units(make_report: Callable[..., Repo
     assert "Warm-up: VAE.warmup with the batch sizes of the report; in each round at least 10 calls and 50 ms" in text
     slow = format_report(make_report(0, {("encode", 1, 1): 120.0}))
     assert "p50 ms" in slow
+
+
+def test_every_row_of_a_table_shows_three_digits(make_report: Callable[..., Report]) -> None:
+    """Also beside a row of 120 ms; their points stay below each other."""
+    times = {("encode", 1, 1): 0.0234, ("decode", 1, 1): 0.00234, ("decode", 8, 1): 120.0}
+    for report in (make_report(0, times), make_report(0, {key: time / 1000 for key, time in times.items()})):
+        lines = format_report(report).splitlines()
+        start = next(index for index, line in enumerate(lines) if line.startswith("operation"))
+        rows = lines[start + 1 : start + 4]
+        for line, row in zip(rows, report.latency, strict=True):
+            low, high = line.split()[5].split("–")
+            cells = [line.split()[4], low, high, *line.split()[6:10]]
+            scale = 1 if " ms " in lines[start] else 1000
+            exact = [row.p50_ms, row.p50_low_ms, row.p50_high_ms, row.p90_ms, row.p99_ms, row.mean_ms, row.min_ms]
+            for cell, time in zip(cells, exact, strict=True):
+                assert time is not None
+                assert float(cell) == pytest.approx(time * scale, rel=0.005)
+                assert len(cell.replace(".", "").lstrip("0")) >= 3
+        assert len({line.index(".") for line in rows}) == 1
+    quick = make_report(0, {("encode", 1, 1): 0.0234})
+    assert [line.split()[4] for line in format_report(quick).splitlines() if line.startswith("encode")] == [
+        f"{quick.latency[0].p50_ms * 1000:.1f}"
+    ]
+
+
+def test_every_row_of_the_parts_shows_three_digits(make_report: Callable[..., Report]) -> None:
+    report = make_report(0, {("encode", 1, 1): 0.3, ("encode", 8, 1): 120.0})
+
+    def part(milliseconds: float) -> PartReport:
+        return PartReport(milliseconds, milliseconds * 0.99, milliseconds * 1.01, "rounds", 9, (milliseconds,) * 8)
+
+    split = SplitReport(part(0.01234), part(0.2), part(0.0567))
+    rows = tuple(dataclasses.replace(row, split=split) for row in report.latency)
+    lines = format_report(dataclasses.replace(report, latency=rows)).splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("p50 of parts"))
+    for line in lines[start + 1 : start + 3]:
+        assert line.split()[5::2] == ["0.0123", "0.2000", "0.0567"]
+        assert line.split()[6].split("–") == ["0.0122", "0.0125"]
 
 
 def test_the_table_says_what_was_not_reached(make_report: Callable[..., Report]) -> None:

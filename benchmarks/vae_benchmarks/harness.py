@@ -22,7 +22,7 @@ from vae_runtime.preprocess import describe
 from .children import run_worker
 from .gpu import GpuFacts
 from .latency import CLOCK_SHARE, WARMUP_RULE, Samples, Warmup
-from .machine import CpuTime, MachineFacts
+from .machine import CpuTime, MachineFacts, others_between
 from .plain import from_plain
 from .report import (
     BundleFacts,
@@ -73,7 +73,7 @@ def benchmark(
         starts.append(_start_up(path, measured))
         for threads in measured.threads[:: -1 if number % 2 else 1]:
             workers.append((threads, _measure_round(path, measured, threads, number)))
-    after = CpuTime.read()
+    others = others_between(before, CpuTime.read())
     if _manifest_file_sha256(Path(bundle)) != facts.manifest_file_sha256:
         raise BundleError(f"{bundle} was replaced while it was being measured")
     _, last = workers[-1]
@@ -95,7 +95,7 @@ def benchmark(
         startup=_startup_report(starts, measured),
         latency=_latency_reports(workers, measured),
         gpus=tuple(from_plain(GpuFacts, answer["gpu"], "the GPU") for _, answer in workers if answer["gpu"]),
-        other_cores_busy=after.others_since(before) if before and after else None,
+        other_cores_busy=others,
     )
 
 

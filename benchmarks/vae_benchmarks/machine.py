@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from .gpu import GpuFacts
 
 _CPUS = Path("/sys/devices/system/cpu")
+BUSY_CORES, BUSY_SHARE = 0.25, 0.05  # other work that is worth a word: more cores than this, and more of all cores
 
 
 @dataclass(frozen=True)
@@ -63,19 +64,27 @@ class MachineFacts:
         """Whether other work kept more than half of the cores busy in the minute before."""
         return self.load_average_1min is not None and self.load_average_1min > 0.5 * (self.cores_usable or 1)
 
+    def busy_with(self, others: float) -> str | None:
+        """In words, that other processes kept so many cores busy; None where that is too little to matter."""
+        cores = self.cores_usable or 1
+        if others <= max(BUSY_CORES, BUSY_SHARE * cores):
+            return None
+        return f"other work took {others:.2f} of {cores} cores"
+
 
 @dataclass(frozen=True)
 class CpuTime:
     """In seconds, at one moment: how long the cores that this process may run on were busy in all, how long this
-    process and the ended ones that it started ran, and a clock."""
+    process and those that it started ran, and a clock."""
 
     busy: float
     own: float
     clock: float
 
     @classmethod
-    def read(cls, root: Path = Path("/")) -> CpuTime | None:
-        """Now; None where the system does not tell, which Linux does. root: of the file system."""
+    def read(cls, root: Path = Path("/"), running: Iterable[int] = ()) -> CpuTime | None:
+        """Now; None where the system does not tell, which Linux does. root: of the file system. running: processes that
+        this one started and that have not ended, of which the system tells only what the ended ones took."""
         if sys.platform != "linux":
             return None
         ticks, usable = 0, {f"cpu{number}" for number in os.sched_getaffinity(0)}
@@ -87,12 +96,25 @@ class CpuTime:
                 ticks += sum(counts[:3]) + sum(counts[5:8])
         times = os.times()
         own = times.user + times.system + times.children_user + times.children_system
-        return cls(ticks / os.sysconf("SC_CLK_TCK"), own, time.perf_counter()) if ticks else None
+        second = os.sysconf("SC_CLK_TCK")
+        own += sum(_ticks_of(root / f"proc/{process}/stat") for process in running) / second
+        return cls(ticks / second, own, time.perf_counter()) if ticks else None
 
     def others_since(self, before: CpuTime) -> float:
         """How many cores everybody else kept busy in between, on average."""
         elapsed = self.clock - before.clock
         return max(0.0, (self.busy - before.busy - (self.own - before.own)) / elapsed) if elapsed > 0 else 0.0
+
+
+def others_between(before: CpuTime | None, after: CpuTime | None) -> float | None:
+    """As `CpuTime.others_since`; None where the system does not tell."""
+    return after.others_since(before) if before and after else None
+
+
+def _ticks_of(stat: Path) -> int:
+    """What a process has taken, with its ended children; 0 of one that is gone."""
+    fields = _first_line(stat).rpartition(")")[2].split()  # its name, which comes before, may hold anything
+    return sum(map(int, fields[11:15]))
 
 
 def choose_cores(count: int) -> tuple[int, ...] | None:

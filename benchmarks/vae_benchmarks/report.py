@@ -21,7 +21,6 @@ from .settings import TAKE_INPUTS, Settings
 
 FORMAT = "vae-bench-report"
 FORMAT_VERSION = 1
-BUSY_CORES, BUSY_SHARE = 0.25, 0.05  # other work that is worth a word: more cores than this, and more of all cores
 
 
 class RowKey(NamedTuple):
@@ -349,12 +348,10 @@ class Report:
 
         The load average is of the minute before, whatever ran then: it counts only where nothing better is known.
         """
+        if self.other_cores_busy is not None:
+            return self.machine.busy_with(self.other_cores_busy)
         cores = self.machine.cores_usable or 1
-        if self.other_cores_busy is None:
-            return f"load average {self.machine.load_average_1min} on {cores} cores" if self.machine.is_busy else None
-        if self.other_cores_busy <= max(BUSY_CORES, BUSY_SHARE * cores):
-            return None
-        return f"other work took {self.other_cores_busy:.2f} of {cores} cores"
+        return f"load average {self.machine.load_average_1min} on {cores} cores" if self.machine.is_busy else None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document, as plain values."""

@@ -205,10 +205,15 @@ def _footnotes(report: Report) -> str:
         lines.append("threads auto: onnxruntime's own choice, one for each physical core.")
     lines += [f"{operation} was skipped: {reason}." for operation, reason in report.skipped.items()]
     if report.busy_with is not None:
-        lines.append(f"The machine was busy, {report.busy_with}: expect slower and less stable figures.")
+        lines.append(warn_of(report.busy_with))
     shown = {title: name for title, name in _METHOD.items() if title != "Parts" or any(row.split for row in rows)}
     lines += [f"{title}: {report.method[name]}." for title, name in shown.items()]
     return "\n".join(textwrap.fill(line, _WIDTH, subsequent_indent="   ") for line in lines)
+
+
+def warn_of(busy: str) -> str:
+    """busy: with what the machine was, in words."""
+    return f"The machine was busy, {busy}: expect slower and less stable figures."
 
 
 def _compared(row: ComparisonRow, differs: Sequence[Difference]) -> list[str]:

@@ -81,6 +81,38 @@ def test_how_long_the_usable_cores_were_busy(tmp_path: Path) -> None:
     assert CpuTime.read(root / "nothing") is None
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
+def test_the_work_of_running_processes_is_counted_from_their_files(tmp_path: Path) -> None:
+    second = os.sysconf("SC_CLK_TCK")
+    # after the name: state, ten others, then user, system, and both of the ended children
+    counts = " ".join(str(seconds * second) for seconds in (1000, 2000, 3000, 4000))
+    core = f"cpu{min(os.sched_getaffinity(0))}"
+    stat = f"7 (a (b) 9 9) S {' '.join('5' * 10)} {counts} 20 0 1\n"
+    root = make_root(tmp_path, {"proc/stat": f"{core} 1 0 0 0 0 0 0 0 0 0\n", "proc/7/stat": stat})
+    alone, both = CpuTime.read(root), CpuTime.read(root, running=(7, 8))  # 8 has ended
+    assert alone is not None
+    assert both is not None
+    assert both.own - alone.own == pytest.approx(10_000, abs=5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
+def test_the_work_of_a_running_process_is_its_own() -> None:
+    code = "import time\nwhile time.process_time() < 0.3: pass\nprint(1, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        before = CpuTime.read(running=[process.pid])
+        assert process.stdout is not None
+        process.stdout.readline()
+        during = CpuTime.read(running=[process.pid])
+        process.communicate(b"\n")
+    after = CpuTime.read()
+    assert before is not None
+    assert during is not None
+    assert after is not None
+    assert 0.2 < during.own - before.own < 1
+    assert after.own - before.own >= 0.2  # it has ended: not counted twice, and not lost
+    assert after.own - during.own < 0.2
+
+
 def test_what_others_take_of_the_cores() -> None:
     before = CpuTime(busy=100.0, own=5.0, clock=1000.0)
     assert CpuTime(busy=130.0, own=15.0, clock=1010.0).others_since(before) == 2.0

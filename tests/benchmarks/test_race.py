@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,42 @@ def test_the_precision_is_that_of_the_operation_at_this_batch_size(report: RaceR
         assert shown(report, 0.9, 1.3, 1, ("fp32", "int8"), other)[-1].startswith(
             "encode: no difference shown between ours in fp32/int8 and the fastest peer, quick in fp32: "
         )
+
+
+def test_a_busy_machine_is_told_of_in_the_words_of_other_reports(report: RaceReport) -> None:
+    (point,) = report.cases[0].points
+    assert (point.other_cores_busy is not None) == (sys.platform == "linux")
+
+    def text_of(others: float | None, load: float) -> str:
+        changed = dataclasses.replace(point, other_cores_busy=others, load_average_1min=load)
+        case = dataclasses.replace(report.cases[0], points=(changed,))
+        machine = dataclasses.replace(report.machine, cores_usable=2)
+        found = dataclasses.replace(report, cases=(case,), machine=machine)
+        texts = format_race(found), format_markdown(found)
+        assert len({"The machine was busy" in text for text in texts}) == 1
+        return texts[0]
+
+    busy = text_of(1.5, 0.1)
+    assert "\nThe machine was busy, other work took 1.50 of 2 cores: expect slower and less stable figures.\n" in busy
+    assert "load average 0.10 before, 1.50 cores busy with other work\n" in busy
+    assert "The machine was busy" not in text_of(0.1, 9.0)
+    assert "busy" not in text_of(None, 9.0).partition("method")[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
+def test_competitors_are_no_other_work(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are still running when the time of the cores is read, before the rounds and after them."""
+    parents: list[list[int]] = []
+
+    def read(running: Iterable[int]) -> None:
+        stats = [Path(f"/proc/{process}/stat").read_text() for process in running]
+        parents.append([int(stat.rpartition(")")[2].split()[1]) for stat in stats])
+
+    monkeypatch.setattr(course.CpuTime, "read", read)
+    settings = RaceSettings(points=ONE, operations=("decode",), budget=0.1, rounds=3)
+    (point,) = race([tiny], settings, competitors=(planted("ours", is_peer=False), planted("peer"))).cases[0].points
+    assert parents == [[os.getpid()] * 2] * 2
+    assert point.other_cores_busy is None
 
 
 def test_the_method_says_what_the_intervals_leave_out(report: RaceReport) -> None:

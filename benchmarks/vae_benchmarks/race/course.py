@@ -21,7 +21,7 @@ from vae_runtime.cuda import why_not_cuda
 from vae_runtime.errors import DeviceError, InputError
 
 from ..children import at_once
-from ..machine import MachineFacts, available_bytes, choose_cores
+from ..machine import CpuTime, MachineFacts, available_bytes, choose_cores, others_between
 from .ahead import LOADED_BYTES, MEMORY_RESERVE, OPEN_TIMEOUT, compile_ahead
 from .case import Case
 from .competitors import COMPETITORS, CUDA_COMPETITORS, Competitor, choose_competitors
@@ -211,13 +211,18 @@ class Course:
                 if self._point.device == "cuda":
                     self._load()
                 self._prepare()
+                before = self._cpu_time()
                 rounds = self._run_rounds(self._settings.budget / len(self._settings.points))
+                others = others_between(before, self._cpu_time()) if rounds else None
                 for lane in list(self._lanes.values()):
                     if lane.process is not None:
                         self._ask(lane, "finish", CALL_TIMEOUT)
             finally:
                 self._close_all()
-        return self._result(rounds, tuned, load)
+        return self._result(rounds, tuned, load, others)
+
+    def _cpu_time(self) -> CpuTime | None:
+        return CpuTime.read(running=[lane.process.pid for lane in self._lanes.values() if lane.process is not None])
 
     def _tune(self) -> str:
         """Let `vae-run tune` measure what suits these cores, for "auto" to use; what became of it, in words."""
@@ -340,7 +345,7 @@ class Course:
             lane.process.kill()
             lane.process = None
 
-    def _result(self, rounds: int, tuned: str, load: float | None) -> PointResult:
+    def _result(self, rounds: int, tuned: str, load: float | None, others: float | None) -> PointResult:
         lanes = list(self._lanes.values())
         rows = tuple(
             Row.of(operation, lane.name, lane.rounds[operation], lane.calls[operation])
@@ -365,6 +370,7 @@ class Course:
                 {lane.name: lane.competitor.group for lane in lanes},
             ),
             settings=self._settings,
+            other_cores_busy=others,
         )
 
 

@@ -179,6 +179,8 @@ class PointResult:
     fresh: every turn had a process of its own, because all competitors together do not fit into memory.
     cores: to which every process was bound; None where the system cannot. skipped: competitor -> why it is not to be
     had here. disqualified: competitor -> what is wrong with its outputs. failed: competitor -> how it failed or died.
+    other_cores_busy: how many cores other processes than the competitors' kept busy during the rounds, on average; None
+    where the system does not tell, and in reports from before it was looked at.
     created, settings: of the race that it is from, with all who were to race and all operations; None in reports from
     before each point kept its own.
     """
@@ -197,6 +199,7 @@ class PointResult:
     ratios: tuple[Ratio, ...]
     created: str | None = None
     settings: RaceSettings | None = None
+    other_cores_busy: float | None = None
 
     @property
     def entered(self) -> tuple[str, ...]:

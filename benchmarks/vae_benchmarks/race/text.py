@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..table import align, describe_gpu, describe_machine
+from ..table import align, describe_gpu, describe_machine, warn_of
 from .competitors import OURS, TORCH, choose_reference, engine_of, ours_of
 from .entrant import half_of
 from .report import CaseResult, Point, PointResult, RaceReport, Ratio, Row, Runner
@@ -25,7 +25,7 @@ def format_race(report: RaceReport) -> str:
             for group in _groups(point):
                 lines += [f"in {group}:"] if group else []
                 lines += [*align(_table(point, group), left=(0, 1, 2)), *_verdicts(point, group)]
-            lines += [*absent_lines(point), ""]
+            lines += [*absent_lines(point), *_busy_lines(report, point), ""]
     return "\n".join([*lines, *_method(report)])
 
 
@@ -45,7 +45,8 @@ def format_markdown(report: RaceReport) -> str:
             lines += [f"### {_title(point)}", "", *(line for text in _origin(point) for line in (f"{text}.", ""))]
             groups = _groups(point)
             for group in groups:
-                notes = [*_verdicts(point, group), *(absent_lines(point) if group == groups[-1] else [])]
+                about_all = [*absent_lines(point), *_busy_lines(report, point)] if group == groups[-1] else []
+                notes = [*_verdicts(point, group), *about_all]
                 lines += [f"#### {group}", ""] if group else []
                 lines += [*_markdown_table(_table(point, group)), "", *(f"- {note}" for note in notes), ""]
     return "\n".join([*lines, "## Method", "", *(f"- {line}" for line in _method(report))]) + "\n"
@@ -89,6 +90,8 @@ def _title(point: PointResult) -> str:
     cores = f" on cores {', '.join(map(str, point.cores))}" if point.cores else ", not bound to cores"
     fresh = ", a fresh process for every turn" if point.fresh else ""
     load = "" if point.load_average_1min is None else f", load average {point.load_average_1min:.2f} before"
+    if point.other_cores_busy is not None:
+        load += f", {point.other_cores_busy:.2f} cores busy with other work"
     threads = f"threads {point.point.threads}" if point.point.device == "cpu" else _on_device(point.point)
     return f"batch {point.point.batch}, {threads}{cores}{fresh}{load}"
 
@@ -250,6 +253,12 @@ def absent_lines(point: PointResult) -> list[str]:
     restless = [runner for runner in point.runners if runner.idle_cpu_share > 0.02]
     lines += [f"{one.name} used {one.idle_cpu_share:.0%} of a core while the others ran" for one in restless]
     return lines
+
+
+def _busy_lines(report: RaceReport, point: PointResult) -> list[str]:
+    """The load average is no reason for one: the point before has raised it."""
+    busy = None if point.other_cores_busy is None else report.machine.busy_with(point.other_cores_busy)
+    return [] if busy is None else [warn_of(busy)]
 
 
 def _method(report: RaceReport) -> list[str]:

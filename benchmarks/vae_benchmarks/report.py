@@ -371,8 +371,11 @@ class Report:
         if not all(row.round_p50_ms for row in report.latency):
             raise ReportError(f"{name} has a row of latency without rounds")
         for figure in StartupReport.FIGURES:
-            if not getattr(report.startup, figure).values:
+            found: Repeated = getattr(report.startup, figure)
+            if not found.values:
                 raise ReportError(f"{name} has a start-up without {figure}")
+            if (least := min(found.median, found.min, found.max, *found.values)) <= 0:
+                raise ReportError(f"{name} has a start-up whose {figure} is {least:g}; expected it above 0")
         return report
 
     def save(self, path: str | os.PathLike[str]) -> None:

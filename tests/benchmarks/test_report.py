@@ -367,6 +367,12 @@ def broken(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (broken("settings/rounds", 0), "x.json has settings that cannot be: rounds is 0; expected a whole number"),
         (broken("latency/0/round_p50_ms", []), "x.json has a row of latency without rounds"),
         (broken("startup/load_ms/values", []), "x.json has a start-up without load_ms"),
+        (
+            broken("startup/load_ms/values", [9.5, -1.5]),
+            "x.json has a start-up whose load_ms is -1.5; expected it above 0",
+        ),
+        (broken("startup/import_ms/median", 0), "x.json has a start-up whose import_ms is 0; expected it above 0"),
+        (broken("startup/peak_rss_bytes/min", -4096), "a start-up whose peak_rss_bytes is -4096; expected it above 0"),
     ],
 )
 def test_what_is_no_report_is_refused(measured: Report, breaks: Callable[[dict[str, Any]], None], message: str) -> None:

@@ -23,7 +23,7 @@ from click.testing import CliRunner, Result
 import vae_benchmarks.cli as cli
 import vae_benchmarks.race.cli as race_cli
 import vae_benchmarks.race.course as course
-from vae_benchmarks import ReportError
+from vae_benchmarks import BenchmarkError, ReportError
 from vae_benchmarks.machine import choose_cores
 from vae_benchmarks.race import (
     COMPETITORS,
@@ -338,6 +338,20 @@ def test_a_point_is_raced_again_where_an_operation_is_missing(report: RaceReport
 
     assert left("decode") == []
     assert left("encode") == [("encode", "decode")]
+
+
+def test_a_point_is_kept_where_nobody_can_be_timed_any_more(report: RaceReport, tiny: Path) -> None:
+    lines: list[str] = []
+    field = (planted("ours", is_peer=False, fault="broken"), planted("new", fault="absent"))
+    again = race([tiny], RaceSettings(points=ONE), lines.append, competitors=field, before=report)
+    assert again.cases == report.cases
+    assert lines[-1] == (
+        "tiny 1x1: nobody was timed, and what was before is kept: new skipped: the planted engine is not installed; "
+        "ours failed: ValueError: the planted engine is broken"
+    )
+    with pytest.raises(BenchmarkError, match="nobody was timed at any point"):
+        race_cli._require_rows(again, report)
+    race_cli._require_rows(report, report)
 
 
 def point_of(report: RaceReport, **out: str) -> PointResult:

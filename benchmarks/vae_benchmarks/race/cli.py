@@ -107,9 +107,11 @@ def _require_rows(report: RaceReport, before: RaceReport | None) -> None:
     Raises:
         BenchmarkError: so it is.
     """
-    known = [] if before is None else [point for case in before.dated().cases for point in case.points]
+    kept = () if before is None else before.dated().cases
+    known = [point for case in kept for point in case.points]
     raced = [(case.case.name, point) for case in report.cases for point in case.points if point not in known]
-    if any(point.rows for _, point in raced) or (not raced and _was_timed(report)):
+    nothing_came = report is not before and report.cases == kept
+    if any(point.rows for _, point in raced) or (not raced and _was_timed(report) and not nothing_came):
         return
     for name, point in raced:
         for line in absent_lines(point):

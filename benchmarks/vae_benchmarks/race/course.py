@@ -28,6 +28,7 @@ from .competitors import COMPETITORS, CUDA_COMPETITORS, Competitor, choose_compe
 from .process import CompetitorError, Process, run_group
 from .report import OPERATIONS, CaseResult, Point, PointResult, RaceReport, RaceSettings, Row, Runner, merge, rank
 from .schedule import order_of, plan_rounds
+from .text import absent_lines
 
 CALL_TIMEOUT = 600.0  # seconds
 _PACKAGES = (
@@ -112,6 +113,7 @@ def race(
         for case in opened:
             for result in _race_case(case, [heat for heat in heats if heat.case is case], scratch, tell):
                 report = merge((report, dataclasses.replace(blank, cases=(result,))))
+                _tell_of_kept(report, result, tell)
                 if after_point is not None:
                     after_point(report)
     return report
@@ -167,6 +169,15 @@ def _race_case(case: Case, heats: Sequence[Heat], scratch: str, tell: Progress) 
         yield CaseResult(case.facts, (), skipped)
     for heat in able:
         yield CaseResult(case.facts, (Course(heat, scratch, tell).run(),), skipped)
+
+
+def _tell_of_kept(report: RaceReport, result: CaseResult, tell: Progress) -> None:
+    """Why a point is still as it was, where it was raced again and nobody was timed."""
+    kept = {(case.case.name, one.point) for case in report.cases for one in case.points if one.rows}
+    for point in result.points:
+        if not point.rows and (result.case.name, point.point) in kept:
+            reasons = "; ".join(absent_lines(point))
+            tell(f"{result.case.name} {point.point}: nobody was timed, and what was before is kept: {reasons}")
 
 
 @dataclass

@@ -295,7 +295,8 @@ def rank(rows: Sequence[Row], peers: Sequence[str], groups: Mapping[str, str] | 
 
 
 def merge(reports: Sequence[RaceReport]) -> RaceReport:
-    """One report with the cases and points of all; of a case's point that several have, the last one's.
+    """One report with the cases and points of all; of a case's point that several have, the last one's where
+    somebody was timed.
 
     Raises:
         ReportError: none were given, or they are from different machines, or of different weights of one case.
@@ -338,7 +339,10 @@ def _merge_case(before: CaseResult, after: CaseResult) -> CaseResult:
         raise ReportError(
             f"{name} has the manifests {' and '.join(known)}; only points of the same weights can be merged"
         )
-    points = {one.point: one for one in (*before.points, *after.points)}
+    points = {one.point: one for one in before.points}
+    points |= {
+        one.point: one for one in after.points if one.rows or not (one.point in points and points[one.point].rows)
+    }
     skipped = {
         name: reason for name, reason in {**before.skipped_points, **after.skipped_points}.items()
         if name not in map(str, points)

@@ -738,6 +738,9 @@ def test_where_nobody_was_timed_the_command_says_why_and_fails(tiny: Path, case_
     assert (done.exit_code, "opening" in done.stderr) == (0, False)
     assert "nothing is left to race: every point is there, with all who were to race\n" in done.stderr
     assert ((output / "race.json").read_bytes(), (output / "race.md").exists()) == (kept, True)
+    (output / "race.md").write_text("up to date")
+    assert run(tiny, case_folder, *quick, "--competitors", "onnxruntime", "--resume").exit_code == 0
+    assert (output / "race.md").read_text() == "up to date"
     more = run(tiny, *quick, "--competitors", "ours-int8", "--resume")
     assert (more.exit_code, "tiny 1x1: onnxruntime: opening" in more.stderr) == (0, True)
     first, second = (case.points[0] for case in RaceReport.load(output / "race.json").cases)

@@ -89,7 +89,7 @@ def race_command(
             after_point=None if folder is None else lambda found: _save(folder, found) if _was_timed(found) else None,
         )
         _require_rows(report, before)
-        if folder is not None:
+        if folder is not None and (report is not before or _is_behind(folder)):
             _write(folder, report, is_new=report is not before)
     if as_json:
         print_json(report.to_dict())
@@ -164,8 +164,14 @@ def _save(folder: Path, report: RaceReport) -> None:
     report.save(folder / JSON_FILE)
 
 
+def _is_behind(folder: Path) -> bool:
+    """Whether the text is not of the report beside it, as a race that was ended early leaves it."""
+    text = folder / MARKDOWN_FILE
+    return not text.exists() or text.stat().st_mtime_ns < (folder / JSON_FILE).stat().st_mtime_ns
+
+
 def _write(folder: Path, report: RaceReport, is_new: bool = True) -> None:
-    """All files; of a report that is not new, those that a race which was ended early did not come to write."""
+    """All files; of a report that is not new, all but its JSON."""
     if is_new:
         _save(folder, report)
     with atomic_file(folder / MARKDOWN_FILE) as stream:

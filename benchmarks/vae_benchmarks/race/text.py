@@ -262,7 +262,7 @@ def _busy_lines(report: RaceReport, point: PointResult) -> list[str]:
 
 
 def _method(report: RaceReport) -> list[str]:
-    star = "× ours: how many times longer than ours, or whom it names; *: the fastest peer; (t): fewer than 6 rounds"
+    star = "× ours: how many times longer than ours; *: the fastest peer; (t): fewer than 6 rounds"
     return [star, *(f"{name}: {text}" for name, text in report.method.items())]
 
 

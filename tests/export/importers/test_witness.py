@@ -84,6 +84,19 @@ class Changing(InEval):
     def decode(self, z):
         return self.decoder(z.clamp_(-9, 9))
 
+class Echo(InEval):
+    def forward(self, x):
+        return x, *super().forward(x)[1:]
+
+class Signed(InEval):
+    """Takes and gives [-1, 1]."""
+    def __init__(self):
+        super().__init__()
+        self.decoder[1] = nn.Tanh()
+
+class SignedEcho(Signed, Echo):
+    pass
+
 class Deviation(Halves):
     """What forward gives beside a sample is no reconstruction."""
     def forward(self, x):
@@ -198,12 +211,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def load(name: str, shape: tuple[int, ...] = (1, 4, 4), **options: Any) -> Any:
-    said = ImportOptions(input_shape=shape, input_range="unit" if len(shape) == 3 else None, **options)
+    said = ImportOptions(input_shape=shape, **{"input_range": "unit", **options})
     return factory.load(f"{MODULE}:{name}", said).halves
 
 
 @pytest.mark.parametrize(
-    "name", ["Halves", "InEval", "Named", "Taught", "Supervised", "Trained", "Changing", "Deviation", "Frozen"]
+    "name", ["Halves", "InEval", "Named", "Taught", "Supervised", "Trained", "Changing", "Echo", "Deviation", "Frozen"]
 )
 def test_networks_that_their_forward_bears_out(name: str) -> None:
     with warnings.catch_warnings():
@@ -255,6 +268,8 @@ def test_what_the_options_say_is_borne_out() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", ExportWarning)
         load("Logits", logits=True)
+        load("Signed", input_range="signed")
+        load("SignedEcho", input_range="signed")
 
 
 def test_the_network_stays_as_it_was_before_it_testified() -> None:

@@ -428,7 +428,7 @@ def _export(
     encoded = _try_out(halves, pair, spec)
     latents = encoded[MEAN]
     on_data.check(latents.shape[1:])
-    check_plausible(halves, x, input_range, inputs.is_real)
+    check_plausible(halves, x, input_range, inputs.is_real, options.prior is None)
     _log.info("exporting the two graphs")
     graphs = halves.to_onnx(pair, latents, spec.is_free)
     _log.info("comparing them with the model on %d inputs", len(x))

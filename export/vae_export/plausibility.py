@@ -20,6 +20,7 @@ _MOST_VECTORS, _LEAST = 256, 8  # the least that tell their mean
 # [-1, 1] or to give logits 0.8 to 1.3; where latents tell nothing it is about 1.
 WARNED = 1.1
 _MOMENT = 2.0  # of trained models of digits it was 1.05 to 1.08, of one with the prior N(3, 4) 13
+_NUMBERS = 64  # the least whose mean square, of normal numbers, is hardly ever so far off
 _SMALL_ERROR = (1 / 255) ** 2  # of images: a step of 8 bits, which is no matter of contrast
 
 
@@ -31,11 +32,13 @@ class PoorReconstructionWarning(ExportWarning):
     """Reconstructions of real inputs are further from them than a constant is, as those of few trained models are."""
 
 
-def check_plausible(halves: Halves, x: Float32, input_range: str | None, real: bool) -> None:
+def check_plausible(
+    halves: Halves, x: Float32, input_range: str | None, real: bool, prior_is_standard: bool = True
+) -> None:
     """Refuse or warn of what shows in reconstructions of `x`, in the bundle's units.
 
     x: inputs (N, ...). input_range: "unit" or "signed", of what the decoder is said to give; None: it may give
-        anything. real: the inputs are no noise.
+        anything. real: the inputs are no noise. prior_is_standard: none is fitted in its place.
 
     Raises:
         ExportError: the model does not run on so many inputs.
@@ -51,7 +54,8 @@ def check_plausible(halves: Halves, x: Float32, input_range: str | None, real: b
         check_decoder_range(halves, encoded, values, input_range == "signed", real)
     if real and (tried.ndim > 2 or len(x) >= _LEAST):
         _warn_of_poor(tried, np.clip(values, 0, 1) if tried.ndim > 2 else values)
-    if real and LOGVAR in encoded and encoded[MEAN].ndim == 2 and len(x) >= _LEAST:
+    are_vectors = LOGVAR in encoded and encoded[MEAN].ndim == 2
+    if real and prior_is_standard and are_vectors and rows >= _LEAST and encoded[MEAN].size >= _NUMBERS:
         _warn_of_another_prior(encoded[MEAN], encoded[LOGVAR])
 
 

@@ -139,12 +139,25 @@ def test_latents_that_are_spread_otherwise_than_the_prior_are_warned_of(
     assert {one.filename for one in caught if one.category is AnotherPriorWarning} == {__file__}
 
 
-@pytest.mark.parametrize(("scale", "logvar", "rows"), [(0.9, -1.5, 40), (0.0, 0.0, 40), (2.0, -4.0, 7)])
-def test_latents_that_are_spread_as_the_prior_are_not(scale: float, logvar: float, rows: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("scale", "logvar", "rows", "prior"),
+    [
+        (0.9, -1.5, 40, None),
+        (0.0, 0.0, 40, None),
+        (2.0, -4.0, 7, None),
+        (2.0, -4.0, 21, None),
+        (2.0, -4.0, 40, "gaussian"),
+    ],
+)
+def test_latents_that_are_spread_as_the_prior_or_too_few_are_not(
+    scale: float, logvar: float, rows: int, prior: str | None, tmp_path: Path
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", AnotherPriorWarning)
         warnings.simplefilter("ignore", InactiveUnitsWarning)
-        export_bundle(Moments(scale, logvar), nn.Linear(3, 3), tmp_path / "a.vae", examples=STANDARD[:rows])
+        export_bundle(
+            Moments(scale, logvar), nn.Linear(3, 3), tmp_path / "a.vae", examples=STANDARD[:rows], prior=prior
+        )
 
 
 @pytest.mark.parametrize(("scale", "warned"), [(0.05, True), (0.2, False)])

@@ -80,7 +80,7 @@ def load(source: str, options: ImportOptions) -> Imported:
             graphs = make_graphs(network.encoder, network.decoder, shape, options)
             reference = Reference(*graphs)
             sizes = try_out(reference, shape, options)
-        network.heed_the_rest(*graphs, noise(shape, 3, sizes.multiple_of), options.input_range == "signed")
+        network.heed_the_rest(*graphs, noise(shape, 2, sizes.multiple_of), options)
     return Imported(
         reference,
         match[2].rpartition(".")[2],

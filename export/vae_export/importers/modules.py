@@ -57,7 +57,7 @@ class Modules:
                 check_halves(halves, x, run(halves.encode, x, "encoder")[MEAN].shape[1:])
                 check_range(halves, x, options)
             if self._network is not None:
-                self._network.heed_the_rest(*graphs, x, options.input_range == "signed")
+                self._network.heed_the_rest(*graphs, x, options)
         except DoesNotRunError as error:
             require_float32(error.half, self.encoder if error.half == HALF_NAMES[0] else self.decoder)
             raise

@@ -19,6 +19,7 @@ from vae_runtime.errors import ExportError
 from vae_runtime.preprocess import Float32
 
 from ..graphs import DecoderGraph, EncoderGraph
+from ..imported import ImportOptions
 from ..quality import ExportWarning
 from ..reason import some
 from .witness import heed_forward
@@ -43,6 +44,8 @@ class Network:
         self._what, self._cure = what, cure
         if isinstance(product, nn.DataParallel):
             product = product.module
+        if isinstance(product, torch._dynamo.OptimizedModule):
+            product = product._orig_mod
         if isinstance(product, (tuple, list)) and len(product) == 2:
             product = SimpleNamespace(encoder=product[0], decoder=product[1])
         names = next((names for names in _PAIRS if _has(product, names)), None)
@@ -89,27 +92,30 @@ class Network:
                 f" and its evaluation mode are out of reach; {self._cure}"
             )
 
-    def heed_the_rest(self, encoder: EncoderGraph, decoder: DecoderGraph, x: Float32, signed: bool) -> None:
+    def heed_the_rest(self, encoder: EncoderGraph, decoder: DecoderGraph, x: Float32, options: ImportOptions) -> None:
         """Warn where the two halves, as they were read, are perhaps not all of the network.
 
         A forward that does more than both, as to compute mean and log-variance from an encoder's features or to look a
         code up, is not exported: that shows in weights that it alone uses, an `UnusedWeightsWarning`, and in what it
         gives, a `ForwardDisagreesWarning`.
 
-        x: inputs (N, ...) in the bundle's units. signed: the network takes and gives [-1, 1].
+        x: inputs (N, ...) in the bundle's units.
         """
         if self._is_pair:
             return
         inputs = torch.from_numpy(x)
-        self._warn_of_unused(lambda: _outputs(encoder, decoder, inputs))
-        heed_forward(self.whole, encoder, decoder, inputs, signed)
+        with torch.compiler.set_stance("force_eager"):  # what is compiled took its time before, for other sizes
+            self._warn_of_unused(lambda: _outputs(encoder, decoder, inputs[:1]))
+            heed_forward(self.whole, encoder, decoder, inputs, options)
 
     def _warn_of_unused(self, run_halves: Callable[[], list[Tensor]]) -> None:
-        with _Reads() as reads, torch.no_grad():
-            run_halves()
-        read = [one for one in self.whole.parameters() if one.untyped_storage().data_ptr() in reads.storages]
-        in_vain = {one.untyped_storage().data_ptr() for one in without_effect(run_halves, read)}
-        unused = list(_unread(self.whole, reads.storages - in_vain, ""))
+        with _Operators() as operators, torch.no_grad():
+            outputs = run_halves()
+        needed, read = operators.needed_for(outputs), operators.read()
+        in_vain = [one for one in self.whole.parameters() if (place := _place(one)) in read and place not in needed]
+        if in_vain and not _changes_nothing(run_halves, in_vain):  # values went on out of sight, as through numpy
+            needed = read
+        unused = list(_unread(self.whole, needed, ""))
         if unused and unused != [""]:  # all: operators that are out of sight, as those that torch.compile made
             warnings.warn(
                 f"neither the latent nor the reconstruction depends on the weights of {some(unused)}: what the"
@@ -127,48 +133,55 @@ def _outputs(encoder: EncoderGraph, decoder: DecoderGraph, x: Tensor) -> list[Te
     return [*latents, decoder.uncut(latents[0])]
 
 
-def without_effect(run: Callable[[], list[Tensor]], parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    """Those on which nothing depends that `run` gives, though it computes with them: a head whose result is dropped."""
-    wanted = [one.requires_grad for one in parameters]
-    try:
-        for one in parameters:
-            one.requires_grad_(True)
-        with torch.enable_grad():
-            outputs = [output.sum() for output in run() if output.requires_grad]
-            gradients = torch.autograd.grad(outputs, parameters, allow_unused=True) if outputs else ()
-        found = [one for one, gradient in zip(parameters, gradients, strict=False) if gradient is None]
-    except Exception:  # code that no gradient goes through
-        return []
-    finally:
-        for one, was in zip(parameters, wanted, strict=True):
-            one.requires_grad_(was)
-    # Nor is there a gradient of what runs under no_grad: other values show whether something depends on them.
-    return found if found and _changes_nothing(run, found) else []
-
-
 @torch.no_grad()
 def _changes_nothing(run: Callable[[], list[Tensor]], parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether `run` gives the same with other values of these."""
     before, kept = run(), [one.clone() for one in parameters]
     try:
         for one in parameters:
             one.mul_(-2).add_(1)
         return all(map(torch.equal, before, run()))
+    except Exception:  # of code that refuses such values, and so depends on them
+        return False
     finally:
         for one, values in zip(parameters, kept, strict=True):
             one.copy_(values)
 
 
-class _Reads(TorchDispatchMode):
-    """The storages that operators read, by their address."""
+class _Operators(TorchDispatchMode):
+    """Which memory each operator that runs reads and writes, by its address; all of it is kept, so that no address has
+    a second meaning."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.storages: set[int] = set()
+        self._steps: list[tuple[set[int], set[int]]] = []
+        self._kept: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
-        self.storages.update(one.untyped_storage().data_ptr() for one in tensors)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        self._steps.append((self._places((args, kwargs)), self._places(result)))
+        return result
+
+    def _places(self, tree: Any) -> set[int]:
+        tensors = [one for one in tree_leaves(tree) if isinstance(one, Tensor) and one.layout == torch.strided]
+        self._kept += tensors
+        return {_place(one) for one in tensors}
+
+    def read(self) -> set[int]:
+        """All that was read."""
+        return set().union(*(read for read, _ in self._steps))
+
+    def needed_for(self, outputs: Sequence[Tensor]) -> set[int]:
+        """All from which the outputs are computed. What becomes a number of Python's may go anywhere."""
+        needed = {_place(one) for one in outputs}
+        for read, written in reversed(self._steps):
+            if not written or not needed.isdisjoint(written):
+                needed |= read
+        return needed
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _unread(module: nn.Module, read: set[int], name: str) -> Iterator[str]:
@@ -176,12 +189,12 @@ def _unread(module: nn.Module, read: set[int], name: str) -> Iterator[str]:
     parameters = [parameter for parameter in module.parameters() if parameter.numel()]
     if not parameters:
         return
-    if all(parameter.untyped_storage().data_ptr() not in read for parameter in parameters):
+    if all(_place(parameter) not in read for parameter in parameters):
         yield name
         return
     prefix = f"{name}." if name else ""
     for own, parameter in module.named_parameters(recurse=False):
-        if parameter.numel() and parameter.untyped_storage().data_ptr() not in read:
+        if parameter.numel() and _place(parameter) not in read:
             yield f"{prefix}{own}"
     for own, child in module.named_children():
         yield from _unread(child, read, f"{prefix}{own}")

@@ -126,14 +126,18 @@ def _fields(output: Any) -> dict[Any, Any] | None:
 def named_pair(names: Iterable[Any]) -> tuple[Any, Any, str] | None:
     """Which of these names are a mean's and its spread's, and what the spread is; None where they do not say so. As it
     is written comes before capitals, and plain names before those with a prefix."""
-    names = list(names)
-    known = {str(name).lower(): name for name in names if name != COVARIANCE} | {str(name): name for name in names}
+    names = [name for name in names if not _is_of_prior(name)]
+    plain = {str(name).lower(): name for name in names if not str(name).endswith(COVARIANCE)}
+    known = plain | {str(name): name for name in names}
     for prefix in PREFIXES:
         if (pair := _pair_after(prefix, known)) is not None:
             return pair
-    others = {name.removesuffix(mean) for name in known for mean in MEANS if name.endswith(f"_{mean}")}
-    pairs = [pair for prefix in sorted(others) if (pair := _pair_after(prefix, known)) is not None]
-    return pairs[0] if len(pairs) == 1 else None  # of several, one is perhaps of a prior
+    means = {known[name]: name.removesuffix(mean) for name in known for mean in MEANS if name.endswith(f"_{mean}")}
+    return _pair_after(next(iter(means.values())), known) if len(means) == 1 else None  # of several, which is meant?
+
+
+def _is_of_prior(name: Any) -> bool:
+    return str(name).lower().startswith(("p_", "prior")) or name == "p"
 
 
 def _pair_after(prefix: str, known: Mapping[str, Any]) -> tuple[Any, Any, str] | None:
@@ -149,7 +153,8 @@ def _read_named(fields: Mapping[Any, Any]) -> Encoded | None:
     pair = named_pair(tensors)
     if pair is not None:
         return Encoded(tensors[pair[0]], tensors[pair[1]], pair[2])
-    posteriors = [value for value in fields.values() if isinstance(value, torch.distributions.Distribution)]
+    distributions = {name: one for name, one in fields.items() if isinstance(one, torch.distributions.Distribution)}
+    posteriors = [one for name, one in distributions.items() if not _is_of_prior(name)]
     if posteriors:
         return _read_distribution(posteriors[0]) if len(posteriors) == 1 else None
     code = [name for name in CODES if name in tensors]

@@ -3,19 +3,28 @@ latents or reconstructions that are other ones, the reading is in doubt."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..graphs import DecoderGraph, EncoderGraph, without_validation
+from ..imported import ImportOptions
 from ..quality import ExportWarning
 from .meaning import in_every_meaning
+from .options import flag
 
+_ROWS = 2  # that forward is given
+_TOLERANCE = 1e-4  # of the largest value: of sums in another order
+_SPREAD_TOLERANCE = 1e-2  # beside it, what is added to keep a deviation above 0
+_NO_LATENT = re.compile("loss|kl|logit|pred|class", re.IGNORECASE)  # in a name
 _CURE = "let encode return (mean, logvar) as forward computes them"
 
 
@@ -23,107 +32,158 @@ class ForwardDisagreesWarning(ExportWarning):
     """The forward of a network gives other values than its halves, which were perhaps not read as they are meant."""
 
 
-def heed_forward(whole: nn.Module, encoder: EncoderGraph, decoder: DecoderGraph, x: Tensor, signed: bool) -> None:
-    """Warn of a `ForwardDisagreesWarning` where what `whole` gives for `x` is at odds with its halves.
+class _Read(NamedTuple):
+    """What the halves give, as they are read, in the network's own units. logvar: None of an autoencoder."""
+
+    mean: Tensor
+    logvar: Tensor | None
+    reconstruction: Tensor
+
+
+def heed_forward(
+    whole: nn.Module, encoder: EncoderGraph, decoder: DecoderGraph, x: Tensor, options: ImportOptions
+) -> None:
+    """Warn of a `ForwardDisagreesWarning` where what `whole` gives for some of `x` is at odds with its halves.
 
     Only what is the same for the same inputs is looked at, not what is made of a sample. A forward that does not take
     one batch alone says nothing, nor does one whose latents have as many numbers as its inputs.
 
-    x: inputs (N, ...) in the bundle's units. signed: the network takes and gives [-1, 1].
+    x: inputs (N, ...) in the bundle's units.
     """
-    given = 2 * x - 1 if signed else x
-    told, drawn = _tell(whole, given)
+    x, signed = x[:_ROWS], options.input_range == "signed"
     with torch.no_grad():
-        encoded = encoder.call(encoder.encoder, x)
+        encoded = encoder.call(encoder.encoder, x.clone())
         mean, logvar = (encoded, None) if isinstance(encoded, Tensor) else encoded
-        reconstruction = decoder.call(decoder.decoder, mean.clone())  # which it may change
+        read = _Read(mean, logvar, decoder.call(decoder.decoder, mean.clone()))  # which they may change
     if mean.numel() == x.numel():
         return
-    latents = [one for one in told if one.numel() == mean.numel()]
-    pictures = [one for one in told if one.numel() == x.numel() and not _same(one, given)]
-    borne_out = any(_agrees(one, reconstruction, signed, decoder.logits) for one in pictures)
-    doubt = _of_latents(latents, mean, logvar, borne_out)
-    sampled = any(one.numel() == x.numel() for one in drawn)  # what else is there may be anything
-    if doubt is None and pictures and not borne_out and not sampled:
-        doubt = (
-            "the reconstruction there is another one than decode gives for the mean: forward does more or less between"
-            " or behind them, such as a sigmoid (--logits), or takes the parts of encode's output in another order; let"
-            " encode hold all from the input to the latent, as (mean, logvar), and decode all from there on"
-        )
-    if doubt is not None:
+    # Of images in [-1, 1], forward may make them itself of those in [0, 1].
+    doubts = [_doubt(whole, given, read, options) for given in ((2 * x - 1, x) if signed else (x,))]
+    if None not in doubts:
         warnings.warn(
-            f"the network's forward does not bear out how encode and decode are read: {doubt}",
+            f"the network's forward does not bear out how encode and decode are read: {doubts[0]}",
             ForwardDisagreesWarning,
             stacklevel=5,
         )
 
 
-def _of_latents(latents: list[Tensor], mean: Tensor, logvar: Tensor | None, borne_out: bool) -> str | None:
+def _doubt(whole: nn.Module, x: Tensor, read: _Read, options: ImportOptions) -> str | None:
+    told, drawn = _tell(whole, x)
+    latents = [one for one in told if _fits(one, read.mean)]
+    pictures = [one for one in told if _fits(one, x) and not _same(one, x)]
+    borne_out = any(_agrees(one, read.reconstruction, options) for one in pictures)
+    doubt = _doubt_of_latents(latents, read, borne_out, options)
+    sampled = any(_fits(one, x) for one in drawn)  # what else is there may be anything
+    if doubt is None and pictures and not borne_out and not sampled:
+        return (
+            "the reconstruction there is another one than decode gives for the mean: forward does more or less between"
+            f" or behind them, such as a sigmoid ({flag(options, 'logits')}), or takes the parts of encode's output in"
+            " another order; let encode hold all from the input to the latent, as (mean, logvar), and decode all from"
+            " there on"
+        )
+    return doubt
+
+
+def _doubt_of_latents(latents: list[Tensor], read: _Read, borne_out: bool, options: ImportOptions) -> str | None:
     """What of the latents that forward gives is at odds with those of encode. borne_out: the mean's reconstruction is
     forward's own."""
-    others = [one for one in latents if not _same(one, mean)]
-    if not others:
+    others = [one for one in latents if not _same(one, read.mean)]
+    spreads = [] if read.logvar is None else _spreads(read.mean, read.logvar)
+    strange = [one for one in others if not any(_same(one, form, _SPREAD_TOLERANCE) for form in spreads)]
+    if not strange:
         return None
+    if len(others) == len(latents) and not borne_out:
+        return f"of what has the shape of a latent there, nothing is the mean that is read here; {_CURE}"
     if len(others) == len(latents):
-        return (
-            None
-            if borne_out
-            else f"of what has the shape of a latent there, nothing is the mean that is read here; {_CURE}"
-        )
-    if logvar is None:
-        return (
-            "it gives a second tensor of the code's shape, as a VAE gives its log-variance, and without that this is an"
-            f" autoencoder; if it is a VAE, {_CURE}"
-        )
-    if not any(_same(one, form) for one in others for form in in_every_meaning(logvar)):
+        return None
+    if read.logvar is not None and len(strange) < len(others):
+        return None
+    if read.logvar is not None:
         return (
             "of what has the shape of a latent there, only the mean is found, and not the spread that is read here, as"
-            f" log-variance, variance or standard deviation; say what it is (--spread), or {_CURE}"
+            f" log-variance, variance or standard deviation; say what it is ({flag(options, 'spread')}), or {_CURE}"
         )
-    return None
+    if options.kind == "autoencoder":
+        return None
+    return (
+        "it gives a second tensor of the code's shape, as a VAE gives its log-variance, and without that this is an"
+        f" autoencoder; if it is a VAE, {_CURE}, and if not, say so ({flag(options, 'kind')} autoencoder)"
+    )
 
 
-def _agrees(told: Tensor, reconstruction: Tensor, signed: bool, logits: bool) -> bool:
-    """Whether a forward's reconstruction is the decoder's: in its range, and with a sigmoid or without one."""
-    if logits:
+def _spreads(mean: Tensor, logvar: Tensor) -> list[Tensor]:
+    """What a forward gives of a spread: it in every meaning, its inverse, and the KL of each number."""
+    divergence = (mean**2 + logvar.exp() - 1 - logvar) / 2
+    return [*in_every_meaning(logvar), (-logvar).exp(), (-logvar / 2).exp(), divergence]
+
+
+def _agrees(told: Tensor, reconstruction: Tensor, options: ImportOptions) -> bool:
+    """Whether a forward's reconstruction is the decoder's: in its range or in [0, 1], cut or not, and with a sigmoid or
+    without one."""
+    if options.logits:
         return _same(told, reconstruction) or _same(told, reconstruction.sigmoid())
+    signed = options.input_range == "signed"
     own = 2 * reconstruction - 1 if signed else reconstruction
-    return _same(told, own) or _same(told.sigmoid(), own)
+    forms = (own, own.clamp(-1 if signed else 0, 1), reconstruction, reconstruction.clamp(0, 1))
+    return any(_same(told, form) for form in forms) or _same(told.sigmoid(), own)
 
 
 def _tell(whole: nn.Module, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors that forward gives twice for the same inputs, and others. A copy runs, as it may change itself."""
-    if type(whole).forward is nn.Module.forward:
-        return [], []
+    """The tensors that forward gives twice for the same inputs, and others. A copy runs, as it may change itself; what
+    it prints goes to stderr, and its random numbers are nobody's."""
+    if "forward" in vars(whole) or type(whole).forward is nn.Module.forward:
+        return [], []  # that of an instance is of what it was made with, which no copy changes
     try:
-        with torch.no_grad(), without_validation():
-            network = copy.deepcopy(whole).eval()
+        with (
+            torch.no_grad(),
+            without_validation(),
+            torch.random.fork_rng(devices=[]),
+            contextlib.redirect_stdout(sys.stderr),
+        ):
+            network = _copy(whole).eval()
             first, second = (list(_tensors(network(x.clone()))) for _ in range(2))
+            pairs = [(one, again) for one, again in zip(first, second, strict=False) if len(one) == len(x)]
+            drawn = [one for one, again in pairs if not one.equal(again)]
+            return [one.float() for one, again in pairs if one.is_floating_point() and one.equal(again)], drawn
     except (Exception, SystemExit):  # it takes labels too, or is of no use
         return [], []
-    pairs = [(one, again) for one, again in zip(first, second, strict=False) if len(one) == len(x)]
-    drawn = [one for one, again in pairs if not one.equal(again)]
-    return [one.float() for one, again in pairs if one.is_floating_point() and one.equal(again)], drawn
+
+
+def _copy(network: nn.Module) -> nn.Module:
+    """Also where it keeps what came with gradients, as weight_norm does, and some a loss, which deepcopy refuses."""
+    attributes = (value for module in network.modules() for value in vars(module).values())
+    kept = (value for value in attributes if isinstance(value, Tensor) and not value.is_leaf)
+    return copy.deepcopy(network, {id(value): value.detach().clone() for value in kept})
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
     """All tensors in what a network returns, with a batch axis; of a normal distribution its mean and deviation."""
     if isinstance(output, Tensor):
-        if output.ndim:
+        if output.ndim and output.layout == torch.strided:
             yield output
     elif isinstance(output, torch.distributions.Independent):
         yield from _tensors(output.base_dist)
     elif isinstance(output, torch.distributions.Normal):
         yield from (output.loc, output.scale)
     elif isinstance(output, Mapping):
-        yield from _tensors(tuple(output.values()))
+        yield from _tensors(tuple(part for name, part in output.items() if not _NO_LATENT.search(str(name))))
     elif isinstance(output, (tuple, list)):
         for part in output:
             yield from _tensors(part)
     elif dataclasses.is_dataclass(output):
-        yield from _tensors(tuple(vars(output).values()))
+        yield from _tensors(vars(output))
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    rows = len(one)
-    return torch.allclose(one.reshape(rows, -1), other.reshape(rows, -1), rtol=1e-4, atol=1e-5)
+def _fits(one: Tensor, other: Tensor) -> bool:
+    """Whether both have the same numbers at the same places, flat or not."""
+    shapes = [[side for side in tensor.shape[1:] if side != 1] for tensor in (one, other)]
+    return (
+        len(one) == len(other)
+        and one.numel() == other.numel()
+        and (shapes[0] == shapes[1] or 2 in (one.ndim, other.ndim))
+    )
+
+
+def _same(one: Tensor, other: Tensor, tolerance: float = _TOLERANCE) -> bool:
+    one, other = one.reshape(len(one), -1), other.reshape(len(other), -1)
+    return float((one - other).abs().max()) <= tolerance * max(0.01, float(other.abs().max()))

@@ -925,6 +925,10 @@ STD = (LOGVAR / 2).exp()
         {"z": MEAN, "dist": Normal(MEAN, STD)},
         {"z": MEAN, "q_mu": MEAN, "q_logvar": LOGVAR},
         {"latent": STD, "latent_mean": MEAN, "latent_std": STD},
+        {"q_mu": MEAN, "q_logvar": LOGVAR, "p_mu": LOGVAR, "p_logvar": LOGVAR},
+        {"q": Normal(MEAN, STD), "prior_mean": LOGVAR, "prior_logvar": LOGVAR},
+        {"q": Normal(MEAN, STD), "p": Normal(LOGVAR, STD)},
+        {"Posterior_mu": MEAN, "Posterior_std": STD},
     ],
 )
 def test_forms_of_a_posterior(output: Any) -> None:
@@ -951,7 +955,17 @@ def test_the_objects_of_diffusers_and_pythae() -> None:
     assert read_reconstruction(pythae.ModelOutput(reconstruction=MEAN)) is MEAN
 
 
-@pytest.mark.parametrize("output", [MEAN, (MEAN,), {"embedding": MEAN}, {"latents": MEAN}, SimpleNamespace(z=MEAN)])
+@pytest.mark.parametrize(
+    "output",
+    [
+        MEAN,
+        (MEAN,),
+        {"embedding": MEAN},
+        {"latents": MEAN},
+        SimpleNamespace(z=MEAN),
+        {"z": MEAN, "prior": Normal(0.0, STD)},
+    ],
+)
 def test_forms_of_a_code(output: Any) -> None:
     assert read_encoded(output) == (MEAN, None, None)
 
@@ -983,8 +997,10 @@ def test_forms_of_a_reconstruction(output: Any) -> None:
         ({"mean": MEAN, "z": MEAN}, "dict with mean, z"),
         ({"z": MEAN, "z_mean": MEAN}, "dict with z, z_mean"),
         ({"z": MEAN, "other": LOGVAR}, "dict with z, other"),
-        ({"z": MEAN, "q": Normal(MEAN, STD), "p": Normal(MEAN, STD)}, "dict with z, q, p"),
-        ({"q_mu": MEAN, "q_logvar": LOGVAR, "p_mu": MEAN, "p_logvar": LOGVAR}, "dict with q_mu, q_logvar, p_mu, p_"),
+        ({"z": MEAN, "q": Normal(MEAN, STD), "r": Normal(MEAN, STD)}, "dict with z, q, r"),
+        ({"q_mu": MEAN, "q_logvar": LOGVAR, "r_mu": MEAN, "r_logvar": LOGVAR}, "dict with q_mu, q_logvar, r_mu, r_"),
+        ({"q_mean": MEAN, "prior_mean": MEAN, "prior_logvar": LOGVAR}, "dict with q_mean, prior_mean, prior_logvar"),
+        ({"q_mu": MEAN, "q_Sigma": STD}, "dict with q_mu, q_Sigma"),
         ({"mu": MEAN, "Sigma": STD}, "dict with mu, Sigma"),  # which may be a covariance
         (None, "returns NoneType"),
         (MultivariateNormal(MEAN[0], torch.eye(2)), "a bundle's posterior is a diagonal normal one: return N"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 import warnings
 from collections.abc import Iterator
@@ -58,6 +59,23 @@ class Named(InEval):
         posterior = Independent(Normal(mean, (logvar / 2).exp()), 1)
         return {"reconstruction": reconstruction, "posterior": posterior, "loss": 0}
 
+class Images(InEval):
+    """Halves of vectors, whose forward has images."""
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = self.encoder[1:], self.decoder[:1]
+    def forward(self, x):
+        return super().forward(x)[0].view(-1, 1, 4, 4).sigmoid()
+
+class Overwriting(InEval):
+    def encode(self, x):
+        return self.parts(self.encoder(x.mul_(2).sub_(1)))
+    def decode(self, z):
+        return self.decoder(z)
+    def forward(self, x):
+        mean, logvar = self.encode(x)
+        return self.decode(mean), mean, logvar
+
 class Taught(InEval):
     def forward(self, x):  # also its input, and what is made of random numbers
         reconstruction, mean, logvar = super().forward(x)
@@ -82,7 +100,10 @@ class Changing(InEval):
     def encode(self, x):
         return super().parts(self.encoder(x) * self.calls)
     def decode(self, z):
-        return self.decoder(z.clamp_(-9, 9))
+        return self.decoder(z.clamp_(-0.1, 0.1))
+    def forward(self, x):
+        mean, logvar = self.parts(self.encoder(x))
+        return self.decode(mean.clone()), mean, logvar
 
 class Echo(InEval):
     def forward(self, x):
@@ -102,6 +123,76 @@ class Deviation(Halves):
     def forward(self, x):
         reconstruction, mean, logvar = super().forward(x)
         return reconstruction, torch.full_like(reconstruction, 0.1), mean, logvar
+
+class Clamped(InEval):
+    """A decoder that goes beyond [0, 1], which a bundle cuts too."""
+    def __init__(self):
+        super().__init__()
+        self.decoder[1] = nn.Hardtanh(-0.2, 1.2)
+    def forward(self, x):
+        reconstruction, mean, logvar = super().forward(x)
+        return reconstruction.clamp(0, 1), mean, logvar
+
+class SignedInside(Signed):
+    """Its forward, unlike its halves, takes and gives [0, 1]."""
+    def forward(self, x):
+        reconstruction, mean, logvar = super().forward(2 * x - 1)
+        return (reconstruction + 1) / 2, mean, logvar
+
+class Divergence(Halves):
+    def forward(self, x):
+        reconstruction, mean, logvar = super().forward(x)
+        return reconstruction, (mean**2 + logvar.exp() - 1 - logvar) / 2
+
+class Precision(InEval):
+    def forward(self, x):
+        reconstruction, mean, logvar = super().forward(x)
+        return reconstruction, mean, (-logvar).exp()
+
+class Guarded(InEval):
+    def forward(self, x):
+        reconstruction, mean, logvar = super().forward(x)
+        return reconstruction, mean, (logvar / 2).exp() + 1e-3
+
+class Losses(Halves):
+    def forward(self, x):
+        reconstruction, mean, logvar = super().forward(x)
+        return {"kl": mean**2, "logits": logvar, "pixel_loss": (x - 0.5) ** 2}
+
+class ChannelsLast(InEval):
+    def __init__(self):
+        super().__init__()
+        self.encoder[1] = nn.Linear(32, 12)
+        self.decoder = nn.Sequential(nn.Linear(3, 32), nn.Unflatten(1, (2, 4, 4)))
+    def forward(self, x):
+        reconstruction, mean, logvar = super().forward(x)
+        return reconstruction.permute(0, 2, 3, 1), mean, logvar
+
+class Large(InEval):
+    """Sums in another order, by which those near 0 differ by more than their own size."""
+    def __init__(self):
+        super().__init__()
+        self.decoder = nn.Sequential(nn.Linear(3, 16), nn.Unflatten(1, (1, 4, 4)))
+        nn.init.uniform_(self.decoder[0].weight, -3000, 3000)
+    def forward(self, x):
+        reconstruction, mean, logvar = super().forward(x)
+        return reconstruction + 0.001, mean, logvar
+
+class Sparse(InEval):
+    def forward(self, x):
+        reconstruction, mean, logvar = super().forward(x)
+        return reconstruction, mean.to_sparse(), mean, logvar
+
+class Closed(Halves):
+    def __init__(self):
+        super().__init__()
+        def forward(x):
+            return self.encoder(x)[:, :3] + 1
+        self.forward = forward
+
+def in_inference():
+    with torch.inference_mode():
+        return InEval()
 
 # and these it does not
 
@@ -139,6 +230,33 @@ class Code(InEval):
     def decode(self, z):
         return self.decoder(z)
 
+class Kept(InEval):
+    """It keeps what was computed with gradients, and takes its parts in another order."""
+    def __init__(self):
+        super().__init__()
+        self.encoder[3] = nn.utils.weight_norm(self.encoder[3])
+        self.last = self.encoder[1].weight.sum()
+    def parts(self, h):
+        return h.chunk(2, 1)[::-1]
+
+class Shuffled(Swapped):
+    def encode(self, x):
+        return self.encoder(x).chunk(2, 1)
+    def decode(self, z):
+        return self.decoder(z)
+
+def compiled():
+    return torch.compile(Shuffled())
+
+class Elsewhere(Softplus):
+    def encode(self, x):
+        return self.encoder(x).chunk(2, 1)
+    def decode(self, z):
+        return self.decoder(z)
+    def forward(self, x):
+        _, mean, logvar = super().forward(x)
+        return {"q": Independent(Normal(mean, (logvar / 2).exp()), 1)}
+
 # weights that run in vain
 
 class Pair(Code):
@@ -160,6 +278,30 @@ class Frozen(Dropped):
         with torch.no_grad():
             h = self.encoder(x)
         return self.head(self.parts(h)[0])
+
+class FrozenDropped(Frozen):
+    def encode(self, x):
+        super().encode(x)
+        return self.parts(self.encoder(x))[0]
+
+class Hidden(Dropped):
+    """What its weights give goes on out of sight."""
+    def encode(self, x):
+        h = self.encoder(x)
+        if not torch.compiler.is_compiling() and type(h) is torch.Tensor:
+            h = torch.from_numpy(h.detach().numpy().copy())
+        return self.head(self.parts(h)[0])
+
+class Strict(Hidden):
+    """And may not be just anything."""
+    def encode(self, x):
+        assert self.encoder[1].weight.max() < 1
+        return super().encode(x)
+
+class Scaled(Dropped):
+    def encode(self, x):
+        factor = float(self.head.bias.detach().sum() + self.head.weight.detach().sum())
+        return self.parts(self.encoder(x))[0] * factor
 
 # what does not run, or is misread
 
@@ -211,12 +353,37 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def load(name: str, shape: tuple[int, ...] = (1, 4, 4), **options: Any) -> Any:
-    said = ImportOptions(input_shape=shape, **{"input_range": "unit", **options})
+    said = ImportOptions(input_shape=shape, **{"input_range": "unit" if len(shape) == 3 else None, **options})
     return factory.load(f"{MODULE}:{name}", said).halves
 
 
 @pytest.mark.parametrize(
-    "name", ["Halves", "InEval", "Named", "Taught", "Supervised", "Trained", "Changing", "Echo", "Deviation", "Frozen"]
+    "name",
+    [
+        "Halves",
+        "InEval",
+        "Named",
+        "Taught",
+        "Supervised",
+        "Overwriting",
+        "Trained",
+        "Changing",
+        "Echo",
+        "Clamped",
+        "Divergence",
+        "Precision",
+        "Guarded",
+        "Losses",
+        "Large",
+        "Sparse",
+        "Closed",
+        "Deviation",
+        "Frozen",
+        "Hidden",
+        "Strict",
+        "Scaled",
+        "in_inference",
+    ],
 )
 def test_networks_that_their_forward_bears_out(name: str) -> None:
     with warnings.catch_warnings():
@@ -237,6 +404,10 @@ def test_networks_that_their_forward_bears_out(name: str) -> None:
             r"only the mean is found, and not the spread that is read here, .*; say what it is \(--spread\), or",
         ),
         ("Logits", r"the reconstruction there is another one than decode gives for the mean: .*sigmoid \(--logits\)"),
+        ("Images", "the reconstruction there is another one than decode gives for the mean"),
+        ("Kept", "the reconstruction there is another one than decode gives for the mean"),
+        ("compiled", "the reconstruction there is another one than decode gives for the mean"),
+        ("Elsewhere", "only the mean is found, and not the spread that is read here"),
         (
             "Code",
             "it gives a second tensor of the code's shape, as a VAE gives its log-variance, and without that this",
@@ -245,7 +416,7 @@ def test_networks_that_their_forward_bears_out(name: str) -> None:
 )
 def test_networks_that_it_does_not_bear_out(name: str, said: str) -> None:
     with pytest.warns(ForwardDisagreesWarning, match=f"forward does not bear out how .* are read: .*{said}"):
-        load(name)
+        load(name, (16,) if name == "Images" else (1, 4, 4))
 
 
 @pytest.mark.parametrize(
@@ -270,6 +441,9 @@ def test_what_the_options_say_is_borne_out() -> None:
         load("Logits", logits=True)
         load("Signed", input_range="signed")
         load("SignedEcho", input_range="signed")
+        load("SignedInside", input_range="signed")
+        load("Code", kind="autoencoder")
+        load("ChannelsLast", (2, 4, 4))
 
 
 def test_the_network_stays_as_it_was_before_it_testified() -> None:
@@ -279,12 +453,33 @@ def test_the_network_stays_as_it_was_before_it_testified() -> None:
     np.testing.assert_allclose(first, network.encode(torch.from_numpy(x))[0].detach(), atol=1e-6)
 
 
-def test_modules_testify_too(tmp_path: Path) -> None:
-    network = sys.modules[MODULE].Code()  # type: ignore[attr-defined]
+def test_modules_testify_too_and_nothing_of_theirs_or_the_callers_is_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = sys.modules[MODULE].Shuffled()  # type: ignore[attr-defined]
+    network.decoder.requires_grad_(False)
+    network.extra = torch.nn.Linear(3, 3)
+    before, wanted = copy.deepcopy(network.state_dict()), [one.requires_grad for one in network.parameters()]
+
+    def draw(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
+        sys.stdout.write("drawn\n")
+        return mean + 0 * torch.randn(()) + 0 * network.extra(mean)
+
+    network.draw = draw
+    random = torch.random.get_rng_state()
     x = np.random.default_rng(0).random((4, 1, 4, 4), np.float32)
-    with pytest.warns(ForwardDisagreesWarning, match="second tensor of the code's shape") as caught:
-        export_bundle(network.encode, network.decode, tmp_path / "a.vae", examples=x, kind="autoencoder")
+    with (
+        pytest.warns(UnusedWeightsWarning, match="of extra: "),
+        pytest.warns(ForwardDisagreesWarning, match=r"another one than decode gives .* sigmoid \(logits\)") as caught,
+    ):
+        export_bundle(network.encode, network.decode, tmp_path / "b.vae", examples=x)
     assert [one.filename for one in caught if one.category is ForwardDisagreesWarning] == [__file__]
+    assert capsys.readouterr() == ("", "drawn\ndrawn\n")
+    assert random.equal(torch.random.get_rng_state())
+    assert [one.requires_grad for one in network.parameters()] == wanted
+    assert all(one.grad is None for one in network.parameters())
+    for name, value in network.state_dict().items():
+        assert value.equal(before[name]), name
 
 
 def test_layers_behind_the_encoder_are_missed_twice() -> None:
@@ -295,11 +490,12 @@ def test_layers_behind_the_encoder_are_missed_twice() -> None:
         load("Outside")
 
 
-def test_weights_whose_result_is_dropped_are_warned_of() -> None:
+@pytest.mark.parametrize("name", ["Dropped", "FrozenDropped"])
+def test_weights_whose_result_is_dropped_are_warned_of(name: str) -> None:
     with pytest.warns(UnusedWeightsWarning, match="neither .* depends on the weights of head: what the network's forw"):
-        halves = load("Dropped")
+        halves = load(name)
     x = np.random.default_rng(0).random((2, 1, 4, 4), np.float32)
-    network = sys.modules[MODULE].Dropped().eval()  # type: ignore[attr-defined]
+    network = getattr(sys.modules[MODULE], name)().eval()
     np.testing.assert_allclose(halves.encode(x)[MEAN], network.encode(torch.from_numpy(x)).detach(), atol=1e-6)
 
 

@@ -21,7 +21,7 @@ _BLOCK = 2**18
 
 
 class Bundle:
-    """A complete bundle: `path`, its folder, absolute; `manifest`; `read`, which checks what it hands out.
+    """A complete bundle: `path`, its folder, absolute and no link; `manifest`; `read`, which checks what it hands out.
 
     digest: SHA-256 of `manifest.json`, which holds every file's, and so identifies the contents.
 
@@ -47,12 +47,13 @@ class Bundle:
             raise BundleError("the bundle's path is empty; expected the name of a folder")
         path = Path(path)
         _require_folder(path)
-        text = _read_regular(path / MANIFEST_FILE, MAX_MANIFEST_BYTES)
+        folder = path.resolve()  # once: what switches a link to another version leaves this one whole
+        text = _read_regular(folder / MANIFEST_FILE, MAX_MANIFEST_BYTES)
         try:
             manifest = Manifest.from_json(text)
         except BundleError as error:
             raise BundleError(f"{path}: {error}") from None
-        bundle = cls(path.absolute(), manifest, hashlib.sha256(text).hexdigest())
+        bundle = cls(folder, manifest, hashlib.sha256(text).hexdigest())
         bundle._check_layout()
         return bundle
 

@@ -15,6 +15,7 @@ import pytest
 
 from vae_runtime import VAE, BundleError
 from vae_runtime.bundle import Bundle, is_bundle_folder
+from vae_runtime.prior import GaussianMixture
 
 FILES = ("manifest.json", "encoder.onnx", "decoder.onnx", "golden.npz")
 
@@ -180,6 +181,19 @@ def test_every_wrong_layout_is_refused_in_words(
 def test_bundle_reached_through_a_linked_folder_is_fine(bundle: Path) -> None:
     (bundle.parent / "current.vae").symlink_to(bundle)
     assert set(read_all(bundle.parent / "current.vae")) == set(FILES[1:])
+
+
+def test_a_link_that_is_switched_to_another_version_leaves_the_one_that_was_loaded(
+    bundle: Path, rgb_path: Path, give_prior: Any
+) -> None:
+    give_prior(bundle, GaussianMixture(np.ones(1), np.zeros((1, 4)), np.eye(4)[None]))
+    link = bundle.parent / "current.vae"
+    link.symlink_to(bundle)
+    with VAE.load(link, threads=1) as vae:
+        link.unlink()
+        link.symlink_to(rgb_path)
+        assert vae.selftest().passed
+        assert vae.golden()["x"].shape[1:] == vae.sample(1, 0, prior="fitted").shape[1:] == (1, 8, 8)
 
 
 def test_path_of_a_file_is_answered_with_what_a_bundle_is(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .engine import import_engine, is_engine_error
+from .engine import import_engine, suppress_engine_errors
 from .preprocess import PIXEL, Float32, UInt8, ValueRule, copy_pixels
 
 if TYPE_CHECKING:
@@ -77,13 +77,10 @@ class BoundCall:
         """
         if not self._take(array) or self._owner.is_of_parent:
             return None
-        try:
+        with suppress_engine_errors:
             self._run()
-        except Exception as error:
-            if not is_engine_error(error):
-                raise
-            return None
-        return [output.copy() for output in self._outputs]
+            return [output.copy() for output in self._outputs]
+        return None
 
 
 class BoundPair:
@@ -111,11 +108,8 @@ class BoundPair:
         not hold for its values, or the engine fails: `GraphSession.run` then says what is wrong."""
         if not self._take(array) or self._owner.is_of_parent:
             return False
-        try:
+        with suppress_engine_errors:
             self._encode()
             self._decode()
-        except Exception as error:
-            if not is_engine_error(error):
-                raise
-            return False
-        return True
+            return True
+        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from .session import GraphSession
 _CHUNK_VALUES = 64 * 3 * 128 * 128
 _CHUNK_EXAMPLES = 256
 _BOUND_SHAPES = 8  # kept at most
+_PATIENCE = 32  # calls that go by before a shape that comes no more gives way: binding costs half a call
 _ARRAY, _FLOAT32 = np.ndarray, np.dtype(np.float32)
 
 
@@ -107,6 +109,9 @@ class Operation:
         self.check = check
         self._rule = rule
         self._free: dict[tuple[int, ...], list[BoundCall | DeviceCall]] = {}
+        self._named: set[tuple[int, ...]] = set()  # shapes in `warm`, which keep their place
+        self._used: dict[tuple[int, ...], int] = {}  # the number of the last call with bound memory, by shape
+        self._numbers = itertools.count()
         self._own: dict[tuple[int, ...], DeviceCall] = {}  # of sessions for one shape
 
     def __call__(self, array: Any, batch_size: int | None = None) -> list[Float32]:
@@ -128,6 +133,7 @@ class Operation:
             if call is not None and free is not None:
                 results = call(given)
                 free.append(call)
+                self._used[given.shape] = next(self._numbers)
                 if results is not None:
                     return results
         if isinstance(array, _ARRAY) and array.dtype == PIXEL and (batch_size or array.size > _CHUNK_VALUES):
@@ -146,10 +152,20 @@ class Operation:
         if route.is_fixed(shape):
             return
         fits = shape[0] <= self.chunk_size(None, shape[1:])
-        if not free and fits and (free is not None or len(self._free) < _BOUND_SHAPES):
+        if not free and fits and (free is not None or self._has_room(shape)):
             call = route.any_batch.bind(shape, self._rule)
             if call is not None:
+                self._used[shape] = next(self._numbers)
                 self._free.setdefault(shape, []).append(call)
+
+    def _has_room(self, shape: tuple[int, ...]) -> bool:
+        """Whether one more shape is kept, on the CPU in the place of the one that was used longest ago."""
+        on_cpu, patience = self.gains_from_bound_memory, 0 if shape in self._named else _PATIENCE
+        if len(self._free) >= _BOUND_SHAPES and on_cpu(shape):
+            used = {self._used[one]: one for one in list(self._free) if one not in self._named and on_cpu(one)}
+            if used and min(used) + patience < next(self._numbers):
+                self._free.pop(used[min(used)], None)  # a call that another thread has taken is its own
+        return len(self._free) < _BOUND_SHAPES
 
     def gains_from_bound_memory(self, shape: tuple[int, ...]) -> bool:
         """Whether inputs may have this shape, with the batch, and calls with it cost less with bound memory."""
@@ -173,6 +189,7 @@ class Operation:
             if route.is_fixed(part):
                 self._free.pop(part, None)  # calls that would be taken in its place
                 self._prefer(route.session(part), part)
+            self._named.add(part)
             inputs = zeros(part, "a batch")
             if rows == examples:
                 self(inputs)

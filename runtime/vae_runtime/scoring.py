@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _MEAN_METHODS = ("reconstruction", "elbo")  # of the posterior's mean alone, pixel by pixel
 _STRIP_VALUES = 2**20  # of an image in tiles, whose differences are in memory at once
-_KEPT_SHAPES = 8  # whose memory is kept for the next call, by method
+_KEPT_SHAPES = 8  # the last ones, whose memory is kept for the next call, by method
 
 
 def default_method(manifest: Manifest) -> str:
@@ -180,8 +180,12 @@ class Scoring:
         if call is None:
             return None
         result = call(inputs)
-        if key in self._free or len(self._free) < _KEPT_SHAPES:
-            self._free.setdefault(key, []).append(call)
+        calls = self._free.pop(key, [])  # and to the end: what is used longest ago goes first
+        calls.append(call)
+        self._free.setdefault(key, calls)
+        while len(self._free) > _KEPT_SHAPES:
+            oldest, *_ = list(self._free)
+            self._free.pop(oldest, None)
         return result
 
     def _bound(self, shape: tuple[int, ...], likelihood: Likelihood | None) -> BoundScore | None:

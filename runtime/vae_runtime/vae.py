@@ -159,7 +159,8 @@ class VAE:
         the host's memory. It belongs to the thread that calls this; calls in other threads run without it. What is
         tried is timed, so best while nobody else uses the GPU.
 
-        batch_sizes: numbers of examples that `encode` and `decode` will be given in one call.
+        batch_sizes: numbers of examples that `encode` and `decode` will be given in one call. On the CPU up to 8 keep
+            their fast way, whatever else comes; others that come no more give it up to those that do.
         size: (height, width) of these images, where the bundle leaves it free; None: `manifest.input.default_size`.
 
         Raises:

@@ -147,6 +147,43 @@ def test_memory_kept_is_bounded(tiny_path: Path, images: np.ndarray) -> None:
         assert big.shape not in free
 
 
+def kept(vae: VAE) -> list[int]:
+    return sorted(shape[0] for shape in vae._open_operations()[0]._free)
+
+
+def test_a_size_that_comes_again_takes_the_place_of_one_that_does_not(tiny_path: Path, images: np.ndarray) -> None:
+    with VAE.load(tiny_path, threads=1) as vae:
+        for size in (2, 3, 4, 5, 6, 7, 8, 9):
+            vae.encode(images[:size])
+        for size in (3, 1) * 20:
+            vae.encode(images[:size])
+        assert kept(vae) == [1, 3, 4, 5, 6, 7, 8, 9]
+
+
+def test_sizes_that_come_in_turn_do_not_drive_each_other_out(tiny_path: Path, images: np.ndarray) -> None:
+    """Else each call would make memory that none takes."""
+    with VAE.load(tiny_path, threads=1) as vae:
+        for size in list(range(1, 17)) * 4:
+            vae.encode(images[:size])
+        assert kept(vae) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_what_warmup_names_has_its_place_at_once_and_keeps_it(tiny_path: Path, images: np.ndarray) -> None:
+    with VAE.load(tiny_path, threads=1) as vae:
+        for size in range(2, 10):
+            vae.encode(images[:size])
+        vae.warmup([1])
+        assert kept(vae) == [1, 3, 4, 5, 6, 7, 8, 9]
+        for size in [11] * 50 + [12] * 50:
+            vae.encode(images[:size])
+        assert {1, 11, 12} <= set(kept(vae))
+        vae.warmup([1, 2, 3, 4, 5, 6, 7, 8])
+        for size in [9] * 50:
+            vae.encode(images[:size])
+        vae.warmup([10])
+        assert kept(vae) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
 def test_threads_do_not_share_memory(tiny_path: Path, plain: VAE, images: np.ndarray) -> None:
     expected = [plain.encode(images[i : i + 1]).mean for i in range(20)]
     wrong: list[int] = []

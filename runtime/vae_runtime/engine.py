@@ -57,9 +57,22 @@ def import_engine() -> Any:
 
 def is_engine_error(error: Exception) -> bool:
     """Whether a call of the engine raised it, or numpy for want of memory. Else a signal's handler did within that
-    call, `TimeoutError`, say, which goes to whoever waits for it; or it is a mistake in this package."""
+    call, which goes to whoever waits for it; or it is a mistake in this package."""
     kind = type(error)
-    return kind in _ENGINE_ERRORS or kind.__module__.partition(".")[0] in ("numpy", "onnxruntime", "vae_runtime")
+    return _is_of_packages(kind.__module__) or (kind in _ENGINE_ERRORS and raised_here(error))
+
+
+def raised_here(error: BaseException) -> bool:
+    """Whether it was raised in this package, numpy or onnxruntime, and not by a signal's handler, whose frame would be
+    the last. Compiled code has none, and leaves its caller's the last."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is None or _is_of_packages(trace.tb_frame.f_globals.get("__name__"))
+
+
+def _is_of_packages(module: Any) -> bool:
+    return str(module).partition(".")[0] in ("numpy", "onnxruntime", "vae_runtime")
 
 
 class _EngineErrors:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from .engine import raised_here
 from .errors import InputError
 from .manifest import BINARIZE_MODES, InputSpec, Shape
 
@@ -163,7 +164,9 @@ def fitting_memory(what: str, shape: tuple[int, ...], hint: str = "") -> Iterato
     """What numpy raises where an array is too large, and nothing else in here may raise, as an `InputError`."""
     try:
         yield
-    except (MemoryError, ValueError, OverflowError):  # the latter two: more than any memory has
+    except (MemoryError, ValueError, OverflowError) as error:  # the latter two: more than any memory has
+        if not raised_here(error):
+            raise
         raise InputError(f"{what} of shape {shape} does not fit into memory{hint}") from None
 
 

@@ -19,7 +19,7 @@ from .cuda import CUDA, capturing, made_current, operators, real_work_on_cpu, sh
 from .device_array import DeviceArray, await_others, copy_to_device
 from .device_call import CapturedCall, DeviceCall, ResidentCall, StagedCall
 from .devices import CPU, Device
-from .engine import CRASHING_ON_FLOAT16, first_line, import_engine, is_engine_error, suppress_engine_errors
+from .engine import CRASHING_ON_FLOAT16, first_line, import_engine, is_engine_error, raised_here, suppress_engine_errors
 from .errors import BundleError, ClosedError, DeviceError, OutOfMemoryError, VAEError
 from .graph_rules import check_graph, has_float16
 from .manifest import Shape
@@ -377,6 +377,8 @@ def _open(
             ],
         )
     except Exception as error:
+        if not raised_here(error):
+            raise
         raise _open_error(error, file, device) from error
     session._model_bytes = None  # kept only for the fallback that is off; it would double the memory
     if session.get_providers()[0] != device.provider:

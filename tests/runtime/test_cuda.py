@@ -51,6 +51,7 @@ from vae_runtime.cuda_stream import Stream
 from vae_runtime.device_array import copy_to_device
 from vae_runtime.device_call import CapturedCall, DeviceCall
 from vae_runtime.devices import CPU, Device, find_device, usable_devices
+from vae_runtime.engine import import_engine
 from vae_runtime.preprocess import UNIT_INTERVAL
 from vae_runtime.session import GraphSession, _open_error
 
@@ -630,7 +631,7 @@ def test_memory_that_lacks_for_more_buffers_costs_no_result(
     tiny_path: Path, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: Any) -> Any:
-        raise RuntimeError("CUDA failure 2: out of memory")
+        raise import_engine().capi.onnxruntime_pybind11_state.Fail("CUDA failure 2: out of memory")
 
     with VAE.load(tiny_path) as vae:
         expected = vae.encode(images[:3]).mean

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -124,23 +127,49 @@ def test_the_engine_s_own_errors_are_known(tiny: VAE) -> None:
     assert is_engine_error(caught.value)
 
 
+@contextlib.contextmanager
+def handler_raises(error: type[Exception]) -> Iterator[None]:
+    def handler(number: int, frame: object) -> None:
+        raise error("too long")
+
+    old = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+def interrupted(*arguments: Any, **options: Any) -> None:
+    """In place of compiled code, in which the signal comes."""
+    signal.raise_signal(signal.SIGTERM)
+
+
 @pytest.mark.parametrize("state", ["first call", "later call"])
-@pytest.mark.parametrize("error", [TimeoutError, OwnError])
+@pytest.mark.parametrize("error", [TimeoutError, OwnError, RuntimeError, ValueError, MemoryError])
 def test_what_a_signal_s_handler_raises_reaches_the_caller(
     tiny_path: Path, images: np.ndarray, monkeypatch: pytest.MonkeyPatch, state: str, error: type[Exception]
 ) -> None:
     """It may come while the engine is at work; the call is not made again, and the error is not called the engine's."""
 
-    def interrupt(*arguments: Any) -> Any:
-        raise error("too long")
-
-    with VAE.load(tiny_path) as vae:
+    with VAE.load(tiny_path) as vae, handler_raises(error):
         operation = vae._open_operations()[0]
         if state == "later call":
             vae.encode(images[:2])
             ((call,),) = operation._free.values()
-            monkeypatch.setattr(call, "_run", interrupt)
+            monkeypatch.setattr(call, "_run", interrupted)
         else:
-            monkeypatch.setattr(operation.routes[0].any_batch, "_session", SimpleNamespace(run=interrupt))
+            monkeypatch.setattr(operation.routes[0].any_batch, "_session", SimpleNamespace(run=interrupted))
         with pytest.raises(error, match="too long"):
             vae.encode(images[:2])
+
+
+def test_so_it_does_while_graphs_are_opened_and_memory_is_asked_for(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for where, name in ((module.import_engine(), "InferenceSession"), (np, "empty"), (np, "zeros")):
+        raises = pytest.raises(ValueError, match=r"^too long$")
+        with monkeypatch.context() as patched, handler_raises(ValueError), raises:
+            patched.setattr(where, name, interrupted)
+            with VAE.load(tiny_path) as vae:
+                vae.encode(np.full((1, 8, 8), 1, np.uint8))
+                vae.sample(1, 0)

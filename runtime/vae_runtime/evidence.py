@@ -119,6 +119,7 @@ def posterior_draws(
             yield Draws(part, noise, latents, decoded.reshape(len(mean), count, -1))
 
 
+@np.errstate(over="ignore", under="ignore", invalid="ignore")  # what overflows is infinite or NaN, as told
 def elbo(
     manifest: Manifest, operations: Operations, inputs: Any, n_samples: int, seed: int | None, batch_size: int | None
 ) -> Float64:
@@ -134,6 +135,7 @@ def elbo(
     return np.concatenate(results)
 
 
+@np.errstate(over="ignore", under="ignore", invalid="ignore")  # and weights that are far below the largest are 0
 def log_likelihood(
     manifest: Manifest,
     operations: Operations,

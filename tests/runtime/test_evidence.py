@@ -145,6 +145,23 @@ def test_vectors_far_out_are_scored_or_refused_and_never_nan(off: tuple[VAE, Lin
         vae.reconstruct(beyond, n_samples=3, seed=0)
 
 
+def test_an_application_that_raises_on_underflow_gets_the_same_estimate(free_path: Path) -> None:
+    x = np.random.default_rng(0).random((1, 3, 16, 16), dtype=np.float32)
+    with VAE.load(free_path, threads=1) as vae:
+        expected = vae.log_likelihood(x, 20, 0), vae.score(x, "log_likelihood")
+        with np.errstate(all="raise"):
+            found = vae.log_likelihood(x, 20, 0), vae.score(x, "log_likelihood")
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.filterwarnings("error")
+def test_overflow_is_no_warning(off: tuple[VAE, Linear, np.ndarray]) -> None:
+    vae, model, _ = off
+    beyond = np.full((1, model.SIZE), 3.4e38, np.float32)
+    assert not np.isfinite(vae.log_likelihood(beyond, 3, 0)).any()
+    assert not np.isfinite(vae.elbo(beyond, 3, 0)).any()
+
+
 def test_with_the_true_posterior_one_draw_is_the_truth(tmp_path: Path) -> None:
     model = Linear(exact=True)
     x = model.draw(200)

@@ -88,7 +88,7 @@ def batches_with_progress(
     """Batches with their names, and what `VAE` is to be called with, under a bar on stderr where that is a terminal.
     warn: at the end say once on stderr whether tiles were an approximation."""
     parts = 1000  # of one example, on the bar
-    length, hidden = parts * len(source), not sys.stderr.isatty()
+    length, hidden = parts * len(source), sys.stderr is None or not sys.stderr.isatty()  # None: closed, `2>&-`
     with (
         warnings.catch_warnings(record=True) as caught,
         click.progressbar(length=length, label=label, file=sys.stderr, hidden=hidden) as bar,

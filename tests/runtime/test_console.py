@@ -162,6 +162,17 @@ def test_texts_of_others_do_not_command_a_terminal() -> None:
     assert printable("a \x1b[31mµ\u202e\n b\r") == "a \\x1b[31mµ\\u202e\n b\\r"
 
 
+def test_a_command_whose_stderr_is_closed_has_no_bar_and_no_other_result(
+    tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    main(["encode", str(tiny_path), "--golden", "--output", str(tmp_path / "z.npz")], standalone_mode=False)
+    main(
+        ["decode", str(tiny_path), str(tmp_path / "z.npz"), "--output", str(tmp_path / "x.npy")], standalone_mode=False
+    )
+    assert np.load(tmp_path / "x.npy").shape == (4, 1, 8, 8)
+
+
 def test_a_command_runs_outside_of_the_main_thread() -> None:
     seen: list[str] = []
     command = click.command(cls=Command)(lambda: seen.append(threading.current_thread().name))

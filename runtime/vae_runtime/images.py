@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 WRITTEN_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PICTURE_FORMATS = ("png", "jpeg", "webp")
+_LARGEST_SIDE = {"jpeg": 65_500, "webp": 16_383}
 _READ_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 _JPEG = ("JPEG", "MPO")  # as Pillow calls one with previews behind it
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and the values that swap height and width
@@ -95,11 +96,39 @@ def write_picture(path: str | os.PathLike[str], image: UInt8) -> None:
     suffix = Path(path).suffix.lower()
     if suffix not in WRITTEN_SUFFIXES:
         raise InputError(f"{path} has the suffix {suffix!r}; pictures are written to {', '.join(WRITTEN_SUFFIXES)}")
+    check_side(path, image.shape)
     pillow = _pillow(f"writing {path}")
-    form = suffix[1:].replace("jpg", "jpeg")
+    form = _form(path)
     options = {} if form == "png" else {"quality": 95}
     with atomic_file(path) as stream:
         pillow.Image.fromarray(image).save(stream, format=form, **options)
+
+
+def _form(path: str | os.PathLike[str]) -> str:
+    return Path(path).suffix.lower()[1:].replace("jpg", "jpeg")
+
+
+def check_side(path: str | os.PathLike[str], size: Sequence[int]) -> None:
+    """Raise `InputError` where a picture of this (height, width) has more pixels on a side than its format has."""
+    height, width, *_ = size
+    limit = _LARGEST_SIDE.get(_form(path), math.inf)
+    if max(height, width) > limit:
+        raise InputError(
+            f"{path} would have {height}x{width} pixels (height x width); {_form(path)} has at most {limit} on a side,"
+            " take png, or of many a folder"
+        )
+
+
+def grid_size(shape: Sequence[int], columns: int | None = None, scale: int | None = None, gap: int = 2) -> list[int]:
+    """(height, width) of what `grid` makes of images of shape (N, H, W, ...)."""
+    columns, scale = _layout(shape, columns, scale)
+    return [
+        n * (side * scale + gap) + gap for n, side in zip((-(-shape[0] // columns), columns), shape[1:], strict=False)
+    ]
+
+
+def _layout(shape: Sequence[int], columns: int | None, scale: int | None) -> tuple[int, int]:
+    return columns or math.ceil(math.sqrt(shape[0])), scale or max(1, round(64 / max(shape[1:3])))
 
 
 def grid(images: UInt8, columns: int | None = None, scale: int | None = None, gap: int = 2) -> UInt8:
@@ -108,12 +137,10 @@ def grid(images: UInt8, columns: int | None = None, scale: int | None = None, ga
     columns: None makes the grid about square. scale: each pixel becomes scale × scale; None enlarges small images to
     about 64 pixels. gap: white pixels between images, after scaling.
     """
-    count, height, width = images.shape[:3]
-    columns = columns or math.ceil(math.sqrt(count))
-    scale = scale or max(1, round(64 / max(height, width)))
-    rows = math.ceil(count / columns)
+    height, width = images.shape[1:3]
+    columns, scale = _layout(images.shape, columns, scale)
     cell_height, cell_width = height * scale + gap, width * scale + gap
-    sheet = np.full((rows * cell_height + gap, columns * cell_width + gap, *images.shape[3:]), 255, np.uint8)
+    sheet = np.full((*grid_size(images.shape, columns, scale, gap), *images.shape[3:]), 255, np.uint8)
     for index, image in enumerate(images):
         top, left = (index // columns) * cell_height + gap, (index % columns) * cell_width + gap
         sheet[top : top + height * scale, left : left + width * scale] = image.repeat(scale, 0).repeat(scale, 1)

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from .atomic import atomic_file, atomic_folder, refuse_other_file, writing
 from .errors import InputError, OutputError
-from .images import WRITTEN_SUFFIXES, grid, write_picture
+from .images import WRITTEN_SUFFIXES, check_side, grid, grid_size, write_picture
 from .manifest import RECONSTRUCTION, InputSpec
 from .preprocess import Float32, to_uint8
 
@@ -73,7 +73,7 @@ def open_sink(
             f"{output} cannot be written: only grey and RGB images become pictures; name an .npy or .npz file"
         )
     if suffix in WRITTEN_SUFFIXES:
-        sink = _GridSink(path, columns, limit, 1 if spec.is_free else ALONE_SIDE)
+        sink = _GridSink(path, columns, min(count, limit), 1 if spec.is_free else ALONE_SIDE)
         yield sink
         sink.finish()
     elif suffix:
@@ -181,7 +181,9 @@ class _GridSink:
 
     def add(self, images: Float32, names: list[str], originals: Float32 | None = None) -> None:
         room = self._limit - self.written
-        if self._images and self._images[0].shape[1:3] != images.shape[2:]:
+        if not self._images:  # before more is computed
+            check_side(self._path, self._size(images.shape, originals is not None))
+        elif self._images[0].shape[1:3] != images.shape[2:]:
             raise different_sizes(names[0], images.shape[2:], self._images[0].shape[1:3])
         if room > 0:
             self._images.append(to_uint8(images[:room]))
@@ -189,10 +191,21 @@ class _GridSink:
                 self._originals.append(to_uint8(originals[:room]))
             self.written += len(images[:room])
 
+    def _size(self, shape: tuple[int, ...], is_paired: bool) -> Sequence[int]:
+        """(height, width) of the picture, of batches of this shape."""
+        count, sides = self._limit, shape[2:]
+        if is_paired:
+            columns = min(count, self._columns or 16)
+            return grid_size((2 * columns * math.ceil(count / columns), *sides), columns)
+        return sides if self._is_alone(count, sides) else grid_size((count, *sides), self._columns)
+
+    def _is_alone(self, count: int, sides: tuple[int, ...]) -> bool:
+        return count == 1 and min(sides) >= self._alone_side
+
     def finish(self) -> None:
         images = np.concatenate(self._images)
         if not self._originals:
-            alone = len(images) == 1 and min(images.shape[1:3]) >= self._alone_side
+            alone = self._is_alone(len(images), images.shape[1:3])
             write_picture(self._path, images[0] if alone else grid(images, self._columns))
             return
         columns = min(len(images), self._columns or 16)

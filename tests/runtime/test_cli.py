@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from vae_runtime import VAE, OutputError, __version__, to_uint8
+from vae_runtime import VAE, InputError, OutputError, __version__, to_uint8
 from vae_runtime.cli import main
 from vae_runtime.command_inputs import BATCH
+from vae_runtime.images import _LARGEST_SIDE
 from vae_runtime.prior import GaussianMixture
-from vae_runtime.sinks import GRID_LIMIT, ArrayWriter, pair_rows
+from vae_runtime.sinks import GRID_LIMIT, ArrayWriter, open_sink, pair_rows
 
 COMMANDS = (
     "info", "selftest", "encode", "decode", "sample", "reconstruct", "interpolate", "traverse", "map", "nearest",
@@ -286,6 +287,24 @@ def test_rows_are_paired_and_filled_with_white() -> None:
     assert pair_rows(originals, images, 2).ravel().tolist() == [0, 0, 1, 1, 0, 255, 1, 255]
 
 
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_a_picture_too_large_for_its_format_is_refused_with_the_first_batch(
+    count: int, pairs: bool, tiny: VAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = np.zeros((count, 1, 8, 8), np.float32)
+    for output in ("o.png", "o.webp"):  # the side of the first is what the second may just have
+        with open_sink(str(tmp_path / output), tiny.manifest.input, count, False) as sink:
+            for image in images:
+                sink.add(image[None], ["#"], image[None] if pairs else None)
+        monkeypatch.setitem(_LARGEST_SIDE, "webp", max(read_png(tmp_path / output).shape))
+    monkeypatch.setitem(_LARGEST_SIDE, "webp", _LARGEST_SIDE["webp"] - 1)
+    sink = contextlib.ExitStack()
+    first = sink.enter_context(open_sink(str(tmp_path / "p.webp"), tiny.manifest.input, count, False))
+    with pytest.raises(InputError, match=r"p.webp would have \d+x\d+ pixels .*; webp has at most \d+ on a side"):
+        first.add(images[:1], ["#"], images[:1] if pairs else None)
+
+
 def test_reconstruct_to_a_folder_keeps_names_and_never_loses_one(
     tiny_path: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -393,6 +412,8 @@ BAD_INPUT = [
     (("sample", "{bundle}", "--truncation", "0", "--output", "{tmp}/o.png"), "truncation is 0.0; expected a finite"),
     (("sample", "{vectors}", "--output", "{tmp}/o.npy"), "is a plain autoencoder, which has no prior"),
     (("reconstruct", "{vectors}", "{tmp}/text.png", "--output", "{tmp}/o.npy"), "takes vectors, from .npy"),
+    (("traverse", "{bundle}", "{npy}#1", "--dimension", "1", "--steps", "1000", "--output", "{tmp}/o.webp"),
+     r"o.webp would have 68x66002 pixels .height x width.; webp has at most 16383 on a side, take png"),
     (("interpolate", "{bundle}", "{npy}", "{npy}#1", "--output", "{tmp}/o.png"), r"names no single example; write"),
     (("interpolate", "{bundle}", "{npy}#150", "{npy}#1", "--output", "{tmp}/o.png"), "an index from 0 to 149"),
     (("interpolate", "{bundle}", "{tmp}/no#1/a.npy#0", "{npy}#1", "--output", "{tmp}/o.png"), "a.npy does not exist"),

@@ -15,7 +15,7 @@ pytest.importorskip("PIL")
 from PIL import Image
 
 from vae_runtime import InputError, OutputError
-from vae_runtime.images import grid, list_pictures, picture_size, read_picture, read_pictures, write_picture
+from vae_runtime.images import grid, grid_size, list_pictures, picture_size, read_picture, read_pictures, write_picture
 from vae_runtime.manifest import InputSpec
 
 GREY = InputSpec("image", (1, 4, 6), "grey", "exact")
@@ -272,6 +272,28 @@ def test_write_picture_refuses_other_arrays(tmp_path: Path, array: np.ndarray) -
 def test_write_picture_names_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"none/out.png cannot be written: No such file or directory"):
         write_picture(tmp_path / "none" / "out.png", PIXELS)
+
+
+@pytest.mark.parametrize(("suffix", "limit"), [("webp", 16383), ("jpg", 65500)])
+def test_pictures_that_a_format_has_no_room_for_are_refused_in_words(
+    tmp_path: Path, capfd: Any, suffix: str, limit: int
+) -> None:
+    path = tmp_path / f"a.{suffix}"
+    for shape in ((1, limit + 1), (limit + 1, 1, 3)):
+        with pytest.raises(InputError, match=rf"{suffix} would have .* pixels .* at most {limit} on a side, take png"):
+            write_picture(path, np.zeros(shape, np.uint8))
+    assert not path.exists()
+    write_picture(path, np.zeros((1, limit), np.uint8))
+    assert picture_size(path) == (1, limit)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 6])
+@pytest.mark.parametrize("columns", [None, 1, 3])
+def test_the_size_of_a_grid_is_known_before_it_is_laid_out(count: int, columns: int | None) -> None:
+    images = np.zeros((count, 20, 9, 3), np.uint8)
+    for options in ({}, {"scale": 2, "gap": 1}):
+        assert grid(images, columns, **options).shape == (*grid_size(images.shape, columns, **options), 3)
 
 
 @pytest.mark.parametrize("shape", [(5, 2, 3), (5, 2, 3, 3)])

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +19,8 @@ from .errors import BundleError, InputError
 from .manifest import FORMAT, INPUT, LOGVAR, MANIFEST_FILE, MAX_MANIFEST_BYTES, MEAN, RECONSTRUCTION, Manifest
 
 _BLOCK = 2**18
+_GOLDEN_ROWS = 4  # at most
+_NPY_HEADER = 2**16  # bytes, at most
 
 
 class Bundle:
@@ -88,18 +91,13 @@ class Bundle:
         `logvar` is absent for an autoencoder.
         """
         file = self.manifest.golden.file
-        try:
-            with np.load(io.BytesIO(self.read(file)), allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-        except BundleError:
-            raise
-        except Exception as error:  # a damaged archive raises nearly anything: BadZipFile, zlib.error, TokenError, ...
-            raise BundleError(f"{self.path / file} is not an .npz archive of plain arrays: {error}") from None
         shape = self.manifest.input.example_shape
         latent_shape = self.manifest.latent_shape(shape)
         expected = {INPUT: shape, MEAN: latent_shape, RECONSTRUCTION: shape}
         if self.manifest.kind == "vae":
             expected[LOGVAR] = latent_shape
+        most = {name: 4 * _GOLDEN_ROWS * math.prod(sides) for name, sides in expected.items()}
+        arrays = read_npz(self.read(file), str(self.path / file), most)
         if set(arrays) != set(expected):
             raise BundleError(f"{self.path / file} holds {sorted(arrays)}; expected {sorted(expected)}")
         count = len(arrays[INPUT]) if arrays[INPUT].ndim else 0
@@ -126,6 +124,24 @@ class Bundle:
             size = _regular_stat(self.path / file).st_size
             if size != entry.bytes:
                 raise BundleError(f"{self.path / file} has {size} bytes; the manifest says {entry.bytes}")
+
+
+def read_npz(data: bytes, label: str, most: Mapping[str, int]) -> dict[str, NDArray[Any]]:
+    """The plain arrays of an .npz archive. most: their bytes at most, by name; nothing else is unpacked, which might be
+    a thousand times as much as the archive. label: the file, for messages."""
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            for entry in archive.zip.infolist():
+                name = entry.filename.removesuffix(".npy")
+                if name not in most:
+                    raise BundleError(f"{label} holds {sorted(archive.files)}; expected {sorted(most)}")
+                if entry.file_size > most[name] + _NPY_HEADER:
+                    raise BundleError(f"{label} has {entry.file_size} bytes of {name}; expected {most[name]} at most")
+            return {name: archive[name] for name in archive.files}
+    except BundleError:
+        raise
+    except Exception as error:  # a damaged archive raises nearly anything: BadZipFile, zlib.error, TokenError, ...
+        raise BundleError(f"{label} is not an .npz archive of plain arrays: {error}") from None
 
 
 def is_bundle_folder(path: Path) -> bool:

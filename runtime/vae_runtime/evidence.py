@@ -98,12 +98,7 @@ class Draws(NamedTuple):
 
 
 def posterior_draws(
-    decoder: Operation,
-    posterior: Posterior,
-    n_samples: int,
-    stream: NormalStream | SharedNoise,
-    rows: int,
-    total: int,
+    decoder: Operation, posterior: Posterior, n_samples: int, stream: NormalStream | SharedNoise, rows: int, total: int
 ) -> Iterator[Draws]:
     """`n_samples` draws from each posterior, decoded, at most `rows` at once; the whole call decodes `total`."""
     shape = posterior.mean.shape[1:]

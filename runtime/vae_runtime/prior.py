@@ -7,11 +7,13 @@ something to sample from at all (ex-post density estimation: Ghosh et al., 2020,
 from __future__ import annotations
 
 import io
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .bundle import read_npz
 from .errors import BundleError, InputError, KindError, NotInBundleError
 from .manifest import FittedPrior, Manifest
 from .preprocess import Float32, Float64
@@ -62,13 +64,9 @@ class GaussianMixture(NamedTuple):
         Raises:
             BundleError: it is no such file, or the numbers are no density of so many components and dimensions.
         """
-        try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-        except Exception as error:  # a damaged archive raises nearly anything
-            raise BundleError(f"{label} is not an .npz archive of plain arrays: {error}") from None
         shapes = {"weights": (components,), "means": (components, dimensions)}
         shapes["factors"] = (components, dimensions, dimensions)
+        arrays = read_npz(data, label, {name: 8 * math.prod(shape) for name, shape in shapes.items()})
         if {name: (array.dtype, array.shape) for name, array in arrays.items()} != {
             name: (np.dtype("<f8"), shape) for name, shape in shapes.items()
         }:

@@ -69,11 +69,7 @@ def run_routes(
 
 
 def _run_routes(
-    manifest: Manifest,
-    name: str,
-    operation: Operation,
-    inputs: Float32,
-    golden: dict[str, Float32],
+    manifest: Manifest, name: str, operation: Operation, inputs: Float32, golden: dict[str, Float32]
 ) -> Iterator[RouteTest]:
     tolerances = {**_PROVIDER_TOLERANCE, **manifest.golden.tolerance}
     for route, found in operation.run_each(inputs):

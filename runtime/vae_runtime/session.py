@@ -165,12 +165,7 @@ class GraphSession:
         return fastest_session(self, model, shape, rule)
 
     def open_for(
-        self,
-        model: bytes,
-        shape: tuple[int, ...],
-        device: Device,
-        stream: Stream | None = None,
-        captures: bool = False,
+        self, model: bytes, shape: tuple[int, ...], device: Device, stream: Stream | None = None, captures: bool = False
     ) -> GraphSession:
         """The same by one way: what `device` says, which is this session's but for options."""
         settings = self._boundary, self.threads, self.spinning, shape, self.bundle

@@ -349,6 +349,8 @@ MALFORMED_GOLDEN: list[tuple[str, bytes, str]] = [
     ("rows differ", npz(**{**good_arrays(), "logvar": np.zeros((3, 4), np.float32)}), r"logvar of .* shape \(3, 4\)"),
     ("no number", npz(**{**good_arrays(), "x": np.full((2, 1, 8, 8), np.nan, np.float32)}),
      r"golden.npz has NaN or infinite values in x"),
+    ("much of nothing", zipped(bytes(2**24), zipfile.ZIP_DEFLATED), r"has 16777216 bytes of x; expected 1024 at most"),
+    ("much of another", zipped(bytes(2**24), zipfile.ZIP_DEFLATED, "y.npy"), r"holds \['y'\]; expected \['log"),
     ("no rows", npz(**good_arrays(0)), r"x of dtype float32 and shape \(0, 1, 8, 8\); expected"),
 ]  # fmt: skip
 

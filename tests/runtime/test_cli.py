@@ -299,10 +299,10 @@ def test_a_picture_too_large_for_its_format_is_refused_with_the_first_batch(
                 sink.add(image[None], ["#"], image[None] if pairs else None)
         monkeypatch.setitem(_LARGEST_SIDE, "webp", max(read_png(tmp_path / output).shape))
     monkeypatch.setitem(_LARGEST_SIDE, "webp", _LARGEST_SIDE["webp"] - 1)
-    sink = contextlib.ExitStack()
-    first = sink.enter_context(open_sink(str(tmp_path / "p.webp"), tiny.manifest.input, count, False))
+    stack = contextlib.ExitStack()
+    sink = stack.enter_context(open_sink(str(tmp_path / "p.webp"), tiny.manifest.input, count, False))
     with pytest.raises(InputError, match=r"p.webp would have \d+x\d+ pixels .*; webp has at most \d+ on a side"):
-        first.add(images[:1], ["#"], images[:1] if pairs else None)
+        sink.add(images[:1], ["#"], images[:1] if pairs else None)
 
 
 def test_reconstruct_to_a_folder_keeps_names_and_never_loses_one(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,13 @@ def npz(**arrays: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def zeros_in_zip(name: str, size: int) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, bytes(size))
+    return buffer.getvalue()
+
+
 def changed(**change: Callable[[np.ndarray], Any]) -> bytes:
     arrays = {name: array.copy() for name, array in THREE._asdict().items()}
     for name, edit in change.items():
@@ -235,7 +243,8 @@ DAMAGES = {
     "truncated": (THREE.to_npz()[:-100], "no .npz archive"),
     "pickle": (npz(**{**THREE._asdict(), "means": np.array([{}], object)}), "no .npz archive"),
     "an array missing": (npz(weights=THREE.weights, means=THREE.means), "holds .*; expected float64 arrays"),
-    "an array too many": (npz(**THREE._asdict(), more=np.zeros(1)), "holds .*; expected float64 arrays"),
+    "an array too many": (npz(**THREE._asdict(), more=np.zeros(1)), r"holds \['factors', 'means', 'more', "),
+    "much of nothing": (zeros_in_zip("means.npy", 2**24), "has 16777216 bytes of means; expected 96 at most"),
     "float32": (changed(means=lambda a: a.astype(np.float32)), "holds .*float32.*; expected float64 arrays"),
     "components": (changed(weights=lambda a: a[:2]), "holds .*; expected float64 arrays"),
     "dimensions": (changed(means=lambda a: a[:, :3]), "holds .*; expected float64 arrays"),

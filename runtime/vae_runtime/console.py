@@ -34,12 +34,12 @@ class Command(click.Command):
             with hear_endings(), _any_file_names():
                 return super().invoke(ctx)
         except VAEError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(printable(str(error))) from error
         except OSError as error:
             if error.errno == errno.EPIPE:  # a reader that has enough, which click looks after
                 raise
             name = "" if error.filename is None else f"{error.filename} cannot be used: "
-            raise click.ClickException(f"{name}{error.strerror or error}") from error
+            raise click.ClickException(printable(f"{name}{error.strerror or error}")) from error
 
 
 class Group(click.Group):
@@ -146,9 +146,13 @@ def describe_latent(manifest: Manifest) -> list[str]:
     return lines
 
 
+_BYTES = frozenset(map(chr, range(0xDCA0, 0xDD00)))
+
+
 def printable(text: str) -> str:
-    """The same lines without what a terminal would take for commands: a bundle's texts are whoever's made it."""
-    return "".join(one if one.isprintable() or one == "\n" else repr(one)[1:-1] for one in text)
+    """The same lines without what a terminal would take for commands: a bundle's texts are whoever's made it, and names
+    of files whoever's sent them. Bytes of these that are no UTF-8 stay, but for such commands."""
+    return "".join(one if one.isprintable() or one == "\n" or one in _BYTES else repr(one)[1:-1] for one in text)
 
 
 def json_option(function: _Function) -> _Function:

@@ -24,7 +24,7 @@ from .command_inputs import (
     picture_format_option,
     range_of,
 )
-from .console import Command, engine_options, json_option, print_json
+from .console import Command, engine_options, json_option, print_json, printable
 from .errors import BundleError, InputError, KindError, NotInBundleError
 from .latent_files import open_latents
 from .latent_space import (
@@ -183,7 +183,8 @@ def nearest(
                 if not number:
                     click.echo("  distance  rank  query -> reference")
                 for rank, other in enumerate(one["nearest"], start=1):
-                    click.echo(f"{other['distance']:10.4f}  {rank:4}  {one['name']} -> {other['name']}")
+                    pair = printable(f"{one['name']} -> {other['name']}")
+                    click.echo(f"{other['distance']:10.4f}  {rank:4}  {pair}")
 
 
 def _search(vae: VAE, query: str, latents: Float32, names: list[str], k: int) -> Iterator[dict[str, Any]]:

@@ -126,7 +126,7 @@ class _Scored(NamedTuple):
         for row in self.rows():
             verdict = "" if self.threshold is None else f"{'yes' if row['anomaly'] else 'no':7}  "
             lines.append(f"{row['score']:12.6g}  {verdict}{row['name']}")
-        return "\n".join([*lines, self.summary()])
+        return printable("\n".join([*lines, self.summary()]))
 
     def summary(self) -> str:
         low, high = self.scores.min(), self.scores.max()

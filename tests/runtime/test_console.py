@@ -160,6 +160,24 @@ def test_errors_of_the_system_without_a_number_keep_their_text() -> None:
 
 def test_texts_of_others_do_not_command_a_terminal() -> None:
     assert printable("a \x1b[31mµ\u202e\n b\r") == "a \\x1b[31mµ\\u202e\n b\\r"
+    assert printable("caf\udce9\udc9b31m") == "caf\udce9\\udc9b31m"
+
+
+def test_names_of_files_and_bundles_do_not_command_a_terminal_either(bundle: Path, tmp_path: Path, resign: Any) -> None:
+    images, name = pytest.importorskip("PIL.Image"), "\x1b[31m\x9b.png"
+    images.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / name)
+    (tmp_path / "\x1b.png").touch()
+    resign(bundle, lambda data: data.update(name="\x1b[2J"))
+    for arguments in (
+        ["score", bundle, tmp_path / name],
+        ["nearest", bundle, tmp_path / name, "--references", tmp_path / name, "-k", "1"],
+        ["score", bundle, tmp_path / "\x1b.png"],
+        ["selftest", bundle, "--precision", "int8"],
+    ):
+        found = CliRunner().invoke(main, list(map(str, arguments)))
+        assert "\\x1b" in found.output
+        assert "\x1b" not in found.output
+        assert "\x9b" not in found.output
 
 
 def test_a_command_whose_stderr_is_closed_has_no_bar_and_no_other_result(

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arguments import check_flag
-from .errors import KindError
+from .errors import InputError, KindError
 from .preprocess import Float32
 from .sampling import NormalStream, check_temperature
 
@@ -53,12 +53,16 @@ class Posterior:
 
         Raises:
             KindError: a plain autoencoder has no distribution to draw from.
-            InputError: a seed or temperature out of range.
+            InputError: a seed or temperature out of range, or one that takes a latent out of float32.
         """
         logvar = self._require_logvar("sample")
         scale = check_temperature(temperature)
         noise = NormalStream(seed).draw(len(self.mean), self.mean.shape[1:])
-        return np.asarray(self.mean + scale * np.exp(np.float32(0.5) * logvar) * noise, np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            latents = np.asarray(self.mean + scale * np.exp(np.float32(0.5) * logvar) * noise, np.float32)
+        if scale > 1 and not np.isfinite(latents).all():  # up to 1 only what is infinite already
+            raise InputError(f"latents drawn at temperature {scale:g} are beyond float32; take a lower one")
+        return latents
 
     def kl(self, per_dimension: bool = False) -> NDArray[np.float64]:
         """KL(q(z|x) ‖ N(0, 1)) in nats per example, in closed form -> float64 (N,).

@@ -218,6 +218,8 @@ class VAE:
         progress: Progress | None = None,
     ) -> Float32:
         """Latents, float32 (N, *latent_shape) -> the mean of p(x|z), float32 (N, C, H, W) in [0, 1] or (N, D).
+        NaN or infinite where the model's numbers overflow, on latents far beyond the encoder's: a look at each result
+        would cost a tenth of a small call.
 
         size: (height, width) of images that were padded, to which the result is cut.
         tile, progress: as in `encode`; the windows are this many pixels of the result.
@@ -347,7 +349,8 @@ class VAE:
         progress: Progress | None = None,
     ) -> Float32 | Reconstruction:
         """Encode, take the mean, decode: float32 (N, C, H, W) in [0, 1] or (N, D). Deterministic. On a GPU the latents
-        stay in its memory. pad, tile, progress: as in `encode`; the result has the size of the inputs.
+        stay in its memory. pad, tile, progress: as in `encode`; the result has the size of the inputs. NaN or infinite
+        as in `decode`; with `n_samples` that is refused.
 
         n_samples: decode so many draws from the posterior of each input in place of its mean -> `Reconstruction`, their
             mean and standard deviation, which say where the model is not sure; of one draw the latter is 0. Memory is

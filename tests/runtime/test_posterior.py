@@ -96,6 +96,13 @@ def test_sample_refuses_wrong_arguments(posterior: Posterior, arguments: dict[st
         posterior.sample(**arguments)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_temperature_that_leads_out_of_float32_is_refused(posterior: Posterior) -> None:
+    assert np.isfinite(posterior.sample(seed=0, temperature=1e30)).all()
+    with pytest.raises(InputError, match=r"latents drawn at temperature 3e\+38 are beyond float32; take a lower one"):
+        posterior.sample(seed=0, temperature=3e38)
+
+
 def test_a_number_alone_is_not_taken_for_a_seed(posterior: Posterior) -> None:
     """Elsewhere it is how many to draw."""
     with pytest.raises(TypeError, match="positional"):

@@ -391,7 +391,7 @@ def _open_in_their_own_size(data: tuple[str, ...], spec: InputSpec) -> PictureSo
     if not isinstance(source, PictureSource):
         rows = _ArrayRows(source, MOST_EXAMPLES)
         for batch in rows.batches(READ_ROWS) if source.dtype != np.uint8 else ():  # of bytes, any value is good
-            check_range(batch, spec, str(source.path))
+            check_range(batch, spec, [str(source.path)] * len(batch))
         return rows
     pictures = _thinned(source, MOST_EXAMPLES, spec)
     for _ in pictures.sizes():  # a file that is no picture is found before the work

@@ -63,10 +63,9 @@ def fitting(batch: Any, spec: InputSpec, names: list[str], pad: bool) -> tuple[A
 
 def require_fitting(batch: Any, spec: InputSpec, names: list[str], pad: bool) -> None:
     """Raise `InputError`, which names the inputs, unless the encoder takes the batch, once it is padded if `pad`."""
-    label = range_of(names)
-    check_layout(batch, spec._replace(multiple_of=1) if pad else spec, label)
+    check_layout(batch, spec._replace(multiple_of=1) if pad else spec, range_of(names))
     if batch.dtype == np.float32:
-        check_range(batch, spec, label)
+        check_range(batch, spec, names)
 
 
 def check_latents(file: LatentFile, manifest: Manifest) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from .boundary import Boundary
 from .errors import InputError
 from .manifest import LATENT, Shape
-from .preprocess import Float32, as_graph_input, fitting_memory, require_plain_array
+from .preprocess import Float32, as_graph_input, first_failing, fitting_memory, require_plain_array
 
 
 def to_decoder_input(latents: Any, shape: Shape, name: str = "latents") -> Float32:
@@ -33,8 +33,7 @@ def require_finite(latents: Float32, names: Sequence[str] | str, what: str = "la
         InputError: the network's numbers overflowed on an input, which is named.
     """
     if not (finite := np.isfinite(latents)).all():
-        row = int(finite.reshape(len(latents), -1).all(axis=1).argmin())
-        name = f"{names}[{row}]" if isinstance(names, str) else names[row]
+        _, name = first_failing(names, finite)
         raise InputError(f"{name} is so far from what the model knows that its {what} has NaN or infinite values")
     return latents
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -121,8 +121,14 @@ def pad_images(array: NDArray[Any], multiple: int) -> tuple[NDArray[Any], tuple[
         return np.pad(array, sides, mode="edge"), size
 
 
-def check_range(array: Float32, spec: InputSpec, name: str) -> None:
-    """Raise `InputError` on NaN, infinity or, for images, a value outside [0, 1]."""
+def first_failing(names: Sequence[str] | str, good: NDArray[np.bool_]) -> tuple[int, str]:
+    """The first example that is not good throughout, and its name. names: of all, or of the argument that has them."""
+    row = int(good.reshape(len(good), -1).all(axis=1).argmin())
+    return row, f"{names}[{row}]" if isinstance(names, str) else names[row]
+
+
+def check_range(array: Float32, spec: InputSpec, names: Sequence[str] | str) -> None:
+    """Raise `InputError` on NaN, infinity or, for images, a value outside [0, 1]. names: as in `first_failing`."""
     if spec.is_image and array.flags.c_contiguous and UNIT_INTERVAL.holds(UNIT_INTERVAL.view(array)):
         return
     # One pass each; NaN propagates through both, and every comparison with it is false.
@@ -136,6 +142,8 @@ def check_range(array: Float32, spec: InputSpec, name: str) -> None:
         if low > -np.inf and high < np.inf:
             return
         rule = "vectors are finite"
+    row, name = first_failing(names, (array >= 0) & (array <= 1) if spec.is_image else np.isfinite(array))
+    low, high = array[row].min(), array[row].max()
     digits = 9 if f"{high:g}" == "1" else 6  # all of a float32's where fewer would show the 1 that it may be above
     found = "NaN" if np.isnan(low) else f"values from {low:g} to {high:.{digits}g}"
     raise InputError(f"{name} has {found}; {rule}")

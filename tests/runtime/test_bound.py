@@ -91,7 +91,7 @@ def test_inputs_are_not_written_to_and_may_be_read_only_or_strided(tiny: VAE, pl
 def test_one_bad_value_anywhere_is_found(tiny: VAE, images: np.ndarray, value: float, place: int) -> None:
     x = images[:2].copy()
     x.reshape(-1)[place] = value
-    with pytest.raises(InputError, match=r"images has (NaN|values from .* to .*); float32 images lie in \[0, 1\]"):
+    with pytest.raises(InputError, match=r"images\[\d\] has (NaN|values from .* to .*); float32 images lie in"):
         tiny.encode(x)
 
 

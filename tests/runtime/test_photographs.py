@@ -259,7 +259,7 @@ def test_what_is_wrong_with_an_array_that_is_padded_names_its_file(free_path: Pa
     images[1, 0, 0, 0] = np.nan
     np.save(tmp_path / "bad.npy", images)
     for command in (("score",), ("encode", "--output", tmp_path / "o.npz")):
-        refused(r"bad\.npy#0 to bad\.npy#2 has NaN", command[0], free_path, tmp_path / "bad.npy", "--pad", *command[1:])
+        refused(r"bad\.npy#\d has NaN", command[0], free_path, tmp_path / "bad.npy", "--pad", *command[1:])
 
 
 def test_scores_of_approximate_tiles_are_said_to_be_so_once(free_path: Path, photos: Path, tmp_path: Path) -> None:

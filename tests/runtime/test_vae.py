@@ -223,8 +223,8 @@ WRONG_IMAGES = [
     (np.moveaxis(NATIVE, 1, -1), r"images has shape \(2, 8, 8, 1\); .*; float32 images are channels first"),
     (NATIVE[0], r"images has shape \(1, 8, 8\); .*without a batch"),
     (NATIVE[:0], r"images has shape \(0, 1, 8, 8\); expected a batch of at least one example"),
-    (NATIVE + np.nan, "images has NaN"),
-    (NATIVE + 255, "images has values from 255 to 255; .*divide by 255"),
+    (NATIVE + np.nan, r"images\[0\] has NaN"),
+    (NATIVE + 255, r"images\[0\] has values from 255 to 255; .*divide by 255"),
     (NATIVE.tolist(), "images is a list; expected a numpy array"),
 ]
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from .arguments import check_choice
-from .boundary import decoder_boundary, encoder_boundary
+from .boundary import Boundary, decoder_boundary, encoder_boundary
 from .bundle import Bundle
 from .cuda import CUDA
 from .devices import ALL_PRECISIONS, PROVIDER_PRECISIONS, Device, find_device
-from .errors import DeviceError, InputError
+from .errors import BundleError, DeviceError, InputError
 from .latents import to_decoder_input
 from .manifest import Manifest
 from .operation import Candidate, Operation, Route
@@ -74,6 +74,15 @@ def _file_of(manifest: Manifest, operation: str, precision: str) -> tuple[str, s
     return file, "fp32" if file == plain and not by_provider else precision
 
 
+def _open_session(bundle: Bundle, file: str, device: Device, boundary: Boundary, asked: Candidate) -> GraphSession:
+    """From bytes that were just checked, of which one graph's are in memory at a time."""
+    model = bundle.read(file)
+    try:
+        return GraphSession(model, file, device, boundary, asked.threads, asked.spinning, bundle=bundle.digest)
+    except BundleError as error:
+        raise BundleError(f"{bundle.path}: {error}") from error
+
+
 def open_halves(
     bundle: Bundle, plan: Plan, provider_options: Mapping[str, str] | None = None
 ) -> tuple[Operation, Operation]:
@@ -100,16 +109,7 @@ def open_halves(
             file, device = found[operation, asked]
             candidate = asked._replace(precision=device.precision)
             if candidate not in sessions:
-                # One graph's bytes in memory at a time, and each session made from bytes that were just checked.
-                sessions[candidate] = GraphSession(
-                    bundle.read(file),
-                    file,
-                    device,
-                    boundaries[operation],
-                    candidate.threads,
-                    candidate.spinning,
-                    bundle=bundle.digest,
-                )
+                sessions[candidate] = _open_session(bundle, file, device, boundaries[operation], candidate)
             if not routes or routes[-1].any_batch is not sessions[candidate]:
                 routes.append(Route(from_batch, sessions[candidate], device.precision))
         return routes

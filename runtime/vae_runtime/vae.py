@@ -113,13 +113,8 @@ class VAE:
     @classmethod
     def _open(cls, bundle: Bundle, plan: Plan, provider_options: Mapping[str, str] | None = None) -> VAE:
         """Open what `plan` says, each session once, however many batch ranges share it."""
-        encoder, decoder = open_halves(bundle, plan, provider_options)
-        return cls(
-            bundle,
-            encoder,
-            decoder,
-            _joined(candidate.precision for routes in plan.values() for _, candidate in routes),
-        )
+        precision = _joined(candidate.precision for routes in plan.values() for _, candidate in routes)
+        return cls(bundle, *open_halves(bundle, plan, provider_options), precision)
 
     @property
     def manifest(self) -> Manifest:

@@ -180,7 +180,7 @@ def test_forbidden_part_is_refused_by_name_before_onnxruntime_is_asked(
     monkeypatch.setattr("vae_runtime.session._open", lambda *_: pytest.fail("onnxruntime was given the graph"))
     change(model)
     resign(bundle, encoder=model.SerializeToString())
-    with pytest.raises(BundleError, match=r"^encoder\.onnx " + message):
+    with pytest.raises(BundleError, match=rf"^{bundle}: encoder\.onnx {message}"):
         VAE.load(bundle)
 
 
@@ -389,7 +389,7 @@ def test_allocation_bomb_under_a_memory_limit_is_a_typed_error(
     result = python(BOMB_CODE, bundle)
     assert result.returncode == 0, result
     outcomes = (
-        "BundleError encoder.onnx",
+        f"BundleError {bundle}: encoder.onnx",
         "OutOfMemoryError cpu has not enough memory for encoder.onnx at batch size 1,",
     )
     assert result.stdout.startswith(outcomes), result

@@ -37,6 +37,7 @@ PRECISIONS = ("fp32", "tf32", "fp16", "int8")  # those that a bundle may state; 
 RESIZE_MODES = ("exact", "stretch", "crop")
 COLOURS = {"grey": 1, "rgb": 3}
 MAX_MANIFEST_BYTES = 16 * 2**20
+_MAX_DEPTH = 64  # of objects and lists in each other, which what shows them goes down
 BINARIZE_MODES = ("none", "dynamic", "threshold")
 FITTED_PRIORS = ("gaussian", "mixture")
 
@@ -196,10 +197,7 @@ class LatentSpec(NamedTuple):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        data: dict[str, Any] = {
-            "shape": list(self.shape),
-            "prior": dict(self.prior) if self.prior is not None else None,
-        }
+        data: dict[str, Any] = {"shape": list(self.shape), "prior": self.prior and dict(self.prior)}
         if self.active_units is not None:
             data["active_units"] = self.active_units.to_dict()
         if self.fitted_prior is not None:
@@ -428,6 +426,8 @@ class Manifest(NamedTuple):
             raise BundleError(f"{MANIFEST_FILE} has over {MAX_MANIFEST_BYTES} bytes, more than any manifest")
         try:
             data = json.loads(text.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+            if _depth(data) > _MAX_DEPTH:
+                raise ValueError(f"it is nested more than {_MAX_DEPTH} levels deep")
             json.dumps(data, ensure_ascii=False, allow_nan=False).encode()  # no 1e999, no half of a surrogate pair
         except (ValueError, RecursionError) as error:
             raise BundleError(f"{MANIFEST_FILE} is not valid JSON: {error}") from None
@@ -564,6 +564,11 @@ def _check_own_digest(text: bytes, digest: Any) -> None:
         raise BundleError(
             f"{MANIFEST_FILE} was altered after it was written: its manifest_sha256 does not match its contents"
         )
+
+
+def _depth(value: Any) -> int:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, parts), default=0)
 
 
 def _refuse_constant(text: str) -> None:

@@ -112,6 +112,17 @@ def test_info_says_of_a_quality_what_there_is(bundle: Path, resign: Any) -> None
     assert "loses an amount that is not stated, within the budget; nodes in fp32: 0\n" in describe(little)
 
 
+def test_info_shows_what_is_nested_and_refuses_what_is_nested_without_end(bundle: Path, resign: Any) -> None:
+    def nested(depth: int) -> Callable[[dict[str, Any]], None]:
+        return lambda data: data["training"].update(deep=json.loads("[" * depth + "]" * depth))
+
+    resign(bundle, nested(62))
+    for options in ([], ["--json"]):
+        assert run("info", bundle, *options).exit_code == 0
+    resign(bundle, nested(63))
+    refused("manifest.json is not valid JSON: it is nested more than 64 levels deep", "info", bundle)
+
+
 def test_info_passes_over_a_precision_of_later_versions(bundle: Path, resign: Any) -> None:
     before = run("info", bundle).stdout
     resign(bundle, lambda data: data["precisions"].update(int4={"encoder": "encoder.onnx", "shards": []}))

@@ -63,12 +63,13 @@ def is_engine_error(error: Exception) -> bool:
 
 
 def raised_here(error: BaseException) -> bool:
-    """Whether it was raised in this package, numpy or onnxruntime, and not by a signal's handler, whose frame would be
-    the last. Compiled code has none, and leaves its caller's the last."""
+    """Whether it is an error of this package, numpy or onnxruntime, or was raised there and not by a signal's handler,
+    whose frame would be the last. Compiled code has none, and leaves its caller's the last."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is None or _is_of_packages(trace.tb_frame.f_globals.get("__name__"))
+    place = trace and trace.tb_frame.f_globals.get("__name__")
+    return trace is None or _is_of_packages(type(error).__module__) or _is_of_packages(place)
 
 
 def _is_of_packages(module: Any) -> bool:

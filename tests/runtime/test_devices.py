@@ -176,7 +176,7 @@ def test_options_are_handed_to_the_provider(monkeypatch: pytest.MonkeyPatch, tin
 
     def open_session(model: bytes, options: Any, **arguments: Any) -> Any:
         seen.append(arguments["providers"])
-        raise RuntimeError("not here")
+        raise engine.capi.onnxruntime_pybind11_state.Fail("not here")
 
     fake_engine(monkeypatch, [CPU, "CoreMLExecutionProvider"], 0)
     monkeypatch.setattr(engine, "InferenceSession", open_session)

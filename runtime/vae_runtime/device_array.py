@@ -50,6 +50,12 @@ class DeviceArray:
             await_others(self.device)
         return to_host(self._value)
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        """The same, for `numpy.asarray`."""
+        if copy is False:
+            raise InputError(f"{self!r} becomes an array of numpy by a copy, and copy is False")
+        return self.numpy() if dtype is None else self.numpy().astype(dtype, copy=False)
+
     def __dlpack__(
         self, *, stream: Any = None, copy: bool | None = None, dl_device: tuple[int, int] | None = None, **_: Any
     ) -> Any:

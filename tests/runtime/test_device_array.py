@@ -39,6 +39,21 @@ def test_results_on_the_device_are_those_of_the_host(tiny: VAE, images: np.ndarr
     assert repr(posterior.mean) == f"DeviceArray(shape={expected.mean.shape}, device=cpu:0)"
 
 
+def test_numpy_takes_them_as_arrays(tiny: VAE, images: np.ndarray) -> None:
+    found = tiny.encode_to_device(images).mean
+    for array in (np.asarray(found), np.array(found), np.concatenate([found])):
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array, found.numpy())
+    assert np.asarray(found, np.float64).dtype == np.float64
+    np.asarray(found)[:] = 0  # a copy
+    assert found.numpy().any()
+    if np.lib.NumpyVersion(np.__version__) >= "2.0.0":
+        with pytest.raises(
+            ValueError, match=r"DeviceArray\(.*\) becomes an array of numpy by a copy, and copy is False"
+        ):
+            np.asarray(found, copy=False)
+
+
 def test_autoencoders_have_no_logvar(vectors: VAE) -> None:
     posterior = vectors.encode_to_device(vectors.golden()["x"])
     assert posterior.logvar is None

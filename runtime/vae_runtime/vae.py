@@ -261,7 +261,8 @@ class VAE:
         batches = self.sample_batches(
             n, seed, temperature, prior=prior, truncation=truncation, batch_size=batch_size, size=size
         )
-        images = zeros((n, *self._input_shape(size)), f"n is {n}; an array", ", take sample_batches")
+        hint = ", take sample_batches" if n > 1 else ", take a smaller size"
+        images = zeros((n, *self._input_shape(size)), f"n is {n}; an array", hint)
         start = 0
         for batch in batches:
             images[start : start + len(batch)] = batch

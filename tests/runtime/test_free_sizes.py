@@ -255,3 +255,10 @@ def test_a_size_that_a_bundle_without_free_sizes_does_not_give_is_refused(tiny: 
         tiny.decode(np.zeros((1, 4), np.float32), size=(8, 9))
     with pytest.raises(InputError, match=r"^size is \(1, 2\); it is of images, and these latents are of vectors$"):
         vectors.decode(np.zeros((1, 2), np.float32), size=(1, 2))
+
+
+@pytest.mark.parametrize(("count", "hint"), [(1, "take a smaller size"), (2**50, "take sample_batches")])
+def test_samples_that_no_memory_has_are_refused_with_advice_that_helps(free_path: Path, count: int, hint: str) -> None:
+    size = (2 * 10**7, 2 * 10**7) if count == 1 else None
+    with VAE.load(free_path, threads=1) as vae, pytest.raises(InputError, match=f"does not fit into memory, {hint}$"):
+        vae.sample(count, 0, size=size)

@@ -26,6 +26,7 @@ PICTURE_FORMATS = ("png", "jpeg", "webp")
 _LARGEST_SIDE = {"jpeg": 65_500, "webp": 16_383}
 _READ_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 _JPEG = ("JPEG", "MPO")  # as Pillow calls one with previews behind it
+_SAMPLE_FORMAT = 339  # TIFF's tag, 2 for signed numbers, which Pillow takes for unsigned ones
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and the values that swap height and width
 
 
@@ -58,6 +59,8 @@ def read_picture(path: str | os.PathLike[str], spec: InputSpec) -> UInt8:
 
         # Pillow would cut 16-bit colour to 8 unasked. BMP has 16 bits for all three.
         deep = any(";16" in str(tile[-1]).replace("BGR;16", "") for tile in file.tile)
+        if 2 in getattr(file, "tag_v2", {}).get(_SAMPLE_FORMAT, ()):
+            raise InputError(f"{path} has signed pixels, from -128 to 127; convert it to unsigned ones first")
         file.load()
         picture = _to_colour(ImageOps.exif_transpose(file), spec.colour, path)
     if deep:
@@ -185,6 +188,9 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
         raise InputError(f"{path} does not exist") from None
     except InputError:
         raise
+    except pillow.UnidentifiedImageError:
+        formats = ", ".join(_READ_FORMATS)
+        raise InputError(f"{path} cannot be read as a picture: it is none of {formats}; convert it first") from None
     except Exception as error:  # a damaged file raises nearly anything: OSError, SyntaxError, TypeError, ...
         raise InputError(f"{path} cannot be read as a picture: {error}") from None
 

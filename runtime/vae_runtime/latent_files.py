@@ -57,7 +57,7 @@ def open_latent_sink(
     """
     path = Path(output)
     suffix = path.suffix.lower()
-    if suffix not in ("", ".npz", ".safetensors") or not output:
+    if suffix not in ("", ".npz", ".safetensors") or output in ("", "-"):
         raise InputError(f"output is {output!r}; encode writes .npz, .safetensors, or without a suffix a folder")
     if suffix and form is not None:
         raise InputError(f"--format is {form!r} with the file {output}; it is for the files in a folder")

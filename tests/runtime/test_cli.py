@@ -346,6 +346,8 @@ def test_interpolate_between_an_array_row_and_a_picture(
     assert np.allclose(np.load(tmp_path / "out.npy"), expected, **CLOSE)
     assert run("interpolate", tiny_path, *arguments, "--output", tmp_path / "out.png").exit_code == 0
     assert read_png(tmp_path / "out.png").shape == (68, 5 * 66 + 2)
+    run("interpolate", tiny_path, *arguments, "--format", "webp", "--output", tmp_path / "folder")
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == [f"{n:06d}.webp" for n in range(5)]
 
 
 def test_file_whose_name_holds_a_hash_is_a_file(tiny_path: Path, pixels: np.ndarray, tmp_path: Path) -> None:
@@ -414,6 +416,9 @@ BAD_INPUT = [
     (("decode", "{bundle}", "{npy}", "--output", "{tmp}/o.npy"), "npy has dtype uint8; expected"),
     (("decode", "{bundle}", "{tmp}/zero.npy", "--output", "{tmp}/o"), "zero.npy has shape"),
     (("sample", "{bundle}", "--output", "{tmp}/o.gif"), r"o.gif has the suffix '.gif'; expected .png"),
+    (("sample", "{bundle}", "--output", "-"), "output is '-'; expected the name of a file or folder, as results do not"),
+    (("score", "{bundle}", "{npy}", "--maps", "-"), "output is '-'; expected the name of a file or folder"),
+    ((*ENCODE, "{npy}", "--output", "-"), r"output is '-'; encode writes .npz, .safetensors, or without a suffix"),
     (("sample", "{bundle}", "-n", "0", "--output", "{tmp}/o.png"), "n is 0; expected a whole number from 1"),
     (("sample", "{bundle}", "-n", "9" * 25, "--output", "{tmp}/o.npy"), "takes [0-9,]+ bytes, of [0-9,]+ free"),
     (("sample", "{bundle}", "--seed", "-1", "--output", "{tmp}/o.png"), "seed is -1; expected a whole"),

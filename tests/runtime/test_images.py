@@ -138,6 +138,14 @@ def test_colour_of_16_bits_is_refused_and_not_cut_to_8(tmp_path: Path) -> None:
         read_picture(tmp_path / "deep.png", RGB)
 
 
+def test_signed_pixels_are_refused_and_not_taken_for_unsigned_ones(tmp_path: Path) -> None:
+    for number in (1, 2):
+        Image.fromarray(PIXELS[..., 0]).save(tmp_path / f"{number}.tif", tiffinfo={339: number})
+    assert np.array_equal(read_picture(tmp_path / "1.tif", GREY), PIXELS[..., 0])
+    with pytest.raises(InputError, match=r"2.tif has signed pixels, from -128 to 127; convert it to unsigned ones"):
+        read_picture(tmp_path / "2.tif", GREY)
+
+
 def test_files_that_are_no_pictures_are_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / "notes.png").write_text("a shopping list")
     (tmp_path / "empty.jpg").touch()
@@ -154,7 +162,7 @@ def test_only_the_formats_of_the_suffixes_are_tried(tmp_path: Path, form: str) -
     path = tmp_path / "a.png"
     Image.fromarray(PIXELS).save(path, form)
     for read in (lambda: read_picture(path, RGB), lambda: picture_size(path)):
-        with pytest.raises(InputError, match=r"a.png cannot be read as a picture: cannot identify image file"):
+        with pytest.raises(InputError, match=r"a.png cannot be read as a picture: it is none of PNG, .*; convert"):
             read()
 
 

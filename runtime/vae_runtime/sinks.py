@@ -59,7 +59,9 @@ def open_sink(
     if not output:
         raise InputError("output is empty; expected the name of a file or folder")
     if output == "-":
-        raise InputError("output is '-'; expected the name of a file or folder, as results do not go to standard output")
+        raise InputError(
+            "output is '-'; expected the name of a file or folder, as results do not go to standard output"
+        )
     path = Path(output)
     suffix = path.suffix.lower()
     if suffix and form is not None:

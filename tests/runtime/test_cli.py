@@ -416,7 +416,7 @@ BAD_INPUT = [
     (("decode", "{bundle}", "{npy}", "--output", "{tmp}/o.npy"), "npy has dtype uint8; expected"),
     (("decode", "{bundle}", "{tmp}/zero.npy", "--output", "{tmp}/o"), "zero.npy has shape"),
     (("sample", "{bundle}", "--output", "{tmp}/o.gif"), r"o.gif has the suffix '.gif'; expected .png"),
-    (("sample", "{bundle}", "--output", "-"), "output is '-'; expected the name of a file or folder, as results do not"),
+    (("sample", "{bundle}", "--output", "-"), "output is '-'; expected the name of a file or folder, as results"),
     (("score", "{bundle}", "{npy}", "--maps", "-"), "output is '-'; expected the name of a file or folder"),
     ((*ENCODE, "{npy}", "--output", "-"), r"output is '-'; encode writes .npz, .safetensors, or without a suffix"),
     (("sample", "{bundle}", "-n", "0", "--output", "{tmp}/o.png"), "n is 0; expected a whole number from 1"),

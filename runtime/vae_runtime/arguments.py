@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from typing import Any
 
@@ -9,7 +10,8 @@ import numpy as np
 
 from .errors import InputError
 
-_MOST_THREADS = 4096
+# By the machine's cores, not those that this process may use, and enough for what is told of other machines.
+_MOST_THREADS = max(256, 4 * (os.cpu_count() or 1))
 
 
 def check_count(value: Any, name: str, least: int = 1) -> int:
@@ -39,7 +41,7 @@ def check_threads(threads: Any) -> int | None:
         return None
     if isinstance(threads, bool) or not isinstance(threads, (int, np.integer)) or not 1 <= threads <= _MOST_THREADS:
         raise InputError(
-            f"threads is {threads!r}; expected a whole number from 1 to {_MOST_THREADS}, or None for onnxruntime's own"
-            " choice"
+            f"threads is {threads!r}; expected a whole number from 1 to {_MOST_THREADS} (4 for each core of the"
+            " machine, or 256), or None for onnxruntime's own choice"
         )
     return int(threads)

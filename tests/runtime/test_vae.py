@@ -294,9 +294,9 @@ def test_sample_refuses_wrong_arguments(tiny: VAE, arguments: Any, message: str)
         tiny.sample(*arguments)
 
 
-@pytest.mark.parametrize("threads", [0, -1, 4097, 1.0, True, "1"])
+@pytest.mark.parametrize("threads", [0, -1, 10**5, 1.0, True, "1"])
 def test_wrong_thread_counts_are_refused(tiny_path: Path, threads: Any) -> None:
-    with pytest.raises(InputError, match=r"threads is .*; expected a whole number from 1 to 4096, or None"):
+    with pytest.raises(InputError, match=r"threads is .*; expected a whole number from 1 to [0-9]+ .*, or None"):
         VAE.load(tiny_path, threads=threads)
 
 

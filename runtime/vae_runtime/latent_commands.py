@@ -21,6 +21,7 @@ from .command_inputs import (
     force_option,
     inputs_argument,
     output_option,
+    pad_option,
     picture_format_option,
     range_of,
 )
@@ -162,9 +163,17 @@ def draw_map(
 @click.option("--encoded", type=click.Path(), metavar="LATENTS", help="Instead: what vae-run encode made of them.")
 @click.option("-k", default=5, show_default=True, help="How many of the nearest.")
 @json_option
+@pad_option
 @engine_options
 def nearest(
-    bundle: str, query: str, references: tuple[str, ...], encoded: str | None, k: int, as_json: bool, **engine: Any
+    bundle: str,
+    query: str,
+    references: tuple[str, ...],
+    encoded: str | None,
+    k: int,
+    as_json: bool,
+    pad: bool,
+    **engine: Any,
 ) -> None:
     """Find the examples that are most like each of QUERY: by the distance of their latents.
 
@@ -174,8 +183,8 @@ def nearest(
         raise click.UsageError("give either --references or --encoded")
     check_count(k, "k")
     with VAE.load(bundle, **engine) as vae:
-        latents, names = _read_encoded(vae, encoded) if encoded else _encode_all(vae, references)
-        found = _search(vae, query, latents, names, k)
+        latents, names = _read_encoded(vae, encoded) if encoded else _encode_all(vae, references, pad)
+        found = _search(_encoded_query(vae, query, pad), latents, names, k)
         if as_json:
             print_json({"references": len(names), "queries": list(found)})
         else:
@@ -187,28 +196,33 @@ def nearest(
                     click.echo(f"{other['distance']:10.4f}  {rank:4}  {pair}")
 
 
-def _search(vae: VAE, query: str, latents: Float32, names: list[str], k: int) -> Iterator[dict[str, Any]]:
+def _search(
+    encoded: Iterable[tuple[Float32, list[str]]], latents: Float32, names: list[str], k: int
+) -> Iterator[dict[str, Any]]:
     """Each query with its nearest references, as the JSON document has them."""
-    for batch, queries in _encoded_query(vae, query):
+    for batch, queries in encoded:
         for name, indices, distances in zip(queries, *nearest_latents(batch, latents, k), strict=True):
             pairs = zip(indices.tolist(), distances.tolist(), strict=True)
             others = [{"index": index, "name": names[index], "distance": distance} for index, distance in pairs]
             yield {"name": name, "nearest": others}
 
 
-def _encoded_query(vae: VAE, query: str) -> Iterator[tuple[Float32, list[str]]]:
+def _encoded_query(vae: VAE, query: str, pad: bool) -> Iterator[tuple[Float32, list[str]]]:
     if "#" in query and not Path(query).exists():
-        yield _codes(vae, sources.read_one(query, vae.manifest.input), [query]), [query]
+        one = sources.read_one(query, vae.manifest.input, pad)
+        yield _codes(vae, fitting(one, vae.manifest.input, [query], pad)[0], [query]), [query]
         return
-    with command_inputs(vae, (query,), False, False) as source:
-        yield from _encoded(vae, source, "searching")
+    with command_inputs(vae, (query,), False, pad) as source:
+        yield from _encoded(vae, source, "searching", pad)
 
 
-def _encoded(vae: VAE, source: Source, label: str = "encoding") -> Iterator[tuple[Float32, list[str]]]:
+def _encoded(
+    vae: VAE, source: Source, label: str = "encoding", pad: bool = False
+) -> Iterator[tuple[Float32, list[str]]]:
     """Latents batch by batch, with their names."""
     spec = vae.manifest.input
     for batch, names, _ in batches_with_progress(source, label, None, spec):
-        yield _codes(vae, fitting(batch, spec, names, False)[0], names), names
+        yield _codes(vae, fitting(batch, spec, names, pad)[0], names), names
 
 
 def _codes(vae: VAE, examples: Any, names: list[str]) -> Float32:
@@ -224,9 +238,9 @@ def _of_one_shape(batches: Iterable[tuple[Float32, list[str]]]) -> Iterator[Floa
         yield latents
 
 
-def _encode_all(vae: VAE, references: tuple[str, ...]) -> tuple[Float32, list[str]]:
-    with command_inputs(vae, references, False, False) as source:
-        return _together(_encoded(vae, source), len(source)), source.names
+def _encode_all(vae: VAE, references: tuple[str, ...], pad: bool) -> tuple[Float32, list[str]]:
+    with command_inputs(vae, references, False, pad) as source:
+        return _together(_encoded(vae, source, pad=pad), len(source)), source.names
 
 
 def _read_encoded(vae: VAE, path: str) -> tuple[Float32, list[str]]:

@@ -88,8 +88,8 @@ def check_layout(array: NDArray[Any], spec: InputSpec, name: str) -> None:
     height, width = (side for side, wanted in zip(found, expected, strict=True) if wanted is None)
     if height % spec.multiple_of or width % spec.multiple_of:
         raise InputError(
-            f"{name} has {height}x{width} pixels (height x width); expected multiples of {spec.multiple_of}, or padding"
-            " where it is cut off again: pad=True of encode, reconstruct and score, --pad"
+            f"{name} has {height}x{width} pixels (height x width); expected multiples of {spec.multiple_of}, to"
+            " which encode, reconstruct, score and nearest pad with pad=True, and their commands with --pad"
         )
 
 

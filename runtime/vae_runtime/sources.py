@@ -205,12 +205,13 @@ def open_inputs(paths: Sequence[str], spec: InputSpec, pad: bool = False) -> Pic
     return PictureSource([picture for path in found for picture in _pictures(path)], spec)
 
 
-def read_one(path: str, spec: InputSpec) -> NDArray[Any]:
-    """A single example with its batch axis, from a picture, or from an array file as `FILE.npy#INDEX`."""
+def read_one(path: str, spec: InputSpec, pad: bool = False) -> NDArray[Any]:
+    """A single example with its batch axis, from a picture, or from an array file as `FILE.npy#INDEX`. pad: as in
+    `open_inputs`."""
     name, _, index = path.rpartition("#")
     if not name or Path(path).exists() or Path(index).name != index:  # the # is one of a file or folder
         name, index = path, ""
-    source = open_inputs([name], spec)
+    source = open_inputs([name], spec, pad)
     if not index and len(source) == 1:
         index = "0"
     if not index.isdecimal() or int(index) >= len(source):

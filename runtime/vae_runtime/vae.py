@@ -662,11 +662,13 @@ class VAE:
 
         return self.decode(traversal(self._codes(inputs, "inputs"), dimension, values))
 
-    def nearest(self, inputs: Any, references: Any, k: int = 1) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    def nearest(
+        self, inputs: Any, references: Any, k: int = 1, *, pad: bool = False
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """The k references nearest to each input in the latent space, by the Euclidean distance of means, the nearest
         first; of equals the one with the lower index -> indices int64 (N, k), distances float64 (N, k).
 
-        inputs: as `encode` takes them. references: latents, float32 (M, *latent_shape), such as
+        inputs, pad: as `encode` takes them. references: latents, float32 (M, *latent_shape), such as
         `encode(examples).mean`. All are looked at, in blocks: a million of 32 elements need little memory beside them.
 
         Raises:
@@ -675,7 +677,7 @@ class VAE:
         from .latent_space import nearest_latents
 
         references = to_decoder_input(references, self.manifest.latent.shape, "references")
-        return nearest_latents(self._codes(inputs, "inputs"), references, k)
+        return nearest_latents(self._codes(inputs, "inputs", pad), references, k)
 
     def attribute_vector(self, positives: Any, negatives: Any) -> Float32:
         """The direction of what sets examples apart, such as "smiles": the mean latent of those with it less the mean
@@ -694,8 +696,8 @@ class VAE:
         checked = {name: to_model_input(inputs, self.manifest.input, name) for name, inputs in named.items()}
         return mean_difference(*(self._codes(inputs, name) for name, inputs in checked.items()))
 
-    def _codes(self, inputs: Any, name: str) -> Float32:
-        return require_finite(self.encode(inputs).mode(), name)
+    def _codes(self, inputs: Any, name: str, pad: bool = False) -> Float32:
+        return require_finite(self.encode(inputs, pad=pad).mode(), name)
 
     def selftest(self) -> SelfTest:
         """Run the bundle's golden inputs through every route of `plan` and compare with the reference's outputs of the

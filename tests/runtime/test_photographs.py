@@ -76,8 +76,24 @@ def test_there_and_back_gives_the_reconstruction_in_the_photographs_own_size(
         np.testing.assert_array_equal(found, to_uint8(vae.reconstruct(original[None], pad=True))[0])
 
 
+def test_nearest_of_odd_sizes_is_found_among_padded_latents(
+    vae: VAE, free_path: Path, photos: Path, tmp_path: Path
+) -> None:
+    image = read_picture(photos / "c.jpg", FREE)[None]
+    np.save(tmp_path / "more.npy", np.concatenate([255 - image, image]))
+    latents = vae.encode(np.concatenate([255 - image, image]), pad=True).mean
+    indices, distances = vae.nearest(image, latents, pad=True)
+    assert (indices.tolist(), distances.tolist()) == ([[1]], [[0]])
+    run("encode", free_path, tmp_path / "more.npy", "--pad", "--output", tmp_path / "z.npz")
+    for query in (photos / "c.jpg", f"{tmp_path / 'more.npy'}#1"):
+        for others in (("--references", tmp_path / "more.npy"), ("--encoded", tmp_path / "z.npz")):
+            found = run("nearest", free_path, query, *others, "--pad", "-k", 1)
+            assert re.search(r" 0\.0000 +1  .*-> more\.npy#1$", found.stdout.rstrip()), found.output
+            refused("c.jpg has 17x22 pixels|more.npy has .*22 pixels", "nearest", free_path, query, *others, "-k", 1)
+
+
 def test_odd_sizes_need_pad_and_nothing_is_written_without(free_path: Path, photos: Path, tmp_path: Path) -> None:
-    message = r"c\.jpg has 17x22 pixels \(height x width\); expected multiples of 2, or padding"
+    message = r"c\.jpg has 17x22 pixels \(height x width\); expected multiples of 2, to which encode, "
     refused(message, "encode", free_path, photos, "--output", tmp_path / "latents")
     refused(message, "reconstruct", free_path, photos, "--output", tmp_path / "back")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos"]

@@ -76,7 +76,7 @@ SAMPLE = {
         (VAE.threshold, {"self": ..., "quantile": 0.99, "method": None, "tile": None}),
         (VAE.interpolate, {"self": ..., "a": ..., "b": ..., "steps": 8, "method": "spherical"}),
         (VAE.traverse, {"self": ..., "inputs": ..., "dimension": ..., "values": ...}),
-        (VAE.nearest, {"self": ..., "inputs": ..., "references": ..., "k": 1}),
+        (VAE.nearest, {"self": ..., "inputs": ..., "references": ..., "k": 1, "pad": False}),
         (VAE.attribute_vector, {"self": ..., "positives": ..., "negatives": ...}),
         (vae_runtime.Posterior.sample, {"self": ..., "seed": None, "temperature": 1.0}),
     ],

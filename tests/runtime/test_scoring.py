@@ -526,7 +526,7 @@ def test_images_that_need_padding_say_what_can_pad_them(free_path: Path) -> None
     with (
         VAE.load(free_path, threads=1) as vae,
         pytest.raises(
-            InputError, match=r"multiples of 2, or padding .*: pad=True of encode, reconstruct and score, --pad$"
+            InputError, match=r"multiples of 2, to which encode, .* and nearest pad with pad=True, and .* --pad$"
         ),
     ):
         vae.score(np.zeros((1, 3, 11, 16), np.float32))

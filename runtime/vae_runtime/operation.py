@@ -23,7 +23,7 @@ from .session import GraphSession
 _CHUNK_VALUES = 64 * 3 * 128 * 128
 _CHUNK_EXAMPLES = 256
 _BOUND_SHAPES = 8  # kept at most
-_PATIENCE = 32  # calls that go by before a shape that comes no more gives way: binding costs half a call
+PATIENCE = 32  # calls that go by before a shape that comes no more gives way: binding costs half a call
 _ARRAY, _FLOAT32 = np.ndarray, np.dtype(np.float32)
 
 
@@ -160,7 +160,7 @@ class Operation:
 
     def _has_room(self, shape: tuple[int, ...]) -> bool:
         """Whether one more shape is kept, on the CPU in the place of the one that was used longest ago."""
-        on_cpu, patience = self.gains_from_bound_memory, 0 if shape in self._named else _PATIENCE
+        on_cpu, patience = self.gains_from_bound_memory, 0 if shape in self._named else PATIENCE
         if len(self._free) >= _BOUND_SHAPES and on_cpu(shape):
             used = {self._used[one]: one for one in list(self._free) if one not in self._named and on_cpu(one)}
             if used and min(used) + patience < next(self._numbers):

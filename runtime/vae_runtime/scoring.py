@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ from .errors import InputError, NotInBundleError
 from .evidence import Operations, encoded, log_likelihood, require_likelihood
 from .likelihood import comparable, negative_log_likelihoods, squared_norms, sums_of_log_likelihoods, targets
 from .manifest import Likelihood, Manifest
+from .operation import PATIENCE
 from .posterior import Posterior
 from .preprocess import Float32, Float64, image_size, to_model_input, zeros
 from .session import BOUND_VALUES
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 _MEAN_METHODS = ("reconstruction", "elbo")  # of the posterior's mean alone, pixel by pixel
 _STRIP_VALUES = 2**20  # of an image in tiles, whose differences are in memory at once
-_KEPT_SHAPES = 8  # the last ones, whose memory is kept for the next call, by method
+_KEPT_SHAPES = 8  # whose memory is kept for the next call, by method
 
 
 def default_method(manifest: Manifest) -> str:
@@ -75,6 +77,8 @@ class Scoring:
         self._manifest, self._operations = manifest, operations
         self._default = default_method(manifest)
         self._free: dict[tuple[str, tuple[int, ...]], list[BoundScore]] = {}
+        self._used: dict[tuple[str, tuple[int, ...]], int] = {}  # as in `Operation`
+        self._numbers = itertools.count()
 
     def score(
         self,
@@ -180,12 +184,14 @@ class Scoring:
         if call is None:
             return None
         result = call(inputs)
-        calls = self._free.pop(key, [])  # and to the end: what is used longest ago goes first
-        calls.append(call)
-        self._free.setdefault(key, calls)
-        while len(self._free) > _KEPT_SHAPES:
-            oldest, *_ = list(self._free)
+        now = next(self._numbers)
+        if key not in self._free and len(self._free) >= _KEPT_SHAPES:
+            used, oldest = min((self._used[one], one) for one in list(self._free))
+            if used + PATIENCE > now:
+                return result
             self._free.pop(oldest, None)
+        self._used[key] = now
+        self._free.setdefault(key, []).append(call)
         return result
 
     def _bound(self, shape: tuple[int, ...], likelihood: Likelihood | None) -> BoundScore | None:

@@ -66,9 +66,7 @@ class Tiler:
         if size % spec.multiple_of:
             raise InputError(f"tile is {size}; expected a multiple of {spec.multiple_of} pixels, as for images")
         if manifest.tiling is None:
-            raise InputError(
-                f"tile is {size}; {manifest.name} does not say how its images can be tiled: export it again"
-            )
+            raise InputError(f"tile is {size}; {manifest.name} does not say how to tile its images: export it again")
         self._manifest, self._factor, self._cells = manifest, spec.multiple_of, size // spec.multiple_of
         self._tiling = manifest.tiling
         self._encoder, self._decoder = operations

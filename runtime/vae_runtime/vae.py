@@ -642,9 +642,7 @@ class VAE:
                     f"{name} holds {len(latent)} examples; interpolate takes one on each side, for example {name}[:1]"
                 )
         if start.shape != end.shape:
-            raise InputError(
-                f"a and b have latents of shapes {start.shape[1:]} and {end.shape[1:]}; the same is needed"
-            )
+            raise InputError(f"a and b have latents of shapes {start.shape[1:]} and {end.shape[1:]}; expected the same")
         return self.decode(interpolate_latents(start[0], end[0], steps, method))
 
     def traverse(self, inputs: Any, dimension: int, values: Any) -> Float32:

@@ -199,7 +199,7 @@ def test_tiles_give_the_same_files(vae: VAE, free_path: Path, photos: Path, tmp_
         "a multiple of 2 pixels", "encode", bundle, photos, "--pad", "--tile", 13, "--output", tmp_path / "bad",
     )  # fmt: skip
     refused(
-        "does not say how its images can be tiled",
+        "does not say how to tile its images",
         "encode", free_path, photos / "a.png", "--tile", 12, "--output", tmp_path / "bad",
     )  # fmt: skip
 

@@ -118,7 +118,7 @@ def check_side(path: str | os.PathLike[str], size: Sequence[int]) -> None:
     if max(height, width) > limit:
         raise InputError(
             f"{path} would have {height}x{width} pixels (height x width); {_form(path)} has at most {limit} on a side,"
-            " take png, or of many a folder"
+            " take png, or for many a folder"
         )
 
 

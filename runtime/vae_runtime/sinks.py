@@ -224,7 +224,9 @@ class _FolderSink:
 
     def add(self, images: Float32, names: list[str], originals: Float32 | None = None) -> None:
         for name, image in zip(names, to_uint8(images), strict=True):
-            write_picture(self._folder / f"{unused_name(name, self._taken)}.{self._form}", image)
+            file = f"{unused_name(name, self._taken)}.{self._form}"
+            check_side(file, image.shape)  # else of a name that is there for a time alone
+            write_picture(self._folder / file, image)
             self.written += 1
 
 

@@ -316,6 +316,15 @@ def test_a_picture_too_large_for_its_format_is_refused_with_the_first_batch(
         sink.add(images[:1], ["#"], images[:1] if pairs else None)
 
 
+def test_a_picture_too_large_in_a_folder_is_called_by_its_own_name(
+    tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(_LARGEST_SIDE, "webp", 7)
+    out = tmp_path / "out"
+    refused("^Error: 000000.webp would have 8x8", "sample", tiny_path, "-n", 2, "--format", "webp", "--output", out)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_reconstruct_to_a_folder_keeps_names_and_never_loses_one(
     tiny_path: Path, pictures: Path, tmp_path: Path
 ) -> None:

@@ -426,7 +426,7 @@ class Manifest(NamedTuple):
             raise BundleError(f"{MANIFEST_FILE} has over {MAX_MANIFEST_BYTES} bytes, more than any manifest")
         try:
             data = json.loads(text.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
-            if _depth(data) > _MAX_DEPTH:
+            if _depth([data]) > _MAX_DEPTH + 1:
                 raise ValueError(f"it is nested more than {_MAX_DEPTH} levels deep")
             json.dumps(data, ensure_ascii=False, allow_nan=False).encode()  # no 1e999, no half of a surrogate pair
         except (ValueError, RecursionError) as error:
@@ -567,8 +567,8 @@ def _check_own_digest(text: bytes, digest: Any) -> None:
 
 
 def _depth(value: Any) -> int:
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return 1 + max(map(_depth, parts), default=0)
+    parts = value.values() if isinstance(value, dict) else value
+    return 1 + max((_depth(one) for one in parts if isinstance(one, (dict, list))), default=0)
 
 
 def _refuse_constant(text: str) -> None:

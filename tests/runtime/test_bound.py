@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,21 @@ def test_threads_do_not_share_memory(tiny_path: Path, plain: VAE, images: np.nda
         for worker in workers:
             worker.join(60)
     assert wrong == []
+
+
+def test_sizes_give_way_while_other_threads_use_them(tiny_path: Path, plain: VAE, images: np.ndarray) -> None:
+    expected = [plain.encode(images[:size]).mean for size in range(1, 21)]
+    with VAE.load(tiny_path, threads=1) as vae:
+
+        def work(start: int) -> list[int]:
+            sizes = [1 + (start + step // 40) % 20 for step in range(400)]
+            return [size for size in sizes if not np.array_equal(vae.encode(images[:size]).mean, expected[size - 1])]
+
+        with ThreadPoolExecutor(6) as pool:
+            assert list(pool.map(work, range(0, 18, 3))) == [[]] * 6
+        for size in range(1, 13):  # one thread alone: of what raced, no more than the limit is left
+            vae.encode(images[:size])
+        assert len(kept(vae)) <= 8
 
 
 def test_graph_that_lies_about_its_shape_is_refused_here_too(bundle: Path, resign: Any) -> None:

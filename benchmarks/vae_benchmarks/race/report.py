@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vae_runtime.arguments import check_threads
+from vae_runtime.arguments import check_count
 from vae_runtime.errors import InputError
 
 from ..document import from_document, load_document, save_document
@@ -49,7 +49,7 @@ class Point:
         if match is None:
             raise InputError(f"point is {text!r}; expected BATCHxTHREADS, such as 32x2")
         check_whole("batch", int(match[1]), LARGEST_BATCH)
-        check_threads(int(match[2]))
+        check_count(int(match[2]), "threads")  # more than there are here is skipped in words
         return cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:

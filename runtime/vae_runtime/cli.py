@@ -192,7 +192,7 @@ def decode(
         with sinks.open_sink(output, spec, count, force, shape=_decoded_shape(files[0], spec), form=form) as sink:
             for file in files:
                 for batch, names, options in batches_with_progress(file, "decoding", tile, spec):
-                    z = to_decoder_input(batch, vae.manifest.latent.shape, range_of(names))
+                    z = to_decoder_input(batch, vae.manifest.latent.shape, range_of(names), names)
                     sink.add(vae.decode(z, size=file.size if spec.is_free else None, **options), names)
     _report(count, output, sink.written)
 

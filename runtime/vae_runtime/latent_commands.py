@@ -248,7 +248,7 @@ def _read_encoded(vae: VAE, path: str) -> tuple[Float32, list[str]]:
     for file in files:
         check_latents(file, vae.manifest)
     batches = (
-        (to_decoder_input(batch, shape, range_of(names)), names)
+        (to_decoder_input(batch, shape, range_of(names), names), names)
         for file in files
         for batch, names, _ in batches_with_progress(file, "reading", None, vae.manifest.input)
     )

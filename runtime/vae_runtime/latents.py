@@ -13,15 +13,17 @@ from .manifest import LATENT, Shape
 from .preprocess import Float32, as_graph_input, first_failing, fitting_memory, require_plain_array
 
 
-def to_decoder_input(latents: Any, shape: Shape, name: str = "latents") -> Float32:
-    """Check latents and return them as the decoder takes them: float32 (N, *shape), finite."""
+def to_decoder_input(latents: Any, shape: Shape, name: str = "latents", names: Sequence[str] | None = None) -> Float32:
+    """Check latents and return them as the decoder takes them: float32 (N, *shape), finite. names: of each."""
     require_plain_array(latents, name)
     check_latent_layout(latents, shape, name)
     with fitting_memory(name, latents.shape):
         latents = as_graph_input(latents)
     low, high = latents.min(), latents.max()
     if not (low > -np.inf and high < np.inf):
-        raise InputError(f"{name} has {'NaN' if np.isnan(low) else 'infinite values'}; latents are finite")
+        row, name = first_failing(names or name, np.isfinite(latents))
+        what = "NaN" if np.isnan(latents[row]).any() else "infinite values"
+        raise InputError(f"{name} has {what}; latents are finite")
     return cast("Float32", latents)
 
 

@@ -101,7 +101,7 @@ def test_one_bad_latent_is_found(tiny: VAE, value: float) -> None:
     for place in range(8):
         z = np.zeros((2, 4), np.float32)
         z.reshape(-1)[place] = value
-        with pytest.raises(InputError, match=r"latents has (NaN|infinite values); latents are finite"):
+        with pytest.raises(InputError, match=r"latents\[\d\] has (NaN|infinite values); latents are finite"):
             tiny.decode(z)
 
 

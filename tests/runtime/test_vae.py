@@ -251,8 +251,8 @@ WRONG_LATENTS = [
     (Z[:0], r"latents has shape \(0, 4\); expected a batch of at least one"),
     (Z[:, :3], r"latents has shape \(2, 3\); expected \(N, 4\) float32$"),
     (Z[..., None], r"latents has shape \(2, 4, 1\); expected \(N, 4\) float32$"),
-    (Z + np.nan, "latents has NaN; latents are finite"),
-    (Z - np.inf, "latents has infinite values; latents are finite"),
+    (Z + np.nan, r"latents\[0\] has NaN; latents are finite"),
+    (Z - np.inf, r"latents\[0\] has infinite values; latents are finite"),
     (Z.tolist(), "latents is a list; expected a numpy array"),
     (None, "latents is a NoneType; expected a numpy array"),
 ]

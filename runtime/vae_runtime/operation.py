@@ -162,9 +162,10 @@ class Operation:
         """Whether one more shape is kept, on the CPU in the place of the one that was used longest ago."""
         on_cpu, patience = self.gains_from_bound_memory, 0 if shape in self._named else PATIENCE
         if len(self._free) >= _BOUND_SHAPES and on_cpu(shape):
-            used = {self._used[one]: one for one in list(self._free) if one not in self._named and on_cpu(one)}
+            used = {self._used.get(one, 0): one for one in list(self._free) if one not in self._named and on_cpu(one)}
             if used and min(used) + patience < next(self._numbers):
                 self._free.pop(used[min(used)], None)  # a call that another thread has taken is its own
+                self._used.pop(used[min(used)], None)
         return len(self._free) < _BOUND_SHAPES
 
     def gains_from_bound_memory(self, shape: tuple[int, ...]) -> bool:

@@ -186,10 +186,11 @@ class Scoring:
         result = call(inputs)
         now = next(self._numbers)
         if key not in self._free and len(self._free) >= _KEPT_SHAPES:
-            used, oldest = min((self._used[one], one) for one in list(self._free))
+            used, oldest = min((self._used.get(one, 0), one) for one in list(self._free))
             if used + PATIENCE > now:
                 return result
             self._free.pop(oldest, None)
+            self._used.pop(oldest, None)
         self._used[key] = now
         self._free.setdefault(key, []).append(call)
         return result

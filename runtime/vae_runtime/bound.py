@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .engine import import_engine, suppress_engine_errors
+from .engine import import_engine, is_engine_error
 from .preprocess import PIXEL, Float32, UInt8, ValueRule, copy_pixels
 
 if TYPE_CHECKING:
@@ -77,10 +77,13 @@ class BoundCall:
         """
         if not self._take(array) or self._owner.is_of_parent:
             return None
-        with suppress_engine_errors:
+        try:  # which costs nothing, as a block of `suppress_engine_errors` would
             self._run()
-            return [output.copy() for output in self._outputs]
-        return None
+        except Exception as error:
+            if not is_engine_error(error):
+                raise
+            return None
+        return [output.copy() for output in self._outputs]
 
 
 class BoundPair:
@@ -108,8 +111,11 @@ class BoundPair:
         not hold for its values, or the engine fails: `GraphSession.run` then says what is wrong."""
         if not self._take(array) or self._owner.is_of_parent:
             return False
-        with suppress_engine_errors:
+        try:
             self._encode()
             self._decode()
-            return True
-        return False
+        except Exception as error:
+            if not is_engine_error(error):
+                raise
+            return False
+        return True

@@ -96,7 +96,7 @@ def _doubt_of_latents(latents: list[Tensor], read: _Read, borne_out: bool, optio
         return f"of what has the shape of a latent there, nothing is the mean that is read here; {_CURE}"
     if len(others) == len(latents):
         return None
-    if read.logvar is not None and len(strange) < len(others):
+    if len(strange) < len(others):  # the spread is among them
         return None
     if read.logvar is not None:
         return (

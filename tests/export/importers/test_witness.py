@@ -124,6 +124,11 @@ class Deviation(Halves):
         reconstruction, mean, logvar = super().forward(x)
         return reconstruction, torch.full_like(reconstruction, 0.1), mean, logvar
 
+class Sampling(Halves):
+    def forward(self, x):
+        z = self.draw(*self.parts(self.encoder(x)))
+        return self.decoder(z), z
+
 class Clamped(InEval):
     """A decoder that goes beyond [0, 1], which a bundle cuts too."""
     def __init__(self):
@@ -132,6 +137,14 @@ class Clamped(InEval):
     def forward(self, x):
         reconstruction, mean, logvar = super().forward(x)
         return reconstruction.clamp(0, 1), mean, logvar
+
+class SignedClamped(Signed):
+    def __init__(self):
+        super().__init__()
+        self.decoder[1] = nn.Hardtanh(-1.2, 1.2)
+    def forward(self, x):
+        reconstruction, mean, logvar = super().forward(x)
+        return reconstruction.clamp(-1, 1), mean, logvar
 
 class SignedInside(Signed):
     """Its forward, unlike its halves, takes and gives [0, 1]."""
@@ -223,6 +236,11 @@ class Logits(InEval):
     def forward(self, x):
         reconstruction, mean, logvar = super().forward(x)
         return reconstruction.sigmoid(), mean, logvar
+
+class InLogits(Logits):
+    def forward(self, x):
+        mean, logvar = self.parts(self.encoder(x))
+        return self.decoder(mean), mean, logvar
 
 class Code(InEval):
     def encode(self, x):
@@ -370,6 +388,7 @@ def load(name: str, shape: tuple[int, ...] = (1, 4, 4), **options: Any) -> Any:
         "Changing",
         "Echo",
         "Clamped",
+        "Sampling",
         "Divergence",
         "Precision",
         "Guarded",
@@ -442,6 +461,8 @@ def test_what_the_options_say_is_borne_out() -> None:
         load("Signed", input_range="signed")
         load("SignedEcho", input_range="signed")
         load("SignedInside", input_range="signed")
+        load("SignedClamped", input_range="signed")
+        load("InLogits", logits=True)
         load("Code", kind="autoencoder")
         load("ChannelsLast", (2, 4, 4))
 

@@ -89,12 +89,11 @@ class InputShape(click.ParamType):
         free = parts[1:] == ["h", "w"]
         sides = parts[:1] if free else parts
         if len(parts) not in (1, 3) or not all(side.isdecimal() and int(side) > 0 for side in sides):
-            hint = f"; a grey image is 1x{value}" if len(parts) == 2 else ""
-            hint += (
-                "; what has other axes, as a sequence, goes as one vector: reshape in both halves"
-                if len(parts) not in (1, 3)
-                else ""
-            )
+            hint = "; what has other axes, as a sequence, goes as one vector: reshape in both halves"
+            if len(parts) in (1, 3):
+                hint = ""
+            elif len(parts) == 2:
+                hint = f"; a grey image is 1x{value}{hint}"
             self.fail(f"{value!r} is not of the form 3x64x64 (channels, height, width), 3xHxW or 784{hint}", param, ctx)
         return (*map(int, sides), *((None, None) if free else ()))
 

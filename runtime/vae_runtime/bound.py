@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,30 @@ from .preprocess import PIXEL, Float32, UInt8, ValueRule, copy_pixels
 
 if TYPE_CHECKING:
     from .session import GraphSession
+
+
+PATIENCE = 32  # calls that go by before a shape that comes no more gives way: binding costs half a call
+
+
+class Recency:
+    """When shapes whose bound memory is kept were used, which tells whose gives way to another's."""
+
+    def __init__(self) -> None:
+        self._used: dict[Any, int] = {}  # the number of the last call, by shape
+        self._numbers = itertools.count()
+
+    def note(self, shape: Any) -> None:
+        """It is used now."""
+        self._used[shape] = next(self._numbers)
+
+    def give_way(self, shapes: Iterable[Any], patience: int = PATIENCE) -> Any:
+        """The one that was used longest ago, which is forgotten; None where that is no more than `patience` calls."""
+        used = {self._used.get(one, 0): one for one in shapes}
+        if not used or min(used) + patience >= next(self._numbers):
+            return None
+        oldest = used[min(used)]
+        self._used.pop(oldest, None)
+        return oldest
 
 
 def to_host(value: Any) -> Float32:

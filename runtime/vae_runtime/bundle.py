@@ -117,7 +117,9 @@ class Bundle:
         except OSError as error:
             raise BundleError(f"{self.path} cannot be read: {error.strerror}") from None
         for file in sorted(found - set(self.manifest.files)):
-            raise BundleError(f"{self.path / file} is not listed in the manifest; a bundle holds its own files alone")
+            raise BundleError(
+                f"{self.path / file} is not listed in the manifest; a bundle holds its own files and nothing else"
+            )
         for file, entry in sorted(self.manifest.files.items()):
             size = _regular_stat(self.path / file).st_size
             if size != entry.bytes:
@@ -179,7 +181,9 @@ def _require_regular(path: Path, found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
         raise BundleError(f"{path} is not a regular file")
     if found.st_nlink > 1:
-        raise BundleError(f"{path} is a hard link with {found.st_nlink} names; a bundle's files are its own: copy it")
+        raise BundleError(
+            f"{path} is a hard link with {found.st_nlink} names; a bundle's files are its own: copy the folder"
+        )
 
 
 def _read_regular(path: Path, limit: int) -> bytes:

@@ -197,7 +197,10 @@ class LatentSpec(NamedTuple):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        data: dict[str, Any] = {"shape": list(self.shape), "prior": self.prior and dict(self.prior)}
+        data: dict[str, Any] = {
+            "shape": list(self.shape),
+            "prior": dict(self.prior) if self.prior is not None else None,
+        }
         if self.active_units is not None:
             data["active_units"] = self.active_units.to_dict()
         if self.fitted_prior is not None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .arguments import check_count
-from .bound import BoundCall, BoundPair
+from .bound import PATIENCE, BoundCall, BoundPair, Recency
 from .boundary import Boundary
 from .device_array import DeviceArray, from_dlpack
 from .device_call import DeviceCall, StagedCall
@@ -23,7 +22,6 @@ from .session import GraphSession
 _CHUNK_VALUES = 64 * 3 * 128 * 128
 _CHUNK_EXAMPLES = 256
 _BOUND_SHAPES = 8  # kept at most
-PATIENCE = 32  # calls that go by before a shape that comes no more gives way: binding costs half a call
 _ARRAY, _FLOAT32 = np.ndarray, np.dtype(np.float32)
 
 
@@ -110,8 +108,7 @@ class Operation:
         self._rule = rule
         self._free: dict[tuple[int, ...], list[BoundCall | DeviceCall]] = {}
         self._named: set[tuple[int, ...]] = set()  # shapes in `warm`, which keep their place
-        self._used: dict[tuple[int, ...], int] = {}  # the number of the last call with bound memory, by shape
-        self._numbers = itertools.count()
+        self._uses = Recency()
         self._own: dict[tuple[int, ...], DeviceCall] = {}  # of sessions for one shape
 
     def __call__(self, array: Any, batch_size: int | None = None) -> list[Float32]:
@@ -133,7 +130,7 @@ class Operation:
             if call is not None and free is not None:
                 results = call(given)
                 free.append(call)
-                self._used[given.shape] = next(self._numbers)
+                self._uses.note(given.shape)
                 if results is not None:
                     return results
         if isinstance(array, _ARRAY) and array.dtype == PIXEL and (batch_size or array.size > _CHUNK_VALUES):
@@ -155,17 +152,17 @@ class Operation:
         if not free and fits and (free is not None or self._has_room(shape)):
             call = route.any_batch.bind(shape, self._rule)
             if call is not None:
-                self._used[shape] = next(self._numbers)
+                self._uses.note(shape)
                 self._free.setdefault(shape, []).append(call)
 
     def _has_room(self, shape: tuple[int, ...]) -> bool:
         """Whether one more shape is kept, on the CPU in the place of the one that was used longest ago."""
-        on_cpu, patience = self.gains_from_bound_memory, 0 if shape in self._named else PATIENCE
+        on_cpu = self.gains_from_bound_memory
         if len(self._free) >= _BOUND_SHAPES and on_cpu(shape):
-            used = {self._used.get(one, 0): one for one in list(self._free) if one not in self._named and on_cpu(one)}
-            if used and min(used) + patience < next(self._numbers):
-                self._free.pop(used[min(used)], None)  # a call that another thread has taken is its own
-                self._used.pop(used[min(used)], None)
+            others = [one for one in list(self._free) if one not in self._named and on_cpu(one)]
+            oldest = self._uses.give_way(others, 0 if shape in self._named else PATIENCE)
+            if oldest is not None:
+                self._free.pop(oldest, None)  # a call that another thread has taken is its own
         return len(self._free) < _BOUND_SHAPES
 
     def gains_from_bound_memory(self, shape: tuple[int, ...]) -> bool:

@@ -162,7 +162,9 @@ def require_plain_array(array: Any, name: str) -> None:
         raise InputError(f"{name} is a {type(array).__name__}; expected a numpy array")
     require_unmasked(array, name)
     if array.ndim == 0 or len(array) == 0:
-        raise InputError(f"{name} has shape {array.shape}; expected a batch of at least one example along axis 0")
+        raise InputError(
+            f"{name} has shape {array.shape}; expected a batch of at least one example along the first axis"
+        )
 
 
 @contextlib.contextmanager

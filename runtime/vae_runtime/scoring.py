@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -11,13 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .arguments import check_choice
+from .bound import Recency
 from .bound_score import BoundScore
 from .calibration import SCORE_METHODS
 from .errors import InputError, NotInBundleError
 from .evidence import Operations, encoded, log_likelihood, require_likelihood
 from .likelihood import comparable, negative_log_likelihoods, squared_norms, sums_of_log_likelihoods, targets
 from .manifest import Likelihood, Manifest
-from .operation import PATIENCE
 from .posterior import Posterior
 from .preprocess import Float32, Float64, image_size, to_model_input, zeros
 from .session import BOUND_VALUES
@@ -77,8 +76,7 @@ class Scoring:
         self._manifest, self._operations = manifest, operations
         self._default = default_method(manifest)
         self._free: dict[tuple[str, tuple[int, ...]], list[BoundScore]] = {}
-        self._used: dict[tuple[str, tuple[int, ...]], int] = {}  # as in `Operation`
-        self._numbers = itertools.count()
+        self._uses = Recency()
 
     def score(
         self,
@@ -184,14 +182,12 @@ class Scoring:
         if call is None:
             return None
         result = call(inputs)
-        now = next(self._numbers)
         if key not in self._free and len(self._free) >= _KEPT_SHAPES:
-            used, oldest = min((self._used.get(one, 0), one) for one in list(self._free))
-            if used + PATIENCE > now:
+            oldest = self._uses.give_way(list(self._free))
+            if oldest is None:
                 return result
             self._free.pop(oldest, None)
-            self._used.pop(oldest, None)
-        self._used[key] = now
+        self._uses.note(key)
         self._free.setdefault(key, []).append(call)
         return result
 

@@ -25,7 +25,6 @@ from .options import FLAGS, check_options, require_shape
 from .trial import noise, try_out
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 KIND = "factory"
@@ -135,13 +134,16 @@ def _digests(network: nn.Module, beside_weights: bool) -> dict[str, bytes]:
     in no file of weights."""
     import torch
 
+    from .network import places
+
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    owned = {value.untyped_storage().data_ptr() for value in tensors.values() if value.layout == torch.strided}
+    owned = places(tensors.values())
     for place, module in network.named_modules():
         plain = {name: value for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
         own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
         derived = {_DERIVED.sub("", name) for name, _ in own}
-        plain = {name: value for name, value in plain.items() if name not in derived and not _is_view(value, owned)}
+        plain = {name: value for name, value in plain.items() if name not in derived}
+        plain = {name: value for name, value in plain.items() if owned.isdisjoint(places([value]))}  # no views of those
         tensors |= {f"{place}.{name}".removeprefix("."): value for name, value in plain.items()}
     filed = network.state_dict().keys() if beside_weights else ()
     found = {}
@@ -151,13 +153,6 @@ def _digests(network: nn.Module, beside_weights: bool) -> dict[str, bytes]:
         data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         found[name] = hashlib.sha256(data.data).digest()
     return found
-
-
-def _is_view(value: torch.Tensor, owned: set[int]) -> bool:
-    """Whether it lies in the memory of one of the network's own, and so follows what is put there."""
-    import torch
-
-    return value.layout == torch.strided and value.untyped_storage().data_ptr() in owned
 
 
 def _require_same(first: dict[str, bytes], second: dict[str, bytes], source: str, weights: str | None) -> None:

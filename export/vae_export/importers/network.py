@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -163,9 +163,9 @@ class _Operators(TorchDispatchMode):
         return result
 
     def _places(self, tree: Any) -> set[int]:
-        tensors = [one for one in tree_leaves(tree) if isinstance(one, Tensor) and one.layout == torch.strided]
+        tensors = [one for one in tree_leaves(tree) if isinstance(one, Tensor)]
         self._kept += tensors
-        return {_place(one) for one in tensors}
+        return places(tensors)
 
     def read(self) -> set[int]:
         """All that was read."""
@@ -178,6 +178,11 @@ class _Operators(TorchDispatchMode):
             if not written or not needed.isdisjoint(written):
                 needed |= read
         return needed
+
+
+def places(tensors: Iterable[Tensor]) -> set[int]:
+    """The addresses of their memory, which views share; of sparse ones nothing."""
+    return {_place(one) for one in tensors if one.layout == torch.strided}
 
 
 def _place(tensor: Tensor) -> int:

@@ -153,8 +153,8 @@ def _read_named(fields: Mapping[Any, Any]) -> Encoded | None:
     pair = named_pair(tensors)
     if pair is not None:
         return Encoded(tensors[pair[0]], tensors[pair[1]], pair[2])
-    distributions = {name: one for name, one in fields.items() if isinstance(one, torch.distributions.Distribution)}
-    posteriors = [one for name, one in distributions.items() if not _is_of_prior(name)]
+    likely = (value for name, value in fields.items() if not _is_of_prior(name))
+    posteriors = [value for value in likely if isinstance(value, torch.distributions.Distribution)]
     if posteriors:
         return _read_distribution(posteriors[0]) if len(posteriors) == 1 else None
     code = [name for name in CODES if name in tensors]

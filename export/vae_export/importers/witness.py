@@ -57,11 +57,12 @@ def heed_forward(
         read = _Read(mean, logvar, decoder.call(decoder.decoder, mean.clone()))  # which they may change
     if mean.numel() == x.numel():
         return
-    # Of images in [-1, 1], forward may make them itself of those in [0, 1].
-    doubts = [_doubt(whole, given, read, options) for given in ((2 * x - 1, x) if signed else (x,))]
-    if None not in doubts:
+    doubt = _doubt(whole, 2 * x - 1 if signed else x, read, options)
+    if doubt is not None and signed and _doubt(whole, x, read, options) is None:
+        return  # it makes images in [-1, 1] itself of those in [0, 1]
+    if doubt is not None:
         warnings.warn(
-            f"the network's forward does not bear out how encode and decode are read: {doubts[0]}",
+            f"the network's forward does not bear out how encode and decode are read: {doubt}",
             ForwardDisagreesWarning,
             stacklevel=5,
         )
@@ -92,10 +93,9 @@ def _doubt_of_latents(latents: list[Tensor], read: _Read, borne_out: bool, optio
     strange = [one for one in others if not any(_same(one, form, _SPREAD_TOLERANCE) for form in spreads)]
     if not strange:
         return None
-    if len(others) == len(latents) and not borne_out:
-        return f"of what has the shape of a latent there, nothing is the mean that is read here; {_CURE}"
     if len(others) == len(latents):
-        return None
+        unknown = f"of what has the shape of a latent there, nothing is the mean that is read here; {_CURE}"
+        return None if borne_out else unknown
     if len(strange) < len(others):  # the spread is among them
         return None
     if read.logvar is not None:

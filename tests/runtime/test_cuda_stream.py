@@ -200,18 +200,21 @@ class Driver:
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+def driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     found = Driver()
-    monkeypatch.setattr(cuda, "driver", lambda: found)
-    monkeypatch.setattr(cuda_stream, "driver", lambda: found)
-    monkeypatch.setattr(cuda_graph, "driver", lambda: found)
-    monkeypatch.setattr(cuda_stream, "_of_thread", threading.local())
-    monkeypatch.setattr(cuda_stream, "_registered", {})
-    monkeypatch.setattr(cuda, "_of_thread", threading.local())  # what this one is told, a real one is not
-    monkeypatch.setattr(cuda_stream, "_idle", {})
-    cuda._primary_context.cache_clear()
-    yield found
-    cuda._primary_context.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (cuda, cuda_stream, cuda_graph):
+            patch.setattr(module, "driver", lambda: found)
+        patch.setattr(cuda, "_of_thread", threading.local())  # what this one is told, a real one is not
+        patch.setattr(cuda_stream, "_of_thread", threading.local())
+        patch.setattr(cuda_stream, "_registered", {})
+        patch.setattr(cuda_stream, "_idle", {})
+        cuda._primary_context.cache_clear()
+        yield found
+        monkeypatch.undo()  # what holds pinned memory, whose end tells the driver of this thread
+        request.node.funcargs.clear()
+        gc.collect()
+        cuda._primary_context.cache_clear()
 
 
 def test_copies_are_in_order_and_done_after_the_wait(driver: Driver) -> None:

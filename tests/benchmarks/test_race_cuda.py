@@ -68,14 +68,14 @@ def on_cuda(**given: Any) -> RaceSettings:
 
 @pytest.fixture(scope="module")
 def report(tiny: Path) -> RaceReport:
-    """In fp32 ours at 6 ms, torch at 18 and captured at 12, onnxruntime at 3; in fp16 ours at 4 and torch at 2. On the
+    """In fp32 ours at 6 ms, torch at 18 and captured at 12, onnxruntime at 3; in fp16 ours at 8 and torch at 2. On the
     device each as much as the other way round would be."""
     field = (
         planted("ours-cuda-fp32", milliseconds=6, resident=4),
         planted("torch-cuda-fp32", milliseconds=18, resident=8),
         planted("torch-graph-cuda-fp32", milliseconds=12, resident=16),
         planted("onnxruntime-cuda-fp32", milliseconds=3, resident=12),
-        planted("ours-cuda-fp16", milliseconds=4, resident=2),
+        planted("ours-cuda-fp16", milliseconds=8, resident=2),
         planted("torch-cuda-fp16", milliseconds=2, resident=6),
         planted("torch-compile-cuda-fp16", resident=1, fault="wrong-on-device"),
         planted("torch-graph-cuda-fp16", resident=1, fault="reuse-on-device"),
@@ -92,7 +92,7 @@ def test_everyone_is_compared_within_his_precision(report: RaceReport) -> None:
     assert {one.against for one in point.ratios if one.competitor.endswith("fp32")} == {"ours-cuda-fp32"}
     assert {one.against for one in point.ratios if one.competitor.endswith("fp16")} == {"ours-cuda-fp16"}
     assert 2.2 < ratios["encode", "torch-cuda-fp32"].ratio < 3.8
-    assert 0.3 < ratios["encode", "torch-cuda-fp16"].ratio < 0.9
+    assert 0.15 < ratios["encode", "torch-cuda-fp16"].ratio < 0.45
     assert 1.5 < ratios["encode-on-device", "torch-cuda-fp32"].ratio < 2.6
     assert {(one.operation, one.competitor) for one in point.ratios if one.fastest_peer} == {
         *((operation, "onnxruntime-cuda-fp32") for operation in HOST_OPERATIONS),

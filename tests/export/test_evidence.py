@@ -56,8 +56,11 @@ def log_p(likelihood: dict[str, Any], mean: Tensor, x: Tensor) -> Tensor:
     return terms.flatten(-3).sum(-1)
 
 
-@pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=lambda one: f"{one['type']}-{one.get('binarize', '')}")
-@pytest.mark.parametrize("gain", [3.0, 15.0])
+@pytest.mark.parametrize(
+    ("likelihood", "gain"),
+    [*((one, 3.0) for one in LIKELIHOODS), *((one, 15.0) for one in LIKELIHOODS if one["type"] == "bernoulli")],
+    ids=lambda one: f"{one['type']}-{one.get('binarize', '')}" if isinstance(one, dict) else str(one),
+)
 @torch.no_grad()
 def test_estimates_are_those_of_pytorch_in_float64(tmp_path: Path, likelihood: dict[str, Any], gain: float) -> None:
     torch.manual_seed(0)

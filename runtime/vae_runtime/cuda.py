@@ -15,11 +15,14 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .engine import engine_clash, import_engine
-from .errors import DeviceError
+from .errors import DeviceError, OutOfMemoryError
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 _LEGACY_STREAM = ctypes.c_void_p(1)  # CU_STREAM_LEGACY of cuda.h
+_OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 _CAPTURE_ERRORS = range(900, 910)  # CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED and its like
+_LASTING_ERRORS = {214, 700, 702, *range(714, 720)}  # after which a process can do nothing more on a GPU, by cuda.h
+_LITTLE_MEMORY = 512 * 2**20  # bytes; cuBLAS and cuDNN take some hundred MiB as they start
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL of cuda.h
 _COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76  # of CUdevice_attribute in cuda.h
 
@@ -96,14 +99,48 @@ def _require_done(index: int, status: int) -> None:
             f"GPU {index} has work that is being captured into a CUDA graph, in another thread, say, and allows no wait"
             f" for it (CUDA error {status}); make this call before or after that"
         )
+    if status == _OUT_OF_MEMORY:
+        raise OutOfMemoryError(f"GPU {index} has not enough memory for work that was under way")
     if status != 0:
         raise DeviceError(f"GPU {index} failed in work that was under way (CUDA error {status})")
+
+
+def is_lost(index: int) -> bool:
+    """Whether work on GPU `index` has failed in a way after which this process can do nothing more there."""
+    try:
+        return _free_memory(index)[0] in _LASTING_ERRORS
+    except DeviceError:  # nor even make it a thread's own
+        return True
+
+
+def has_little_memory(index: int) -> bool:
+    """Whether what libraries need as they start may be too much for GPU `index` now."""
+    status, free = _free_memory(index)
+    return status == _OUT_OF_MEMORY or (status == 0 and free < _LITTLE_MEMORY)
+
+
+def _free_memory(index: int) -> tuple[int, int]:
+    """The driver's status, also of earlier work, and the free memory in bytes."""
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    with ContextOf(index):
+        return driver().cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)), free.value
+
+
+def await_everyone(context: ContextOf) -> bool:
+    """Wait for all work on a GPU, whoever began it, where that can be waited for: not while anyone captures a CUDA
+    graph, or a session is opened or freed. Whether there is none now. context: entered."""
+    if not capturing.acquire(blocking=False):
+        return False
+    try:
+        return bool(context.synchronize() == 0)
+    finally:
+        capturing.release()
 
 
 class ContextOf(contextlib.AbstractContextManager[None]):
     """While it lasts, this thread's calls of the driver are for GPU `index`, whatever they are for otherwise.
 
-    handle: the context, for the driver.
+    handle: the context, for the driver. synchronize: the driver's wait for all work on the GPU, with its status.
     """
 
     def __init__(self, index: int) -> None:
@@ -111,6 +148,7 @@ class ContextOf(contextlib.AbstractContextManager[None]):
         self._push, self._pop = driver().cuCtxPushCurrent_v2, driver().cuCtxPopCurrent_v2
         self._exchange_mode = driver().cuThreadExchangeStreamCaptureMode
         self._popped = ctypes.byref(ctypes.c_void_p())
+        self.synchronize = driver().cuCtxSynchronize
 
     def __enter__(self) -> None:
         if (status := self._push(self.handle)) != 0:
@@ -258,7 +296,9 @@ def _missing_cuda_libraries() -> str | None:
     report = io.StringIO()
     with contextlib.redirect_stdout(report):  # where onnxruntime prints what it could not load
         onnxruntime.preload_dlls()
-    missing = re.findall(r"Failed to load ([^\s:]+)", report.getvalue())
+    # It tries the path in pip's package first, and tells of that too where the library is then found by its name.
+    failed = re.findall(r"^Failed to load (?:.*[/\\])?(.+?): ", report.getvalue(), re.MULTILINE)
+    missing = [name for name in dict.fromkeys(failed) if not _can_load(name)]
     cudnn = "cudnn64_9.dll" if sys.platform == "win32" else "libcudnn.so.9"
     if not any("cudnn" in name for name in missing) and not _can_load(cudnn):  # which it counts as optional
         missing.append(cudnn)
@@ -293,6 +333,8 @@ def _primary_context(index: int) -> ctypes.c_void_p:
     status = cuda.cuDeviceGet(ctypes.byref(device), index) or cuda.cuDevicePrimaryCtxRetain(
         ctypes.byref(context), device
     )
+    if status == _OUT_OF_MEMORY:
+        raise OutOfMemoryError(f"GPU {index} has not enough memory for this process to use it")
     if status != 0:
         raise DeviceError(f"GPU {index} cannot be used (CUDA error {status})")
     return context

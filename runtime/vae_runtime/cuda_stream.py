@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .cuda import ContextOf, capturing, driver
+from .cuda import ContextOf, await_everyone, capturing, driver
 from .cuda_graph import LaunchGraph, require
 from .preprocess import Float32
 
@@ -146,6 +146,11 @@ class Stream:
     def wait(self) -> None:
         """Until all that was begun is done."""
         require(self._synchronize(self._stream), "finish its work")
+
+    def await_everyone(self) -> bool:
+        """As `cuda.await_everyone`, on its GPU."""
+        with self._context:
+            return await_everyone(self._context)
 
     def _begin(self, copy: Callable[..., int], target: Any, source: Any, size: int) -> Callable[[], None]:
         call = partial(copy, target, source, ctypes.c_size_t(size), self._stream)

@@ -12,8 +12,8 @@ from .bound import to_host
 from .boundary import Boundary
 from .cuda import made_current, synchronize, synchronize_default_stream
 from .devices import Device
-from .engine import first_line, import_engine, ort_value_from_dlpack
-from .errors import InputError, VAEError
+from .engine import first_line, import_engine, is_engine_error, ort_value_from_dlpack
+from .errors import DeviceError, InputError, VAEError
 from .preprocess import Float32
 
 _DLPACK_TYPES = {1: "cpu", 2: "cuda"}  # DLDeviceType of dlpack.h, for what onnxruntime calls by these names
@@ -45,10 +45,20 @@ class DeviceArray:
         return self.shape[0]
 
     def numpy(self) -> Float32:
-        """A copy in host memory."""
+        """A copy in host memory.
+
+        Raises:
+            DeviceError: the device failed, also in work of others on the array.
+        """
         if self._is_shared:
             await_others(self.device)
-        return to_host(self._value)
+        try:
+            with made_current(self.device):
+                return to_host(self._value)
+        except Exception as error:
+            if isinstance(error, VAEError) or not is_engine_error(error):
+                raise
+            raise DeviceError(f"{self!r} cannot be copied: {first_line(error)}") from error
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         """The same, for `numpy.asarray`."""

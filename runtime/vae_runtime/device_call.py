@@ -168,10 +168,11 @@ class StagedCall(DeviceCall):
         try:
             with suppress_engine_errors:
                 with self._stream:
+                    room = self._room()
                     values = self._put(array)
                     self._begin()
                     is_good = self._is_good(values)  # while the GPU is at work
-                    found = self._bring()
+                    found = self._bring(room)
                 return found if is_good else None
         finally:
             self.is_busy = False
@@ -183,9 +184,10 @@ class StagedCall(DeviceCall):
         self.is_busy = True
         try:
             with self._stream:
+                room = self._room()
                 self._put(values)
                 self._begin()
-                return self._bring()
+                return self._bring(room)
         finally:
             self.is_busy = False
 
@@ -216,17 +218,21 @@ class StagedCall(DeviceCall):
         for step in (*self._sends, self._run, *self._fetches):
             step()
 
-    def _bring(self) -> list[Float32]:
-        """The outputs in memory of their own, when all that was begun is done."""
+    def _room(self) -> Float32 | None:
+        """Memory for large outputs; taken before any work is begun, for which it might wait."""
         if self._found.size:
+            return None
+        found = self._results.take()
+        return np.empty(self._parts[-1].stop, np.float32) if found is None else found
+
+    def _bring(self, room: Float32 | None) -> list[Float32]:
+        """The outputs in memory of their own, when all that was begun is done. room: of `_room`."""
+        if room is None:
             self._stream.wait()
             return self._cut(self._found.copy())
-        found = self._results.take()
-        if found is None:
-            found = np.empty(self._parts[-1].stop, np.float32)
-        self._stream.to_host(found, self._outputs.data_ptr())()
+        self._stream.to_host(room, self._outputs.data_ptr())()
         self._stream.wait()
-        return self._cut(found)
+        return self._cut(room)
 
     def then(self, decoder: StagedCall, array: Float32) -> Float32 | None:
         """The decoder's output for the first of this encoder's, which does not leave the GPU. array: known to be good.
@@ -239,11 +245,11 @@ class StagedCall(DeviceCall):
         self.is_busy = decoder.is_busy = True
         try:
             with suppress_engine_errors, self._stream:
-                steps = self.steps_to(decoder)
+                steps, room = self.steps_to(decoder), decoder._room()
                 self._put(values)
                 for step in steps:
                     step()
-                return decoder._bring()[0]
+                return decoder._bring(room)[0]
         finally:
             self.is_busy = decoder.is_busy = False
         return None
@@ -263,8 +269,8 @@ class StagedCall(DeviceCall):
             return None
         self.is_busy = True
         try:
-            found = [self._make(part.shape, np.float32, self._device) for part in self._parts]
-            with self._stream:
+            with self._stream:  # which onnxruntime's allocator would leave on its GPU
+                found = [self._make(part.shape, np.float32, self._device) for part in self._parts]
                 self._run_on_device(value.data_ptr(), [new.data_ptr() for new in found])
                 self._stream.wait()
             return [self._wrap(new) for new in found]

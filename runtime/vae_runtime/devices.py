@@ -84,7 +84,8 @@ class Device(NamedTuple):
                 left_out.add("enable_cuda_graph")
             return {name: value for name, value in options.items() if name not in left_out}
         if self.provider == TENSORRT:
-            return {**tensorrt_cache(str(make_cache_folder("tensorrt", bundle))), **self.options}
+            # By precision too: TensorRT's names for engines do not tell one of TF32 from one of float32.
+            return {**tensorrt_cache(str(make_cache_folder("tensorrt", bundle, self.precision))), **self.options}
         return dict(self.options)
 
 
@@ -171,7 +172,16 @@ def _check_options(options: Any, provider: str, fixed: Mapping[str, str]) -> dic
         raise InputError(f"provider_options sets {key} to {options[key]!r}; device and precision decide that")
     if provider == CPU and options:
         raise InputError(f"provider_options is {dict(options)!r}; the CPU provider has none")
+    if provider == CUDA and _is_on(options, "fuse_conv_bias") and not _is_on(options, "prefer_nhwc"):
+        raise InputError(
+            f"provider_options sets fuse_conv_bias to {options['fuse_conv_bias']!r} without prefer_nhwc; onnxruntime"
+            " computes something else by it in NCHW"
+        )
     return dict(options)
+
+
+def _is_on(options: Mapping[str, str], name: str) -> bool:
+    return options.get(name, "").lower() in ("1", "true")
 
 
 def _why_not(provider: str, options: Mapping[str, str]) -> str | None:

@@ -2,6 +2,10 @@
 
 PyTorch hands out pinned memory in this way; here it is ordinary memory that is registered with the driver (NVIDIA's
 CUDA Driver API, "Memory Management"), so that a forked child can read it.
+
+A copy that the caller begins from such memory to a GPU, as torch's `to("cuda", non_blocking=True)` does, is under way
+when the result is let go of, where from other memory the driver would have taken all of it before. So memory is used
+again when the GPU has nothing to do any more.
 """
 
 from __future__ import annotations
@@ -38,16 +42,19 @@ class ResultMemory:
         """float32 (values,), the caller's until the last view of it is gone; None where there is none."""
         if self._forks != _forks[0]:
             self._idle, self._made, self._forks = [], [], _forks[0]
-        try:
-            piece = self._idle.pop()
-        except IndexError:
-            made = self._make()
-            if made is None:
-                return None
-            piece = made
+        piece = self._take_idle() if self._idle else self._make()
+        if piece is None:
+            return None
         shown = (ctypes.c_float * self._values).from_address(piece.ctypes.data)
         weakref.finalize(shown, _give_back, weakref.ref(self), piece, self._forks).atexit = False
         return np.ctypeslib.as_array(shown)
+
+    def _take_idle(self) -> NDArray[np.uint8] | None:
+        piece = self._idle.pop()
+        if self._stream.await_everyone():
+            return piece
+        self._idle.append(piece)
+        return None
 
     def _make(self) -> NDArray[np.uint8] | None:
         self._made = [one for one in self._made if one() is not None]  # an interrupt may have cost one

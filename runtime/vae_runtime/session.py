@@ -15,7 +15,16 @@ import numpy as np
 
 from .bound import BoundCall, Owner
 from .boundary import Boundary
-from .cuda import CUDA, capturing, made_current, operators, real_work_on_cpu, share_allocator
+from .cuda import (
+    CUDA,
+    capturing,
+    has_little_memory,
+    is_lost,
+    made_current,
+    operators,
+    real_work_on_cpu,
+    share_allocator,
+)
 from .device_array import DeviceArray, await_others, copy_to_device
 from .device_call import CapturedCall, DeviceCall, ResidentCall, StagedCall
 from .devices import CPU, Device
@@ -39,6 +48,7 @@ _NO_MEMORY = (
     "alloc_failed", "allocation_failed", "cuda failure 2:",
 )
 # fmt: on
+_NOT_STARTED = ("cublas_status_not_initialized", "cudnn_status_not_initialized")  # for want of memory, among others
 
 
 class GraphSession:
@@ -278,12 +288,14 @@ class GraphSession:
             self._raise(error, rows)
 
     def _raise(self, error: Exception, rows: int) -> NoReturn:
+        if self.device.is_gpu:
+            _keep_if_lost(self._memory[1])
         if isinstance(error, VAEError) or not is_engine_error(error):
             raise error
         raise self._run_error(error, rows) from error
 
     def _run_error(self, error: Exception, rows: int) -> DeviceError:
-        if _is_about_memory(error):
+        if _is_about_memory(error, self.device):
             free = None in self._boundary.input_shape
             smallest = "; go through large images in windows, with tile" if free else ", the smallest"
             return OutOfMemoryError(
@@ -301,19 +313,42 @@ def _keep_inherited_sessions() -> None:
     for ever, or crash, at the latest when the child exits."""
     for session in list(_sessions):
         session.owner.is_of_parent = True
-        for held in (session._session, session._session._sess):
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
+        _keep_for_ever(session)
+
+
+def _keep_if_lost(index: int) -> bool:
+    """Never free sessions on a GPU that answers nothing but an error: onnxruntime would end the process over it."""
+    if not is_lost(index):
+        return False
+    for session in list(_sessions):
+        if session._memory == ("cuda", index):
+            _keep_for_ever(session)
+    return True
+
+
+def _keep_for_ever(session: GraphSession) -> None:
+    for held in (session._session, session._session._sess):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_keep_inherited_sessions)
 
 
-def freeing(sessions: Iterable[GraphSession]) -> contextlib.AbstractContextManager[object]:
-    """While it lasts, these may be freed without harm to a CUDA graph that another thread captures: cuBLAS and cuDNN
-    wait for the whole GPU then."""
-    frees = any(session.device.provider == CUDA and not session.owner.is_of_parent for session in sessions)
-    return capturing if frees else contextlib.nullcontext()
+@contextlib.contextmanager
+def freeing(sessions: Iterable[GraphSession]) -> Iterator[None]:
+    """While it lasts, these may be freed without harm: to a CUDA graph that another thread captures, as cuBLAS and
+    cuDNN wait for the whole GPU then, and to which GPU is this thread's own, which onnxruntime changes."""
+    mine = (session for session in sessions if session.device.is_gpu and not session.owner.is_of_parent)
+    on_gpus = [(session.device.provider, session._memory) for session in mine]
+    del sessions, mine  # or they would not be freed
+    with contextlib.ExitStack() as entered:
+        for memory in sorted({memory for _, memory in on_gpus}):
+            if not _keep_if_lost(memory[1]):
+                entered.enter_context(made_current(memory))
+        if any(provider == CUDA for provider, _ in on_gpus):
+            entered.enter_context(capturing)
+        yield
 
 
 def alone_on(device: Device) -> contextlib.AbstractContextManager[object]:
@@ -412,11 +447,14 @@ def _open_error(error: Exception, file: str, device: Device) -> BundleError | De
     """A CPU session fails because of the graph; another device's may fail for its own reasons."""
     if device.provider == CPU or type(error).__name__ in ("InvalidGraph", "InvalidProtobuf"):
         return BundleError(f"{file} cannot be loaded by onnxruntime: {first_line(error)}")
-    if _is_about_memory(error):
+    if _is_about_memory(error, device):
         return OutOfMemoryError(f"{device.name} has not enough memory to open {file}")
     options = f" with the options {dict(device.given)}" if device.given else ""
     return DeviceError(f"device {device.name!r} cannot run {file}{options}: {first_line(error)}")
 
 
-def _is_about_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _NO_MEMORY)
+def _is_about_memory(error: Exception, device: Device) -> bool:
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY):
+        return True
+    return device.is_gpu and any(words in text for words in _NOT_STARTED) and has_little_memory(device.memory[1])

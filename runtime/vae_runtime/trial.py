@@ -19,7 +19,7 @@ from .engine import first_line, is_engine_error
 from .errors import DeviceError, OutOfMemoryError
 from .fidelity import relative_error
 from .preprocess import Float32, ValueRule
-from .session import GraphSession, alone_on
+from .session import GraphSession, freeing
 from .tuning import GAIN
 
 _CONVOLUTIONS = {"Conv", "ConvTranspose", "FusedConv"}  # which cuDNN also runs with the channels last
@@ -105,7 +105,7 @@ class _Trial:
 
     def free_others(self) -> None:
         """Those that are not taken: of a large model the GPU may have no room for more than two."""
-        with alone_on(self.best.device):
+        with freeing(self._opened):
             self._opened[:] = [self.best]
 
     def try_stream(self) -> None:

@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -157,7 +158,14 @@ const std::string& name_of(const void* kernel) {
 }
 
 thread_local std::vector<void*> contexts;  // of the driver
-int a_context, a_binary;
+int a_binary;
+
+// Two GPUs, which are one in all but their numbers, and so show which one is a thread's own.
+constexpr int kGpus = 2;
+char contexts_of_gpus[kGpus];
+thread_local int device_of_thread = 0;  // where the thread has no context
+
+std::atomic<int> lasting{0};
 
 }  // namespace
 
@@ -261,6 +269,7 @@ cudaError_t cudaFreeHost(void* address) {
 
 cudaError_t cudaMemGetInfo(size_t* available, size_t* total) {
   Lock lock(mutex);
+  if (lasting) return static_cast<cudaError_t>(lasting.load());
   *total = capacity();
   *available = capacity() - used;
   return cudaSuccess;
@@ -344,6 +353,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t handle) {
 
 cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
   Lock lock(mutex);
+  if (lasting) return static_cast<cudaError_t>(lasting.load());
   Stream* stream = stream_of(handle);
   if (stream->is_capturing) return cudaErrorStreamCaptureUnsupported;
   stream == &default_stream ? finish_default() : finish(stream);
@@ -352,6 +362,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
 
 cudaError_t cudaDeviceSynchronize() {
   Lock lock(mutex);
+  if (lasting) return static_cast<cudaError_t>(lasting.load());
   if (spoils_a_capture()) return cudaErrorStreamCaptureUnsupported;
   finish_all();
   return cudaSuccess;
@@ -455,6 +466,7 @@ cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
 
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
   Lock lock(mutex);
+  if (lasting) return static_cast<cudaError_t>(lasting.load());
   if (is_prohibited("cudaGraphExecDestroy")) return cudaErrorStreamCaptureUnsupported;
   finish_all();
   delete reinterpret_cast<Graph*>(executable);
@@ -555,16 +567,28 @@ cudaError_t cudaKernelSetAttributeForDevice(cudaKernel_t, cudaFuncAttribute, int
 // The driver's rule: the list of visible devices ends before the first number that is none.
 cudaError_t cudaGetDeviceCount(int* count) {
   const char* visible = getenv("CUDA_VISIBLE_DEVICES");
-  *count = !visible || visible[0] == '0';
+  *count = !visible ? kGpus : visible[0] == '0';
   return *count ? cudaSuccess : cudaErrorNoDevice;
 }
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = contexts.empty() ? device_of_thread : static_cast<int>(static_cast<char*>(contexts.back()) - contexts_of_gpus);
   return cudaSuccess;
 }
 
-cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+// As CUDA's runtime does: the context on top of the thread's stack gives way to the device's primary one.
+cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= kGpus) return cudaErrorInvalidDevice;
+  if (contexts.empty()) {
+    device_of_thread = device;
+  } else {
+    contexts.back() = &contexts_of_gpus[device];
+  }
+  return cudaSuccess;
+}
+
+// From now on the GPUs answer with this error, as after an illegal address; 0 ends it. For tests.
+void cuda_stand_in_fail(int status) { lasting = status; }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
@@ -640,7 +664,7 @@ int cuTensorMapEncodeTiled() { return cudaErrorNotSupported; }
 
 int cuDeviceGet(int* device, int index) {
   *device = index;
-  return index == 0 ? 0 : cudaErrorInvalidDevice;
+  return index >= 0 && index < kGpus ? 0 : cudaErrorInvalidDevice;
 }
 
 int cuDeviceGetName(char* name, int size, int) {
@@ -657,8 +681,8 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
   return cudaDeviceGetAttribute(value, static_cast<cudaDeviceAttr>(attribute), device);
 }
 
-int cuDevicePrimaryCtxRetain(void** context, int) {
-  *context = &a_context;
+int cuDevicePrimaryCtxRetain(void** context, int device) {
+  *context = &contexts_of_gpus[device];
   return 0;
 }
 

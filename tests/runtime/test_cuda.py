@@ -35,6 +35,7 @@ from vae_runtime import (
     trial,
 )
 from vae_runtime import cuda as module
+from vae_runtime import session as session_module
 from vae_runtime.bound import Owner
 from vae_runtime.cuda import (
     CUDA,
@@ -172,17 +173,78 @@ def test_machines_without_a_gpu_are_told_apart(machine: Any, driver: Driver | No
     assert find_device("auto").name == "cpu"
 
 
-def test_missing_libraries_are_named(machine: Any, capsys: Any) -> None:
+@pytest.mark.parametrize("there", [(), ("libcudnn.so.9",), ("libcublasLt.so.13", "libcudnn.so.9")])
+def test_missing_libraries_are_named(
+    machine: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch, there: tuple[str, ...]
+) -> None:
+    """Those that are not found by their name either, whatever onnxruntime tells of the path in pip's package."""
     machine(Driver(1))
+    monkeypatch.setattr(module, "_can_load", there.__contains__)
 
     def preload() -> None:
-        for name in ("libcublasLt.so.13", "libcudnn.so.9"):
-            sys.stdout.write(f"Failed to load {name}: {name}: cannot open shared object file\n")
+        for path in ("/site packages/nvidia/cu13/lib/libcublasLt.so.13", "libcudnn.so.9"):
+            sys.stdout.write(f"Failed to load {path}: {path}: cannot open shared object file\n")
 
     module.import_engine().preload_dlls = preload
-    with pytest.raises(DeviceError, match=r"libcublasLt.so.13, libcudnn.so.9 could not be loaded; .*vae-edge\[gpu\]"):
-        find_device("cuda")
+    missing = ", ".join(name for name in ("libcublasLt.so.13", "libcudnn.so.9") if name not in there)
+    if missing:
+        with pytest.raises(DeviceError, match=rf": {missing} could not be loaded; .*vae-edge\[gpu\]"):
+            find_device("cuda")
+    else:
+        assert find_device("cuda").name == "cuda:0"
     assert capsys.readouterr().out == ""
+
+
+def test_paths_of_windows_are_read_too(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(Driver(1))
+    monkeypatch.setattr(module, "_can_load", lambda name: name != "cublas64_13.dll")
+    engine = module.import_engine()
+    engine.preload_dlls = lambda: sys.stdout.write("Failed to load C:\\cuda\\bin\\cublas64_13.dll: not found\n")
+    with pytest.raises(DeviceError, match=r": cublas64_13.dll could not be loaded"):
+        find_device("cuda")
+
+
+def test_a_gpu_without_memory_for_a_context_is_told(machine: Any) -> None:
+    driver = Driver(1)
+    machine(driver)
+    driver.cuDevicePrimaryCtxRetain = lambda context, device: 2  # type: ignore[method-assign]
+    with pytest.raises(OutOfMemoryError, match="GPU 0 has not enough memory for this process to use it"):
+        synchronize(0)
+
+
+def test_work_that_failed_for_want_of_memory_is_told(machine: Any) -> None:
+    driver = Driver(1)
+    machine(driver)
+    synchronize(0)
+    driver.status = 2
+    with pytest.raises(OutOfMemoryError, match="GPU 0 has not enough memory for work that was under way"):
+        synchronize(0)
+
+
+@pytest.mark.parametrize(
+    ("free", "status", "text", "expected"),
+    [
+        (2**20, 0, "CUBLAS failure 1: CUBLAS_STATUS_NOT_INITIALIZED ; expr=cublasCreate(&handle)", True),
+        (2**20, 0, "CUDNN failure 1001: CUDNN_STATUS_NOT_INITIALIZED ; expr=cudnnCreate(&handle)", True),
+        (2**33, 0, "CUBLAS failure 1: CUBLAS_STATUS_NOT_INITIALIZED ; expr=cublasCreate(&handle)", False),
+        (2**20, 700, "CUBLAS failure 1: CUBLAS_STATUS_NOT_INITIALIZED ; expr=cublasCreate(&handle)", False),
+        (2**20, 0, "CUDA failure 700: an illegal memory access was encountered", False),
+        (2**33, 0, "CUDA failure 2: out of memory", True),
+    ],
+)
+def test_libraries_that_cannot_start_on_a_full_gpu_lack_memory(
+    machine: Any, free: int, status: int, text: str, expected: bool
+) -> None:
+    driver = Driver(1)
+    machine(driver)
+
+    def memory(available: Any, total: Any) -> int:
+        available._obj.value = free
+        return status
+
+    driver.cuMemGetInfo_v2 = memory  # type: ignore[attr-defined]
+    gpu = Device("cuda:0", CUDA, {"device_id": "0"})
+    assert session_module._is_about_memory(RuntimeError(text), gpu) == expected
 
 
 def test_waiting_is_for_the_gpu_that_is_named(machine: Any) -> None:
@@ -308,7 +370,7 @@ def test_tensorrt_runs_what_it_says(machine: Any, monkeypatch: pytest.MonkeyPatc
     found = find_device("tensorrt", "tf32")
     assert (found.name, found.provider) == ("tensorrt:0", TENSORRT)
     options = found.session_options(None, False, "a" * 64)
-    folder = tmp_path / "tensorrt" / ("a" * 64)
+    folder = tmp_path / "tensorrt" / ("a" * 64) / "tf32"
     assert folder.is_dir()
     assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == str(folder)
     assert (options["trt_engine_cache_enable"], options["trt_fp16_enable"]) == ("1", "0")
@@ -843,6 +905,102 @@ def test_a_thread_that_captures_disturbs_no_calls(both: tuple[VAE, VAE, np.ndarr
         finally:
             done.set()
         assert captured.result() == (0, 0)
+
+
+@with_gpu
+def test_copies_in_a_thread_of_their_own_disturb_no_capture(both: tuple[VAE, VAE, np.ndarray]) -> None:
+    gpu, cpu, x = both
+    there, stream, graph = gpu.encode_to_device(x).mean, Stream(0), ctypes.c_void_p()
+    with stream._context:
+        assert module.driver().cuStreamBeginCapture_v2(stream._stream, 0) == 0  # CU_STREAM_CAPTURE_MODE_GLOBAL
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                found = pool.submit(there.numpy).result()
+        finally:
+            ended = module.driver().cuStreamEndCapture(stream._stream, ctypes.byref(graph))
+    assert ended == 0
+    np.testing.assert_allclose(found, cpu.encode(x).mean, atol=1e-5)
+
+
+@with_gpu
+def test_results_may_be_copied_after_they_are_let_go_of(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by torch's `to("cuda", non_blocking=True)`: from memory that the driver knows, such a copy is under way when
+    the array is gone, and the next call must not write there yet."""
+    monkeypatch.setattr(trial, "_relative_time", lambda call, plain: 0.5)
+    monkeypatch.setattr(device_call, "_LARGE", 20)
+    driver, own = module.driver(), ctypes.c_void_p()
+    with VAE.load(tiny_path, device="cuda") as gpu, VAE.load(tiny_path) as cpu:
+        gpu.warmup([2])
+        first, second = (np.random.default_rng(seed).normal(size=(2, 4)).astype(np.float32) for seed in (1, 2))
+        gpu.decode(first)
+        there = import_engine().OrtValue.ortvalue_from_shape_and_type((2, 1, 8, 8), np.float32, "cuda", 0)
+        with module.ContextOf(0):
+            assert driver.cuStreamCreate(ctypes.byref(own), 1) == 0
+        for latents in (first, second):  # the next one's call comes while this one's copy is under way
+            image = gpu.decode(latents)
+            with module.ContextOf(0):
+                source = ctypes.c_void_p(image.ctypes.data)
+                size = ctypes.c_size_t(image.nbytes)
+                assert driver.cuMemcpyHtoDAsync_v2(ctypes.c_uint64(there.data_ptr()), source, size, own) == 0
+            del image
+            gpu.decode(-latents)
+            with module.ContextOf(0):
+                assert driver.cuStreamSynchronize(own) == 0
+                found = there.numpy()
+            np.testing.assert_allclose(found, cpu.decode(latents), atol=1e-5)
+
+
+@with_gpu
+def test_the_threads_own_gpu_stays_its_own(tiny_path: Path) -> None:
+    if len(find_gpus()[0]) < 2:
+        pytest.skip("there is one GPU only")
+    current, runtime = ctypes.c_int(-1), ctypes.CDLL("libcudart.so.13")
+    assert runtime.cudaSetDevice(0) == 0
+
+    def is_mine() -> bool:
+        return runtime.cudaGetDevice(ctypes.byref(current)) == 0 and current.value == 0
+
+    vae = VAE.load(tiny_path, device="cuda:1")
+    x = vae.golden()["x"]
+    assert is_mine()
+    vae.warmup([2, len(x)])
+    assert is_mine()
+    kept = []
+    for _ in range(20):
+        kept.append(vae.decode_to_device(vae.encode_to_device(x).mean))
+        assert is_mine()
+    np.testing.assert_array_equal(kept[0].numpy(), kept[-1].numpy())
+    assert is_mine()
+    vae.close()
+    assert is_mine()
+
+
+@with_gpu
+@pytest.mark.parametrize("options", [{}, {"user_compute_stream": "0"}])
+def test_a_gpu_that_is_lost_does_not_end_the_process(tiny_path: Path, options: dict[str, str]) -> None:
+    """Only the stand-in for CUDA can be asked to fail so."""
+    if not hasattr(module.driver(), "cuda_stand_in_fail"):
+        pytest.skip("a real GPU would have to be broken")
+    code = f"""
+import gc
+from vae_runtime import VAE, DeviceError, cuda
+vae = VAE.load({str(tiny_path)!r}, device="cuda", provider_options={options!r})
+x = vae.golden()["x"]
+vae.warmup([len(x)])
+vae.encode(x)
+cuda.driver().cuda_stand_in_fail(700)
+for part in (x, x[:1]):
+    try:
+        vae.encode(part)
+    except DeviceError:
+        print("told")
+vae.close()
+del vae
+gc.collect()
+print("closed")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout.split(), done.returncode) == (["told", "told", "closed"], 0), done.stderr
 
 
 @with_gpu

@@ -54,6 +54,7 @@ class Driver:
         self.pinned: dict[int, Any] = {}
         self.registered: dict[int, int] = {}  # address -> bytes
         self.made = 0  # streams
+        self.waits_for_all = 0
         self.captured: list[Node] | None = None
         self.graphs: list[list[Node]] = []  # by handle, from 1
         self.alive: set[int] = set()  # graphs that can be launched
@@ -189,6 +190,10 @@ class Driver:
 
     def do_cuGraphExecDestroy(self, executable: ctypes.c_void_p) -> None:
         self.alive.remove(executable.value or 0)
+
+    def do_cuCtxSynchronize(self) -> None:
+        Driver.finish(self)  # whatever a test has put in its place
+        self.waits_for_all += 1
 
     def do_cuStreamSynchronize(self, stream: ctypes.c_void_p) -> None:
         self.finish()
@@ -450,11 +455,30 @@ def test_memory_for_results_is_used_again_when_the_last_view_is_gone(driver: Dri
     second = memory.take()
     assert second is not None
     assert second.ctypes.data != address  # the view has it
+    assert driver.waits_for_all == 0
     del view
     third = memory.take()
     assert third is not None
     assert third.ctypes.data == address
+    assert driver.waits_for_all == 1
     assert len(driver.registered) == 2
+
+
+def test_memory_that_may_be_in_use_by_others_is_not_used_again(driver: Driver) -> None:
+    """By a copy of the caller's: where nobody can wait for it, as while a CUDA graph is captured."""
+    memory = ResultMemory(Stream(0), 10)
+    first = memory.take()
+    assert first is not None
+    address = first.ctypes.data
+    del first
+    with ThreadPoolExecutor(1) as pool, cuda.capturing:
+        assert pool.submit(memory.take).result() is None
+    driver.status["cuCtxSynchronize"] = 900
+    assert memory.take() is None
+    driver.status.clear()
+    again = memory.take()
+    assert again is not None
+    assert again.ctypes.data == address
 
 
 def test_who_keeps_many_results_gets_ordinary_memory(driver: Driver) -> None:

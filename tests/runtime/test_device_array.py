@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Which waits for work on a GPU there were."""
     found: list[Any] = []
     monkeypatch.setattr(device_array, "_handed_out", {})
+    monkeypatch.setattr(device_array, "made_current", lambda memory: contextlib.nullcontext())
     monkeypatch.setattr(device_array, "synchronize", lambda index: found.append(("all", index)))
     monkeypatch.setattr(device_array, "synchronize_default_stream", lambda index: found.append(("default", index)))
     return found
@@ -52,6 +54,31 @@ def test_numpy_takes_them_as_arrays(tiny: VAE, images: np.ndarray) -> None:
             ValueError, match=r"DeviceArray\(.*\) becomes an array of numpy by a copy, and copy is False"
         ):
             np.asarray(found, copy=False)
+
+
+class _Later:
+    """The rows of an array after the first `skipped`, as a producer shows them that leaves `data` at the first."""
+
+    def __init__(self, array: np.ndarray, skipped: int) -> None:
+        self._array, self._rows, self._skipped = array, array[skipped:], skipped
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._array.__dlpack_device__()
+
+    def __dlpack__(self) -> Any:
+        capsule = self._rows.__dlpack__()
+        kind = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
+        address = kind(("PyCapsule_GetPointer", ctypes.pythonapi))(capsule, b"dltensor")
+        words = (ctypes.c_uint64 * 6).from_address(address)
+        words[5] = self._skipped * self._array.strides[0]  # byte_offset
+        words[0] -= words[5]  # data
+        return capsule
+
+
+def test_an_offset_that_the_producer_states_is_heeded(tiny: VAE, images: np.ndarray) -> None:
+    x = np.ascontiguousarray(images[:5])
+    found = tiny.encode_to_device(_Later(x, 2)).mean.numpy()
+    np.testing.assert_allclose(found, tiny.encode(x[2:]).mean, atol=1e-6)
 
 
 def test_autoencoders_have_no_logvar(vectors: VAE) -> None:

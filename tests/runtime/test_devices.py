@@ -201,6 +201,15 @@ def test_options_that_contradict_the_device_are_an_input_error(monkeypatch: pyte
         find_device("cuda:0", options={"device_id": "1"})
 
 
+def test_a_bias_is_fused_with_the_channels_last_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_engine(monkeypatch, [CUDA, CPU], 1)
+    for options in ({"fuse_conv_bias": "1"}, {"fuse_conv_bias": "True", "prefer_nhwc": "0"}):
+        with pytest.raises(InputError, match=r"sets fuse_conv_bias to '(1|True)' without prefer_nhwc; onnxruntime "):
+            find_device("cuda", options=options)
+    for options in ({"fuse_conv_bias": "0"}, {"fuse_conv_bias": "1", "prefer_nhwc": "1"}):
+        assert find_device("cuda", options=options).options.items() >= options.items()
+
+
 def test_cpu_provider_takes_no_options_and_would_ignore_them(tiny_path: Path) -> None:
     with pytest.raises(InputError, match=r"provider_options is \{'arena': '1'\}; the CPU provider has none"):
         VAE.load(tiny_path, provider_options={"arena": "1"})

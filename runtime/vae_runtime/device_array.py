@@ -14,14 +14,14 @@ from .cuda import made_current, synchronize, synchronize_default_stream
 from .devices import Device
 from .engine import first_line, import_engine, is_engine_error, ort_value_from_dlpack
 from .errors import DeviceError, InputError, VAEError
+from .lending import Tensor, address_of, lend, returned, take_back
 from .preprocess import Float32
 
 _DLPACK_TYPES = {1: "cpu", 2: "cuda"}  # DLDeviceType of dlpack.h, for what onnxruntime calls by these names
 _LEGACY_STREAM = 1  # CUDA's default stream, in the protocol's numbering
 _ALIGNMENT = 16  # bytes that kernels load at once; CUDA's own allocations begin at multiples of 256
 
-# GPU -> whether arrays there were handed out for other streams than the default one; no entry while none was at all.
-_handed_out: dict[int, bool] = {}
+_on_other_streams: set[int] = set()  # GPUs whose arrays were handed out for other streams than the default one
 
 
 class DeviceArray:
@@ -50,8 +50,8 @@ class DeviceArray:
         Raises:
             DeviceError: the device failed, also in work of others on the array.
         """
-        if self._is_shared:
-            await_others(self.device)
+        if self._is_shared and self.device[0] == "cuda":
+            _synchronize(self.device[1])
         try:
             with made_current(self.device):
                 return to_host(self._value)
@@ -79,12 +79,13 @@ class DeviceArray:
         if copy or dl_device not in (None, self.__dlpack_device__()):
             raise BufferError(f"{self!r} hands out its own memory alone; copy what it gives")
         self._is_shared = True
-        if self.device[0] == "cuda":
-            if stream in (None, _LEGACY_STREAM):
-                _handed_out.setdefault(self.device[1], False)  # at once: another thread may hand out too
-            else:
-                _handed_out[self.device[1]] = True
-        return self._value._ortvalue.to_dlpack()
+        kind, index = self.device
+        capsule = self._value._ortvalue.to_dlpack()
+        if kind == "cuda":
+            if stream not in (None, _LEGACY_STREAM):
+                _on_other_streams.add(index)
+            lend(capsule, index)
+        return capsule
 
     def __dlpack_device__(self) -> tuple[int, int]:
         kind, index = self.device
@@ -95,15 +96,17 @@ class DeviceArray:
 
 
 def await_others(memory: tuple[str, int]) -> None:
-    """Wait for work of others on arrays that they were handed out: nothing orders it with what is done here next, in
-    memory that they have let go of, say."""
+    """Wait for work of others on arrays that they have let go of, whose memory is free afterwards: nothing orders that
+    work with what is done there next."""
     kind, index = memory
-    if index in _handed_out and kind == "cuda":
+    if kind == "cuda" and (addresses := returned(index)):
         _synchronize(index)
+        with made_current(memory):
+            take_back(addresses)
 
 
 def _synchronize(index: int) -> None:
-    (synchronize if _handed_out.get(index) else synchronize_default_stream)(index)
+    (synchronize if index in _on_other_streams else synchronize_default_stream)(index)
 
 
 def copy_to_device(array: Float32, device: Device) -> DeviceArray:
@@ -138,6 +141,9 @@ def from_dlpack(array: Any, boundary: Boundary, device: Device, name: str) -> De
     try:
         with made_current(device.memory):  # torch hands out what is on its current GPU only
             capsule = array.__dlpack__(stream=_LEGACY_STREAM) if device.is_gpu else array.__dlpack__()
+        tensor = Tensor.from_address(address_of(capsule))
+        tensor.data += tensor.byte_offset  # which onnxruntime before 1.32 does not look at
+        tensor.byte_offset = 0
         value = ort_value_from_dlpack(capsule)
     except VAEError:
         raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from pathlib import Path
 from typing import Any
@@ -90,23 +89,9 @@ class _EngineErrors:
 suppress_engine_errors = _EngineErrors()  # made once: entering it takes a tenth of a microsecond
 
 
-class _Tensor(ctypes.Structure):
-    """DLTensor of dlpack.h."""
-
-    _fields_ = [
-        ("data", ctypes.c_uint64), ("device", ctypes.c_int32 * 2), ("ndim", ctypes.c_int32), ("dtype", ctypes.c_uint32),
-        ("shape", ctypes.c_void_p), ("strides", ctypes.c_void_p), ("byte_offset", ctypes.c_uint64),
-    ]  # fmt: skip
-
-
 def ort_value_from_dlpack(capsule: Any) -> Any:
     """An `OrtValue` on the memory of a DLPack capsule, which it takes over."""
     onnxruntime = import_engine()
-    address = ctypes.pythonapi.PyCapsule_GetPointer
-    address.restype, address.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    tensor = _Tensor.from_address(address(capsule, b"dltensor"))
-    tensor.data += tensor.byte_offset  # which onnxruntime before 1.32 does not look at
-    tensor.byte_offset = 0
     return onnxruntime.OrtValue(onnxruntime.capi._pybind_state.OrtValue.from_dlpack(capsule))
 
 

@@ -1052,7 +1052,6 @@ def test_arrays_on_the_gpu_are_taken_and_given(
     np.testing.assert_allclose(second.mean.numpy(), cpu.encode(x[3:]).mean, atol=1e-5)
     assert first.mean.__dlpack_device__() == (2, 0)
     waits: list[int] = []
-    monkeypatch.setattr(device_array, "_handed_out", {})
     monkeypatch.setattr(device_array, "synchronize_default_stream", waits.append)
     gpu.decode_to_device(second.mean)
     assert waits == []  # it is finished, and nobody else has it
@@ -1061,6 +1060,50 @@ def test_arrays_on_the_gpu_are_taken_and_given(
     assert waits == [0]  # whoever has it may still be at work on it
     with pytest.raises(InputError, match="latents is a tensor"):
         gpu.decode_to_device(copy_to_device(x[:3], find_device("cuda")))
+
+
+@with_gpu
+@pytest.mark.parametrize("is_warm", [False, True])
+def test_memory_let_go_of_after_the_wait_is_not_taken(
+    tiny_path: Path, is_warm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thread waits for others' work; before it takes memory, another one begins to read an array, and lets go."""
+    monkeypatch.setattr(trial, "_relative_time", lambda call, plain: 0.5)
+    driver, waited, done = module.driver(), threading.Event(), threading.Event()
+    default, size = ctypes.c_void_p(1), ctypes.c_size_t(2 * 4 * 4)  # CU_STREAM_LEGACY; of a mean
+    with VAE.load(tiny_path, device="cuda") as vae, ThreadPoolExecutor(1) as pool:
+        if is_warm:
+            vae.warmup([2])
+        x = vae.golden()["x"][:2]
+        here, other = (copy_to_device(array, find_device("cuda")) for array in (x, 1 - x))
+        expected = vae.encode_to_device(other).mean.numpy()
+        copied = import_engine().OrtValue.ortvalue_from_numpy(np.zeros_like(expected), "cuda", 0)
+        vae.encode_to_device(other).mean.__dlpack__(stream=1)  # let go of: the next call waits
+        held = [vae.encode_to_device(other)]
+        held[0].mean.__dlpack__(stream=1)
+        address = held[0].mean._value.data_ptr()
+        held.append(held[0].mean.__dlpack__(stream=1))
+
+        def read() -> None:
+            assert waited.wait(10)
+            with module.ContextOf(0):
+                target, source = ctypes.c_uint64(copied.data_ptr()), ctypes.c_uint64(address)
+                assert driver.cuMemcpyDtoDAsync_v2(target, source, size, default) == 0
+            held.clear()
+            done.set()
+
+        def wait(index: int) -> None:
+            synchronize_default_stream(index)
+            waited.set()
+            assert done.wait(10)
+
+        monkeypatch.setattr(device_array, "_synchronize", wait)
+        reading = pool.submit(read)
+        vae.encode_to_device(here)
+        reading.result()
+        with module.ContextOf(0):
+            assert driver.cuStreamSynchronize(default) == 0
+            np.testing.assert_array_equal(copied.numpy(), expected)
 
 
 @with_gpu

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 import vae_runtime.device_array as device_array
-from vae_runtime import VAE, ClosedError, InputError
+from vae_runtime import VAE, ClosedError, InputError, lending
 from vae_runtime.device_array import DeviceArray, await_others, copy_to_device, from_dlpack
 from vae_runtime.devices import Device
 
@@ -22,7 +24,7 @@ GPU = ("cuda", 1)
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Which waits for work on a GPU there were."""
     found: list[Any] = []
-    monkeypatch.setattr(device_array, "_handed_out", {})
+    monkeypatch.setattr(device_array, "_on_other_streams", set())
     monkeypatch.setattr(device_array, "made_current", lambda memory: contextlib.nullcontext())
     monkeypatch.setattr(device_array, "synchronize", lambda index: found.append(("all", index)))
     monkeypatch.setattr(device_array, "synchronize_default_stream", lambda index: found.append(("default", index)))
@@ -133,6 +135,53 @@ def test_work_of_those_who_were_handed_an_array_is_waited_for(
     waits.clear()
     array.numpy()
     assert waits == [(which, 1) for which in expected]
+
+
+def test_memory_that_was_lent_is_kept_until_work_on_it_is_waited_for(
+    tiny: VAE, images: np.ndarray, waits: list[Any]
+) -> None:
+    """What they let go of while a wait is under way, in another thread, only the next one frees."""
+    torch = pytest.importorskip("torch")
+    array = tiny.encode_to_device(images[:2]).mean
+    capsules = [array._value._ortvalue.to_dlpack() for _ in range(2)]
+    for capsule in capsules:
+        lending.lend(capsule, 1)
+    del capsule
+    assert lending.returned(1) == []
+    there = [torch.from_dlpack(capsule) for capsule in capsules]
+    capsules.clear()
+    assert lending.returned(1) == []
+    del there[0]
+    (address,) = lending.returned(1)
+    assert lending.returned(0) == []
+    await_others(("cuda", 0))
+    assert (waits, lending.returned(1)) == ([], [address])
+    await_others(GPU)
+    assert (waits, lending.returned(1)) == ([("default", 1)], [])
+    lending.take_back([address])  # as another thread that saw it too
+    there.clear()
+    assert len(lending.returned(1)) == 1
+    await_others(GPU)
+    await_others(GPU)
+    assert waits == [("default", 1)] * 2
+    assert array.numpy().shape == (2, 4)
+
+
+def test_what_is_let_go_of_after_the_interpreters_end_is_onnxruntimes_again(tiny_path: Path) -> None:
+    code = f"""
+import atexit
+kept = []
+atexit.register(lambda: (kept.clear(), print(lending._returned)))  # the first to be registered is the last to run
+import numpy as np
+import torch
+from vae_runtime import VAE, lending
+capsule = VAE.load({str(tiny_path)!r}).encode_to_device(np.zeros((2, 8, 8), np.uint8)).mean._value._ortvalue.to_dlpack()
+lending.lend(capsule, 0)
+kept.append(torch.from_dlpack(capsule))
+"""
+    pytest.importorskip("torch")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("[]\n", "", 0)
 
 
 def test_arrays_on_a_gpu_are_finished_and_aligned(

@@ -274,10 +274,6 @@ def test_end_to_end(two: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     with Image.open(run / "reconstructions.png") as picture:
         assert picture.height > 2 * 16
     assert vae_train("--output", run, "--resume") == 0  # a finished run is left as it is
-    description = json.loads((run / "run.json").read_text())
-    description["config"]["order"] = "seeded"  # as it was recorded before, of strips too
-    (run / "run.json").write_text(json.dumps(description))
-    assert vae_train("--output", run, "--resume") == 0
 
 
 @pytest.mark.parametrize(

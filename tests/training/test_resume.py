@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from dataclasses import replace
@@ -94,41 +95,6 @@ def test_a_rising_capacity_goes_on_rising(tmp_path: Path, monkeypatch: pytest.Mo
         train(config, tmp_path / "run", device="cpu")
     monkeypatch.undo()
     train(config, tmp_path / "run", device="cpu", resume=True)
-    assert_same(tmp_path / "whole", tmp_path / "run")
-
-
-def test_a_run_from_before_a_setting_continues_where_the_setting_is_as_it_was(
-    tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stop_at(monkeypatch, 7, 5)
-    with pytest.raises(StopError):
-        train(CONFIG, tmp_path / "run", device="cpu")
-    monkeypatch.undo()
-    description = json.loads((tmp_path / "run/run.json").read_text())
-    for key in ("exclude_label", "capacity", "gamma", "nll_samples"):
-        del description["config"][key]
-    (tmp_path / "run/run.json").write_text(json.dumps(description))
-    with pytest.raises(TrainingError, match=r"was begun with exclude_label \[\], not \[3\]"):
-        train(replace(CONFIG, exclude_label=(3,)), tmp_path / "run", device="cpu", resume=True)
-    train(CONFIG, tmp_path / "run", device="cpu", resume=True)
-    assert_same(uninterrupted, tmp_path / "run")
-
-
-def test_an_autoencoder_of_before_that_recorded_a_beta_continues(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = ["--data", "digits", "--split", "60,20,20", "--family", "mlp", "--widths", "8", "--epochs", "3",
-                 "--kind", "autoencoder", "--device", "cpu", "--output"]  # fmt: skip
-    main([*arguments, str(tmp_path / "whole")], standalone_mode=False)
-    stop_at(monkeypatch, 2, 1)
-    with pytest.raises(StopError):
-        main([*arguments, str(tmp_path / "run")], standalone_mode=False)
-    monkeypatch.undo()
-    path = tmp_path / "run/run.json"
-    description = json.loads(path.read_text())
-    description["config"] |= {"beta": 4.0, "free_bits": 0.5, "kl_warmup": 0.1}
-    path.write_text(json.dumps(description))
-    main(["--resume", "--device", "cpu", "--output", str(tmp_path / "run")], standalone_mode=False)
     assert_same(tmp_path / "whole", tmp_path / "run")
 
 
@@ -249,42 +215,6 @@ def test_other_examples_do_not_continue(tmp_path: Path, monkeypatch: pytest.Monk
     assert train(config, tmp_path / "run", device="cpu", resume=True) == metrics  # finished, and left as it is
 
 
-def test_a_run_of_before_that_chose_weights_by_the_elbo_chooses_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stop_at(monkeypatch, 14, 12)
-    with pytest.raises(StopError):
-        train(CONFIG, tmp_path / "run", device="cpu")
-    monkeypatch.undo()
-    path = tmp_path / "run/run.json"
-    before = json.loads(path.read_text())
-    path.write_text(json.dumps({name: value for name, value in before.items() if name != "data"}))
-    state = tmp_path / "run/state/progress.pt"
-    progress = torch.load(state, weights_only=True)
-    torch.save({**progress, "best": -1e9}, state)  # by another figure, which those of this one never reach
-    metrics = train(CONFIG, tmp_path / "run", device="cpu", resume=True)
-    assert metrics["training"]["best_epoch"] > 12 // 4
-
-
-@pytest.mark.parametrize("before", [True, False])
-def test_a_run_of_before_that_chose_weights_without_their_edges_chooses_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool
-) -> None:
-    config = TrainConfig("digits", split="60,20,20", family="mlp", widths=(8,), epochs=4, gradient_weight=2.0)
-    stop_at(monkeypatch, 3, 2)
-    with pytest.raises(StopError):
-        train(config, tmp_path / "run", device="cpu")
-    monkeypatch.undo()
-    state = tmp_path / "run/state/progress.pt"
-    progress = torch.load(state, weights_only=True)
-    if before:
-        for entry in progress["history"]:
-            del entry["validation_gradient_nats"]
-    torch.save({**progress, "best": -1e9}, state)
-    metrics = train(config, tmp_path / "run", device="cpu", resume=True)
-    assert (metrics["training"]["best_epoch"] > 2) == before
-
-
 def test_a_run_of_another_version_does_not_continue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stop_at(monkeypatch, 2, 1)
     with pytest.raises(StopError):
@@ -293,6 +223,30 @@ def test_a_run_of_another_version_does_not_continue(tmp_path: Path, monkeypatch:
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 2}))
     with pytest.raises(TrainingError, match=r"run\.json has format_version 2; this version continues runs of 1"):
         train(CONFIG, tmp_path / "run", device="cpu", resume=True)
+
+
+@pytest.mark.parametrize("key", ["run", "data", "config.data", "config.gamma"])
+def test_a_record_that_lacks_a_key_does_not_continue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    config = TrainConfig("digits", split="60,20,20", family="mlp", widths=(8,), epochs=1, nll_samples=0)
+    stop_at(monkeypatch, 0, None)
+    with pytest.raises(StopError):
+        train(config, tmp_path / "run", device="cpu")
+    monkeypatch.undo()
+    path = tmp_path / "run/run.json"
+    record = json.loads(path.read_text())
+    owner = record["config"] if key.startswith("config.") else record
+    del owner[key.removeprefix("config.")]
+    path.write_text(json.dumps(record))
+    message = f"run.json is damaged: it lacks {key}, without which the run cannot be continued; --force begins anew"
+    with pytest.raises(TrainingError, match=re.escape(message)):
+        train(config, tmp_path / "run", device="cpu", resume=True)
+    with pytest.raises(SystemExit) as ended:
+        main(["--resume", "--device", "cpu", "--output", str(tmp_path / "run")])
+    assert ended.value.code == 1
+    assert message in capsys.readouterr().err
+    train(config, tmp_path / "run", device="cpu", force=True)
 
 
 @pytest.mark.parametrize("file", ["progress.pt", "model.safetensors", "optimizer.bin"])

@@ -18,7 +18,7 @@ from vae_runtime.version import __version__
 
 from .config import ACTIVATIONS, FAMILIES, LIKELIHOODS, MIXED_PRECISIONS, NORMS, TrainConfig
 from .folder import recorded_config
-from .split import ORDER, ORDERS, PARTS
+from .split import ORDERS, PARTS
 
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(TrainConfig)}
@@ -160,8 +160,6 @@ def main(ctx: click.Context, /, output: Path, as_json: bool, threads: int | None
     recorded = recorded_config(output) if options["resume"] else None
     if recorded is not None:
         given = {name for name in _DEFAULTS if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
-        if recorded.get("order") == ORDER:  # which is the default, and was recorded of strips, which have none
-            recorded["order"] = None
         settings = {**recorded, **{name: settings[name] for name in given}}
     if settings["data"] is None:
         raise click.UsageError("Missing option '--data'.")

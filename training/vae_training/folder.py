@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from vae_runtime.errors import OutputError, TrainingError
 from vae_runtime.version import __version__
 
 from .config import TrainConfig
-from .split import ORDER
 
 FORMAT = "vae-training"
 FORMAT_VERSION = 1
@@ -28,13 +28,10 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 
 class RunFolder:
-    """An output folder that belongs to one run; `open_run` makes one.
+    """An output folder that belongs to one run; `open_run` makes one."""
 
-    chose_by_elbo: begun by a version that called those weights the best whose -ELBO was, whatever was trained for.
-    """
-
-    def __init__(self, path: Path, run: str, chose_by_elbo: bool = False) -> None:
-        self.path, self.run, self.chose_by_elbo = path, run, chose_by_elbo
+    def __init__(self, path: Path, run: str) -> None:
+        self.path, self.run = path, run
 
     @property
     def state(self) -> Path:
@@ -77,14 +74,14 @@ class RunFolder:
 def recorded_config(path: Path) -> dict[str, Any] | None:
     """The settings of the run in the folder `path`, or None where there is none.
 
-    Earlier versions recorded settings of the KL for autoencoders too, which have none.
+    Raises:
+        TrainingError: run.json is of another version, or lacks what a run is continued with.
     """
-    run = _read_json(path / RUN_FILE)
-    if run is None or run.get("format") != FORMAT or not isinstance(run.get("config"), dict):
+    record = _read_record(path)
+    if record is None:
         return None
-    settings: dict[str, Any] = run["config"]
-    if settings.get("kind") == "autoencoder":
-        return {**settings, "beta": None, "free_bits": 0.0, "kl_warmup": 0.0}
+    _check_record(path, record)
+    settings: dict[str, Any] = record["config"]
     return settings
 
 
@@ -97,18 +94,19 @@ def open_run(path: Path, config: TrainConfig, data: str, resume: bool, force: bo
 
     Raises:
         OutputError: the folder has something in it and neither applies, or it cannot be written.
-        TrainingError: `resume`, and the recorded settings or the data differ, or run.json is of another version.
+        TrainingError: `resume`, and the recorded settings or the data differ, or run.json is of another version or
+            lacks what a run is continued with.
     """
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file; expected the name of a folder")
     occupied = path.is_dir() and any(child for child in path.iterdir() if child.suffix != ".part")
-    recorded = recorded_config(path) if occupied else None
-    if occupied and recorded is None:
+    record = _read_record(path) if occupied else None
+    if occupied and record is None:
         raise OutputError(f"{path} has files in it that vae-train did not write; name a new folder")
-    if recorded is not None and not (resume or force):
+    if record is not None and not (resume or force):
         raise OutputError(f"{path} has a training run in it; pass --resume to continue it or --force to begin anew")
-    if recorded is not None and resume:
-        return _continue_run(path, config, data, recorded)
+    if record is not None and resume:
+        return _continue_run(path, config, data, record)
     return _begin_run(path, config, data)
 
 
@@ -118,27 +116,39 @@ def write_json(path: Path, data: Any) -> None:
         stream.write((json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
-def _continue_run(path: Path, config: TrainConfig, data: str, recorded: dict[str, Any]) -> RunFolder:
-    # A setting that is newer than the run was as it is by default. How many samples measure the likelihood changes
-    # nothing in the training before.
-    begun = {**TrainConfig(config.data).to_dict(), "nll_samples": config.nll_samples, **recorded}
-    if config.order is None and begun["order"] == ORDER:  # earlier versions recorded one of strips too
-        begun["order"] = None
-    for key, value in config.to_dict().items():
-        if begun[key] != value:
-            raise TrainingError(
-                f"{path} was begun with {key} {begun[key]!r}, not {value!r}; a run continues only "
-                "with the settings it began with, --force begins anew"
-            )
-    run = _read_json(path / RUN_FILE)
-    assert run is not None, "recorded_config read it"
-    if run.get("format_version") != FORMAT_VERSION:
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """What run.json holds, or None where there is none of ours."""
+    record = _read_json(path / RUN_FILE)
+    is_ours = record is not None and record.get("format") == FORMAT and isinstance(record.get("config"), dict)
+    return record if is_ours else None
+
+
+def _check_record(path: Path, record: dict[str, Any]) -> None:
+    """Raise `TrainingError` unless a run can be continued with what run.json holds."""
+    if record.get("format_version") != FORMAT_VERSION:
         raise TrainingError(
-            f"{path / RUN_FILE} has format_version {run.get('format_version')!r}; this version continues runs of"
+            f"{path / RUN_FILE} has format_version {record.get('format_version')!r}; this version continues runs of"
             f" {FORMAT_VERSION}"
         )
-    folder = RunFolder(path, str(run.get("run")), chose_by_elbo="data" not in run)
-    if folder.finished() is None and run.get("data", data) != data:  # older runs have none
+    missing = [key for key in ("run", "data") if key not in record]
+    missing += [f"config.{field.name}" for field in fields(TrainConfig) if field.name not in record["config"]]
+    if missing:
+        raise TrainingError(
+            f"{path / RUN_FILE} is damaged: it lacks {', '.join(missing)}, without which the run cannot be continued; "
+            "--force begins anew"
+        )
+
+
+def _continue_run(path: Path, config: TrainConfig, data: str, record: dict[str, Any]) -> RunFolder:
+    _check_record(path, record)
+    for key, value in config.to_dict().items():
+        if (begun := record["config"][key]) != value:
+            raise TrainingError(
+                f"{path} was begun with {key} {begun!r}, not {value!r}; a run continues only "
+                "with the settings it began with, --force begins anew"
+            )
+    folder = RunFolder(path, str(record["run"]))
+    if folder.finished() is None and record["data"] != data:
         raise TrainingError(
             f"{path} was begun with other examples than {config.data} has now: what was trained on then may be in the"
             " test part today; --force begins anew"

@@ -282,8 +282,6 @@ class Run:
             self.ema.load_state_dict(content.pop("ema"))
             self.state = State(**content)
             self.accelerator.load_state(str(state))
-            if self.folder.chose_by_elbo or self.chose_without_edges():
-                self.state.best = math.inf
         except Exception as error:  # whatever a damaged file leads torch and safetensors to
             reason = " ".join(str(error).split()[:40])
             raise TrainingError(f"{state} cannot be continued from: {reason}; --force begins anew") from None
@@ -292,10 +290,6 @@ class Run:
                 f"{state} was written by {processes} processes, not {self.accelerator.num_processes}; "
                 "only as many continue exactly"
             )
-
-    def chose_without_edges(self) -> bool:
-        """Is the best that was loaded from a version that left the gradient weight out of the choice?"""
-        return self.config.gradient_weight > 0 and "validation_gradient_nats" not in (self.state.history or [{}])[-1]
 
     def finish(self, progress: bool = False) -> dict[str, Any]:
         """Measure the best weights on the test part, and their samples, write everything, and return the metrics."""

@@ -17,7 +17,7 @@ from .gpu import GpuFacts
 from .intervals import median_interval, smallest_count
 from .latency import Samples
 from .machine import MachineFacts
-from .settings import TAKE_INPUTS, Settings
+from .settings import Settings
 
 FORMAT = "vae-bench-report"
 FORMAT_VERSION = 1
@@ -76,15 +76,14 @@ class LatencyReport:
         then.
     p90_ms, p99_ms: of the rounds that timed single calls. None where these are not most of the rounds, or their samples
         too few to bound them from both sides.
-    mean_ms, stdev_ms, p90_ms, p99_ms: each round weighs as much as another, however many samples it took. Reports from
-        before that pooled all samples, for p50_ms too.
+    mean_ms, stdev_ms, p90_ms, p99_ms: each round weighs as much as another, however many samples it took.
     throughput_per_second: examples per second, from the mean.
     width: of the interval, relative to the median. width_reached: whether it is as narrow as was asked for.
     warmup_calls, warmup_seconds: in all rounds, not part of the figures above; warmup_stable: in every round.
     round_p50_ms: the median of each round, each in a process of its own, in the order of time.
     split: its parts, as `Settings.split` says; None where they were not measured.
     input: the dtype of what it was given, "float32" or "uint8", whose conversion is part of the call; None of decode
-        and sample, which take no inputs. Reports from before there was a choice do not have it: all were of float32.
+        and sample, which take no inputs.
     """
 
     operation: str
@@ -111,14 +110,12 @@ class LatencyReport:
     warmup_stable: bool
     measured_seconds: float
     round_p50_ms: tuple[float, ...]
-    split: SplitReport | None = None
-    input: str | None = "float32"
+    split: SplitReport | None
+    input: str | None
 
     def __post_init__(self) -> None:
         if min((self.p50_ms, *self.round_p50_ms)) < 0:
             raise ReportError(f"{self.operation} has a time below 0 ms; expected times from 0")
-        if self.operation not in TAKE_INPUTS:
-            object.__setattr__(self, "input", None)
 
     @property
     def key(self) -> RowKey:
@@ -247,7 +244,7 @@ class StartupReport:
     rss_after_import_bytes: Repeated
     rss_after_load_bytes: Repeated
     peak_rss_bytes: Repeated
-    input: str = "float32"
+    input: str
 
     FIGURES = (
         "import_ms",
@@ -263,7 +260,7 @@ class StartupReport:
 @dataclass(frozen=True)
 class BundleFacts:
     """folder: the last part of its path only. golden: how many golden inputs it has, golden_source: what they are.
-    size: (height, width) of its images, where it leaves that free the default; None for vectors, and in older reports.
+    size: (height, width) of its images, where it leaves that free the default; None for vectors.
     """
 
     folder: str
@@ -272,7 +269,7 @@ class BundleFacts:
     manifest_file_sha256: str
     golden: int
     golden_source: str
-    size: tuple[int, ...] | None = None
+    size: tuple[int, ...] | None
 
     def __post_init__(self) -> None:
         if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
@@ -309,7 +306,7 @@ class PlannedRoute:
     file: str
     threads: int | None
     spinning: bool | None
-    fixed_batches: tuple[int, ...] = ()
+    fixed_batches: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -320,7 +317,7 @@ class Report:
     method: how the figures came about, in words. gpus: on a GPU, what each measuring process found right after its last
         timed call; empty on other devices.
     other_cores_busy: how many cores other processes kept busy meanwhile, on average; None where the system does not
-        tell, and in reports from before it was looked at.
+        tell.
     """
 
     created: str
@@ -334,8 +331,8 @@ class Report:
     skipped: dict[str, str]
     startup: StartupReport
     latency: tuple[LatencyReport, ...]
-    gpus: tuple[GpuFacts, ...] = ()
-    other_cores_busy: float | None = None
+    gpus: tuple[GpuFacts, ...]
+    other_cores_busy: float | None
 
     @property
     def image_size(self) -> tuple[int, ...] | None:
@@ -362,7 +359,7 @@ class Report:
         """A report from its JSON document. name: what a message calls it.
 
         Raises:
-            ReportError: it is not one, or of a version above this reader's.
+            ReportError: it is not one, or of another version.
         """
         report = from_document(cls, document, name, FORMAT, FORMAT_VERSION, "vae-bench")
         keys = [row.key for row in report.latency]

@@ -26,6 +26,7 @@ from vae_benchmarks.harness import describe_method
 from vae_benchmarks.latency import Samples, Warmup
 from vae_benchmarks.race import Case
 from vae_benchmarks.report import PlannedRoute, RowKey, summarize
+from vae_benchmarks.settings import TAKE_INPUTS
 
 DATA = Path(__file__).parents[1] / "data"
 QUIET = MachineFacts("Linux", "x86_64", "a CPU", 8, 4, 8, None, 2**34, None, ("performance",), 0.1)
@@ -50,12 +51,12 @@ def make_report() -> Callable[..., Report]:
         count: int = 100,
     ) -> Report:
         rng = np.random.default_rng(seed)
-        bundle = BundleFacts("my.vae", "my", "vae", "ab" * 32, 4, "held-out")
+        bundle = BundleFacts("my.vae", "my", "vae", "ab" * 32, 4, "held-out", None)
         latency_ms = latency_ms or {("encode", 1, 1): 0.1, ("decode", 1, 1): 0.2, ("decode", 8, None): 0.3}
         settings = Settings(operations=("encode", "decode"), batches=(1, 8), rounds=rounds)
         rows = tuple(
             summarize(
-                RowKey(*key, "cpu", "fp32", "float32"),
+                RowKey(*key, "cpu", "fp32", "float32" if key[0] in TAKE_INPUTS else None),
                 [synthetic_samples(rng, value, noise, count) for _ in range(rounds)],
                 settings,
             )
@@ -74,13 +75,15 @@ def make_report() -> Callable[..., Report]:
             settings=settings,
             clock=ClockFacts(30.0, 50.0),
             plan={
-                name: (PlannedRoute(1, "cpu", "CPUExecutionProvider", "fp32", f"{name}r.onnx", 1, None),)
+                name: (PlannedRoute(1, "cpu", "CPUExecutionProvider", "fp32", f"{name}r.onnx", 1, None, ()),)
                 for name in ("encode", "decode")
             },
             method=describe_method(bundle, settings),
             skipped={},
-            startup=StartupReport(threads=1, peak_batch=8, **figures),
+            startup=StartupReport(threads=1, peak_batch=8, input="float32", **figures),
             latency=rows,
+            gpus=(),
+            other_cores_busy=None,
         )
 
     return make

@@ -305,7 +305,7 @@ def test_an_axis_with_several_values_is_not_matched_across(make_report: MakeRepo
 def test_rows_of_images_of_other_sizes_are_not_compared(make_report: MakeReport) -> None:
     a = make_report(1)
     asked = dataclasses.replace(a, settings=dataclasses.replace(a.settings, size=(32, 48)))
-    assert compare(a, asked).reason is None  # an older report, whose size is not known
+    assert compare(a, asked).reason is None  # the size of the first is not known
     assert compare(a, asked).warnings == ("the settings differ: size None -> (32, 48)",)
     small, large = (
         dataclasses.replace(a, bundle=dataclasses.replace(a.bundle, size=size)) for size in ((8, 8), (32, 48))

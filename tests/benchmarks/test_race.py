@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import importlib.util
@@ -268,11 +269,8 @@ def test_points_of_other_weights_are_not_put_together(report: RaceReport, tiny: 
 
 
 def test_what_was_raced_before_is_kept_with_its_date_and_settings(report: RaceReport, tiny: Path) -> None:
-    """Also of a report whose points do not say theirs."""
-    (point,) = report.cases[0].points
-    undated = dataclasses.replace(point, created=None, settings=None)
-    case = dataclasses.replace(report.cases[0], points=(undated,))
-    before = dataclasses.replace(report, created="2026-01-02T03:04:05+00:00", cases=(case,))
+    (point,) = (dataclasses.replace(one, created="2026-01-02T03:04:05+00:00") for one in report.cases[0].points)
+    before = dataclasses.replace(report, cases=(dataclasses.replace(report.cases[0], points=(point,)),))
     seen: list[RaceReport] = []
     again = race(
         [tiny],
@@ -282,22 +280,30 @@ def test_what_was_raced_before_is_kept_with_its_date_and_settings(report: RaceRe
         after_point=seen.append,
     )
     first, second = again.cases[0].points
-    assert first == dataclasses.replace(point, created=before.created, settings=before.settings)
+    assert first == point
     assert (second.point, second.created) == (Point(2, 1), again.created)
     assert second.settings == dataclasses.replace(again.settings, competitors=("ours", "slow"))
     assert [ratio.interval_from for ratio in second.ratios] == ["t", "t"]
     assert seen == [again]
     for text in (format_race(again), format_markdown(again)):
-        assert f"measured: {before.created} to {again.created}\n" in text
-        assert f"raced {before.created}, budget 1.7 s for 1 point, at most 8 rounds, 60 s of tuning" in text
+        assert f"measured: {point.created} to {again.created}\n" in text
+        assert f"raced {point.created}, budget 1.7 s for 1 point, at most 8 rounds, 60 s of tuning" in text
         assert f"raced {again.created}, budget 0.2 s for 2 points, at most 3 rounds" in text
-    assert "raced" not in format_race(before)
     loaded = RaceReport.from_dict(json.loads(json.dumps(again.to_dict())))
-    assert loaded.cases[0].points[0].settings == before.settings
-    document = json.loads(json.dumps(before.to_dict()))
+    assert loaded.cases[0].points[0].settings == point.settings
+
+
+def test_a_point_whose_settings_are_not_known_says_nothing_of_them(report: RaceReport) -> None:
+    point = dataclasses.replace(report.cases[0].points[0], settings=None)
+    unknown = dataclasses.replace(report, cases=(dataclasses.replace(report.cases[0], points=(point,)),))
+    assert "raced" not in format_race(unknown)
+    document = json.loads(json.dumps(unknown.to_dict()))
+    assert RaceReport.from_dict(document) == unknown
     for name in ("created", "settings"):
-        assert document["cases"][0]["points"][0].pop(name) is None
-    assert RaceReport.from_dict(document).cases == RaceReport.from_dict(before.to_dict()).cases
+        lacking = copy.deepcopy(document)
+        del lacking["cases"][0]["points"][0][name]
+        with pytest.raises(ReportError, match=rf"cases\[0\]\.points\[0\] has no '{name}'$"):
+            RaceReport.from_dict(lacking)
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def _require_rows(report: RaceReport, before: RaceReport | None) -> None:
     Raises:
         BenchmarkError: so it is.
     """
-    kept = () if before is None else before.dated().cases
+    kept = () if before is None else before.cases
     known = [point for case in kept for point in case.points]
     raced = [(case.case.name, point) for case in report.cases for point in case.points if point not in known]
     nothing_came = report is not before and report.cases == kept

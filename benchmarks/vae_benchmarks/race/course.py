@@ -111,7 +111,7 @@ def race(
         if settings.device == "cuda":
             compile_ahead([(heat.case, heat.point, one) for heat in heats for one in heat.competitors], scratch, tell)
         for case in opened:
-            for result in _race_case(case, [heat for heat in heats if heat.case is case], scratch, tell):
+            for result in _race_case(case, [heat for heat in heats if heat.case is case], blank.created, scratch, tell):
                 report = merge((report, dataclasses.replace(blank, cases=(result,))))
                 _tell_of_kept(report, result, tell)
                 if after_point is not None:
@@ -158,7 +158,7 @@ def _plan_heats(
         yield heat.joined(known[point], tell) if point in known and known[point].rows else heat
 
 
-def _race_case(case: Case, heats: Sequence[Heat], scratch: str, tell: Progress) -> Iterator[CaseResult]:
+def _race_case(case: Case, heats: Sequence[Heat], created: str, scratch: str, tell: Progress) -> Iterator[CaseResult]:
     """A result for each point, as it is done."""
     skipped = {}
     for point in (heat.point for heat in heats):
@@ -168,7 +168,7 @@ def _race_case(case: Case, heats: Sequence[Heat], scratch: str, tell: Progress) 
     if not able and skipped:
         yield CaseResult(case.facts, (), skipped)
     for heat in able:
-        yield CaseResult(case.facts, (Course(heat, scratch, tell).run(),), skipped)
+        yield CaseResult(case.facts, (Course(heat, created, scratch, tell).run(),), skipped)
 
 
 def _tell_of_kept(report: RaceReport, result: CaseResult, tell: Progress) -> None:
@@ -200,15 +200,15 @@ class Lane:
 class Course:
     """One case at one point."""
 
-    def __init__(self, heat: Heat, scratch: str, tell: Progress) -> None:
-        """scratch: folder for what compilers leave, which all courses of a race share."""
+    def __init__(self, heat: Heat, created: str, scratch: str, tell: Progress) -> None:
+        """created: of the race. scratch: folder for what compilers leave, which all courses of a race share."""
         self._case, self._point, self._settings = heat.case, heat.point, heat.settings
         self._tell: Progress = lambda line: tell(f"{heat.case.name} {heat.point}: {line}")
         self._lanes = {one.name: Lane(one) for one in heat.competitors}
         self._out: dict[str, dict[str, str]] = {"skipped": {}, "disqualified": {}, "failed": {}}
         self._cores = choose_cores(heat.point.threads) or None
         self._fresh = False
-        self._scratch = scratch
+        self._created, self._scratch = created, scratch
         self._environment = {} if heat.point.device == "cuda" else dict(_NO_GPU)
 
     def run(self) -> PointResult:
@@ -380,6 +380,7 @@ class Course:
                 [lane.name for lane in lanes if lane.competitor.is_peer],
                 {lane.name: lane.competitor.group for lane in lanes},
             ),
+            created=self._created,
             settings=self._settings,
             other_cores_busy=others,
         )

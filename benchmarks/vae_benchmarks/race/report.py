@@ -180,9 +180,9 @@ class PointResult:
     cores: to which every process was bound; None where the system cannot. skipped: competitor -> why it is not to be
     had here. disqualified: competitor -> what is wrong with its outputs. failed: competitor -> how it failed or died.
     other_cores_busy: how many cores other processes than the competitors' kept busy during the rounds, on average; None
-    where the system does not tell, and in reports from before it was looked at.
-    created, settings: of the race that it is from, with all who were to race and all operations; None in reports from
-    before each point kept its own.
+    where the system does not tell.
+    created, settings: of the race that it is from, with all who were to race and all operations; the settings are None
+    where they are not known.
     """
 
     point: Point
@@ -197,8 +197,8 @@ class PointResult:
     failed: dict[str, str]
     rows: tuple[Row, ...]
     ratios: tuple[Ratio, ...]
-    created: str | None = None
-    settings: RaceSettings | None = None
+    created: str
+    settings: RaceSettings | None
     other_cores_busy: float | None = None
 
     @property
@@ -236,16 +236,6 @@ class RaceReport:
     settings: RaceSettings
     method: dict[str, str]
     cases: tuple[CaseResult, ...]
-
-    def dated(self) -> RaceReport:
-        """The same, where points that do not say of which race they are have what the report says."""
-
-        def date(point: PointResult) -> PointResult:
-            created, settings = point.created or self.created, point.settings or self.settings
-            return dataclasses.replace(point, created=created, settings=settings)
-
-        cases = (dataclasses.replace(case, points=tuple(map(date, case.points))) for case in self.cases)
-        return dataclasses.replace(self, cases=tuple(cases))
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document, as plain values."""
@@ -312,7 +302,7 @@ def merge(reports: Sequence[RaceReport]) -> RaceReport:
         names = " and ".join(f"{gpu.name} with driver {gpu.driver}" for gpu in gpus.values())
         raise ReportError(f"the reports are from different GPUs ({names}); only those of one can be merged")
     cases: dict[str, CaseResult] = {}
-    for result in (case for report in reports for case in report.dated().cases):
+    for result in (case for report in reports for case in report.cases):
         before = cases.get(result.case.name)
         cases[result.case.name] = result if before is None else _merge_case(before, result)
     versions: dict[str, str] = {}

@@ -65,7 +65,7 @@ def _facts(report: RaceReport) -> list[str]:
 
 def _dates(report: RaceReport) -> str:
     """From the first race to the last one."""
-    dates = sorted(point.created or report.created for case in report.cases for point in case.points)
+    dates = sorted(point.created for case in report.cases for point in case.points)
     return " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else report.created
 
 
@@ -97,8 +97,8 @@ def _title(point: PointResult) -> str:
 
 
 def _origin(point: PointResult) -> list[str]:
-    """When and how it was raced; nothing where the point does not say."""
-    if point.created is None or point.settings is None:
+    """When and how it was raced; nothing where that is not known."""
+    if point.settings is None:
         return []
     settings, count = point.settings, len(point.settings.points)
     tuning = f", {settings.tune_seconds:g} s of tuning" if settings.tune else ""

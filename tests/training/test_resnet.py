@@ -11,7 +11,7 @@ from vae_runtime.errors import InputError
 from vae_runtime.manifest import InputSpec, Likelihood
 from vae_training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from vae_training.evaluate import measure, recalibrate
-from vae_training.losses import Objective, kl_divergence
+from vae_training.losses import Objective, kl_per_dimension
 from vae_training.models import (
     VAE,
     Autoencoder,
@@ -179,11 +179,11 @@ def test_figures_of_spatial_latents_against_a_computation_in_float64() -> None:
 
 def test_the_kl_is_summed_over_channels_and_positions() -> None:
     mean, logvar = torch.full((2, 3, 4, 5), 1.0), torch.zeros(2, 3, 4, 5)
-    assert kl_divergence(mean, logvar).tolist() == [30, 30]
+    assert kl_per_dimension(mean, logvar).flatten(1).sum(1).tolist() == [30, 30]
     made, x = objective(), torch.rand(4, 3, 16, 16)
     mean, logvar = made.model.encode(x)
     reconstruction = made.negative_log_likelihood(made.model.decode_logits(mean), x).mean()
-    expected = reconstruction + 0.5 * kl_divergence(mean, logvar).mean()
+    expected = reconstruction + 0.5 * kl_per_dimension(mean, logvar).flatten(1).sum(1).mean()
     torch.testing.assert_close(made(x, torch.zeros(4, 3, 4, 4), 0.5), expected)
 
 

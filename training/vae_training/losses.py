@@ -64,11 +64,6 @@ def kl_per_dimension(mean: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
 
 
-def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL(q(z|x) ‖ p(z)) against the standard normal, (N, *latent_shape) -> (N,) nats: the sum over it."""
-    return kl_per_dimension(mean, logvar).flatten(1).sum(1)
-
-
 def free_bits_kl(kl: Tensor, free_bits: float) -> Tensor:
     """KL per dimension (N, *latent_shape) -> a scalar, in which each dimension costs at least `free_bits` nats.
 

@@ -43,6 +43,7 @@ from vae_benchmarks.race.picture import draw_race
 from vae_benchmarks.race.report import Ratio, Row, rank
 from vae_benchmarks.race.schedule import FEWEST_ROUNDS, order_of, plan_rounds
 from vae_benchmarks.race.text import format_markdown, format_plan, format_race
+from vae_benchmarks.race.worker import Worker
 from vae_runtime.errors import BundleError, InputError
 
 PLANTED = str(Path(__file__).with_name("planted.py"))
@@ -485,6 +486,14 @@ def test_low_precisions_are_judged_by_their_root_mean_square(tiny: Path) -> None
     assert verdict.fault is not None
     assert verdict.fault.startswith("the largest error of reconstruction is ")
     assert error_of(reference["mean"], reference["mean"], "max", False) == 0
+
+
+@pytest.mark.parametrize("request_name", ["answer", "no such thing"])
+def test_a_worker_answers_the_requests_that_it_knows_and_no_others(request_name: str) -> None:
+    found = Worker().answer({"request": request_name})
+    assert found == {
+        "fail": f"ValueError: there is no request {request_name!r}; expected one of load, open, warm, turn, finish"
+    }
 
 
 def test_cores_are_as_many_as_asked_for() -> None:

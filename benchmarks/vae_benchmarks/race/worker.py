@@ -117,7 +117,9 @@ class Worker:
             cpu, wall = time.process_time(), time.perf_counter()
             self._idle = [self._idle[0] + cpu - self._idle_since[0], self._idle[1] + wall - self._idle_since[1]]
         try:
-            found: dict[str, Any] = getattr(self, REQUESTS[request.pop("request")])(**request)
+            if (name := request.pop("request")) not in REQUESTS:
+                raise ValueError(f"there is no request {name!r}; expected one of {', '.join(REQUESTS)}")
+            found: dict[str, Any] = getattr(self, name)(**request)
         except (CannotRunError, VAEError) as error:
             found = {"skip" if isinstance(error, CannotRunError) else "fail": str(error)}
         except Exception as error:
@@ -128,7 +130,7 @@ class Worker:
         return found
 
 
-REQUESTS = {"load": "load", "open": "open", "warm": "warm", "turn": "turn", "finish": "finish"}
+REQUESTS = ("load", "open", "warm", "turn", "finish")  # methods of `Worker`
 
 
 def wait_until_idle() -> None:

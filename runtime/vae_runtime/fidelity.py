@@ -22,8 +22,13 @@ def golden_error(tensor: str, found: Float32, golden: Mapping[str, Float32], pre
     scale = scale_of(reference)
     if tensor == RECONSTRUCTION:
         scale = 1.0 if is_image else data_range(golden[INPUT])
+    return error_of(found, reference, scale, precision in _BY_MEAN_SQUARE)
+
+
+def error_of(found: Float32, reference: Float32, scale: float, by_mean_square: bool) -> float:
+    """The root mean square of the differences, or the largest of them, relative to `scale`."""
     difference = np.abs(np.subtract(found, reference, dtype=np.float64))
-    size = np.sqrt(np.square(difference).mean()) if precision in _BY_MEAN_SQUARE else difference.max()
+    size = np.sqrt(np.square(difference).mean()) if by_mean_square else difference.max()
     return float(size) / scale
 
 

@@ -38,7 +38,7 @@ from vae_benchmarks.race import (
     merge,
     race,
 )
-from vae_benchmarks.race.entrant import Entrant, error_of, judge
+from vae_benchmarks.race.entrant import Entrant, judge, measure_error
 from vae_benchmarks.race.picture import draw_race
 from vae_benchmarks.race.report import Ratio, Row, rank
 from vae_benchmarks.race.schedule import FEWEST_ROUNDS, order_of, plan_rounds
@@ -485,7 +485,7 @@ def test_low_precisions_are_judged_by_their_root_mean_square(tiny: Path) -> None
     verdict = judge(entrant(("fp32",)), reference)
     assert verdict.fault is not None
     assert verdict.fault.startswith("the largest error of reconstruction is ")
-    assert error_of(reference["mean"], reference["mean"], "max", False) == 0
+    assert measure_error(reference["mean"], reference["mean"], "max", False) == 0
 
 
 @pytest.mark.parametrize("request_name", ["answer", "no such thing"])

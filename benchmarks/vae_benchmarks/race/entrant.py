@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vae_runtime.fidelity import data_range, error_of, scale_of
 from vae_runtime.manifest import LOGVAR, MEAN, RECONSTRUCTION
 from vae_runtime.preprocess import Float32
 
@@ -128,7 +129,7 @@ def judge(entrant: Entrant, reference: dict[str, Float32]) -> Verdict:
         ):
             return Verdict(measure, tolerance, errors, f"{operation} overwrites a result that it handed out before")
         for name, array in zip(names, found, strict=True):
-            errors[name + where] = error_of(array, reference[name], measure, name == RECONSTRUCTION)
+            errors[name + where] = measure_error(array, reference[name], measure, name == RECONSTRUCTION)
     wrong = {name: error for name, error in errors.items() if not error <= tolerance}
     worst = max(wrong, key=lambda name: wrong[name], default=None)
     fault = None if worst is None else _fault_of_value(worst, wrong[worst], measure, tolerance, entrant.precision)
@@ -143,20 +144,18 @@ def within_tolerance(
 
     def is_right(found: Sequence[Float32]) -> bool:
         return all(
-            error_of(array, reference[name], measure, name == RECONSTRUCTION) <= tolerance
+            measure_error(array, reference[name], measure, name == RECONSTRUCTION) <= tolerance
             for name, array in zip(names, found, strict=True)
         )
 
     return is_right
 
 
-def error_of(found: Float32, reference: Float32, measure: str, is_data: bool) -> float:
+def measure_error(found: Float32, reference: Float32, measure: str, is_data: bool) -> float:
     """The maximum ("max") or the root mean square ("rms") of the differences, relative to max|reference|, taken as at
     least 0.01; of data, to their range."""
-    difference = np.abs(np.subtract(found, reference, dtype=np.float64))
-    scale = float(reference.max() - reference.min()) or 1.0 if is_data else max(float(np.abs(reference).max()), 0.01)
-    size = difference.max() if measure == "max" else np.sqrt(np.square(difference).mean())
-    return float(size) / scale
+    scale = data_range(reference) if is_data else scale_of(reference)
+    return error_of(found, reference, scale, by_mean_square=measure == "rms")
 
 
 def _fault_of_shape(operation: str, found: tuple[Any, ...], expected: list[Float32]) -> str | None:

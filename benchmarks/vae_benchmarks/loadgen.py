@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vae_runtime.arguments import check_choice
+from vae_runtime.arguments import check_choice, check_count
 from vae_runtime.errors import MissingExtraError, OutputError
 
 from .children import run_worker
 from .errors import BenchmarkError
 from .machine import MachineFacts
 from .race.case import Case
-from .settings import LARGEST_BATCH, check_number, check_whole
+from .settings import LARGEST_BATCH, check_number
 
 FORMAT, FORMAT_VERSION = "vae-bench-loadgen", 1
 SCENARIOS = {"single-stream": "SingleStream", "multi-stream": "MultiStream", "offline": "Offline"}
@@ -59,9 +59,8 @@ class LoadgenSettings:
         for name, allowed in (("scenario", SCENARIOS), ("operation", OPERATIONS)):
             check_choice(getattr(self, name), name, allowed)
         check_number("seconds", self.seconds, 0, 86400)
-        for name in ("samples_per_query", "batch"):
-            check_whole(name, getattr(self, name), LARGEST_BATCH)
-        check_whole("queries", self.queries, 10**7)
+        for name, most in (("samples_per_query", LARGEST_BATCH), ("batch", LARGEST_BATCH), ("queries", 10**7)):
+            object.__setattr__(self, name, check_count(getattr(self, name), name, most=most))
 
 
 @dataclass(frozen=True)

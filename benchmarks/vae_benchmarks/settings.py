@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from vae_runtime.arguments import check_choice, check_threads
+from vae_runtime.arguments import check_choice, check_count, check_threads
 from vae_runtime.errors import InputError
 
 OPERATIONS = ("encode", "sample", "decode", "reconstruct", "score")
@@ -52,25 +52,25 @@ class Settings:
             given = getattr(self, name)
             if not isinstance(given, (tuple, list)) or not given:
                 raise InputError(f"{name} is {given!r}; expected at least one, in a tuple")
-            object.__setattr__(self, name, tuple(dict.fromkeys(given)))
+            self._set(name, tuple(dict.fromkeys(given)))
         for operation in self.operations:
             check_choice(operation, "operation", OPERATIONS)
         for dtype in self.inputs:
             check_choice(dtype, "input", INPUTS)
-        for batch in self.batches:
-            check_whole("batch", batch, LARGEST_BATCH)
-        for threads in self.threads:
-            check_threads(threads)
+        self._set("batches", tuple(check_count(batch, "batch", most=LARGEST_BATCH) for batch in self.batches))
+        self._set("threads", tuple(check_threads(threads) for threads in self.threads))
         if self.size is not None:
-            object.__setattr__(self, "size", tuple(self.size))
+            self._set("size", tuple(self.size))
             if len(self.size) != 2:
                 raise InputError(f"size is {self.size!r}; expected height and width")
-            for side in self.size:
-                check_whole("a side of size", side, LARGEST_SIDE)
-        check_whole("rounds", self.rounds, MOST_ROUNDS)
+            self._set("size", tuple(check_count(side, "a side of size", most=LARGEST_SIDE) for side in self.size))
+        self._set("rounds", check_count(self.rounds, "rounds", most=MOST_ROUNDS))
         check_number("seconds", self.seconds, 0, 86400)
         check_number("confidence", self.confidence, 0.5, 1)
         check_number("width", self.width, 0, 1)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
     def rows(self) -> list[tuple[str, int, str | None]]:
         """Operation, batch and the inputs' dtype, None where it takes none, of every row at one thread count."""
@@ -84,12 +84,6 @@ class Settings:
     def without(self, operation: str) -> Settings:
         """The same settings without one operation."""
         return dataclasses.replace(self, operations=tuple(name for name in self.operations if name != operation))
-
-
-def check_whole(name: str, value: object, largest: int) -> None:
-    """Raise `InputError` unless `value` is a whole number from 1 to `largest`."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
-        raise InputError(f"{name} is {value!r}; expected a whole number from 1 to {largest}")
 
 
 def check_number(name: str, value: object, low: float, high: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection
 from typing import Any
@@ -14,11 +15,23 @@ from .errors import InputError
 _MOST_THREADS = max(256, 4 * (os.cpu_count() or 1))
 
 
-def check_count(value: Any, name: str, least: int = 1) -> int:
-    """A whole number from `least`."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise InputError(f"{name} is {value!r}; expected a whole number from {least}")
+def check_count(value: Any, name: str, least: int = 1, most: int | None = None) -> int:
+    """A whole number from `least`, and to `most` where that is given."""
+    if not _is_count(value, least, most):
+        rule = f"from {least}" if most is None else f"from {least} to {most}"
+        raise InputError(f"{name} is {value!r}; expected a whole number {rule}")
     return int(value)
+
+
+def _is_count(value: Any, least: int, most: int | None) -> bool:
+    is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    return is_whole and value >= least and (most is None or value <= most)
+
+
+def check_positive(value: Any, name: str) -> None:
+    """A finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise InputError(f"{name} is {value!r}; expected a finite number above 0")
 
 
 def check_flag(value: Any, name: str) -> bool:
@@ -39,7 +52,7 @@ def check_threads(threads: Any) -> int | None:
     """`threads` as onnxruntime takes it: a whole number from 1, or None for its own choice."""
     if threads is None:
         return None
-    if isinstance(threads, bool) or not isinstance(threads, (int, np.integer)) or not 1 <= threads <= _MOST_THREADS:
+    if not _is_count(threads, 1, _MOST_THREADS):
         raise InputError(
             f"threads is {threads!r}; expected a whole number from 1 to {_MOST_THREADS} (4 for each core of the"
             " machine, or 256), or None for onnxruntime's own choice"

@@ -672,7 +672,7 @@ def run(*arguments: str | Path) -> Result:
         (("TINY", "--operations", "sample"), 1, "operation is 'sample'; expected one of encode, decode"),
         (("TINY", "--budget", "0"), 1, "budget is 0.0; expected a number between 0 and 1e+06, both excluded"),
         (("TINY", "--tune-seconds", "0"), 1, "tune_seconds is 0.0; expected a number between 0 and 3600"),
-        (("TINY", "--rounds", "2"), 1, "rounds is 2; expected at least 3"),
+        (("TINY", "--rounds", "2"), 1, "rounds is 2; expected a whole number from 3 to 100"),
         (("TINY", "--output", "TINY"), 1, "tiny.vae exists and is not the folder of a race; choose a name that is not"),
         (("TINY", "--output", "/no/folder/x"), 1, "/no/folder/x cannot be made: the folder /no/folder does not exist"),
         (("--merge", "TINY/manifest.json"), 1, "manifest.json is not a report of vae-bench race, whose"),

@@ -323,7 +323,7 @@ def test_a_race_on_a_gpu_is_refused_in_one_sentence_where_there_is_none(tiny: Pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--device", "tpu"), "device is 'tpu'; expected cpu or cuda"),
+        (("--device", "tpu"), "device is 'tpu'; expected one of cpu, cuda"),
         (
             ("--operations", "encode-on-device"),
             "operation is 'encode-on-device'; expected one of encode, decode on cpu",
@@ -633,5 +633,5 @@ def test_on_a_gpu(torch_case: Path, tiny: Path) -> None:
 
 
 def test_settings_of_an_unknown_device_are_refused() -> None:
-    with pytest.raises(InputError, match=r"^device is 'gpu'; expected cpu or cuda$"):
+    with pytest.raises(InputError, match=r"^device is 'gpu'; expected one of cpu, cuda$"):
         RaceSettings.on("gpu")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vae_runtime import InputError
-from vae_runtime.arguments import check_choice, check_count, check_flag, check_threads
+from vae_runtime.arguments import check_choice, check_count, check_flag, check_positive, check_threads
 
 MOST_THREADS = max(256, 4 * (os.cpu_count() or 1))
 
@@ -18,6 +18,20 @@ MOST_THREADS = max(256, 4 * (os.cpu_count() or 1))
 def test_wrong_counts_are_refused(value: Any) -> None:
     with pytest.raises(InputError, match=r"^n is .*; expected a whole number from 1$"):
         check_count(value, "n")
+
+
+@pytest.mark.parametrize("value", [0, 8, 1.5, True, "3", None])
+def test_counts_have_an_upper_end_where_one_is_given(value: Any) -> None:
+    with pytest.raises(InputError, match=r"^n is .*; expected a whole number from 2 to 7$"):
+        check_count(value, "n", least=2, most=7)
+    assert [check_count(number, "n", least=2, most=7) for number in (2, 7)] == [2, 7]
+
+
+@pytest.mark.parametrize("value", [0, -1.5, float("inf"), float("nan"), True, "3", None])
+def test_what_is_not_positive_is_refused(value: Any) -> None:
+    with pytest.raises(InputError, match=r"^scale is .*; expected a finite number above 0$"):
+        check_positive(value, "scale")
+    check_positive(1e-9, "scale")
 
 
 def test_numpy_integers_are_whole_numbers() -> None:

@@ -21,7 +21,9 @@ PACKAGES = {
     "vae_benchmarks": ROOT / "benchmarks" / "vae_benchmarks",
 }
 EVERYWHERE = {"numpy", "click"}
-OF_THE_RUNTIME_FOR_TRAINING = ("preprocess", "images", "errors", "manifest", "atomic", "console", "prior", "version")
+OF_THE_RUNTIME_FOR_TRAINING = (
+    *("preprocess", "images", "errors", "manifest", "arguments", "atomic", "console", "prior", "version"),
+)
 
 ALLOWED: dict[str, set[str]] = {
     "vae_runtime": {"vae_runtime"},

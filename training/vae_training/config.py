@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from vae_runtime.arguments import check_choice
 from vae_runtime.errors import InputError
 from vae_runtime.manifest import BINARIZE_MODES, COLOURS, KINDS, RESIZE_MODES, InputSpec
 
@@ -111,7 +112,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) is not None:
-                strict.one_of(getattr(self, name), allowed, name)
+                check_choice(getattr(self, name), name, allowed)
         for name, (low, high) in _RANGES.items():
             strict.within(getattr(self, name), low, high, name)
         labels = self.exclude_label

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vae_runtime.arguments import check_choice
 from vae_runtime.errors import InputError, MissingExtraError
 from vae_runtime.images import list_pictures, picture_size, read_picture
 from vae_runtime.manifest import COLOURS, RESIZE_MODES, InputSpec
 from vae_runtime.preprocess import Float32, to_model_input
 
-from . import idx, strict
+from . import idx
 
 DIGITS = "digits"
 _ARRAY_NAMES = ("x", "images")
@@ -71,8 +72,8 @@ def load_dataset(
     """
     if not source:
         raise InputError(f"data is empty; expected {DIGITS!r}, a folder, or an .npy or .npz file")
-    strict.one_of(resize or "exact", RESIZE_MODES, "resize")
-    strict.one_of(colour or "rgb", tuple(COLOURS), "colour")
+    check_choice(resize or "exact", "resize", RESIZE_MODES)
+    check_choice(colour or "rgb", "colour", tuple(COLOURS))
     path = Path(source)
     if is_folder_of_pictures(source):
         return _load_pictures(path, size, resize or "exact", colour or "rgb")

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vae_runtime.arguments import check_choice
 from vae_runtime.errors import InputError, MissingExtraError
 from vae_runtime.manifest import FITTED_PRIORS
 from vae_runtime.preprocess import Float64
 from vae_runtime.prior import GaussianMixture
-
-from . import strict
 
 MAX_DIMENSIONS = 1024  # a full covariance has their square in numbers, and fitting takes their cube in time
 REGULARISATION = 1e-6  # in variances, see `fit_prior`
@@ -38,7 +37,7 @@ def fit_prior(latents: NDArray[Any], kind: str, components: int = 1, seed: int =
             least, and as many as components; components below 1, or other than 1 of a "gaussian".
         MissingExtraError: a mixture, and scikit-learn is not installed.
     """
-    strict.one_of(kind, FITTED_PRIORS, "kind")
+    check_choice(kind, "kind", FITTED_PRIORS)
     latents = _checked(latents, components)
     if kind == "gaussian" and components != 1:
         raise InputError(f"components is {components}; a gaussian has 1, expected kind 'mixture' for more")

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vae_runtime.arguments import check_choice
 from vae_runtime.errors import InputError
 from vae_runtime.manifest import KINDS, MAX_ELEMENTS
 
@@ -60,8 +61,8 @@ class ModelConfig:
     attention: bool = False
 
     def __post_init__(self) -> None:
-        strict.one_of(self.family, FAMILIES, "family")
-        strict.one_of(self.kind, KINDS, "kind")
+        check_choice(self.family, "family", FAMILIES)
+        check_choice(self.kind, "kind", KINDS)
         if len(self.input_shape) not in (1, 3) or not all(1 <= side <= MAX_ELEMENTS for side in self.input_shape):
             raise InputError(f"input_shape is {list(self.input_shape)}; expected (C, H, W) or (D,), each above 0")
         if math.prod(self.input_shape) > MAX_ELEMENTS:
@@ -70,8 +71,8 @@ class ModelConfig:
         if not 1 <= len(self.widths) <= MAX_LAYERS or not all(1 <= width <= MAX_WIDTH for width in self.widths):
             raise InputError(f"widths is {list(self.widths)}; expected 1 to {MAX_LAYERS} numbers from 1 to {MAX_WIDTH}")
         strict.within(self.depth, 0, 0 if self.family == "mlp" else MAX_LAYERS, "depth")
-        strict.one_of(self.norm, NORMS, "norm")
-        strict.one_of(self.activation, ACTIVATIONS, "activation")
+        check_choice(self.norm, "norm", NORMS)
+        check_choice(self.activation, "activation", ACTIVATIONS)
         if self.family == "resnet":
             self._check_resnet()
         elif changed := [name for name in RESNET_ONLY if getattr(self, name) != getattr(ModelConfig, name)]:

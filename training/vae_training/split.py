@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from vae_runtime.arguments import check_choice
 from vae_runtime.errors import InputError
-
-from . import strict
 
 ORDERS = ("seeded", "file")
 SPLIT, ORDER = "0.8,0.1,0.1", "seeded"  # where none is given
@@ -36,7 +35,7 @@ def split_indices(count: int, split: str, order: str, seed: int) -> Parts:
     Raises:
         InputError: another form, more than there is, or a part without examples.
     """
-    strict.one_of(order, ORDERS, "order")
+    check_choice(order, "order", ORDERS)
     sizes = _sizes(count, parse_split(split))
     for part, size in zip(PARTS, sizes, strict=True):
         if size < 1:

@@ -39,12 +39,6 @@ def to_dict(instance: Any) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
-def one_of(value: Any, allowed: tuple[str, ...], name: str) -> None:
-    """Raise `InputError` unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise InputError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
-
-
 def within(value: float | None, low: float, high: float, name: str) -> None:
     """Raise `InputError` unless low <= value <= high; None, "not given", passes."""
     if value is not None and not low <= value <= high:

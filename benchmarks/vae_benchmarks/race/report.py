@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vae_runtime.arguments import check_count
+from vae_runtime.arguments import check_choice, check_count
 from vae_runtime.errors import InputError
 
 from ..document import from_document, load_document, save_document
@@ -19,7 +19,7 @@ from ..errors import ReportError
 from ..gpu import GpuFacts
 from ..intervals import median_interval, paired_ratio
 from ..machine import MachineFacts
-from ..settings import LARGEST_BATCH, MOST_ROUNDS, check_number, check_whole
+from ..settings import LARGEST_BATCH, MOST_ROUNDS, check_number
 from .case import CaseFacts
 from .competitors import COMPETITORS, CUDA_COMPETITORS, OURS, choose_reference
 from .entrant import DEVICE_OPERATIONS, HOST_OPERATIONS
@@ -48,7 +48,7 @@ class Point:
         match = re.fullmatch(r"(\d{1,6})x(\d{1,4})", text)
         if match is None:
             raise InputError(f"point is {text!r}; expected BATCHxTHREADS, such as 32x2")
-        check_whole("batch", int(match[1]), LARGEST_BATCH)
+        check_count(int(match[1]), "batch", most=LARGEST_BATCH)
         check_count(int(match[2]), "threads")  # more than there are here is skipped in words
         return cls(int(match[1]), int(match[2]))
 
@@ -85,8 +85,7 @@ class RaceSettings:
         return cls(**{**(cuda if device == "cuda" else {}), **given, "device": device})
 
     def __post_init__(self) -> None:
-        if self.device not in DEVICES:
-            raise InputError(f"device is {self.device!r}; expected {' or '.join(DEVICES)}")
+        check_choice(self.device, "device", DEVICES)
         for name in ("points", "operations", "competitors"):
             given = tuple(dict.fromkeys(getattr(self, name)))
             if not given:
@@ -100,9 +99,7 @@ class RaceSettings:
                 raise InputError(f"operation is {operation!r}; expected one of {', '.join(able)} on {self.device}")
         check_number("budget", self.budget, 0, 1e6)
         check_number("tune_seconds", self.tune_seconds, 0, 3600)
-        check_whole("rounds", self.rounds, MOST_ROUNDS)
-        if self.rounds < FEWEST_ROUNDS:
-            raise InputError(f"rounds is {self.rounds}; expected at least {FEWEST_ROUNDS}")
+        object.__setattr__(self, "rounds", check_count(self.rounds, "rounds", FEWEST_ROUNDS, MOST_ROUNDS))
 
 
 @dataclass(frozen=True)

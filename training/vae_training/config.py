@@ -23,7 +23,7 @@ ACTIVATIONS = ("relu", "silu")
 LIKELIHOODS = ("bernoulli", "gaussian", "laplace")
 RESNET_WIDTHS: tuple[int, ...] = (32, 64)
 RESNET_DEPTH = 1
-MAX_WIDTH = 65536
+MAX_WIDTH, MAX_SIDE = 65536, 8192
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
 NLL_SAMPLES = 100
 GAMMA, CAPACITY_RISE = 10.0, 0.8
@@ -120,8 +120,8 @@ class TrainConfig:
             raise InputError(f"exclude_label is {labels!r}; expected a tuple of whole numbers")
         for name in ("size", "crop"):
             sides = getattr(self, name)
-            if sides is not None and (len(sides) != 2 or not all(1 <= side <= 8192 for side in sides)):
-                raise InputError(f"{name} is {list(sides)}; expected height and width, from 1 to 8192")
+            if sides is not None and (len(sides) != 2 or not all(1 <= side <= MAX_SIDE for side in sides)):
+                raise InputError(f"{name} is {list(sides)}; expected height and width, from 1 to {MAX_SIDE}")
 
     @property
     def crop_multiple(self) -> int:

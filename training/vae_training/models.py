@@ -26,10 +26,10 @@ from vae_runtime.errors import InputError
 from vae_runtime.manifest import KINDS, MAX_ELEMENTS
 
 from . import resnet, strict
-from .config import ACTIVATIONS, FAMILIES, MAX_WIDTH, NORMS, RESNET_DEPTH, RESNET_WIDTHS
+from .config import ACTIVATIONS, FAMILIES, MAX_SIDE, MAX_WIDTH, NORMS, RESNET_DEPTH, RESNET_WIDTHS
 
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0  # exp() stays finite in float32, and in float16 after a square root
-MAX_LAYERS, MAX_SIDE = 16, 8192
+MAX_LAYERS = 16
 RESNET_ONLY = ("norm", "activation", "attention")
 
 

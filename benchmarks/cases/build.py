@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import math
 import shutil
 import sys
@@ -42,7 +41,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vae_export import export_bundle
-from vae_runtime.atomic import atomic_file
+from vae_runtime.atomic import write_json
 
 INPUTS = 32  # in inputs.npz, at most; fewer of the largest images
 EXAMPLES = 256  # for export, at most, likewise
@@ -342,8 +341,7 @@ def write_case(folder: Path, name: str, model: Model, options: Options) -> None:
         "quality": model.quality,
         "seed": options.seed,
     }
-    with atomic_file(folder / "case.json") as stream:
-        stream.write((json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
+    write_json(folder / "case.json", document)
 
 
 @torch.inference_mode()

@@ -42,9 +42,9 @@ from child import Children
 from report_text import render
 
 from vae_benchmarks.children import at_once
-from vae_benchmarks.document import load_document, save_document
+from vae_benchmarks.document import load_document
 from vae_benchmarks.race import Case
-from vae_runtime.atomic import atomic_file
+from vae_runtime.atomic import atomic_file, write_json
 from vae_runtime.console import NEGATIVE_VERDICT
 from vae_runtime.errors import InputError, OutputError, VAEError
 
@@ -196,7 +196,7 @@ def store(document: dict[str, Any], unit: dict[str, Any]) -> None:
 
 
 def write(output: Path, document: dict[str, Any]) -> None:
-    save_document(json_file(output), document)
+    write_json(json_file(output), document)
     with atomic_file(text_file(output)) as stream:
         stream.write(render(document, output.name).encode())
 

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vae_runtime.atomic import atomic_file
 from vae_runtime.errors import InputError
 
 from .errors import ReportError
@@ -32,12 +31,6 @@ def from_document(kind: type[_Kind], document: Any, name: str, form: str, versio
         return from_plain(kind, document, name)
     except InputError as error:
         raise ReportError(f"{name} has settings that cannot be: {error}") from None
-
-
-def save_document(path: str | os.PathLike[str], document: dict[str, Any]) -> None:
-    """Write it whole or not at all; raises `OutputError`."""
-    with atomic_file(path) as stream:
-        stream.write((json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
 
 
 def load_document(path: str | os.PathLike[str], program: str) -> Any:

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .document import from_document, load_document, save_document
+from vae_runtime.atomic import write_json
+
+from .document import from_document, load_document
 from .errors import ReportError
 from .gpu import GpuFacts
 from .intervals import median_interval, smallest_count
@@ -381,7 +383,7 @@ class Report:
         Raises:
             OutputError: the file cannot be written.
         """
-        save_document(path, self.to_dict())
+        write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Report:

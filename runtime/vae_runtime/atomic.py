@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from .errors import OutputError
 
@@ -37,6 +38,17 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], document: Any, *, sort_keys: bool = True) -> None:
+    """Write a JSON document whole or not at all: indented, in ASCII, which names of files of any bytes fit into.
+
+    Raises:
+        OutputError: as `atomic_file`. ValueError: a number in it is NaN or infinite.
+    """
+    text = json.dumps(document, indent=2, sort_keys=sort_keys, allow_nan=False) + "\n"
+    with atomic_file(path) as stream:
+        stream.write(text.encode())
 
 
 @contextlib.contextmanager

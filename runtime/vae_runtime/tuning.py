@@ -108,13 +108,11 @@ def write_tuning(bundle: str, measured: Sequence[Measured]) -> Path:
     Raises:
         OutputError: the cache folder cannot be written.
     """
-    from .atomic import atomic_file  # late: running a bundle writes nothing
+    from .atomic import write_json  # late: running a bundle writes nothing
 
     header = _header(bundle)
     path = make_cache_folder("tuning") / _file_of(header).name
-    document = {**header, "measured": [entry.to_dict() for entry in measured]}
-    with atomic_file(path) as stream:
-        stream.write((json.dumps(document, indent=2, sort_keys=True) + "\n").encode())
+    write_json(path, {**header, "measured": [entry.to_dict() for entry in measured]})
     return path
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import random
 import signal
@@ -16,7 +17,7 @@ import pytest
 
 from vae_runtime import OutputError
 from vae_runtime import atomic as module
-from vae_runtime.atomic import atomic_file, atomic_folder, refuse_existing, refuse_other_file
+from vae_runtime.atomic import atomic_file, atomic_folder, refuse_existing, refuse_other_file, write_json
 
 
 def always(_: Path) -> bool:
@@ -112,6 +113,24 @@ def test_concurrent_writers_leave_one_whole_file(tmp_path: Path) -> None:
     assert len(data) == 10_000
     assert len(set(data)) == 1
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(("sort_keys", "keys"), [(True, ["a", "b"]), (False, ["b", "a"])])
+def test_a_json_document_of_any_text(tmp_path: Path, sort_keys: bool, keys: list[str]) -> None:
+    document = {"b": [1, 2.5, None], "a": "ü \udcff"}  # the second: of the name of a file
+    write_json(tmp_path / "x.json", document, sort_keys=sort_keys)
+    text = (tmp_path / "x.json").read_bytes()
+    assert text.endswith(b"\n}\n")
+    assert text.isascii()
+    assert (json.loads(text), list(json.loads(text))) == (document, keys)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_json_document_has_finite_numbers(tmp_path: Path, value: float) -> None:
+    (tmp_path / "x.json").write_text("old")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "x.json", {"a": value})
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x.json", "old")]
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from vae_runtime.atomic import atomic_file, writing
+from vae_runtime.atomic import write_json, writing
 from vae_runtime.errors import OutputError, TrainingError
 from vae_runtime.version import __version__
 
@@ -48,7 +48,7 @@ class RunFolder:
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """Write the metrics, with `run` among them, which makes the run complete, and drop the state."""
-        write_json(self.path / METRICS_FILE, metrics)
+        write_json(self.path / METRICS_FILE, metrics, sort_keys=False)
         shutil.rmtree(self.state, ignore_errors=True)
 
     def remove_events(self) -> None:
@@ -110,12 +110,6 @@ def open_run(path: Path, config: TrainConfig, data: str, resume: bool, force: bo
     return _begin_run(path, config, data)
 
 
-def write_json(path: Path, data: Any) -> None:
-    """UTF-8, indent 2, final newline, no NaN; atomically."""
-    with atomic_file(path) as stream:
-        stream.write((json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
-
-
 def _read_record(path: Path) -> dict[str, Any] | None:
     """What run.json holds, or None where there is none of ours."""
     record = _read_json(path / RUN_FILE)
@@ -165,7 +159,8 @@ def _begin_run(path: Path, config: TrainConfig, data: str) -> RunFolder:
     folder.remove_events()
     shutil.rmtree(folder.state, ignore_errors=True)
     description = {"format": FORMAT, "format_version": FORMAT_VERSION, "run": folder.run, "config": config.to_dict()}
-    write_json(path / RUN_FILE, {**description, "data": data, "producer": {"vae-edge": __version__}})
+    description |= {"data": data, "producer": {"vae-edge": __version__}}
+    write_json(path / RUN_FILE, description, sort_keys=False)
     return folder
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from vae_runtime.arguments import check_choice, check_count
+from vae_runtime.atomic import write_json
 from vae_runtime.errors import InputError
 
-from ..document import from_document, load_document, save_document
+from ..document import from_document, load_document
 from ..errors import ReportError
 from ..gpu import GpuFacts
 from ..intervals import median_interval, paired_ratio
@@ -249,7 +250,7 @@ class RaceReport:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON document, whole or not at all; raises `OutputError`."""
-        save_document(path, self.to_dict())
+        write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RaceReport:

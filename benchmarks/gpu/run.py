@@ -165,7 +165,7 @@ def begin(arguments: argparse.Namespace, cases: list[str]) -> dict[str, Any]:
     if path.exists():
         if not (arguments.force or arguments.resume):
             raise OutputError(f"{path} exists; go on with --resume, or begin anew with --force")
-        document = load_document(path, "run.py")
+        document = load_document(path, "a report of run.py")
         found = document if isinstance(document, dict) else {}
         if arguments.force and found.get("format") != FORMAT:
             raise OutputError(f"{path} is not a report of run.py; --force replaces nothing else")

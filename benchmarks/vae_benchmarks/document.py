@@ -1,4 +1,4 @@
-"""Reports as JSON documents: a format's name and version first, then the dataclass as plain values."""
+"""Dataclasses as JSON documents: a format's name and version first, then the dataclass as plain values."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ _MAX_BYTES = 256 * 2**20
 _Kind = TypeVar("_Kind")
 
 
-def from_document(kind: type[_Kind], document: Any, name: str, form: str, version: int, program: str) -> _Kind:
-    """A report of type `kind` from its JSON document. name: what a message calls it. program: what writes such ones.
+def from_document(kind: type[_Kind], document: Any, name: str, form: str, version: int, what: str) -> _Kind:
+    """A dataclass of type `kind` from its JSON document. name: what a message calls it. what: "a report of vae-bench",
+    for one.
 
     Raises:
         ReportError: it is not one of format `form` in this version.
     """
     if not isinstance(document, dict) or document.get("format") != form:
-        raise ReportError(f'{name} is not a report of {program}, whose "format" is {form!r}')
+        raise ReportError(f'{name} is not {what}, whose "format" is {form!r}')
     found = document.get("format_version")
     if found != version:
         raise ReportError(f"{name} has format_version {found!r}; this vae-edge reads version {version}")
@@ -33,8 +34,8 @@ def from_document(kind: type[_Kind], document: Any, name: str, form: str, versio
         raise ReportError(f"{name} has settings that cannot be: {error}") from None
 
 
-def load_document(path: str | os.PathLike[str], program: str) -> Any:
-    """Read the JSON document in a file.
+def load_document(path: str | os.PathLike[str], what: str) -> Any:
+    """Read the JSON document in a file. what: as in `from_document`.
 
     Raises:
         ReportError: the file cannot be read, or is not JSON.
@@ -47,4 +48,4 @@ def load_document(path: str | os.PathLike[str], program: str) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError):
-        raise ReportError(f"{path} is not JSON; expected a report that {program} wrote") from None
+        raise ReportError(f"{path} is not JSON; expected {what}") from None

@@ -23,6 +23,7 @@ from .settings import Settings
 
 FORMAT = "vae-bench-report"
 FORMAT_VERSION = 1
+_WHAT = "a report of vae-bench"
 
 
 class RowKey(NamedTuple):
@@ -363,7 +364,7 @@ class Report:
         Raises:
             ReportError: it is not one, or of another version.
         """
-        report = from_document(cls, document, name, FORMAT, FORMAT_VERSION, "vae-bench")
+        report = from_document(cls, document, name, FORMAT, FORMAT_VERSION, _WHAT)
         keys = [row.key for row in report.latency]
         if len(set(keys)) < len(keys):
             raise ReportError(f"{name} has the same row of latency twice")
@@ -392,4 +393,4 @@ class Report:
         Raises:
             ReportError: the file cannot be read, or is not a report.
         """
-        return cls.from_dict(load_document(path, "vae-bench"), str(path))
+        return cls.from_dict(load_document(path, _WHAT), str(path))

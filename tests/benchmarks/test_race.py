@@ -551,12 +551,12 @@ def test_a_case_gives_its_own_inputs_and_graphs(case_folder: Path, tiny: Path) -
         (
             lambda f: (f / "case.json").write_text("{"),
             CaseError,
-            "case.json is not JSON; expected what benchmarks/cases",
+            "case.json is not JSON; expected a case of benchmarks/cases",
         ),
         (
             lambda f: (f / "case.json").write_text("[]"),
             CaseError,
-            'case.json is not the description of a case, whose "fo',
+            'case.json is not a case of benchmarks/cases/build.py, whose "fo',
         ),
         (lambda f: (f / "case.json").unlink(), CaseError, "is neither a case nor a bundle: it has no case.json and no"),
         (lambda f: shutil.rmtree(f / "plain"), CaseError, "lacks plain, which a case has beside case.json"),

@@ -375,7 +375,7 @@ def test_a_report_with_a_row_twice_is_refused(measured: Report) -> None:
 @pytest.mark.parametrize("content", [b"", b"not json", b"\xff\xfe", b"[" * 100_000])
 def test_files_that_are_no_json_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.json").write_bytes(content)
-    with pytest.raises(ReportError, match=r"x\.json is not JSON; expected a report that vae-bench wrote"):
+    with pytest.raises(ReportError, match=r"x\.json is not JSON; expected a report of vae-bench"):
         Report.load(tmp_path / "x.json")
 
 

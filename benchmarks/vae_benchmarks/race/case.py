@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from vae_runtime.bundle import Bundle
 from vae_runtime.manifest import INPUT, LOGVAR, MANIFEST_FILE, MEAN, RECONSTRUCTION, Manifest
 from vae_runtime.preprocess import Float32
 
+from ..document import from_document, load_document
 from ..errors import ReportError
-from ..plain import from_plain
 
 CASE_FILE = "case.json"
 FORMAT, FORMAT_VERSION = "vae-case", 1
@@ -130,19 +129,9 @@ class Case:
 
 
 def _read_facts(path: Path) -> CaseFacts:
+    what = "a case of benchmarks/cases/build.py"
     try:
-        document = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CaseError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise CaseError(f"{path} is not JSON; expected what benchmarks/cases/build.py wrote") from None
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise CaseError(f'{path} is not the description of a case, whose "format" is {FORMAT!r}')
-    if document.get("format_version") != FORMAT_VERSION:
-        version = document.get("format_version")
-        raise CaseError(f"{path} has format_version {version!r}; this vae-edge reads version {FORMAT_VERSION}")
-    try:
-        return from_plain(CaseFacts, document, str(path))
+        return from_document(CaseFacts, load_document(path, what), str(path), FORMAT, FORMAT_VERSION, what)
     except ReportError as error:
         raise CaseError(str(error)) from None
 

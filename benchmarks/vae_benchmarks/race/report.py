@@ -27,6 +27,7 @@ from .entrant import DEVICE_OPERATIONS, HOST_OPERATIONS
 from .schedule import FEWEST_ROUNDS
 
 FORMAT, FORMAT_VERSION = "vae-bench-race", 1
+_WHAT = "a report of vae-bench race"
 DEVICES = ("cpu", "cuda")
 OPERATIONS = (*HOST_OPERATIONS, *DEVICE_OPERATIONS)  # the latter on a GPU only
 
@@ -246,7 +247,7 @@ class RaceReport:
         Raises:
             ReportError: it is not a race's report, or of another version.
         """
-        return from_document(cls, document, name, FORMAT, FORMAT_VERSION, "vae-bench race")
+        return from_document(cls, document, name, FORMAT, FORMAT_VERSION, _WHAT)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON document, whole or not at all; raises `OutputError`."""
@@ -255,7 +256,7 @@ class RaceReport:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RaceReport:
         """Read what `save` or `vae-bench race --json` wrote; raises `ReportError`."""
-        return cls.from_dict(load_document(path, "vae-bench race"), str(path))
+        return cls.from_dict(load_document(path, _WHAT), str(path))
 
 
 def rank(rows: Sequence[Row], peers: Sequence[str], groups: Mapping[str, str] | None = None) -> tuple[Ratio, ...]:

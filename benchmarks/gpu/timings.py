@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from findings import Findings, Job
 
+from vae_benchmarks.children import last_line
 from vae_benchmarks.intervals import paired_ratio
 from vae_benchmarks.latency import alternate, collector_off
 from vae_benchmarks.race import RaceReport
@@ -231,6 +232,6 @@ def run_python(name: str, *arguments: str) -> str:
             stderr = errors.read()
             print(stderr, file=sys.stderr, flush=True)
     if process.returncode != 0:
-        last = ([line.strip() for line in stderr.splitlines() if line.strip()] or ["it says nothing"])[-1]
+        last = last_line(stderr) or "it says nothing"
         raise RuntimeError(f"{name} ended with exit code {process.returncode}: {last}")
     return stdout

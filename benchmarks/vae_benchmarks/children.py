@@ -84,6 +84,11 @@ def describe_exit(returncode: int, stderr: bytes) -> str:
             name = f"signal {-returncode}"
         hint = "; it may have run out of memory" if name == "SIGKILL" else ""
         return f"was ended by {name}{hint}"
-    lines = stderr.decode(errors="replace").strip().splitlines()
-    last = f": {lines[-1].strip()}" if lines else ""
-    return f"ended with exit code {returncode} and no answer{last}"
+    last = last_line(stderr.decode(errors="replace"))
+    return f"ended with exit code {returncode} and no answer{last and f': {last}'}"
+
+
+def last_line(text: str) -> str:
+    """The last line with anything in it, where a traceback has the error; empty where there is none."""
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else ""

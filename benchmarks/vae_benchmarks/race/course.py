@@ -20,7 +20,7 @@ from vae_runtime import __version__
 from vae_runtime.cuda import why_not_cuda
 from vae_runtime.errors import DeviceError, InputError
 
-from ..children import at_once
+from ..children import at_once, last_line
 from ..machine import CpuTime, MachineFacts, available_bytes, choose_cores, others_between
 from .ahead import LOADED_BYTES, MEMORY_RESERVE, OPEN_TIMEOUT, compile_ahead
 from .case import Case
@@ -244,8 +244,7 @@ class Course:
         options = [str(self._case.bundle), "--seconds", str(self._settings.tune_seconds)]
         finished = run_group([sys.executable, "-P", "-c", _TUNE, json.dumps(self._cores), *options], self._environment)
         if finished.returncode:
-            lines = finished.stderr.strip().splitlines()
-            return f"no, exit code {finished.returncode}: {lines[-1] if lines else 'no message'}"
+            return f"no, exit code {finished.returncode}: {last_line(finished.stderr) or 'no message'}"
         return f"yes, {self._settings.tune_seconds:g} s"
 
     def _load(self) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from vae_runtime.engine import first_line
 from vae_runtime.errors import VAEError
 from vae_runtime.manifest import MEAN
 
@@ -123,8 +124,7 @@ class Worker:
         except (CannotRunError, VAEError) as error:
             found = {"skip" if isinstance(error, CannotRunError) else "fail": str(error)}
         except Exception as error:
-            first = (str(error).strip().splitlines() or [""])[0]
-            found = {"fail": f"{type(error).__name__}: {first}"}
+            found = {"fail": f"{type(error).__name__}: {first_line(error)}"}
         wait_until_idle()
         self._idle_since = time.process_time(), time.perf_counter()
         return found

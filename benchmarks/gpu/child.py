@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from vae_benchmarks.children import describe_exit
+from vae_benchmarks.children import describe_exit, wait_for_group
 
 STEPS_FILE = Path(__file__).with_name("steps.py")
 SOURCES = Path(__file__).resolve().parents[2]
@@ -137,8 +137,4 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(seconds)
-        deadline = time.monotonic() + seconds
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            while time.monotonic() < deadline:
-                os.killpg(process.pid, 0)
-                time.sleep(0.05)
+        wait_for_group(process.pid, seconds)

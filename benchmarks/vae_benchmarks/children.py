@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +21,7 @@ from vae_runtime.errors import VAEError
 from .errors import BenchmarkError
 
 _WORKER = Path(__file__).with_name("worker.py")
+_GROUP_STEP = 0.005  # seconds
 
 _Item = TypeVar("_Item")
 
@@ -92,3 +96,12 @@ def last_line(text: str) -> str:
     """The last line with anything in it, where a traceback has the error; empty where there is none."""
     lines = text.strip().splitlines()
     return lines[-1].strip() if lines else ""
+
+
+def wait_for_group(group: int, seconds: float) -> None:
+    """Wait until no process of a group is left, for so long at most."""
+    deadline = time.monotonic() + seconds
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        while time.monotonic() < deadline:
+            os.killpg(group, 0)
+            time.sleep(_GROUP_STEP)

@@ -11,11 +11,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..children import describe_exit
+from ..children import describe_exit, wait_for_group
 from ..errors import BenchmarkError
 
 _GONE_SECONDS = 1.0  # to wait for what was killed; longer only where nobody collects orphans
@@ -62,11 +61,7 @@ def _kill_group(process: subprocess.Popen[str]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     # A compiler that is still dying could write into a folder that is being deleted.
-    deadline = time.monotonic() + _GONE_SECONDS
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        while time.monotonic() < deadline:
-            os.killpg(process.pid, 0)
-            time.sleep(0.005)
+    wait_for_group(process.pid, _GONE_SECONDS)
 
 
 class Process:

@@ -25,7 +25,7 @@ def open_entrant(case: Case, batch: int, threads: int) -> Entrant:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 3
     calls = [
-        _call(onnxruntime.InferenceSession(case.graph(half), options, providers=["CPUExecutionProvider"]))
+        call_of(onnxruntime.InferenceSession(case.graph(half), options, providers=["CPUExecutionProvider"]))
         for half in ("encoder", "decoder")
     ]
     return Entrant(
@@ -37,7 +37,8 @@ def open_entrant(case: Case, batch: int, threads: int) -> Entrant:
     )
 
 
-def _call(session: Any) -> Callable[[Float32], list[Float32]]:
+def call_of(session: Any) -> Callable[[Float32], list[Float32]]:
+    """`session.run`, from an array to all outputs."""
     run, name = session.run, session.get_inputs()[0].name
     outputs = [output.name for output in session.get_outputs()]
 

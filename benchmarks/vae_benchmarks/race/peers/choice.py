@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from vae_runtime.preprocess import Float32
 
 Call = Callable[[Any], Any]
 
 TRIAL_CALLS, TRIAL_SECONDS = 30, 1.0
+
+
+class Half(NamedTuple):
+    """One half of a model, set up. from_host: arrays to arrays. on_device: what lies on the device to others there,
+    finished when it returns. words: how."""
+
+    from_host: Callable[[Float32], Sequence[Float32]]
+    on_device: Callable[[Any], Sequence[Any]]
+    words: str
 
 
 def fastest(ways: Mapping[str, Callable[[], Call]], example: Any, is_right: Callable[[Any], bool]) -> tuple[str, Call]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -16,18 +16,11 @@ from vae_runtime.preprocess import Float32
 from ...worker import tile
 from ..case import Case
 from ..entrant import CannotRunError, Entrant, Resident, within_tolerance
-from .choice import Call, fastest
+from .bare_onnxruntime import call_of
+from .choice import Call, Half, fastest
 from .ours import load as load  # of the same engine
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
-
-class Half(NamedTuple):
-    """from_host: arrays to arrays. on_device: an `OrtValue` to others, finished when it returns. words: how."""
-
-    from_host: Callable[[Float32], list[Float32]]
-    on_device: Callable[[Any], list[Any]]
-    words: str
 
 
 def open_entrant(case: Case, batch: int, threads: int, device: str, precision: str) -> Entrant:
@@ -85,7 +78,7 @@ def _open_half(
     plain = open_session(False)
     captured = functools.cache(lambda: Bound(onnxruntime, open_session(True), example, shapes, device))
     host: dict[str, Callable[[], Call]] = {
-        "session.run": lambda: _run(plain),
+        "session.run": lambda: call_of(plain),
         "bound": lambda: Bound(onnxruntime, plain, example, shapes, device).from_host,
     }
     resident: dict[str, Callable[[], Call]] = {
@@ -118,12 +111,6 @@ def _open_session(onnxruntime: Any, graph: bytes, threads: int, device: str, pre
     if session.get_providers()[0] != PROVIDERS[device]:
         raise CannotRunError(f"onnxruntime opened the graph on {session.get_providers()[0]}, not {PROVIDERS[device]}")
     return session
-
-
-def _run(session: Any) -> Callable[[Float32], list[Float32]]:
-    run, name = session.run, session.get_inputs()[0].name
-    outputs = [output.name for output in session.get_outputs()]
-    return lambda array: run(outputs, {name: array})
 
 
 def _run_resident(session: Any, device: str) -> Callable[[Any], list[Any]]:

@@ -10,7 +10,7 @@ from ..case import Case
 from ..competitors import TORCH_MODES
 from ..entrant import CannotRunError, Entrant, Resident
 from .torch_compile import why_not_compile
-from .torch_modules import load_halves
+from .torch_modules import import_torch, load_halves
 
 
 def load(device: str, variant: str, **options: Any) -> None:
@@ -39,12 +39,7 @@ def open_entrant(case: Case, batch: int, threads: int, device: str, precision: s
     and to it, several ways of staging the copies are tried, see `torch_halves`. Each half keeps its fastest, for calls
     from host memory and on the device separately. device "cpu" runs the same code without a GPU.
     """
-    if case.torch is None:
-        raise CannotRunError("a bundle alone has no torch modules; build a case for it")
-    try:
-        import torch
-    except ImportError:
-        raise CannotRunError("torch is not installed; pip install 'vae-edge[train]'") from None
+    torch, folder = import_torch(case)
     if (reason := _why_not(torch, device, variant)) is not None:
         raise CannotRunError(reason)
     from . import torch_halves
@@ -58,7 +53,7 @@ def open_entrant(case: Case, batch: int, threads: int, device: str, precision: s
     torch.set_grad_enabled(False) if variant in TORCH_MODES else torch.inference_mode().__enter__()
     encoder, decoder = (
         torch_halves.open_half(*half, device, precision, variant)
-        for half in load_halves(case, case.torch, batch, precision)
+        for half in load_halves(case, folder, batch, precision)
     )
     torch_halves.release_memory()
     on_gpu = f", CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}" if device == "cuda" else ""

@@ -23,21 +23,13 @@ from torch import Tensor, nn
 from vae_runtime.preprocess import Float32
 
 from ..competitors import TORCH_MODES
-from .choice import fastest
+from .choice import Half, fastest
 from .torch_compile import compile_module
 
 _WARMUP_CALLS = 3  # before a capture, as torch's documentation asks for
 
 Outputs = tuple[Tensor, ...]
 Arrays = tuple[Float32, ...]
-
-
-class Half(NamedTuple):
-    """from_host: arrays to arrays. on_device: a tensor to tensors, finished when it returns. words: how."""
-
-    from_host: Callable[[Float32], Arrays]
-    on_device: Callable[[Tensor], Outputs]
-    words: str
 
 
 class Run(NamedTuple):

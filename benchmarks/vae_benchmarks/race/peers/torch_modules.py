@@ -32,12 +32,7 @@ def open_entrant(case: Case, batch: int, threads: int, compiled: bool) -> Entran
     graph each, under `no_grad`: convolutions whose weights are not frozen are several times slower. The compiler
     chooses the layout. Compiling needs a C++ compiler.
     """
-    if case.torch is None:
-        raise CannotRunError("a bundle alone has no torch modules; build a case for it")
-    try:
-        import torch
-    except ImportError:
-        raise CannotRunError("torch is not installed; pip install 'vae-edge[train]'") from None
+    torch, folder = import_torch(case)
     if compiled and (reason := why_not_compile("cpu")) is not None:
         raise CannotRunError(reason)
     torch.set_num_threads(threads)
@@ -46,7 +41,7 @@ def open_entrant(case: Case, batch: int, threads: int, compiled: bool) -> Entran
     torch.set_grad_enabled(False) if compiled else torch.inference_mode().__enter__()
     open_half = _compile if compiled else _in_faster_layout
     (encoder_words, encoder), (decoder_words, decoder) = (
-        open_half(*half) for half in load_halves(case, case.torch, batch, "fp32")
+        open_half(*half) for half in load_halves(case, folder, batch, "fp32")
     )
     how = "torch.compile, dynamic=False, fullgraph=True, no_grad" if compiled else "eager, inference_mode"
     words = f"{how}, encoder {encoder_words}, decoder {decoder_words}"
@@ -57,6 +52,21 @@ def open_entrant(case: Case, batch: int, threads: int, compiled: bool) -> Entran
         engine=f"torch {torch.__version__}",
         configuration=f"{words}, {threads} threads",
     )
+
+
+def import_torch(case: Case) -> tuple[Any, Path]:
+    """torch, and the folder of a case's modules.
+
+    Raises:
+        CannotRunError: one of them is not there.
+    """
+    if case.torch is None:
+        raise CannotRunError("a bundle alone has no torch modules; build a case for it")
+    try:
+        import torch
+    except ImportError:
+        raise CannotRunError("torch is not installed; pip install 'vae-edge[train]'") from None
+    return torch, case.torch
 
 
 class TorchHalf(NamedTuple):

@@ -23,7 +23,7 @@ from click.testing import CliRunner, Result
 
 import vae_benchmarks.cli as cli
 import vae_benchmarks.race.cli as race_cli
-import vae_benchmarks.race.course as course
+import vae_benchmarks.race.running as running
 from vae_benchmarks import BenchmarkError, ReportError
 from vae_benchmarks.machine import choose_cores
 from vae_benchmarks.race import (
@@ -192,7 +192,7 @@ def test_competitors_are_no_other_work(tiny: Path, monkeypatch: pytest.MonkeyPat
         stats = [Path(f"/proc/{process}/stat").read_text() for process in running]
         parents.append([int(stat.rpartition(")")[2].split()[1]) for stat in stats])
 
-    monkeypatch.setattr(course.CpuTime, "read", read)
+    monkeypatch.setattr(running.CpuTime, "read", read)
     settings = RaceSettings(points=ONE, operations=("decode",), budget=0.1, rounds=3)
     (point,) = race([tiny], settings, competitors=(planted("ours", is_peer=False), planted("peer"))).cases[0].points
     assert parents == [[os.getpid()] * 2] * 2
@@ -325,10 +325,10 @@ def test_a_point_is_raced_again_where_somebody_is_missing(
     lines: list[str] = []
     settings = RaceSettings(points=ONE, operations=operations)
     field = [COMPETITORS.get(name, planted(name)) for name in names]
-    heats = list(course._plan_heats(Case.open(tiny), before, settings, field, lines.append))
-    assert [tuple(one.name for one in heat.competitors) for heat in heats] == ([] if left is None else [left])
-    assert all(heat.settings.competitors == left for heat in heats)
-    assert all(heat.settings.operations == ("encode", "decode") for heat in heats)
+    plans = list(running._plan_points(Case.open(tiny), before, settings, field, lines.append))
+    assert [tuple(one.name for one in plan.competitors) for plan in plans] == ([] if left is None else [left])
+    assert all(plan.settings.competitors == left for plan in plans)
+    assert all(plan.settings.operations == ("encode", "decode") for plan in plans)
     lost = "tiny 1x1: planted is left out, as this vae-edge does not know it"
     assert lines == ([] if left is None else [lost])
 
@@ -340,8 +340,8 @@ def test_a_point_is_raced_again_where_an_operation_is_missing(report: RaceReport
 
     def left(*operations: str) -> list[tuple[str, ...]]:
         settings = RaceSettings(points=ONE, operations=operations)
-        heats = course._plan_heats(Case.open(tiny), before, settings, [COMPETITORS["ours"]], print)
-        return [heat.settings.operations for heat in heats]
+        plans = running._plan_points(Case.open(tiny), before, settings, [COMPETITORS["ours"]], print)
+        return [plan.settings.operations for plan in plans]
 
     assert left("decode") == []
     assert left("encode") == [("encode", "decode")]
@@ -371,7 +371,7 @@ def point_of(report: RaceReport, **out: str) -> PointResult:
 
 
 def test_where_memory_is_short_every_turn_has_a_fresh_process(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(course, "available_bytes", lambda: 0)
+    monkeypatch.setattr(running, "available_bytes", lambda: 0)
     field = (planted("ours", is_peer=False, milliseconds=4), planted("slow", milliseconds=12))
     settings = RaceSettings(points=ONE, operations=("decode",), budget=0.3, rounds=3)
     found = race([tiny], settings, competitors=field)
@@ -618,7 +618,7 @@ def test_damaged_cases_are_refused(
 ) -> None:
     """In one sentence that names the file, before any competitor is opened."""
     damage(case_folder)
-    monkeypatch.setattr(course, "Course", None)
+    monkeypatch.setattr(running, "PointRun", None)
     with pytest.raises(error, match=message) as caught:
         race([case_folder], RaceSettings(points=ONE))
     assert "\n" not in str(caught.value)
@@ -777,7 +777,7 @@ def test_tuning_for_a_race_leaves_the_user_s_own_alone(
         tuned.append(environment["VAE_EDGE_CACHE"])
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(course, "run_group", run_group)
+    monkeypatch.setattr(running, "run_group", run_group)
     field = (
         Competitor("ours", "ours", {"device": "auto", "precision": "auto"}, is_peer=False),
         planted("peer", variable="VAE_EDGE_CACHE"),
@@ -799,7 +799,7 @@ def test_nobody_takes_a_gpu_in_a_race_on_the_cpu(tiny: Path, monkeypatch: pytest
         seen.append(environment["CUDA_VISIBLE_DEVICES"])
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(course, "run_group", run_group)
+    monkeypatch.setattr(running, "run_group", run_group)
     field = (COMPETITORS["ours"], planted("peer", variable="CUDA_VISIBLE_DEVICES"))
     (point,) = race([tiny], RaceSettings(points=ONE, budget=0.2, rounds=3), competitors=field).cases[0].points
     ours, peer = point.runners

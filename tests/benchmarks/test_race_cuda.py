@@ -20,7 +20,7 @@ from click.testing import CliRunner
 
 import vae_benchmarks.cli as cli
 import vae_benchmarks.race.ahead as ahead
-import vae_benchmarks.race.course as course
+import vae_benchmarks.race.running as running
 from vae_benchmarks import MachineFacts, ReportError, machine
 from vae_benchmarks.children import at_once
 from vae_benchmarks.gpu import GpuFacts
@@ -51,7 +51,7 @@ def planted(name: str, **options: Any) -> Competitor:
 def a_gpu() -> Iterator[None]:
     """A machine with one, as far as the race itself looks for it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(course, "why_not_cuda", lambda: None)
+        patch.setattr(running, "why_not_cuda", lambda: None)
         patch.setattr(machine.GpuFacts, "read", classmethod(lambda cls: HOPPER))
         yield
 
@@ -110,7 +110,7 @@ def test_engines_are_loaded_at_once_where_they_fit(
     memory: float, tiny: Path, with_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[str] = []
-    monkeypatch.setattr(course, "available_bytes", lambda: memory)
+    monkeypatch.setattr(running, "available_bytes", lambda: memory)
     field = tuple(planted(f"{name}-cuda-fp32", variable="PLANTED_LOADED", resident=0.1) for name in ("ours", "a", "b"))
     found = race([tiny], on_cuda(), lines.append, competitors=field)
     fits = memory > 100 * 2**30

@@ -8,8 +8,8 @@ report.save("race.json")
 
 from .case import Case, CaseError, CaseFacts
 from .competitors import COMPETITORS, Competitor
-from .course import race
 from .report import CaseResult, Point, PointResult, RaceReport, RaceSettings, Ratio, Row, Runner, merge
+from .running import race
 
 __all__ = [
     "COMPETITORS",

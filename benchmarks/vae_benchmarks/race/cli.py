@@ -14,9 +14,9 @@ from vae_runtime.errors import InputError, MissingExtraError, OutputError
 
 from ..errors import BenchmarkError, ReportError
 from .competitors import COMPETITORS, CUDA_COMPETITORS, choose_competitors
-from .course import race
 from .picture import draw_race
 from .report import CUDA_POINTS, DEVICES, OPERATIONS, Point, RaceReport, RaceSettings, merge
+from .running import race
 from .text import absent_lines, format_markdown, format_race, skipped_lines
 
 JSON_FILE, MARKDOWN_FILE, PICTURE_FILE = "race.json", "race.md", "race.png"

@@ -80,9 +80,8 @@ def race(
             DeviceError: a race on a GPU that vae-edge itself cannot use here.
     """
     settings = settings or RaceSettings()
-    field_of_race = (
-        competitors if competitors is not None else choose_competitors(settings.competitors, settings.device)
-    )
+    if competitors is None:
+        competitors = choose_competitors(settings.competitors, settings.device)
     if settings.device == "cuda" and (reason := why_not_cuda()) is not None:
         raise DeviceError(f"device 'cuda' cannot be used: {reason}")
     opened = [Case.open(path) for path in cases]
@@ -103,15 +102,15 @@ def race(
     entered = dataclasses.replace(blank, cases=tuple(CaseResult(case.facts, (), {}) for case in opened))
     merge((report, entered))  # only to refuse, before hours are spent, a case that is another one there
     tell = progress or (lambda line: None)
-    heats = [heat for case in opened for heat in _plan_heats(case, report, settings, field_of_race, tell)]
-    if before is not None and not heats:
+    plans = [plan for case in opened for plan in _plan_points(case, report, settings, competitors, tell)]
+    if before is not None and not plans:
         tell("nothing is left to race: every point is there, with all who were to race")
         return before
     with tempfile.TemporaryDirectory(prefix="vae-race-", ignore_cleanup_errors=True) as scratch:
         if settings.device == "cuda":
-            compile_ahead([(heat.case, heat.point, one) for heat in heats for one in heat.competitors], scratch, tell)
+            compile_ahead([(plan.case, plan.point, one) for plan in plans for one in plan.competitors], scratch, tell)
         for case in opened:
-            for result in _race_case(case, [heat for heat in heats if heat.case is case], blank.created, scratch, tell):
+            for result in _race_case(case, [plan for plan in plans if plan.case is case], blank.created, scratch, tell):
                 report = merge((report, dataclasses.replace(blank, cases=(result,))))
                 _tell_of_kept(report, result, tell)
                 if after_point is not None:
@@ -120,7 +119,7 @@ def race(
 
 
 @dataclass(frozen=True)
-class Heat:
+class PointPlan:
     """What is to be raced at one point of a case, by whom and how."""
 
     case: Case
@@ -128,7 +127,7 @@ class Heat:
     settings: RaceSettings
     competitors: tuple[Competitor, ...]
 
-    def joined(self, before: PointResult, tell: Progress) -> Heat:
+    def joined(self, before: PointResult, tell: Progress) -> PointPlan:
         """With those who raced there before, and in their operations too, as it takes the place of that."""
         known = {one.name: one for one in self.competitors}
         table = COMPETITORS if self.point.device == "cpu" else CUDA_COMPETITORS
@@ -143,9 +142,9 @@ class Heat:
         return dataclasses.replace(self, settings=settings, competitors=tuple(known.values()))
 
 
-def _plan_heats(
+def _plan_points(
     case: Case, report: RaceReport, settings: RaceSettings, competitors: Sequence[Competitor], tell: Progress
-) -> Iterator[Heat]:
+) -> Iterator[PointPlan]:
     """What is left to race of a case where the report has some of it."""
     before = next((one for one in report.cases if one.case.name == case.name), None)
     known = {} if before is None else {one.point: one for one in before.points}
@@ -154,21 +153,23 @@ def _plan_heats(
         is_done = point in known and known[point].has(settings.competitors, settings.operations)
         if is_done or (before is not None and str(point) in before.skipped_points):
             continue
-        heat = Heat(case, point, settings, tuple(competitors))
-        yield heat.joined(known[point], tell) if point in known and known[point].rows else heat
+        plan = PointPlan(case, point, settings, tuple(competitors))
+        yield plan.joined(known[point], tell) if point in known and known[point].rows else plan
 
 
-def _race_case(case: Case, heats: Sequence[Heat], created: str, scratch: str, tell: Progress) -> Iterator[CaseResult]:
+def _race_case(
+    case: Case, plans: Sequence[PointPlan], created: str, scratch: str, tell: Progress
+) -> Iterator[CaseResult]:
     """A result for each point, as it is done."""
     skipped = {}
-    for point in (heat.point for heat in heats):
+    for point in (plan.point for plan in plans):
         if choose_cores(point.threads) is None:
             skipped[str(point)] = f"this machine lets it use fewer than {point.threads} cores"
-    able = [heat for heat in heats if str(heat.point) not in skipped]
+    able = [plan for plan in plans if str(plan.point) not in skipped]
     if not able and skipped:
         yield CaseResult(case.facts, (), skipped)
-    for heat in able:
-        yield CaseResult(case.facts, (Course(heat, created, scratch, tell).run(),), skipped)
+    for plan in able:
+        yield CaseResult(case.facts, (PointRun(plan, created, scratch, tell).run(),), skipped)
 
 
 def _tell_of_kept(report: RaceReport, result: CaseResult, tell: Progress) -> None:
@@ -181,8 +182,8 @@ def _tell_of_kept(report: RaceReport, result: CaseResult, tell: Progress) -> Non
 
 
 @dataclass
-class Lane:
-    """One competitor on its course, with what is known about it so far. process: None while it has none."""
+class Contender:
+    """One competitor at one point, with what is known about it so far. process: None while it has none."""
 
     competitor: Competitor
     process: Process | None = None
@@ -197,19 +198,19 @@ class Lane:
         return self.competitor.name
 
 
-class Course:
-    """One case at one point."""
+class PointRun:
+    """The race of one case at one point."""
 
-    def __init__(self, heat: Heat, created: str, scratch: str, tell: Progress) -> None:
-        """created: of the race. scratch: folder for what compilers leave, which all courses of a race share."""
-        self._case, self._point, self._settings = heat.case, heat.point, heat.settings
-        self._tell: Progress = lambda line: tell(f"{heat.case.name} {heat.point}: {line}")
-        self._lanes = {one.name: Lane(one) for one in heat.competitors}
+    def __init__(self, plan: PointPlan, created: str, scratch: str, tell: Progress) -> None:
+        """created: of the race. scratch: folder for what compilers leave, which all points of a race share."""
+        self._case, self._point, self._settings = plan.case, plan.point, plan.settings
+        self._tell: Progress = lambda line: tell(f"{plan.case.name} {plan.point}: {line}")
+        self._contenders = {one.name: Contender(one) for one in plan.competitors}
         self._out: dict[str, dict[str, str]] = {"skipped": {}, "disqualified": {}, "failed": {}}
-        self._cores = choose_cores(heat.point.threads) or None
+        self._cores = choose_cores(plan.point.threads) or None
         self._fresh = False
         self._created, self._scratch = created, scratch
-        self._environment = {} if heat.point.device == "cuda" else dict(_NO_GPU)
+        self._environment = {} if plan.point.device == "cuda" else dict(_NO_GPU)
 
     def run(self) -> PointResult:
         """Race for about this point's share of the budget. Whatever ends it, no process is left."""
@@ -225,19 +226,19 @@ class Course:
                 before = self._cpu_time()
                 rounds = self._run_rounds(self._settings.budget / len(self._settings.points))
                 others = others_between(before, self._cpu_time()) if rounds else None
-                for lane in list(self._lanes.values()):
-                    if lane.process is not None:
-                        self._ask(lane, "finish", CALL_TIMEOUT)
+                for contender in list(self._contenders.values()):
+                    if contender.process is not None:
+                        self._ask(contender, "finish", CALL_TIMEOUT)
             finally:
                 self._close_all()
         return self._result(rounds, tuned, load, others)
 
     def _cpu_time(self) -> CpuTime | None:
-        return CpuTime.read(running=[lane.process.pid for lane in self._lanes.values() if lane.process is not None])
+        return CpuTime.read(running=[one.process.pid for one in self._contenders.values() if one.process is not None])
 
     def _tune(self) -> str:
         """Let `vae-run tune` measure what suits these cores, for "auto" to use; what became of it, in words."""
-        ours = [lane.competitor.options for lane in self._lanes.values() if lane.competitor.module == "ours"]
+        ours = [one.competitor.options for one in self._contenders.values() if one.competitor.module == "ours"]
         if not self._settings.tune or not any("auto" in options.values() for options in ours):
             return "no"
         self._tell(f"vae-run tune, about {self._settings.tune_seconds:g} s")
@@ -249,118 +250,118 @@ class Course:
 
     def _load(self) -> None:
         """Start everybody and let him load his engine, all at once where memory allows; nothing is measured in it."""
-        lanes = list(self._lanes.values())
-        if available_bytes() < len(lanes) * LOADED_BYTES + MEMORY_RESERVE:
+        contenders = list(self._contenders.values())
+        if available_bytes() < len(contenders) * LOADED_BYTES + MEMORY_RESERVE:
             return
         self._tell("loading all engines")
-        for lane in lanes:
-            lane.process = Process(self._point.threads, None, self._scratch, self._environment)
+        for contender in contenders:
+            contender.process = Process(self._point.threads, None, self._scratch, self._environment)
 
-        def load(lane: Lane) -> None:
-            one = lane.competitor
-            self._ask(lane, "load", OPEN_TIMEOUT, module=one.module, options=one.options, cores=self._cores)
+        def load(contender: Contender) -> None:
+            one = contender.competitor
+            self._ask(contender, "load", OPEN_TIMEOUT, module=one.module, options=one.options, cores=self._cores)
 
-        at_once(load, lanes, len(lanes), self._close_all)
+        at_once(load, contenders, len(contenders), self._close_all)
 
     def _prepare(self) -> None:
         """Open, check and warm up everybody, and say who is out."""
         largest = 0
-        for lane in list(self._lanes.values()):
+        for contender in list(self._contenders.values()):
             if largest and not self._fresh and available_bytes() < 1.2 * largest + MEMORY_RESERVE:
                 self._tell("not all competitors fit into memory together: a fresh process for every turn")
                 self._fresh = True
                 self._close_all()
-            self._tell(f"{lane.name}: opening, checking, warming up")
-            if self._open(lane, check=True):
-                if self._ask(lane, "finish", CALL_TIMEOUT):
-                    largest = max(largest, lane.finished["peak_rss_bytes"])
+            self._tell(f"{contender.name}: opening, checking, warming up")
+            if self._open(contender, check=True):
+                if self._ask(contender, "finish", CALL_TIMEOUT):
+                    largest = max(largest, contender.finished["peak_rss_bytes"])
                 if self._fresh:
-                    self._close(lane)
-            elif lane.name in self._out["disqualified"]:
-                self._tell(f"{lane.name} is disqualified: {self._out['disqualified'][lane.name]}")
+                    self._close(contender)
+            elif contender.name in self._out["disqualified"]:
+                self._tell(f"{contender.name} is disqualified: {self._out['disqualified'][contender.name]}")
 
-    def _open(self, lane: Lane, check: bool) -> bool:
-        """A warm process for the lane; False where it is out."""
-        if lane.process is None:
-            lane.process = Process(self._point.threads, self._cores, self._scratch, self._environment)
-        competitor = lane.competitor
+    def _open(self, contender: Contender, check: bool) -> bool:
+        """A warm process for the contender; False where it is out."""
+        if contender.process is None:
+            contender.process = Process(self._point.threads, self._cores, self._scratch, self._environment)
+        competitor = contender.competitor
         answer = self._ask(
-            lane, "open", OPEN_TIMEOUT,
+            contender, "open", OPEN_TIMEOUT,
             case=str(self._case.folder), module=competitor.module, options=competitor.options,
             batch=self._point.batch, threads=self._point.threads, check=check,
         )  # fmt: skip
         if not answer:
             return False
         if check and answer["fault"] is not None:
-            self._drop(lane, "disqualified", answer["fault"])
+            self._drop(contender, "disqualified", answer["fault"])
             return False
         for operation in self._settings.operations:
-            if not self._ask(lane, "warm", CALL_TIMEOUT, operation=operation):
+            if not self._ask(contender, "warm", CALL_TIMEOUT, operation=operation):
                 return False
         return True
 
-    def _ask(self, lane: Lane, request: str, timeout: float, **arguments: Any) -> dict[str, Any]:
-        """The answer, also noted in the lane; empty where the competitor is out by it."""
-        assert lane.process is not None
+    def _ask(self, contender: Contender, request: str, timeout: float, **arguments: Any) -> dict[str, Any]:
+        """The answer, also noted in the contender; empty where the competitor is out by it."""
+        assert contender.process is not None
         try:
-            answer = lane.process.ask(request, timeout, **arguments)
+            answer = contender.process.ask(request, timeout, **arguments)
         except CompetitorError as error:
-            self._drop(lane, "skipped" if error.skipped else "failed", str(error))
+            self._drop(contender, "skipped" if error.skipped else "failed", str(error))
             return {}
         if request == "open" and arguments["check"]:
-            lane.opened = answer
+            contender.opened = answer
         elif request == "warm":
-            lane.call_seconds[arguments["operation"]] = answer["call_ns"] / 1e9
+            contender.call_seconds[arguments["operation"]] = answer["call_ns"] / 1e9
         elif request == "turn":
-            lane.rounds.setdefault(arguments["operation"], []).append(answer["median_ns"] / 1e6)
-            lane.calls[arguments["operation"]] = lane.calls.get(arguments["operation"], 0) + answer["calls"]
+            contender.rounds.setdefault(arguments["operation"], []).append(answer["median_ns"] / 1e6)
+            contender.calls[arguments["operation"]] = contender.calls.get(arguments["operation"], 0) + answer["calls"]
         elif request == "finish":
-            lane.finished = answer
+            contender.finished = answer
         return answer
 
     def _run_rounds(self, budget: float) -> int:
-        lanes = list(self._lanes.values())
-        calls = [seconds for lane in lanes for seconds in lane.call_seconds.values()]
+        contenders = list(self._contenders.values())
+        calls = [seconds for contender in contenders for seconds in contender.call_seconds.values()]
         if not calls:
             return 0
         rounds, seconds = plan_rounds(calls, budget, self._settings.rounds)
         for number in range(rounds):
             self._tell(f"round {number + 1} of {rounds}")
-            for lane in order_of(lanes, number):
-                if lane.name in self._lanes:
-                    self._take_turns(lane, number, seconds)
+            for contender in order_of(contenders, number):
+                if contender.name in self._contenders:
+                    self._take_turns(contender, number, seconds)
         return rounds
 
-    def _take_turns(self, lane: Lane, number: int, seconds: float) -> None:
-        if self._fresh and not self._open(lane, check=False):
+    def _take_turns(self, contender: Contender, number: int, seconds: float) -> None:
+        if self._fresh and not self._open(contender, check=False):
             return
         for operation in order_of(self._settings.operations, number):
-            if not self._ask(lane, "turn", CALL_TIMEOUT + 10 * seconds, operation=operation, seconds=seconds):
+            if not self._ask(contender, "turn", CALL_TIMEOUT + 10 * seconds, operation=operation, seconds=seconds):
                 return
         if self._fresh:
-            self._ask(lane, "finish", CALL_TIMEOUT)
-            self._close(lane)
+            self._ask(contender, "finish", CALL_TIMEOUT)
+            self._close(contender)
 
-    def _drop(self, lane: Lane, how: str, reason: str) -> None:
-        self._close(lane)
-        self._lanes.pop(lane.name, None)
-        self._out[how][lane.name] = reason
+    def _drop(self, contender: Contender, how: str, reason: str) -> None:
+        self._close(contender)
+        self._contenders.pop(contender.name, None)
+        self._out[how][contender.name] = reason
 
     def _close_all(self) -> None:
-        for lane in list(self._lanes.values()):
-            self._close(lane)
+        for contender in list(self._contenders.values()):
+            self._close(contender)
 
-    def _close(self, lane: Lane) -> None:
-        if lane.process is not None:
-            lane.process.kill()
-            lane.process = None
+    def _close(self, contender: Contender) -> None:
+        if contender.process is not None:
+            contender.process.kill()
+            contender.process = None
 
     def _result(self, rounds: int, tuned: str, load: float | None, others: float | None) -> PointResult:
-        lanes = list(self._lanes.values())
+        contenders = list(self._contenders.values())
         rows = tuple(
-            Row.of(operation, lane.name, lane.rounds[operation], lane.calls[operation])
+            Row.of(operation, contender.name, contender.rounds[operation], contender.calls[operation])
             for operation in self._settings.operations
-            for lane in lanes
+            for contender in contenders
         )
         return PointResult(
             point=self._point,
@@ -369,15 +370,15 @@ class Course:
             cores=self._cores,
             tuned=tuned,
             load_average_1min=load,
-            runners=tuple(_runner(lane) for lane in lanes),
+            runners=tuple(_runner(contender) for contender in contenders),
             skipped=self._out["skipped"],
             disqualified=self._out["disqualified"],
             failed=self._out["failed"],
             rows=rows,
             ratios=rank(
                 rows,
-                [lane.name for lane in lanes if lane.competitor.is_peer],
-                {lane.name: lane.competitor.group for lane in lanes},
+                [contender.name for contender in contenders if contender.competitor.is_peer],
+                {contender.name: contender.competitor.group for contender in contenders},
             ),
             created=self._created,
             settings=self._settings,
@@ -385,11 +386,11 @@ class Course:
         )
 
 
-def _runner(lane: Lane) -> Runner:
-    opened = lane.opened
+def _runner(contender: Contender) -> Runner:
+    opened = contender.opened
     return Runner(
-        name=lane.name,
-        is_peer=lane.competitor.is_peer,
+        name=contender.name,
+        is_peer=contender.competitor.is_peer,
         precisions=tuple(opened["precisions"]),
         engine=opened["engine"],
         configuration=opened["configuration"],
@@ -397,9 +398,9 @@ def _runner(lane: Lane) -> Runner:
         error_measure=opened["measure"],
         errors=opened["errors"],
         open_seconds=opened["seconds"],
-        idle_cpu_share=lane.finished["idle_cpu_share"],
-        peak_rss_bytes=lane.finished["peak_rss_bytes"],
-        group=lane.competitor.group,
+        idle_cpu_share=contender.finished["idle_cpu_share"],
+        peak_rss_bytes=contender.finished["peak_rss_bytes"],
+        group=contender.competitor.group,
     )
 
 

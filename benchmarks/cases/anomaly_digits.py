@@ -10,7 +10,6 @@ against all examples of the digit. The report goes to benchmarks/results/anomali
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -19,8 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from reporting import RESULTS, machine, write_report
 from sklearn.metrics import average_precision_score, roc_auc_score
-from train_quality import machine
 
 from vae_export.export import export_checkpoint
 from vae_runtime import VAE
@@ -29,7 +28,6 @@ from vae_training.config import TrainConfig
 from vae_training.loop import train
 from vae_training.source import open_source
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
 DIGITS = range(10)
 LATENT = 10  # as many as there are digits; `--latent` tries others
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -57,8 +55,7 @@ def main() -> None:
                 runs.append({"model": name, "digit": digit, "seed": seed, **run(settings, digit, seed, arguments)})
         print(f"{name}: {time.perf_counter() - begun:.0f} s", file=sys.stderr)
     report = {"machine": machine(arguments.threads), "latent": arguments.latent, "seeds": arguments.seeds, "runs": runs}
-    arguments.output.with_suffix(".json").write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
-    arguments.output.with_suffix(".md").write_text(markdown(report))
+    write_report(arguments.output, report, markdown(report))
     print(markdown(report))
 
 

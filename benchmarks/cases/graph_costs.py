@@ -12,7 +12,6 @@ Every latency is one of a race: short runs in turn, in one process, so that what
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -29,8 +28,8 @@ from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.calibrate import CalibrationDataReader
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from profile_operators import CASES, HALVES, Profile, markdown, open_session, profile_graph
+from reporting import RESULTS, machine, table_row, write_report
 from torch import nn
-from train_quality import machine
 
 from vae_export import export_checkpoint
 from vae_runtime.bundle import Bundle
@@ -38,7 +37,6 @@ from vae_runtime.manifest import InputSpec, Likelihood
 from vae_training.checkpoint import Checkpoint
 from vae_training.models import build_model, count_macs, count_parameters, default_config
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
 LATENT = 20
 FAMILIES = {
     "conv-28x28": ("conv", (1, 28, 28)),
@@ -116,8 +114,7 @@ def main() -> None:
     report = {"machine": machine(2), "costs": costs, "races": races(now, before), "load_ms": loads(now, before)}
     profiles = profile_all(now, before)
     content = {**report, "profiles": [asdict(profile) for profile in profiles]}
-    (RESULTS / "graphs.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    (RESULTS / "graphs.md").write_text(render(report, profiles))
+    write_report(RESULTS / "graphs", content, render(report, profiles))
     print(render(report, []))
 
 
@@ -342,7 +339,7 @@ def race_row(entry: Mapping[str, Any]) -> str:
     keys = "now_to_reference", "now_to_before", "int8_to_now"
     ratios = [f"{entry[key]:.2f}" if key in entry else "" for key in keys]
     cells = entry["model"], entry["half"], str(entry["batch"]), str(entry["threads"]), *times, *ratios
-    return f"| {' | '.join(cells)} |"
+    return table_row(cells)
 
 
 if __name__ == "__main__":

@@ -12,24 +12,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
 import tempfile
 import textwrap
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from train_quality import machine
+from reporting import RESULTS, machine, table_row, write_report
 
 from vae_runtime import VAE
 from vae_runtime.preprocess import Float32, binarize, to_model_input
 from vae_training.config import TrainConfig
+from vae_training.evaluate import standard_error
 from vae_training.source import open_source
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
 SAMPLES = 5000
 SEED = 0  # of the binary test images, and of the importance samples
 TIMED_IMAGES = 100  # for the cost of one call, in a process that never imports torch
@@ -70,8 +68,7 @@ def main() -> None:
         print(f"{name} ...", file=sys.stderr)
         report["models"][name] = measure(name, arguments.mnist, arguments.samples, arguments.threads)
         report["models"] = {name: report["models"][name] for name in MODELS if name in report["models"]}
-        report_file.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
-        (RESULTS / "likelihood.md").write_text(markdown(report))
+        write_report(report_file, report, markdown(report))
     print(markdown(report))
 
 
@@ -112,10 +109,6 @@ def binary_test_images(mnist: str) -> Float32:
     source = open_source(TrainConfig(data=mnist, split="8000,1000,1000", order="file"))
     grey = to_model_input(source.data.examples[source.parts.test], source.data.spec)
     return binarize(grey, "dynamic", np.random.default_rng(SEED))
-
-
-def standard_error(values: Any) -> float:
-    return float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
 def progress(done: int, total: int) -> None:
@@ -177,7 +170,7 @@ def row(name: str, result: dict[str, Any]) -> str:
         f"{result['timed']['peak_resident_bytes'] / 2**20:.0f}",
         f"{result['load_before']:.1f}",
     )
-    return f"| {' | '.join(cells)} |"
+    return table_row(cells)
 
 
 if __name__ == "__main__":

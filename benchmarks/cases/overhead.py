@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+from reporting import write_report
 
 from vae_benchmarks.intervals import paired_ratio
 from vae_benchmarks.latency import alternate
@@ -67,11 +67,11 @@ def main() -> int:
     if arguments.output:
         facts = dataclasses.asdict(MachineFacts.read())
         document = {"machine": facts, "onnxruntime": onnxruntime.__version__, "rows": rows}
-        arguments.output.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n")
-        arguments.output.with_suffix(".md").write_text(
+        markdown = (
             f"# The runtime's own cost\n\n{facts['cpu']}, onnxruntime {onnxruntime.__version__}, one thread.\n"
             f"Made by `benchmarks/cases/overhead.py`.\n\n{text}\n"
         )
+        write_report(arguments.output, document, markdown)
     return 0
 
 

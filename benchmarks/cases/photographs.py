@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from vae_runtime.preprocess import from_pixels
+
 TRAINED_SHARE = 0.6  # of each photograph's width, from the left; the rest is held out (256 pixels of 640)
 
 
@@ -33,4 +35,4 @@ def crops(count: int, side: int, *, held_out: bool, seed: int = 0) -> NDArray[np
 
 def to_float(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     """uint8 NHWC [0, 255] -> float32 NCHW [0, 1]."""
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
+    return from_pixels(images.transpose(0, 3, 1, 2))

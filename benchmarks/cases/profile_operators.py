@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from reporting import write_report
 
 from vae_runtime.bundle import Bundle
 
@@ -83,9 +84,8 @@ def main() -> None:
         profiles += profile_bundle(path, arguments.precision)
     print(markdown(profiles))
     if arguments.output:
-        text = json.dumps([asdict(profile) for profile in profiles], indent=2, sort_keys=True)
-        arguments.output.with_suffix(".json").write_text(text + "\n")
-        arguments.output.with_suffix(".md").write_text("# Operators\n\n" + markdown(profiles))
+        found = [asdict(profile) for profile in profiles]
+        write_report(arguments.output, found, "# Operators\n\n" + markdown(profiles))
 
 
 def profile_bundle(path: str | Path, precision: str = "fp32") -> list[Profile]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 import tempfile
@@ -26,14 +25,14 @@ import numpy as np
 import onnxruntime
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from reporting import write_report
 
 from vae_benchmarks.intervals import paired_ratio
 from vae_benchmarks.latency import BLOCK_SECONDS, alternate
 from vae_benchmarks.machine import MachineFacts
 from vae_export import export_bundle
 from vae_runtime import VAE
-from vae_training.models import Autoencoder, build_model, default_config
+from vae_training.models import build_model, default_config
 
 LATENT = 20
 BERNOULLI, GAUSSIAN, LAPLACE = (
@@ -50,17 +49,6 @@ MODELS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "conv 28×28, Gaussian": ("conv", (1, 28, 28), GAUSSIAN),
 }
 METHODS = ("elbo", "reconstruction")
-
-
-class Half(nn.Module):
-    """One half of a model, as `export_bundle` takes it."""
-
-    def __init__(self, model: Autoencoder, name: str) -> None:
-        super().__init__()
-        self.model, self.name = model, name
-
-    def forward(self, x: Tensor) -> Any:
-        return getattr(self.model, self.name)(x)
 
 
 def main() -> int:
@@ -81,11 +69,11 @@ def main() -> int:
         facts = dataclasses.asdict(MachineFacts.read())
         versions = {"onnxruntime": onnxruntime.__version__, "numpy": np.__version__}
         document = {"machine": facts, **versions, "rows": rows}
-        arguments.output.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n")
-        arguments.output.with_suffix(".md").write_text(
+        markdown = (
             f"# What a score costs beside encode and decode\n\n{facts['cpu']}, onnxruntime {onnxruntime.__version__},"
             f" numpy {np.__version__}, one thread.\nMade by `benchmarks/cases/score_cost.py`.\n\n{text}\n"
         )
+        write_report(arguments.output, document, markdown)
     return 0
 
 
@@ -93,7 +81,7 @@ def write_bundle(path: Path, family: str, shape: tuple[int, ...], likelihood: di
     torch.manual_seed(0)
     model = build_model(default_config(family, "vae", shape, LATENT))
     examples = np.random.default_rng(0).random((8, *shape), dtype=np.float32)
-    export_bundle(Half(model, "encode"), Half(model, "decode"), path, examples=examples, likelihood=likelihood)
+    export_bundle(model.encode, model.decode, path, examples=examples, likelihood=likelihood)
 
 
 def measure(bundle: Path, name: str, batches: list[int], blocks: int) -> list[dict[str, Any]]:

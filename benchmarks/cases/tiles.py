@@ -20,13 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from reporting import RESULTS, machine, write_report
 from torch import Tensor, nn
-from train_quality import machine
 
 from vae_export import export_bundle
 from vae_runtime import VAE
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
 FACTOR, LATENT = 4, 4
 EXACT_SIZE, EXACT_TILE = (1024, 768), 256
 TILE = 512
@@ -36,6 +35,7 @@ MIB = 2**20
 CHILD = """
 import json, sys, time
 import numpy as np
+from vae_benchmarks.worker import resident_bytes
 from vae_runtime import VAE
 path, operation, height, width, tile = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
 with VAE.load(path, threads=1) as vae:
@@ -49,9 +49,7 @@ with VAE.load(path, threads=1) as vae:
     result = getattr(vae, operation)(array, **({"tile": tile} if tile else {}))
     seconds = time.perf_counter() - start
 size = result.nbytes if operation != "encode" else result.mean.nbytes + result.logvar.nbytes
-# Not ru_maxrss, which a process inherits from the larger one that started it.
-peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(json.dumps({"peak_bytes": peak, "data_bytes": array.nbytes + size, "seconds": seconds}))
+print(json.dumps({"peak_bytes": resident_bytes()[1], "data_bytes": array.nbytes + size, "seconds": seconds}))
 """
 
 
@@ -63,8 +61,7 @@ def main() -> None:
         exactness = {name: differences(bundle, name) for name in ("encode", "decode", "reconstruct")}
         rows = measure(bundle)
     report = {"machine": machine(1), "tiling": tiling, "exactness": exactness, "memory": rows}
-    (RESULTS / "tiles.json").write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
-    (RESULTS / "tiles.md").write_text(render(report))
+    write_report(RESULTS / "tiles", report, render(report))
     print(render(report))
 
 

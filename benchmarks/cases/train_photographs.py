@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from train_quality import RESULTS, machine
+from reporting import RESULTS, machine, write_report
 
 # 2 steps an epoch; what two cores of a machine with AVX-512 do in ten minutes.
 EPOCHS = 1950
@@ -54,8 +54,7 @@ def main() -> None:
         "load_before": load,
         **{key: metrics[key] for key in KEEP},
     }
-    (arguments.results / "photographs.json").write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
-    (arguments.results / "photographs.md").write_text(markdown(report))
+    write_report(arguments.results / "photographs", report, markdown(report))
     print(markdown(report))
 
 

@@ -11,17 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-from vae_benchmarks.machine import MachineFacts
+from reporting import RESULTS, machine, table_row, write_report
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
 DIGITS = ("--data", "digits")
 MNIST = ("--data", "{mnist}", "--split", "8000,1000,1000", "--order", "file")
 MLP, AUTOENCODER = ("--family", "mlp"), ("--kind", "autoencoder", "--likelihood", "gaussian")
@@ -52,8 +48,7 @@ def main() -> None:
         print(f"{name} ...", file=sys.stderr)
         report["runs"][name] = run(name, arguments.mnist, arguments.threads)
     report["runs"] = {name: report["runs"][name] for name in RUNS if name in report["runs"]}
-    report_file.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
-    (RESULTS / "training.md").write_text(markdown(report))
+    write_report(report_file, report, markdown(report))
     print(markdown(report))
 
 
@@ -75,25 +70,6 @@ def run(name: str, mnist: str, threads: int) -> dict[str, Any]:
 
 def command(name: str, threads: int) -> list[str]:
     return ["vae-train", *RUNS[name], "--output", "{output}", "--threads", str(threads)]
-
-
-def machine(threads: int) -> dict[str, Any]:
-    """cores: those that this process may run on. cpu_quota: the cgroup's limit, in cores, where there is one."""
-    facts, cpuinfo = MachineFacts.read(), Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    instructions = [flag for flag in ("avx2", "avx512f", "amx_tile") if flag in flags]
-    return {
-        "cpu": facts.cpu,
-        "cores": facts.cores_usable,
-        **({"cpu_quota": facts.cpu_quota} if facts.cpu_quota is not None else {}),
-        "instructions": instructions,
-        "threads": threads,
-        **({"OMP_WAIT_POLICY": policy} if (policy := os.environ.get("OMP_WAIT_POLICY")) else {}),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("vae-edge", "torch", "accelerate", "numpy")},
-    }
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -136,7 +112,7 @@ def row(name: str, result: dict[str, Any]) -> str:
         f"{test['psnr_db']:.2f} dB", f"{seconds:.0f}",
         f"{result['load_before']:.1f}", target,
     )  # fmt: skip
-    return f"| {' | '.join(cells)} |"
+    return table_row(cells)
 
 
 if __name__ == "__main__":

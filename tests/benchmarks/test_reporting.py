@@ -1,0 +1,26 @@
+"""`benchmarks/cases/reporting.py`: what its neighbours write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+CASES = Path(__file__).parents[2] / "benchmarks" / "cases"
+with pytest.MonkeyPatch.context() as _path:
+    _path.syspath_prepend(CASES)
+    import reporting
+
+
+def test_a_report_is_json_and_markdown_side_by_side(tmp_path: Path) -> None:
+    found = {"machine": reporting.machine(3), "rows": [1.5]}
+    assert found["machine"]["threads"] == 3
+    reporting.write_report(tmp_path / "name", found, reporting.table_row(["a", "b"]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["name.json", "name.md"]
+    assert json.loads((tmp_path / "name.json").read_text()) == found
+    assert (tmp_path / "name.md").read_text() == "| a | b |"
+
+
+def test_results_are_those_of_the_repository() -> None:
+    assert (reporting.RESULTS / "README.md").is_file()

@@ -49,9 +49,10 @@ from .likelihood import agree, parse_likelihood
 from .on_data import LEAST_FOR_UNITS, OnData, plan_on_data
 from .plausibility import check_plausible
 from .quality import Budget
+from .reference import Reference
 from .threshold import Thresholded
 from .tiling import find_tiling
-from .verify import Reference, latent_pattern, run_both, verify
+from .verify import latent_pattern, run_both, verify
 from .wanted_precisions import Made, check_wanted
 
 _log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from vae_export.graphs import DecoderGraph, EncoderGraph
 from vae_export.imported import Imported
 from vae_export.on_data import LEAST_FOR_UNITS, LEVELS, active_units
 from vae_export.prior import PriorFit, parse_prior
-from vae_export.verify import Reference
+from vae_export.reference import Reference
 from vae_runtime import VAE, InputError, NotInBundleError, OutOfMemoryError
 from vae_runtime.calibration import SCORE_METHODS
 from vae_runtime.manifest import FittedPrior, InputSpec

@@ -16,7 +16,7 @@ from vae_export import export_bundle
 from vae_export.graphs import DecoderGraph, EncoderGraph
 from vae_export.on_data import InactiveUnitsWarning
 from vae_export.plausibility import AnotherPriorWarning, PoorReconstructionWarning, check_plausible
-from vae_export.verify import Reference
+from vae_export.reference import Reference
 
 MEANS = np.array([0.2, 0.5, 0.8], np.float32)[:, None, None]
 IMAGES = MEANS + np.random.default_rng(0).uniform(-0.2, 0.2, (6, 3, 4, 4)).astype(np.float32)

@@ -19,8 +19,8 @@ from vae_export.cuda_forms import for_cuda
 from vae_export.graphs import DecoderGraph, EncoderGraph, decoder_to_onnx, encoder_to_onnx
 from vae_export.judge import Judge
 from vae_export.precisions import make_precisions
+from vae_export.reference import Reference
 from vae_export.tf32 import tf32_twin
-from vae_export.verify import Reference
 from vae_export.wanted_precisions import Made, Wanted, check_wanted
 from vae_runtime import VAE
 from vae_runtime.errors import InputError

@@ -14,7 +14,8 @@ from vae_export import export_bundle
 from vae_export.cli import _default_output
 from vae_export.export import _Half
 from vae_export.graphs import DecoderGraph, EncoderGraph
-from vae_export.verify import Reference, open_graphs
+from vae_export.reference import Reference
+from vae_export.verify import open_graphs
 from vae_runtime import VAE, ExportError, InputError
 from vae_runtime.manifest import InputSpec
 from vae_training.models import ModelConfig, build_model

@@ -14,7 +14,8 @@ from onnx import numpy_helper
 
 from vae_export.export import _Half
 from vae_export.graphs import DecoderGraph, EncoderGraph
-from vae_export.verify import BATCH_SIZES, Fidelity, Reference, one_thread, run_both, verify
+from vae_export.reference import Reference, one_thread
+from vae_export.verify import BATCH_SIZES, Fidelity, run_both, verify
 from vae_runtime.errors import ExportError
 from vae_runtime.preprocess import to_model_input
 

@@ -27,7 +27,7 @@ from vae_runtime.json_fields import is_count
 from ..graphs import DecoderGraph, EncoderGraph
 from ..imported import Imported
 from ..reason import reason
-from ..verify import Reference
+from ..reference import Reference
 from .options import FLAGS
 from .weights import assign
 

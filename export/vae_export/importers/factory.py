@@ -52,7 +52,7 @@ def load(source: str, options: ImportOptions) -> Imported:
     """
     import torch
 
-    from ..verify import Reference
+    from ..reference import Reference
     from .network import Network
     from .state_dict import load_weights
     from .torch_halves import make_graphs

@@ -16,7 +16,8 @@ from vae_runtime.preprocess import Float32
 
 from ..halves import HALF_NAMES
 from ..imported import Arguments
-from ..verify import Reference, at_least
+from ..reference import Reference
+from ..verify import at_least
 from .network import Network
 from .torch_halves import make_bare_graphs, require_float32
 from .trial import DoesNotRunError, check_halves, check_range, run

@@ -23,8 +23,8 @@ from vae_runtime.preprocess import Float32
 
 from ..graphs import OPSET, DecoderGraph, EncoderGraph, decoder_to_onnx, encoder_to_onnx, finish, quiet
 from ..reason import reason
+from ..reference import Reference
 from ..simplify import simplified
-from ..verify import Reference
 from .options import FLAGS
 from .script_code import check_archive, check_graphs
 from .script_operators import find_cure, known_operators

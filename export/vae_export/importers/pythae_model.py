@@ -17,7 +17,7 @@ from vae_runtime.errors import CheckpointError, ExportError, MissingExtraError
 from ..graphs import DecoderGraph, EncoderGraph
 from ..imported import Imported
 from ..reason import reason
-from ..verify import Reference
+from ..reference import Reference
 from .pickled import read_pickled_dict
 from .pythae_folder import CONFIG, class_name
 from .weights import assign

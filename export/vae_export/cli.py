@@ -310,7 +310,8 @@ def _export_ours(request: _Request, settings: _Settings) -> Manifest:
 
 
 def _export_imported(request: _Request, settings: _Settings) -> Manifest:
-    from .export import example_spec, export_imported
+    from .examples import example_spec
+    from .export import export_imported
     from .on_data import LEAST_FOR_UNITS
 
     if settings["golden"] == HELD_OUT:

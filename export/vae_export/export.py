@@ -19,9 +19,8 @@ from torch import nn
 
 from vae_runtime.arguments import check_choice, check_count
 from vae_runtime.codec import UINT8
-from vae_runtime.errors import BundleError, ExportError, InputError
+from vae_runtime.errors import ExportError, InputError
 from vae_runtime.manifest import (
-    COLOURS,
     GOLDEN_FILE,
     INPUT,
     KINDS,
@@ -34,15 +33,24 @@ from vae_runtime.manifest import (
     Manifest,
     Precision,
 )
-from vae_runtime.preprocess import Float32, image_size, padded_size, require_plain_array, to_model_input
+from vae_runtime.preprocess import Float32, to_model_input
 from vae_runtime.tiling import Progress
 from vae_runtime.version import __version__
 from vae_training.checkpoint import Checkpoint
 
 from .bundle import check_output, write_bundle
+from .examples import (
+    check_examples,
+    each_without_torch,
+    example_spec,
+    free_size,
+    image_range,
+    range_of_means,
+    synthetic_inputs,
+)
 from .graphs import DecoderGraph, EncoderGraph
 from .halves import HALF_NAMES, Halves, graph_file
-from .imported import HELD_OUT, INPUT_RANGES, Arguments, Imported
+from .imported import HELD_OUT, Arguments, Imported
 from .importers.modules import Modules
 from .judge import CODEC_EXAMPLES, Judge
 from .likelihood import agree, parse_likelihood
@@ -60,9 +68,7 @@ _log = logging.getLogger(__name__)
 GOLDEN_COUNT = 4
 GOLDEN_TOLERANCE = 1e-4  # of fp32, at least: between machines and engine versions results differ by rounding
 GOLDEN_SOURCES = (HELD_OUT, "examples", "synthetic")
-SYNTHETIC_SEED = 0
 SYNTHETIC_EXAMPLES = 4  # where an imported model comes without real ones
-DEFAULT_SIDE = 64  # of images where neither examples nor the model name a size
 DEFAULT_BUDGET = Budget()
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
@@ -174,7 +180,7 @@ def export_checkpoint(
     encoder = EncoderGraph(_Half(model, "encode"), checkpoint.kind, threshold=threshold, clamp=False)
     return _export(
         Reference(encoder, DecoderGraph(_Half(model, "decode"), clamp=False)),
-        _free_size(spec, model.config.multiple_of),
+        free_size(spec, model.config.multiple_of),
         inputs,
         options,
         checkpoint.likelihood,
@@ -245,7 +251,7 @@ def export_imported(
         inputs,
         options,
         parsed,
-        input_range=imported.input_range if spec.is_image else _range_of_means(parsed),
+        input_range=imported.input_range if spec.is_image else range_of_means(parsed),
         origin=imported.origin,
     )
 
@@ -333,14 +339,14 @@ def export_bundle(
     _check_positive("latent_scale", latent_scale)
     if isinstance(latent_shift, bool) or not isinstance(latent_shift, (int, float)) or not math.isfinite(latent_shift):
         raise InputError(f"latent_shift is {latent_shift!r}; expected a finite number")
-    spec, x = _inputs(examples, colour, resize)
+    spec, x = check_examples(examples, colour, resize)
     if multiple_of is not None:
-        spec = _free_size(spec, check_count(multiple_of, "multiple_of"), always=True)
+        spec = free_size(spec, check_count(multiple_of, "multiple_of"), always=True)
     parsed = parse_likelihood(likelihood)
     threshold = parsed is not None and parsed.binarize == "threshold"
     said = Arguments(
         kind=kind,
-        input_range=_image_range(input_range, spec),
+        input_range=image_range(input_range, spec),
         logits=logits,
         latent_scale=float(latent_scale),
         latent_shift=float(latent_shift),
@@ -355,59 +361,7 @@ def export_bundle(
     modules = Modules(encoder, decoder)
     with _evaluation_mode(modules.encoder, modules.decoder):
         halves = modules.open(x, said, threshold)
-        return _export(halves, spec, inputs, options, parsed, input_range=said.input_range or _range_of_means(parsed))
-
-
-def example_spec(imported: Imported, array: Any = None) -> InputSpec:
-    """Inputs of an imported model: where it takes any size, at that of `array`, of images as an array has them; else at
-    `default_size`, to which pictures are scaled and cut.
-
-    Raises:
-        InputError: the array's height or width is no multiple of what the model takes multiples of.
-    """
-    shape = imported.input_shape
-    if len(shape) == 1:
-        return InputSpec("vector", shape)
-    if imported.is_free:
-        side = max(1, DEFAULT_SIDE // imported.multiple_of) * imported.multiple_of
-        shape = (shape[0], *(_array_size(array, imported.multiple_of) or imported.default_size or (side, side)))
-    colour = {count: key for key, count in COLOURS.items()}.get(shape[0] or 0)
-    return InputSpec("image", shape, colour, "crop")
-
-
-def _array_size(array: Any, multiple: int) -> tuple[int, int] | None:
-    """(H, W) of images in an array, or None of what is none."""
-    if not isinstance(array, np.ndarray) or (array.ndim != 4 and (array.ndim, array.dtype) != (3, np.uint8)):
-        return None
-    size = image_size(array)
-    if padded_size(*size, multiple) != size:
-        raise InputError(
-            f"the examples have shape {array.shape}; expected height and width that are multiples of {multiple}"
-        )
-    return size
-
-
-def _image_range(said: str | None, spec: InputSpec) -> str | None:
-    """`input_range` of `export_bundle`, settled; None for vectors."""
-    if said is not None and not spec.is_image:
-        raise InputError(f"input_range is {said!r}, but the inputs are vectors, which have no range")
-    check_choice(said or "unit", "input_range", INPUT_RANGES)
-    return said or ("unit" if spec.is_image else None)
-
-
-def _range_of_means(likelihood: Likelihood | None) -> str | None:
-    """The range of vectors that are probabilities; None: they may be anything."""
-    return "unit" if likelihood is not None and likelihood.type == "bernoulli" else None
-
-
-def _free_size(spec: InputSpec, multiple: int, always: bool = False) -> InputSpec:
-    """The same with height and width free, where the model takes any multiples; `always`: also of 1."""
-    if multiple == 1 and not always:
-        return spec
-    channels, *size = spec.example_shape
-    if not spec.is_image or any(side % multiple for side in size):
-        raise InputError(f"multiple_of is {multiple}; the examples have shape {spec.shape}, which is no such image")
-    return InputSpec("image", (channels, None, None), spec.colour, "exact", multiple, (size[0], size[1]))
+        return _export(halves, spec, inputs, options, parsed, input_range=said.input_range or range_of_means(parsed))
 
 
 def _export(
@@ -481,7 +435,7 @@ def _check(spec: InputSpec, inputs: _Inputs, options: _Options) -> OnData:
         inputs.units,
         prior=options.prior,
         prior_examples=inputs.prior,
-        calibrate=_each_without_torch(inputs.calibrate, "calibrate"),
+        calibrate=each_without_torch(inputs.calibrate, "calibrate"),
         source=inputs.calibrate_source,
         tile=options.calibrate_tile,
         scores=options.scores,
@@ -525,60 +479,6 @@ def _golden_values(halves: Halves, source: str, examples: Float32, spec: InputSp
     x = np.ascontiguousarray(examples[:GOLDEN_COUNT])
     encoded, reconstruction = run_both(halves, x)
     return {INPUT: x, **encoded, RECONSTRUCTION: reconstruction}
-
-
-def synthetic_inputs(spec: InputSpec, count: int, like: Float32 | None = None) -> Float32:
-    """Seeded noise of the shape of inputs: images in [0, 1]; vectors in the range of `like`, or standard normal."""
-    rng = np.random.default_rng(SYNTHETIC_SEED)
-    shape = (count, *spec.example_shape)
-    if spec.is_image:
-        return rng.uniform(0, 1, shape).astype(np.float32)
-    if like is None:
-        return rng.standard_normal(shape, dtype=np.float32)
-    return rng.uniform(float(like.min()), float(like.max()), shape).astype(np.float32)
-
-
-def _inputs(examples: Any, colour: str | None, resize: str) -> tuple[InputSpec, Float32]:
-    """What kind of input the examples are, and the examples as the encoder takes them."""
-    examples = _without_torch(examples, "examples")
-    require_plain_array(examples, "examples")
-    if (examples.dtype, examples.ndim) not in ((np.uint8, 3), (np.uint8, 4), (np.float32, 4), (np.float32, 2)):
-        rule = "expected images (N, H, W[, C]) uint8 or (N, C, H, W) float32, or vectors (N, D) float32"
-        raise InputError(f"examples has shape {examples.shape} and dtype {examples.dtype}; {rule}")
-    if examples.ndim == 2:
-        spec = InputSpec("vector", examples.shape[1:])
-        return spec, to_model_input(examples, spec, "examples")
-    if examples.dtype == np.uint8:
-        shape = (examples.shape[3] if examples.ndim == 4 else 1, *examples.shape[1:3])
-    else:
-        shape = examples.shape[1:]
-    if colour is None:
-        colour = {count: key for key, count in COLOURS.items()}.get(shape[0])
-    try:
-        spec = InputSpec.from_dict({"type": "image", "shape": list(shape), "colour": colour, "resize": resize})
-    except BundleError as error:
-        raise InputError(str(error)) from None
-    return spec, to_model_input(examples, spec, "examples")
-
-
-def _without_torch(examples: Any, name: str) -> Any:
-    """The same in numpy, where it is a tensor. Raises: InputError: numpy has no such type, as bfloat16."""
-    if not isinstance(examples, torch.Tensor):
-        return examples
-    try:
-        return examples.detach().cpu().numpy()
-    except (TypeError, RuntimeError):
-        sort = examples.dtype if examples.layout == torch.strided else examples.layout
-        raise InputError(
-            f"{name} is a tensor of shape {tuple(examples.shape)} in {sort}; expected a dense one in float32 or uint8"
-        ) from None
-
-
-def _each_without_torch(examples: Any, name: str) -> Any:
-    """The same of a list of them."""
-    if not isinstance(examples, (list, tuple)):
-        return _without_torch(examples, name)
-    return [_without_torch(one, f"{name}[{number}]") for number, one in enumerate(examples)]
 
 
 class _Half(nn.Module):

@@ -73,7 +73,7 @@ DEFAULT_BUDGET = Budget()
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Options:
     """What all three ways of exporting take alike, see `export_bundle`; name and golden are settled."""
 
@@ -154,7 +154,18 @@ def export_checkpoint(
             "golden is 'examples', but none were given; pass some (--data) or choose held-out or synthetic"
         )
     options = _Options(
-        path, name, golden, tolerance, precisions, budget, keep, prior, calibrate_tile, scores, progress, force
+        path=path,
+        name=name,
+        golden=golden,
+        tolerance=tolerance,
+        precisions=precisions,
+        budget=budget,
+        keep=keep,
+        prior=prior,
+        calibrate_tile=calibrate_tile,
+        scores=scores,
+        progress=progress,
+        force=force,
     )
     spec, own = checkpoint.input, checkpoint.examples
     held_out = to_model_input(own["held_out"].numpy(), spec, "examples")
@@ -227,9 +238,19 @@ def export_imported(
     if examples is None and (golden == "examples" or set(precisions) - {"fp32"}):
         wants = "golden 'examples'" if golden == "examples" else f"precision {sorted(set(precisions) - {'fp32'})[0]!r}"
         raise InputError(f"{wants} needs real inputs, and there are none; pass some (--data)")
-    name = name or imported.name
     options = _Options(
-        path, name, golden, tolerance, precisions, budget, keep, prior, calibrate_tile, scores, progress, force
+        path=path,
+        name=name or imported.name,
+        golden=golden,
+        tolerance=tolerance,
+        precisions=precisions,
+        budget=budget,
+        keep=keep,
+        prior=prior,
+        calibrate_tile=calibrate_tile,
+        scores=scores,
+        progress=progress,
+        force=force,
     )
     spec = example_spec(imported, examples)
     told = parse_likelihood(imported.likelihood)
@@ -242,7 +263,15 @@ def export_imported(
     units = None if examples is None else x
     if unit_examples is not None:
         units = to_model_input(unit_examples, spec, "unit_examples")
-    inputs = _Inputs(x, examples is not None, None, x, units, prior_examples, calibrate)
+    inputs = _Inputs(
+        x,
+        is_real=examples is not None,
+        parts=None,
+        golden=x,
+        units=units,
+        prior=prior_examples,
+        calibrate=calibrate,
+    )
     if imported.is_free:
         spec = InputSpec("image", imported.input_shape, spec.colour, "exact", imported.multiple_of, x.shape[2:])
     return _export(
@@ -352,9 +381,19 @@ def export_bundle(
         latent_shift=float(latent_shift),
         spread=spread,
     )
-    name = name or Path(path).stem
     options = _Options(
-        path, name, golden, tolerance, precisions, budget, keep, prior, calibrate_tile, scores, progress, force
+        path=path,
+        name=name or Path(path).stem,
+        golden=golden,
+        tolerance=tolerance,
+        precisions=precisions,
+        budget=budget,
+        keep=keep,
+        prior=prior,
+        calibrate_tile=calibrate_tile,
+        scores=scores,
+        progress=progress,
+        force=force,
     )
     inputs = _Inputs(x, is_real=True, parts=None, golden=x, units=x, prior=x, calibrate=calibrate)
     check_output(path, force)  # before any work

@@ -134,19 +134,20 @@ def export_checkpoint(
 ) -> Manifest:
     """Write a trained checkpoint as a bundle.
 
-    examples: what to verify with; None takes the checkpoint's own, held-out ones first.
+    name: of the bundle.
+    examples: what to verify with, as `vae_runtime.VAE.encode` takes it; None: the checkpoint's own examples, held-out
+        ones first.
     golden: where the 4 golden inputs come from: "held-out" (the checkpoint's), "examples" (the first of `examples`), or
-        "synthetic" (seeded noise, no real input). None: "examples" if there are any, else "held-out".
-    precisions, budget, keep: see `export_bundle`. The checkpoint's training examples calibrate, its held-out ones
-        measure.
+        "synthetic" (seeded noise, no real input). None: "examples" if some are given, else "held-out".
+    precisions, budget, keep: see `export_bundle`. Without `examples`, the checkpoint's training examples calibrate, and
+        its held-out ones measure.
     prior: see `export_bundle`. prior_examples: what it is fitted to; None: `examples`, else the checkpoint's training
         examples.
     calibrate: see `export_bundle`; or "held-out", the checkpoint's own held-out examples. Active units are measured on
-        these in any case, unless there are too few.
-    calibrate_tile, scores, progress: see `export_bundle`.
+        these in any case, or on `examples` where they are fewer than 32.
+    tolerance, calibrate_tile, scores, progress, force: see `export_bundle`.
 
-    Raises:
-        ExportError, InputError, OutputError: see `export_bundle`.
+    Returns, raises and warns as `export_bundle` does.
     """
     golden = golden or (HELD_OUT if examples is None else "examples")
     if golden == "examples" and examples is None:
@@ -226,12 +227,12 @@ def export_imported(
         the manifest says so. Precisions beside fp32 need real ones.
     likelihood: see `export_bundle`; None: what the source tells, if it does.
     golden: "examples" or "synthetic"; None: examples where there are any.
-    name, tolerance, precisions, budget, keep, prior, calibrate, calibrate_tile, scores, progress: see `export_bundle`.
-    prior_examples: real inputs that the prior is fitted to; None: `examples`. unit_examples: those that tell which
-        units are active; None: `examples`, if they are enough.
+    name: None takes that of `imported`.
+    tolerance, precisions, budget, keep, prior, calibrate, calibrate_tile, scores, progress, force: see `export_bundle`.
+    prior_examples: real inputs that the prior is fitted to; None: `examples`. unit_examples: real inputs on which the
+        active units are measured; None: `examples`, if there are at least 32.
 
-    Raises:
-        ExportError, InputError, OutputError: see `export_bundle`.
+    Returns, raises and warns as `export_bundle` does.
     """
     golden = golden or ("synthetic" if examples is None else "examples")
     check_choice(golden, "golden", ("examples", "synthetic"))
@@ -318,50 +319,63 @@ def export_bundle(
 
     encoder: a torch.nn.Module, or a method of one, x -> (mean, logvar), or for kind="autoencoder" x -> code. What it
         returns may be a pair, a dict, a torch.distributions.Normal, or one tensor with the mean and the logvar along
-        the channels. decoder: z -> reconstruction. Both take images float32 (N, C, H, W) (the result is cut to [0, 1]),
-        or vectors float32 (N, D), and give them. They run in evaluation mode and are left in the mode they were in;
-        what their own code changes of them when it runs, such as a count of its calls, stays changed.
-    examples: real inputs, at least one, numpy or torch, as `vae_runtime.VAE.encode` takes them; the more, the better
-        verified.
+        the channels. x is images, float32 (N, C, H, W), or vectors, float32 (N, D).
+    decoder: a torch.nn.Module, or a method of one, z -> reconstruction, of the shape of x. Those of images are cut to
+        [0, 1]. Both halves run in evaluation mode and are left in the mode that they were in; what their own code
+        changes when it runs, such as a count of its calls, stays changed.
+    examples: real inputs, at least one, as `vae_runtime.VAE.encode` takes them, or the same as a torch tensor; the
+        more, the better verified. From 32 on, the active units are measured on them.
+    kind: "vae" or "autoencoder".
     name: None takes the file name of `path`.
     likelihood: for example {"type": "gaussian", "scale": 0.1} or {"type": "bernoulli"}, or in short "gaussian:0.1" or
         "bernoulli"; the scale is in the bundle's units. None where it is not known.
     input_range: of the images that the modules take and give: "unit", [0, 1], or "signed", [-1, 1]; None: unit. The
-        bundle's own are in [0, 1] in either case.
+        bundle's own are in [0, 1] in either case. Vectors have no range: None.
     spread: what the encoder gives beside the mean, where it has no name: "logvar", "log_std", "std" or "variance";
-        None: logvar, unless it is never negative.
+        None: logvar, and an error where its values are never negative.
     logits: the decoder gives logits, and the graph gets the sigmoid that makes a reconstruction of them.
     latent_scale, latent_shift: the bundle's latents are (z - shift) · scale; logvar grows by 2·log(scale).
-    colour: "grey" or "rgb", None by the number of channels. resize: "exact", "stretch" or "crop", how a picture file of
-        another size becomes an input.
+    colour: "grey" or "rgb"; None: by the number of channels. resize: "exact", "stretch" or "crop": how a picture file
+        of another size becomes an input.
     multiple_of: the bundle takes images of any height and width that are multiples of this, and latents of
-        (C, height / multiple_of, width / multiple_of); None: of the examples' size alone.
-    golden: "examples", whose first 4 then travel with the bundle, or "synthetic", seeded noise.
+        (C, height / multiple_of, width / multiple_of); None: images of the examples' size alone.
+    golden: what the bundle's self-test compares: "examples", whose first 4 then travel with the bundle, or
+        "synthetic", seeded noise.
     tolerance: largest error of a reconstruction relative to the data's range; ten times that for mean and logvar,
         relative to max|reference|.
-    precisions: which to write beside "fp32", the reference, which always is: "int8", "fp16", "tf32". Even rows of the
-        examples calibrate them, odd rows measure what they lose against fp32.
+    precisions: which to write beside "fp32", the reference, which is always written: "int8", "fp16", "tf32". Even rows
+        of the examples calibrate them, odd rows measure what they lose against fp32; so at least two are needed.
     budget: how much that may be. A precision that loses more is not written, and the manifest's `refused` says why.
     keep: write it nevertheless, marked in the manifest (`within_budget`); never one that gives NaN or infinity, or is
         so far off on the golden inputs that a self-test would tell nothing.
-    prior: "gaussian", or "mixture:10" of as many components, is fitted to the latents of the examples, for
-        `VAE.sample(prior="fitted")`; None: the bundle has the standard one alone, an autoencoder's none.
-    calibrate: at least 100 examples as they should be, like `examples`, that the model was not trained on: the
-        quantiles of their anomaly scores are what `VAE.is_anomaly` compares with. Where height and width are free, of
-        the method "reconstruction" alone, whose scores do not grow with the size; then an array, or a list of arrays,
-        of images of any one size each, which are scored as `VAE.score(pad=True)` does.
-    calibrate_tile: as `tile` of `VAE.score`, for these; None: as a whole. Where tiles are an approximation, thresholds
-        are of scores with the same tile.
-    scores: which of them to calibrate, of "elbo", "reconstruction" and "log_likelihood", which takes 100 decodings of
-        each example; None: all that the bundle has.
-    progress: called while importance sampling scores these, or where sizes are free, which may take minutes, with how
-        many examples are done and how many there are.
+    prior: "gaussian", or "mixture:10" with 10 components, is fitted to the latents of the examples, for
+        `VAE.sample(prior="fitted")`; None: a VAE has the standard normal prior alone, an autoencoder none.
+    calibrate: at least 100 normal examples, like `examples`, that the model was not trained on: `VAE.is_anomaly` takes
+        its thresholds from the quantiles of their anomaly scores. Where height and width are free, it is an array, or
+        a list of arrays, each with images of any one size, which are scored as `VAE.score(pad=True)` does, by the
+        method "reconstruction" alone: the other scores grow with the size.
+    calibrate_tile: `tile` of `VAE.score` for these images; None: each as a whole. Where tiles are an approximation, the
+        thresholds hold for scores with the same tile only.
+    scores: which to calibrate, of "elbo", "reconstruction" and "log_likelihood", which takes 100 decodings of each
+        example; None: all that the bundle has.
+    progress: progress(done, total), in examples, is called while they are scored for "log_likelihood" or where sizes
+        are free, which may take minutes.
+    force: replace the bundle at `path`, once the new one is complete. What is no bundle is never replaced.
+
+    Returns:
+        The manifest as written; `refused` names the precisions that were not written, with the reasons.
 
     Raises:
         ExportError: a half does not run, is random or mixes the rows of a batch, torch cannot export it, it breaks the
-            contract, or it differs by more than the tolerance.
+            contract, or it differs by more than the tolerance; or the prior cannot be fitted.
         InputError: an argument breaks a rule, or contradicts what a half gives.
+        OutOfMemoryError: the memory does not suffice to run a graph.
         OutputError: `path` exists, or cannot be written.
+
+    Warns:
+        FewExamplesWarning: so few examples that a precision's quality or the fitted prior may not generalise.
+        ExportWarning: the bundle is written, but may not be what was meant: reconstructions are poor or leave [0, 1],
+            latents tell nothing or do not fit the prior, or, for methods, the halves leave out a part of their model.
     """
     check_choice(kind, "kind", KINDS)
     check_choice(golden, "golden", ("examples", "synthetic"))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vae_runtime.errors import CheckpointError, ExportError, MissingExtraError
+from vae_runtime.manifest import MEAN
 
 from ..graphs import DecoderGraph, EncoderGraph
 from ..imported import Imported
@@ -20,6 +21,7 @@ from ..reason import reason
 from ..reference import Reference
 from .pickled import read_pickled_dict
 from .pythae_folder import CONFIG, class_name
+from .trial import check_halves, noise, require_batch, run
 from .weights import assign
 
 WEIGHTS, STATE = "model.pt", "model_state_dict"
@@ -42,10 +44,13 @@ def import_model(
     model = _unpickle(folder) if custom else _build(folder, config)
     model = model.float().eval().requires_grad_(False)
     encoder, decoder = Encoder(model, kind, signed), Decoder(model, input_shape, signed)
-    if custom:
-        _try(encoder, decoder, torch.rand(2, *input_shape, generator=torch.Generator().manual_seed(0)))
     clamp = len(input_shape) == 3 and "decoder" in custom
     halves = Reference(EncoderGraph(encoder, kind), DecoderGraph(decoder, clamp), against="pythae")
+    if custom:
+        x = noise(input_shape, 3, None)
+        mean = run(halves.encode, x, "encoder")[MEAN]
+        require_batch(mean.shape, len(x))
+        check_halves(halves, x, mean.shape[1:])
     origin = {"library": "pythae", "version": version("pythae"), "class": class_name(config["name"])}
     return Imported(halves, bundle_name, input_shape, likelihood=likelihood, origin=origin)
 
@@ -118,25 +123,3 @@ def _unpickle(folder: Path) -> Any:
     if not isinstance(model, nn.Module):
         raise ExportError(f"{folder} holds a {type(model).__name__}, no PyTorch module")
     return model
-
-
-def _try(encoder: Encoder, decoder: Decoder, x: Tensor) -> None:
-    """Raises: ExportError: the halves do not run, draw random numbers, or do not give one latent for each input."""
-    try:
-        first, second = (_run(encoder, decoder, x) for _ in range(2))
-    except Exception as error:  # what a network of someone else's leads to
-        raise ExportError(f"the pickled networks do not run on {tuple(x.shape)} inputs: {reason(error)}") from None
-    *latents, _ = first
-    if len({tuple(value.shape) for value in latents}) != 1 or len(latents[0]) != len(x):
-        raise ExportError(
-            f"the pickled encoder gives {', '.join(str(tuple(value.shape)) for value in latents)} for {len(x)} inputs; "
-            "expected one mean and one logvar of the same shape for each"
-        )
-    if not all(torch.equal(a, b) for a, b in zip(first, second, strict=True)):
-        raise ExportError("the pickled networks draw random numbers; a bundle's graphs must not, the runtime samples")
-
-
-def _run(encoder: Encoder, decoder: Decoder, x: Tensor) -> list[Tensor]:
-    with torch.no_grad():
-        latents = encoder(x) if encoder.kind == "vae" else (encoder(x),)
-        return [*latents, decoder(latents[0])]

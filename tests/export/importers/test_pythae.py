@@ -192,6 +192,13 @@ class Convolutions(BaseEncoder):
         return ModelOutput(embedding=mean + self.noise * torch.randn_like(mean), log_covariance=logvar)
 
 
+class Centred(Convolutions):
+    """One that subtracts the mean of its batch."""
+
+    def forward(self, x):
+        return super().forward(x - x.mean(0))
+
+
 class Signed(BaseDecoder):
     """The user's own decoder, (N, 3) -> (N, 1, 4, 4) in [-1, 1]."""
 
@@ -229,19 +236,25 @@ def test_an_encoder_that_draws_is_refused(tmp_path: Path) -> None:
     encoder = Convolutions()
     encoder.noise = 0.1
     save(tmp_path / "model", "VAEConfig", (1, 4, 4), (encoder,))
-    with pytest.raises(ExportError, match="draw random numbers"):
+    with pytest.raises(ExportError, match=r"the encoder gives other values .* in a second run: it draws random"):
+        load(str(tmp_path / "model"), None, TRUSTED)
+
+
+def test_an_encoder_that_mixes_rows_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "model", "VAEConfig", (1, 4, 4), (Centred(),))
+    with pytest.raises(ExportError, match=r"the encoder gives values that differ .*: it mixes the rows of a batch"):
         load(str(tmp_path / "model"), None, TRUSTED)
 
 
 def test_an_encoder_with_another_shape_of_logvar_is_refused(tmp_path: Path) -> None:
     save(tmp_path / "model", "VAEConfig", (1, 4, 4), (Convolutions(outputs=1),))
-    with pytest.raises(ExportError, match=r"gives \(2, 3\), \(2, 1\) for 2 inputs"):
+    with pytest.raises(ExportError, match=r"gives a logvar of shape \(3, 1\) for .*; expected \(3, 3\)"):
         load(str(tmp_path / "model"), None, TRUSTED)
 
 
 def test_networks_that_do_not_run_are_refused(tmp_path: Path) -> None:
     save(tmp_path / "model", "VAEConfig", (1, 5, 4), (Convolutions(),))
-    with pytest.raises(ExportError, match=r"do not run on \(2, 1, 5, 4\) inputs: RuntimeError"):
+    with pytest.raises(ExportError, match=r"the encoder does not run on a batch of shape \(3, 1, 5, 4\): RuntimeError"):
         load(str(tmp_path / "model"), None, TRUSTED)
 
 

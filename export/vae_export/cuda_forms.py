@@ -22,6 +22,7 @@ import onnx
 from onnx import helper
 
 from .graphs import plain
+from .protos import drop_unread_constants, to_bytes
 from .rewrite import Graph
 
 
@@ -32,9 +33,8 @@ def for_cuda(graph: bytes) -> bytes | None:
     changed = [take_bias_out(editor, node) for node in list(model.graph.node)]
     if not any([*changed, normalise_as_one(editor)]):
         return None
-    editor.drop_unused()
-    data: bytes = plain(model).SerializeToString(deterministic=True)
-    return data
+    drop_unread_constants(model.graph)
+    return to_bytes(plain(model))
 
 
 def take_bias_out(graph: Graph, node: onnx.NodeProto) -> bool:

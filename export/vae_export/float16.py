@@ -22,6 +22,7 @@ from .activation_ranges import activation_ranges
 from .graphs import plain, with_node_names
 from .halves import ReducedHalf
 from .layers import WEIGHTED, after_the_last, before_the_second
+from .protos import to_bytes
 from .tf32 import with_exact_first_layer
 
 MAX_FLOAT16 = float(np.finfo(np.float16).max)
@@ -132,8 +133,7 @@ def _convert(model: onnx.ModelProto, blocked: Collection[str]) -> bytes:
     _drop_round_trips(converted.graph, {node.name for node in model.graph.node})
     sorted_model = ONNXModel(converted)
     sorted_model.topological_sort()
-    data: bytes = plain(sorted_model.model).SerializeToString(deterministic=True)
-    return data
+    return to_bytes(plain(sorted_model.model))
 
 
 def _drop_round_trips(graph: onnx.GraphProto, of_before: set[str]) -> None:
@@ -188,5 +188,4 @@ def _twin(converted: bytes) -> bytes:
             nodes.append(helper.make_node("Cast", [f"{name}_float16"], [name], to=TensorProto.FLOAT))
     del graph.node[:]
     graph.node.extend(nodes)
-    data: bytes = plain(model).SerializeToString(deterministic=True)
-    return data
+    return to_bytes(plain(model))

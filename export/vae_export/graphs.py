@@ -25,6 +25,7 @@ from vae_runtime.graph_rules import check_graph
 from vae_runtime.manifest import INPUT, LATENT, LOGVAR, MEAN, RECONSTRUCTION
 from vae_training.models import LOGVAR_MAX, LOGVAR_MIN
 
+from .protos import to_bytes
 from .reason import innermost_reason, tracing_reason
 from .rewrite import rewrite
 from .simplify import simplified
@@ -258,7 +259,7 @@ def finish(model: onnx.ModelProto, half: str) -> bytes:
     """
     name_free_sides(plain(model))
     rewrite(model)
-    data: bytes = model.SerializeToString(deterministic=True)
+    data = to_bytes(model)
     _check_contract(model, data, half)
     return data
 
@@ -276,7 +277,7 @@ def with_threshold(encoder: bytes) -> bytes:
     model.graph.initializer.append(half)
     for position, node in enumerate(first):
         model.graph.node.insert(position, node)
-    data: bytes = model.SerializeToString(deterministic=True)
+    data = to_bytes(model)
     _check_contract(model, data, "encoder")
     return data
 

@@ -20,6 +20,7 @@ from vae_runtime.preprocess import Float32
 
 from .activation_ranges import activation_ranges
 from .graphs import plain, with_node_names
+from .protos import attributes, drop_unread_constants, to_bytes
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 FLOAT_RESULT = ("Gemm", "MatMul")  # onnxruntime's int8 kernels for these can give float32
@@ -64,8 +65,7 @@ class QuantizableGraph:
         quantizer.quantize_model()
         _keep_float_results(quantizer.model.model.graph, chosen)
         quantizer.model.topological_sort()  # as ONNX has it; onnxruntime alone takes any order
-        data: bytes = _finish(quantizer.model.model).SerializeToString(deterministic=True)
-        return data
+        return to_bytes(_finish(quantizer.model.model))
 
 
 def _prepare(graph: bytes) -> onnx.ModelProto:
@@ -83,7 +83,7 @@ def _weighted(graph: onnx.GraphProto) -> Iterable[onnx.NodeProto]:
     for node in graph.node:
         if node.op_type not in WEIGHTED or not all(name in constants for name in node.input[1:]):
             continue
-        transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
+        transposed = attributes(node).get("transA")
         rank = len(constants[node.input[1]].dims)
         if not transposed and (node.op_type != "MatMul" or rank == 2):  # of constants alone none are left
             yield node
@@ -140,8 +140,5 @@ def _finish(model: onnx.ModelProto) -> onnx.ModelProto:
     opsets = [entry for entry in model.opset_import if entry.domain in used]
     del model.opset_import[:]
     model.opset_import.extend(opsets)
-    read = {name for node in model.graph.node for name in node.input}
-    constants = [tensor for tensor in model.graph.initializer if tensor.name in read]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(constants)
+    drop_unread_constants(model.graph)
     return plain(model)

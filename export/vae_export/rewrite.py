@@ -28,6 +28,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from .protos import attributes, drop_unread_constants
+
 MAX_TRANSPOSED_PIXELS = 16  # of the input of a transposed convolution that is replaced
 # Times the norm of a feature's weights: a sum that begins at a large offset loses digits at every step.
 MAX_OFFSET = 64
@@ -41,7 +43,7 @@ def rewrite(model: onnx.ModelProto) -> None:
     graph = Graph(model)
     while any(apply(graph, node) for node in list(model.graph.node) for apply in REWRITES):
         pass
-    graph.drop_unused()
+    drop_unread_constants(model.graph)
 
 
 class Graph:
@@ -106,11 +108,6 @@ class Graph:
         producer.output[list(producer.output).index(source)] = node.output[0]
         self._shapes.pop(node.output[0], None)
         self.proto.node.remove(node)
-
-    def drop_unused(self) -> None:
-        used = {name for node in self.proto.node for name in node.input} | self._outputs
-        for entry in [entry for entry in self.proto.initializer if entry.name not in used]:
-            self.proto.initializer.remove(entry)
 
 
 def fold_affine(graph: Graph, gemm: onnx.NodeProto) -> bool:
@@ -195,7 +192,7 @@ def replace_transposed(graph: Graph, node: onnx.NodeProto) -> bool:
         return False
     size = graph.shape(node.input[0])[2:]
     bias = graph.weights(node.input[2]) if len(node.input) > 2 else np.zeros(kernel.shape[1])
-    given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    given = attributes(node)
     if len(size) != 2 or None in size or math.prod(size) > MAX_TRANSPOSED_PIXELS or bias is None:  # type: ignore[arg-type]
         return False
     strides, pads = given.get("strides", [1, 1]), given.get("pads", [0, 0, 0, 0])
@@ -225,7 +222,7 @@ def _linear(graph: Graph, node: onnx.NodeProto) -> tuple[_Array, _Array] | None:
     """weight (inputs, outputs) and bias (outputs,) of a Gemm with constants; None for all else."""
     if node.op_type != "Gemm":
         return None
-    given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    given = attributes(node)
     if given.get("alpha", 1.0) != 1 or given.get("beta", 1.0) != 1 or given.get("transA", 0):
         return None
     weight = graph.weights(node.input[1])
@@ -240,7 +237,7 @@ def _linear(graph: Graph, node: onnx.NodeProto) -> tuple[_Array, _Array] | None:
 
 def _set_linear(graph: Graph, gemm: onnx.NodeProto, weight: _Array, bias: _Array) -> None:
     """Give a Gemm these weights, (inputs, outputs), under new names: others may use the old."""
-    transposed = any(attribute.name == "transB" and attribute.i for attribute in gemm.attribute)
+    transposed = attributes(gemm).get("transB")
     names = [*gemm.input[1:], f"{gemm.output[0]}.bias"]
     weight_name = graph.add_constant(names[0], weight.T if transposed else weight)
     bias_name = graph.add_constant(names[1], bias)
@@ -261,7 +258,7 @@ def _affine(
         if len(node.output) != 1 or any(part is None or part.shape != (channels,) for part in parts):
             return None
         gamma, beta, mean, variance = (part for part in parts if part is not None)
-        epsilon = next((attribute.f for attribute in node.attribute if attribute.name == "epsilon"), 1e-5)
+        epsilon = attributes(node).get("epsilon", 1e-5)
         scale = gamma / np.sqrt(variance + epsilon)
         return scale, beta - mean * scale
     commutes = node.op_type in ("Add", "Mul")

@@ -17,6 +17,7 @@ from vae_runtime.preprocess import Float32
 
 from .graphs import plain, with_node_names
 from .layers import WEIGHTED, before_the_second
+from .protos import attributes, drop_unread_constants, to_bytes
 
 SPLITTER = 2.0**13 + 1  # times a float32 of 24 bits: what Dekker, 1971, rounds it to its upper 11 with
 
@@ -73,12 +74,8 @@ class _Editor:
     def finish(self) -> bytes:
         del self.graph.node[:]
         self.graph.node.extend(self._made)
-        read = {name for node in self._made for name in node.input}
-        kept = [tensor for tensor in self.graph.initializer if tensor.name in read]
-        del self.graph.initializer[:]
-        self.graph.initializer.extend(kept)
-        data: bytes = plain(self._model).SerializeToString(deterministic=True)
-        return data
+        drop_unread_constants(self.graph)
+        return to_bytes(plain(self._model))
 
     def rounded(self, name: str) -> str:
         """The name of the same values in 11 bits."""
@@ -102,19 +99,19 @@ class _Editor:
 
     def axes(self, node: onnx.NodeProto) -> tuple[int, int] | None:
         """Of both factors, the axis over which their products are summed; None where `split` does not apply."""
-        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        given = attributes(node)
         if node.op_type not in WEIGHTED or node.input[1] not in self._constants:
             return None
-        if attributes.get("group", 1) != 1 or attributes.get("transA") or self._constants[node.input[1]].ndim < 2:
+        if given.get("group", 1) != 1 or given.get("transA") or self._constants[node.input[1]].ndim < 2:
             return None
         if node.op_type == "Gemm":
-            return 1, (1 if attributes.get("transB") else 0)
+            return 1, (1 if given.get("transB") else 0)
         return (-1, -2) if node.op_type == "MatMul" else (1, 1 if node.op_type == "Conv" else 0)
 
-    def _node(self, operator: str, inputs: Iterable[str], output: str, **attributes: Any) -> str:
+    def _node(self, operator: str, inputs: Iterable[str], output: str, **given: Any) -> str:
         if output not in self._names:  # two layers may read the same values
             name = self._names[output] = self._fresh(output)
-            self._made.append(helper.make_node(operator, list(inputs), [name], name=name, **attributes))
+            self._made.append(helper.make_node(operator, list(inputs), [name], name=name, **given))
         return self._names[output]
 
     def _constant(self, name: str, value: Float32) -> str:

@@ -16,6 +16,7 @@ from vae_runtime.errors import CheckpointError, ExportError, InputError
 from vae_runtime.graph_rules import RANDOM_OPERATORS, has_float16
 
 from ..graphs import MAX_BYTES, OPSET
+from ..protos import attributes
 from ..reason import reason
 from .options import FLAGS
 
@@ -181,7 +182,7 @@ def _split_group_norm(model: onnx.ModelProto) -> None:
 
 def _older_group_norm(model: onnx.ModelProto, node: onnx.NodeProto, position: int) -> list[onnx.NodeProto]:
     """Reshape to groups, InstanceNormalization, Reshape back, scale and bias by channel."""
-    given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    given = attributes(node)
     groups, (x, scale, bias), name = given["num_groups"], node.input, f"group_norm_{position}"
     dtype = next(
         (entry.data_type for entry in model.graph.initializer if entry.name in (scale, bias)), TensorProto.FLOAT

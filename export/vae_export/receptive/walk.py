@@ -11,6 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from ..protos import attributes
 from .axis import Axis, length_of
 from .layout import reshaped
 from .maps import SAME, AxisMap, UnknownMapError, convolution, resize, spread, transposed, window
@@ -89,7 +90,7 @@ class Walk:
         return self._tensors.get(name, Mixed("an output that does not depend on the input"))
 
     def _visit(self, node: onnx.NodeProto) -> None:
-        given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        given = attributes(node)
         data = [self._tensors[name] for name in node.input if name in self._tensors]
         if node.op_type == "Constant" or (not data and node.op_type in (*PER_CHANNEL, "Identity", "Cast")):
             self._keep_constant(node, given)

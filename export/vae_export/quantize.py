@@ -22,7 +22,7 @@ from .activation_ranges import activation_ranges
 from .graphs import plain, with_node_names
 from .protos import attributes, drop_unread_constants, to_bytes
 
-WEIGHTED = ("Conv", "Gemm", "MatMul")
+QUANTIZED = ("Conv", "Gemm", "MatMul")  # where weights and bias are constants
 FLOAT_RESULT = ("Gemm", "MatMul")  # onnxruntime's int8 kernels for these can give float32
 BETWEEN = (
     "Add", "Clip", "Concat", "DepthToSpace", "Flatten", "MaxPool", "Relu", "Reshape", "Resize", "Slice", "Squeeze",
@@ -41,7 +41,7 @@ class QuantizableGraph:
         self._model, self._x = _prepare(graph), x
         self.examples = len(x)
         self._ranges: dict[str, Any] = {}
-        self.nodes = [node.name for node in _weighted(self._model.graph)]
+        self.nodes = [node.name for node in _quantizable(self._model.graph)]
 
     def build(self, nodes: Collection[str], method: str) -> bytes | None:
         """The graph with these nodes in int8, activations calibrated by `method`; None where there are none."""
@@ -59,7 +59,7 @@ class QuantizableGraph:
             tensors_range=self._ranges[method],
             nodes_to_quantize=sorted(chosen),
             nodes_to_exclude=[],
-            op_types_to_quantize=[*WEIGHTED, *BETWEEN],
+            op_types_to_quantize=[*QUANTIZED, *BETWEEN],
             extra_options={},
         )
         quantizer.quantize_model()
@@ -77,11 +77,11 @@ def _prepare(graph: bytes) -> onnx.ModelProto:
         return with_node_names(onnx.load(target))
 
 
-def _weighted(graph: onnx.GraphProto) -> Iterable[onnx.NodeProto]:
+def _quantizable(graph: onnx.GraphProto) -> Iterable[onnx.NodeProto]:
     """Nodes with constant weights and bias that can be quantised."""
     constants = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
-        if node.op_type not in WEIGHTED or not all(name in constants for name in node.input[1:]):
+        if node.op_type not in QUANTIZED or not all(name in constants for name in node.input[1:]):
             continue
         transposed = attributes(node).get("transA")
         rank = len(constants[node.input[1]].dims)

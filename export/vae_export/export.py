@@ -56,7 +56,7 @@ from .judge import CODEC_EXAMPLES, Judge
 from .likelihood import agree, parse_likelihood
 from .on_data import LEAST_FOR_UNITS, OnData, plan_on_data
 from .plausibility import check_plausible
-from .quality import Budget
+from .quality import Budget, significant
 from .reference import Reference
 from .threshold import Thresholded
 from .tiling import find_tiling
@@ -455,7 +455,7 @@ def _export(
     judge = Judge(graphs, spec, latent, likelihood, x[:CODEC_EXAMPLES])
     # An error that was let through here must not fail a self-test elsewhere.
     golden_error = judge.golden_error(golden, (None, None), "fp32")
-    tolerances = {"fp32": max(GOLDEN_TOLERANCE, float(f"{2 * golden_error:.2g}")), **made.tolerance}
+    tolerances = {"fp32": max(GOLDEN_TOLERANCE, significant(2 * golden_error, 2)), **made.tolerance}
     encoder, decoder = map(graph_file, HALF_NAMES)
     manifest = Manifest(
         kind=halves.kind,

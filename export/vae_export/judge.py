@@ -20,7 +20,7 @@ from vae_runtime.session import GraphSession
 
 from .halves import Pair
 from .in_memory import open_graph
-from .quality import NOISE_SEED, Figures, Measurement
+from .quality import NOISE_SEED, Figures, Measurement, significant
 
 BATCH_SIZE = 32
 CODEC_EXAMPLES = 64
@@ -89,7 +89,7 @@ class Judge:
         found = self._reconstruction if decoder is None else self._decode(self._open_decoder(decoder), mean)
         errors = {name: value for name, value in measured.errors.items() if name.endswith("_max_error")}
         errors[f"{RECONSTRUCTION}_max_error"] = self._error(found)
-        return {"against": "fp32", "examples": len(mean), **{k: float(f"{v:.1e}") for k, v in errors.items()}}
+        return {"against": "fp32", "examples": len(mean), **{k: significant(v, 2) for k, v in errors.items()}}
 
     def golden_error(self, golden: Mapping[str, Float32], graphs: Pair, precision: str) -> float:
         """The largest error of a tensor on the golden values, measured as `VAE.selftest` measures it."""
@@ -112,7 +112,7 @@ class Judge:
             "psnr_db": found,
             "psnr_lost_db": psnr - found,
         }
-        return {"examples": len(x), **{name: float(f"{value:.4g}") for name, value in figures.items()}}
+        return {"examples": len(x), **{name: significant(value, 4) for name, value in figures.items()}}
 
     def _open_encoder(self, graph: bytes | None) -> GraphSession:
         return open_graph(graph or self._graphs[0], "encoder", self._boundaries[0])

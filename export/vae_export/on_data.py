@@ -33,7 +33,7 @@ from vae_runtime.vae import VAE
 
 from .in_memory import run_in_memory
 from .prior import PriorFit, parse_prior
-from .quality import ExportWarning
+from .quality import DIGITS, ExportWarning, significant
 
 _log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class OnData:
                 found = self._score_slowly(vae, examples, method)
             _require_finite(found, f"calibrate: the score {method!r}", _source(examples).names)
             quantiles = np.quantile(found, LEVELS)
-            scores[method] = tuple(_rounded(value) for value in quantiles)  # rounding keeps their order
+            scores[method] = tuple(significant(value, DIGITS) for value in quantiles)  # rounding keeps their order
         return Calibration(self.calibration_source, len(examples), LEVELS, scores, self.tile)
 
     def _score_slowly(self, vae: VAE, examples: Float32 | Source, method: str) -> Float64:
@@ -209,8 +209,8 @@ def active_units(vae: VAE, examples: Float32 | Source, tile: int | None = None) 
     more than a hundredth of what the unit that varies most does. tile: as of `VAE.encode`, for examples of any size.
     """
     _, variances = unit_moments(_means(vae, examples, tile))
-    rounded = tuple(_rounded(value) for value in variances)
-    threshold = ACTIVE_VARIANCE if vae.manifest.kind == "vae" else _rounded(ACTIVE_VARIANCE * max(rounded))
+    rounded = tuple(significant(value, DIGITS) for value in variances)
+    threshold = ACTIVE_VARIANCE if vae.manifest.kind == "vae" else significant(ACTIVE_VARIANCE * max(rounded), DIGITS)
     return ActiveUnits(rounded, threshold, len(examples))
 
 
@@ -294,7 +294,3 @@ def _check_tile(tile: Any, spec: InputSpec, calibrate: Any) -> int:
     if size % spec.multiple_of:
         raise InputError(f"calibrate_tile is {size}; expected a multiple of {spec.multiple_of} pixels, as for images")
     return size
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.6g}")

@@ -19,7 +19,7 @@ from .float16 import ConvertibleGraph
 from .halves import HALF_NAMES, Halves, Pair, ReducedHalf, ReducedPair, graph_file
 from .int8_search import LayerSearch
 from .judge import Judge
-from .quality import Budget, Measurement
+from .quality import Budget, Measurement, significant
 from .quantize import QuantizableGraph
 from .tf32 import tf32_twin, with_exact_first_layer
 from .wanted_precisions import Made, Wanted
@@ -181,7 +181,7 @@ def _decide(
     ]
     made.graphs |= {file: graph for file, graph in zip(files, candidate.graphs, strict=True) if graph is not None}
     made.precisions[name] = Precision(files[0], files[1], fidelity, quality)
-    made.tolerance[name] = float(f"{max(GOLDEN_FACTOR * error, GOLDEN_FLOOR):.2g}")
+    made.tolerance[name] = significant(max(GOLDEN_FACTOR * error, GOLDEN_FLOOR), 2)
 
 
 def _different(graphs: Pair, twins: Pair) -> list[Pair]:

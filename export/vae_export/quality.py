@@ -10,6 +10,7 @@ from typing import Any
 from vae_runtime.errors import InputError
 
 NOISE_SEED = 0  # of the one posterior draw per example that -ELBO is measured with, the same in every precision
+DIGITS = 6  # of a measured figure in the manifest; errors have two
 
 
 class ExportWarning(UserWarning):
@@ -107,9 +108,13 @@ class Measurement:
         return {
             "examples": self.examples,
             "noise_seed": NOISE_SEED,
-            **{name: _rounded(value) for name, value in figures.items()},
+            **{
+                name: significant(value, DIGITS) if value is not None and math.isfinite(value) else None
+                for name, value in figures.items()
+            },
         }
 
 
-def _rounded(value: float | None) -> float | None:
-    return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
+def significant(value: float, digits: int) -> float:
+    """A figure for the manifest, rounded to so many significant digits: then equal exports give equal bytes."""
+    return float(f"{value:.{digits}g}")

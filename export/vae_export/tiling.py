@@ -16,6 +16,7 @@ from vae_runtime.preprocess import Float32
 from vae_runtime.session import GraphSession
 from vae_runtime.tiling import TilePlan, run_tiled
 
+from .quality import significant
 from .receptive import ReceptiveField, receptive_fields, widest
 from .verify import open_graphs
 
@@ -87,12 +88,12 @@ class _Sample:
             if (tile + 2 * _GIVEN) * self._factor <= MAX_SIDE:
                 error = self._error(half, tile, context)
                 if error <= MAX_ERROR:
-                    return HalfTiling(reach.field, context, _rounded(error), tile * self._factor)
+                    return HalfTiling(reach.field, context, significant(error, 2), tile * self._factor)
                 reason = f"exact tiles differed by {error:.1e}"
             else:
                 reason = f"{context * self._factor} pixels of context, more than the export measures"
         tile = max(min(*self._x.shape[2:], _BLENDED_SIDE) // self._factor, 2)
-        return HalfTiling(reach.field, None, _rounded(self._error(half, tile, None)), tile * self._factor, reason)
+        return HalfTiling(reach.field, None, significant(self._error(half, tile, None), 2), tile * self._factor, reason)
 
     def _error(self, half: int, tile: int, context: int | None) -> float:
         """max|Δ| between windows and the whole: three windows from left to right, two from top to bottom."""
@@ -126,8 +127,3 @@ def _both_ways(session: GraphSession, array: Float32, plan: TilePlan) -> tuple[l
     tiled = [np.zeros_like(one) for one in whole]
     run_tiled(session.run, lambda part: np.ascontiguousarray(array[:, :, part[0], part[1]]), plan, tiled)
     return whole, tiled
-
-
-def _rounded(error: float) -> float:
-    """To two significant digits, so that equal exports give equal bytes."""
-    return float(f"{error:.1e}")

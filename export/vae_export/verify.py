@@ -18,6 +18,7 @@ from vae_runtime.session import GraphSession
 
 from .halves import Halves
 from .in_memory import open_graph
+from .quality import significant
 from .reason import reason
 
 BATCH_SIZES = (1, 2, 7, 32)
@@ -54,7 +55,7 @@ class Fidelity:
         for name in ("mean_max_error", "logvar_max_error", "reconstruction_max_error"):
             value = getattr(self, name)
             if value is not None:
-                data[name] = float(f"{value:.1e}")
+                data[name] = significant(value, 2)
         return data
 
 

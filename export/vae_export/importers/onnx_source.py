@@ -12,15 +12,15 @@ from onnx import TensorProto, helper, numpy_helper, version_converter
 
 from vae_runtime.devices import CPU
 from vae_runtime.engine import CRASHING_ON_FLOAT16, import_engine
-from vae_runtime.errors import CheckpointError, ExportError, InputError
+from vae_runtime.errors import CheckpointError, ExportError
 from vae_runtime.graph_rules import RANDOM_OPERATORS, has_float16
+from vae_runtime.manifest import Shape
 
 from ..graphs import MAX_BYTES, OPSET
 from ..protos import attributes
 from ..reason import reason
-from .options import FLAGS
+from .options import FLAGS, agreed_shape
 
-Shape = tuple[int | None, ...]
 TYPES: dict[int, np.dtype[Any]] = {TensorProto.FLOAT: np.dtype(np.float32), TensorProto.FLOAT16: np.dtype(np.float16)}
 CHANNELS = (1, 3, 4)  # of images
 CONTROL_FLOW = ("If", "Loop", "Scan", "SequenceMap")
@@ -93,9 +93,7 @@ def agree(encoder: OnnxSource, asked: Shape | None) -> Shape | None:
     if asked is None:
         known = own and (None not in own or (len(own) == 3 and own[0] is not None and own[1:] == (None, None)))
         return own if known else None
-    if own and (len(own) != len(asked) or any(side not in (None, size) for side, size in zip(own, asked, strict=True))):
-        raise InputError(f"{FLAGS['input_shape']} is {asked}, but the encoder takes {own}")
-    return asked
+    return agreed_shape(own or None, asked)
 
 
 def require_channels_first(encoder: OnnxSource, asked: Shape | None) -> None:

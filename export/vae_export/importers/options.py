@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vae_runtime.errors import CheckpointError, InputError
-from vae_runtime.manifest import KINDS
+from vae_runtime.manifest import KINDS, Shape
 
 from ..imported import INPUT_RANGES, Arguments, ImportOptions
 from ..quality import ExportWarning
@@ -72,7 +72,20 @@ def check_options(options: ImportOptions, factory: bool = False, pickles: bool =
         raise wrong_option(options, "multiple_of", "; expected 1 or more")
 
 
-def require_shape(shape: tuple[int | None, ...] | None, options: ImportOptions) -> tuple[int | None, ...]:
+def agreed_shape(own: Shape | None, asked: Shape | None) -> Shape | None:
+    """The shape of inputs that the encoder says, `own`, and the user, `asked`; None: who does not say it.
+
+    Raises:
+        InputError: they do not agree.
+    """
+    if own is None or asked is None:
+        return asked or own
+    if len(own) != len(asked) or any(side not in (None, size) for side, size in zip(own, asked, strict=True)):
+        raise InputError(f"{FLAGS['input_shape']} is {asked}, but the encoder takes {own}")
+    return asked
+
+
+def require_shape(shape: Shape | None, options: ImportOptions) -> Shape:
     """The shape of inputs, checked together with the options that go with it; None: nobody said it.
 
     Raises:

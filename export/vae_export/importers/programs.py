@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from vae_runtime.errors import CheckpointError, ExportError, InputError
-from vae_runtime.manifest import INPUT, LATENT, LOGVAR, MEAN, RECONSTRUCTION
+from vae_runtime.manifest import INPUT, LATENT, LOGVAR, MEAN, RECONSTRUCTION, Shape
 from vae_runtime.preprocess import Float32
 
 from ..graphs import OPSET, DecoderGraph, EncoderGraph, decoder_to_onnx, encoder_to_onnx, finish, quiet
@@ -30,29 +30,12 @@ from .script_code import check_archive, check_graphs
 from .script_operators import find_cure, known_operators
 from .torch_program import EXPORTED, SCRIPT
 
-Shape = tuple[int | None, ...]
-
 
 class Program:
     """One half. module: runs it. shape: of its inputs without the batch, where the program says it."""
 
     def __init__(self, sort: str, module: nn.Module, shape: Shape | None) -> None:
         self.sort, self.module, self.shape = sort, module, shape
-
-    def agree(self, asked: Shape | None) -> Shape | None:
-        """The shape of inputs that the program and the user agree on.
-
-        Raises:
-            InputError: they do not.
-        """
-        if self.shape is None or asked is None:
-            return asked or self.shape
-        fits = len(asked) == len(self.shape) and all(
-            own in (None, size) for own, size in zip(self.shape, asked, strict=True)
-        )
-        if not fits:
-            raise InputError(f"{FLAGS['input_shape']} is {asked}, but the encoder was exported for {self.shape}")
-        return asked
 
 
 class ProgramHalves(Reference):

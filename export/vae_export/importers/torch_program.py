@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 from ..imported import Imported, ImportOptions
-from .options import check_options, require_shape
+from .options import agreed_shape, check_options, require_shape
 from .pair import default_name, find_pair, has_pair
 from .trial import try_out
 
@@ -52,7 +52,7 @@ def load(source: str, options: ImportOptions) -> Imported:
     paths = find_pair(source, lambda path: sort_of(path) is not None, "a TorchScript or torch.export program")
     check_options(options, pickles=EXPORTED in map(sort_of, paths))
     encoder, decoder = (open_program(path, sort_of(path), options.trust_pickle) for path in paths)
-    shape = require_shape(encoder.agree(options.input_shape), options)
+    shape = require_shape(agreed_shape(encoder.shape, options.input_shape), options)
     halves = ProgramHalves(encoder, decoder, make_graphs(encoder.module, decoder.module, shape, options))
     sizes = try_out(halves, shape, options)
     sorts = encoder.sort if encoder.sort == decoder.sort else f"{encoder.sort}, {decoder.sort}"

@@ -136,7 +136,7 @@ def test_torch_export_with_its_own_shape(networks: tuple[Any, Any], tmp_path: Pa
     assert torch_program.recognises(source)
     with pytest.raises(InputError, match=r"my_encoder is a torch.export program.*pass --trust-pickle"):
         load(source)
-    with pytest.raises(InputError, match=r"--input is \(1, 16, 16\), but the encoder was exported for \(3, None"):
+    with pytest.raises(InputError, match=r"--input is \(1, 16, 16\), but the encoder takes \(3, None"):
         load(source, (1, 16, 16), trust_pickle=True)
     imported = load(source, None, trust_pickle=True)
     assert (imported.input_shape, imported.multiple_of) == ((3, None, None), 4)

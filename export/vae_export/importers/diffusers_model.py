@@ -21,17 +21,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vae_runtime.errors import CheckpointError, ExportError, InputError, MissingExtraError
+from vae_runtime.errors import CheckpointError, ExportError, InputError
 from vae_runtime.json_fields import is_count
 
 from ..graphs import DecoderGraph, EncoderGraph
 from ..imported import Imported
 from ..reason import reason
 from ..reference import Reference
-from .options import FLAGS
+from .diffusers_folder import CONFIG
+from .options import FLAGS, needs_extra
 from .weights import assign
 
-CONFIG = "config.json"
 _WRITTEN = {"block_out_channels", "force_upcast"}  # by classes that do not take them
 _TRIED = 512  # pixels: a multiple of what any of these models is made for
 OF_VIDEOS, IN_PATCHES = ("AutoencoderKLQwenImage",), ("AutoencoderKLFlux2",)
@@ -192,11 +192,8 @@ class Decoder(nn.Module):
 
 
 def _library() -> Any:
-    try:
+    with needs_extra("diffusers", "importing from diffusers"):
         import diffusers
-    except ModuleNotFoundError as error:
-        missing = (error.name or "diffusers").split(".")[0]
-        raise MissingExtraError(missing, "diffusers", "importing from diffusers") from None
     return diffusers
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vae_runtime.errors import CheckpointError, InputError
+from vae_runtime.errors import CheckpointError, InputError, MissingExtraError
 from vae_runtime.manifest import KINDS, Shape
 
 from ..imported import INPUT_RANGES, Arguments, ImportOptions
@@ -116,6 +118,19 @@ def require_shape(shape: Shape | None, options: ImportOptions) -> Shape:
     if not free and options.multiple_of not in (None, 1):
         raise wrong_option(options, "multiple_of", f", but the inputs {shape} have no free size")
     return shape
+
+
+@contextlib.contextmanager
+def needs_extra(extra: str, purpose: str) -> Iterator[None]:
+    """Around the import of a library that comes with an extra of ours.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtraError((error.name or extra).split(".")[0], extra, purpose) from None
 
 
 def bundle_name(folder: Path, subfolder: str) -> str:

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vae_runtime.errors import CheckpointError, ExportError, MissingExtraError
+from vae_runtime.errors import CheckpointError, ExportError
 from vae_runtime.manifest import MEAN
 
 from ..graphs import DecoderGraph, EncoderGraph
 from ..imported import Imported
 from ..reason import reason
 from ..reference import Reference
+from .options import needs_extra
 from .pickled import read_pickled_dict
 from .pythae_folder import CONFIG, class_name
 from .trial import check_halves, noise, require_batch, run
@@ -83,11 +84,8 @@ class Decoder(nn.Module):
 
 
 def _library() -> Any:
-    try:
+    with needs_extra("pythae", "importing from pythae"):
         import pythae.models
-    except ModuleNotFoundError as error:
-        missing = (error.name or "pythae").split(".")[0]
-        raise MissingExtraError(missing, "pythae", "importing from pythae") from None
     return pythae.models
 
 

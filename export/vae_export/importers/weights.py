@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vae_runtime.errors import CheckpointError, MissingExtraError
+from vae_runtime.errors import CheckpointError
 
 from ..reason import reason, some
+from .options import needs_extra
 
 
 def read_safetensors(path: Path, extra: str) -> dict[str, Tensor]:
@@ -30,10 +31,8 @@ def read_some_safetensors(path: Path, names: Iterable[str], extra: str) -> dict[
 
 
 def _read(path: Path, extra: str, choose: Callable[[Any], Iterable[str]]) -> dict[str, Tensor]:
-    try:
+    with needs_extra(extra, "reading .safetensors"):
         from safetensors import safe_open
-    except ModuleNotFoundError:
-        raise MissingExtraError("safetensors", extra, "reading .safetensors") from None
     require_file(path)
     try:
         with safe_open(path, framework="pt") as file:

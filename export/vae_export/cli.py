@@ -27,6 +27,7 @@ from vae_runtime.version import __version__
 
 from . import importers
 from .bundle import check_output
+from .halves import reference_name
 from .imported import HELD_OUT, INPUT_RANGES, SPREADS, ImportOptions
 from .importers.hints import refuse_misstated, refuse_weights
 from .importers.options import FLAGS
@@ -466,7 +467,7 @@ def _default_name(checkpoint: Checkpoint, source: str) -> str:
 
 def _describe(target: Path, manifest: Manifest) -> str:
     fidelity = manifest.precisions["fp32"].fidelity
-    against = "PyTorch" if fidelity["against"] == "pytorch" else fidelity["against"]
+    against = reference_name(fidelity["against"])
     inputs = f"{fidelity['examples']} input{'s' * (fidelity['examples'] != 1)}"
     lines = [f"{target}: {manifest.kind} {manifest.name!r}, verified against {against} on {inputs}"]
     lines += [f"  {line}" for line in describe_latent(manifest)]

@@ -15,6 +15,11 @@ def graph_file(half: str, precision: str = "fp32") -> str:
     return f"{half}.onnx" if precision == "fp32" else f"{half}.{precision}.onnx"
 
 
+def reference_name(against: str) -> str:
+    """What computed a reference, in words; against: as of `Halves`."""
+    return "PyTorch" if against == "pytorch" else against
+
+
 class ReducedHalf(NamedTuple):
     """One half in a lower precision.
 

@@ -16,7 +16,7 @@ from vae_runtime.manifest import LOGVAR, MEAN, RECONSTRUCTION, InputSpec, Shape
 from vae_runtime.preprocess import Float32
 from vae_runtime.session import GraphSession
 
-from .halves import Halves
+from .halves import Halves, reference_name
 from .in_memory import open_graph
 from .quality import significant
 from .reason import reason
@@ -201,12 +201,14 @@ def _largest(errors: Iterable[float]) -> float:
 
 def _require(error: float, tolerance: float, name: str, unit: str, against: str) -> None:
     if not error <= tolerance:  # also when it is NaN
-        source = "PyTorch" if against == "pytorch" else against
-        raise ExportError(f"{name} differs from {source} by {error:.2g} of {unit}; the tolerance is {tolerance:.2g}")
+        raise ExportError(
+            f"{name} differs from {reference_name(against)} by {error:.2g} of {unit}; the tolerance is {tolerance:.2g}"
+        )
 
 
 def _require_finite(outputs: dict[str, Float32], against: str) -> None:
-    source = "PyTorch" if against == "pytorch" else against
     for name, values in outputs.items():
         if not np.isfinite(values).all():
-            raise ExportError(f"{name} has NaN or infinite values in {source} itself; the model cannot be verified")
+            raise ExportError(
+                f"{name} has NaN or infinite values in {reference_name(against)} itself; the model cannot be verified"
+            )

@@ -265,14 +265,14 @@ def _progress(label: str) -> Iterator[Progress]:
     bars: list[Any] = []
     with contextlib.ExitStack() as stack:
 
-        def tell(done: int, total: int) -> None:
+        def report(done: int, total: int) -> None:
             if not bars:
                 hidden = not _is_terminal()
                 bar = click.progressbar(length=total, label=label, file=sys.stderr, hidden=hidden)
                 bars.append(stack.enter_context(bar))
             bars[0].update(done - bars[0].pos)
 
-        yield tell
+        yield report
 
 
 def _is_ours(source: str, origin: str | None) -> bool:
@@ -331,8 +331,15 @@ def _export_imported(request: _Request, settings: _Settings) -> Manifest:
     if request.data and limit < LEAST_FOR_UNITS and settings["prior"] is None and not request.calibrate:
         few = max(LEAST_FOR_UNITS, min(UNIT_EXAMPLES, UNIT_VALUES // math.prod(spec.example_shape)))
         units = _read_examples(request.data, spec, few)
-    said = {"name": request.name, "likelihood": request.likelihood}
-    return export_imported(imported, request.target, examples=examples, unit_examples=units, **said, **settings)
+    return export_imported(
+        imported,
+        request.target,
+        name=request.name,
+        likelihood=request.likelihood,
+        examples=examples,
+        unit_examples=units,
+        **settings,
+    )
 
 
 def _default_output(source: str) -> Path:

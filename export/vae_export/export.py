@@ -254,10 +254,10 @@ def export_imported(
         force=force,
     )
     spec = example_spec(imported, examples)
-    told = parse_likelihood(imported.likelihood)
-    parsed = agree(parse_likelihood(likelihood), told)
+    stated = parse_likelihood(imported.likelihood)
+    parsed = agree(parse_likelihood(likelihood), stated)
     halves = imported.halves
-    if parsed != told and parsed is not None and parsed.binarize == "threshold":
+    if parsed != stated and parsed is not None and parsed.binarize == "threshold":
         halves = Thresholded(halves)
     x = synthetic_inputs(spec, SYNTHETIC_EXAMPLES) if examples is None else to_model_input(examples, spec, "examples")
     prior_examples = examples if prior_examples is None else prior_examples
@@ -387,7 +387,7 @@ def export_bundle(
         spec = free_size(spec, check_count(multiple_of, "multiple_of"), always=True)
     parsed = parse_likelihood(likelihood)
     threshold = parsed is not None and parsed.binarize == "threshold"
-    said = Arguments(
+    arguments = Arguments(
         kind=kind,
         input_range=image_range(input_range, spec),
         logits=logits,
@@ -413,8 +413,9 @@ def export_bundle(
     check_output(path, force)  # before any work
     modules = Modules(encoder, decoder)
     with _evaluation_mode(modules.encoder, modules.decoder):
-        halves = modules.open(x, said, threshold)
-        return _export(halves, spec, inputs, options, parsed, input_range=said.input_range or range_of_means(parsed))
+        halves = modules.open(x, arguments, threshold)
+        input_range = arguments.input_range or range_of_means(parsed)
+        return _export(halves, spec, inputs, options, parsed, input_range=input_range)
 
 
 def _export(

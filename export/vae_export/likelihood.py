@@ -1,4 +1,4 @@
-"""What a user says p(x|z) is, of a model that does not say it itself."""
+"""The likelihood p(x|z) that a user states of a model, where the model does not."""
 
 from __future__ import annotations
 
@@ -11,33 +11,34 @@ from vae_runtime.manifest import BINARIZE_MODES, Likelihood
 RULE = f"expected bernoulli, bernoulli:HOW with {', '.join(BINARIZE_MODES)}, gaussian:SCALE or laplace:SCALE"
 
 
-def parse_likelihood(said: Mapping[str, Any] | str | None) -> Likelihood | None:
+def parse_likelihood(given: Mapping[str, Any] | str | None) -> Likelihood | None:
     """As the manifest has it, or in short: {"type": "gaussian", "scale": 0.1} or "gaussian:0.1"; "bernoulli".
 
     Raises:
         InputError: it is neither.
     """
-    if said is None:
+    if given is None:
         return None
-    if not isinstance(said, (str, Mapping)):
-        raise InputError(f"likelihood is {said!r:.80}; {RULE}, or a dict such as {{'type': 'bernoulli'}}")
+    if not isinstance(given, (str, Mapping)):
+        raise InputError(f"likelihood is {given!r:.80}; {RULE}, or a dict such as {{'type': 'bernoulli'}}")
     try:
-        return Likelihood.from_dict(_expand(said) if isinstance(said, str) else said)
+        return Likelihood.from_dict(_expand(given) if isinstance(given, str) else given)
     except BundleError as error:
-        raise InputError(f"{error}; as text: {RULE}" if isinstance(said, str) else str(error)) from None
+        raise InputError(f"{error}; as text: {RULE}" if isinstance(given, str) else str(error)) from None
 
 
-def agree(said: Likelihood | None, told: Likelihood | None) -> Likelihood | None:
-    """What the user says and what the source tells, which may leave open how its data became binary.
+def agree(requested: Likelihood | None, stated: Likelihood | None) -> Likelihood | None:
+    """The likelihood that the user requests and the source, if it states one, states too; how the data became binary is
+    the user's to say.
 
     Raises:
         InputError: they differ.
     """
-    if said is None or told is None:
-        return said or told
-    if (said.type, said.scale) != (told.type, told.scale):
-        raise InputError(f"likelihood is {said.to_dict()}, but the source says {told.to_dict()}")
-    return said
+    if requested is None or stated is None:
+        return requested or stated
+    if (requested.type, requested.scale) != (stated.type, stated.scale):
+        raise InputError(f"likelihood is {requested.to_dict()}, but the source says {stated.to_dict()}")
+    return requested
 
 
 def _expand(text: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ KINDS = {
     "AutoencoderTiny": "autoencoder",
 }
 CONFIG, PIPELINE, SUBFOLDER = "config.json", "model_index.json", "vae"
-_TOLD = ("weights", "trust_pickle", "multiple_of", "input_range", "logits", "latent_scale", "latent_shift", "spread")
+_STATED = ("weights", "trust_pickle", "multiple_of", "input_range", "logits", "latent_scale", "latent_shift", "spread")
 
 
 def recognises(source: str) -> bool:
@@ -37,7 +37,7 @@ def load(source: str, options: ImportOptions) -> Imported:
         ExportError: the folder holds a model of another class, or one that no bundle can hold.
         InputError: an option is of no use here. MissingExtraError: diffusers is not installed.
     """
-    refuse_options(options, "images of diffusers are in [-1, 1], and config.json has the rest", *_TOLD)
+    refuse_options(options, "images of diffusers are in [-1, 1], and config.json has the rest", *_STATED)
     folder = _model_folder(Path(source))
     config = read_json(folder / CONFIG)
     name = config.get("_class_name")

@@ -18,11 +18,11 @@ _PAIR = "a bundle is made of two, the encoder's and the decoder's: pass ENCODER,
 def refuse_misstated(source: str) -> None:
     """Raise `InputError` for one half alone, or a Python module that is not stated as package.module:factory."""
     try:
-        said = _misstated(source)
+        found = _misstated(source)
     except (OSError, ValueError):  # no path at all
         return
-    if said is not None:
-        raise InputError(f"{source} is {said}")
+    if found is not None:
+        raise InputError(f"{source} is {found}")
 
 
 def refuse_weights(source: str) -> None:

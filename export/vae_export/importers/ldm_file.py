@@ -25,7 +25,7 @@ _MOST = 9  # levels, and blocks in each: twice what any has
 _OF_OTHERS = ("bn.", "quantize.", "encoder.quant_conv.", "decoder.post_quant_conv.")
 _PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 _FIRST, _OTHERS = "encoder.conv_in.weight", ("encoder.mid.block_1.norm1.weight", "decoder.conv_in.weight")
-_TOLD = ("multiple_of", "input_range", "logits", "spread")
+_STATED = ("multiple_of", "input_range", "logits", "spread")
 _BLOCK = re.compile(r"(down|up)\.(\d+)\.(?:block\.(\d+)|(downsample|upsample))\.(.+)")
 _MIDDLE = re.compile(r"mid\.block_([12])\.(.+)")
 _ATTENTION = re.compile(r"mid\.attn_1\.(norm|q|k|v|proj_out)\.(weight|bias)")
@@ -48,7 +48,7 @@ def load(source: str, options: ImportOptions) -> Imported:
         MissingExtraError: diffusers or safetensors is not installed.
     """
     check_options(options)
-    refuse_options(options, "images of latent diffusion are in [-1, 1], and the weights say the rest", *_TOLD)
+    refuse_options(options, "images of latent diffusion are in [-1, 1], and the weights say the rest", *_STATED)
     require_agreement(options, "kind", "vae", "latent diffusion's autoencoder")
     path = Path(source)
     shapes = tensor_shapes(path)

@@ -50,11 +50,11 @@ def refuse_options(options: ImportOptions, why: str, *names: str) -> None:
             raise InputError(f"{FLAGS[name]} is of no use here: {why}")
 
 
-def require_agreement(options: ImportOptions, name: str, told: Any, source: str) -> None:
+def require_agreement(options: ImportOptions, name: str, stated: Any, source: str) -> None:
     """Raises: InputError: the option `name` was given and is not what the source tells."""
     value = getattr(options, name)
-    if value is not None and value != told:
-        raise wrong_option(options, name, f", but {source} says {told!r}")
+    if value is not None and value != stated:
+        raise wrong_option(options, name, f", but {source} says {stated!r}")
 
 
 def check_options(options: ImportOptions, factory: bool = False, pickles: bool = False) -> None:

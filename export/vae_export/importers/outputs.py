@@ -98,7 +98,7 @@ def read_reconstruction(output: Any) -> Tensor:
     if not found and len(fields) == 1:
         found = [value for value in fields.values() if isinstance(value, Tensor)]
     if len(found) != 1:
-        raise ExportError(f"the decoder returns {_say(output)}; {rule}")
+        raise ExportError(f"the decoder returns {_describe(output)}; {rule}")
     return found[0]
 
 
@@ -182,7 +182,7 @@ def _read_object(output: Any) -> Encoded:
     fields = {name: getattr(output, name) for name in names if isinstance(getattr(output, name, None), Tensor)}
     named = _read_named(fields)
     if named is None:
-        raise ExportError(f"the encoder returns {_say(output)}; {RULE}")
+        raise ExportError(f"the encoder returns {_describe(output)}; {RULE}")
     return named
 
 
@@ -190,10 +190,10 @@ def _read_sequence(output: tuple[Any, ...] | list[Any]) -> Encoded:
     if len(output) == 1:
         return read_encoded(output[0])
     if len(output) != 2 or not all(isinstance(part, Tensor) for part in output):
-        raise ExportError(f"the encoder returns {_say(output)}; {RULE} ({_NO_MORE})")
+        raise ExportError(f"the encoder returns {_describe(output)}; {RULE} ({_NO_MORE})")
     if output[0].shape != output[1].shape:
         cure = "if it is one, expand it, as by logvar.expand_as(mean)" if _broadcast(*output) else _NO_MORE
-        raise ExportError(f"the encoder returns {_say(output)}; mean and logvar have the same shape ({cure})")
+        raise ExportError(f"the encoder returns {_describe(output)}; mean and logvar have the same shape ({cure})")
     return Encoded(output[0], output[1])
 
 
@@ -205,7 +205,7 @@ def _broadcast(mean: Tensor, spread: Tensor) -> bool:
         return False
 
 
-def _say(output: Any) -> str:
+def _describe(output: Any) -> str:
     if isinstance(output, Tensor):
         return f"a tensor of shape {tuple(output.shape)}"
     if isinstance(output, Mapping):

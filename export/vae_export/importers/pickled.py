@@ -121,7 +121,7 @@ def _strangers_for_all_in(path: Path) -> Iterator[None]:
     """Have torch take a `Stranger` for all that it would refuse, also what others have told it to load. What a file of
     the present format names, it tells; of older ones, it goes on to refuse all."""
     with _LOADING:
-        told = torch.serialization.get_safe_globals()
+        allowed = torch.serialization.get_safe_globals()
         torch.serialization.clear_safe_globals()
         try:
             with contextlib.suppress(Exception):  # no such file, or a damaged one, which loading tells
@@ -130,7 +130,7 @@ def _strangers_for_all_in(path: Path) -> Iterator[None]:
             yield
         finally:
             torch.serialization.clear_safe_globals()
-            torch.serialization.add_safe_globals(told)
+            torch.serialization.add_safe_globals(allowed)
 
 
 def _stand_in(name: str) -> Any:

@@ -109,28 +109,28 @@ def _kind(name: str, config: dict[str, Any]) -> str:
 
 def _input_shape(config: dict[str, Any], asked: tuple[int | None, ...] | None) -> tuple[int, ...]:
     """That of the bundle's inputs: the config's, or images of which its data are the flat rows."""
-    told = config.get("input_dim")
-    if not isinstance(told, list) or not told or not all(isinstance(n, int) and n > 0 for n in told):
-        raise CheckpointError(f"{CONFIG} has input_dim {told!r}; expected a list of whole numbers")
-    if asked is not None and not _is_possible(tuple(told), asked):
-        raise InputError(f"{FLAGS['input_shape']} is {asked}, but {CONFIG} has input_dim {tuple(told)}")
+    stated = config.get("input_dim")
+    if not isinstance(stated, list) or not stated or not all(isinstance(n, int) and n > 0 for n in stated):
+        raise CheckpointError(f"{CONFIG} has input_dim {stated!r}; expected a list of whole numbers")
+    if asked is not None and not _is_possible(tuple(stated), asked):
+        raise InputError(f"{FLAGS['input_shape']} is {asked}, but {CONFIG} has input_dim {tuple(stated)}")
     if asked is not None:
         return tuple(side for side in asked if side is not None)
-    if len(told) not in (1, 3):
+    if len(stated) not in (1, 3):
         raise InputError(
-            f"{CONFIG} has input_dim {tuple(told)}, neither (D,) nor (C, H, W); say with {FLAGS['input_shape']} what "
-            f"they are, as in {FLAGS['input_shape']} {math.prod(told)}"
+            f"{CONFIG} has input_dim {tuple(stated)}, neither (D,) nor (C, H, W); say with {FLAGS['input_shape']} what "
+            f"they are, as in {FLAGS['input_shape']} {math.prod(stated)}"
         )
-    return tuple(told)
+    return tuple(stated)
 
 
-def _is_possible(told: tuple[int, ...], asked: tuple[int | None, ...]) -> bool:
+def _is_possible(stated: tuple[int, ...], asked: tuple[int | None, ...]) -> bool:
     """Whether the network's data can be of the shape asked for: the same, or rows and planes of images, or rows."""
-    if len(told) == 3 or asked == told:
-        return asked == told and len(told) in (1, 3)
-    if None in asked or math.prod(told) != math.prod(side or 0 for side in asked):
+    if len(stated) == 3 or asked == stated:
+        return asked == stated and len(stated) in (1, 3)
+    if None in asked or math.prod(stated) != math.prod(side or 0 for side in asked):
         return False
-    return (len(told) == 1 and len(asked) == 3) or asked == (1, *told) or (len(told) > 1 and len(asked) == 1)
+    return (len(stated) == 1 and len(asked) == 3) or asked == (1, *stated) or (len(stated) > 1 and len(asked) == 1)
 
 
 def _is_signed(config: dict[str, Any], custom: list[str], image: bool, options: ImportOptions) -> bool:

@@ -135,13 +135,13 @@ def read(encoder: nn.Module, decoder: nn.Module, x: Float32, options: ImportOpti
         mean, spread = mean.chunk(2, dim=1)
     kind = "autoencoder" if spread is None else "vae"
     require_kind(kind, options)
-    _log.info("the encoder's %s", _say(kind, split, meaning))
+    _log.info("the encoder's %s", _describe(kind, split, meaning))
     if spread is None:
         return Reading(kind)
     return Reading(kind, split, settle_meaning(meaning, float(spread.min()), options))
 
 
-def _say(kind: str, split: bool, named: str | None) -> str:
+def _describe(kind: str, split: bool, named: str | None) -> str:
     """How its output is read, for who looks on."""
     if kind == "autoencoder":
         return "output is read as the code of an autoencoder"

@@ -69,9 +69,9 @@ def heed_forward(
 
 
 def _doubt(whole: nn.Module, x: Tensor, read: _Read, options: ImportOptions) -> str | None:
-    told, drawn = _tell(whole, x)
-    latents = [one for one in told if _fits(one, read.mean)]
-    pictures = [one for one in told if _fits(one, x) and not _same(one, x)]
+    steady, drawn = _outputs_of_forward(whole, x)
+    latents = [one for one in steady if _fits(one, read.mean)]
+    pictures = [one for one in steady if _fits(one, x) and not _same(one, x)]
     borne_out = any(_agrees(one, read.reconstruction, options) for one in pictures)
     doubt = _doubt_of_latents(latents, read, borne_out, options)
     sampled = any(_fits(one, x) for one in drawn)  # what else is there may be anything
@@ -117,18 +117,18 @@ def _spreads(mean: Tensor, logvar: Tensor) -> list[Tensor]:
     return [*in_every_meaning(logvar), (-logvar).exp(), (-logvar / 2).exp(), divergence]
 
 
-def _agrees(told: Tensor, reconstruction: Tensor, options: ImportOptions) -> bool:
+def _agrees(given: Tensor, reconstruction: Tensor, options: ImportOptions) -> bool:
     """Whether a forward's reconstruction is the decoder's: in its range or in [0, 1], cut or not, and with a sigmoid or
     without one."""
     if options.logits:
-        return _same(told, reconstruction) or _same(told, reconstruction.sigmoid())
+        return _same(given, reconstruction) or _same(given, reconstruction.sigmoid())
     signed = options.input_range == "signed"
     own = 2 * reconstruction - 1 if signed else reconstruction
     forms = (own, own.clamp(-1 if signed else 0, 1), reconstruction, reconstruction.clamp(0, 1))
-    return any(_same(told, form) for form in forms) or _same(told.sigmoid(), own)
+    return any(_same(given, form) for form in forms) or _same(given.sigmoid(), own)
 
 
-def _tell(whole: nn.Module, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def _outputs_of_forward(whole: nn.Module, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """The tensors that forward gives twice for the same inputs, and others. A copy runs, as it may change itself; what
     it prints goes to stderr, and its random numbers are nobody's."""
     if "forward" in vars(whole) or type(whole).forward is nn.Module.forward:

@@ -46,7 +46,7 @@ READ_ROWS = 256  # of an array file, held at once
 
 @dataclass(frozen=True)
 class _Request:
-    """SOURCE and where it goes, with what is said about it and which files are to be read.
+    """SOURCE and where it goes, with what the user states about it and the files to read.
 
     name: None where none is given. origin: of --from. likelihood, options: of a model from elsewhere.
     """
@@ -105,35 +105,36 @@ class InputShape(click.ParamType):
 @click.option("--name", help="The bundle's name.  [default: the data set and family, or the source's name]")
 @click.option("--from", "origin", help="What SOURCE is: model, diffusers, ldm, pythae, factory, program or onnx.")
 @click.option(
-    "--weights", type=click.Path(), help="Of a factory's network: .safetensors, or .pt, .pth with tensors only."
+    "--weights", type=click.Path(), help="Weights of a factory's network: .safetensors, or .pt, .pth with tensors only."
 )
 @click.option(
-    "--trust-pickle", is_flag=True, help="Unpickle what SOURCE has pickled; that runs whatever code is in it."
+    "--trust-pickle", is_flag=True, help="Unpickle what SOURCE has pickled, which runs whatever code is in it."
 )
-@click.option("--kind", type=click.Choice(KINDS), help="Where SOURCE leaves it open.")
-@click.option("--input", "input_shape", type=InputShape(), help="Of one example: 3x64x64, 3xHxW (free), or a length.")
+@click.option("--kind", type=click.Choice(KINDS), help="What SOURCE is, where it leaves that open.")
+@click.option("--input", "input_shape", type=InputShape(), help="Shape of inputs: 3x64x64, 3xHxW (free), or a length.")
 @click.option("--multiple-of", type=click.IntRange(1), help="What free heights and widths are multiples of.")
 @click.option(
-    "--input-range", type=click.Choice(INPUT_RANGES), help="Of SOURCE's images: unit, [0, 1]; signed, [-1, 1]."
+    "--input-range", type=click.Choice(INPUT_RANGES), help="Range of SOURCE's images: unit, [0, 1]; signed, [-1, 1]."
 )
 @click.option(
     "--logits",
     is_flag=True,
-    help="SOURCE's decoder gives logits; the graph gets the sigmoid of them.",
+    help="SOURCE's decoder gives logits; the graph gets a sigmoid after it.",
 )
 @click.option("--spread", type=click.Choice(SPREADS), help="What SOURCE's encoder gives beside the mean.")
 @click.option(
     "--likelihood", metavar="TYPE[:SCALE]",
-    help="p(x|z) of SOURCE, where it does not say it: bernoulli, gaussian:SCALE or laplace:SCALE in the bundle's units;"
-    " bernoulli:dynamic or bernoulli:threshold where its images were made binary in training. For scores in nats.",
+    help="p(x|z) of SOURCE, where it states none: bernoulli, gaussian:SCALE or laplace:SCALE, in the bundle's units;"
+    " bernoulli:dynamic or bernoulli:threshold where images were made binary in training. Scores in nats need it.",
 )  # fmt: skip
-@click.option("--latent-scale", type=float, help="The bundle's latents are (z - shift) * scale of SOURCE's.")
+@click.option("--latent-scale", type=float, help="The bundle's latents are (z - shift) * scale, with SOURCE's z.")
 @click.option("--latent-shift", type=float, help="See --latent-scale.")
 @click.option(
     "--data", "data", multiple=True, type=click.Path(),
     help="Verify with these pictures, folders or one .npy/.npz instead of the examples in the checkpoint, or seeded"
-    f" noise for other sources; with at most {EXAMPLES_LIMIT:,}, for other sources {IMPORTED_EXAMPLES_FP32} or for more"
-    f" than fp32 {IMPORTED_EXAMPLES}, evenly spaced over all; of more, up to {UNIT_EXAMPLES} tell the active units.",
+    f" noise for other sources. At most {EXAMPLES_LIMIT:,} are taken, evenly spaced over all; for other sources"
+    f" {IMPORTED_EXAMPLES_FP32}, or {IMPORTED_EXAMPLES} for precisions beside fp32, and up to {UNIT_EXAMPLES} for the"
+    " active units.",
 )  # fmt: skip
 @click.option(
     "--golden", type=click.Choice([HELD_OUT, "examples", "synthetic"]),
@@ -147,7 +148,7 @@ class InputShape(click.ParamType):
 )  # fmt: skip
 @click.option(
     "--precision", "precisions", default="fp32", show_default=True,
-    help="What to write: fp32, which always is, int8, fp16, tf32; several with commas.",
+    help="What to write, separated by commas: int8, fp16, tf32; fp32 is always written.",
 )  # fmt: skip
 @click.option(
     "--budget-psnr", type=float, default=Budget().psnr_db, show_default=True,
@@ -159,16 +160,16 @@ class InputShape(click.ParamType):
 )  # fmt: skip
 @click.option(
     "--prior", metavar="gaussian|mixture:K",
-    help="Fit a prior, with full covariances, to the latents of --data, or else of the checkpoint's training examples;"
-    f" with at most {MOST_EXAMPLES:,} of them. `vae-run sample --prior fitted` draws from it.",
+    help="Fit a prior, with full covariances, to the latents of --data, or else of the checkpoint's training examples,"
+    f" of at most {MOST_EXAMPLES:,}. `vae-run sample --prior fitted` draws from it.",
 )  # fmt: skip
 @click.option(
     "--calibrate", multiple=True, type=click.Path(), metavar="DATA",
     help="Store the quantiles of the anomaly scores of this data, from which `vae-run score --quantile` takes its"
     " thresholds: pictures, folders or one .npy/.npz; or the word held-out, the checkpoint's own validation examples."
-    f" At least {LEAST_EXAMPLES}, at most {MOST_EXAMPLES:,} are taken, evenly spaced over all; of free sizes in their"
-    " own, padded as `vae-run score --pad` does. What the model was trained on scores lower than new data do:"
-    " thresholds would be too low, and call too much an anomaly.",
+    f" At least {LEAST_EXAMPLES}, at most {MOST_EXAMPLES:,} are taken, evenly spaced over all; images of free size keep"
+    " theirs, padded as `vae-run score --pad` does. Take no training data: the model scores them lower than new data,"
+    " so that thresholds would be too low, and too much would be called an anomaly.",
 )  # fmt: skip
 @click.option(
     "--calibrate-tile", type=int, metavar="PIXELS",
@@ -209,7 +210,7 @@ def main(
     SOURCE is a model.pt of vae-train; a folder of diffusers (AutoencoderKL and others; also a pipeline's) or of pythae;
     a .safetensors of Stable Diffusion's or FLUX.1's own code, with the autoencoder in it;
     package.module:factory, which returns a PyTorch network; a folder with two TorchScript or torch.export
-    programs, encoder and decoder, or with two ONNX files. What it is, its content tells.
+    programs, encoder and decoder, or with two ONNX files. It is recognised by its content.
 
     Exit code 3: the bundle is written, but without a precision that missed the budget.
     """
@@ -242,7 +243,7 @@ def main(
 
 @contextlib.contextmanager
 def _stages() -> Iterator[None]:
-    """Tell on stderr what the export is at, where that is a terminal: with large models, each may take minutes."""
+    """Report the stages of the export on stderr, where that is a terminal: with large models, each may take minutes."""
     log, handler = logging.getLogger(__package__), logging.StreamHandler(sys.stderr)
     level = log.level
     if _is_terminal():
@@ -261,7 +262,7 @@ def _is_terminal() -> bool:
 
 @contextlib.contextmanager
 def _progress(label: str) -> Iterator[Progress]:
-    """A bar on stderr, where that is a terminal, from the first time that there is something to tell."""
+    """A bar on stderr, where that is a terminal, from the first report on."""
     bars: list[Any] = []
     with contextlib.ExitStack() as stack:
 
@@ -300,7 +301,7 @@ def _export_ours(request: _Request, settings: _Settings) -> Manifest:
     given = [FLAGS[one.name] for one in fields(options) if getattr(options, one.name) != one.default]
     given += ["--likelihood"] if request.likelihood is not None else []
     if given:
-        raise InputError(f"{given[0]} is for models from elsewhere; {request.source} says all itself")
+        raise InputError(f"{given[0]} is for models from elsewhere; the model.pt {request.source} states it itself")
     spec = checkpoint.input
     if checkpoint.config.is_fully_convolutional:  # trained on crops; pictures of any size become such
         spec = spec._replace(resize="crop")
@@ -317,7 +318,7 @@ def _export_imported(request: _Request, settings: _Settings) -> Manifest:
 
     if settings["golden"] == HELD_OUT:
         raise InputError(
-            f"--golden is {HELD_OUT!r}, which a model.pt has; {request.source} is none, choose examples or synthetic"
+            f"--golden is {HELD_OUT!r}, which only a model.pt has; for {request.source} choose examples or synthetic"
         )
     imported = importers.load(request.source, request.origin, request.options)
     limit = IMPORTED_EXAMPLES_FP32 if settings["precisions"] == ["fp32"] else IMPORTED_EXAMPLES
@@ -444,7 +445,7 @@ def _parse_precisions(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in PRECISIONS:
-            raise InputError(f"--precision has {name!r}; expected some of {', '.join(PRECISIONS)}, with commas between")
+            raise InputError(f"--precision has {name!r}; expected some of {', '.join(PRECISIONS)}, separated by commas")
     return names
 
 
@@ -457,7 +458,7 @@ def _parse_scores(text: str | None, calibrate: tuple[str, ...]) -> list[str] | N
 
 
 def _report_misses(manifest: Manifest) -> None:
-    """Say on stderr which precisions missed the budget; the exit code tells where one was not written."""
+    """Report on stderr which precisions missed the budget; exit with `NEGATIVE_VERDICT` if one was not written."""
     for name, precision in manifest.precisions.items():
         if not precision.within_budget:
             click.echo(f"Warning: {name} misses the budget; it is written and marked, as --keep asks", err=True)

@@ -1,4 +1,4 @@
-"""What a decoder gives before an image is cut to [0, 1], which shows one that was made for another range."""
+"""The values that a decoder gives before images are cut to [0, 1]: they show one that was made for another range."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LARGEST_OF_NORMALISED = 6
 
 
 class DecoderRangeWarning(ExportWarning):
-    """Many values of the decoder lie outside [0, 1], where they can mean nothing."""
+    """Many values of the decoder lie outside [0, 1], the range of images and of a Bernoulli likelihood's means."""
 
 
 def check_decoder_range(
@@ -37,8 +37,8 @@ def check_decoder_range(
     that often leaves that range.
 
     encoded: the latents of some inputs. values: what the decoder makes of their means, uncut: images, or vectors of
-        which a Bernoulli likelihood is. signed: it is said to give [-1, 1]. real: the inputs are no noise, on which the
-        means of posteriors tell less, so that draws from the prior are asked too.
+        which a Bernoulli likelihood is. signed: it is stated to give [-1, 1]. real: the inputs are no noise; on noise,
+        the means of posteriors tell less, and draws from the prior are checked too.
 
     Raises:
         InputError: what the decoder gives looks like logits, or like images of another range.

@@ -152,7 +152,7 @@ def export_checkpoint(
     golden = golden or (HELD_OUT if examples is None else "examples")
     if golden == "examples" and examples is None:
         raise InputError(
-            "golden is 'examples', but none were given; pass some (--data) or choose held-out or synthetic"
+            "golden is 'examples', but none were given; pass some (--data), or choose held-out or synthetic"
         )
     options = _Options(
         path=path,
@@ -225,7 +225,7 @@ def export_imported(
 
     examples: real inputs, as `vae_runtime.VAE.encode` takes them, of one size; None takes seeded synthetic ones, and
         the manifest says so. Precisions beside fp32 need real ones.
-    likelihood: see `export_bundle`; None: what the source tells, if it does.
+    likelihood: see `export_bundle`; None: that of the source, if it states one.
     golden: "examples" or "synthetic"; None: examples where there are any.
     name: None takes that of `imported`.
     tolerance, precisions, budget, keep, prior, calibrate, calibrate_tile, scores, progress, force: see `export_bundle`.
@@ -347,7 +347,7 @@ def export_bundle(
         of the examples calibrate them, odd rows measure what they lose against fp32; so at least two are needed.
     budget: how much that may be. A precision that loses more is not written, and the manifest's `refused` says why.
     keep: write it nevertheless, marked in the manifest (`within_budget`); never one that gives NaN or infinity, or is
-        so far off on the golden inputs that a self-test would tell nothing.
+        so far off on the golden inputs that a self-test would prove nothing.
     prior: "gaussian", or "mixture:10" with 10 components, is fitted to the latents of the examples, for
         `VAE.sample(prior="fitted")`; None: a VAE has the standard normal prior alone, an autoencoder none.
     calibrate: at least 100 normal examples, like `examples`, that the model was not trained on: `VAE.is_anomaly` takes
@@ -375,7 +375,7 @@ def export_bundle(
     Warns:
         FewExamplesWarning: so few examples that a precision's quality or the fitted prior may not generalise.
         ExportWarning: the bundle is written, but may not be what was meant: reconstructions are poor or leave [0, 1],
-            latents tell nothing or do not fit the prior, or, for methods, the halves leave out a part of their model.
+            latents carry no information or do not fit the prior, or methods leave out a part of their model.
     """
     check_choice(kind, "kind", KINDS)
     check_choice(golden, "golden", ("examples", "synthetic"))

@@ -49,7 +49,7 @@ class EncoderGraph(nn.Module):
         [-30, 20] first, grows by 2 · log(scale).
     threshold: the model was trained on binary images, so x becomes x >= 0.5.
     clamp: False where the encoder clamps logvar itself.
-    call: (encoder, x) -> what is said of the encoder above, where it takes or gives something else.
+    call: (encoder, x) -> (mean, logvar) or the code, where the encoder itself takes or gives something else.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ def _to_onnx(module: nn.Module, example: Tensor, input_name: str, outputs: list[
 def _name_ends(graph: onnx.GraphProto, wanted: Sequence[str]) -> None:
     """Give the input and the outputs their names, which torch may have given to values within: to that of `x.mean()`.
 
-    Not left to torch.onnx.export, which names them before `simplified` has told an output from the input itself.
+    Not left to torch.onnx.export, which names them while an output may still be the input itself, before `simplified`.
     """
     ends = [value.name for value in (*graph.input, *graph.output)]
     names = {name: f"inside.{name}" for name in wanted} | dict(zip(ends, wanted, strict=True))
@@ -178,7 +178,7 @@ def _name_ends(graph: onnx.GraphProto, wanted: Sequence[str]) -> None:
 
 
 def _trace(module: nn.Module, example: Tensor, free: bool) -> torch.export.ExportedProgram:
-    """What torch.onnx.export does first; here it leaves what it took for granted of the sizes."""
+    """What torch.onnx.export does first; here the program keeps the assumptions that it made about sizes."""
     dynamic = dict.fromkeys((0, 2, 3) if free else (0,), torch.export.Dim.DYNAMIC)
 
     def trace(strict: bool) -> torch.export.ExportedProgram:
@@ -201,9 +201,9 @@ def _trace(module: nn.Module, example: Tensor, free: bool) -> torch.export.Expor
 def _require_every_size(traced: torch.export.ExportedProgram, example: Tensor, half: str) -> None:
     """Raise `ExportError` where the network's code decides by height or width: a graph keeps the example's decision.
 
-    The traced program checks what it took for granted, also without computing anything. Of small sizes and of the batch
-    it notes much that changes nothing, as the layout in memory; there the values are verified. Nor is it asked of sizes
-    at which a tensor within is too large for most kernels: networks take care there, as diffusers' upsampling does.
+    The traced program checks its assumptions, also without computing anything. For small sizes and for the batch it has
+    many that change nothing, such as the layout in memory; there the values are verified instead. Sizes at which a
+    tensor within is too large for most kernels are not asked for: there networks do decide, as diffusers' upsampling.
     """
     unfilled = traced.module().to("meta")
     rows, channels, height, width = example.shape
@@ -223,7 +223,7 @@ def _unfilled(*shape: int) -> Tensor:
 
 
 def _failed_guard(program: nn.Module, x: Tensor) -> str | None:
-    """What the program, on the meta device, took for granted and `x` has not."""
+    """The assumption of the program, on the meta device, that `x` does not meet; None where it meets all."""
     try:
         program(x)
     except AssertionError as error:

@@ -1,4 +1,4 @@
-"""A model from elsewhere, as the export takes it, and what its user says about it."""
+"""A model from elsewhere, as the export takes it, and what its user states about it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Imported:
     input_shape: (C, H, W), H and W None where the network takes any multiples of `multiple_of`; or (D,).
     default_size: (H, W) of golden inputs where there are no examples; None where the shape is fixed.
     input_range: of images, "unit" or "signed", as the user states it, so that what the decoder gives is checked; None
-        where the source itself tells it.
-    likelihood: as the manifest has it, where the source tells it.
+        where the source itself states it.
+    likelihood: as the manifest has it, where the source states it.
     origin: where it is from, for the manifest: {"library": "diffusers", "version": "...", "class": "..."}; no paths.
     """
 
@@ -43,7 +43,7 @@ class Imported:
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What the user says about a source that does not say it itself; None: nothing was said.
+    """What the user states about a source that does not state it itself; None: nothing was stated.
 
     weights: a file of weights for a factory. trust_pickle: unpickle networks, which runs whatever code is in them.
     kind: "vae" or "autoencoder".
@@ -67,4 +67,4 @@ class ImportOptions:
 
 
 class Arguments(ImportOptions):
-    """The same, said as arguments of a Python function: messages name them so."""
+    """The same given as arguments of a Python function, by whose names messages call them."""

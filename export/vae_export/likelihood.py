@@ -28,8 +28,8 @@ def parse_likelihood(given: Mapping[str, Any] | str | None) -> Likelihood | None
 
 
 def agree(requested: Likelihood | None, stated: Likelihood | None) -> Likelihood | None:
-    """The likelihood that the user requests and the source, if it states one, states too; how the data became binary is
-    the user's to say.
+    """The likelihood that the user requests, or else the one that the source states. Where both are given they have to
+    agree, but for how the data became binary, which sources leave open.
 
     Raises:
         InputError: they differ.

@@ -1,5 +1,5 @@
-"""What a bundle says of real data: active units, a fitted prior, quantiles of anomaly scores. All of it is computed by
-the runtime's own code on the finished fp32 graphs, so that a device which runs them agrees."""
+"""What a bundle states about real data: active units, a fitted prior, quantiles of anomaly scores. The runtime's own
+code computes all of it on the finished fp32 graphs, so that a device which runs them agrees."""
 
 from __future__ import annotations
 
@@ -80,12 +80,13 @@ class _Arrays:
 
 @dataclass(frozen=True)
 class OnData:
-    """Which examples tell what, all as the encoder takes them; None: it is left out.
+    """What is computed on which examples, all as the encoder takes them; None: it is left out.
 
-    units: for the active units; where they are few, those of the others will do. prior: what to fit, and to what.
-    calibration: examples as they should be, for thresholds, where sizes are free in their own, calibration_source:
-        "held-out" or "data", and tile: see `export_bundle`. scores: the methods to calibrate; None: all that the bundle
-        has.
+    units: for the active units; where these are too few, those of the prior or the calibration are taken. prior: what
+        to fit, and to what.
+    calibration: normal examples, for thresholds, each of its own size where sizes are free. calibration_source:
+        "held-out" or "data". tile: `calibrate_tile` of `export_bundle`. scores: the methods to calibrate; None: all
+        that the bundle has.
     progress: see `export_bundle`.
     """
 
@@ -131,15 +132,15 @@ class OnData:
         if manifest.kind == "vae" and latent.active_units is not None and not latent.active_units.active:
             warnings.warn(
                 f"no unit of the latent space is active: the posterior's mean varies by less than {ACTIVE_VARIANCE}"
-                f" over {latent.active_units.examples} real inputs, so that latents tell nothing of them; the model is"
-                " collapsed, or takes its inputs in another range",
+                f" over {latent.active_units.examples} real inputs, so that latents carry no information about them;"
+                " the model has collapsed, or takes its inputs in another range",
                 InactiveUnitsWarning,
                 stacklevel=4,
             )
         return manifest._replace(latent=latent, calibration=calibration), files
 
     def _calibrate(self, vae: VAE, examples: Float32 | Source) -> Calibration:
-        # Of images of any size, scores in nats grow with the size, and say nothing of those of another one.
+        # Scores in nats grow with the size of an image: thresholds would hold for one size alone.
         there = ("reconstruction",) if vae.manifest.input.is_free else score_methods(vae.manifest)
         for method in self.scores or ():
             if method not in there:
@@ -157,7 +158,7 @@ class OnData:
         return Calibration(self.calibration_source, len(examples), LEVELS, scores, self.tile)
 
     def _score_slowly(self, vae: VAE, examples: Float32 | Source, method: str) -> Float64:
-        """`VAE.score`, part by part, that tells how far it is; images of free size are padded."""
+        """`VAE.score`, part by part, with `progress`; images of free size are padded."""
         parts = []
         for batch in _source(examples).batches(PART):
             parts.append(_within_memory(vae.score, batch, method, pad=vae.manifest.input.is_free, tile=self.tile))

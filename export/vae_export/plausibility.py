@@ -1,4 +1,4 @@
-"""What a model makes of some of its inputs, before anything is exported: it shows options that misstate the model."""
+"""Reconstructions and latents of some inputs, checked before the export: they show options that misstate the model."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _SMALL_ERROR = (1 / 255) ** 2  # of images: a step of 8 bits, which is no matter
 
 
 class AnotherPriorWarning(ExportWarning):
-    """The latents of real inputs are spread otherwise than the standard normal prior."""
+    """The latents of real inputs are not distributed like the standard normal prior."""
 
 
 class PoorReconstructionWarning(ExportWarning):
-    """Reconstructions of real inputs are further from them than a constant is, as those of few trained models are."""
+    """Reconstructions of real inputs are worse than a constant would be, which is rare for a trained model."""
 
 
 def check_plausible(
     halves: Halves, x: Float32, input_range: str | None, real: bool, prior_is_standard: bool = True
 ) -> None:
-    """Refuse or warn of what shows in reconstructions of `x`, in the bundle's units.
+    """Refuse or warn of what reconstructions and latents of `x` show, in the bundle's units.
 
-    x: inputs (N, ...). input_range: "unit" or "signed", of what the decoder is said to give; None: it may give
+    x: inputs (N, ...). input_range: "unit" or "signed", the stated range of what the decoder gives; None: it may give
         anything. real: the inputs are no noise. prior_is_standard: none is fitted in its place.
 
     Raises:
@@ -67,17 +67,17 @@ def _warn_of_another_prior(mean: Float32, logvar: Float32) -> None:
     if not 1 / _MOMENT <= moment <= _MOMENT:
         warnings.warn(
             f"the latents of real inputs have a mean square of {moment:.2g}, where N(0, 1), which is taken for the"
-            " prior, has 1: the model was trained with another one, or with little weight on the KL, or its outputs"
-            " mean something else than is said (--spread); samples from N(0, 1) will not be like the data, for which a"
-            " prior can be fitted (--prior gaussian)",
+            " prior, has 1: the model was trained with another prior, or with little weight on the KL, or --spread does"
+            " not fit its encoder; samples from N(0, 1) will not be like the data, for which a prior can be fitted"
+            " (--prior gaussian)",
             AnotherPriorWarning,
             stacklevel=5,
         )
 
 
 def _warn_of_poor(x: Float32, reconstructed: Float32) -> None:
-    """Compare with what is the best constant: for each channel of images, or for each pixel, or number of vectors, the
-    mean of the others, as a model has learned it from others."""
+    """Warn where the best constant has a smaller error: one for each channel of images, or, for each pixel or number of
+    vectors, the mean over the other inputs, as a model learns it from other inputs."""
     wide, is_image = x.astype(np.float64), x.ndim > 2
     error = float(np.mean((reconstructed - wide) ** 2))
     constants = {}
@@ -91,9 +91,9 @@ def _warn_of_poor(x: Float32, reconstructed: Float32) -> None:
     if constant > 0 and error > max(WARNED * constant, _SMALL_ERROR if is_image else 0):
         warnings.warn(
             f"the reconstructions of real inputs are further from them than {what}: their mean squared error is"
-            f" {error:.2g}, {error / constant:.1f} times as large; the model is not trained, or not on such inputs, or"
-            " its latents tell nothing, or a part of it is missing here, or it has another range, or another meaning of"
-            " its outputs, than is said (--input-range, --logits, --spread)",
+            f" {error:.2g}, {error / constant:.1f} times as large; the model may be untrained, or trained on other"
+            " inputs, its latents may carry no information, a part of it may be missing here, or --input-range,"
+            " --logits or --spread does not fit it",
             PoorReconstructionWarning,
             stacklevel=5,
         )

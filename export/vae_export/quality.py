@@ -14,19 +14,22 @@ DIGITS = 6  # of a measured figure in the manifest; errors have two
 
 
 class ExportWarning(UserWarning):
-    """The bundle is written, and may be other than was meant; the message says why. `vae-export` prints it."""
+    """The bundle is written, but may not be what was meant; the message says why. `vae-export` prints it."""
 
 
 class FewExamplesWarning(ExportWarning):
-    """There are so few examples that on others a precision's quality may be another, and a fitted prior not fit."""
+    """So few examples that measured quality and the fitted prior may not generalise."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much worse than fp32 a precision may be, both 0 or more.
+    """How much worse than fp32 a precision may be.
 
-    psnr_db: PSNR of the reconstruction that may be lost, in dB.
-    nats_per_dimension: -ELBO that may be lost, in nats per input dimension.
+    psnr_db: by how many dB the PSNR of the reconstruction may fall.
+    nats_per_dimension: by how many nats per input dimension -ELBO may rise.
+
+    Raises:
+        InputError: one of them is no finite number from 0.
     """
 
     psnr_db: float = 0.1

@@ -1,4 +1,4 @@
-"""Halves of a model from elsewhere that was trained on binary images."""
+"""Halves of a model from elsewhere that was trained on images made binary by a threshold."""
 
 from __future__ import annotations
 

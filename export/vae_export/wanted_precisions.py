@@ -1,4 +1,4 @@
-"""Which precisions are asked for beside fp32, which examples judge them, and what became of them."""
+"""Which precisions are asked for beside fp32, the examples that judge them, and what was made."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Wanted:
     """What is asked for.
 
     names: precisions beside fp32. keep: write what misses the budget too, marked. activation_examples, held_out: as the
-        encoder takes them; the former tell the ranges of activations, the latter measure, and by that decide how many
-        layers of int8 stay in fp32.
+        encoder takes them; the former give the ranges of activations, the latter measure a precision's quality, which
+        also decides how many layers of int8 stay in fp32.
     """
 
     names: tuple[str, ...]
@@ -34,7 +34,7 @@ class Wanted:
 
 @dataclass
 class Made:
-    """What became of it: manifest entries, ONNX files, golden tolerances, and why a precision is not there.
+    """What was made: manifest entries, ONNX files, golden tolerances, and the reasons for what was refused.
 
     on_cuda: as in the manifest.
     """

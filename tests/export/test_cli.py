@@ -29,7 +29,7 @@ from .conftest import make_checkpoint
 
 UNTRAINED = (
     "Warning: no unit of the latent space is active: the posterior's mean varies by less than 0.01 over 40 real inputs,"
-    " so that latents tell nothing of them; the model is collapsed, or takes its inputs in another range"
+    " so that latents carry no information about them; the model has collapsed, or takes its inputs in another range"
 )
 
 
@@ -132,7 +132,7 @@ def test_of_many_pictures_those_evenly_spaced_over_all_are_read(tmp_path: Path) 
         (["{model}", "--output", "absent/a.vae"], "there is no folder absent"),
         (
             ["{model}", "--precision", "fp32,int4"],
-            "--precision has 'int4'; expected some of fp32, tf32, fp16, int8, with commas",
+            "--precision has 'int4'; expected some of fp32, tf32, fp16, int8, separated by commas",
         ),
         (["{model}", "--budget-psnr", "-1"], "budget.psnr_db is -1.0; expected a finite number from 0"),
         (

@@ -49,7 +49,7 @@ def recognised(source: str) -> list[Importer]:
 
 
 def recognise(source: str) -> Importer:
-    """The importer whose kind `source` is of, told by its content alone.
+    """The importer whose kind `source` is of, recognised by its content alone.
 
     Raises:
         InputError: it is of no kind that is known, or of several.
@@ -66,7 +66,7 @@ def recognise(source: str) -> Importer:
 
 
 def load(source: str, kind: str | None, options: ImportOptions) -> Imported:
-    """The model that `source` names; kind: an importer's KIND, None: told by the content.
+    """The model that `source` names; kind: an importer's KIND; None: recognised by the content.
 
     Raises:
         InputError: there is no such kind, nothing is recognised, or what the importer says.

@@ -43,7 +43,7 @@ def recognises(source: str) -> bool:
 
 def load(source: str, options: ImportOptions) -> Imported:
     """Import the module, from the current folder too, call the factory and load the weights. It is called twice where
-    there is no file of them, or the network has tensors that no such file has: those that it makes up anew are told so.
+    there is no file of weights, or the network has tensors that no such file has, to find those that are random.
 
     Raises:
         CheckpointError: the weights cannot be read or do not fit.

@@ -1,4 +1,4 @@
-"""What a SOURCE that is of no known kind seems to be, and how to state it."""
+"""What a SOURCE of no known kind seems to be, and how to name it instead."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ def refuse_misstated(source: str) -> None:
 
 
 def refuse_weights(source: str) -> None:
-    """Raise `InputError` for a file of weights alone, or of a pickled network, of which nothing else can be read:
-    neither says all that a model.pt does.
+    """Raise `InputError` for a file of weights alone, or of a pickled network: neither is all that a model.pt is.
 
     Nothing in the file is run.
     """

@@ -1,8 +1,8 @@
 """Single files of latent diffusion's autoencoder (Rombach et al., 2022), as of Stable Diffusion and FLUX: weights by
 the names of its own code, alone or among those of the whole model.
 
-The network is diffusers' AutoencoderKL, whose settings the shapes tell; its names are other ones. No file says by what
-a diffusion model multiplies the latents.
+The network is diffusers' AutoencoderKL under other names; its settings follow from the shapes. No file states by what a
+diffusion model multiplies the latents.
 """
 
 from __future__ import annotations

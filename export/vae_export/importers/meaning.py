@@ -18,7 +18,7 @@ _Array = TypeVar("_Array", Tensor, Float32)
 
 
 def to_logvar(spread: _Array, meaning: str, log: Callable[[_Array], _Array]) -> _Array:
-    """The log-variance of what `meaning`, one of `SPREADS`, says that `spread` is. log: the natural logarithm."""
+    """The log-variance of a spread whose meaning is this one of `SPREADS`. log: the natural logarithm."""
     spread = log(spread) if meaning in ("std", "variance") else spread
     return spread * 2 if meaning in ("log_std", "std") else spread
 
@@ -57,7 +57,7 @@ def settle_meaning(named: str | None, least: float, options: ImportOptions) -> s
 
 
 def require_kind(kind: str, options: ImportOptions) -> None:
-    """Raises: InputError: the options say another kind than was found, or what a code's spread is."""
+    """Raises: InputError: the options state another kind than was found, or a spread of a code, which has none."""
     if options.kind not in (None, kind):
         found = "one tensor, which the decoder takes: it is of kind 'autoencoder'"
         if kind == "vae":

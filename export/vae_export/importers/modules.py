@@ -1,4 +1,4 @@
-"""Two modules of PyTorch, or two of their methods, that are there already, as `export_bundle` takes them."""
+"""Two PyTorch modules, or methods of modules, as `export_bundle` takes them."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def _require_network(name: str, half: Any) -> None:
     if (program := _program(half)) is not None:
         sort, save = program
         raise InputError(
-            f"{name} is a {sort} program, which goes another way: write both halves with {save}, and pass the files to"
-            " vae-export as ENCODER,DECODER"
+            f"{name} is a {sort} program, which is exported from files: write both halves with {save}, and pass these"
+            " to vae-export as ENCODER,DECODER"
         )
     if isinstance(half, type):
         raise InputError(f"{name} is the class {half.__name__}; {rule}: an instance, such as {half.__name__}()")

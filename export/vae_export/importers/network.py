@@ -22,7 +22,7 @@ from ..graphs import DecoderGraph, EncoderGraph
 from ..imported import ImportOptions
 from ..quality import ExportWarning
 from ..reason import some
-from .witness import heed_forward
+from .witness import WHOLE_HALVES, heed_forward
 
 # A method before the network that is perhaps a part of what it does.
 _PAIRS = (("encode", "decode"), ("encode", "decoder"), ("encoder", "decode"), ("encoder", "decoder"))
@@ -33,12 +33,12 @@ _CURE = (
 
 
 class UnusedWeightsWarning(ExportWarning):
-    """Nothing in the bundle depends on some of the network's weights, so that a part of it is perhaps not there."""
+    """Nothing in the bundle depends on some of the network's weights: a part of the network may be missing."""
 
 
 class Network:
-    """The two halves of what a factory returned, and the module that its weights belong to. what, cure: of the error
-    about networks that are out of reach."""
+    """The two halves of what a factory returned, and the module that its weights belong to. what, cure: what that is,
+    and what to do, in the error about networks that are out of reach."""
 
     def __init__(self, product: Any, what: str = "what the factory returns", cure: str = _CURE) -> None:
         self._what, self._cure = what, cure
@@ -93,11 +93,11 @@ class Network:
             )
 
     def heed_the_rest(self, encoder: EncoderGraph, decoder: DecoderGraph, x: Float32, options: ImportOptions) -> None:
-        """Warn where the two halves, as they were read, are perhaps not all of the network.
+        """Warn where the two halves, as they were read, may not be all of the network.
 
-        A forward that does more than both, as to compute mean and log-variance from an encoder's features or to look a
-        code up, is not exported: that shows in weights that it alone uses, an `UnusedWeightsWarning`, and in what it
-        gives, a `ForwardDisagreesWarning`.
+        A forward may do more than both, such as computing mean and log-variance from an encoder's features, and that is
+        not exported. It shows in weights that forward alone uses (`UnusedWeightsWarning`) and in what it gives
+        (`ForwardDisagreesWarning`).
 
         x: inputs (N, ...) in the bundle's units.
         """
@@ -119,8 +119,7 @@ class Network:
         if unused and unused != [""]:  # all: operators that are out of sight, as those that torch.compile made
             warnings.warn(
                 f"neither the latent nor the reconstruction depends on the weights of {some(unused)}: what the"
-                " network's forward does with them is not in the bundle; if they belong to it, let encode hold all from"
-                " the input to the latent, as (mean, logvar), and decode all from there on",
+                f" network's forward does with them is not in the bundle; if it should be, {WHOLE_HALVES}",
                 UnusedWeightsWarning,
                 stacklevel=5,
             )

@@ -1,4 +1,4 @@
-"""What an importer's user may say, and the names and small JSON files that say the rest."""
+"""The options of importers, checked, and the small JSON files and names of folders that state the rest."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _MOST_CHANNELS = 4  # of images as files have them
 
 
 def flag(options: ImportOptions, name: str) -> str:
-    """What its user calls an option."""
+    """An option's name in messages: the command's flag, or the argument of a Python function."""
     return name if isinstance(options, Arguments) else FLAGS[name]
 
 
@@ -51,7 +51,7 @@ def refuse_options(options: ImportOptions, why: str, *names: str) -> None:
 
 
 def require_agreement(options: ImportOptions, name: str, stated: Any, source: str) -> None:
-    """Raises: InputError: the option `name` was given and is not what the source tells."""
+    """Raises: InputError: the option `name` was given and is not what the source states."""
     value = getattr(options, name)
     if value is not None and value != stated:
         raise wrong_option(options, name, f", but {source} says {stated!r}")
@@ -75,7 +75,7 @@ def check_options(options: ImportOptions, factory: bool = False, pickles: bool =
 
 
 def agreed_shape(own: Shape | None, asked: Shape | None) -> Shape | None:
-    """The shape of inputs that the encoder says, `own`, and the user, `asked`; None: who does not say it.
+    """The shape of inputs that the encoder has, `own`, and that the user asks for; None: it is not stated.
 
     Raises:
         InputError: they do not agree.
@@ -88,7 +88,7 @@ def agreed_shape(own: Shape | None, asked: Shape | None) -> Shape | None:
 
 
 def require_shape(shape: Shape | None, options: ImportOptions) -> Shape:
-    """The shape of inputs, checked together with the options that go with it; None: nobody said it.
+    """The shape of inputs, checked together with the options that go with it; None: it is not stated.
 
     Raises:
         InputError: an option is missing or contradicts the shape.

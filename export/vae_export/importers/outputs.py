@@ -1,8 +1,8 @@
-"""What encoders and decoders of others return, brought to tensors.
+"""What encoders and decoders from elsewhere return, brought to tensors.
 
 An encoder's output is understood as
 
-- one tensor: a code, or mean and log-variance one after the other along the channels (the caller tells which),
+- one tensor: a code, or mean and log-variance one after the other along the channels (the caller decides which),
 - two tensors: (mean, logvar), unless `spread` says what else the second is,
 - a dict, a named tuple or an object with `mean`, `mu`, ... and `logvar`, `log_var`, `std`, `scale`, `variance`, ...,
   with `z_` before both names or without: torch's Normal, diffusers' DiagonalGaussianDistribution, pythae's

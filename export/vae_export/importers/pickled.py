@@ -118,13 +118,13 @@ def _weights(network: Stranger) -> Iterator[tuple[str, Tensor]]:
 
 @contextlib.contextmanager
 def _strangers_for_all_in(path: Path) -> Iterator[None]:
-    """Have torch take a `Stranger` for all that it would refuse, also what others have told it to load. What a file of
-    the present format names, it tells; of older ones, it goes on to refuse all."""
+    """Have torch load a `Stranger` in place of all that it would refuse, also of what others have allowed. It lists the
+    names in a file of the present format; older files it goes on to refuse."""
     with _LOADING:
         allowed = torch.serialization.get_safe_globals()
         torch.serialization.clear_safe_globals()
         try:
-            with contextlib.suppress(Exception):  # no such file, or a damaged one, which loading tells
+            with contextlib.suppress(Exception):  # no such file, or a damaged one, as loading then reports
                 names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
                 torch.serialization.add_safe_globals([(_stand_in(name), name) for name in names])
             yield

@@ -1,4 +1,4 @@
-"""A factory's file of weights: its dict of tensors found, and what wrappers did to their names undone."""
+"""A factory's file of weights: finds its dict of tensors, and undoes what wrappers did to their names."""
 
 from __future__ import annotations
 

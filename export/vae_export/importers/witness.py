@@ -1,5 +1,4 @@
-"""A network's own forward, as a witness of how its halves were read: nothing is exported of it, and where it gives
-latents or reconstructions that are other ones, the reading is in doubt."""
+"""Compares the network's own forward with the exported halves; a mismatch is reported as a warning."""
 
 from __future__ import annotations
 
@@ -26,10 +25,11 @@ _TOLERANCE = 1e-4  # of the largest value: of sums in another order
 _SPREAD_TOLERANCE = 1e-2  # beside it, what is added to keep a deviation above 0
 _NO_LATENT = re.compile("loss|kl|logit|pred|class", re.IGNORECASE)  # in a name
 _CURE = "let encode return (mean, logvar) as forward computes them"
+WHOLE_HALVES = "let encode do everything from the input to (mean, logvar), and decode everything from the latent on"
 
 
 class ForwardDisagreesWarning(ExportWarning):
-    """The forward of a network gives other values than its halves, which were perhaps not read as they are meant."""
+    """A network's forward gives other values than its exported halves, which may have been misread."""
 
 
 class _Read(NamedTuple):
@@ -43,10 +43,10 @@ class _Read(NamedTuple):
 def heed_forward(
     whole: nn.Module, encoder: EncoderGraph, decoder: DecoderGraph, x: Tensor, options: ImportOptions
 ) -> None:
-    """Warn of a `ForwardDisagreesWarning` where what `whole` gives for some of `x` is at odds with its halves.
+    """Warn of a `ForwardDisagreesWarning` where what `whole` gives for some of `x` contradicts its halves.
 
-    Only what is the same for the same inputs is looked at, not what is made of a sample. A forward that does not take
-    one batch alone says nothing, nor does one whose latents have as many numbers as its inputs.
+    Only outputs that are the same for the same inputs are compared, not those made from a sample. Nothing is compared
+    where forward takes more than one batch, or where latents have as many numbers as inputs.
 
     x: inputs (N, ...) in the bundle's units.
     """
@@ -62,7 +62,7 @@ def heed_forward(
         return  # it makes images in [-1, 1] itself of those in [0, 1]
     if doubt is not None:
         warnings.warn(
-            f"the network's forward does not bear out how encode and decode are read: {doubt}",
+            f"the network's forward contradicts how encode and decode are read: {doubt}",
             ForwardDisagreesWarning,
             stacklevel=5,
         )
@@ -77,49 +77,48 @@ def _doubt(whole: nn.Module, x: Tensor, read: _Read, options: ImportOptions) -> 
     sampled = any(_fits(one, x) for one in drawn)  # what else is there may be anything
     if doubt is None and pictures and not borne_out and not sampled:
         return (
-            "the reconstruction there is another one than decode gives for the mean: forward does more or less between"
-            f" or behind them, such as a sigmoid ({flag(options, 'logits')}), or takes the parts of encode's output in"
-            " another order; let encode hold all from the input to the latent, as (mean, logvar), and decode all from"
-            " there on"
+            "its reconstruction is not what decode gives for the mean: forward does more, or less, between or after"
+            f" them, such as a sigmoid ({flag(options, 'logits')}), or takes the parts of encode's output in another"
+            f" order; {WHOLE_HALVES}"
         )
     return doubt
 
 
 def _doubt_of_latents(latents: list[Tensor], read: _Read, borne_out: bool, options: ImportOptions) -> str | None:
-    """What of the latents that forward gives is at odds with those of encode. borne_out: the mean's reconstruction is
-    forward's own."""
+    """How the latents that forward gives contradict those of encode; None: they do not. borne_out: forward reconstructs
+    what decode makes of the mean."""
     others = [one for one in latents if not _same(one, read.mean)]
     spreads = [] if read.logvar is None else _spreads(read.mean, read.logvar)
     strange = [one for one in others if not any(_same(one, form, _SPREAD_TOLERANCE) for form in spreads)]
     if not strange:
         return None
     if len(others) == len(latents):
-        unknown = f"of what has the shape of a latent there, nothing is the mean that is read here; {_CURE}"
+        unknown = f"none of its outputs with the shape of a latent is the mean that is read here; {_CURE}"
         return None if borne_out else unknown
     if len(strange) < len(others):  # the spread is among them
         return None
     if read.logvar is not None:
         return (
-            "of what has the shape of a latent there, only the mean is found, and not the spread that is read here, as"
+            "of its outputs with the shape of a latent, one is the mean, but none is the spread that is read here, as"
             f" log-variance, variance or standard deviation; say what it is ({flag(options, 'spread')}), or {_CURE}"
         )
     if options.kind == "autoencoder":
         return None
     return (
-        "it gives a second tensor of the code's shape, as a VAE gives its log-variance, and without that this is an"
-        f" autoencoder; if it is a VAE, {_CURE}, and if not, say so ({flag(options, 'kind')} autoencoder)"
+        "it gives a second tensor of the code's shape, which may be a VAE's log-variance, but encode gives the code"
+        f" alone, as an autoencoder does; if it is a VAE, {_CURE}; if not, pass {flag(options, 'kind')} autoencoder"
     )
 
 
 def _spreads(mean: Tensor, logvar: Tensor) -> list[Tensor]:
-    """What a forward gives of a spread: it in every meaning, its inverse, and the KL of each number."""
+    """The forms in which a forward may return a spread: every meaning of it, its inverse, and the KL of each number."""
     divergence = (mean**2 + logvar.exp() - 1 - logvar) / 2
     return [*in_every_meaning(logvar), (-logvar).exp(), (-logvar / 2).exp(), divergence]
 
 
 def _agrees(given: Tensor, reconstruction: Tensor, options: ImportOptions) -> bool:
-    """Whether a forward's reconstruction is the decoder's: in its range or in [0, 1], cut or not, and with a sigmoid or
-    without one."""
+    """Whether a forward's reconstruction is the decoder's: in the decoder's range or in [0, 1], cut or not, with or
+    without a sigmoid."""
     if options.logits:
         return _same(given, reconstruction) or _same(given, reconstruction.sigmoid())
     signed = options.input_range == "signed"
@@ -129,8 +128,8 @@ def _agrees(given: Tensor, reconstruction: Tensor, options: ImportOptions) -> bo
 
 
 def _outputs_of_forward(whole: nn.Module, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors that forward gives twice for the same inputs, and others. A copy runs, as it may change itself; what
-    it prints goes to stderr, and its random numbers are nobody's."""
+    """The tensors that forward gives: those equal in two runs, and those that differ. A copy runs, as forward may
+    change the network; what it prints goes to stderr, and torch's random numbers go on as if it had not run."""
     if "forward" in vars(whole) or type(whole).forward is nn.Module.forward:
         return [], []  # that of an instance is of what it was made with, which no copy changes
     try:

@@ -69,7 +69,7 @@ WEIGHTS = "holds weights alone, without the network that they are of; pass what 
 def test_the_answer_says_how_to_state_the_source(zoo: Path, source: str, said: str, options: list[str]) -> None:
     result = CliRunner().invoke(main, [source, *options, "--output", "a.vae"])
     assert result.exit_code == 1
-    assert "says all itself" not in result.stderr
+    assert "states it itself" not in result.stderr
     assert result.stderr.count("\n") == 1
     assert re.search(said, result.stderr), result.stderr
     assert "zoo" not in sys.modules

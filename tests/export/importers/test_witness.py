@@ -413,28 +413,22 @@ def test_networks_that_their_forward_bears_out(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        (
-            "Interleaved",
-            "of what has the shape of a latent there, nothing is the mean that is read here; let encode ret",
-        ),
-        ("Swapped", "the reconstruction there is another one than decode gives for the mean: .* in another order"),
+        ("Interleaved", "none of its outputs with the shape of a latent is the mean that is read here; let encode ret"),
+        ("Swapped", "its reconstruction is not what decode gives for the mean: .* in another order"),
         (
             "Softplus",
-            r"only the mean is found, and not the spread that is read here, .*; say what it is \(--spread\), or",
+            r"one is the mean, but none is the spread that is read here, .*; say what it is \(--spread\), or",
         ),
-        ("Logits", r"the reconstruction there is another one than decode gives for the mean: .*sigmoid \(--logits\)"),
-        ("Images", "the reconstruction there is another one than decode gives for the mean"),
-        ("Kept", "the reconstruction there is another one than decode gives for the mean"),
-        ("compiled", "the reconstruction there is another one than decode gives for the mean"),
-        ("Elsewhere", "only the mean is found, and not the spread that is read here"),
-        (
-            "Code",
-            "it gives a second tensor of the code's shape, as a VAE gives its log-variance, and without that this",
-        ),
+        ("Logits", r"its reconstruction is not what decode gives for the mean: .*sigmoid \(--logits\)"),
+        ("Images", "its reconstruction is not what decode gives for the mean"),
+        ("Kept", "its reconstruction is not what decode gives for the mean"),
+        ("compiled", "its reconstruction is not what decode gives for the mean"),
+        ("Elsewhere", "one is the mean, but none is the spread that is read here"),
+        ("Code", "it gives a second tensor of the code's shape, which may be a VAE's log-variance, but encode gives"),
     ],
 )
 def test_networks_that_it_does_not_bear_out(name: str, said: str) -> None:
-    with pytest.warns(ForwardDisagreesWarning, match=f"forward does not bear out how .* are read: .*{said}"):
+    with pytest.warns(ForwardDisagreesWarning, match=f"forward contradicts how .* are read: .*{said}"):
         load(name, (16,) if name == "Images" else (1, 4, 4))
 
 
@@ -491,7 +485,7 @@ def test_modules_testify_too_and_nothing_of_theirs_or_the_callers_is_changed(
     x = np.random.default_rng(0).random((4, 1, 4, 4), np.float32)
     with (
         pytest.warns(UnusedWeightsWarning, match="of extra: "),
-        pytest.warns(ForwardDisagreesWarning, match=r"another one than decode gives .* sigmoid \(logits\)") as caught,
+        pytest.warns(ForwardDisagreesWarning, match=r"is not what decode gives .* sigmoid \(logits\)") as caught,
     ):
         export_bundle(network.encode, network.decode, tmp_path / "b.vae", examples=x)
     assert [one.filename for one in caught if one.category is ForwardDisagreesWarning] == [__file__]
@@ -505,7 +499,7 @@ def test_modules_testify_too_and_nothing_of_theirs_or_the_callers_is_changed(
 
 def test_layers_behind_the_encoder_are_missed_twice() -> None:
     with (
-        pytest.warns(ForwardDisagreesWarning, match="nothing is the mean that is read here"),
+        pytest.warns(ForwardDisagreesWarning, match=r"none of its outputs .* is the mean that is read here"),
         pytest.warns(UnusedWeightsWarning, match="neither .* depends on the weights of mean, logvar: "),
     ):
         load("Outside")

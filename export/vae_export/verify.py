@@ -187,8 +187,8 @@ def _at_every_batch_size(session: GraphSession, array: Float32, batch_sizes: tup
             raise
         except (BundleError, DeviceError) as error:
             raise ExportError(
-                f"{session.file} fails at batch size {size}, as code that decides by the batch size does: a graph"
-                f" keeps what was decided for the batch that it was made with ({first_line(error)})"
+                f"{session.file} fails at batch size {size}; if the model's code decides by the batch size, its graph"
+                f" keeps the decision for the batch that it was traced with ({first_line(error)})"
             ) from error
         results.append([np.concatenate(pieces) for pieces in zip(*parts, strict=True)])
     return results

@@ -111,7 +111,7 @@ def test_every_way_refuses_logits_and_takes_them_where_it_is_said(way: str, netw
         np.testing.assert_allclose(vae.reconstruct(X), want, atol=1e-5)
         assert vae.selftest().passed
     again = run(write(way, networks, "sigmoid", tmp_path / "other"), *options, "--logits", "--force")
-    assert "--logits is True, but the decoder gives no value outside [0, 1], as one that ends in a" in again.stderr
+    assert "--logits is True, but the decoder gives no value outside [0, 1], as if it ended in a" in again.stderr
 
 
 def test_modules_are_looked_at_as_well(networks: Any, tmp_path: Path) -> None:

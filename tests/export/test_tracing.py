@@ -72,7 +72,7 @@ def test_code_that_has_to_be_read_is_exported(to_rows: Any, tmp_path: Path) -> N
         ),
         (
             lambda x: torch.cat([rows.flatten(1) for rows in x.split(4)]),
-            "fails at batch size 7, as code that decides by",
+            "fails at batch size 7; if the model's code decides by",
         ),
     ],
     ids=["branch", "loop", "decision", "split"],

@@ -201,7 +201,7 @@ def _build(name: str, config: dict[str, Any], file: Path) -> Any:
     """The model without weights, in no memory until they are known to fit."""
     model_class = getattr(_library(), name, None)
     if model_class is None:
-        raise ExportError(f"{file} is of {name}, which diffusers {_library().__version__} has not; a newer one does")
+        raise ExportError(f"{file} is of {name}, which diffusers {_library().__version__} lacks; a newer one has it")
     if config.get("quantization_config") is not None:
         raise ExportError(f"{file} says that the weights are quantized; expected them in floating point")
     known = _known(model_class, config, file)
@@ -220,7 +220,7 @@ def _known(model_class: type, config: dict[str, Any], file: Path) -> dict[str, A
     known = {key: value for key, value in config.items() if key in parameters or key.startswith("_")}
     unknown = sorted(set(config) - set(known) - _WRITTEN)
     if unknown and _release(written) > _release(installed):
-        raise ExportError(f"{file}, of diffusers {written}, has {', '.join(unknown)}; {installed} does not know that")
+        raise ExportError(f"{file}, of diffusers {written}, has {', '.join(unknown)}, unknown to {installed}")
     return known
 
 

@@ -124,8 +124,8 @@ def _require_weights(network: nn.Module, source: str) -> None:
     tensors = (*network.named_parameters(), *network.named_buffers())
     if lazy := [name for name, value in tensors if is_lazy(value)]:
         raise ExportError(
-            f"{source} returns lazy modules that have no weights yet, as {lazy[0]}; run the network once in it, on an"
-            " input of its size"
+            f"{source} returns lazy modules that have no weights yet, such as {lazy[0]}; run the network once in it, on"
+            " an input of its size"
         )
 
 
@@ -161,11 +161,11 @@ def _require_same(first: dict[str, bytes], second: dict[str, bytes], source: str
     if other:
         if weights is not None:
             raise InputError(
-                f"{source} returns random numbers, other ones at each call, in {some(other)}, which"
+                f"{source} returns random numbers, different at each call, in {some(other)}, which"
                 f" {weights} does not have; set them as they were in training, or call torch.manual_seed in it"
             )
         raise InputError(
-            f"{source} returns random weights, other ones at each call, in {some(other)}; pass"
+            f"{source} returns random weights, different at each call, in {some(other)}; pass"
             f" those that were trained as {FLAGS['weights']} FILE, or, if random ones are meant, call torch.manual_seed"
             " in it"
         )

@@ -59,7 +59,7 @@ def load(source: str, options: ImportOptions) -> Imported:
     own = {name.removeprefix(found[0]): shape for name, shape in shapes.items() if name.startswith(found[0])}
     if other := next((name for name in own if name.startswith(_OF_OTHERS)), None):
         raise ExportError(
-            f"{path} has {other}, as FLUX.2's or a quantising autoencoder has, and latent diffusion's has not; export"
+            f"{path} has {other}, as FLUX.2's or a quantising autoencoder does, and latent diffusion's does not; export"
             " FLUX.2's from a folder of diffusers"
         )
     own = {name: shape for name, shape in own.items() if name.startswith(_PARTS)}

@@ -95,7 +95,7 @@ def _build(folder: Path, config: dict[str, Any]) -> Any:
     config_class = getattr(library, config["name"])
     unknown = sorted(set(config) - {field.name for field in dataclasses.fields(config_class)})
     if unknown:  # which pydantic passes over
-        raise CheckpointError(f"{folder / CONFIG} has {', '.join(unknown)}, which {config_class.__name__} has not")
+        raise CheckpointError(f"{folder / CONFIG} has {', '.join(unknown)}, which {config_class.__name__} lacks")
     try:
         settings = config_class(**{key: value for key, value in config.items() if key != "name"})
         with torch.device("meta"):

@@ -84,7 +84,7 @@ def try_out(halves: Halves, shape: tuple[int | None, ...], options: ImportOption
 
 
 def require_batch(shape: tuple[int, ...], rows: int) -> None:
-    """Raises: ExportError: an encoder's output for so many rows has not the shape of as many latents."""
+    """Raises: ExportError: an encoder's output for so many rows does not have the shape of as many latents."""
     if len(shape) < 2 or shape[0] != rows:
         raise ExportError(f"the encoder returns shape {tuple(shape)} for {rows} inputs; expected ({rows}, ...)")
 
@@ -102,11 +102,11 @@ def check_range(halves: Halves, x: Float32, options: ImportOptions) -> None:
     values = np.concatenate([_decode(halves, wild * np.float32(size)) for size in (1, 30)])
     if options.logits:
         if float(values.min()) >= 0.5 and float(values.max()) <= SIGMOID_OF_1:
-            rule = ", but the decoder gives no value outside [0, 1], as one that ends in a sigmoid already"
+            rule = ", but the decoder gives no value outside [0, 1], as if it ended in a sigmoid already"
             raise wrong_option(options, "logits", rule)
     elif float(values.min()) >= 0.5:
         rule = (
-            ", but the decoder gives no value below 0, as one for images in [0, 1]; if the encoder takes [-1, 1]"
+            ", but the decoder gives no value below 0, as if its images were in [0, 1]; if the encoder takes [-1, 1]"
             " nevertheless, pass 'unit', and let encode begin with 2 * x - 1"
         )
         raise wrong_option(options, "input_range", rule)
@@ -160,14 +160,14 @@ def _require_batch_axis(half: str, values: Float32, shape: tuple[int, ...]) -> N
     if values.ndim < len(shape):
         raise ExportError(
             f"the {half} loses the batch axis at a batch of {shape[0]}: it gives shape {values.shape}, expected"
-            f" {shape}; squeeze() takes it away too, unless it is told which axes to take"
+            f" {shape}; squeeze() without an axis removes it too"
         )
 
 
 def _check_rows(half: str, run: Callable[[Float32], Float32], rows: Float32, outputs: Float32) -> None:
     """The same rows again, together and one by one."""
     if not np.isfinite(outputs).all():
-        raise ExportError(f"the {half} gives NaN or infinite values for what it is tried with")
+        raise ExportError(f"the {half} gives NaN or infinite values for the inputs that it is tried with")
     if not np.array_equal(run(rows), outputs):
         raise ExportError(
             f"the {half} gives other values for the same input in a second run: it draws random numbers, or keeps"

@@ -531,7 +531,7 @@ def test_patches_of_one_latent_are_normalised_too(tmp_path: Path) -> None:
 
 def test_a_class_that_an_older_version_has_not_is_said(kl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vae_export.importers.diffusers_model._library", lambda: SimpleNamespace(__version__="0.1"))
-    with pytest.raises(ExportError, match=r"of AutoencoderKL, which diffusers 0\.1 has not; a newer one does$"):
+    with pytest.raises(ExportError, match=r"of AutoencoderKL, which diffusers 0\.1 lacks; a newer one has it$"):
         load(str(kl), None, PLAIN)
 
 

@@ -408,7 +408,7 @@ def test_random_weights_are_refused_unless_a_file_brings_others(monkeypatch: pyt
     module = sys.modules[MODULE]
     model = networks()
     monkeypatch.setattr(module, "SEED", None)
-    rule = r"returns random weights, other ones at each call, in encoder.0.weight, encoder.0.bias, encoder.4.weight and"
+    rule = r"returns random weights, different at each call, in encoder.0.weight, encoder.0.bias, encoder.4.weight and"
     with pytest.raises(InputError, match=rule + r" 5 more; pass .* as --weights FILE, or, .* torch.manual_seed"):
         load("Networks")
     torch.save(model.state_dict(), "trained.pt")
@@ -516,7 +516,7 @@ def test_a_second_output_that_is_never_negative_is_asked_about() -> None:
         ("Networks", {"shape": None}, InputError, "does not say what its inputs are; pass --input"),
         ("Networks", {"input_range": None}, InputError, "pass --input-range unit or signed"),
         ("Networks", {"input_range": "0-1"}, InputError, "--input-range is '0-1'; expected one of unit, signed"),
-        ("sigmoid", {}, InputError, "the decoder gives no value below 0, as one for images in"),
+        ("sigmoid", {}, InputError, "the decoder gives no value below 0, as if its images were in"),
         ("Networks", {"shape": (3, None, 16)}, InputError, "expected .C, H, W., .C, None, None. for free sizes"),
         ("Networks", {"shape": (3, None, None), "multiple_of": 8}, InputError, "latents are 4 times smaller"),
         ("Networks", {"multiple_of": 4}, InputError, "have no free size"),
@@ -526,7 +526,7 @@ def test_a_second_output_that_is_never_negative_is_asked_about() -> None:
         ("InList", {}, ExportError, "runs a network, Sequential, that is registered in no .* return a torch.nn.Module"),
         ("Halfway", {}, ExportError, "runs a network, Sequential, that is registered in no module"),
         ("closure", {}, ExportError, "runs a network, Sequential, that is registered in no module"),
-        ("Lazy", {}, ExportError, "Lazy returns lazy modules that have no weights yet, as decoder.0.weight; run the"),
+        ("Lazy", {}, ExportError, "Lazy returns lazy modules that have no weights yet, such as decoder.0.weight; run"),
         ("leaves", {}, ExportError, "fails when it is called without arguments: SystemExit: 0"),
         ("Leaving", {}, ExportError, r"the encoder does not run on a batch of shape .*: SystemExit: 0"),
         ("Networks", {"shape": (3, 400000, 400000)}, InputError, "inputs of 3x400000x400000 are too large"),

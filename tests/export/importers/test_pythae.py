@@ -291,7 +291,7 @@ def weights(content: bytes) -> Callable[[Path], None]:
         (config(name=None), ExportError, "holds a None of pythae"),
         (config(latent_dim="many"), CheckpointError, "describes no VAE: ValidationError"),
         (config(reconstruction_loss="l1"), CheckpointError, "describes no VAE: ValidationError"),
-        (config(sigma=2), CheckpointError, "has sigma, which VAEConfig has not"),
+        (config(sigma=2), CheckpointError, "has sigma, which VAEConfig lacks"),
         (config(input_dim=None), CheckpointError, "input_dim None; expected a list of whole numbers"),
         (config(input_dim=[1, 4, -4]), CheckpointError, "expected a list of whole numbers"),
         (config(latent_dim=5), CheckpointError, r"wrong shape or type in .*\(3×512 float32, expected 5×512\)"),

@@ -180,7 +180,7 @@ CLASS_RULE = r"encoder is the class Encoder; expected a torch.nn.Module, or a me
         (
             {"encoder": Encoder("nan")},
             ExportError,
-            "the encoder gives NaN or infinite values for what it",
+            "the encoder gives NaN or infinite values for the inputs",
         ),
         (
             {"encoder": Encoder("squeeze")},

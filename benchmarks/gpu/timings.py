@@ -190,7 +190,10 @@ def bench(findings: Findings, job: Job, precision: str) -> None:
 def race(findings: Findings, job: Job) -> None:
     """`vae-bench race` on the device; on the CPU the race is as it always is. What it has after a point is kept, even
     if the time of this part is over."""
-    options = ("--device", job.device) if job.is_gpu else ("--competitors", "ours,onnxruntime") if job.quick else ()
+    if job.is_gpu and job.device not in ("cuda", "cuda:0"):
+        findings.skip("race", f"it is on the first GPU alone, and this is {job.device}")
+        return
+    options = ("--device", "cuda") if job.is_gpu else ("--competitors", "ours,onnxruntime") if job.quick else ()
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "race"
         budget = ("--budget", str(job.budget), "--output", str(output))

@@ -32,6 +32,7 @@ FLOAT_OPERATORS = (
     *DEFAULT_OP_BLOCK_LIST,
     *("Softmax", "Exp", "Pow", "ReduceSum", "ReduceMean", "ReduceL2"),
     *("Div", "Reciprocal", "Sqrt", "Log"),  # what guards them against 0, such as 1e-8, is 0 in float16
+    *("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"),  # a value below a threshold may be rounded to it
     "Celu",  # ONNX has it for float32 alone
 )
 MOVES = ("Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")

@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from vae_export.float16 import MOVES, ConvertibleGraph
@@ -385,3 +386,22 @@ def test_numbers_that_are_no_floats_are_cast_to_float32_before_nodes_in_it(layer
     tensors = onnx.load_from_string(built.graph or b"").graph.initializer
     weights = [tensor for tensor in tensors if len(tensor.dims) == 4]
     assert [tensor.data_type for tensor in weights].count(TensorProto.FLOAT16) >= 2
+
+
+class AboveHalf(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x >= 0.5).float()
+
+
+def test_values_below_a_threshold_are_not_rounded_to_it() -> None:
+    """As where the input becomes black and white. By ONNX's reference implementation: onnxruntime's for CPUs takes such
+    casts away."""
+    torch.manual_seed(0)
+    below = np.full_like(X[:1], np.nextafter(np.float32(0.5), np.float32(0)))
+    assert np.float16(below[0, 0, 0, 0]) == 0.5
+    graph = to_graph(AboveHalf(), nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    found = ConvertibleGraph(graph, X).build().graph
+    assert found is not None
+    halved, plain = (ReferenceEvaluator(onnx.load_from_string(one)) for one in (found, graph))
+    np.testing.assert_allclose(halved.run(None, {"x": below})[0], plain.run(None, {"x": below})[0], atol=1e-3)
+    assert np.abs(plain.run(None, {"x": below})[0] - plain.run(None, {"x": X[:1]})[0]).max() > 0.02

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vae_runtime.bound import to_host
-from vae_runtime.cuda import synchronize, why_not_cuda
+from vae_runtime.cuda import why_not_cuda
 from vae_runtime.manifest import LOGVAR, MEAN, RECONSTRUCTION
 from vae_runtime.preprocess import Float32
 
@@ -140,7 +140,6 @@ class Bound:
         self._x = make.ortvalue_from_numpy(example.copy(), device, 0)
         self._outputs = [make.ortvalue_from_shape_and_type(shape, np.float32, device, 0) for shape in shapes]
         self._new = lambda: [make.ortvalue_from_shape_and_type(shape, np.float32, device, 0) for shape in shapes]
-        self._wait = (lambda: synchronize(0)) if device == "cuda" else (lambda: None)
         self._session, self._binding = session, session.io_binding()
         self._binding.bind_ortvalue_input(session.get_inputs()[0].name, self._x)
         for output, value in zip(session.get_outputs(), self._outputs, strict=True):
@@ -152,13 +151,11 @@ class Bound:
         return [to_host(value) for value in self._outputs]
 
     def on_device(self, value: Any) -> list[Any]:
-        self._x.update_inplace(value)
-        self._wait()  # the copies run on another stream than the session
+        self._x.update_inplace(value)  # finished when it returns, as the copies below
         self._session.run_with_iobinding(self._binding)
         outputs = self._new()
         for new, output in zip(outputs, self._outputs, strict=True):
             new.update_inplace(output)
-        self._wait()
         return outputs
 
 

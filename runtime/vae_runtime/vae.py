@@ -84,17 +84,21 @@ class VAE:
         device: "cpu", "cuda", "cuda:N", "tensorrt", "tensorrt:N", "openvino", an onnxruntime provider's name, or
             "auto": what `vae-run tune` found fastest on this machine; where it was not run, CUDA where usable, else
             the CPU, and OpenVINO for "bf16".
-        precision: one that the bundle has ("fp32", "fp16", "int8"), "bf16" (OpenVINO) or "tf32" (CUDA), which need no
-            files of their own, or "auto": what `vae-run tune` found fastest among those within the bundle's quality
-            budget; where it was not run, fp32. "auto" may take another precision for calls with another number of
-            examples, and results then differ by what the budget allows.
+        precision: one that the bundle has: "fp32", always, and "fp16" or "int8". "bf16" (OpenVINO) and "tf32" (CUDA,
+            TensorRT) are the provider's own: they run the fp32 graphs, or those that the bundle has for "tf32".
+            "auto": what `vae-run tune` found fastest among those within the bundle's quality budget; where it was not
+            run, fp32. "auto" may take another precision for calls with another number of examples, and results then
+            differ by what the budget allows.
         threads: for the operators of one call on the CPU; None leaves it to the engine, which takes all cores.
-        provider_options: the provider's own options, by its own names.
+        provider_options: the provider's own options, by its own names; None: none.
+
+        A `RuntimeWarning` tells where builds of onnxruntime are installed over each other.
 
         Raises:
             BundleError: the bundle is missing, incomplete, altered, or of an unknown version.
-            DeviceError: the device or the precision is not to be had; there is no silent fallback.
-            InputError: no such device name, precision name, thread count or option.
+            DeviceError: the device or the precision is not to be had; there is no silent fallback. OutOfMemoryError:
+            the device's memory does not hold the graphs.
+            InputError: no path, device name, precision name, thread count or option.
             MissingExtraError: no onnxruntime is installed.
             OutputError: the folder for TensorRT's engines cannot be made.
         """
@@ -118,6 +122,7 @@ class VAE:
 
     @property
     def manifest(self) -> Manifest:
+        """What the bundle says of itself, also after `close()`."""
         return self._bundle.manifest
 
     @property
@@ -133,13 +138,22 @@ class VAE:
 
     @property
     def plan(self) -> dict[str, list[dict[str, Any]]]:
-        """What runs for "encode" and "decode": per range of batch sizes its first (`from_batch`), the device,
-        onnxruntime's provider, the precision, the file, threads and spinning (None: the engine's own choice), and the
-        batch sizes that have a session of their own since `warmup` (`fixed_batches`). On a GPU also how each of these
-        works (`fixed_on_gpu`): as one CUDA graph or kernel by kernel, the layout of its convolutions, how inputs
-        and outputs are copied ("captured": in that graph), whether outputs need no copy (`zero_copy`), whether arrays
-        on the device take it too, what of these, or of `reconstruct`, could not be made one launch and why
-        (`in_steps`), and of each way tried the time relative to the best before or why it was not taken (`trials`)."""
+        """What runs for "encode" and "decode", one entry for each range of batch sizes.
+
+        from_batch: the first batch size of the range. device, provider, precision, file: what runs it; the provider by
+            onnxruntime's name. threads, spinning: None: the engine's own choice.
+        fixed_batches: the batch sizes that have had a session of their own since `warmup`.
+        fixed_on_gpu: on a GPU, how each of these sessions works. `shape`: of its input. `cuda_graph`: it is launched as
+            one CUDA graph, not kernel by kernel. `layout`: of its convolutions. `bias`: "fused", added in the same
+            kernel as a convolution, or "apart"; None: as onnxruntime does. `copies`: of inputs and outputs, "captured"
+            in that graph, through "pinned" memory, or "pageable". `zero_copy`: kernels write the outputs to the host's
+            memory. `on_device`: arrays on the device take it too. `in_steps`: which of arrays on the device and
+            `reconstruct` could not be made one launch, and why. `trials`: of each variant that was tried the time
+            relative to the best before it, or why it was not taken.
+
+        Raises:
+            ClosedError: after `close()`.
+        """
         encoder, decoder = self._open_operations()
         return {
             "encode": [route.describe() for route in encoder.routes],
@@ -147,21 +161,23 @@ class VAE:
         }
 
     def warmup(self, batch_sizes: Sequence[int] = (1,), size: tuple[int, int] | None = None) -> None:
-        """Do now what the first call with so many examples would do, and on OpenVINO also what makes every such call
-        faster: compile the graphs for just that batch size. Each costs memory and time there; results stay the same up
-        to rounding. On CUDA each becomes a CUDA graph, and what may be faster is tried: convolutions with the
-        channels last, copies through pinned memory in the same graph or around it, outputs that the kernels write to
-        the host's memory. It belongs to the thread that calls this; calls in other threads run without it. What is
-        tried is timed, so best while nobody else uses the GPU.
+        """Do now what the first call with so many examples would do. Results stay the same up to rounding.
 
-        batch_sizes: numbers of examples that `encode` and `decode` will be given in one call. On the CPU up to 8 keep
-            their fast way, whatever else comes; others that come no more give it up to those that do.
+        On OpenVINO and CUDA each batch size also gets a session of its own, which costs time and memory now and makes
+        every such call faster. On OpenVINO the graphs are compiled for just that size. On CUDA they become a CUDA
+        graph, and what may be faster is tried: convolutions with the channels last, copies through pinned memory in the
+        same graph or around it, outputs that the kernels write to the host's memory. Trials are timed: call this while
+        nobody else uses the GPU. The CUDA graph belongs to the thread that calls this; other threads run without it.
+
+        batch_sizes: numbers of examples that `encode` and `decode` will be given in one call. On the CPU, up to 8 of
+            these sizes stay prepared. Other sizes are prepared as they come, and are dropped for newer ones once they
+            come no more.
         size: (height, width) of these images, where the bundle leaves it free; None: `manifest.input.default_size`.
 
         Raises:
             InputError: a batch size that is no whole number from 1, a size that does not fit, more than 8 sizes in all
             where each has a session of its own. BundleError: the bundle has been altered or removed since it was
-            loaded. DeviceError: the device failed, as for want of memory. ClosedError: after `close()`.
+            loaded. DeviceError, OutOfMemoryError, ClosedError: as `encode`.
         """
         if isinstance(batch_sizes, (str, bytes)) or not isinstance(batch_sizes, Sequence):
             raise InputError(f"batch_sizes is {batch_sizes!r}; expected a sequence such as (1, 32)")
@@ -182,19 +198,24 @@ class VAE:
         tile: int | None = None,
         progress: Progress | None = None,
     ) -> Posterior:
-        """Inputs -> the posterior q(z|x) of each; for a plain autoencoder, its code.
+        """Inputs -> the posterior q(z|x) of each; for a plain autoencoder, its code. NaN or infinite where the model's
+        numbers overflow, on vectors far from all that it knows.
 
-        inputs: images as uint8 (N, H, W) or (N, H, W, C), or float32 (N, C, H, W) in [0, 1]; vectors as float32 (N, D).
+        inputs: images as float32 (N, C, H, W) in [0, 1], or as uint8 (N, H, W, C), of one channel (N, H, W); vectors as
+            float32 (N, D). N is at least 1.
         batch_size: examples per call of the graph; None chooses by size. It bounds memory, not the result.
         pad: where height and width are free, repeat the last row and column up to the next multiple of
             `manifest.input.multiple_of`; `decode(..., size=(height, width))` cuts it off again.
         tile: where height and width are free, go through each image in windows of this many pixels on a side, a
             multiple of `manifest.input.multiple_of`: memory grows with the window, not with the image. Exact where
-            `manifest.tiling` has a `context`, else an approximation, with an `ApproximateTilingWarning`.
+            `manifest.tiling` has a `context`, else an approximation, with an `ApproximateTilingWarning`. Not beside
+            `batch_size`: windows run one at a time.
         progress: with `tile`, called after each window with how many are done and how many there are.
 
         Raises:
-            InputError: anything else; the message says what to do. ClosedError: after `close()`.
+            InputError: anything else; the message says what to do. DeviceError: the device failed. OutOfMemoryError:
+            its memory did not suffice; a smaller `batch_size`, or `tile`, needs less. ClosedError: after `close()`, or
+            in a process that was forked after `load`. BundleError: a graph gives another shape than the manifest says.
         """
         operations = self._operations or self._open_operations()
         if pad is not False and check_flag(pad, "pad"):
@@ -216,12 +237,13 @@ class VAE:
         NaN or infinite where the model's numbers overflow, on latents far beyond the encoder's: a look at each result
         would cost a tenth of a small call.
 
+        latents: N is at least 1, all values are finite.
         size: (height, width) of images that were padded, to which the result is cut.
-        tile, progress: as in `encode`; the windows are this many pixels of the result.
+        batch_size, tile, progress: as in `encode`; the windows are this many pixels of the result.
 
         Raises:
-            InputError: another dtype or shape, NaN or infinity; a size that these latents are not of. ClosedError:
-            after `close()`.
+            InputError: another dtype or shape, NaN or infinity; a size that these latents are not of. DeviceError,
+            OutOfMemoryError, ClosedError, BundleError: as `encode`.
         """
         operations = self._operations or self._open_operations()
         if tile is not None or progress is not None:
@@ -245,18 +267,22 @@ class VAE:
         A larger `n` with the same seed begins with the same latents, and so with the same examples, unless precision
         "auto" decodes so many in another precision.
 
+        n: from 1. seed: a whole number from 0; None: fresh draws each time.
         temperature: factor on the noise, which makes the standard prior N(0, temperature²); below 1, examples are more
             typical and less varied.
         prior: "standard", N(0, 1), or "fitted", the density that `vae-export --prior` fitted to the latents of real
             examples (Ghosh et al., 2020); None: the standard one, of an autoencoder the fitted one.
         truncation: where a number of the noise is farther from 0 than this, it is drawn again (Brock et al., 2019), to
             the same end as a low temperature; from 0.1. The numbers within stay as they are without it.
+        batch_size: latents per call of the graph, as in `encode`.
         size: (height, width) of the images, where the bundle leaves it free; None: `manifest.input.default_size`.
 
         Raises:
             KindError: the bundle is a plain autoencoder, which has no prior but a fitted one. NotInBundleError: no
             prior was fitted. BundleError: its file is damaged, which shows when it is used first. InputError: an
-            argument out of range. ClosedError: after `close()`.
+            argument out of range; latents that leave float32, as at a temperature beyond 1e30 or with a fitted prior
+            of such numbers; more examples than fit into memory. DeviceError, OutOfMemoryError, ClosedError: as
+            `encode`.
         """
         batches = self.sample_batches(
             n, seed, temperature, prior=prior, truncation=truncation, batch_size=batch_size, size=size
@@ -280,11 +306,11 @@ class VAE:
         batch_size: int | None = None,
         size: tuple[int, int] | None = None,
     ) -> Iterator[Float32]:
-        """The same examples as `sample`, batch by batch, for more than fit into memory.
+        """The same examples as `sample`, batch by batch, for more than fit into memory. All arguments: as there.
 
         Raises:
-            As `sample`, for its arguments at once; later where latents leave float32, as at a temperature beyond 1e30
-            or with a fitted prior of such numbers, and ClosedError if the bundle is closed between two batches.
+            As `sample`: for its arguments at once; between two batches where latents leave float32, where the device
+            fails, and where the bundle was closed in between.
         """
         from .prior import LatentStream, choose_prior  # late: not every application samples
 
@@ -344,18 +370,20 @@ class VAE:
         tile: int | None = None,
         progress: Progress | None = None,
     ) -> Float32 | Reconstruction:
-        """Encode, take the mean, decode: float32 (N, C, H, W) in [0, 1] or (N, D). Deterministic. On a GPU the latents
-        stay in its memory. pad, tile, progress: as in `encode`; the result has the size of the inputs. NaN or infinite
-        as in `decode`; with `n_samples` that is refused.
+        """Encode, take the mean, decode: float32 (N, C, H, W) in [0, 1] or (N, D), of the size of the inputs.
+        Deterministic. On a GPU the latents stay in its memory. NaN or infinite as in `decode`.
 
+        inputs, batch_size, pad, tile, progress: as in `encode`.
         n_samples: decode so many draws from the posterior of each input in place of its mean -> `Reconstruction`, their
             mean and standard deviation, which say where the model is not sure; of one draw the latter is 0. Memory is
-            that of one batch of draws.
+            that of one batch of draws. None: the mean alone.
         seed: of these draws, which for the n-th example do not depend on `batch_size`; None: fresh ones.
 
         Raises:
-            As `encode`. InputError: `seed` without `n_samples`, or `n_samples` beside `tile` or `progress`. KindError:
-            `n_samples` for a plain autoencoder, which has no distribution.
+            As `encode`. InputError: `seed` without `n_samples`, or `n_samples` beside `tile` or `progress`; an
+            input on which the model's numbers overflow, with `n_samples` or, of the encoder's, where they are looked
+            at, which on a GPU and with `tile` they are not. KindError: `n_samples` for a plain autoencoder, which has
+            no distribution.
         """
         encoder, decoder = self._open_operations()
         inputs, size = self._padded(inputs) if check_flag(pad, "pad") else (inputs, None)
@@ -395,11 +423,11 @@ class VAE:
         n_samples: draws per example; more narrow the estimate, not the bound.
         seed: the same gives the same draws for the n-th example; None: fresh ones.
         batch_size: examples, and draws, per call of a graph; None chooses. It bounds memory, not the result.
-        It is NaN, or infinite, where the model's numbers overflow.
+        The result is NaN or infinite where the model's numbers overflow.
 
         Raises:
-            InputError: as `encode`; `n_samples` or `seed` out of range. KindError: the bundle is a plain autoencoder.
-            NotInBundleError: the bundle says no likelihood. ClosedError: after `close()`.
+            As `encode`. InputError: `n_samples` or `seed` out of range. KindError: the bundle is a plain autoencoder.
+            NotInBundleError: the bundle says no likelihood.
         """
         from . import evidence  # late, as below: most applications never ask
 
@@ -441,8 +469,8 @@ class VAE:
         progress: Progress | None = None,
     ) -> NDArray[np.float64]:
         """How far the reconstruction from the mean is off: the mean over the elements of the squared error, in the
-        data's units squared -> float64 (N,). inputs, batch_size, pad, tile, progress: as in `encode`; what is padded
-        does not count.
+        data's units squared -> float64 (N,), infinite where the model's numbers overflow. inputs, batch_size, pad,
+        tile, progress: as in `encode`; what is padded does not count.
 
         Raises:
             As `encode`.
@@ -461,23 +489,24 @@ class VAE:
         tile: int | None = None,
         progress: Progress | None = None,
     ) -> NDArray[np.float64]:
-        """How little each input looks like the data that the model was trained on, higher is odder -> float64 (N,),
-        infinite where the model's numbers overflow. Comparable between inputs of one size: those in nats are sums over
-        the pixels.
+        """How little each input looks like the data that the model was trained on, higher is more anomalous -> float64
+        (N,), infinite where the model's numbers overflow. Comparable between inputs of one size: those in nats are sums
+        over the pixels.
 
         method: "elbo": -log p(x|z) at the posterior's mean, plus the KL divergence, in nats, nothing random;
             "reconstruction": `reconstruction_error`, for every kind of model; "log_likelihood": minus the estimate of
             `log_likelihood` with `n_samples`, far slower. None: what measured best for this likelihood, "elbo" for
             Gaussian and Laplace, else "reconstruction"; of free sizes the latter, a mean.
         n_samples, seed: for "log_likelihood" alone, which takes the same noise for every input, so that an input's
-            score does not depend on what it comes with, but for rounding.
+            score does not depend on what it comes with, but for rounding. seed: None: fresh noise for each call.
         inputs, batch_size: as in `encode`.
-        pad, tile, progress: too, but not for "log_likelihood"; the pixels that are padded do not count, while the KL
+        pad, tile, progress: as in `encode`, but not for "log_likelihood". Padded pixels do not count, while the KL
             divergence is that of the whole code. With `tile`, memory is that of a window and of one reconstruction.
 
         Raises:
-            InputError: as `encode`; another method. KindError, NotInBundleError: as `elbo`, by methods that need a
-            distribution and a likelihood.
+            As `encode`. InputError: another method; `n_samples` or `seed` out of range; `pad`, `tile` or `progress`
+            with "log_likelihood". KindError, NotInBundleError: as `elbo`, by methods that need a distribution and a
+            likelihood.
         """
         scoring = self._scoring()
         if pad is False and tile is None and progress is None:
@@ -495,8 +524,8 @@ class VAE:
         tile: int | None = None,
         progress: Progress | None = None,
     ) -> Float32:
-        """Where an input is odd: what each pixel adds to the score, summed over the channels -> float32 (N, H, W), for
-        vectors (N, D), infinite where the model's numbers overflow.
+        """Where an input is anomalous: what each pixel adds to the score, summed over the channels -> float32
+        (N, H, W), for vectors (N, D), infinite where the model's numbers overflow.
 
         method: "reconstruction": the squared error of the reconstruction from the mean; "elbo": -log p(x|z) at the
             mean, in nats (the KL divergence is of no pixel).
@@ -528,8 +557,8 @@ class VAE:
         -> bool (N,). A lower quantile finds more anomalies and raises more false alarms, about 1 - `quantile` of what
         is as it should be.
 
-        inputs, method, batch_size, pad, tile, progress: as in `score`. n_samples, seed: too; bundles are calibrated
-            with those that are the default here, and with fewer samples scores are higher.
+        inputs, method, n_samples, seed, batch_size, pad, tile, progress: as in `score`. Thresholds of "log_likelihood"
+            are those of the default `n_samples` and `seed`; with fewer samples scores are higher.
 
         Raises:
             As `score` and `threshold`.
@@ -611,29 +640,35 @@ class VAE:
         """`encode` with results that stay in the device's memory, for applications that keep their data there.
 
         inputs: as `encode` takes them, or an array that is in that memory already, float32 (N, *input_shape), of any
-        library that speaks DLPack (torch, cupy, jax), without a copy. The values of such an array are not looked at:
-        reading them would cost what staying on the device saves. All examples run at once; the memory is the caller's
-        care.
+            library that speaks DLPack (torch, cupy, jax), without a copy. The values of such an array are not looked
+            at: reading them would cost what staying on the device saves. All examples run at once; the memory is the
+            caller's care.
 
         Raises:
-            InputError: as `encode`, or an array on another device. OutOfMemoryError: too many examples for the device.
+            As `encode`. InputError: an array on another device, or that is not contiguous. OutOfMemoryError: too many
+            examples for the device.
         """
         outputs = self._open_operations()[0].run_on_device(inputs, "inputs")
         return DevicePosterior(*outputs)
 
     def decode_to_device(self, latents: Any) -> DeviceArray:
-        """`decode` with a result that stays in the device's memory. latents: as `decode` takes them, or an array on the
-        device, such as `encode_to_device(...).mean`; see there."""
+        """`decode` with a result that stays in the device's memory, float32 (N, *input_shape).
+
+        latents: as `decode` takes them, or an array on the device, such as `encode_to_device(...).mean`; see there.
+
+        Raises:
+            As `encode_to_device`.
+        """
         return self._open_operations()[1].run_on_device(latents, "latents")[0]
 
     def interpolate(self, a: Any, b: Any, steps: int = 8, method: str = "spherical") -> Float32:
         """The decoded path between two inputs, both ends' reconstructions included -> (steps, C, H, W) or (steps, D).
 
-        a, b: one example each, with the batch axis, as `encode` takes it. method: "spherical" or "linear", see
-        `vae_runtime.interpolation`.
+        a, b: one example each, with the batch axis, as `encode` takes it. steps: points of the path, from 2. method:
+            "spherical" or "linear", see `vae_runtime.interpolation`.
 
         Raises:
-            InputError: not one example each, latents of two shapes, fewer than 2 steps, another method.
+            As `encode`. InputError: not one example each, latents of two shapes, fewer than 2 steps, another method.
         """
         start, end = self._codes(a, "a"), self._codes(b, "b")
         for name, latent in (("a", start), ("b", end)):
@@ -654,7 +689,8 @@ class VAE:
         prior is N(0, 1): (-3, ..., 3) is nearly all of it.
 
         Raises:
-            InputError: not one example, a unit that there is not, values that are not finite numbers in a row.
+            As `encode`. InputError: not one example, a unit that there is not, values that are not finite numbers in a
+            row.
         """
         from .latent_space import traversal
 
@@ -670,7 +706,8 @@ class VAE:
         `encode(examples).mean`. All are looked at, in blocks: a million of 32 elements need little memory beside them.
 
         Raises:
-            InputError: inputs or references that are none, k is no whole number from 1 to M.
+            As `encode`. InputError: references that are no latents, or of another shape than those of the inputs; k is
+            no whole number from 1 to M.
         """
         from .latent_space import nearest_latents
 
@@ -685,7 +722,7 @@ class VAE:
         positives, negatives: any number of examples each, as `encode` takes them.
 
         Raises:
-            InputError: as `encode`; latents of two shapes, from images of different free sizes.
+            As `encode`. InputError: latents of two shapes, from images of different free sizes.
         """
         from .latent_space import mean_difference
 
@@ -704,8 +741,8 @@ class VAE:
         The decoder gets the reference's mean, so that each half is held to its own error.
 
         Raises:
-            BundleError: the golden file is damaged. DeviceError: the bundle states no tolerance for a precision in use.
-            ClosedError: after `close()`.
+            BundleError: the golden file is damaged. DeviceError: the bundle states no tolerance for a precision in use,
+            or as `encode`. OutOfMemoryError, ClosedError: as `encode`.
         """
         encoder, decoder = self._open_operations()
         routes = run_routes(self.manifest, encoder, decoder, self._bundle.golden())
@@ -723,8 +760,9 @@ class VAE:
     def close(self) -> None:
         """Free both graphs; every later call raises `ClosedError`. Calls under way in other threads finish.
 
-        On a GPU it waits while another thread captures a CUDA graph, which freeing would spoil. What is freed in
-        another way, as a `VAE` that nobody closes is, or after a call under way, may cost that thread a faster way.
+        On a GPU it waits while another thread captures a CUDA graph, which freeing memory would spoil. A `VAE` that is
+        freed without `close()`, or only after a call under way, does not wait: the capture may fail, and that thread's
+        calls then run by a slower variant.
         """
         operations = self._operations
         if operations is not None:

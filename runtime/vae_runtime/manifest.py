@@ -382,14 +382,14 @@ class Manifest(NamedTuple):
     """Everything `manifest.json` says about a bundle; the fields carry the format's own names.
 
     budget: how much worse than fp32 a precision may be on real examples: `psnr_db` of the reconstruction, and
-        `nats_per_dimension`, -ELBO per input dimension. None in a bundle from before there was one.
+        `nats_per_dimension`, -ELBO per input dimension. None where the bundle states none.
     refused: precisions that were asked for at export and are not there, by name: the `reason`, and the `quality` that
         was measured, as in `Precision`.
     origin: of a model from elsewhere, what it was: `library`, its `version`, `class`, ...
-    tiling: where height and width are free, how large images are computed in parts; None in a bundle that does not say.
+    tiling: where height and width are free, how large images are computed in parts; None where that is not stated.
     latent_codecs: by codec, what it costs: `bits_per_pixel`, and the reconstruction's `psnr_db` and `psnr_lost_db` on
         so many `examples`.
-    calibration: how high anomaly scores are on data as they should be; None in a bundle that was not calibrated.
+    calibration: how high anomaly scores are on data as they should be; None where they were not calibrated.
     on_cuda: files of graphs, and those that onnxruntime's CUDA provider runs in their place: the same computation in
         operators that are faster there.
     """
@@ -511,7 +511,7 @@ class Manifest(NamedTuple):
                 raise BundleError(f"files has {file!r}; a bundle's files lie in its folder and have plain names")
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys of `manifest.json`, without its digest; what was added to the format is left out where empty."""
+        """The keys of `manifest.json`, without its digest; those that may be absent are left out where empty."""
         data: dict[str, Any] = {
             "format": FORMAT,
             "format_version": self.format_version,

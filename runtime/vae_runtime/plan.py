@@ -29,7 +29,7 @@ def same_plan(candidate: Candidate) -> Plan:
 def tuned_plan(
     bundle: Bundle, device: str, precision: str, threads: int | None, options: Mapping[str, str] | None
 ) -> Plan:
-    """What was measured fastest; where nothing was, or it is not to be had any more, the stated rules."""
+    """What was measured fastest; where nothing was, or it is not to be had now, the stated rules."""
     from .tuning import choose, read_tuning  # late: only "auto" needs it
 
     by_rule = Candidate(

@@ -36,8 +36,9 @@ SHAPE_OPERATORS = {
 # fmt: on
 
 
-# Held while a CUDA graph is captured, and by who waits for a whole GPU, as onnxruntime does when it opens a session and
-# cuBLAS and cuDNN when one is freed: that CUDA refuses meanwhile, whichever thread it is, and spoils the graph.
+# Held while a CUDA graph is captured, and by whoever waits for a whole GPU: onnxruntime does when it opens a session,
+# cuBLAS and cuDNN do when one is freed. During a capture CUDA refuses that wait, in whichever thread, and the graph is
+# lost.
 capturing = threading.RLock()
 _of_thread = threading.local()
 _asked_in = [0]  # the process that started the driver, 0 for none; a forked child cannot use what it inherits

@@ -127,11 +127,11 @@ class DeviceCall:
 
 
 class StagedCall(DeviceCall):
-    """The same on a stream of our own, whose session has it for its work: through pinned memory, and one wait for both
-    copies and the work between them.
+    """As `DeviceCall`, on a stream of our own, on which the session works too. Inputs and outputs are copied through
+    pinned memory, and there is one wait, for both copies and the work between them.
 
-    A large input the driver copies from the caller's memory. Large outputs the GPU writes to the memory of the result,
-    see `ResultMemory`, or the driver copies them there.
+    A large input is copied by the driver, from the caller's memory. Large outputs are written by the GPU to the memory
+    of the result, see `ResultMemory`, or copied there by the driver.
     """
 
     def __init__(self, session: GraphSession, shapes: dict[str, tuple[int, ...]], stream: Stream) -> None:
@@ -196,7 +196,8 @@ class StagedCall(DeviceCall):
         return not self._stream.is_capturing and super().may_run()
 
     def _put(self, array: Float32 | UInt8) -> Float32:
-        """On its way: a small one into pinned memory, a large one to the GPU -> the values, to be looked at."""
+        """Begin the input's copy: of a small one into pinned memory, of a large one to the GPU -> the values, to be
+        looked at."""
         if array.dtype != PIXEL and not self._sends:
             values = np.ascontiguousarray(array, np.float32)
             if values.shape != self._given.shape:
@@ -214,7 +215,7 @@ class StagedCall(DeviceCall):
         return self._rule is not None and self._rule.holds(self._rule.view(values))
 
     def _begin(self) -> None:
-        """The work, and the ways there and back of what is not large."""
+        """Begin the work, and the copies before and after it of what is not large."""
         for step in (*self._sends, self._run, *self._fetches):
             step()
 
@@ -293,10 +294,10 @@ class StagedCall(DeviceCall):
 
 
 class CapturedCall(StagedCall):
-    """The same with both copies, but of what is large, and the work between them as one launch, without onnxruntime,
-    whose session must not make a CUDA graph itself.
+    """As `StagedCall`, but as one launch: the work and both copies, except those of what is large, are captured in one
+    CUDA graph, which runs without onnxruntime. The session must not make a CUDA graph itself.
 
-    begin: begins that launch. in_steps: what is no launch of its own, "on_device" or "reconstruct", and why.
+    begin: begins that launch. in_steps: what could not be made one launch, "on_device" or "reconstruct", and why.
     """
 
     def __init__(self, session: GraphSession, shapes: dict[str, tuple[int, ...]], stream: Stream) -> None:

@@ -30,8 +30,8 @@ _ONE_BITS = int(np.float32(1).view(np.uint32))
 class ValueRule(NamedTuple):
     """What values may be, checked at little cost over a contiguous float32 array: `holds(view(array))`.
 
-    Where it holds, the values are good. Where it does not, they are looked at closely by whoever writes the message: an
-    odd but good one (-0.0 in an image) is found only there.
+    Where it holds, the values are good. Where it does not, they are looked at closely by whoever writes the message:
+    that -0.0, say, is good in an image is found only there.
     """
 
     view: Callable[[Float32], NDArray[Any]]

@@ -210,8 +210,8 @@ class GraphSession:
         return self._session.io_binding()
 
     def bound_run(self, binding: Any, waits: bool = True) -> Callable[[], None]:
-        """What `InferenceSession.run_with_iobinding` calls in turn. waits: until the device is done, else for whoever
-        waits for the session's stream."""
+        """What `InferenceSession.run_with_iobinding` calls in turn. waits: whether that ends only when the device is
+        done; if not, whoever calls it has to wait for the session's stream."""
         options = None if waits else import_engine().RunOptions()
         if options is not None:
             options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -257,8 +257,8 @@ class GraphSession:
             return found
 
     def replay_on_device(self, array: DeviceArray) -> list[DeviceArray] | None:
-        """The same by the CUDA graph of a session for one shape with a stream; None where it has none, and as
-        `StagedCall.on_device`."""
+        """The same by the CUDA graph of a session for one shape that works on a stream. None where there is no such
+        graph, and where `StagedCall.on_device` gives None."""
         call = self._only_call
         try:
             values = call.on_device(array._value) if isinstance(call, StagedCall) else None

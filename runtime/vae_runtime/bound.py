@@ -1,11 +1,11 @@
-"""Calls at the least cost: memory for one batch size that is bound to a session once and used again and again."""
+"""Calls at the least cost: memory for one shape of inputs, bound to a session once and used again and again."""
 
 from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
@@ -16,28 +16,73 @@ if TYPE_CHECKING:
     from .session import GraphSession
 
 
-PATIENCE = 32  # calls that go by before a shape that comes no more gives way: binding costs half a call
+# Up to so many values per call, copying into memory that is bound to the session costs less than binding the caller's.
+BOUND_VALUES = 2**16
+KEPT_SHAPES = 8  # that have memory, or a session, of their own; at most
+_PATIENCE = 32  # calls for which a shape keeps its place unused: to bind memory again costs half a call
+
+Call = TypeVar("Call")
 
 
-class Recency:
-    """When shapes whose bound memory is kept were used, which tells whose gives way to another's."""
+class Kept(Generic[Call]):
+    """Calls that are ready, by the shape of their inputs, for any thread: what one thread has taken no other has until
+    it is kept again. Of more than `KEPT_SHAPES` shapes, the one that was used longest ago is evicted.
 
-    def __init__(self) -> None:
+    may_be_evicted: whether a shape may make room for others; one that may not finds room only where there is some.
+    named: shapes that get their place at once, and keep it.
+    """
+
+    def __init__(self, may_be_evicted: Callable[[Any], bool] = lambda shape: True) -> None:
+        self.named: set[Any] = set()
+        self._may_be_evicted = may_be_evicted
+        self._free: dict[Any, list[Call]] = {}
         self._used: dict[Any, int] = {}  # the number of the last call, by shape
         self._numbers = itertools.count()
 
-    def note(self, shape: Any) -> None:
-        """It is used now."""
-        self._used[shape] = next(self._numbers)
-
-    def give_way(self, shapes: Iterable[Any], patience: int = PATIENCE) -> Any:
-        """The one that was used longest ago, which is forgotten; None where that is no more than `patience` calls."""
-        used = {self._used.get(one, 0): one for one in shapes}
-        if not used or min(used) + patience >= next(self._numbers):
+    def take(self, shape: Any) -> Call | None:
+        """A call for inputs of this shape; None where none is ready."""
+        free = self._free.get(shape)
+        try:
+            return free.pop() if free else None
+        except IndexError:  # another thread took the last one in between
             return None
-        oldest = used[min(used)]
-        self._used.pop(oldest, None)
-        return oldest
+
+    def keep(self, shape: Any, call: Call) -> None:
+        """Have it ready from now on, where there is room."""
+        free = self._free.get(shape)
+        if free is None:
+            if not self._has_room(shape):
+                return
+            free = self._free.setdefault(shape, [])
+        self._used[shape] = next(self._numbers)
+        free.append(call)
+
+    def needs(self, shape: Any) -> bool:
+        """Whether no call of this shape is ready, and one would be kept."""
+        free = self._free.get(shape)
+        return not free and (free is not None or self._has_room(shape))
+
+    def drop(self, shape: Any) -> None:
+        """Forget those of this shape that are ready."""
+        self._free.pop(shape, None)
+
+    def shapes(self) -> list[Any]:
+        """Those that have a place."""
+        return list(self._free)
+
+    def _has_room(self, shape: Any) -> bool:
+        """Whether one more shape finds a place; another may be evicted for it."""
+        if len(self._free) >= KEPT_SHAPES and self._may_be_evicted(shape):
+            others = {
+                self._used.get(one, 0): one
+                for one in self.shapes()
+                if one not in self.named and self._may_be_evicted(one)
+            }
+            patience = 0 if shape in self.named else _PATIENCE
+            if others and (oldest := min(others)) + patience < next(self._numbers):
+                self._used.pop(others[oldest], None)
+                self.drop(others[oldest])
+        return len(self._free) < KEPT_SHAPES
 
 
 def to_host(value: Any) -> Float32:

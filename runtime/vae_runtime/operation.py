@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .arguments import check_count
-from .bound import PATIENCE, BoundCall, BoundPair, Recency
+from .bound import KEPT_SHAPES, BoundCall, BoundPair, Kept
 from .boundary import Boundary
 from .device_array import DeviceArray, from_dlpack
 from .device_call import DeviceCall, StagedCall
@@ -21,7 +22,6 @@ from .session import GraphSession
 # as much in the activations of a usual convolutional network.
 _CHUNK_VALUES = 64 * 3 * 128 * 128
 _CHUNK_EXAMPLES = 256
-_BOUND_SHAPES = 8  # kept at most
 _ARRAY, _FLOAT32 = np.ndarray, np.dtype(np.float32)
 
 
@@ -59,10 +59,10 @@ class Route:
         """Make a session for just this shape, where that is faster. read: a file of the bundle -> its bytes. rule: what
         calls hold values to."""
         if self.any_batch.gains_from_fixed_shape and shape not in self._fixed:
-            if len(self._fixed) >= _BOUND_SHAPES:
+            if len(self._fixed) >= KEPT_SHAPES:
                 raise InputError(
                     f"batch size {shape[0]} would be number {len(self._fixed) + 1} with a session of its own, which"
-                    f" takes memory; at most {_BOUND_SHAPES} are made"
+                    f" takes memory; at most {KEPT_SHAPES} are made"
                 )
             self._fixed[shape] = self.any_batch.for_shape(read(self.any_batch.file), shape, rule)
 
@@ -106,9 +106,9 @@ class Operation:
         self._boundary = boundary
         self.check = check
         self._rule = rule
-        self._free: dict[tuple[int, ...], list[BoundCall | DeviceCall]] = {}
-        self._named: set[tuple[int, ...]] = set()  # shapes in `warm`, which keep their place
-        self._uses = Recency()
+        # Of the routes and not of this object, which would refer to itself and be freed late.
+        self.gains_from_bound_memory = partial(_gains_from_bound_memory, boundary, self.routes)
+        self._kept: Kept[BoundCall | DeviceCall] = Kept(self.gains_from_bound_memory)
         self._own: dict[tuple[int, ...], DeviceCall] = {}  # of sessions for one shape
 
     def __call__(self, array: Any, batch_size: int | None = None) -> list[Float32]:
@@ -119,18 +119,14 @@ class Operation:
         if given is not None and given.dtype is not _FLOAT32 and given.dtype != _FLOAT32:
             given = self.channels_first(given) if given.dtype == PIXEL else None
         if given is not None:
-            own = self._own.get(given.shape)
+            shape = given.shape  # once: each time makes a tuple
+            own = self._own.get(shape)
             if own is not None and (results := own(given)) is not None:
                 return results
-            free = self._free.get(given.shape)
-            try:
-                call = free.pop() if free else None  # what is popped no other thread has
-            except IndexError:  # another thread took the last one in between
-                call = None
-            if call is not None and free is not None:
+            call = self._kept.take(shape)
+            if call is not None:
                 results = call(given)
-                free.append(call)
-                self._uses.note(given.shape)
+                self._kept.keep(shape, call)
                 if results is not None:
                     return results
         if isinstance(array, _ARRAY) and array.dtype == PIXEL and (batch_size or array.size > _CHUNK_VALUES):
@@ -144,33 +140,13 @@ class Operation:
         return results
 
     def _prepare(self, shape: tuple[int, ...]) -> None:
-        """Have one more call of this shape ready: this one found none, or was odd."""
-        route, free = self.route(shape[0]), self._free.get(shape)
-        if route.is_fixed(shape):
-            return
-        fits = shape[0] <= self.chunk_size(None, shape[1:])
-        if not free and fits and (free is not None or self._has_room(shape)):
+        """Have a call of this shape ready for the next time, unless one is already."""
+        route = self.route(shape[0])
+        is_one_chunk = shape[0] <= self.chunk_size(None, shape[1:])
+        if not route.is_fixed(shape) and is_one_chunk and self._kept.needs(shape):
             call = route.any_batch.bind(shape, self._rule)
             if call is not None:
-                self._uses.note(shape)
-                self._free.setdefault(shape, []).append(call)
-
-    def _has_room(self, shape: tuple[int, ...]) -> bool:
-        """Whether one more shape is kept, on the CPU in the place of the one that was used longest ago."""
-        on_cpu = self.gains_from_bound_memory
-        if len(self._free) >= _BOUND_SHAPES and on_cpu(shape):
-            others = [one for one in list(self._free) if one not in self._named and on_cpu(one)]
-            oldest = self._uses.give_way(others, 0 if shape in self._named else PATIENCE)
-            if oldest is not None:
-                self._free.pop(oldest, None)  # a call that another thread has taken is its own
-        return len(self._free) < _BOUND_SHAPES
-
-    def gains_from_bound_memory(self, shape: tuple[int, ...]) -> bool:
-        """Whether inputs may have this shape, with the batch, and calls with it cost less with bound memory."""
-        if not shape or shape[0] < 1 or not self._boundary.accepts(shape[1:]):
-            return False
-        route = self.route(shape[0])
-        return not route.is_fixed(shape) and route.any_batch.gains_from_bound_memory(shape)
+                self._kept.keep(shape, call)
 
     def pair_with(self, decoder: Operation, arrays: Mapping[str, Float32]) -> BoundPair:
         """This encoder and the decoder, both of which gain from bound memory, bound to `arrays`, see `BoundPair`."""
@@ -185,9 +161,9 @@ class Operation:
             part = (rows, *shape[1:])
             route.fix(part, read, self._rule)
             if route.is_fixed(part):
-                self._free.pop(part, None)  # calls that would be taken in its place
+                self._kept.drop(part)  # calls that would be taken in its place
                 self._prefer(route.session(part), part)
-            self._named.add(part)
+            self._kept.named.add(part)
             inputs = zeros(part, "a batch")
             if rows == examples:
                 self(inputs)
@@ -274,10 +250,22 @@ class Operation:
 
     def route(self, examples: int) -> Route:
         """The whole call takes one route, so that chunks do not change the result."""
-        return next(route for route in reversed(self.routes) if examples >= route.from_batch)
+        return _route(self.routes, examples)
 
     def chunk_size(self, asked: int | None, shape: tuple[int, ...]) -> int:
         """Examples of this shape to run at once."""
         if asked is not None:
             return check_count(asked, "batch_size")
         return max(1, min(_CHUNK_EXAMPLES, _CHUNK_VALUES // self._boundary.largest(shape)))
+
+
+def _route(routes: Sequence[Route], examples: int) -> Route:
+    return next(route for route in reversed(routes) if examples >= route.from_batch)
+
+
+def _gains_from_bound_memory(boundary: Boundary, routes: Sequence[Route], shape: tuple[int, ...]) -> bool:
+    """Whether inputs may have this shape, with the batch, and calls with it cost less with bound memory."""
+    if not shape or shape[0] < 1 or not boundary.accepts(shape[1:]):
+        return False
+    route = _route(routes, shape[0])
+    return not route.is_fixed(shape) and route.any_batch.gains_from_bound_memory(shape)

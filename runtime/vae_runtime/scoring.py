@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .arguments import check_choice
-from .bound import Recency
+from .bound import BOUND_VALUES, Kept
 from .bound_score import BoundScore
 from .calibration import SCORE_METHODS
 from .errors import InputError, NotInBundleError
@@ -19,14 +19,12 @@ from .likelihood import comparable, negative_log_likelihoods, squared_norms, sum
 from .manifest import Likelihood, Manifest
 from .posterior import Posterior
 from .preprocess import Float32, Float64, image_size, to_model_input, zeros
-from .session import BOUND_VALUES
 
 if TYPE_CHECKING:
     from .tiled import Tiler
 
 _MEAN_METHODS = ("reconstruction", "elbo")  # of the posterior's mean alone, pixel by pixel
 _STRIP_VALUES = 2**20  # of an image in tiles, whose differences are in memory at once
-_KEPT_SHAPES = 8  # whose memory is kept for the next call, by method
 
 
 def default_method(manifest: Manifest) -> str:
@@ -75,8 +73,7 @@ class Scoring:
     def __init__(self, manifest: Manifest, operations: Operations) -> None:
         self._manifest, self._operations = manifest, operations
         self._default = default_method(manifest)
-        self._free: dict[tuple[str, tuple[int, ...]], list[BoundScore]] = {}
-        self._uses = Recency()
+        self._kept: Kept[BoundScore] = Kept()  # by method and shape
 
     def score(
         self,
@@ -175,20 +172,11 @@ class Scoring:
         if inputs is None:
             return None
         key = method, inputs.shape
-        try:
-            call: BoundScore | None = self._free[key].pop()  # what is popped no other thread has
-        except (KeyError, IndexError):
-            call = self._bound(inputs.shape, likelihood)
+        call = self._kept.take(key) or self._bound(inputs.shape, likelihood)
         if call is None:
             return None
         result = call(inputs)
-        if key not in self._free and len(self._free) >= _KEPT_SHAPES:
-            oldest = self._uses.give_way(list(self._free))
-            if oldest is None:
-                return result
-            self._free.pop(oldest, None)
-        self._uses.note(key)
-        self._free.setdefault(key, []).append(call)
+        self._kept.keep(key, call)
         return result
 
     def _bound(self, shape: tuple[int, ...], likelihood: Likelihood | None) -> BoundScore | None:

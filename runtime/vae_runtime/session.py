@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import numpy as np
 
-from .bound import BoundCall, Owner
+from .bound import BOUND_VALUES, BoundCall, Owner
 from .boundary import Boundary
 from .cuda import (
     CUDA,
@@ -38,8 +38,6 @@ from .preprocess import Float32, ValueRule
 if TYPE_CHECKING:
     from .cuda_stream import Stream
 
-# Up to so many values per call, copying into memory that is bound to the session costs less than binding the caller's.
-BOUND_VALUES = 2**16
 _RECORD_NODES = "session.record_ep_graph_assignment_info"
 # How engines and drivers say it; there is no status of its own for it.
 # fmt: off

@@ -140,7 +140,7 @@ def test_memory_kept_is_bounded(tiny_path: Path, images: np.ndarray) -> None:
     with VAE.load(tiny_path, threads=1) as vae:
         for size in range(1, 101):
             vae.encode(many[:size])
-        free = vae._open_operations()[0]._free
+        free = vae._open_operations()[0]._kept._free
         assert 1 <= len(free) <= 8
         assert all(len(calls) == 1 for calls in free.values())
         big = np.resize(images, (2000, 1, 8, 8))
@@ -149,7 +149,7 @@ def test_memory_kept_is_bounded(tiny_path: Path, images: np.ndarray) -> None:
 
 
 def kept(vae: VAE) -> list[int]:
-    return sorted(shape[0] for shape in vae._open_operations()[0]._free)
+    return sorted(shape[0] for shape in vae._open_operations()[0]._kept.shapes())
 
 
 def test_a_size_that_comes_again_takes_the_place_of_one_that_does_not(tiny_path: Path, images: np.ndarray) -> None:

@@ -452,7 +452,7 @@ def test_bound_device_memory_gives_the_same(on_device: VAE, tiny: VAE, images: n
             found, expected = on_device.encode(images[:size]), tiny.encode(images[:size])
             np.testing.assert_array_equal(found.mean, expected.mean)
             np.testing.assert_array_equal(found.logvar, expected.logvar)
-    free = on_device._open_operations()[0]._free
+    free = on_device._open_operations()[0]._kept._free
     assert {type(call) for calls in free.values() for call in calls} == {DeviceCall}
 
 
@@ -555,7 +555,7 @@ def test_a_graph_of_launches_belongs_to_the_thread_that_made_it(with_fixed_sessi
         assert pool.submit(route.session, shape).result() is route.any_batch
         pool.submit(with_fixed_sessions.encode, images[:3]).result()
     assert route.session(shape) is not route.any_batch
-    assert with_fixed_sessions._open_operations()[0]._free == {}  # nothing that this thread would take in its place
+    assert with_fixed_sessions._open_operations()[0]._kept.shapes() == []  # nothing that this thread would take instead
 
 
 def test_opening_that_lacks_memory_is_told_as_that(machine: Any) -> None:
@@ -678,9 +678,9 @@ def test_sessions_for_one_batch_size_are_freed_with_it(with_fixed_sessions: VAE)
 def test_calls_from_before_do_not_take_its_place(with_fixed_sessions: VAE, images: np.ndarray) -> None:
     operation = with_fixed_sessions._open_operations()[0]
     with_fixed_sessions.encode(images[:4])
-    assert [shape[0] for shape in operation._free] == [4]
+    assert [shape[0] for shape in operation._kept.shapes()] == [4]
     with_fixed_sessions.warmup([4])
-    assert operation._free == {}
+    assert operation._kept.shapes() == []
 
 
 def test_sessions_of_their_own_are_bounded(with_fixed_sessions: VAE) -> None:
@@ -699,7 +699,7 @@ def test_memory_that_lacks_for_more_buffers_costs_no_result(
         expected = vae.encode(images[:3]).mean
         monkeypatch.setattr(Device, "is_gpu", True)
         monkeypatch.setattr("vae_runtime.session.DeviceCall", fail)
-        vae._open_operations()[0]._free.clear()
+        vae._open_operations()[0]._kept._free.clear()
         np.testing.assert_array_equal(vae.encode(images[:3]).mean, expected)
         monkeypatch.setattr("vae_runtime.session.copy_to_device", fail)
         with pytest.raises(OutOfMemoryError, match=r"has not enough memory for encoder\.onnx at batch size 3; pass"):

@@ -155,7 +155,7 @@ def test_what_a_signal_s_handler_raises_reaches_the_caller(
         operation = vae._open_operations()[0]
         if state == "later call":
             vae.encode(images[:2])
-            ((call,),) = operation._free.values()
+            ((call,),) = operation._kept._free.values()
             monkeypatch.setattr(call, "_run", interrupted)
         else:
             monkeypatch.setattr(operation.routes[0].any_batch, "_session", SimpleNamespace(run=interrupted))

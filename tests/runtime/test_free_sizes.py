@@ -62,7 +62,7 @@ def test_sizes_may_change_from_call_to_call(vae: VAE) -> None:
     for x, mean in zip(inputs, first, strict=True):
         assert mean.shape == (1, 2, x.shape[2] // 2, x.shape[3] // 2)
         np.testing.assert_array_equal(vae.encode(x).mean, mean)
-        assert len(vae._open_operations()[0]._free) <= 8
+        assert len(vae._open_operations()[0]._kept.shapes()) <= 8
 
 
 # In a process of its own, where no earlier test has left memory to use again.

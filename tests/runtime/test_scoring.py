@@ -145,7 +145,7 @@ def test_colour_vectors_and_free_sizes_are_scored(rgb: VAE, vectors: VAE, free_p
                 np.testing.assert_allclose(free.score(x, method), by_hand(free, x, method), rtol=2e-6)
             assert free.score_map(x).shape == (2, side, 2 * side)
         assert free._scores is not None
-        assert len(free._scores._free) == 8
+        assert len(free._scores._kept.shapes()) == 8
 
 
 def test_vectors_beyond_the_squares_of_float32_have_an_error(vectors: VAE) -> None:
@@ -236,7 +236,7 @@ def test_a_size_that_comes_again_takes_the_memory_of_one_that_does_not(tiny_path
 
     def kept() -> list[int]:
         assert vae._scores is not None
-        return sorted(shape[0] for _, shape in vae._scores._free)
+        return sorted(shape[0] for _, shape in vae._scores._kept.shapes())
 
     with VAE.load(tiny_path, threads=1) as vae:
         for size in list(range(2, 17)) * 3:  # those that come in turn do not drive each other out

@@ -119,7 +119,7 @@ class Owner:
     """Whose a session is: of the process that made it and, where its memory is for one thread alone, of that one."""
 
     def __init__(self) -> None:
-        self.is_of_parent = False  # this process was forked off the one that made it
+        self.forked = False  # this process was forked off the one that made it
         self._of_thread = threading.local()  # unlike a thread's number, never another one's after its end
         self._of_thread.is_owner = True
 
@@ -145,7 +145,7 @@ class BoundCall:
         None where the rule does not hold for its values, or the engine fails: `GraphSession.run` then says what is
         wrong.
         """
-        if not self._take(array) or self._owner.is_of_parent:
+        if not self._take(array) or self._owner.forked:
             return None
         try:  # which costs nothing, as a block of `suppress_engine_errors` would
             self._run()
@@ -179,7 +179,7 @@ class BoundPair:
     def __call__(self, array: Float32 | UInt8) -> bool:
         """Fill the memory with what an array of the input's shape gives, float32 or pixels. False where the rule does
         not hold for its values, or the engine fails: `GraphSession.run` then says what is wrong."""
-        if not self._take(array) or self._owner.is_of_parent:
+        if not self._take(array) or self._owner.forked:
             return False
         try:
             self._encode()

@@ -52,8 +52,8 @@ def _as_it_can_be(error: UnicodeError) -> tuple[bytes, int]:
     """Bytes of a name as they are, and what the encoding lacks as an escape, \\u76ee."""
     assert isinstance(error, UnicodeEncodeError)
     text = error.object[error.start : error.end]
-    ways = ("surrogateescape" if "\udc80" <= one <= "\udcff" else "backslashreplace" for one in text)
-    return b"".join(one.encode("ascii", way) for one, way in zip(text, ways, strict=True)), error.end
+    handlers = ("surrogateescape" if "\udc80" <= one <= "\udcff" else "backslashreplace" for one in text)
+    return b"".join(one.encode("ascii", handler) for one, handler in zip(text, handlers, strict=True)), error.end
 
 
 _AS_IT_CAN_BE = "vae_runtime.as_it_can_be"

@@ -123,7 +123,7 @@ class DeviceCall:
     def may_run(self) -> bool:
         """Whether a call may come now, in this thread; `is_busy` while one is under way."""
         is_mine = self._is_shared or self._owner.is_this_thread
-        return is_mine and not self.is_busy and not self._owner.is_of_parent
+        return is_mine and not self.is_busy and not self._owner.forked
 
 
 class StagedCall(DeviceCall):

@@ -26,7 +26,7 @@ _ARRAY, _FLOAT32 = np.ndarray, np.dtype(np.float32)
 
 
 class Candidate(NamedTuple):
-    """One way to run a bundle. threads, spinning: as `GraphSession` takes them."""
+    """What to run a bundle with. threads, spinning: as `GraphSession` takes them."""
 
     device: str
     precision: str
@@ -80,7 +80,7 @@ class Route:
             "fixed_batches": sorted({shape[0] for shape in self._fixed}),
         }
         if session.device.is_gpu:
-            entry["fixed_on_gpu"] = [fixed.describe_way() for fixed in self._fixed.values()]
+            entry["fixed_on_gpu"] = [fixed.describe_variant() for fixed in self._fixed.values()]
         return entry
 
 

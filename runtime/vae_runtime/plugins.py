@@ -1,6 +1,6 @@
 """Providers that come as plug-ins: shared libraries of their own, registered with an installed onnxruntime.
 
-OpenVINO comes in two ways: as the plug-in `onnxruntime-ep-openvino`, which offers itself on Intel's processors, and
+OpenVINO comes in two variants: as the plug-in `onnxruntime-ep-openvino`, which offers itself on Intel's processors, and
 compiled into a build of onnxruntime, `onnxruntime-openvino`, which runs on any x86-64.
 """
 

@@ -1,4 +1,4 @@
-"""`vae-run score` and `evaluate`: how odd inputs look to a model, and how well that finds anomalies."""
+"""`vae-run score` and `evaluate`: how anomalous inputs look to a model, and how well that finds anomalies."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def score(
     tile: int | None,
     **engine: Any,
 ) -> None:
-    """Score how little INPUTS look like the data that the model knows; higher is odder.
+    """Score how little INPUTS look like the data that the model knows; higher is more anomalous.
 
     Scores of elbo and log_likelihood are in nats and summed over the pixels, those of reconstruction a mean squared
     error. Only scores of one bundle and one method can be compared, and, but for reconstruction, of one size.

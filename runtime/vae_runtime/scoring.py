@@ -1,4 +1,4 @@
-"""How odd inputs look to a model, for anomaly detection: nothing here is random unless it is asked for."""
+"""How anomalous inputs look to a model: nothing here is random unless it is asked for."""
 
 from __future__ import annotations
 
@@ -42,15 +42,18 @@ def score_methods(manifest: Manifest, whole: bool = True) -> tuple[str, ...]:
     return SCORE_METHODS if whole else tuple(name for name in SCORE_METHODS if name in _MEAN_METHODS)
 
 
-class Extent(NamedTuple):
-    """How images are gone through. size: (height, width) before they were padded, of which the scores are; None: all
-    of them. tiler: for windows; None: as a whole."""
+class Coverage(NamedTuple):
+    """Which part of images is scored, and how the model goes through them.
+
+    size: (height, width) before they were padded, as only that part is scored; None: they were not. tiler: goes window
+        by window; None: an image is taken whole.
+    """
 
     size: tuple[int, int] | None = None
     tiler: Tiler | None = None
 
 
-WHOLE = Extent()
+WHOLE = Coverage()
 
 
 class _Piece(NamedTuple):
@@ -82,44 +85,44 @@ class Scoring:
         n_samples: int,
         seed: int | None,
         batch_size: int | None,
-        extent: Extent = WHOLE,
+        coverage: Coverage = WHOLE,
     ) -> Float64:
         """As `VAE.score`."""
         method = self._default if method is None else check_choice(method, "method", SCORE_METHODS)
         if method != "log_likelihood":
             # What overflows is infinite below; only vectors may be so large, and images are spared what this costs.
             with nullcontext() if self._manifest.input.is_image else np.errstate(over="ignore", invalid="ignore"):
-                found = self._score_of_mean(inputs, method, batch_size, extent)
+                found = self._score_of_mean(inputs, method, batch_size, coverage)
         else:
             require_likelihood(self._manifest, "log_likelihood")
-            if extent is not WHOLE:
+            if coverage is not WHOLE:
                 raise InputError(
                     "pad, tile or progress was given with method 'log_likelihood', which decodes draws of whole images;"
                     " take 'elbo' or 'reconstruction'"
                 )
             found = -log_likelihood(self._manifest, self._operations, inputs, n_samples, seed, batch_size, shared=True)
-        found[np.isnan(found)] = np.inf  # the model's numbers overflow: nothing is odder, and NaN is above no threshold
+        found[np.isnan(found)] = np.inf  # where the model's numbers overflow: NaN would be above no threshold
         return found
 
-    def _score_of_mean(self, inputs: Any, method: str, batch_size: int | None, extent: Extent) -> Float64:
+    def _score_of_mean(self, inputs: Any, method: str, batch_size: int | None, coverage: Coverage) -> Float64:
         """By one of `_MEAN_METHODS`."""
         likelihood = require_likelihood(self._manifest, "score with method 'elbo'") if method == "elbo" else None
-        if batch_size is None and extent is WHOLE:
+        if batch_size is None and coverage is WHOLE:
             found = self._score_at_once(inputs, method, likelihood)
             if found is not None:
                 return found
         sums: Float64 | None = None
-        for piece in self._pieces(inputs, batch_size, extent):
+        for piece in self._pieces(inputs, batch_size, coverage):
             sums = np.zeros(len(inputs)) if sums is None else sums
             sums[piece.examples] += self._sum(piece, likelihood)
         assert sums is not None  # there is an example
-        return sums if likelihood is not None else sums / math.prod(self._shape(inputs, extent))
+        return sums if likelihood is not None else sums / math.prod(self._shape(inputs, coverage))
 
-    def score_map(self, inputs: Any, method: str, batch_size: int | None, extent: Extent = WHOLE) -> Float32:
+    def score_map(self, inputs: Any, method: str, batch_size: int | None, coverage: Coverage = WHOLE) -> Float32:
         """As `VAE.score_map`."""
         method, manifest, maps = check_choice(method, "method", _MEAN_METHODS), self._manifest, None
         likelihood = require_likelihood(manifest, "score_map with method 'elbo'") if method == "elbo" else None
-        for examples, rows, x, decoded, _ in self._pieces(inputs, batch_size, extent):
+        for examples, rows, x, decoded, _ in self._pieces(inputs, batch_size, coverage):
             with np.errstate(over="ignore", invalid="ignore"):  # what overflows is infinite
                 if likelihood is None:
                     terms = np.square(np.subtract(decoded, x, dtype=np.float64))
@@ -128,7 +131,7 @@ class Scoring:
                 terms = (terms.sum(axis=1) if manifest.input.is_image else terms).astype(np.float32)
             terms[np.isnan(terms)] = np.inf
             if maps is None:
-                shape = self._shape(inputs, extent)
+                shape = self._shape(inputs, coverage)
                 maps = zeros((len(inputs), *shape[1 if manifest.input.is_image else 0 :]), "a map")
             maps[examples, rows] = terms
         assert maps is not None  # there is an example
@@ -187,30 +190,30 @@ class Scoring:
             return None
         return BoundScore(self._manifest, self._operations, shape, likelihood)
 
-    def _shape(self, inputs: Any, extent: Extent) -> tuple[int, ...]:
+    def _shape(self, inputs: Any, coverage: Coverage) -> tuple[int, ...]:
         """Of one of the inputs, which are known to be good, as the encoder takes it; without padding."""
         spec = self._manifest.input
         if not spec.is_image:
             return tuple(inputs.shape[1:])
-        return (spec.example_shape[0], *(extent.size or image_size(inputs)))
+        return (spec.example_shape[0], *(coverage.size or image_size(inputs)))
 
-    def _pieces(self, inputs: Any, batch_size: int | None, extent: Extent) -> Iterator[_Piece]:
-        if extent.tiler is not None:
-            return self._strips(inputs, extent, extent.tiler)
-        return self._blocks(inputs, batch_size, extent)
+    def _pieces(self, inputs: Any, batch_size: int | None, coverage: Coverage) -> Iterator[_Piece]:
+        if coverage.tiler is not None:
+            return self._strips(inputs, coverage, coverage.tiler)
+        return self._blocks(inputs, batch_size, coverage)
 
-    def _blocks(self, inputs: Any, batch_size: int | None, extent: Extent) -> Iterator[_Piece]:
+    def _blocks(self, inputs: Any, batch_size: int | None, coverage: Coverage) -> Iterator[_Piece]:
         for block, posterior, _ in encoded(self._manifest, self._operations, inputs, batch_size):
             x, decoded = block.x, self._operations[1].run(posterior.mean, len(block.x), len(inputs))[0]
-            if extent.size is not None:
-                height, width = extent.size
+            if coverage.size is not None:
+                height, width = coverage.size
                 x, decoded = (images[..., :height, :width] for images in (x, decoded))
             yield _Piece(block.part, slice(None), x, decoded, posterior)
 
-    def _strips(self, inputs: Any, extent: Extent, tiler: Tiler) -> Iterator[_Piece]:
+    def _strips(self, inputs: Any, coverage: Coverage, tiler: Tiler) -> Iterator[_Piece]:
         """Some rows at once: memory is that of the reconstruction, and not of all that is computed from it."""
-        reconstructed = tiler.reconstruct_each(inputs, extent.size)
-        channels, height, width = self._shape(inputs, extent)
+        reconstructed = tiler.reconstruct_each(inputs, coverage.size)
+        channels, height, width = self._shape(inputs, coverage)
         factor, spec = self._manifest.input.multiple_of, self._manifest.input._replace(multiple_of=1)
         cells = max(1, _STRIP_VALUES // (channels * width * factor))  # rows of latents
         for number, (outputs, image) in enumerate(reconstructed):

@@ -94,7 +94,7 @@ class GraphSession:
         self._only_call: DeviceCall | None = None
         self.replays_on_device = False  # whether `replay_on_device` is to be taken
         self.is_zero_copy = False  # whether `CapturedCall.begin_zero_copy` is taken
-        self.trials: dict[str, float | str] = {}  # way -> its time relative to the plain one's, or why it was not taken
+        self.trials: dict[str, float | str] = {}  # variant -> its time relative to the best, or why it was not taken
         self._of_thread = threading.local()  # what each thread has of this session
         _sessions.add(self)
         self._boundary, self.names = boundary, [boundary.input, *boundary.outputs]
@@ -140,7 +140,7 @@ class GraphSession:
         """The type of each operator that it runs; None where onnxruntime does not tell."""
         return operators(self._session)
 
-    def describe_way(self) -> dict[str, Any]:
+    def describe_variant(self) -> dict[str, Any]:
         """How a session for one shape on a GPU works."""
         options = self.device.session_options(self.threads, True, self.bundle)
         is_on = {name: value.lower() in ("1", "true") for name, value in options.items()}
@@ -168,14 +168,14 @@ class GraphSession:
         self._require_own_process()
         if self.device.provider != CUDA:
             return self.open_for(model, shape, self.device)
-        from .trial import fastest_session  # late: only a GPU has several ways
+        from .trial import fastest_session  # late: only a GPU has several variants
 
         return fastest_session(self, model, shape, rule)
 
     def open_for(
         self, model: bytes, shape: tuple[int, ...], device: Device, stream: Stream | None = None, captures: bool = False
     ) -> GraphSession:
-        """The same by one way: what `device` says, which is this session's but for options."""
+        """The same in one variant: by what `device` says, which is this session's but for options."""
         settings = self._boundary, self.threads, self.spinning, shape, self.bundle
         with alone_on(device):
             session = GraphSession(model, self.file, device, *settings, stream=stream, captures=captures)
@@ -310,7 +310,7 @@ def _keep_inherited_sessions() -> None:
     """In a forked child: never free what it inherited. onnxruntime's threads are not there, and it would wait for them
     for ever, or crash, at the latest when the child exits."""
     for session in list(_sessions):
-        session.owner.is_of_parent = True
+        session.owner.forked = True
         _keep_for_ever(session)
 
 
@@ -337,7 +337,7 @@ if hasattr(os, "register_at_fork"):
 def freeing(sessions: Iterable[GraphSession]) -> Iterator[None]:
     """While it lasts, these may be freed without harm: to a CUDA graph that another thread captures, as cuBLAS and
     cuDNN wait for the whole GPU then, and to which GPU is this thread's own, which onnxruntime changes."""
-    mine = (session for session in sessions if session.device.is_gpu and not session.owner.is_of_parent)
+    mine = (session for session in sessions if session.device.is_gpu and not session.owner.forked)
     on_gpus = [(session.device.provider, session._memory) for session in mine]
     del sessions, mine  # or they would not be freed
     with contextlib.ExitStack() as entered:

@@ -1,4 +1,4 @@
-"""A session for one shape of input on a GPU. Which of several ways is fastest there, only a trial tells."""
+"""A session for one shape of input on a GPU. Which of several variants is fastest there, only a trial tells."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from .tuning import GAIN
 _CONVOLUTIONS = {"Conv", "ConvTranspose", "FusedConv"}  # which cuDNN also runs with the channels last
 _BIAS_APART = ("ConvAddFusion",)
 _ROUNDS, _BLOCK_SECONDS, _MOST_CALLS = 7, 2e-3, 100
-# How far another way's outputs may be off, relative to the largest: what the precision allows, but less in fp32: where
+# How far a variant's outputs may be off, relative to the largest: what the precision allows, but less in fp32: where
 # cuDNN has no other algorithm, onnxruntime takes one in TF32, which is off by 1.4e-4 and more in the races' cases; two
-# ways to add up differ by 1e-6. In int8 what is rounded the other way is off by a step of 255.
+# orders of addition differ by 1e-6. In int8 what is rounded the other way is off by a step of 255.
 _TOLERANCES = {"fp32": 2e-5, "tf32": 2e-3, "fp16": 5e-3, "int8": 2e-2}
 
 Run = Callable[[Float32], list[Float32]]
@@ -36,8 +36,8 @@ Run = Callable[[Float32], list[Float32]]
 def fastest_session(session: GraphSession, model: bytes, shape: tuple[int, ...], rule: ValueRule) -> GraphSession:
     """One for inputs of this shape, with the batch, in all else as `session`, whose file's bytes are `model`.
 
-    Its kernels are launched as one graph where it can be captured. Tried beside this plain way, and taken where calls,
-    which hold the values to `rule`, are at least 3% faster and their outputs as they should be, in this order:
+    Its kernels are launched as one graph where it can be captured. Tried beside this plain variant, and taken where
+    calls, which hold the values to `rule`, are at least 3% faster and their outputs as they should be, in this order:
 
         bias apart  where the graph adds it to a convolution's results: by onnxruntime's kernel and not by cuDNN's
         NHWC        convolutions with the channels last
@@ -52,7 +52,7 @@ def fastest_session(session: GraphSession, model: bytes, shape: tuple[int, ...],
     What the caller's options decide is left so. The result's `trials` say how it went.
 
     Raises:
-        DeviceError: not even the plain way is to be had, as for want of memory.
+        DeviceError: not even the plain variant is to be had, as for want of memory.
     """
     trial = _Trial(session, model, shape, rule)
     options, operators = session.device.options, session.operators
@@ -69,7 +69,7 @@ def fastest_session(session: GraphSession, model: bytes, shape: tuple[int, ...],
 
 
 class _Trial:
-    """best: the fastest session so far. results: way -> its time relative to the best before, or why there is none."""
+    """best: the fastest session so far. results: by variant, its time relative to the best before, or why none."""
 
     def __init__(self, session: GraphSession, model: bytes, shape: tuple[int, ...], rule: ValueRule) -> None:
         self._session, self._model, self._shape, self._rule = session, model, shape, rule
@@ -156,7 +156,7 @@ class _Trial:
             return self._open(self._session.device.with_option("enable_cuda_graph", "0"))
 
     def _try(self, name: str, make: Callable[[], GraphSession]) -> tuple[GraphSession | None, bool]:
-        """The session of another way, where it can be had, and whether it is faster than the best so far."""
+        """The session of another variant, where it can be had, and whether it is faster than the best so far."""
         made: list[GraphSession] = []
 
         def compare() -> float | str:
@@ -187,7 +187,7 @@ class _Trial:
         return isinstance(found, float) and found <= GAIN
 
     def _compare(self, call: Run, plain: Run) -> float | str:
-        """The time of a call relative to that of the plain way, or how far off its outputs are, where too far."""
+        """The time of a call relative to that of the plain variant, or how far off its outputs are, where too far."""
         calls = partial(call, self._array), partial(plain, self._array)
         return self._difference(*(one() for one in calls)) or _relative_time(*calls)
 
@@ -236,9 +236,9 @@ def _relative_time(call: Callable[[], object], plain: Callable[[], object]) -> f
     count = min(_MOST_CALLS, 1 + int(_BLOCK_SECONDS / max(time.perf_counter() - start, 1e-6)))
     seconds: tuple[list[float], list[float]] = [], []
     for _ in range(_ROUNDS):
-        for way, taken in zip((call, plain), seconds, strict=True):
+        for one, taken in zip((call, plain), seconds, strict=True):
             start = time.perf_counter()
             for _ in range(count):
-                way()
+                one()
             taken.append(time.perf_counter() - start)
     return statistics.median(seconds[0]) / statistics.median(seconds[1])

@@ -1,4 +1,4 @@
-"""Measuring what `tuning` chooses from: every way this machine can run a bundle, each in processes of its own.
+"""Measuring what `tuning` chooses from: each variant in which this machine can run a bundle, in processes of its own.
 
 Engines disturb each other's timing inside one process (spinning threads), and a provider that crashes must not take the
 others with it; so each candidate is measured by a child, in rounds, with the order turned around every time.

@@ -27,7 +27,7 @@ from .operation import Candidate
 
 FORMAT, FORMAT_VERSION = "vae-tuning", 1
 OPERATIONS = ("encode", "decode")
-GAIN = 0.97  # what is not at least 3% faster is not worth a less exact precision, another engine or another way
+GAIN = 0.97  # what is not at least 3% faster is not worth a less exact precision, another engine or another variant
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-ep-openvino")
 
 

@@ -40,7 +40,7 @@ from .session import freeing
 
 if TYPE_CHECKING:
     from .prior import GaussianMixture
-    from .scoring import Extent, Scoring
+    from .scoring import Coverage, Scoring
     from .tiled import Tiler
     from .tiling import Progress
 
@@ -511,8 +511,8 @@ class VAE:
         scoring = self._scoring()
         if pad is False and tile is None and progress is None:
             return scoring.score(inputs, method, n_samples, seed, batch_size)
-        inputs, extent = self._extent(inputs, batch_size, pad, tile, progress)
-        return scoring.score(inputs, method, n_samples, seed, batch_size, extent)
+        inputs, coverage = self._coverage(inputs, batch_size, pad, tile, progress)
+        return scoring.score(inputs, method, n_samples, seed, batch_size, coverage)
 
     def score_map(
         self,
@@ -537,8 +537,8 @@ class VAE:
         scoring = self._scoring()
         if pad is False and tile is None and progress is None:
             return scoring.score_map(inputs, method, batch_size)
-        inputs, extent = self._extent(inputs, batch_size, pad, tile, progress)
-        return scoring.score_map(inputs, method, batch_size, extent)
+        inputs, coverage = self._coverage(inputs, batch_size, pad, tile, progress)
+        return scoring.score_map(inputs, method, batch_size, coverage)
 
     def is_anomaly(
         self,
@@ -597,18 +597,18 @@ class VAE:
 
         return Tiler(self.manifest, self._open_operations(), tile, batch_size, progress)
 
-    def _extent(
+    def _coverage(
         self, inputs: Any, batch_size: int | None, pad: bool, tile: int | None, progress: Progress | None
-    ) -> tuple[Any, Extent]:
+    ) -> tuple[Any, Coverage]:
         """The inputs, padded where that is asked for, and how they are gone through."""
-        from .scoring import WHOLE, Extent
+        from .scoring import WHOLE, Coverage
 
         inputs, size = self._padded(inputs) if check_flag(pad, "pad") else (inputs, None)
         if size is not None and image_size(inputs) == size:
             size = None
         if tile is not None or progress is not None:
-            return inputs, Extent(size, self._tiler(tile, batch_size, progress))
-        return inputs, WHOLE if size is None else Extent(size)
+            return inputs, Coverage(size, self._tiler(tile, batch_size, progress))
+        return inputs, WHOLE if size is None else Coverage(size)
 
     def _padded(self, inputs: Any) -> tuple[Any, tuple[int, int]]:
         """The inputs, of free height and width, up to the next multiples, and the (height, width) that they had."""

@@ -607,7 +607,7 @@ def test_what_a_parent_process_made_is_not_used(with_fixed_sessions: VAE, images
     operation = with_fixed_sessions._open_operations()[0]
     own = operation._own[3, 1, 8, 8]
     assert own(images[:3]) is not None
-    operation.routes[0].session((3, 1, 8, 8)).owner.is_of_parent = True
+    operation.routes[0].session((3, 1, 8, 8)).owner.forked = True
     assert own(images[:3]) is None
 
 

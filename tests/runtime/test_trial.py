@@ -121,8 +121,8 @@ def test_the_faster_way_is_taken(
         name: time for name, time in expected.items() if time is not None and (name != "on_device" or is_close)
     }
     copies = "captured" if "enable_cuda_graph" in chosen else "pinned"
-    assert best.describe_way()["copies"] == (copies if "user_compute_stream" in chosen else "pageable")
-    assert best.describe_way()["cuda_graph"]
+    assert best.describe_variant()["copies"] == (copies if "user_compute_stream" in chosen else "pageable")
+    assert best.describe_variant()["cuda_graph"]
 
 
 @pytest.mark.parametrize(("off", "is_taken"), [(2e-5, True), (1.4e-4, False)])
@@ -133,7 +133,7 @@ def test_what_is_off_as_in_tf32_is_not_taken_for_fp32(
     ways = Ways(monkeypatch, tiny_path, NHWC=0.5, pinned=1.1)
     ways.wrong = {"NHWC": lambda output: output * np.float32(1 + 0.99 * off)}
     best = ways.choose()
-    assert best.describe_way()["layout"] == ("NHWC" if is_taken else "NCHW")
+    assert best.describe_variant()["layout"] == ("NHWC" if is_taken else "NCHW")
     assert isinstance(best.trials["NHWC"], float) is is_taken
 
 
@@ -172,7 +172,7 @@ def test_outputs_are_written_to_the_host_where_that_is_faster(
     call.run = lambda array: outputs[call.begin]
 
     def begin_zero_copy(session: GraphSession) -> str:
-        assert session.describe_way()["copies"] == "captured"
+        assert session.describe_variant()["copies"] == "captured"
         if isinstance(time, Exception):
             raise time
         ways.times["captured"] = time
@@ -181,8 +181,8 @@ def test_outputs_are_written_to_the_host_where_that_is_faster(
     call.begin_zero_copy = begin_zero_copy
     monkeypatch.setattr(GraphSession, "captured_call", property(lambda session: call if session._captures else None))
     best = ways.choose()
-    assert best.is_zero_copy is best.describe_way()["zero_copy"] is is_taken
-    assert best.describe_way()["in_steps"] == {"on_device": "no copies"}
+    assert best.is_zero_copy is best.describe_variant()["zero_copy"] is is_taken
+    assert best.describe_variant()["in_steps"] == {"on_device": "no copies"}
     assert call.begin == ("writes" if is_taken else "copies")
     assert str(best.trials["zero_copy"]).startswith("outputs differ by 1" if time == "wrong" else str(time))
 
@@ -235,7 +235,7 @@ def test_the_bias_is_added_in_the_fastest_way(
     ways = Ways(monkeypatch, tiny_path, **times)
     ways.session.device = ways.session.device._replace(precision="fp16")
     best = ways.choose()
-    assert [best.describe_way()[name] for name in ("layout", "bias")] == [layout, bias]
+    assert [best.describe_variant()[name] for name in ("layout", "bias")] == [layout, bias]
     assert best.device.options.get("fuse_conv_bias") == ("1" if bias == "fused" else None)
     assert best.device.without == (("ConvAddFusion",) if bias == "apart" else ())
     expected = {name: time if isinstance(time, float) else str(time) for name, time in times.items()}
@@ -269,7 +269,7 @@ def test_what_takes_nothing_apart_is_not_taken(tells: bool, monkeypatch: pytest.
     if not tells:
         ways.operators = None
     best = ways.choose()
-    assert best.describe_way()["bias"] == (None if tells else "apart")
+    assert best.describe_variant()["bias"] == (None if tells else "apart")
     assert best.trials[APART] == ("no bias is an addition in this graph" if tells else 0.5)
 
 
@@ -307,7 +307,7 @@ def test_graph_that_cannot_be_captured_runs_without(monkeypatch: pytest.MonkeyPa
     ways = Ways(monkeypatch, tiny_path, plain=DeviceError("cannot use the graph capture feature"), NHWC=1.0, pinned=1.0)
     best = ways.choose()
     assert ways.opened == [["plain"], ["alone"], ["alone", "NHWC"], ["alone", "pinned"]]
-    assert best.describe_way()["cuda_graph"] is False
+    assert best.describe_variant()["cuda_graph"] is False
     ways.times["plain"] = OutOfMemoryError("full")
     with pytest.raises(OutOfMemoryError, match="full"):
         ways.choose()
@@ -350,7 +350,7 @@ def test_arrays_on_the_device_take_the_graph_where_it_is_faster(
     ways = Ways(monkeypatch, tiny_path, NHWC=1.0, pinned=0.5)
     monkeypatch.setattr(trial._Trial, "_compare_on_device", compare)
     best = ways.choose()
-    assert best.replays_on_device is best.describe_way()["on_device"] is is_taken
+    assert best.replays_on_device is best.describe_variant()["on_device"] is is_taken
     assert best.trials["on_device"] == (str(found) if isinstance(found, Exception) else found)
 
 
@@ -368,7 +368,7 @@ def test_a_stream_that_costs_little_is_taken_for_arrays_on_the_device(
     times: dict[str, float], on_device: float, copies: str, monkeypatch: pytest.MonkeyPatch, tiny_path: Path
 ) -> None:
     best = Ways(monkeypatch, tiny_path, NHWC=1.0, on_device=on_device, **times).choose()
-    assert best.describe_way()["copies"] == copies
+    assert best.describe_variant()["copies"] == copies
     assert best.replays_on_device is (on_device == 0.5 and copies != "pageable")
 
 

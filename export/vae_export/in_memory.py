@@ -13,8 +13,7 @@ from vae_runtime.bundle import Bundle
 from vae_runtime.devices import CPU, Device
 from vae_runtime.errors import BundleError, DeviceError, ExportError
 from vae_runtime.manifest import Manifest
-from vae_runtime.operation import Candidate
-from vae_runtime.plan import open_halves, same_plan
+from vae_runtime.plan import Candidate, open_halves, same_plan
 from vae_runtime.session import GraphSession
 from vae_runtime.vae import VAE
 

@@ -46,13 +46,14 @@ from .latent_commands import draw_map, nearest, traverse
 from .latent_files import FORMATS, LatentFile, open_latent_sink, open_latents
 from .latents import require_finite, to_decoder_input
 from .manifest import InputSpec, Manifest
+from .plan import OPERATIONS
 from .preprocess import to_model_input
 from .prior import PRIORS
 from .score_commands import evaluate, score
 from .tune import DEFAULT_SECONDS
 from .tune import describe as describe_candidate
 from .tune import tune as run_tune
-from .tuning import OPERATIONS, Measured, choose
+from .tuning import Measured, choose
 from .vae import VAE
 from .version import __version__
 

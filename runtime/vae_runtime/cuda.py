@@ -347,6 +347,14 @@ def driver() -> Any:
     return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
+def require(status: int, what: str) -> None:
+    """Raise unless the driver's answer is that all went well."""
+    if status == 2:  # CUDA_ERROR_OUT_OF_MEMORY
+        raise OutOfMemoryError(f"the NVIDIA driver could not {what}: there is none left")
+    if status != 0:
+        raise DeviceError(f"the NVIDIA driver could not {what} (CUDA error {status})")
+
+
 def _read_gpu(cuda: Any, index: int) -> Gpu:
     device, memory, name = ctypes.c_int(), ctypes.c_size_t(), ctypes.create_string_buffer(256)
     major, minor = ctypes.c_int(), ctypes.c_int()

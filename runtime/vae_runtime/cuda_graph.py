@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from .cuda import ContextOf, driver
-from .errors import DeviceError, OutOfMemoryError
+from .cuda import ContextOf, driver, require
+from .errors import DeviceError
 
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED: other threads, and memory for work in between, are no concern of it
 # Of CUgraphNodeType in cuda.h: kernel, memcpy, memset, empty, memory allocation, memory free. A call of the host, or a
@@ -105,14 +105,6 @@ class MovableCopy:
             setattr(self._copy, self._side, address)
             require(self._set(), "move a copy")
             self._address = address
-
-
-def require(status: int, what: str) -> None:
-    """Raise unless the driver's answer is that all went well."""
-    if status == 2:  # CUDA_ERROR_OUT_OF_MEMORY
-        raise OutOfMemoryError(f"the NVIDIA driver could not {what}: there is none left")
-    if status != 0:
-        raise DeviceError(f"the NVIDIA driver could not {what} (CUDA error {status})")
 
 
 def _require_repeatable(graph: ctypes.c_void_p, host: Sequence[range]) -> None:

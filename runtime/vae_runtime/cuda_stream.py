@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .cuda import ContextOf, await_everyone, capturing, driver
-from .cuda_graph import LaunchGraph, require
+from .cuda import ContextOf, await_everyone, capturing, driver, require
+from .cuda_graph import LaunchGraph
 from .preprocess import Float32
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING of cuda.h

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -23,15 +23,6 @@ from .session import GraphSession
 _CHUNK_VALUES = 64 * 3 * 128 * 128
 _CHUNK_EXAMPLES = 256
 _ARRAY, _FLOAT32 = np.ndarray, np.dtype(np.float32)
-
-
-class Candidate(NamedTuple):
-    """What to run a bundle with. threads, spinning: as `GraphSession` takes them."""
-
-    device: str
-    precision: str
-    threads: int | None = None
-    spinning: bool | None = None
 
 
 class Route:

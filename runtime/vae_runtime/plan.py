@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from .arguments import check_choice
 from .boundary import Boundary, decoder_boundary, encoder_boundary
@@ -13,9 +13,21 @@ from .devices import ALL_PRECISIONS, PROVIDER_PRECISIONS, Device, find_device
 from .errors import BundleError, DeviceError, InputError
 from .latents import to_decoder_input
 from .manifest import Manifest
-from .operation import Candidate, Operation, Route
+from .operation import Operation, Route
 from .preprocess import FINITE, UNIT_INTERVAL, channels_first, to_model_input
 from .session import GraphSession
+
+OPERATIONS = ("encode", "decode")  # one for each half of a bundle
+
+
+class Candidate(NamedTuple):
+    """What a half may run on. threads, spinning: as `GraphSession` takes them."""
+
+    device: str
+    precision: str
+    threads: int | None = None
+    spinning: bool | None = None
+
 
 # By operation: from how many examples on which candidate runs.
 Plan = Mapping[str, list[tuple[int, Candidate]]]
@@ -23,7 +35,7 @@ Plan = Mapping[str, list[tuple[int, Candidate]]]
 
 def same_plan(candidate: Candidate) -> Plan:
     """One candidate for both halves and every batch size."""
-    return {"encode": [(1, candidate)], "decode": [(1, candidate)]}
+    return {name: [(1, candidate)] for name in OPERATIONS}
 
 
 def tuned_plan(
@@ -38,7 +50,7 @@ def tuned_plan(
     measured = [] if options else [one for one in read_tuning(bundle.digest) if _can_run(bundle, one.candidate)]
     plan = {
         name: choose(measured, name, by_rule.device if device != "auto" else device, precision, threads)
-        for name in ("encode", "decode")
+        for name in OPERATIONS
     }
     return plan if all(plan.values()) else same_plan(by_rule)
 

@@ -14,13 +14,12 @@ import numpy as np
 from .cuda_stream import Stream
 from .device_array import DeviceArray
 from .device_call import CapturedCall
-from .devices import Device
+from .devices import GAIN, Device
 from .engine import first_line, is_engine_error
 from .errors import DeviceError, OutOfMemoryError
 from .fidelity import relative_error
 from .preprocess import Float32, ValueRule
 from .session import GraphSession, freeing
-from .tuning import GAIN
 
 _CONVOLUTIONS = {"Conv", "ConvTranspose", "FusedConv"}  # which cuDNN also runs with the channels last
 _BIAS_APART = ("ConvAddFusion",)

@@ -24,9 +24,9 @@ from .devices import ALL_PRECISIONS, PROVIDER_PRECISIONS, usable_devices
 from .engine import first_line
 from .errors import DeviceError, InputError, VAEError
 from .manifest import INPUT, RECONSTRUCTION, Manifest
-from .operation import Candidate
+from .plan import OPERATIONS, Candidate, same_plan
 from .preprocess import Float32
-from .tuning import OPERATIONS, Measured, usable_cores, write_tuning
+from .tuning import Measured, usable_cores, write_tuning
 from .vae import VAE
 
 BATCHES = (1, 8, 32)
@@ -179,7 +179,7 @@ def _in_child(path: str | os.PathLike[str], candidate: Candidate, seconds: float
 def _measure(path: str, candidate: Candidate, seconds: float) -> dict[str, Any]:
     """In the child: open, check, time."""
     bundle = Bundle.open(path)
-    with VAE._open(bundle, {name: [(1, candidate)] for name in OPERATIONS}) as vae:
+    with VAE._open(bundle, same_plan(candidate)) as vae:
         test = vae.selftest()
         if not test.passed:
             return {"error": f"its self-test failed: {test.errors}, tolerance {test.tolerance}"}

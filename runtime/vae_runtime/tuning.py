@@ -20,14 +20,12 @@ from typing import Any
 from .arguments import check_threads
 from .cache import cache_folder, make_cache_folder
 from .cuda import CUDA, TENSORRT, driver_version, find_gpus
-from .devices import ALL_PRECISIONS, check_device_name
+from .devices import ALL_PRECISIONS, GAIN, check_device_name
 from .engine import import_engine
 from .errors import OutputError
-from .operation import Candidate
+from .plan import OPERATIONS, Candidate
 
 FORMAT, FORMAT_VERSION = "vae-tuning", 1
-OPERATIONS = ("encode", "decode")
-GAIN = 0.97  # what is not at least 3% faster is not worth a less exact precision, another engine or another variant
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-ep-openvino")
 
 

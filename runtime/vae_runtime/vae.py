@@ -22,8 +22,8 @@ from .errors import ClosedError, InputError
 from .interpolation import interpolate_latents
 from .latents import require_finite, to_decoder_input
 from .manifest import FittedPrior, Manifest
-from .operation import Candidate, Operation
-from .plan import Plan, check_precision, open_halves, same_plan, tuned_plan
+from .operation import Operation
+from .plan import OPERATIONS, Candidate, Plan, check_precision, open_halves, same_plan, tuned_plan
 from .posterior import Posterior, Reconstruction
 from .preprocess import (
     Float32,
@@ -154,11 +154,8 @@ class VAE:
         Raises:
             ClosedError: after `close()`.
         """
-        encoder, decoder = self._open_operations()
-        return {
-            "encode": [route.describe() for route in encoder.routes],
-            "decode": [route.describe() for route in decoder.routes],
-        }
+        halves = zip(OPERATIONS, self._open_operations(), strict=True)
+        return {name: [route.describe() for route in half.routes] for name, half in halves}
 
     def warmup(self, batch_sizes: Sequence[int] = (1,), size: tuple[int, int] | None = None) -> None:
         """Do now what the first call with so many examples would do. Results stay the same up to rounding.

@@ -18,7 +18,7 @@ from vae_runtime import tuning as module
 from vae_runtime.bundle import Bundle
 from vae_runtime.cli import main
 from vae_runtime.manifest import Manifest
-from vae_runtime.operation import Candidate
+from vae_runtime.plan import OPERATIONS, Candidate
 from vae_runtime.tune import candidates, tune
 from vae_runtime.tuning import Measured, choose, read_tuning, write_tuning
 
@@ -339,7 +339,7 @@ def rounds(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[float]
             nonlocal now
             now += slowness * seconds
             order.append(candidate)
-            return {name: {1: 1e-3} for name in module.OPERATIONS}
+            return {name: {1: 1e-3} for name in OPERATIONS}
 
         monkeypatch.setattr(tune_module, "time", SimpleNamespace(monotonic=lambda: now))
         monkeypatch.setattr(tune_module, "usable_cores", lambda: 4)

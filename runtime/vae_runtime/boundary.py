@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from .arguments import check_count
-from .errors import InputError
 from .manifest import INPUT, LATENT, LOGVAR, MEAN, RECONSTRUCTION, InputSpec, Shape
-from .preprocess import padded_size
 
 
 class Boundary(NamedTuple):
@@ -56,22 +53,3 @@ def encoder_boundary(kind: str, spec: InputSpec, latent: Shape) -> Boundary:
 
 def decoder_boundary(spec: InputSpec, latent: Shape) -> Boundary:
     return Boundary(LATENT, latent, {RECONSTRUCTION: spec.shape}, up=spec.multiple_of)
-
-
-def check_sides(size: Any) -> tuple[int, int]:
-    """(height, width) as whole numbers, or `InputError`."""
-    if not isinstance(size, (tuple, list)) or len(size) != 2:
-        raise InputError(f"size is {size!r}; expected (height, width)")
-    height, width = (check_count(side, "a side of size") for side in size)
-    return height, width
-
-
-def check_cut(size: Any, shape: tuple[int, ...], multiple: int) -> tuple[int, int]:
-    """The (height, width) to which images of `shape` are cut, where padding to multiples made them from that size."""
-    height, width = check_sides(size)
-    if len(shape) != 4:
-        raise InputError(f"size is {(height, width)}; it is of images, and these latents are of vectors")
-    if padded_size(height, width, multiple) != shape[2:]:
-        less = f", or less by up to {multiple - 1} on each side" if multiple > 1 else ""
-        raise InputError(f"size is {(height, width)}; these latents are of images of {shape[2:]}{less}")
-    return height, width

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .arguments import check_choice
+from .arguments import check_choice, check_flag
 from .bound import BOUND_VALUES, Kept
 from .bound_score import BoundScore
 from .calibration import SCORE_METHODS
 from .errors import InputError, NotInBundleError
 from .evidence import Operations, encoded, log_likelihood, require_likelihood
+from .image_sizes import padded
 from .likelihood import comparable, negative_log_likelihoods, squared_norms, sums_of_log_likelihoods, targets
 from .manifest import Likelihood, Manifest
 from .posterior import Posterior
@@ -22,6 +23,7 @@ from .preprocess import Float32, Float64, image_size, to_model_input, zeros
 
 if TYPE_CHECKING:
     from .tiled import Tiler
+    from .tiling import Progress
 
 _MEAN_METHODS = ("reconstruction", "elbo")  # of the posterior's mean alone, pixel by pixel
 _STRIP_VALUES = 2**20  # of an image in tiles, whose differences are in memory at once
@@ -77,6 +79,19 @@ class Scoring:
         self._manifest, self._operations = manifest, operations
         self._default = default_method(manifest)
         self._kept: Kept[BoundScore] = Kept()  # by method and shape
+
+    def cover(
+        self, inputs: Any, batch_size: int | None, pad: bool, tile: int | None, progress: Progress | None
+    ) -> tuple[Any, Coverage]:
+        """The inputs, padded where that is asked for, and how they are gone through."""
+        inputs, size = padded(self._manifest, inputs) if check_flag(pad, "pad") else (inputs, None)
+        if size is not None and image_size(inputs) == size:
+            size = None
+        if tile is not None or progress is not None:
+            from .tiled import Tiler  # late: only large images need it
+
+            return inputs, Coverage(size, Tiler(self._manifest, self._operations, tile, batch_size, progress))
+        return inputs, WHOLE if size is None else Coverage(size)
 
     def score(
         self,

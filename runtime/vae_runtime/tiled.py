@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arguments import check_count
-from .boundary import check_cut
 from .errors import ApproximateTilingWarning, InputError
+from .image_sizes import check_cut
 from .manifest import HalfTiling, Manifest
 from .operation import Operation
 from .preprocess import (

@@ -13,34 +13,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arguments import check_count, check_flag, check_threads
-from .boundary import check_cut, check_sides
 from .bundle import Bundle
 from .device_array import DeviceArray
 from .devices import check_device_name
 from .engine import engine_clash
 from .errors import ClosedError, InputError
+from .image_sizes import cropped, input_shape, padded
 from .interpolation import interpolate_latents
 from .latents import require_finite, to_decoder_input
 from .manifest import FittedPrior, Manifest
 from .operation import Operation
 from .plan import OPERATIONS, Candidate, Plan, check_precision, open_halves, same_plan, tuned_plan
 from .posterior import Posterior, Reconstruction
-from .preprocess import (
-    Float32,
-    check_layout,
-    describe,
-    image_size,
-    pad_images,
-    require_plain_array,
-    to_model_input,
-    zeros,
-)
+from .preprocess import Float32, to_model_input, zeros
 from .selftest import SelfTest, run_routes
 from .session import freeing
 
 if TYPE_CHECKING:
     from .prior import GaussianMixture
-    from .scoring import Coverage, Scoring
+    from .scoring import Scoring
     from .tiled import Tiler
     from .tiling import Progress
 
@@ -178,7 +169,7 @@ class VAE:
         """
         if isinstance(batch_sizes, (str, bytes)) or not isinstance(batch_sizes, Sequence):
             raise InputError(f"batch_sizes is {batch_sizes!r}; expected a sequence such as (1, 32)")
-        shape = self._input_shape(size)
+        shape = input_shape(self.manifest, size)
         shapes = shape, self.manifest.latent_shape(shape)
         encoder, decoder = self._open_operations()
         for batch in [check_count(count, "a batch size") for count in batch_sizes]:
@@ -216,7 +207,7 @@ class VAE:
         """
         operations = self._operations or self._open_operations()
         if pad is not False and check_flag(pad, "pad"):
-            inputs, _ = self._padded(inputs)
+            inputs, _ = padded(self.manifest, inputs)
         if tile is not None or progress is not None:
             return Posterior(*self._tiler(tile, batch_size, progress).encode(inputs))
         return Posterior(*operations[0](inputs, batch_size))
@@ -246,7 +237,7 @@ class VAE:
         if tile is not None or progress is not None:
             return self._tiler(tile, batch_size, progress).decode(latents, size)
         images = operations[1](latents, batch_size)[0]
-        return images if size is None else self._cropped(images, size)
+        return images if size is None else cropped(self.manifest, images, size)
 
     def sample(
         self,
@@ -285,7 +276,7 @@ class VAE:
             n, seed, temperature, prior=prior, truncation=truncation, batch_size=batch_size, size=size
         )
         hint = ", take sample_batches" if n > 1 else ", take a smaller size"
-        images = zeros((n, *self._input_shape(size)), f"n is {n}; an array", hint)
+        images = zeros((n, *input_shape(self.manifest, size)), f"n is {n}; an array", hint)
         start = 0
         for batch in batches:
             images[start : start + len(batch)] = batch
@@ -311,7 +302,7 @@ class VAE:
         """
         from .prior import LatentStream, choose_prior  # late: not every application samples
 
-        shape = self.manifest.latent_shape(self._input_shape(size))
+        shape = self.manifest.latent_shape(input_shape(self.manifest, size))
         chunk = self._open_operations()[1].chunk_size(batch_size, shape)
         fitted, count = choose_prior(prior, self.manifest), check_count(n, "n")
         mixture = None if fitted is None else self._read_prior(fitted)
@@ -383,7 +374,7 @@ class VAE:
             no distribution.
         """
         encoder, decoder = self._open_operations()
-        inputs, size = self._padded(inputs) if check_flag(pad, "pad") else (inputs, None)
+        inputs, size = padded(self.manifest, inputs) if check_flag(pad, "pad") else (inputs, None)
         if n_samples is None and seed is not None:
             raise InputError(f"seed is {seed!r} without n_samples; a reconstruction from the mean draws nothing")
         if n_samples is not None:
@@ -392,7 +383,7 @@ class VAE:
             from . import evidence
 
             arrays = evidence.reconstruct(self.manifest, (encoder, decoder), inputs, n_samples, seed, batch_size)
-            return arrays if size is None else Reconstruction(*(self._cropped(array, size) for array in arrays))
+            return arrays if size is None else Reconstruction(*(cropped(self.manifest, one, size) for one in arrays))
         if tile is not None or progress is not None:
             return self._tiler(tile, batch_size, progress).reconstruct(inputs, size)
         if self._is_on_one_gpu:
@@ -404,7 +395,7 @@ class VAE:
             except InputError:
                 require_finite(mean, "inputs")  # says which input it was
                 raise
-        return images if size is None else self._cropped(images, size)
+        return images if size is None else cropped(self.manifest, images, size)
 
     def elbo(
         self, inputs: Any, n_samples: int = 1, seed: int | None = None, *, batch_size: int | None = None
@@ -508,7 +499,7 @@ class VAE:
         scoring = self._scoring()
         if pad is False and tile is None and progress is None:
             return scoring.score(inputs, method, n_samples, seed, batch_size)
-        inputs, coverage = self._coverage(inputs, batch_size, pad, tile, progress)
+        inputs, coverage = scoring.cover(inputs, batch_size, pad, tile, progress)
         return scoring.score(inputs, method, n_samples, seed, batch_size, coverage)
 
     def score_map(
@@ -534,7 +525,7 @@ class VAE:
         scoring = self._scoring()
         if pad is False and tile is None and progress is None:
             return scoring.score_map(inputs, method, batch_size)
-        inputs, coverage = self._coverage(inputs, batch_size, pad, tile, progress)
+        inputs, coverage = scoring.cover(inputs, batch_size, pad, tile, progress)
         return scoring.score_map(inputs, method, batch_size, coverage)
 
     def is_anomaly(
@@ -593,45 +584,6 @@ class VAE:
         from .tiled import Tiler  # late: only large images need it
 
         return Tiler(self.manifest, self._open_operations(), tile, batch_size, progress)
-
-    def _coverage(
-        self, inputs: Any, batch_size: int | None, pad: bool, tile: int | None, progress: Progress | None
-    ) -> tuple[Any, Coverage]:
-        """The inputs, padded where that is asked for, and how they are gone through."""
-        from .scoring import WHOLE, Coverage
-
-        inputs, size = self._padded(inputs) if check_flag(pad, "pad") else (inputs, None)
-        if size is not None and image_size(inputs) == size:
-            size = None
-        if tile is not None or progress is not None:
-            return inputs, Coverage(size, self._tiler(tile, batch_size, progress))
-        return inputs, WHOLE if size is None else Coverage(size)
-
-    def _padded(self, inputs: Any) -> tuple[Any, tuple[int, int]]:
-        """The inputs, of free height and width, up to the next multiples, and the (height, width) that they had."""
-        spec = self.manifest.input
-        if not spec.is_free:
-            raise InputError(f"pad is True; {self.manifest.name} takes inputs of one shape only, {describe(spec)}")
-        require_plain_array(inputs, "images")
-        check_layout(inputs, spec._replace(multiple_of=1), "images")
-        return pad_images(inputs, spec.multiple_of)
-
-    def _cropped(self, images: Float32, size: tuple[int, int]) -> Float32:
-        """What padding added cut off again."""
-        height, width = check_cut(size, images.shape, self.manifest.input.multiple_of)
-        return np.ascontiguousarray(images[..., :height, :width])
-
-    def _input_shape(self, size: tuple[int, int] | None) -> tuple[int, ...]:
-        """The shape of one input of this (height, width)."""
-        spec = self.manifest.input
-        if size is None:
-            return spec.example_shape
-        sides = check_sides(size)
-        if not spec.is_image or not (spec.is_free or sides == spec.shape[1:]):
-            raise InputError(f"size is {sides}; {self.manifest.name} is made for inputs of {describe(spec)} alone")
-        if any(side % spec.multiple_of for side in sides):
-            raise InputError(f"size is {sides}; expected (height, width), multiples of {spec.multiple_of}")
-        return (spec.example_shape[0], *sides)
 
     def encode_to_device(self, inputs: Any) -> DevicePosterior:
         """`encode` with results that stay in the device's memory, for applications that keep their data there.

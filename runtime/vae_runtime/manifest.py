@@ -7,8 +7,6 @@ format can grow; a `format_version` above `FORMAT_VERSION` is refused.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -19,12 +17,14 @@ from .errors import BundleError
 from .json_fields import MAX_ELEMENTS as MAX_ELEMENTS  # these two are the format's, for whoever writes it
 from .json_fields import Shape as Shape
 from .json_fields import holds, is_count, is_number, mapping, number, one_of, shape_of
+from .strict_json import is_unaltered, parse_json, to_signed_json
 
 _SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-126, 2.0**127  # of a density: float32's normal numbers
 
 FORMAT = "vae-bundle"
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
+_DIGEST = "manifest_sha256"  # the key of its own digest
 GOLDEN_FILE = "golden.npz"
 PRIOR_FILE = "prior.npz"
 
@@ -37,7 +37,6 @@ PRECISIONS = ("fp32", "tf32", "fp16", "int8")  # those that a bundle may state; 
 RESIZE_MODES = ("exact", "stretch", "crop")
 COLOURS = {"grey": 1, "rgb": 3}
 MAX_MANIFEST_BYTES = 16 * 2**20
-_MAX_DEPTH = 64  # of objects and lists in each other, which what shows them goes down
 BINARIZE_MODES = ("none", "dynamic", "threshold")
 FITTED_PRIORS = ("gaussian", "mixture")
 
@@ -428,10 +427,7 @@ class Manifest(NamedTuple):
         if len(text) > MAX_MANIFEST_BYTES:
             raise BundleError(f"{MANIFEST_FILE} has over {MAX_MANIFEST_BYTES} bytes, more than any manifest")
         try:
-            data = json.loads(text.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
-            if _depth([data]) > _MAX_DEPTH + 1:
-                raise ValueError(f"it is nested more than {_MAX_DEPTH} levels deep")
-            json.dumps(data, ensure_ascii=False, allow_nan=False).encode()  # no 1e999, no half of a surrogate pair
+            data = parse_json(text)
         except (ValueError, RecursionError) as error:
             raise BundleError(f"{MANIFEST_FILE} is not valid JSON: {error}") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
@@ -443,7 +439,10 @@ class Manifest(NamedTuple):
         if version > FORMAT_VERSION:
             rule = f"this reader knows versions up to {FORMAT_VERSION}: update vae-edge"
             raise BundleError(f"{MANIFEST_FILE} has format_version {version}; {rule}")
-        _check_own_digest(text, data.get("manifest_sha256"))
+        if not is_unaltered(text, _DIGEST, data.get(_DIGEST)):
+            raise BundleError(
+                f"{MANIFEST_FILE} was altered after it was written: its {_DIGEST} does not match its contents"
+            )
         return cls._from_dict(data, version)
 
     @classmethod
@@ -543,48 +542,8 @@ class Manifest(NamedTuple):
         return data
 
     def to_json(self) -> bytes:
-        """The exact bytes of `manifest.json`, with its own digest in them.
-
-        `manifest_sha256` is the SHA-256 of the file as it is when the digits of that value are 64 zeros.
-        """
-        data = {**self.to_dict(), "manifest_sha256": _NO_DIGEST}
-        text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        return text.replace(_digest_line(_NO_DIGEST), _digest_line(digest)).encode()
-
-
-_NO_DIGEST = "0" * 64
-
-
-def _digest_line(digest: str) -> str:
-    return f'\n  "manifest_sha256": "{digest}"'
-
-
-def _check_own_digest(text: bytes, digest: Any) -> None:
-    line = _digest_line(str(digest)).encode()
-    zeroed = text.replace(line, _digest_line(_NO_DIGEST).encode())
-    if text.count(line) != 1 or hashlib.sha256(zeroed).hexdigest() != digest:
-        raise BundleError(
-            f"{MANIFEST_FILE} was altered after it was written: its manifest_sha256 does not match its contents"
-        )
-
-
-def _depth(value: Any) -> int:
-    parts = value.values() if isinstance(value, dict) else value
-    return 1 + max((_depth(one) for one in parts if isinstance(one, (dict, list))), default=0)
-
-
-def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is not a JSON number")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in data:
-            raise ValueError(f"the key {key!r} appears twice")
-        data[key] = value
-    return data
+        """The exact bytes of `manifest.json`, with its own digest in them, see `strict_json`."""
+        return to_signed_json(self.to_dict(), _DIGEST)
 
 
 def _budget(data: Mapping[str, Any]) -> dict[str, float]:

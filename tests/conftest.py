@@ -91,7 +91,7 @@ def openvino() -> None:
     if importlib.util.find_spec("onnxruntime_ep_openvino") is None:
         pytest.skip("onnxruntime-ep-openvino is not installed")
     present_the_processor_as_intel()
-    assert plugins.why_not_openvino(import_engine()) is None
+    assert plugins.why_not_openvino() is None
 
 
 def present_the_processor_as_intel() -> None:

@@ -119,9 +119,9 @@ def find_device(name: str, precision: str = "fp32", options: Mapping[str, str] |
         require_tensorrt_precision(precision)
     plugin = None
     if provider == OPENVINO:
-        plugin = openvino_device(import_engine(), precision)
+        plugin = openvino_device(precision)
     elif provider not in import_engine().get_available_providers():
-        plugin = find_plugin_device(import_engine(), provider)
+        plugin = find_plugin_device(provider)
     short = _SHORT_NAMES.get(provider, provider)
     if "device_id" in fixed:
         short = f"{short}:{fixed['device_id']}"
@@ -140,7 +140,7 @@ def usable_devices() -> dict[str, str | None]:
         "cpu": None,
         "cuda": why_not_cuda(),
         "tensorrt": why_not_tensorrt(),
-        "openvino": why_not_openvino(import_engine()),
+        "openvino": why_not_openvino(),
     }
 
 
@@ -190,10 +190,9 @@ def _why_not(provider: str, options: Mapping[str, str]) -> str | None:
         return why_not_cuda(int(options["device_id"]))
     if provider == TENSORRT:
         return why_not_tensorrt(int(options["device_id"]))
-    engine = import_engine()
     if provider == OPENVINO:
-        return why_not_openvino(engine)
-    available = engine.get_available_providers()
-    if provider not in available and find_plugin_device(engine, provider) is None:
+        return why_not_openvino()
+    available = import_engine().get_available_providers()
+    if provider not in available and find_plugin_device(provider) is None:
         return f"this build of onnxruntime has {', '.join(available)}"
     return None

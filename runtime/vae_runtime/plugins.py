@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .engine import first_line, import_engine
 from .errors import DeviceError, InputError
 
 OPENVINO = "OpenVINOExecutionProvider"
@@ -22,39 +23,38 @@ _PINNED = {_PRECISION, _THREADS, _STREAMS}
 _DECIDED = {"device_type", "precision", "num_of_threads", "num_streams"}  # the provider's older names for the same
 
 
-def find_plugin_device(engine: Any, provider: str) -> Any | None:
+def find_plugin_device(provider: str) -> Any | None:
     """The first device that a registered plug-in offers for `provider`, as onnxruntime lists it; None for none."""
-    if not hasattr(engine, "get_ep_devices"):
-        return None
-    return next((device for device in engine.get_ep_devices() if device.ep_name == provider), None)
+    return next((device for device in _plugin_devices() if device.ep_name == provider), None)
 
 
-def why_not_openvino(engine: Any) -> str | None:
+def why_not_openvino() -> str | None:
     """Why OpenVINO cannot be used, in words; None where it can. Registers the plug-in on first use."""
+    engine = import_engine()
     if _is_compiled_in(engine.get_available_providers):
         return None
     if importlib.util.find_spec(_OPENVINO_PACKAGE) is None:
         return "its plug-in is not installed; run: pip install 'vae-edge[openvino]'"
     if not hasattr(engine, "register_execution_provider_library"):
         return f"onnxruntime {engine.__version__} takes no plug-ins; it needs 1.23 or newer"
-    if find_plugin_device(engine, OPENVINO) is None:  # the application may have registered it
+    if find_plugin_device(OPENVINO) is None:  # the application may have registered it
         reason = _register_openvino(engine.register_execution_provider_library)
         if reason is not None:
             return reason
-    if _openvino_cpu(engine) is None:
+    if _openvino_cpu() is None:
         return (
             "its plug-in offers no processor here; it takes Intel's only (the build onnxruntime-openvino takes others)"
         )
     return None
 
 
-def openvino_device(engine: Any, precision: str) -> Any | None:
+def openvino_device(precision: str) -> Any | None:
     """The processor as the plug-in offers it; None for OpenVINO that is compiled in.
 
     Raises:
         DeviceError: bf16 was asked for, and the processor has none; OpenVINO would quietly run float32.
     """
-    device = _openvino_cpu(engine)
+    device = _openvino_cpu()
     able = str(_metadata(device).get("OPTIMIZATION_CAPABILITIES", "")).split() if device is not None else []
     if precision == "bf16" and "BF16" not in able:
         found = (
@@ -110,16 +110,23 @@ def _register_openvino(register: Callable[[str, str], None]) -> str | None:
 
         register(OPENVINO, plugin.get_library_path())
     except Exception as error:
-        return f"its plug-in could not be loaded: {(str(error).strip() or repr(error)).splitlines()[0]}"
+        return f"its plug-in could not be loaded: {first_line(error)}"
     return None
 
 
-def _openvino_cpu(engine: Any) -> Any | None:
+def _openvino_cpu() -> Any | None:
     """Explicitly the processor: the plug-in also offers AUTO and, where there are any, GPUs and NPUs."""
-    for device in engine.get_ep_devices() if hasattr(engine, "get_ep_devices") else ():
+    for device in _plugin_devices():
         if device.ep_name == OPENVINO and _metadata(device).get("ov_device") == "CPU":
             return device
     return None
+
+
+def _plugin_devices() -> Sequence[Any]:
+    """All devices that onnxruntime lists; none where it takes no plug-ins."""
+    engine = import_engine()
+    devices: Sequence[Any] = engine.get_ep_devices() if hasattr(engine, "get_ep_devices") else ()
+    return devices
 
 
 def _metadata(device: Any) -> dict[str, str]:

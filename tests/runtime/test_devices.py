@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vae_runtime import VAE, DeviceError, InputError, MissingExtraError, cuda
+from vae_runtime import VAE, DeviceError, InputError, MissingExtraError, cuda, plugins
 from vae_runtime import devices as module
 from vae_runtime import engine as engine_module
 from vae_runtime.cuda import CUDA, Gpu, why_not_cuda
@@ -29,7 +29,7 @@ def fake_engine(monkeypatch: pytest.MonkeyPatch, providers: list[str], gpus: int
         get_available_providers=lambda: providers, __version__="1.22.0", __file__="/nowhere/onnxruntime/__init__.py"
     )
     found = tuple(Gpu(f"number {index}", 2**30, "9.0") for index in range(gpus))
-    for where in (module, cuda, engine_module):
+    for where in (module, cuda, engine_module, plugins):
         monkeypatch.setattr(where, "import_engine", lambda: fake)
     monkeypatch.setattr(cuda, "find_gpus", lambda: (found, reason))
     monkeypatch.setattr(cuda, "_missing_tensorrt", lambda: "not there")

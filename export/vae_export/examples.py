@@ -9,7 +9,7 @@ import torch
 
 from vae_runtime.arguments import check_choice
 from vae_runtime.errors import BundleError, InputError
-from vae_runtime.manifest import COLOURS, InputSpec, Likelihood
+from vae_runtime.manifest import COLOUR_OF, InputSpec, Likelihood
 from vae_runtime.preprocess import Float32, image_size, padded_size, require_plain_array, to_model_input
 
 from .imported import INPUT_RANGES, Imported
@@ -35,7 +35,7 @@ def example_spec(imported: Imported, array: Any = None) -> InputSpec:
 
 
 def _colour(channels: int | None) -> str | None:
-    return {count: key for key, count in COLOURS.items()}.get(channels or 0)
+    return COLOUR_OF.get(channels or 0)
 
 
 def _array_size(array: Any, multiple: int) -> tuple[int, int] | None:

@@ -22,7 +22,7 @@ from torch.distributions import Distribution
 
 from vae_runtime.errors import BundleError, ExportError
 from vae_runtime.graph_rules import check_graph
-from vae_runtime.manifest import INPUT, LATENT, LOGVAR, MEAN, RECONSTRUCTION
+from vae_runtime.manifest import BATCH, IMAGE_SIDES, INPUT, LATENT, LATENT_SIDES, LOGVAR, MEAN, RECONSTRUCTION
 from vae_training.models import LOGVAR_MAX, LOGVAR_MIN
 
 from .protos import to_bytes
@@ -285,8 +285,8 @@ def with_threshold(encoder: bytes) -> bytes:
 def name_free_sides(model: onnx.ModelProto) -> None:
     """Give the sides without a number the names that they have in every bundle; in place."""
     for value in (*model.graph.input, *model.graph.output):
-        latent = "" if value.name in (INPUT, RECONSTRUCTION) else "latent_"
-        names = ("batch", "channels", f"{latent}height", f"{latent}width")
+        sides = IMAGE_SIDES if value.name in (INPUT, RECONSTRUCTION) else LATENT_SIDES
+        names = (BATCH, "channels", *sides)
         for name, side in zip(names, value.type.tensor_type.shape.dim, strict=False):
             if not side.HasField("dim_value"):
                 side.dim_param = name

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from .errors import InputError
 from .images import PICTURE_SUFFIXES
+from .sources import choose_array
 
 KEYS = ("labels", "label", "y")  # of an .npz, tried in this order
 SUFFIXES = (".npy", ".npz", ".csv", ".txt")
@@ -114,12 +115,7 @@ def _array(path: Path) -> NDArray[Any]:
     if isinstance(loaded, np.ndarray):
         return loaded
     with loaded as archive:
-        name = next((key for key in KEYS if key in archive.files), None)
-        if name is None and len(archive.files) == 1:
-            name = archive.files[0]
-        if name is None:
-            raise InputError(f"{path} holds the arrays {archive.files}; expected one of {', '.join(KEYS)}, or one")
-        return np.asarray(archive[name])
+        return np.asarray(archive[choose_array(path, archive.files, KEYS)])
 
 
 def _texts(labels: NDArray[Any], path: Path) -> list[str]:

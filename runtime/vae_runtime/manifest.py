@@ -31,11 +31,14 @@ PRIOR_FILE = "prior.npz"
 # The names of the tensors at the graphs' boundary, the same in every bundle.
 INPUT, MEAN, LOGVAR = "x", "mean", "logvar"
 LATENT, RECONSTRUCTION = "z", "reconstruction"
+# And of the sides that the graphs leave free: the first, and the last two of images and of latents.
+BATCH, IMAGE_SIDES, LATENT_SIDES = "batch", ("height", "width"), ("latent_height", "latent_width")
 
 KINDS = ("vae", "autoencoder")
 PRECISIONS = ("fp32", "tf32", "fp16", "int8")  # those that a bundle may state; tf32 runs without that too
 RESIZE_MODES = ("exact", "stretch", "crop")
-COLOURS = {"grey": 1, "rgb": 3}
+COLOURS = {"grey": 1, "rgb": 3}  # and how many channels each has
+COLOUR_OF = {channels: colour for colour, channels in COLOURS.items()}
 MAX_MANIFEST_BYTES = 16 * 2**20
 BINARIZE_MODES = ("none", "dynamic", "threshold")
 FITTED_PRIORS = ("gaussian", "mixture")

@@ -31,7 +31,7 @@ from .devices import CPU, Device
 from .engine import CRASHING_ON_FLOAT16, first_line, import_engine, is_engine_error, raised_here, suppress_engine_errors
 from .errors import BundleError, ClosedError, DeviceError, OutOfMemoryError, VAEError
 from .graph_rules import check_graph, has_float16
-from .manifest import Shape
+from .manifest import BATCH, IMAGE_SIDES, LATENT_SIDES, Shape
 from .plugins import OPENVINO
 from .preprocess import Float32, ValueRule
 
@@ -422,8 +422,8 @@ def _open(
 
 def free_names(fixed: tuple[int, ...]) -> list[tuple[str, int]]:
     """The names that a bundle's graphs have for free sides, with what they are for an input of this shape."""
-    height_and_width = [("height", "width"), ("latent_height", "latent_width")] if len(fixed) == 4 else []
-    return [("batch", side) for side in fixed[:1]] + [
+    height_and_width = (IMAGE_SIDES, LATENT_SIDES) if len(fixed) == 4 else ()
+    return [(BATCH, side) for side in fixed[:1]] + [
         pair for names in height_and_width for pair in zip(names, fixed[2:], strict=True)
     ]
 

@@ -135,15 +135,8 @@ class ArraySource:
     def _choose_member(self, keys: Sequence[str]) -> str:
         with zipfile.ZipFile(self.path) as archive:
             names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-        for key in keys:
-            if key in names:
-                return f"{key}.npy"
-        if len(names) != 1:
-            hint = "; latents are for vae-run decode, and for nearest --encoded" if MEAN in names else ""
-            raise InputError(
-                f"{self.path} holds the arrays {names}; expected one of {', '.join(keys)}, or a single array{hint}"
-            )
-        return f"{names[0]}.npy"
+        hint = "; latents are for vae-run decode, and for nearest --encoded" if MEAN in names else ""
+        return f"{choose_array(self.path, names, keys, hint)}.npy"
 
     def _stored_bytes(self) -> int:
         if self._member is None:
@@ -180,6 +173,19 @@ class MemorySource:
     def batches(self, size: int) -> Iterator[NDArray[Any]]:
         for start in range(0, len(self), size):
             yield self._array[start : start + size]
+
+
+def choose_array(path: Path, names: Sequence[str], keys: Sequence[str], hint: str = "") -> str:
+    """Which of the arrays of an .npz to take: the first of `keys` that is there, or the only one.
+
+    Raises:
+        InputError: neither is there. hint: what its message ends with.
+    """
+    if (found := next((key for key in keys if key in names), None)) is not None:
+        return found
+    if len(names) != 1:
+        raise InputError(f"{path} holds the arrays {names}; expected one of {', '.join(keys)}, or a single array{hint}")
+    return names[0]
 
 
 def open_inputs(paths: Sequence[str], spec: InputSpec, pad: bool = False) -> PictureSource | ArraySource:

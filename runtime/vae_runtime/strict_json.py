@@ -18,8 +18,8 @@ def parse_json(text: bytes) -> Any:
     """The value of a JSON text in UTF-8.
 
     Raises:
-        ValueError, RecursionError: it is none, or not every reader would take it for the same: a key that appears twice,
-        NaN, numbers beyond float64, half of a surrogate pair, objects and lists nested too deep.
+        ValueError, RecursionError: it is none, or not every reader would take it for the same: a key appears twice, or
+        there is NaN, a number beyond float64, half of a surrogate pair, or objects and lists are nested too deep.
     """
     data = json.loads(text.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
     if _depth([data]) > _MAX_DEPTH + 1:

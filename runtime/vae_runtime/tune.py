@@ -37,14 +37,14 @@ _GPUS = ("cuda", "tensorrt")
 _BUDGET_WHERE_NONE_IS_STATED = {"psnr_db": 0.1}
 _CHILD_LIMIT = 120.0  # seconds after which a child is given up
 
-Progress = Callable[[str], None]
+Tell = Callable[[str], None]
 
 
 def tune(
     path: str | os.PathLike[str],
     devices: Sequence[str] | None = None,
     seconds: float = DEFAULT_SECONDS,
-    progress: Progress | None = None,
+    progress: Tell | None = None,
 ) -> tuple[Path, list[Measured]]:
     """Measure a bundle on this machine and keep the result where `VAE.load(..., device="auto")` finds it.
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from vae_runtime.arguments import check_choice
 from vae_runtime.errors import InputError, MissingExtraError
 from vae_runtime.images import list_pictures, picture_size, read_picture
-from vae_runtime.manifest import COLOURS, RESIZE_MODES, InputSpec
+from vae_runtime.manifest import COLOUR_OF, COLOURS, RESIZE_MODES, InputSpec
 from vae_runtime.preprocess import Float32, to_model_input
 
 from . import idx
@@ -201,7 +201,7 @@ def _from_images(name: str, images: NDArray[np.uint8], resize: str | None, label
 
 
 def _image_spec(shape: tuple[int, ...], resize: str | None, name: str) -> InputSpec:
-    colour = {channels: colour for colour, channels in COLOURS.items()}.get(shape[0])
+    colour = COLOUR_OF.get(shape[0])
     if colour is None:
         raise InputError(f"{name} has images of {shape[0]} channels; expected 1 (grey) or 3 (rgb)")
     return InputSpec("image", shape, colour, resize or "exact")

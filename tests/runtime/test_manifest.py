@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
@@ -22,6 +23,7 @@ from vae_runtime.manifest import (
     Precision,
 )
 
+FORMAT = Path(__file__).parent.parent.parent / "runtime" / "FORMAT.md"
 LITERAL = Path(__file__).parent / "literal" / "manifest.json"
 MISSING = object()
 
@@ -132,6 +134,18 @@ def test_what_a_manifest_leaves_out_has_a_meaning(manifest_data: Any, sign: Any)
     assert (manifest.training, manifest.producer) == ({}, {})
     assert manifest.likelihood == Likelihood("bernoulli", binarize="none")
     assert Likelihood("bernoulli").to_dict() == {"type": "bernoulli", "binarize": "none"}
+
+
+def test_the_format_marks_the_keys_that_may_be_absent(manifest_data: Any, sign: Any) -> None:
+    """One that the tiny bundle's manifest has not is absent there."""
+    rows = FORMAT.read_text("utf-8").partition("| key of the manifest |")[2].partition("\n\n")[0].splitlines()
+    keys = {key: bool(mark) for row in rows[2:] for key, mark in re.findall(r"`(\w+)`( ○)?", row.split("|")[1])}
+    assert len(keys) > 15
+    for key, may_be_absent in keys.items():
+        data = manifest_data()
+        data.pop(key, None)
+        with contextlib.nullcontext() if may_be_absent else pytest.raises(BundleError):
+            Manifest.from_json(sign(data) if key != "manifest_sha256" else json.dumps(data).encode())
 
 
 def test_unknown_keys_are_ignored_wherever_they_stand(manifest_data: Any, sign: Any) -> None:

@@ -13,7 +13,7 @@ from vae_runtime.bundle import Bundle
 from vae_runtime.devices import CPU, Device
 from vae_runtime.errors import BundleError, DeviceError, ExportError
 from vae_runtime.manifest import Manifest
-from vae_runtime.plan import Candidate, open_halves, same_plan
+from vae_runtime.plan import Candidate, same_plan
 from vae_runtime.session import GraphSession
 from vae_runtime.vae import VAE
 
@@ -38,7 +38,7 @@ def run_in_memory(manifest: Manifest, files: Mapping[str, bytes]) -> VAE:
     """The bundle with its fp32 graphs."""
     bundle = _Unwritten(manifest, files)
     candidate = Candidate("cpu", "fp32", THREADS, spinning=False)
-    return VAE(bundle, *open_halves(bundle, same_plan(candidate)), "fp32")
+    return VAE(bundle, same_plan(candidate))
 
 
 class _Unwritten(Bundle):

@@ -179,7 +179,7 @@ def _in_child(path: str | os.PathLike[str], candidate: Candidate, seconds: float
 def _measure(path: str, candidate: Candidate, seconds: float) -> dict[str, Any]:
     """In the child: open, check, time."""
     bundle = Bundle.open(path)
-    with VAE._open(bundle, same_plan(candidate)) as vae:
+    with VAE(bundle, same_plan(candidate)) as vae:
         test = vae.selftest()
         if not test.passed:
             return {"error": f"its self-test failed: {test.errors}, tolerance {test.tolerance}"}

@@ -49,12 +49,14 @@ class VAE:
     manifest: what the bundle says of itself. device, precision, plan: what really runs.
     """
 
-    def __init__(self, bundle: Bundle, encoder: Operation, decoder: Operation, precision: str) -> None:
+    def __init__(self, bundle: Bundle, plan: Plan, provider_options: Mapping[str, str] | None = None) -> None:
+        """Open what `plan` says, as `open_halves` does; for whoever has decided that, as `VAE.load` does for users."""
         self._bundle = bundle
-        self._precision = precision
-        self._operations: tuple[Operation, Operation] | None = (encoder, decoder)
+        self._precision = _joined(candidate.precision for routes in plan.values() for _, candidate in routes)
+        halves = open_halves(bundle, plan, provider_options)
+        self._operations: tuple[Operation, Operation] | None = halves
         self._scores: Scoring | None = None
-        devices = [route.any_batch.device for half in (encoder, decoder) for route in half.routes]
+        devices = [route.any_batch.device for half in halves for route in half.routes]
         self._device = _joined(device.name for device in devices)
         self._mixture: GaussianMixture | None = None  # the fitted prior, once it was asked for
         self._is_on_one_gpu = all(device.is_gpu and device.memory == devices[0].memory for device in devices)
@@ -103,13 +105,7 @@ class VAE:
             plan = tuned_plan(bundle, device, precision, threads, provider_options)
         else:
             plan = same_plan(Candidate(device, precision, threads))
-        return cls._open(bundle, plan, provider_options)
-
-    @classmethod
-    def _open(cls, bundle: Bundle, plan: Plan, provider_options: Mapping[str, str] | None = None) -> VAE:
-        """Open what `plan` says, each session once, however many batch ranges share it."""
-        precision = _joined(candidate.precision for routes in plan.values() for _, candidate in routes)
-        return cls(bundle, *open_halves(bundle, plan, provider_options), precision)
+        return cls(bundle, plan, provider_options)
 
     @property
     def manifest(self) -> Manifest:
@@ -735,6 +731,7 @@ class VAE:
         return f"VAE({self.manifest.name!r}, {self.manifest.kind}, {state})"
 
     def _open_operations(self) -> tuple[Operation, Operation]:
+        """The encoder's and the decoder's, unless they were closed."""
         if self._operations is None:
             raise ClosedError(f"{self.manifest.name} was closed; load the bundle again")
         return self._operations

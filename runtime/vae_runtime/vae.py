@@ -77,8 +77,9 @@ class VAE:
         device: "cpu", "cuda", "cuda:N", "tensorrt", "tensorrt:N", "openvino", an onnxruntime provider's name, or
             "auto": what `vae-run tune` found fastest on this machine; where it was not run, CUDA where usable, else
             the CPU, and OpenVINO for "bf16".
-        precision: one that the bundle has: "fp32", always, and "fp16" or "int8". "bf16" (OpenVINO) and "tf32" (CUDA,
-            TensorRT) are the provider's own: they run the fp32 graphs, or those that the bundle has for "tf32".
+        precision: one that the bundle has: "fp32", and where they were exported "fp16" and "int8". "bf16" (OpenVINO)
+            and "tf32" (CUDA, TensorRT) are the provider's own: they run the fp32 graphs, or those that the bundle has
+            for "tf32".
             "auto": what `vae-run tune` found fastest among those within the bundle's quality budget; where it was not
             run, fp32. "auto" may take another precision for calls with another number of examples, and results then
             differ by what the budget allows.
@@ -91,7 +92,7 @@ class VAE:
             BundleError: the bundle is missing, incomplete, altered, or of an unknown version.
             DeviceError: the device or the precision is not to be had; there is no silent fallback. OutOfMemoryError:
             the device's memory does not hold the graphs.
-            InputError: no path, device name, precision name, thread count or option.
+            InputError: an argument that is no path, device name, precision name, thread count or provider's option.
             MissingExtraError: no onnxruntime is installed.
             OutputError: the folder for TensorRT's engines cannot be made.
         """

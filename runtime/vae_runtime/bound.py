@@ -116,10 +116,10 @@ def taker(target: Float32, rule: ValueRule) -> Callable[[Float32 | UInt8], bool]
 
 
 class Owner:
-    """Whose a session is: of the process that made it and, where its memory is for one thread alone, of that one."""
+    """Who may use a session: the process that made it and, where its memory is for one thread alone, that thread."""
 
     def __init__(self) -> None:
-        self.forked = False  # this process was forked off the one that made it
+        self.forked = False  # whether this process was forked off the one that made it
         self._of_thread = threading.local()  # unlike a thread's number, never another one's after its end
         self._of_thread.is_owner = True
 

@@ -161,9 +161,9 @@ class ContextOf(contextlib.AbstractContextManager[None]):
         self._pop(self._popped)
 
     def _mind_own_captures(self) -> None:
-        """In this thread, for good. While a thread captures a CUDA graph as onnxruntime does, CUDA lets those that are
-        not told so take and free no memory: their calls fail, the capture does, and freeing a graph then ends the
-        process."""
+        """Have this thread, from now on, bound by its own captures alone. While a thread captures a CUDA graph as
+        onnxruntime does, CUDA otherwise forbids other threads to take and free memory: their calls fail, so does the
+        capture, and freeing a graph then ends the process."""
         self._exchange_mode(ctypes.byref(ctypes.c_int(_THREAD_LOCAL)))
         _of_thread.minds_its_own_captures = True
 

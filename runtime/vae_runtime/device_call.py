@@ -58,7 +58,8 @@ class DeviceCall:
     """From host memory to new host memory, by an input and outputs on the device that are always at the same addresses.
     For one call at a time.
 
-    shapes: of the input, then of the outputs, by name. waits: a run of the graph ends when its work is done.
+    shapes: of the input, then of the outputs, by name. waits: whether a run of the graph ends only when its work is
+        done.
     """
 
     def __init__(

@@ -169,7 +169,8 @@ def require_plain_array(array: Any, name: str) -> None:
 
 @contextlib.contextmanager
 def fitting_memory(what: str, shape: tuple[int, ...], hint: str = "") -> Iterator[None]:
-    """What numpy raises where an array is too large, and nothing else in here may raise, as an `InputError`."""
+    """Turn what numpy raises for an array that is too large, MemoryError, ValueError or OverflowError, into an
+    `InputError`. Nothing else within may raise these."""
     try:
         yield
     except (MemoryError, ValueError, OverflowError) as error:  # the latter two: more than any memory has

@@ -45,6 +45,8 @@ class Ways:
         monkeypatch.setattr(trial, "_relative_time", lambda call, plain: (call(), plain(), self.times[self.last()])[2])
         monkeypatch.setattr(trial._Trial, "_compare_on_device", lambda *_: self.times.get("on_device", 1.0))
         monkeypatch.setattr(GraphSession, "bind", lambda *_: None)
+        monkeypatch.setattr("vae_runtime.session.is_lost", lambda index: False)  # there is no driver to ask
+        monkeypatch.setattr("vae_runtime.session.made_current", lambda memory: contextlib.nullcontext())
 
     def operators_of(self, session: GraphSession) -> list[str] | None:
         added = ["Add"] if session.device.without and self.is_apart else []

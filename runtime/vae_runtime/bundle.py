@@ -102,8 +102,8 @@ class Bundle:
             raise BundleError(f"{self.path / file} holds {sorted(arrays)}; expected {sorted(expected)}")
         count = len(arrays[INPUT]) if arrays[INPUT].ndim else 0
         for name, array in arrays.items():
-            if array.dtype != np.float32 or array.shape != (count, *expected[name]) or count == 0:
-                rule = f"expected float32 (N, {', '.join(map(str, expected[name]))})"
+            if array.dtype != np.float32 or array.shape != (count, *expected[name]) or not 0 < count <= _GOLDEN_ROWS:
+                rule = f"expected float32 (N, {', '.join(map(str, expected[name]))}), with 1 to {_GOLDEN_ROWS} inputs"
                 raise BundleError(
                     f"{self.path / file} has {name} of dtype {array.dtype} and shape {array.shape}; {rule}"
                 )

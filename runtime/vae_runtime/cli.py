@@ -45,7 +45,7 @@ from .interpolation import METHODS
 from .latent_commands import draw_map, nearest, traverse
 from .latent_files import FORMATS, LatentFile, open_latent_sink, open_latents
 from .latents import require_finite, to_decoder_input
-from .manifest import InputSpec, Manifest
+from .manifest import HalfTiling, InputSpec, Manifest
 from .plan import OPERATIONS
 from .preprocess import to_model_input
 from .prior import PRIORS
@@ -104,7 +104,7 @@ def selftest(ctx: click.Context, /, bundle: str, as_json: bool, **engine: Any) -
         for route in result.routes:
             for name, error in route.errors.items():
                 where = f"{route.precision} on {route.device}"
-                click.echo(f"{name:15} error {error:.1e}   tolerance {route.tolerance:.0e}   {where}")
+                click.echo(f"{name:15} error {error:.1e}   tolerance {route.tolerance:.1e}   {where}")
         click.echo(f"{'passed' if result.passed else 'FAILED'} on {result.device} in {result.precision}")
     ctx.exit(0 if result.passed else NEGATIVE_VERDICT)
 
@@ -336,7 +336,7 @@ def _describe(manifest: Manifest, engine: dict[str, Any]) -> str:
     lines = [
         f"{manifest.name}, {'an autoencoder' if manifest.kind == 'autoencoder' else 'a variational autoencoder'}",
         f"  input       {_pairs(data['input'])}",
-        f"  latent      {_pairs({key: data['latent'][key] for key in ('shape', 'prior')})}",
+        f"  latent      {_latent_pairs(data['latent'], manifest.input.multiple_of)}",
         f"  likelihood  {_pairs(data['likelihood'] or {})}",
         f"  trained on  {_pairs({k: v for k, v in manifest.training.items() if not isinstance(v, dict)})}",
         f"  made with   {_pairs(manifest.producer)}",
@@ -345,6 +345,11 @@ def _describe(manifest: Manifest, engine: dict[str, Any]) -> str:
     if manifest.origin:
         lines.append(f"  from        {_pairs(manifest.origin)}")
     lines += [f"  {'' if index else 'on data':11} {line}" for index, line in enumerate(describe_latent(manifest))]
+    if manifest.tiling is not None:
+        lines += [
+            f"  tiles       to {name}: {_describe_tiles(half)}"
+            for name, half in (("encode", manifest.tiling.encoder), ("decode", manifest.tiling.decoder))
+        ]
     for name, precision in manifest.precisions.items():
         for half, file in (("encoder", precision.encoder), ("decoder", precision.decoder)):
             lines.append(f"  {name:11} {half}  {file}  {manifest.files[file].bytes:,} bytes")
@@ -371,6 +376,17 @@ def _describe(manifest: Manifest, engine: dict[str, Any]) -> str:
     for device, reason in engine["devices"].items():
         lines.append(f"  {device:11} {'usable' if reason is None else reason}")
     return "\n".join(lines)
+
+
+def _latent_pairs(latent: Mapping[str, Any], multiple_of: int) -> str:
+    sides = "xHxW" if multiple_of == 1 else f"x(H/{multiple_of})x(W/{multiple_of})"
+    return _pairs({key: latent[key] for key in ("shape", "prior")}).replace("xHxW", sides)
+
+
+def _describe_tiles(half: HalfTiling) -> str:
+    if half.context is None:
+        return f"an approximation, {half.reason}; off by up to {half.max_error:.2g} with tiles of {half.tile} pixels"
+    return f"exact, with a context of {half.context} latent cells"
 
 
 def _describe_quality(quality: Mapping[str, Any]) -> str:

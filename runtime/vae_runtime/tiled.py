@@ -192,7 +192,8 @@ class Tiler:
         if not plan.is_exact and len(plan) > 1:
             warnings.warn(
                 f"{call} with tiles is an approximation for {self._manifest.name} ({half.reason}); the export measured"
-                f" a difference of up to {half.max_error:.2g} of {unit} with tiles of {half.tile}",
+                f" a difference of up to {half.max_error:.2g} of {unit} with tiles of {half.tile} on one image of up to"
+                f" {2 * half.tile} pixels a side, and larger ones may differ by more",
                 ApproximateTilingWarning,
                 stacklevel=_level_outside(),
             )

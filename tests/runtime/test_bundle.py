@@ -352,6 +352,7 @@ MALFORMED_GOLDEN: list[tuple[str, bytes, str]] = [
     ("much of nothing", zipped(bytes(2**24), zipfile.ZIP_DEFLATED), r"has 16777216 bytes of x; expected 1024 at most"),
     ("much of another", zipped(bytes(2**24), zipfile.ZIP_DEFLATED, "y.npy"), r"holds \['y'\]; expected \['log"),
     ("no rows", npz(**good_arrays(0)), r"x of dtype float32 and shape \(0, 1, 8, 8\); expected"),
+    ("many rows", npz(**good_arrays(5)), r"shape \(5, .*\); expected float32 .*, with 1 to 4 inputs"),
 ]  # fmt: skip
 
 

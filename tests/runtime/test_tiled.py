@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from vae_runtime import VAE, ApproximateTilingWarning, BundleError, InputError
+from vae_runtime.cli import main as cli
 from vae_runtime.manifest import HalfTiling, Manifest, Tiling
 
 from .conftest import sign_text
@@ -175,6 +177,19 @@ def test_a_manifest_that_says_nonsense_of_tiles_is_refused(
     tiling[half][key] = value
     with pytest.raises(BundleError, match=message.replace(".", r"\.")):
         VAE.load(with_tiling(tmp_path, free_path, tiling))
+
+
+def test_info_tells_how_images_are_tiled(free_path: Path, tmp_path: Path) -> None:
+    wide = [dict(WIDE[0]), dict(WIDE[1])]
+    wide[0].update(context=None, max_error=0.0312, tile=48, reason="GroupNormalization looks at all positions")
+    wide[1].update(context=3)
+    found = CliRunner().invoke(cli, ["info", str(with_tiling(tmp_path, free_path, wide))]).stdout
+    assert "latent      shape 2x(H/2)x(W/2), prior" in found
+    assert (
+        "tiles       to encode: an approximation, GroupNormalization looks at all positions; off by up to 0.031 with"
+        " tiles of 48 pixels\n"
+    ) in found
+    assert "tiles       to decode: exact, with a context of 3 latent cells\n" in found
 
 
 def test_tiling_is_written_as_it_is_read(free_path: Path) -> None:

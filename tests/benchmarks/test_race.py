@@ -46,8 +46,17 @@ from vae_benchmarks.race.text import format_markdown, format_plan, format_race
 from vae_benchmarks.race.worker import Worker
 from vae_runtime.errors import BundleError, InputError
 
+from .conftest import undisturbed
+
 PLANTED = str(Path(__file__).with_name("planted.py"))
 ONE = (Point(1, 1),)
+
+
+SPEEDS = {"ours": 4, "ours-fp32": 4, "slow": 12, "quick": 6}  # ms
+
+
+def planted_ms(operation: str, competitor: str) -> float:
+    return SPEEDS[competitor]
 
 
 def planted(name: str, is_peer: bool = True, **options: Any) -> Competitor:
@@ -58,9 +67,7 @@ def planted(name: str, is_peer: bool = True, **options: Any) -> Competitor:
 def report(tiny: Path) -> RaceReport:
     """Ours at 4 ms, a peer at 12 and one at 6, and everything that can go wrong."""
     field = (
-        planted("ours", is_peer=False, milliseconds=4),
-        planted("slow", milliseconds=12),
-        planted("quick", milliseconds=6),
+        *(planted(name, is_peer=name != "ours", milliseconds=SPEEDS[name]) for name in ("ours", "slow", "quick")),
         *(planted(fault, fault=fault) for fault in ("absent", "broken", "wrong", "shape", "reuse", "dies")),
     )
     return race([tiny], RaceSettings(points=ONE, budget=1.7, rounds=8), competitors=field)
@@ -109,9 +116,10 @@ def test_who_is_absent_wrong_or_dead_is_named_with_the_reason(report: RaceReport
 
 
 def test_the_text_tells_it_all(report: RaceReport) -> None:
+    report = undisturbed(report, planted_ms)
     for text in (format_race(report), format_markdown(report)):
         for needed in (
-            "ours is faster than the fastest peer, quick, which takes 1.",
+            "ours is faster than the fastest peer, quick, which takes 1.50",
             "absent skipped: the planted engine is not installed",
             "reuse disqualified: decode overwrites",
             "dies failed: was ended by SIGKILL",
@@ -456,11 +464,11 @@ def test_the_text_says_against_whom_or_why_there_are_no_ratios(report: RaceRepor
     assert "ratios are against" not in format_race(report)
     for text in map(format_race, (report, without_ours(report, None))):
         assert " × ours " in text
-    lines = format_race(without_ours(report, "ours-fp32")).splitlines()
+    lines = format_race(undisturbed(without_ours(report, "ours-fp32"), planted_ms)).splitlines()
     (head,) = (line for line in lines if line.startswith("operation "))
     assert " × ours-fp32 " in head
     assert "ratios are against ours-fp32, as ours was not timed" in lines
-    assert any("ours-fp32 is faster than the fastest peer, quick, which takes 1." in line for line in lines)
+    assert any("ours-fp32 is faster than the fastest peer, quick, which takes 1.50" in line for line in lines)
     assert any(line.startswith("ours-fp32 runs on: encode [from_batch=1") for line in lines)
     assert [line.split()[-1] for line in lines if line.startswith("encode     ours-fp32 ")] == ["1"]
     none = without_ours(report, None)

@@ -42,7 +42,10 @@ def load(source: str, options: ImportOptions) -> Imported:
     config = read_json(folder / CONFIG)
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in KINDS:
-        raise ExportError(f"{folder} holds a diffusers {name}; of its classes {', '.join(KINDS)} can be exported")
+        raise ExportError(
+            f"{folder} holds a diffusers {name}; of its classes {', '.join(KINDS)} can be exported as they are, and"
+            " others that encode and decode one image by a factory that returns them, package.module:factory"
+        )
     _require_known_latents(name, folder)
     require_agreement(options, "kind", KINDS[name], name)
     from .diffusers_model import import_model

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vae_runtime.errors import CheckpointError, InputError
 
-from . import onnx_pair, torch_program
+from . import diffusers_folder, onnx_pair, pythae_folder, torch_program
 
 _DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
 _FILES = (".pt", ".pth", ".bin", ".ckpt", ".onnx", ".safetensors", ".vae")  # dots in names of files, not of modules
@@ -26,7 +26,8 @@ def refuse_misstated(source: str) -> None:
 
 
 def refuse_weights(source: str) -> None:
-    """Raise `InputError` for a file of weights alone, or of a pickled network: neither is all that a model.pt is.
+    """Raise `InputError` for a file of weights alone, of a pickled network, or in a folder that is a source: none is
+    all that a model.pt is.
 
     Nothing in the file is run.
     """
@@ -35,6 +36,8 @@ def refuse_weights(source: str) -> None:
     from .state_dict import holds_tensors
 
     path = Path(source)
+    if path.is_file() and any(kind.recognises(str(path.parent)) for kind in (diffusers_folder, pythae_folder)):
+        raise InputError(f"{source} is one file of a model whose folder is the source; pass {path.parent}")
     try:
         content = None if is_safetensors(path) else read_pickled(path)
     except (CheckpointError, OSError, ValueError):

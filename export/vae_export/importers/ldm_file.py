@@ -83,7 +83,10 @@ def _config(shapes: Shapes, path: Path) -> dict[str, Any]:
     if attention := next(
         (name for name in shapes if re.match(r"(encoder\.down|decoder\.up)\.\d+\.attn\.", name)), None
     ):
-        raise ExportError(f"{path} has {attention}, attention outside of the middle; {CLASS} has none there")
+        raise ExportError(
+            f"{path} has {attention}, attention outside of the middle, and {CLASS} has none there; pass what returns"
+            f" the model of its own code as package.module:factory, and --weights {path}"
+        )
     try:
         levels, decoded = (
             {int(match[1]) for name in shapes if (match := re.match(rf"{side}\.(\d{{1,3}})\.", name))}

@@ -4,9 +4,11 @@ with `weights_only`, and in place of all other classes and functions stands one 
 from __future__ import annotations
 
 import contextlib
+import io
 import pickle
 import threading
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,17 +128,67 @@ def _strangers_for_all_in(path: Path) -> Iterator[None]:
         try:
             with contextlib.suppress(Exception):  # no such file, or a damaged one, as loading then reports
                 names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-                torch.serialization.add_safe_globals([(_stand_in(name), name) for name in names])
+                filled = _filled_as(path)
+                torch.serialization.add_safe_globals([(filled.get(name, Stranger), name) for name in names])
             yield
         finally:
             torch.serialization.clear_safe_globals()
             torch.serialization.add_safe_globals(allowed)
 
 
-def _stand_in(name: str) -> Any:
-    return _mapping if name == "collections.defaultdict" else Stranger
+class _Mapping:
+    """Stands for a class of dicts: torch fills no dict of another class than its own."""
+
+    def __new__(cls, *arguments: Any) -> OrderedDict[Any, Any]:  # type: ignore[misc]
+        return OrderedDict()
 
 
-def _mapping(*arguments: Any) -> OrderedDict[Any, Any]:
-    """In place of a dict that makes up values, one that does not: torch fills no dict of another class."""
-    return OrderedDict()
+class _Sequence:
+    """Stands for a class of lists, likewise."""
+
+    def __new__(cls, *arguments: Any) -> list[Any]:  # type: ignore[misc]
+        return []
+
+
+def _filled_as(path: Path) -> dict[str, type]:
+    """What is to stand for each class of which the file has objects that are filled as a dict or as a list is, by the
+    class's name. Its pickle is gone through with nothing loaded: for all that it names stands what only notes that."""
+    found: dict[str, type] = {"collections.defaultdict": _Mapping}
+
+    class Reader(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            return _noting(f"{module}.{name}", found)
+
+        def persistent_load(self, storage: Any) -> None:
+            return None
+
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        Reader(io.BytesIO(archive.read(name))).load()
+    return found
+
+
+def _noting(name: str, found: dict[str, type]) -> type:
+    class Noting:
+        def __new__(cls, *arguments: Any, **named: Any) -> Any:
+            return super().__new__(cls)
+
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            pass
+
+        def __call__(self, *arguments: Any, **named: Any) -> Any:
+            return self
+
+        def __setstate__(self, state: Any) -> None:
+            pass
+
+        def __setitem__(self, key: Any, value: Any) -> None:
+            found[name] = _Mapping
+
+        def append(self, value: Any) -> None:
+            found.setdefault(name, _Sequence)
+
+        def extend(self, values: Any) -> None:
+            found.setdefault(name, _Sequence)
+
+    return Noting

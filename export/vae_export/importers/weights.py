@@ -89,6 +89,8 @@ def assign(network: nn.Module, weights: Mapping[str, Any], source: Path) -> None
 
 def require_file(path: Path) -> None:
     """Raises: CheckpointError: there is no such file."""
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; pass the file in it")
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
 

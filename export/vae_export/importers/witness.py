@@ -8,7 +8,7 @@ import dataclasses
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from .options import flag
 _ROWS = 2  # that forward is given
 _TOLERANCE = 1e-4  # of the largest value: of sums in another order
 _SPREAD_TOLERANCE = 1e-2  # beside it, what is added to keep a deviation above 0
+_LOGIT = 1.0  # further outside [0, 1] no image is, and logits are nearly everywhere
 _NO_LATENT = re.compile("loss|kl|logit|pred|class", re.IGNORECASE)  # in a name
 _CURE = "let encode return (mean, logvar) as forward computes them"
 WHOLE_HALVES = "let encode do everything from the input to (mean, logvar), and decode everything from the latent on"
@@ -38,6 +39,7 @@ class _Read(NamedTuple):
     mean: Tensor
     logvar: Tensor | None
     reconstruction: Tensor
+    decode: Callable[[Tensor], Tensor]
 
 
 def heed_forward(
@@ -54,7 +56,11 @@ def heed_forward(
     with torch.no_grad():
         encoded = encoder.call(encoder.encoder, x.clone())
         mean, logvar = (encoded, None) if isinstance(encoded, Tensor) else encoded
-        read = _Read(mean, logvar, decoder.call(decoder.decoder, mean.clone()))  # which they may change
+
+        def decode(latent: Tensor) -> Tensor:
+            return decoder.call(decoder.decoder, latent.clone())  # which it may change
+
+        read = _Read(mean, logvar, decode(mean), decode)
     if mean.numel() == x.numel():
         return
     doubt = _doubt(whole, 2 * x - 1 if signed else x, read, options)
@@ -73,6 +79,10 @@ def _doubt(whole: nn.Module, x: Tensor, read: _Read, options: ImportOptions) -> 
     latents = [one for one in steady if _fits(one, read.mean)]
     pictures = [one for one in steady if _fits(one, x) and not _same(one, x)]
     borne_out = any(_agrees(one, read.reconstruction, options) for one in pictures)
+    if pictures and not borne_out and read.logvar is not None:  # MONAI's is of mean + std where nothing is drawn
+        with torch.no_grad():
+            other = read.decode(read.mean + (read.logvar / 2).exp())
+        borne_out = any(_agrees(one, other, options) for one in pictures)
     doubt = _doubt_of_latents(latents, read, borne_out, options)
     sampled = any(_fits(one, x) for one in drawn)  # what else is there may be anything
     if doubt is None and pictures and not borne_out and not sampled:
@@ -117,14 +127,19 @@ def _spreads(mean: Tensor, logvar: Tensor) -> list[Tensor]:
 
 
 def _agrees(given: Tensor, reconstruction: Tensor, options: ImportOptions) -> bool:
-    """Whether a forward's reconstruction is the decoder's: in the decoder's range or in [0, 1], cut or not, with or
-    without a sigmoid."""
+    """Whether a forward's reconstruction is the decoder's: in the decoder's range or in [0, 1], cut or not, or as the
+    logits of it."""
     if options.logits:
         return _same(given, reconstruction) or _same(given, reconstruction.sigmoid())
     signed = options.input_range == "signed"
     own = 2 * reconstruction - 1 if signed else reconstruction
     forms = (own, own.clamp(-1 if signed else 0, 1), reconstruction, reconstruction.clamp(0, 1))
-    return any(_same(given, form) for form in forms) or _same(given.sigmoid(), own)
+    return any(_same(given, form) for form in forms) or (_are_logits(given) and _same(given.sigmoid(), own))
+
+
+def _are_logits(given: Tensor) -> bool:
+    """Whether these may be logits: what lies in or about [0, 1] is an image already, or a vector."""
+    return float(given.min()) < -_LOGIT or float(given.max()) > 1 + _LOGIT
 
 
 def _outputs_of_forward(whole: nn.Module, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:

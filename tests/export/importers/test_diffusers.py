@@ -447,7 +447,11 @@ class Hostile:
     ("change", "error", "message"),
     [
         (config(_class_name="AutoencoderKLWan"), ExportError, "holds a diffusers AutoencoderKLWan"),
-        (config(_class_name="UNet2DModel"), ExportError, "AutoencoderDC, AutoencoderTiny can be exported"),
+        (
+            config(_class_name="UNet2DModel"),
+            ExportError,
+            "AutoencoderDC, AutoencoderTiny can be exported as they are, and others .* by a factory",
+        ),
         (config(_class_name=["AutoencoderKL"]), ExportError, "can be exported"),
         (config(block_out_channels=[8, 18]), CheckpointError, "describes no AutoencoderKL"),
         (config(block_out_channels="wide"), CheckpointError, "describes no AutoencoderKL"),

@@ -535,6 +535,7 @@ def test_a_second_output_that_is_never_negative_is_asked_about() -> None:
         ("not_callable", {}, InputError, "is int; expected something to call"),
         ("Absent", {}, InputError, "has no 'Absent'"),
         ("Networks", {"weights": "absent.pt"}, CheckpointError, "absent.pt is missing"),
+        ("Networks", {"weights": "."}, CheckpointError, "is a folder; pass the file in it"),
     ],
 )
 def test_refused_in_words(name: str, options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -600,6 +601,29 @@ class _Loud:
         pytest.fail("it was run")
 
 
+class Settings(dict[str, Any]):
+    """As diffusers' FrozenDict and Lightning's AttributeDict: a dict, with attributes."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(settings)
+        self.name = "settings"
+
+
+class Names(list[str]):
+    pass
+
+
+class Counts(OrderedDict[str, int]):
+    pass
+
+
+def with_settings(model: torch.nn.Module) -> torch.nn.Module:
+    """Whose classes a pickle fills as dicts and lists."""
+    model.settings, model.counts = Settings(width=8, inner=Settings(depth=2)), Counts(a=1, b=2)
+    model.names = Names(["a", "b"])
+    return model
+
+
 def beside_other_things(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     """As training leaves it."""
     history = defaultdict(list, loss=[np.float64(0.5)])
@@ -621,6 +645,7 @@ def in_a_wrapper(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     "pack",
     [
         lambda model: model,
+        lambda model: with_settings(model),
         lambda model: {"epoch": 1, "network": model},
         lambda model: torch.optim.swa_utils.AveragedModel(model).state_dict(),
         lambda model: torch.compile(model),
@@ -641,6 +666,7 @@ def in_a_wrapper(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
     ],
     ids=[
         "network",
+        "network-with-settings",
         "network-in-dict",
         "averaged",
         "whole-compiled",

@@ -31,6 +31,9 @@ def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.save(torch.zeros(1), "tensor.pt")
     torch.save(torch.tanh, "function.pt")
     torch.jit.save(torch.jit.trace(network, torch.rand(1, 2)), "script.pt")
+    Path("kl").mkdir()
+    Path("kl/config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    torch.save(network.state_dict(), "kl/diffusion_pytorch_model.bin")
     save(parser.parse_model('<ir_version: 8, opset_import: ["" : 17]> g (float[N] x) => (float[N] y) { y = Tanh(x) }'),
          "model.onnx")  # fmt: skip
     return tmp_path
@@ -62,6 +65,8 @@ WEIGHTS = "holds weights alone, without the network that they are of; pass what 
         ("zoo/models.py:f", "zoo/models.py:f is no package.module:factory; .* with dots, as in zoo.models:f"),
         ("zoo/models:f", "zoo/models:f is no package.module:factory; .* with dots, as in zoo.models:f"),
         ("zoo.models.f", "zoo.models.f is no file; .* with a colon, as in zoo.models:f"),
+        ("kl/config.json", "kl/config.json is one file of a model whose folder is the source; pass kl\n"),
+        ("kl/diffusion_pytorch_model.bin", "bin is one file of a model whose folder is the source; pass kl\n"),
         ("absent.pt", "absent.pt cannot be read: No such file or directory"),
         ("other.pt", "other.pt: format is None; expected 'vae-checkpoint'"),
     ],

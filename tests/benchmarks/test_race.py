@@ -38,7 +38,7 @@ from vae_benchmarks.race import (
     merge,
     race,
 )
-from vae_benchmarks.race.entrant import Entrant, judge, measure_error
+from vae_benchmarks.race.entrant import Entrant, Resident, judge, measure_error
 from vae_benchmarks.race.picture import draw_race
 from vae_benchmarks.race.report import Ratio, Row, rank
 from vae_benchmarks.race.schedule import FEWEST_ROUNDS, order_of, plan_rounds
@@ -494,6 +494,21 @@ def test_low_precisions_are_judged_by_their_root_mean_square(tiny: Path) -> None
     assert verdict.fault is not None
     assert verdict.fault.startswith("the largest error of reconstruction is ")
     assert measure_error(reference["mean"], reference["mean"], "max", False) == 0
+
+
+@pytest.mark.parametrize(("on_gpu", "is_fault"), [(False, False), (True, True)])
+def test_fp32_on_a_gpu_is_held_to_less_than_tf32_errs(tiny: Path, on_gpu: bool, is_fault: bool) -> None:
+    reference = Case.open(tiny).reference()
+
+    def encode(x: Any) -> Any:
+        return reference["mean"].copy(), reference["logvar"].copy()
+
+    def decode(z: Any) -> Any:
+        return (reference["reconstruction"] + np.float32(4e-4),)
+
+    resident = Resident(lambda array: array, encode, decode, tuple) if on_gpu else None
+    verdict = judge(Entrant(encode, decode, ("fp32",), "", "", resident=resident), reference)
+    assert (verdict.fault is not None) == is_fault
 
 
 @pytest.mark.parametrize("request_name", ["answer", "no such thing"])

@@ -23,6 +23,9 @@ TOLERANCES: dict[str, tuple[str, float]] = {
     "bf16": ("rms", 0.03),
     "int8": ("rms", 0.08),
 }
+# In fp32 of who has calls for a GPU's memory: TF32 errs there by 4e-4 and more in cases with convolutions, float32 by
+# 2e-6 (benchmarks/results/gpu/README.md). On CPUs torch's convolutions err by 6e-4.
+FP32_ON_GPU = 5e-5
 
 
 # From host memory to host memory; and from the memory of the device to the same.
@@ -110,6 +113,8 @@ class Verdict:
 def judge(entrant: Entrant, reference: dict[str, Float32]) -> Verdict:
     """Compare all operations with the reference's outputs, and see that results stay as they were handed out."""
     measure, tolerance = TOLERANCES[entrant.precision]
+    if entrant.precision == "fp32" and entrant.resident is not None:
+        tolerance = FP32_ON_GPU
     errors: dict[str, float] = {}
     outputs = {"encode": [name for name in (MEAN, LOGVAR) if name in reference], "decode": [RECONSTRUCTION]}
     inputs = {"encode": reference["x"], "decode": reference[MEAN]}

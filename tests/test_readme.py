@@ -28,7 +28,7 @@ SHORTER = {  # the same commands, where they would only go on with what they hav
     "vae-train --data digits --output": "vae-train --epochs 2 --data digits --output",
     "vae-train --data digits --family": "vae-train --epochs 4 --data digits --family",
     "--seconds 0.5": "--seconds 0.1 --rounds 3",
-    "vae-run tune digits.vae --seconds 10": "vae-run tune digits.vae --seconds 3",
+    "vae-run tune digits.vae --seconds 10": "vae-run tune digits.vae --seconds 1",
     "--crop 32 --epochs 3": "--crop 32 --epochs 1",
 }
 

@@ -7,7 +7,7 @@ import ctypes
 import subprocess
 from dataclasses import dataclass
 
-from vae_runtime.cuda import ContextOf, driver, driver_version, find_gpus
+from vae_runtime.cuda import driver, driver_version, find_gpus, gpu_memory
 from vae_runtime.errors import DeviceError
 
 _SMI_SECONDS = 20.0  # a driver that is not kept loaded takes seconds to answer
@@ -61,11 +61,10 @@ class GpuFacts:
 
 def memory_in_use(index: int) -> int:
     """Bytes of GPU `index` that all processes take together, now."""
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    with ContextOf(index):
-        if (status := driver().cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))) != 0:
-            raise DeviceError(f"GPU {index} does not tell its memory (CUDA error {status})")
-    return total.value - free.value
+    status, free, total = gpu_memory(index)
+    if status != 0:
+        raise DeviceError(f"GPU {index} does not tell its memory (CUDA error {status})")
+    return total - free
 
 
 def _ask_smi(bus_id: str | None) -> dict[str, str]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vae_runtime.arguments import check_choice, check_count
+from vae_runtime.arguments import check_choice, check_count, check_positive
 from vae_runtime.codec import UINT8
 from vae_runtime.errors import ExportError, InputError
 from vae_runtime.manifest import (
@@ -379,7 +379,7 @@ def export_bundle(
     """
     check_choice(kind, "kind", KINDS)
     check_choice(golden, "golden", ("examples", "synthetic"))
-    _check_positive("latent_scale", latent_scale)
+    check_positive(latent_scale, "latent_scale")
     if isinstance(latent_shift, bool) or not isinstance(latent_shift, (int, float)) or not math.isfinite(latent_shift):
         raise InputError(f"latent_shift is {latent_shift!r}; expected a finite number")
     spec, x = check_examples(examples, colour, resize)
@@ -496,7 +496,7 @@ def _check(spec: InputSpec, inputs: _Inputs, options: _Options) -> OnData:
         progress=options.progress,
     )
     check_choice(options.golden, "golden", GOLDEN_SOURCES)
-    _check_positive("tolerance", options.tolerance)
+    check_positive(options.tolerance, "tolerance")
     check_output(options.path, options.force)
     return on_data
 
@@ -561,8 +561,3 @@ def _evaluation_mode(*modules: nn.Module) -> Iterator[None]:
 
 def _producer() -> dict[str, str]:
     return {"vae-edge": __version__, **{name: importlib.metadata.version(name) for name in ("torch", "onnx")}}
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise InputError(f"{name} is {value!r}; expected a finite number above 0")

@@ -109,31 +109,33 @@ def _require_done(index: int, status: int) -> None:
 def is_lost(index: int) -> bool:
     """Whether work on GPU `index` has failed in a way after which this process can do nothing more there."""
     try:
-        return _free_memory(index)[0] in _LASTING_ERRORS
+        return gpu_memory(index)[0] in _LASTING_ERRORS
     except DeviceError:  # nor even make it a thread's own
         return True
 
 
 def has_little_memory(index: int) -> bool:
     """Whether what libraries need as they start may be too much for GPU `index` now."""
-    status, free = _free_memory(index)
+    status, free, _ = gpu_memory(index)
     return status == _OUT_OF_MEMORY or (status == 0 and free < _LITTLE_MEMORY)
 
 
-def _free_memory(index: int) -> tuple[int, int]:
-    """The driver's status, also of earlier work, and the free memory in bytes."""
+def gpu_memory(index: int) -> tuple[int, int, int]:
+    """The driver's status, also of earlier work, and the free and all memory of GPU `index`, in bytes."""
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     with ContextOf(index):
-        return driver().cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)), free.value
+        status = driver().cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+    return status, free.value, total.value
 
 
-def await_everyone(context: ContextOf) -> bool:
-    """Wait for all work on a GPU, whoever began it, where that can be waited for: not while anyone captures a CUDA
-    graph, or a session is opened or freed. Whether there is none now. context: entered."""
+def await_everyone(index: int) -> bool:
+    """Wait for all work on GPU `index`, whoever began it, where that can be waited for: not while anyone captures a
+    CUDA graph, or a session is opened or freed. Whether there is none now."""
     if not capturing.acquire(blocking=False):
         return False
     try:
-        return bool(context.synchronize() == 0)
+        with ContextOf(index):
+            return bool(driver().cuCtxSynchronize() == 0)
     finally:
         capturing.release()
 
@@ -141,7 +143,7 @@ def await_everyone(context: ContextOf) -> bool:
 class ContextOf(contextlib.AbstractContextManager[None]):
     """While it lasts, this thread's calls of the driver are for GPU `index`, whatever they are for otherwise.
 
-    handle: the context, for the driver. synchronize: the driver's wait for all work on the GPU, with its status.
+    handle: the context, for the driver.
     """
 
     def __init__(self, index: int) -> None:
@@ -149,7 +151,6 @@ class ContextOf(contextlib.AbstractContextManager[None]):
         self._push, self._pop = driver().cuCtxPushCurrent_v2, driver().cuCtxPopCurrent_v2
         self._exchange_mode = driver().cuThreadExchangeStreamCaptureMode
         self._popped = ctypes.byref(ctypes.c_void_p())
-        self.synchronize = driver().cuCtxSynchronize
 
     def __enter__(self) -> None:
         if (status := self._push(self.handle)) != 0:
@@ -349,7 +350,7 @@ def driver() -> Any:
 
 def require(status: int, what: str) -> None:
     """Raise unless the driver's answer is that all went well."""
-    if status == 2:  # CUDA_ERROR_OUT_OF_MEMORY
+    if status == _OUT_OF_MEMORY:
         raise OutOfMemoryError(f"the NVIDIA driver could not {what}: there is none left")
     if status != 0:
         raise DeviceError(f"the NVIDIA driver could not {what} (CUDA error {status})")

@@ -149,8 +149,7 @@ class Stream:
 
     def await_everyone(self) -> bool:
         """As `cuda.await_everyone`, on its GPU."""
-        with self._context:
-            return await_everyone(self._context)
+        return await_everyone(self._index)
 
     def _begin(self, copy: Callable[..., int], target: Any, source: Any, size: int) -> Callable[[], None]:
         call = partial(copy, target, source, ctypes.c_size_t(size), self._stream)

@@ -12,7 +12,7 @@ from .bound import to_host
 from .boundary import Boundary
 from .cuda import made_current, synchronize, synchronize_default_stream
 from .devices import Device
-from .engine import first_line, import_engine, is_engine_error, ort_value_from_dlpack
+from .engine import first_line, import_engine, is_raw_engine_error, ort_value_from_dlpack
 from .errors import DeviceError, InputError, VAEError
 from .lending import Tensor, address_of, lend, returned, take_back
 from .preprocess import Float32
@@ -56,7 +56,7 @@ class DeviceArray:
             with made_current(self.device):
                 return to_host(self._value)
         except Exception as error:
-            if isinstance(error, VAEError) or not is_engine_error(error):
+            if not is_raw_engine_error(error):
                 raise
             raise DeviceError(f"{self!r} cannot be copied: {first_line(error)}") from error
 

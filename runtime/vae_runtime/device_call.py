@@ -12,8 +12,8 @@ import numpy as np
 from .bound import to_host
 from .cuda import made_current
 from .device_array import await_others
-from .engine import first_line, import_engine, is_engine_error, suppress_engine_errors
-from .errors import DeviceError, VAEError
+from .engine import first_line, import_engine, is_engine_error, is_raw_engine_error, suppress_engine_errors
+from .errors import DeviceError
 from .preprocess import PIXEL, Float32, UInt8, ValueRule, copy_pixels, from_pixels
 from .result_memory import ResultMemory
 
@@ -330,7 +330,7 @@ class CapturedCall(StagedCall):
             self._found.fill(np.nan)  # what a launch does not write must not look right
             return self._capture(steps).launch
         except Exception as error:
-            if isinstance(error, VAEError) or not is_engine_error(error):
+            if not is_raw_engine_error(error):
                 raise
             raise DeviceError(first_line(error)) from error
 

@@ -173,7 +173,7 @@ def _check_options(options: Any, provider: str, fixed: Mapping[str, str]) -> dic
         raise InputError(f"provider_options sets {key} to {options[key]!r}; device and precision decide that")
     if provider == CPU and options:
         raise InputError(f"provider_options is {dict(options)!r}; the CPU provider has none")
-    if provider == CUDA and _is_on(options, "fuse_conv_bias") and not _is_on(options, "prefer_nhwc"):
+    if provider == CUDA and is_on(options, "fuse_conv_bias") and not is_on(options, "prefer_nhwc"):
         raise InputError(
             f"provider_options sets fuse_conv_bias to {options['fuse_conv_bias']!r} without prefer_nhwc; onnxruntime"
             " computes something else by it in NCHW"
@@ -181,7 +181,8 @@ def _check_options(options: Any, provider: str, fixed: Mapping[str, str]) -> dic
     return dict(options)
 
 
-def _is_on(options: Mapping[str, str], name: str) -> bool:
+def is_on(options: Mapping[str, str], name: str) -> bool:
+    """Whether a provider's option, which is off unless it is said, is on."""
     return options.get(name, "").lower() in ("1", "true")
 
 

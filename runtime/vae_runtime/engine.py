@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from .errors import DeviceError, MissingExtraError
+from .errors import DeviceError, MissingExtraError, VAEError
 
 # Builds that own the same Python module. Whichever was installed last has overwritten the others' files, and
 # uninstalling one takes files of the others along.
@@ -60,6 +60,11 @@ def is_engine_error(error: Exception) -> bool:
     call, which goes to whoever waits for it; or it is a mistake in this package."""
     kind = type(error)
     return _is_of_packages(kind.__module__) or (kind in _ENGINE_ERRORS and raised_here(error))
+
+
+def is_raw_engine_error(error: Exception) -> bool:
+    """The same, but for an error of this package's own, which says already what it has to."""
+    return is_engine_error(error) and not isinstance(error, VAEError)
 
 
 def raised_here(error: BaseException) -> bool:

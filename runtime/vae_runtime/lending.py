@@ -12,6 +12,10 @@ import ctypes
 from typing import Any
 
 _Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+# A prototype of our own: what `ctypes.pythonapi.PyCapsule_GetPointer` takes and gives is the whole process's.
+_pointer_in = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
 _lent: dict[int, tuple[int, Any]] = {}  # address of a DLManagedTensor -> the GPU, onnxruntime's deleter
 _returned: list[int] = []  # those that were let go of; a list's appending and popping is safe between threads
 
@@ -33,9 +37,7 @@ class _Managed(ctypes.Structure):
 
 def address_of(capsule: Any) -> int:
     """Of the DLManagedTensor in a capsule, which begins with its DLTensor."""
-    get = ctypes.pythonapi.PyCapsule_GetPointer
-    get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    return int(get(capsule, b"dltensor"))
+    return int(_pointer_in(capsule, b"dltensor"))
 
 
 def lend(capsule: Any, index: int) -> None:

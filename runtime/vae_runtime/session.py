@@ -27,9 +27,16 @@ from .cuda import (
 )
 from .device_array import DeviceArray, await_others, copy_to_device
 from .device_call import CapturedCall, DeviceCall, ResidentCall, StagedCall
-from .devices import CPU, Device
-from .engine import CRASHING_ON_FLOAT16, first_line, import_engine, is_engine_error, raised_here, suppress_engine_errors
-from .errors import BundleError, ClosedError, DeviceError, OutOfMemoryError, VAEError
+from .devices import CPU, Device, is_on
+from .engine import (
+    CRASHING_ON_FLOAT16,
+    first_line,
+    import_engine,
+    is_raw_engine_error,
+    raised_here,
+    suppress_engine_errors,
+)
+from .errors import BundleError, ClosedError, DeviceError, OutOfMemoryError
 from .graph_rules import check_graph, has_float16
 from .manifest import BATCH, IMAGE_SIDES, LATENT_SIDES, Shape
 from .plugins import OPENVINO
@@ -143,12 +150,11 @@ class GraphSession:
     def describe_variant(self) -> dict[str, Any]:
         """How a session for one shape on a GPU works."""
         options = self.device.session_options(self.threads, True, self.bundle)
-        is_on = {name: value.lower() in ("1", "true") for name, value in options.items()}
         return {
             "shape": list(self.fixed or ()),
-            "cuda_graph": self._captures or is_on.get("enable_cuda_graph", False),
-            "layout": "NHWC" if is_on.get("prefer_nhwc") else "NCHW",
-            "bias": "fused" if is_on.get("fuse_conv_bias") else "apart" if self.device.without else None,
+            "cuda_graph": self._captures or is_on(options, "enable_cuda_graph"),
+            "layout": "NHWC" if is_on(options, "prefer_nhwc") else "NCHW",
+            "bias": "fused" if is_on(options, "fuse_conv_bias") else "apart" if self.device.without else None,
             "copies": "pageable" if self._stream is None else "captured" if self._captures else "pinned",
             "zero_copy": self.is_zero_copy,
             "on_device": self.replays_on_device,
@@ -288,7 +294,7 @@ class GraphSession:
     def _raise(self, error: Exception, rows: int) -> NoReturn:
         if self.device.is_gpu:
             _keep_if_lost(self._memory[1])
-        if isinstance(error, VAEError) or not is_engine_error(error):
+        if not is_raw_engine_error(error):
             raise error
         raise self._run_error(error, rows) from error
 

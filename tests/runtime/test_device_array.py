@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import subprocess
 import sys
 from pathlib import Path
@@ -69,11 +68,9 @@ class _Later:
 
     def __dlpack__(self) -> Any:
         capsule = self._rows.__dlpack__()
-        kind = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
-        address = kind(("PyCapsule_GetPointer", ctypes.pythonapi))(capsule, b"dltensor")
-        words = (ctypes.c_uint64 * 6).from_address(address)
-        words[5] = self._skipped * self._array.strides[0]  # byte_offset
-        words[0] -= words[5]  # data
+        tensor = lending.Tensor.from_address(lending.address_of(capsule))
+        tensor.byte_offset = self._skipped * self._array.strides[0]
+        tensor.data -= tensor.byte_offset
         return capsule
 
 

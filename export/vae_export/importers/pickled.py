@@ -169,18 +169,9 @@ def _filled_as(path: Path) -> dict[str, type]:
 
 
 def _noting(name: str, found: dict[str, type]) -> type:
-    class Noting:
-        def __new__(cls, *arguments: Any, **named: Any) -> Any:
-            return super().__new__(cls)
-
-        def __init__(self, *arguments: Any, **named: Any) -> None:
-            pass
-
-        def __call__(self, *arguments: Any, **named: Any) -> Any:
+    class Noting(Stranger):
+        def __call__(self, *arguments: Any) -> Any:
             return self
-
-        def __setstate__(self, state: Any) -> None:
-            pass
 
         def __setitem__(self, key: Any, value: Any) -> None:
             found[name] = _Mapping

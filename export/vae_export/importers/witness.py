@@ -9,6 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -38,8 +39,14 @@ class _Read(NamedTuple):
 
     mean: Tensor
     logvar: Tensor | None
-    reconstruction: Tensor
     decode: Callable[[Tensor], Tensor]
+
+    @torch.no_grad()
+    def reconstructions(self) -> Iterator[Tensor]:
+        """What a forward may give that draws nothing: of the mean, or, as MONAI's does, of mean + std."""
+        yield self.decode(self.mean.clone())  # which it may change
+        if self.logvar is not None:
+            yield self.decode(self.mean + (self.logvar / 2).exp())
 
 
 def heed_forward(
@@ -56,11 +63,7 @@ def heed_forward(
     with torch.no_grad():
         encoded = encoder.call(encoder.encoder, x.clone())
         mean, logvar = (encoded, None) if isinstance(encoded, Tensor) else encoded
-
-        def decode(latent: Tensor) -> Tensor:
-            return decoder.call(decoder.decoder, latent.clone())  # which it may change
-
-        read = _Read(mean, logvar, decode(mean), decode)
+    read = _Read(mean, logvar, partial(decoder.call, decoder.decoder))
     if mean.numel() == x.numel():
         return
     doubt = _doubt(whole, 2 * x - 1 if signed else x, read, options)
@@ -78,11 +81,9 @@ def _doubt(whole: nn.Module, x: Tensor, read: _Read, options: ImportOptions) -> 
     steady, drawn = _outputs_of_forward(whole, x)
     latents = [one for one in steady if _fits(one, read.mean)]
     pictures = [one for one in steady if _fits(one, x) and not _same(one, x)]
-    borne_out = any(_agrees(one, read.reconstruction, options) for one in pictures)
-    if pictures and not borne_out and read.logvar is not None:  # MONAI's is of mean + std where nothing is drawn
-        with torch.no_grad():
-            other = read.decode(read.mean + (read.logvar / 2).exp())
-        borne_out = any(_agrees(one, other, options) for one in pictures)
+    borne_out = bool(pictures) and any(
+        _agrees(one, made, options) for made in read.reconstructions() for one in pictures
+    )
     doubt = _doubt_of_latents(latents, read, borne_out, options)
     sampled = any(_fits(one, x) for one in drawn)  # what else is there may be anything
     if doubt is None and pictures and not borne_out and not sampled:

@@ -29,7 +29,7 @@ SHORTER = {  # the same commands, where they would only go on with what they hav
     "vae-train --data digits --family": "vae-train --epochs 4 --data digits --family",
     "--seconds 0.5": "--seconds 0.1 --rounds 3",
     "vae-run tune digits.vae --seconds 10": "vae-run tune digits.vae --seconds 1",
-    "--crop 32 --epochs 3": "--crop 32 --epochs 1",
+    "--crop 32 --epochs 3": "--crop 32 --epochs 1 --depth 0",
 }
 
 

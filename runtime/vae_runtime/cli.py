@@ -24,6 +24,7 @@ from .command_inputs import (
     pad_option,
     picture_format_option,
     range_of,
+    require_paddable,
     shape_before_cut,
     tile_option,
 )
@@ -281,17 +282,29 @@ def reconstruct(
 @click.argument("b", type=click.Path())
 @click.option("--steps", default=8, show_default=True, help="Points on the path, both ends included.")
 @click.option("--method", type=click.Choice(METHODS), default="spherical", show_default=True)
+@pad_option
 @picture_format_option
 @output_option
 @force_option
 @engine_options
 def interpolate(
-    bundle: str, a: str, b: str, steps: int, method: str, form: str | None, output: str, force: bool, **engine: Any
+    bundle: str,
+    a: str,
+    b: str,
+    steps: int,
+    method: str,
+    pad: bool,
+    form: str | None,
+    output: str,
+    force: bool,
+    **engine: Any,
 ) -> None:
     """Walk through the latent space from A to B, each a picture or an example of an array file, FILE.npy#INDEX."""
     with VAE.load(bundle, **engine) as vae:
         spec = vae.manifest.input
-        path = vae.interpolate(sources.read_one(a, spec), sources.read_one(b, spec), steps, method)
+        require_paddable(spec, pad)
+        start, end = (sources.read_one(one, spec, pad) for one in (a, b))
+        path = vae.interpolate(start, end, steps, method, pad=pad)
         shape, columns = path.shape[1:], min(steps, STRIP)
         with sinks.open_sink(output, spec, steps, force, columns, shape=shape, form=form) as sink:
             sink.add(path, ["#"] * steps)

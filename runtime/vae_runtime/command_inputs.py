@@ -48,9 +48,14 @@ def command_inputs(vae: VAE, inputs: tuple[str, ...], golden: bool, pad: bool) -
     if golden == bool(inputs):
         raise click.UsageError("give either INPUTS or --golden")
     spec = vae.manifest.input
-    if pad and not spec.is_free:
-        raise InputError(f"--pad is for bundles that leave height and width free; this one takes {describe(spec)}")
+    require_paddable(spec, pad)
     yield sources.MemorySource(vae.golden()[INPUT], "golden#") if golden else sources.open_inputs(inputs, spec, pad)
+
+
+def read_fitting(path: str, spec: InputSpec, pad: bool) -> tuple[Any, tuple[int, int] | None]:
+    """`sources.read_one`, then `fitting`."""
+    require_paddable(spec, pad)
+    return fitting(sources.read_one(path, spec, pad), spec, [path], pad)
 
 
 def fitting(batch: Any, spec: InputSpec, names: list[str], pad: bool) -> tuple[Any, tuple[int, int] | None]:
@@ -59,6 +64,11 @@ def fitting(batch: Any, spec: InputSpec, names: list[str], pad: bool) -> tuple[A
     if pad:
         return pad_images(batch, spec.multiple_of)
     return batch, image_size(batch) if spec.is_image else None
+
+
+def require_paddable(spec: InputSpec, pad: bool) -> None:
+    if pad and not spec.is_free:
+        raise InputError(f"--pad is for bundles that leave height and width free; this one takes {describe(spec)}")
 
 
 def require_fitting(batch: Any, spec: InputSpec, names: list[str], pad: bool) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .arguments import check_count
+from .arguments import check_count, check_flag
 from .errors import InputError
 from .manifest import Manifest
 from .preprocess import Float32, check_layout, describe, pad_images, padded_size, require_plain_array
@@ -25,8 +25,11 @@ def input_shape(manifest: Manifest, size: Any) -> tuple[int, ...]:
     return (spec.example_shape[0], *sides)
 
 
-def padded(manifest: Manifest, inputs: Any) -> tuple[Any, tuple[int, int]]:
-    """The inputs, of free height and width, up to the next multiples, and the (height, width) that they had."""
+def padded(manifest: Manifest, inputs: Any, pad: Any) -> tuple[Any, tuple[int, int] | None]:
+    """With `pad` the inputs, of free height and width, up to the next multiples, and the (height, width) that they had;
+    without, the inputs as they are, and None."""
+    if not check_flag(pad, "pad"):
+        return inputs, None
     spec = manifest.input
     if not spec.is_free:
         raise InputError(f"pad is True; {manifest.name} takes inputs of one shape only, {describe(spec)}")

@@ -9,7 +9,7 @@ from typing import Any
 import click
 import numpy as np
 
-from . import sinks, sources
+from . import sinks
 from .arguments import check_count
 from .command_inputs import (
     Source,
@@ -24,6 +24,7 @@ from .command_inputs import (
     pad_option,
     picture_format_option,
     range_of,
+    read_fitting,
 )
 from .console import Command, engine_options, json_option, print_json, printable
 from .errors import BundleError, InputError, KindError, NotInBundleError
@@ -40,7 +41,7 @@ from .latent_space import (
 )
 from .latents import require_finite, to_decoder_input
 from .manifest import Manifest
-from .preprocess import Float32, image_size, zeros
+from .preprocess import Float32, zeros
 from .vae import VAE
 
 AXES = ("active", "pca")
@@ -75,6 +76,7 @@ class _Range(click.ParamType):  # type: ignore[type-arg]  # generic in newer ver
     help="Values of each unit, both ends included.",
 )  # fmt: skip
 @click.option("--range", "limits", type=_Range(), default="-3,3", show_default=True, help="Of these values.")
+@pad_option
 @picture_format_option
 @output_option
 @force_option
@@ -85,6 +87,7 @@ def traverse(
     dimensions: tuple[str, ...],
     steps: int,
     limits: tuple[float, float],
+    pad: bool,
     form: str | None,
     output: str,
     force: bool,
@@ -95,16 +98,17 @@ def traverse(
     Each row of the picture is one unit, set to values of a range, the most active unit first.
     """
     with VAE.load(bundle, **engine) as vae:
-        spec, example = vae.manifest.input, sources.read_one(one, vae.manifest.input)
+        spec = vae.manifest.input
+        example, size = read_fitting(one, spec, pad)
         latents = _codes(vae, example, [one])
         numbers = _chosen_units(dimensions, vae.manifest)
         values = np.linspace(*limits, steps)
         paths = [traversal(latents, number, values) for number in numbers]
         count = len(numbers) * steps
-        shape = (spec.example_shape[0], *image_size(example)) if spec.is_image else spec.example_shape
+        shape = (spec.example_shape[0], *size) if size else spec.example_shape
         with sinks.open_sink(output, spec, count, force, steps, shape=shape, form=form, limit=count) as sink:
             for path in paths:
-                sink.add(vae.decode(path), ["#"] * steps)
+                sink.add(vae.decode(path, size=size if spec.is_free else None), ["#"] * steps)
     rows = ", ".join(map(str, numbers))
     click.echo(f"{output}: {count} examples, {len(numbers)} rows from {values[0]:g} to {values[-1]:g}: units {rows}")
 
@@ -119,6 +123,7 @@ def traverse(
 @click.option(
     "--steps", type=click.IntRange(2, 100), default=16, show_default=True, metavar="N", help="Points on each side."
 )
+@pad_option
 @picture_format_option
 @output_option
 @force_option
@@ -128,6 +133,7 @@ def draw_map(
     inputs: tuple[str, ...],
     axes: str | None,
     steps: int,
+    pad: bool,
     form: str | None,
     output: str,
     force: bool,
@@ -141,18 +147,22 @@ def draw_map(
     axes = axes or ("pca" if inputs else "active")
     if axes == "pca" and not inputs:
         raise click.UsageError("--axes pca needs INPUTS, whose latents the axes are found from")
+    if pad and not inputs:
+        raise click.UsageError("--pad needs INPUTS, which it pads")
     with VAE.load(bundle, **engine) as vae:
-        spec, shape = vae.manifest.input, vae.manifest.input.example_shape
+        spec = vae.manifest.input
+        shape = whole = spec.example_shape
         if inputs:
-            with command_inputs(vae, inputs, False, False) as source:
-                shape = source.example_shape()
-                plane, legend = _plane_of_inputs(vae, source, axes)
+            with command_inputs(vae, inputs, False, pad) as source:
+                shape, whole = source.example_shape(), source.example_shape(spec.multiple_of)
+                plane, legend = _plane_of_inputs(vae, source, axes, pad)
         else:
             plane, legend = _plane_of_prior(vae.manifest)
-        rows = map_rows(plane, vae.manifest.latent_shape(shape), steps)
+        rows = map_rows(plane, vae.manifest.latent_shape(whole), steps)
+        size = (shape[1], shape[2]) if spec.is_free else None
         with sinks.open_sink(output, spec, steps**2, force, steps, shape=shape, form=form, limit=steps**2) as sink:
             for row in rows:
-                sink.add(vae.decode(row), ["#"] * steps)
+                sink.add(vae.decode(row, size=size), ["#"] * steps)
     click.echo(f"{output}: {steps**2} examples; {legend}")
 
 
@@ -209,16 +219,14 @@ def _search(
 
 def _encoded_query(vae: VAE, query: str, pad: bool) -> Iterator[tuple[Float32, list[str]]]:
     if "#" in query and not Path(query).exists():
-        one = sources.read_one(query, vae.manifest.input, pad)
-        yield _codes(vae, fitting(one, vae.manifest.input, [query], pad)[0], [query]), [query]
+        one, _ = read_fitting(query, vae.manifest.input, pad)
+        yield _codes(vae, one, [query]), [query]
         return
     with command_inputs(vae, (query,), False, pad) as source:
-        yield from _encoded(vae, source, "searching", pad)
+        yield from _encoded(vae, source, pad, "searching")
 
 
-def _encoded(
-    vae: VAE, source: Source, label: str = "encoding", pad: bool = False
-) -> Iterator[tuple[Float32, list[str]]]:
+def _encoded(vae: VAE, source: Source, pad: bool, label: str = "encoding") -> Iterator[tuple[Float32, list[str]]]:
     """Latents batch by batch, with their names."""
     spec = vae.manifest.input
     for batch, names, _ in batches_with_progress(source, label, None, spec):
@@ -240,7 +248,7 @@ def _of_one_shape(batches: Iterable[tuple[Float32, list[str]]]) -> Iterator[Floa
 
 def _encode_all(vae: VAE, references: tuple[str, ...], pad: bool) -> tuple[Float32, list[str]]:
     with command_inputs(vae, references, False, pad) as source:
-        return _together(_encoded(vae, source, pad=pad), len(source)), source.names
+        return _together(_encoded(vae, source, pad), len(source)), source.names
 
 
 def _read_encoded(vae: VAE, path: str) -> tuple[Float32, list[str]]:
@@ -311,8 +319,8 @@ def _plane_of_prior(manifest: Manifest) -> tuple[Axes, str]:
     return axes, f"to the right unit {active[0]}, upwards unit {active[1]}"
 
 
-def _plane_of_inputs(vae: VAE, source: Source, kind: str) -> tuple[Axes, str]:
-    latents = _of_one_shape(_encoded(vae, source))
+def _plane_of_inputs(vae: VAE, source: Source, kind: str, pad: bool) -> tuple[Axes, str]:
+    latents = _of_one_shape(_encoded(vae, source, pad))
     if kind == "pca":
         axes = principal_axes(latents)
         right, up = axes.parts
@@ -321,6 +329,6 @@ def _plane_of_inputs(vae: VAE, source: Source, kind: str) -> tuple[Axes, str]:
     numbers = [int(unit) for unit in np.argsort(-variances, kind="stable")[:2]]
     if len(numbers) < 2:
         raise InputError(f"{vae.manifest.name} has 1 unit in its latent space; a map takes 2")
-    shape = vae.manifest.latent_shape(source.example_shape())
+    shape = vae.manifest.latent_shape(source.example_shape(vae.manifest.input.multiple_of))
     right, up = numbers
     return unit_axes(shape, numbers, means, variances), f"to the right unit {right}, upwards unit {up}"

@@ -89,7 +89,7 @@ def check_layout(array: NDArray[Any], spec: InputSpec, name: str) -> None:
     if height % spec.multiple_of or width % spec.multiple_of:
         raise InputError(
             f"{name} has {height}x{width} pixels (height x width); expected multiples of {spec.multiple_of}, to"
-            " which encode, reconstruct, score and nearest pad with pad=True, and their commands with --pad"
+            " which methods pad with pad=True, and commands with --pad"
         )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .arguments import check_choice, check_flag
+from .arguments import check_choice
 from .bound import BOUND_VALUES, Kept
 from .bound_score import BoundScore
 from .calibration import SCORE_METHODS
@@ -84,7 +84,7 @@ class Scoring:
         self, inputs: Any, batch_size: int | None, pad: bool, tile: int | None, progress: Progress | None
     ) -> tuple[Any, Coverage]:
         """The inputs, padded where that is asked for, and how they are gone through."""
-        inputs, size = padded(self._manifest, inputs) if check_flag(pad, "pad") else (inputs, None)
+        inputs, size = padded(self._manifest, inputs, pad)
         if size is not None and image_size(inputs) == size:
             size = None
         if tile is not None or progress is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from .arguments import check_count, check_flag, check_threads
+from .arguments import check_count, check_threads
 from .bundle import Bundle
 from .device_array import DeviceArray
 from .devices import check_device_name
@@ -203,8 +203,8 @@ class VAE:
             in a process that was forked after `load`. BundleError: a graph gives another shape than the manifest says.
         """
         operations = self._operations or self._open_operations()
-        if pad is not False and check_flag(pad, "pad"):
-            inputs, _ = padded(self.manifest, inputs)
+        if pad is not False:
+            inputs, _ = padded(self.manifest, inputs, pad)
         if tile is not None or progress is not None:
             return Posterior(*self._tiler(tile, batch_size, progress).encode(inputs))
         return Posterior(*operations[0](inputs, batch_size))
@@ -371,7 +371,7 @@ class VAE:
             no distribution.
         """
         encoder, decoder = self._open_operations()
-        inputs, size = padded(self.manifest, inputs) if check_flag(pad, "pad") else (inputs, None)
+        inputs, size = padded(self.manifest, inputs, pad)
         if n_samples is None and seed is not None:
             raise InputError(f"seed is {seed!r} without n_samples; a reconstruction from the mean draws nothing")
         if n_samples is not None:
@@ -607,15 +607,18 @@ class VAE:
         """
         return self._open_operations()[1].run_on_device(latents, "latents")[0]
 
-    def interpolate(self, a: Any, b: Any, steps: int = 8, method: str = "spherical") -> Float32:
+    def interpolate(self, a: Any, b: Any, steps: int = 8, method: str = "spherical", *, pad: bool = False) -> Float32:
         """The decoded path between two inputs, both ends' reconstructions included -> (steps, C, H, W) or (steps, D).
 
         a, b: one example each, with the batch axis, as `encode` takes it. steps: points of the path, from 2. method:
-            "spherical" or "linear", see `vae_runtime.interpolation`.
+            "spherical" or "linear", see `vae_runtime.interpolation`. pad: as in `encode`; the result is cut to the size
+            that both had.
 
         Raises:
-            As `encode`. InputError: not one example each, latents of two shapes, fewer than 2 steps, another method.
+            As `encode`. InputError: not one example each, latents of two shapes, images padded from two sizes, fewer
+            than 2 steps, another method.
         """
+        (a, size), (b, other) = (padded(self.manifest, one, pad) for one in (a, b))
         start, end = self._codes(a, "a"), self._codes(b, "b")
         for name, latent in (("a", start), ("b", end)):
             if len(latent) != 1:
@@ -624,15 +627,17 @@ class VAE:
                 )
         if start.shape != end.shape:
             raise InputError(f"a and b have latents of shapes {start.shape[1:]} and {end.shape[1:]}; expected the same")
-        return self.decode(interpolate_latents(start[0], end[0], steps, method))
+        if size != other:
+            raise InputError(f"a and b have (height, width) {size} and {other}; expected the same")
+        return self.decode(interpolate_latents(start[0], end[0], steps, method), size=size)
 
-    def traverse(self, inputs: Any, dimension: int, values: Any) -> Float32:
+    def traverse(self, inputs: Any, dimension: int, values: Any, *, pad: bool = False) -> Float32:
         """What one unit of the latent space does: encode one example, set that unit of the mean to each of the values,
         decode -> (len(values), C, H, W) or (len(values), D).
 
         inputs: one example, with the batch axis, as `encode` takes it. dimension: which element of the latent,
         flattened; of a latent (C, h, w) which channel, set at all positions. values: in the latent's units, where the
-        prior is N(0, 1): (-3, ..., 3) is nearly all of it.
+        prior is N(0, 1): (-3, ..., 3) is nearly all of it. pad: as in `encode`; the result is of the input's size.
 
         Raises:
             As `encode`. InputError: not one example, a unit that there is not, values that are not finite numbers in a
@@ -640,7 +645,8 @@ class VAE:
         """
         from .latent_space import traversal
 
-        return self.decode(traversal(self._codes(inputs, "inputs"), dimension, values))
+        inputs, size = padded(self.manifest, inputs, pad)
+        return self.decode(traversal(self._codes(inputs, "inputs"), dimension, values), size=size)
 
     def nearest(
         self, inputs: Any, references: Any, k: int = 1, *, pad: bool = False

@@ -92,8 +92,39 @@ def test_nearest_of_odd_sizes_is_found_among_padded_latents(
             refused("c.jpg has 17x22 pixels|more.npy has .*22 pixels", "nearest", free_path, query, *others, "-k", 1)
 
 
+def test_paths_and_planes_of_odd_sizes_are_cut_to_them(vae: VAE, free_path: Path, photos: Path, tmp_path: Path) -> None:
+    image = read_picture(photos / "c.jpg", FREE)[None]
+    np.save(tmp_path / "pair.npy", np.concatenate([image, 255 - image]))
+    first, second = f"{tmp_path / 'pair.npy'}#0", f"{tmp_path / 'pair.npy'}#1"
+    height, width = SIZES["c"]
+
+    def drawn(*arguments: Any) -> np.ndarray:
+        done = run(arguments[0], free_path, *arguments[1:], "--pad", "--output", tmp_path / "x.npy", "--force")
+        assert done.exit_code == 0, done.output
+        found: np.ndarray = np.load(tmp_path / "x.npy")
+        assert found.shape[1:] == (3, height, width)
+        return found
+
+    ends = vae.reconstruct(np.concatenate([image, 255 - image]), pad=True)
+    path = drawn("interpolate", first, second, "--steps", 3)
+    np.testing.assert_array_equal(path, vae.interpolate(image, 255 - image, 3, pad=True))
+    np.testing.assert_allclose(path[[0, 2]], ends, atol=1e-6)
+    units = drawn("traverse", photos / "c.jpg", "--dimension", 1, "--steps", 2, "--range", "-1,1")
+    np.testing.assert_array_equal(units, vae.traverse(image, 1, (-1, 1), pad=True))
+    whole = vae.traverse(np.pad(image, ((0, 0), (0, 1), (0, 0), (0, 0)), mode="edge"), 1, (-1, 1))
+    np.testing.assert_array_equal(units, whole[..., :height, :width])
+    middle = vae.encode(np.concatenate([image, 255 - image]), pad=True).mean.mean(axis=0, keepdims=True)
+    plane = drawn("map", tmp_path / "pair.npy", "--steps", 3)
+    np.testing.assert_allclose(plane[4:5], vae.decode(middle, size=(height, width)), atol=1e-5)
+    other = (photos / "c.jpg", tmp_path / "d.npy", "--output", tmp_path / "y.npy", "--pad")
+    np.save(tmp_path / "d.npy", image[:, :, :-1])
+    message = r"a and b have \(height, width\) \(17, 22\) and \(17, 21\); expected the same"
+    refused(message, "interpolate", free_path, *other)
+    refused("--pad needs INPUTS", "map", free_path, "--pad", "--output", tmp_path / "y.npy", code=2)
+
+
 def test_odd_sizes_need_pad_and_nothing_is_written_without(free_path: Path, photos: Path, tmp_path: Path) -> None:
-    message = r"c\.jpg has 17x22 pixels \(height x width\); expected multiples of 2, to which encode, "
+    message = r"c\.jpg has 17x22 pixels \(height x width\); expected multiples of 2, to which methods pad "
     refused(message, "encode", free_path, photos, "--output", tmp_path / "latents")
     refused(message, "reconstruct", free_path, photos, "--output", tmp_path / "back")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos"]

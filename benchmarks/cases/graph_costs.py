@@ -23,11 +23,12 @@ from typing import Any
 
 import numpy as np
 import onnx
+import profile_operators
 import torch
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.calibrate import CalibrationDataReader
 from onnxruntime.quantization.shape_inference import quant_pre_process
-from profile_operators import CASES, HALVES, Profile, markdown, open_session, profile_graph
+from profile_operators import CASES, HALVES, Profile, open_session, profile_graph
 from reporting import RESULTS, machine, table_row, write_report
 from torch import nn
 
@@ -112,10 +113,10 @@ def main() -> None:
         now = {name: read_graphs(folder / f"{name}.vae") for name in FAMILIES}
     before = {name: read_graphs(arguments.before / f"{name}.vae") for name in FAMILIES} if arguments.before else {}
     report = {"machine": machine(2), "costs": costs, "races": races(now, before), "load_ms": loads(now, before)}
-    profiles = profile_all(now, before)
-    content = {**report, "profiles": [asdict(profile) for profile in profiles]}
-    write_report(RESULTS / "graphs", content, render(report, profiles))
-    print(render(report, []))
+    profiles = [asdict(profile) for profile in profile_all(now, before)]
+    whole = {**report, "profiles": profiles}
+    write_report(RESULTS / "graphs", whole, markdown(whole))
+    print(markdown({**report, "profiles": []}))
 
 
 def write_bundle(folder: Path, name: str) -> dict[str, Any]:
@@ -303,7 +304,7 @@ def profile_all(now: Mapping[str, Graphs], before: Mapping[str, Graphs]) -> list
     return profiles
 
 
-def render(report: Mapping[str, Any], profiles: list[Profile]) -> str:
+def markdown(report: Mapping[str, Any]) -> str:
     facts = report["machine"]
     lines = [
         "# The graphs: what they cost, how fast they are, where their time goes", "",
@@ -328,9 +329,9 @@ def render(report: Mapping[str, Any], profiles: list[Profile]) -> str:
           for name, value in report["load_ms"].items()), "",
     ]  # fmt: skip
     lines.append(TRIED)
-    if profiles:
+    if profiles := report["profiles"]:
         lines += ["## Operators", "", "Of the optimised graph; profiling itself costs some µs per operator.", ""]
-        lines.append(markdown(profiles))
+        lines.append(profile_operators.markdown(list(map(Profile.from_dict, profiles))))
     return "\n".join(lines)
 
 

@@ -62,16 +62,11 @@ def main() -> int:
     for bundle in arguments.bundles:
         rows += calls(bundle, arguments.batch, arguments.blocks)
         rows += start_up(bundle)
-    text = table(rows)
-    print(text)
+    print(table(rows))
     if arguments.output:
         facts = dataclasses.asdict(MachineFacts.read())
         document = {"machine": facts, "onnxruntime": onnxruntime.__version__, "rows": rows}
-        markdown = (
-            f"# The runtime's own cost\n\n{facts['cpu']}, onnxruntime {onnxruntime.__version__}, one thread.\n"
-            f"Made by `benchmarks/cases/overhead.py`.\n\n{text}\n"
-        )
-        write_report(arguments.output, document, markdown)
+        write_report(arguments.output, document, markdown(document))
     return 0
 
 
@@ -142,6 +137,14 @@ def row(bundle: Path, name: str, bare: list[float], ours: list[float], unit: str
         "ratio": ratio,
         "interval": [low, high],
     }
+
+
+def markdown(document: dict[str, Any]) -> str:
+    return (
+        f"# The runtime's own cost\n\n{document['machine']['cpu']},"
+        f" onnxruntime {document['onnxruntime']}, one thread.\n"
+        f"Made by `benchmarks/cases/overhead.py`.\n\n{table(document['rows'])}\n"
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -67,6 +67,11 @@ class Profile:
     load_ms: float
     nodes: tuple[Node, ...]
 
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> Profile:
+        """What `asdict` made of one."""
+        return cls(**{**found, "nodes": tuple(Node(**node) for node in found["nodes"])})
+
     @property
     def total_us(self) -> float:
         return sum(node.median_us for node in self.nodes)

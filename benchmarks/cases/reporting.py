@@ -35,8 +35,8 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def write_report(path: Path, document: Any, markdown: str) -> None:
-    """Write `path` with .json, what was found, and with .md, the same as text."""
-    write_json(path.with_suffix(".json"), document)
+    """Write `path` with .json, what was found, and with .md, the same as text, in the same order."""
+    write_json(path.with_suffix(".json"), document, sort_keys=False)
     path.with_suffix(".md").write_text(markdown)
 
 

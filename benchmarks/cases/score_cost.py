@@ -63,17 +63,12 @@ def main() -> int:
             bundle = Path(folder) / f"{number}.vae"
             write_bundle(bundle, *MODELS[name])
             rows += measure(bundle, name, arguments.batch, arguments.blocks)
-    text = table(rows)
-    print(text)
+    print(table(rows))
     if arguments.output:
         facts = dataclasses.asdict(MachineFacts.read())
         versions = {"onnxruntime": onnxruntime.__version__, "numpy": np.__version__}
         document = {"machine": facts, **versions, "rows": rows}
-        markdown = (
-            f"# What a score costs beside encode and decode\n\n{facts['cpu']}, onnxruntime {onnxruntime.__version__},"
-            f" numpy {np.__version__}, one thread.\nMade by `benchmarks/cases/score_cost.py`.\n\n{text}\n"
-        )
-        write_report(arguments.output, document, markdown)
+        write_report(arguments.output, document, markdown(document))
     return 0
 
 
@@ -118,6 +113,14 @@ def row(name: str, method: str, batch: int, both: list[float], score: list[float
         "ratio": ratio,
         "interval": [low, high],
     }
+
+
+def markdown(document: dict[str, Any]) -> str:
+    return (
+        f"# What a score costs beside encode and decode\n\n{document['machine']['cpu']},"
+        f" onnxruntime {document['onnxruntime']}, numpy {document['numpy']}, one thread.\n"
+        f"Made by `benchmarks/cases/score_cost.py`.\n\n{table(document['rows'])}\n"
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> str:

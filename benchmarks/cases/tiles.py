@@ -61,8 +61,8 @@ def main() -> None:
         exactness = {name: differences(bundle, name) for name in ("encode", "decode", "reconstruct")}
         rows = measure(bundle)
     report = {"machine": machine(1), "tiling": tiling, "exactness": exactness, "memory": rows}
-    write_report(RESULTS / "tiles", report, render(report))
-    print(render(report))
+    write_report(RESULTS / "tiles", report, markdown(report))
+    print(markdown(report))
 
 
 class Block(nn.Sequential):
@@ -154,7 +154,7 @@ def child(bundle: Path, operation: str, side: int, tile: int) -> dict[str, Any]:
     return result
 
 
-def render(report: dict[str, Any]) -> str:
+def markdown(report: dict[str, Any]) -> str:
     rows = {(row["operation"], row["side"], row["tile"]): row for row in report["memory"]}
     facts, tiling = report["machine"], report["tiling"]
     exactness = report["exactness"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -24,3 +25,30 @@ def test_a_report_is_json_and_markdown_side_by_side(tmp_path: Path) -> None:
 
 def test_results_are_those_of_the_repository() -> None:
     assert (reporting.RESULTS / "README.md").is_file()
+
+
+# Reports and the programs that made them, each of which has a `markdown` of the JSON.
+PROGRAMS = {
+    "anomalies": "anomaly_digits",
+    "anomalies-20": "anomaly_digits",
+    "graphs": "graph_costs",
+    "likelihood": "mnist_likelihood",
+    "overhead": "overhead",
+    "photographs": "train_photographs",
+    "score_cost": "score_cost",
+    "tiles": "tiles",
+    "training": "train_quality",
+}
+
+
+def test_every_report_has_its_program() -> None:
+    assert PROGRAMS.keys() == {path.stem for path in reporting.RESULTS.glob("*.json")}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_text_of_a_report_is_made_of_its_figures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(CASES)
+    program = importlib.import_module(PROGRAMS[name])
+    figures = json.loads((reporting.RESULTS / f"{name}.json").read_text("utf-8"))
+    assert (reporting.RESULTS / f"{name}.md").read_text("utf-8") == program.markdown(figures)

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from .errors import InputError
 from .images import PICTURE_SUFFIXES
-from .sources import choose_array
+from .sources import LABEL_KEYS, choose_array
 
-KEYS = ("labels", "label", "y")  # of an .npz, tried in this order
 SUFFIXES = (".npy", ".npz", ".csv", ".txt")
 _ROW = re.compile(r".*#\d+")  # of an array file
 _SHOWN = 10  # of the labels that a file has, in a message
@@ -115,7 +114,7 @@ def _array(path: Path) -> NDArray[Any]:
     if isinstance(loaded, np.ndarray):
         return loaded
     with loaded as archive:
-        return np.asarray(archive[choose_array(path, archive.files, KEYS)])
+        return np.asarray(archive[choose_array(path, archive.files, LABEL_KEYS)])
 
 
 def _texts(labels: NDArray[Any], path: Path) -> list[str]:

@@ -19,6 +19,7 @@ from .manifest import MEAN, InputSpec
 from .preprocess import check_layout, padded_size
 
 ARRAY_SUFFIXES = (".npy", ".npz")
+EXAMPLE_KEYS, LABEL_KEYS = ("x", "images", "vectors"), ("labels", "label", "y")  # of an .npz, tried in this order
 BATCH_VALUES = 2**24  # of images of free size that are read at once, more than one
 
 
@@ -176,16 +177,21 @@ class MemorySource:
 
 
 def choose_array(path: Path, names: Sequence[str], keys: Sequence[str], hint: str = "") -> str:
-    """Which of the arrays of an .npz to take: the first of `keys` that is there, or the only one.
+    """Which of the arrays of an .npz to take: the first of `keys` that is there, or the only one, also beside labels.
 
     Raises:
         InputError: neither is there. hint: what its message ends with.
     """
     if (found := next((key for key in keys if key in names), None)) is not None:
         return found
-    if len(names) != 1:
-        raise InputError(f"{path} holds the arrays {names}; expected one of {', '.join(keys)}, or a single array{hint}")
-    return names[0]
+    without_labels = [name for name in names if name not in LABEL_KEYS]
+    for only in (names, without_labels):
+        if len(only) == 1:
+            return only[0]
+    raise InputError(
+        f"{path} holds {'the arrays ' + ', '.join(names) if names else 'no arrays'}; expected one of"
+        f" {', '.join(keys)}, or a single array{hint}"
+    )
 
 
 def open_inputs(paths: Sequence[str], spec: InputSpec, pad: bool = False) -> PictureSource | ArraySource:
@@ -203,7 +209,7 @@ def open_inputs(paths: Sequence[str], spec: InputSpec, pad: bool = False) -> Pic
             raise InputError(
                 f"{arrays[0]} comes with {len(found) - 1} other inputs; give one array file alone, or pictures"
             )
-        source = ArraySource(arrays[0], ("x", "images", "vectors"))
+        source = ArraySource(arrays[0], EXAMPLE_KEYS)
         check_layout(source.outline(), spec._replace(multiple_of=1) if pad else spec, str(arrays[0]))
         return source
     if not spec.is_image:

@@ -416,7 +416,7 @@ BAD_INPUT = [
     ((*ENCODE, "{tmp}/bomb.npy", "--output", "{tmp}/o.npz"), r"bomb.npy has .* bytes for shape .*: truncated"),
     ((*ENCODE, "{tmp}/negative.npy", "--output", "{tmp}/o.npz"), r"negative.npy has shape \(-5, 8, 8\); expected at"),
     ((*ENCODE, "{tmp}/header.npy", "--output", "{tmp}/o.npz"), r"header.npy cannot be read as .npy"),
-    ((*ENCODE, "{tmp}/two.npz", "--output", "{tmp}/o.npz"), r"two.npz holds the arrays \['a', 'b'\]; expected one"),
+    ((*ENCODE, "{tmp}/two.npz", "--output", "{tmp}/o.npz"), "two.npz holds the arrays a, b; expected one"),
     ((*ENCODE, "{tmp}/crc.npz", "--output", "{tmp}/o.npz"), r"crc.npz is damaged after \d+ examples: .*CRC"),
     ((*ENCODE, "{tmp}/float.npy", "--output", "{tmp}/o.npz"), r"float.npy#0 has values from 5 to 248; .*by 255"),
     ((*ENCODE, "{tmp}/late-nan.npy", "--output", "{tmp}/o.npz"), r"late-nan.npy#149 has NaN"),

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from vae_runtime.errors import InputError
+from vae_runtime.sources import open_inputs
 from vae_training.data import load_dataset
 
 
@@ -148,11 +149,11 @@ def test_files_that_are_no_arrays(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"b\.npz cannot be read as an array"):
         load_dataset(str(tmp_path / "b.npz"))
     np.savez(tmp_path / "c.npz", a=np.zeros(3), b=np.zeros(3))
-    with pytest.raises(InputError, match="holds the arrays a, b; expected one, or one named 'x' or 'images'"):
+    with pytest.raises(InputError, match="holds the arrays a, b; expected one of x, images, vectors, or a"):
         load_dataset(str(tmp_path / "c.npz"))
     with zipfile.ZipFile(tmp_path / "d.npz", "w"):
         pass
-    with pytest.raises(InputError, match="holds the arrays none"):
+    with pytest.raises(InputError, match="holds no arrays; expected"):
         load_dataset(str(tmp_path / "d.npz"))
 
 
@@ -234,8 +235,12 @@ def test_labels_come_from_where_they_are(tmp_path: Path, images: np.ndarray) -> 
         found = load_dataset(str(tmp_path / "a.npz")).labels
         assert (found is None) == (array.dtype.kind == "f")
         assert found is None or (found.dtype, found.tolist()) == (np.int64, labels.tolist())
-    np.savez(tmp_path / "b.npz", anything=images, y=labels)
-    assert load_dataset(str(tmp_path / "b.npz")).labels.tolist() == labels.tolist()
+    np.savez(tmp_path / "b.NPZ", anything=images, y=labels)
+    (tmp_path / "b.NPZ.npz").rename(tmp_path / "b.NPZ")
+    data = load_dataset(str(tmp_path / "b.NPZ"))
+    assert data.labels.tolist() == labels.tolist()
+    (batch,) = open_inputs([str(tmp_path / "b.NPZ")], data.spec).batches(6)  # so it is where the model is run
+    np.testing.assert_array_equal(batch, data.examples)
     np.savez(tmp_path / "c.npz", images=images, y=labels[:5])
     with pytest.raises(InputError, match=r"c\.npz has 5 labels, but 6 examples; expected one for each"):
         load_dataset(str(tmp_path / "c.npz"))

@@ -300,12 +300,11 @@ def test_an_autoencoder_has_no_warm_up_to_be_patient_with(tmp_path: Path) -> Non
 
 
 def test_devices_that_are_not_there(tmp_path: Path) -> None:
-    for device, message in (
-        ("tpu", "device is 'tpu'; expected auto, cpu"),
-        ("cuda:99", "device is 'cuda:99', but torch"),
-    ):
-        with pytest.raises(DeviceError, match=message):
-            train(small(), tmp_path / "run", device=device)
+    for device in ("tpu", 0):
+        with pytest.raises(InputError, match=f"device is {device!r}; expected auto, cpu"):
+            train(small(), tmp_path / "run", device=device)  # type: ignore[arg-type]
+    with pytest.raises(DeviceError, match="device is 'cuda:99', but torch"):
+        train(small(), tmp_path / "run", device="cuda:99")
     if not torch.cuda.is_available():
         with pytest.raises(DeviceError, match="mixed_precision is 'fp16', which device 'cpu' cannot do"):
             train(small(mixed_precision="fp16"), tmp_path / "run", device="cpu")

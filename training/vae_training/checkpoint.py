@@ -110,8 +110,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     try:
         content = Path(path).read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise CheckpointError(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from None
     try:
         return _parse(_load(content))
     except CheckpointError as error:

@@ -110,14 +110,12 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        strict.settle(self)
         for name, allowed in _CHOICES.items():
             if getattr(self, name) is not None:
                 check_choice(getattr(self, name), name, allowed)
         for name, (low, high) in _RANGES.items():
             strict.within(getattr(self, name), low, high, name)
-        labels = self.exclude_label
-        if not isinstance(labels, tuple) or not all(type(label) is int for label in labels):
-            raise InputError(f"exclude_label is {labels!r}; expected a tuple of whole numbers")
         for name in ("size", "crop"):
             sides = getattr(self, name)
             if sides is not None and (len(sides) != 2 or not all(1 <= side <= MAX_SIDE for side in sides)):

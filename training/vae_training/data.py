@@ -19,12 +19,11 @@ from vae_runtime.errors import InputError, MissingExtraError
 from vae_runtime.images import list_pictures, picture_size, read_picture
 from vae_runtime.manifest import COLOUR_OF, COLOURS, RESIZE_MODES, InputSpec
 from vae_runtime.preprocess import Float32, to_model_input
+from vae_runtime.sources import EXAMPLE_KEYS, LABEL_KEYS, choose_array
 
 from . import idx
 
 DIGITS = "digits"
-_ARRAY_NAMES = ("x", "images")
-_LABEL_NAMES = ("labels", "y")
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,8 @@ def load_dataset(
 
     source: "digits"; or a folder of IDX files (`train-images-idx3-ubyte`, `t10k-…`, gzipped or not); or a `.npy` or
         `.npz` file; or a folder of pictures, searched with its subfolders. Labels: of digits, of IDX files that have
-        such files beside them (`train-labels-idx1-ubyte`), of an `.npz` the array `labels` or `y`, if that is a whole
-        number per example.
+        such files beside them (`train-labels-idx1-ubyte`), of an `.npz` the array `labels`, `label` or `y`, if that is
+        a whole number per example.
     size: (H, W) of a folder of pictures; None takes the first picture's.
     colour: "grey" or "rgb" (the default), of a folder of pictures.
     resize: how a picture file of another size becomes an input, "exact" (refused; the default), "stretch" or "crop":
@@ -127,7 +126,7 @@ def _read_array(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
     """The examples and, where the file has them, what may be their labels."""
     if not path.is_file():
         raise InputError(f"{path} does not exist; expected {DIGITS!r}, a folder, or an .npy or .npz file")
-    if path.suffix not in (".npy", ".npz"):
+    if path.suffix.lower() not in (".npy", ".npz"):
         raise InputError(
             f"{path} is a file of type {path.suffix!r}; expected {DIGITS!r}, a folder, or an .npy or .npz file"
         )
@@ -138,7 +137,7 @@ def _read_array(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
             loaded = np.load(stream, allow_pickle=False)
             if isinstance(loaded, np.ndarray):
                 return loaded, None
-            name = _array_name(path, loaded.files)
+            name = choose_array(path, loaded.files, EXAMPLE_KEYS)
             return loaded[name], _read_labels(loaded, name)
     except InputError:
         raise
@@ -148,26 +147,13 @@ def _read_array(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
 
 def _read_labels(archive: Any, examples: str) -> NDArray[Any] | None:
     """The array beside `examples` that may be their labels; None where it holds Python objects, which are not read."""
-    name = next((name for name in _LABEL_NAMES if name in archive.files and name != examples), None)
+    name = next((name for name in LABEL_KEYS if name in archive.files and name != examples), None)
     if name is None:
         return None
     try:
         return np.asarray(archive[name])
     except ValueError:
         return None
-
-
-def _array_name(path: Path, names: list[str]) -> str:
-    for name in _ARRAY_NAMES:
-        if name in names:
-            return name
-    if len(names) == 2 and len(others := [name for name in names if name not in _LABEL_NAMES]) == 1:
-        return others[0]
-    if len(names) != 1:
-        raise InputError(
-            f"{path} holds the arrays {', '.join(sorted(names)) or 'none'}; expected one, or one named 'x' or 'images'"
-        )
-    return names[0]
 
 
 def _from_array(path: Path, array: NDArray[Any], resize: str | None) -> Dataset:

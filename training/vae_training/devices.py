@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vae_runtime.errors import DeviceError, MissingExtraError
+from vae_runtime.errors import DeviceError, InputError, MissingExtraError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -19,7 +19,7 @@ def make_accelerator(device: str, mixed_precision: str) -> Accelerator:
     Under `torchrun` each process takes the device of its local rank.
 
     Raises:
-        DeviceError: the device is unknown or not there, or cannot do the mixed precision.
+        InputError: the device is unknown. DeviceError: it is not there, or cannot do the mixed precision.
         MissingExtraError: accelerate is not installed.
     """
     try:
@@ -49,8 +49,8 @@ def make_accelerator(device: str, mixed_precision: str) -> Accelerator:
 
 
 def _require(device: str) -> None:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
-        raise DeviceError(f"device is {device!r}; expected auto, cpu, cuda, cuda:N or mps")
+    if not isinstance(device, str) or not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+        raise InputError(f"device is {device!r}; expected auto, cpu, cuda, cuda:N or mps")
     if device.startswith("cuda"):
         there = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(device.partition(":")[2] or 0) >= there:

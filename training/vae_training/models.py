@@ -61,6 +61,7 @@ class ModelConfig:
     attention: bool = False
 
     def __post_init__(self) -> None:
+        strict.settle(self)
         check_choice(self.family, "family", FAMILIES)
         check_choice(self.kind, "kind", KINDS)
         if len(self.input_shape) not in (1, 3) or not all(1 <= side <= MAX_ELEMENTS for side in self.input_shape):

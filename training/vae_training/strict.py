@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import types
 import typing
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 from vae_runtime.errors import InputError
 
 T = TypeVar("T")
+_NUMBERS = {int: numbers.Integral, float: numbers.Real}  # as which NumPy's count too
 
 
 def from_dict(cls: type[T], data: Any, name: str) -> T:
@@ -31,6 +33,18 @@ def from_dict(cls: type[T], data: Any, name: str) -> T:
             raise InputError(f"{name}.{key} is missing")
     hints = typing.get_type_hints(cls)
     return cls(**{key: _convert(value, hints[key], f"{name}.{key}") for key, value in data.items()})
+
+
+def settle(instance: Any) -> None:
+    """Hold the fields of a frozen dataclass to their types, as `from_dict` does, where it is built by hand: in its
+    `__post_init__`. Numbers of NumPy become Python's, lists tuples where the field is one.
+
+    Raises:
+        InputError: naming the field, the value and the rule.
+    """
+    hints = typing.get_type_hints(type(instance))
+    for field in dataclasses.fields(instance):
+        object.__setattr__(instance, field.name, _convert(getattr(instance, field.name), hints[field.name], field.name))
 
 
 def to_dict(instance: Any) -> dict[str, Any]:
@@ -55,8 +69,8 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise InputError(f"{name} is {value!r}; expected a list")
         return tuple(_convert(item, typing.get_args(hint)[0], name) for item in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+    if hint in (int, float) and not isinstance(value, bool) and isinstance(value, _NUMBERS[hint]):
+        value = hint(value)
     if type(value) is not hint or (hint is float and not math.isfinite(value)):
         expected = {int: "a whole number", float: "a finite number", str: "a string", bool: "true or false"}[hint]
         raise InputError(f"{name} is {value!r}; expected {expected}")

@@ -2,7 +2,7 @@
 
     VAEError
     ├── BundleError       a bundle that is missing, incomplete, altered, or of an unknown version
-    ├── CheckpointError   a model.pt that is no checkpoint of ours
+    ├── CheckpointError   a file of a model or of weights that is missing, damaged, or does not fit
     ├── DeviceError       a device or precision that was asked for and cannot be had
     │   └── OutOfMemoryError  its memory did not suffice for one call
     ├── InputError        an argument that breaks a rule (also a ValueError)
@@ -30,7 +30,7 @@ class BundleError(VAEError):
 
 
 class CheckpointError(VAEError):
-    """A file is not a checkpoint that `vae_training` wrote, or holds more than plain data."""
+    """A file of a model or of weights is missing or damaged, does not fit, or holds more than plain data."""
 
 
 class DeviceError(VAEError):

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from vae_runtime.errors import MissingExtraError
+from vae_runtime.version import __version__
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -27,6 +28,7 @@ __all__ = [
     "Dataset",
     "ModelConfig",
     "TrainConfig",
+    "__version__",
     "build_model",
     "config_from_dict",
     "load_checkpoint",

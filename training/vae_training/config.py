@@ -21,8 +21,7 @@ FAMILIES = ("mlp", "conv", "resnet")
 NORMS = ("batch", "group")
 ACTIVATIONS = ("relu", "silu")
 LIKELIHOODS = ("bernoulli", "gaussian", "laplace")
-RESNET_WIDTHS: tuple[int, ...] = (32, 64)
-RESNET_DEPTH = 1
+_RESNET_WIDTHS: tuple[int, ...] = (32, 64)
 MAX_WIDTH, MAX_SIDE = 65536, 8192
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
 NLL_SAMPLES = 100
@@ -124,7 +123,7 @@ class TrainConfig:
     @property
     def crop_multiple(self) -> int:
         """What the sides of a crop have to be multiples of for the model."""
-        return 2 ** len(self.widths or RESNET_WIDTHS) if self.family == "resnet" else 1
+        return multiple_of(self.family, self.widths or _RESNET_WIDTHS)
 
     def resolve(self, spec: InputSpec, train_examples: int, crops: bool = False) -> TrainConfig:
         """The same with every None that depends on the data filled in.
@@ -136,8 +135,6 @@ class TrainConfig:
         """
         self._check_against(spec, train_examples, crops)
         self._check_capacity()
-        from .models import default_config
-
         spatial = self.family == "resnet"
         beta = 1e-5 if spatial and not self.capacity else 1.0
         likelihood = self.likelihood or (
@@ -148,10 +145,7 @@ class TrainConfig:
                 f"binarize is {self.binarize!r}, but likelihood is {likelihood!r}; binary data are Bernoulli's"
             )
         latent = self.latent or (4 if spatial else min(20, math.prod(spec.example_shape)))
-        widths, depth = RESNET_WIDTHS, RESNET_DEPTH
-        if not spatial:
-            model = default_config(self.family, self.kind, spec.example_shape, latent)
-            widths, depth = model.widths, model.depth
+        widths, depth = default_layers(self.family, spec.example_shape)
         return replace(
             self,
             crop=spec.example_shape[1:] if crops else None,
@@ -231,6 +225,25 @@ class TrainConfig:
     def from_dict(cls, data: Any) -> TrainConfig:
         """The inverse of `to_dict`; raises `InputError` naming the key, the value and the rule."""
         return strict.from_dict(cls, data, "config")
+
+
+def default_layers(family: str, input_shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """The widths and depth that `vae-train` uses, see `models.ModelConfig`.
+
+    The lowest resolution of the conv family is at most 8×8; the resnet family's is a quarter of the image's.
+    """
+    if family == "resnet":
+        return _RESNET_WIDTHS, 1
+    if family == "mlp" or len(input_shape) != 3:
+        return (400,), 0
+    halvings = max(1, math.ceil(math.log2(max(input_shape[1:]) / 8)))
+    narrow = tuple(min(16 * 2**level, 128) for level in range(halvings))  # where the resolution makes width expensive
+    return (*narrow[:-1], max(64, narrow[-1])), 2
+
+
+def multiple_of(family: str, widths: tuple[int, ...]) -> int:
+    """f, by which the height and width of a latent are smaller than the image's; 1 where a latent has none."""
+    return 2 ** len(widths) if family == "resnet" else 1
 
 
 def steps_per_epoch(train_examples: int, batch_size: int) -> int:

@@ -26,7 +26,7 @@ from vae_runtime.errors import InputError
 from vae_runtime.manifest import KINDS, MAX_ELEMENTS
 
 from . import resnet, strict
-from .config import ACTIVATIONS, FAMILIES, MAX_SIDE, MAX_WIDTH, NORMS, RESNET_DEPTH, RESNET_WIDTHS
+from .config import ACTIVATIONS, FAMILIES, MAX_SIDE, MAX_WIDTH, NORMS, default_layers, multiple_of
 
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0  # exp() stays finite in float32, and in float16 after a square root
 MAX_LAYERS = 16
@@ -107,7 +107,7 @@ class ModelConfig:
     @property
     def multiple_of(self) -> int:
         """f, by which the height and width of a latent are smaller than the image's; 1 where a latent has none."""
-        return 2 ** len(self.widths) if self.is_fully_convolutional else 1
+        return multiple_of(self.family, self.widths)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -138,17 +138,8 @@ def config_from_dict(data: Mapping[str, Any]) -> ModelConfig:
 
 
 def default_config(family: str, kind: str, input_shape: tuple[int, ...], latent_dim: int) -> ModelConfig:
-    """The widths and depth that `vae-train` uses.
-
-    The lowest resolution of the conv family is at most 8×8; the resnet family's is a quarter of the image's.
-    """
-    if family == "resnet":
-        return ModelConfig(family, kind, input_shape, latent_dim, RESNET_WIDTHS, RESNET_DEPTH)
-    if family == "mlp" or len(input_shape) != 3:
-        return ModelConfig(family, kind, input_shape, latent_dim, widths=(400,))
-    halvings = max(1, math.ceil(math.log2(max(input_shape[1:]) / 8)))
-    narrow = tuple(min(16 * 2**level, 128) for level in range(halvings))  # where the resolution makes width expensive
-    return ModelConfig(family, kind, input_shape, latent_dim, widths=(*narrow[:-1], max(64, narrow[-1])), depth=2)
+    """With the widths and depth that `vae-train` uses."""
+    return ModelConfig(family, kind, input_shape, latent_dim, *default_layers(family, input_shape))
 
 
 class Autoencoder(nn.Module):

@@ -122,10 +122,16 @@ class Owner:
         self.forked = False  # whether this process was forked off the one that made it
         self._of_thread = threading.local()  # unlike a thread's number, never another one's after its end
         self._of_thread.is_owner = True
+        self._thread = threading.current_thread()
 
     @property
     def is_this_thread(self) -> bool:
         return getattr(self._of_thread, "is_owner", False)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether that thread has."""
+        return not self._thread.is_alive()
 
 
 class BoundCall:

@@ -21,7 +21,6 @@ CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 _LEGACY_STREAM = ctypes.c_void_p(1)  # CU_STREAM_LEGACY of cuda.h
 _OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 _CAPTURE_ERRORS = range(900, 910)  # CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED and its like
-_LASTING_ERRORS = {214, 700, 702, *range(714, 720)}  # after which a process can do nothing more on a GPU, by cuda.h
 _LITTLE_MEMORY = 512 * 2**20  # bytes; cuBLAS and cuDNN take some hundred MiB as they start
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL of cuda.h
 _COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76  # of CUdevice_attribute in cuda.h
@@ -41,6 +40,7 @@ SHAPE_OPERATORS = {
 # lost.
 capturing = threading.RLock()
 _of_thread = threading.local()
+_libraries_are_there: list[bool] = []  # once they were found; those that are missing may be loaded later, by torch, say
 _asked_in = [0]  # the process that started the driver, 0 for none; a forked child cannot use what it inherits
 
 
@@ -109,7 +109,7 @@ def _require_done(index: int, status: int) -> None:
 def is_lost(index: int) -> bool:
     """Whether work on GPU `index` has failed in a way after which this process can do nothing more there."""
     try:
-        return gpu_memory(index)[0] in _LASTING_ERRORS
+        return gpu_memory(index)[0] not in (0, _OUT_OF_MEMORY, *_CAPTURE_ERRORS)
     except DeviceError:  # nor even make it a thread's own
         return True
 
@@ -128,16 +128,28 @@ def gpu_memory(index: int) -> tuple[int, int, int]:
     return status, free.value, total.value
 
 
-def await_everyone(index: int) -> bool:
-    """Wait for all work on GPU `index`, whoever began it, where that can be waited for: not while anyone captures a
-    CUDA graph, or a session is opened or freed. Whether there is none now."""
+def await_everyone() -> bool:
+    """Wait for all work on the GPUs that this process uses, whoever began it, where that can be waited for: not while
+    anyone captures a CUDA graph, or a session is opened or freed. Whether there is none now."""
     if not capturing.acquire(blocking=False):
         return False
     try:
-        with ContextOf(index):
-            return bool(driver().cuCtxSynchronize() == 0)
+        return all(map(_await_all_of, range(len(find_gpus()[0]))))
     finally:
         capturing.release()
+
+
+def _await_all_of(index: int) -> bool:
+    """Whether GPU `index` has no work of this process now; a GPU that it does not use has none."""
+    device, flags, is_used = ctypes.c_int(), ctypes.c_uint(), ctypes.c_int()
+    cuda = driver()
+    status = cuda.cuDeviceGet(ctypes.byref(device), index) or cuda.cuDevicePrimaryCtxGetState(
+        device, ctypes.byref(flags), ctypes.byref(is_used)
+    )
+    if status != 0 or not is_used:
+        return bool(status == 0)
+    with ContextOf(index):
+        return bool(cuda.cuCtxSynchronize() == 0)
 
 
 class ContextOf(contextlib.AbstractContextManager[None]):
@@ -289,9 +301,10 @@ def _why_not(provider: str, index: int) -> str | None:
     return None
 
 
-@functools.cache
 def _missing_cuda_libraries() -> str | None:
     """Load the CUDA libraries that pip installed, so that the provider finds them; which ones are missing, if any."""
+    if _libraries_are_there:
+        return None
     onnxruntime = import_engine()
     if not hasattr(onnxruntime, "preload_dlls"):
         return None
@@ -305,6 +318,7 @@ def _missing_cuda_libraries() -> str | None:
     if not any("cudnn" in name for name in missing) and not _can_load(cudnn):  # which it counts as optional
         missing.append(cudnn)
     if not missing:
+        _libraries_are_there.append(True)
         return None
     return f"{', '.join(missing)} could not be loaded; pip install 'vae-edge[gpu]' brings CUDA and cuDNN"
 
@@ -322,7 +336,7 @@ def _missing_tensorrt() -> str | None:
 def _can_load(library: str) -> bool:
     """By its name, which is also how one is found that the process has loaded already."""
     try:
-        ctypes.CDLL(library)
+        ctypes.CDLL(library, winmode=0)  # on Windows in PATH too, as the provider's own are found
     except OSError:
         return False
     return True

@@ -147,10 +147,6 @@ class Stream:
         """Until all that was begun is done."""
         require(self._synchronize(self._stream), "finish its work")
 
-    def await_everyone(self) -> bool:
-        """As `cuda.await_everyone`, on its GPU."""
-        return await_everyone(self._index)
-
     def _begin(self, copy: Callable[..., int], target: Any, source: Any, size: int) -> Callable[[], None]:
         call = partial(copy, target, source, ctypes.c_size_t(size), self._stream)
         return lambda: require(call(), "begin a copy")
@@ -166,6 +162,7 @@ def _at(place: ctypes.c_uint64, copy: Callable[[], None]) -> Callable[[int], Non
 
 def _unregister(undo: Callable[[Any], int], context: ContextOf, address: int, process: int) -> None:
     if os.getpid() == process:
+        await_everyone()  # the application's copies from there may be under way
         with context:
             status = undo(ctypes.c_void_p(address))
         if status == 0:

@@ -14,7 +14,7 @@ from .cuda import made_current, synchronize, synchronize_default_stream
 from .devices import Device
 from .engine import first_line, import_engine, is_raw_engine_error, ort_value_from_dlpack
 from .errors import DeviceError, InputError, VAEError
-from .lending import Tensor, address_of, lend, returned, take_back
+from .lending import Loan, Tensor, address_of, lend, returned, take_back
 from .preprocess import Float32
 
 _DLPACK_TYPES = {1: "cpu", 2: "cuda"}  # DLDeviceType of dlpack.h, for what onnxruntime calls by these names
@@ -99,10 +99,16 @@ def await_others(memory: tuple[str, int]) -> None:
     """Wait for work of others on arrays that they have let go of, whose memory is free afterwards: nothing orders that
     work with what is done there next."""
     kind, index = memory
-    if kind == "cuda" and (addresses := returned(index)):
-        _synchronize(index)
+    if kind == "cuda" and (loans := returned(index)):
+        _wait_and_free(memory, loans)
+
+
+def _wait_and_free(memory: tuple[str, int], loans: list[Loan]) -> None:
+    """loans: let go of before the wait, so that it is for the work on them too."""
+    _synchronize(memory[1])
+    if loans:
         with made_current(memory):
-            take_back(addresses)
+            take_back(loans)
 
 
 def _synchronize(index: int) -> None:
@@ -134,8 +140,11 @@ def from_dlpack(array: Any, boundary: Boundary, device: Device, name: str) -> De
     rule = f"expected float32 {boundary.rule()}, contiguous, on {':'.join(map(str, device.memory))}"
     if not hasattr(array, "__dlpack__") or not hasattr(array, "__dlpack_device__"):
         raise InputError(f"{name} is a {type(array).__name__}, which has no __dlpack__; {rule}")
-    kind, index = array.__dlpack_device__()
-    place = _DLPACK_TYPES.get(int(kind), f"DLPack device {int(kind)}"), int(index)
+    try:
+        kind, index = map(int, array.__dlpack_device__())
+    except Exception as error:
+        raise InputError(f"{name} cannot be taken through DLPack: {first_line(error)}; {rule}") from None
+    place = _DLPACK_TYPES.get(kind, f"DLPack device {kind}"), index
     if place != device.memory:
         raise InputError(f"{name} is on {place[0]}:{place[1]}; {rule}")
     try:
@@ -159,5 +168,5 @@ def from_dlpack(array: Any, boundary: Boundary, device: Device, name: str) -> De
                 " pass a copy of it"
             )
         # The producer's work is ordered before the default stream, and onnxruntime runs on another one.
-        _synchronize(device.memory[1])
+        _wait_and_free(device.memory, returned(device.memory[1]))
     return DeviceArray(value, device.memory)

@@ -2,13 +2,15 @@
 
 A consumer lets go of an array when it has begun its last work on it. Were the memory free then, a call of another
 thread could be given it, between its own wait for the consumer's work and its taking of memory. So the deleter in a
-capsule (`DLManagedTensor` of dlpack.h) is ours: it notes the array, and onnxruntime's own runs after the next wait.
+capsule (`DLManagedTensor` of dlpack.h) only marks the array, and onnxruntime's own runs after the next wait.
 """
 
 from __future__ import annotations
 
-import atexit
 import ctypes
+import functools
+import itertools
+import sys
 from typing import Any
 
 _Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -16,8 +18,6 @@ _Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _pointer_in = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi)
 )
-_lent: dict[int, tuple[int, Any]] = {}  # address of a DLManagedTensor -> the GPU, onnxruntime's deleter
-_returned: list[int] = []  # those that were let go of; a list's appending and popping is safe between threads
 
 
 class Tensor(ctypes.Structure):
@@ -35,6 +35,26 @@ class _Managed(ctypes.Structure):
     _fields_ = [("tensor", Tensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
 
 
+class Loan:
+    """One capsule's memory, on GPU `index`. number: its own, where the address of a freed one comes again."""
+
+    def __init__(self, number: int, index: int, managed: _Managed) -> None:
+        self.number, self.index = number, index
+        self._managed, self._data = managed, managed.tensor.data
+        self._delete = _Deleter(managed.deleter)
+        self._first = ctypes.c_uint64.from_address(ctypes.addressof(managed))
+
+    def is_back(self) -> bool:
+        return bool(self._first.value != self._data)
+
+    def free(self) -> None:
+        self._delete(ctypes.addressof(self._managed))
+
+
+_lent: dict[int, Loan] = {}  # by number
+_numbers = itertools.count()
+
+
 def address_of(capsule: Any) -> int:
     """Of the DLManagedTensor in a capsule, which begins with its DLTensor."""
     return int(_pointer_in(capsule, b"dltensor"))
@@ -42,37 +62,32 @@ def address_of(capsule: Any) -> int:
 
 def lend(capsule: Any, index: int) -> None:
     """Keep the memory of this capsule of onnxruntime's, on GPU `index`, until `take_back` after it is let go of."""
-    address = address_of(capsule)
-    managed = _Managed.from_address(address)
-    _lent[address] = index, _Deleter(managed.deleter)
-    managed.deleter = ctypes.cast(_note, ctypes.c_void_p).value
+    managed = _Managed.from_address(address_of(capsule))
+    loan = Loan(next(_numbers), index, managed)
+    _lent[loan.number] = loan
+    managed.deleter = _mark()
 
 
-def returned(index: int) -> list[int]:
+def returned(index: int) -> list[Loan]:
     """What has been let go of on GPU `index`: free it by `take_back` when the work on it is done."""
-    if not _returned:
+    if not _lent:
         return []
-    lent = ((address, _lent.get(address)) for address in list(_returned))  # None: another thread has freed it by now
-    return [address for address, entry in lent if entry is not None and entry[0] == index]
+    return [loan for loan in list(_lent.values()) if loan.index == index and loan.is_back()]
 
 
-def take_back(addresses: list[int]) -> None:
+def take_back(loans: list[Loan]) -> None:
     """Free what `returned` gave, unless another thread has."""
-    for address in addresses:
-        try:
-            _returned.remove(address)
-        except ValueError:
-            continue
-        _, delete = _lent.pop(address)
-        delete(address)
+    for loan in loans:
+        if _lent.pop(loan.number, None) is not None:
+            loan.free()
 
 
-_note = _Deleter(_returned.append)
+@functools.cache
+def _mark() -> int | None:
+    """The address of C's own `time`, which writes over the first eight bytes of what it is given: here those of `data`.
 
-
-@atexit.register
-def _undo() -> None:
-    """Who lets go of an array after the interpreter's end finds onnxruntime's deleter."""
-    for address, (_, delete) in list(_lent.items()):
-        if address not in _returned:
-            _Managed.from_address(address).deleter = ctypes.cast(delete, ctypes.c_void_p).value
+    Consumers call the deleter wherever they are, amid an exception, without the interpreter's lock, after its end,
+    where nothing in Python may run.
+    """
+    library = ctypes.CDLL("ucrtbase.dll" if sys.platform == "win32" else None)
+    return ctypes.cast(library._time64 if sys.platform == "win32" else library.time, ctypes.c_void_p).value

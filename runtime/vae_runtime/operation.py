@@ -16,7 +16,7 @@ from .device_call import DeviceCall, StagedCall
 from .engine import suppress_engine_errors
 from .errors import InputError
 from .preprocess import PIXEL, Float32, UInt8, ValueRule, fitting_memory, zeros
-from .session import GraphSession
+from .session import GraphSession, freeing
 
 # At most this many values per input chunk unless the caller says otherwise: 64 images of 3×128×128, and about 50 times
 # as much in the activations of a usual convolutional network.
@@ -57,6 +57,15 @@ class Route:
                 )
             self._fixed[shape] = self.any_batch.for_shape(read(self.any_batch.file), shape, rule)
 
+    def has_orphan(self, shape: tuple[int, ...]) -> bool:
+        """Whether this shape has a session that no thread can use any more."""
+        fixed = self._fixed.get(shape)
+        return fixed is not None and fixed.is_orphan
+
+    def unfix(self, shape: tuple[int, ...]) -> GraphSession:
+        """The session for just this shape, without which this route is then."""
+        return self._fixed.pop(shape)
+
     def describe(self) -> dict[str, Any]:
         """One entry of `VAE.plan`."""
         session = self.any_batch
@@ -68,10 +77,10 @@ class Route:
             "file": session.file,
             "threads": session.threads,
             "spinning": session.spinning,
-            "fixed_batches": sorted({shape[0] for shape in self._fixed}),
+            "fixed_batches": sorted({shape[0] for shape in list(self._fixed)}),  # another thread may warm up
         }
         if session.device.is_gpu:
-            entry["fixed_on_gpu"] = [fixed.describe_variant() for fixed in self._fixed.values()]
+            entry["fixed_on_gpu"] = [fixed.describe_variant() for fixed in list(self._fixed.values())]
         return entry
 
 
@@ -150,6 +159,9 @@ class Operation:
         route = self.route(examples)
         for rows in {min(examples, chunk), examples % chunk if examples > chunk else 0} - {0}:
             part = (rows, *shape[1:])
+            if route.has_orphan(part):
+                with freeing([route.unfix(part)]):
+                    self._own.pop(part, None)
             route.fix(part, read, self._rule)
             if route.is_fixed(part):
                 self._kept.drop(part)  # calls that would be taken in its place
@@ -197,7 +209,7 @@ class Operation:
             checked = self.check(array)
             shared = self.route(len(checked)).any_batch.to_device(checked)
         else:
-            shared = from_dlpack(array, self._boundary, self.routes[0].any_batch.device, name)
+            shared = from_dlpack(array, self._boundary, self.route(_rows(array)).any_batch.device, name)
         route, found = self.route(len(shared)), None
         if (fixed := route.session(shared.shape)).replays_on_device:
             with suppress_engine_errors:  # else the session for any batch tries, or says why not
@@ -248,6 +260,14 @@ class Operation:
         if asked is not None:
             return check_count(asked, "batch_size")
         return max(1, min(_CHUNK_EXAMPLES, _CHUNK_VALUES // self._boundary.largest(shape)))
+
+
+def _rows(array: Any) -> int:
+    """How many examples another library's array has; 1 where it does not say."""
+    try:
+        return max(1, int(array.shape[0]))
+    except (AttributeError, IndexError, TypeError, ValueError):
+        return 1
 
 
 def _route(routes: Sequence[Route], examples: int) -> Route:

@@ -3,9 +3,9 @@
 PyTorch hands out pinned memory in this way; here it is ordinary memory that is registered with the driver (NVIDIA's
 CUDA Driver API, "Memory Management"), so that a forked child can read it.
 
-A copy that the caller begins from such memory to a GPU, as torch's `to("cuda", non_blocking=True)` does, is under way
+A copy that the caller begins from such memory to any GPU, as torch's `to("cuda", non_blocking=True)` does, is under way
 when the result is let go of, where from other memory the driver would have taken all of it before. So memory is used
-again when the GPU has nothing to do any more.
+again when no GPU has anything to do any more.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from .cuda import await_everyone
 from .preprocess import Float32
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class ResultMemory:
 
     def _take_idle(self) -> NDArray[np.uint8] | None:
         piece = self._idle.pop()
-        if self._stream.await_everyone():
+        if await_everyone():
             return piece
         self._idle.append(piece)
         return None

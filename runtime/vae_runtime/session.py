@@ -138,6 +138,11 @@ class GraphSession:
         return self._only_call is None or self._only_call.may_run()
 
     @property
+    def is_orphan(self) -> bool:
+        """Whether it serves one thread alone, which has ended."""
+        return self._only_call is not None and self.owner.has_ended
+
+    @property
     def captured_call(self) -> CapturedCall | None:
         """What runs it as one launch, where something does."""
         return self._only_call if isinstance(self._only_call, CapturedCall) else None
@@ -344,20 +349,22 @@ def freeing(sessions: Iterable[GraphSession]) -> Iterator[None]:
     """While it lasts, these may be freed without harm: to a CUDA graph that another thread captures, as cuBLAS and
     cuDNN wait for the whole GPU then, and to which GPU is this thread's own, which onnxruntime changes."""
     mine = (session for session in sessions if session.device.is_gpu and not session.owner.forked)
-    on_gpus = [(session.device.provider, session._memory) for session in mine]
+    on_gpus = sorted({session._memory for session in mine})
     del sessions, mine  # or they would not be freed
     with contextlib.ExitStack() as entered:
-        for memory in sorted({memory for _, memory in on_gpus}):
+        for memory in on_gpus:
             if not _keep_if_lost(memory[1]):
+                with contextlib.suppress(DeviceError):  # while others capture a graph
+                    await_others(memory)
                 entered.enter_context(made_current(memory))
-        if any(provider == CUDA for provider, _ in on_gpus):
+        if on_gpus:
             entered.enter_context(capturing)
         yield
 
 
 def alone_on(device: Device) -> contextlib.AbstractContextManager[object]:
     """While it lasts, no other thread captures a CUDA graph, which opening or freeing a session would spoil."""
-    return capturing if device.provider == CUDA else contextlib.nullcontext()
+    return capturing if device.is_gpu else contextlib.nullcontext()
 
 
 def _open(

@@ -64,6 +64,7 @@ struct Stream {
   int mode = cudaStreamCaptureModeGlobal;  // of the capture
   std::thread::id capturer;
   bool is_blocking = true;  // waits for the default stream, and it for this one
+  int device = 0;
 };
 Stream default_stream;
 std::set<Stream*> streams;
@@ -164,6 +165,7 @@ int a_binary;
 constexpr int kGpus = 2;
 char contexts_of_gpus[kGpus];
 thread_local int device_of_thread = 0;  // where the thread has no context
+std::atomic<bool> is_used[kGpus];
 
 std::atomic<int> lasting{0};
 
@@ -336,6 +338,7 @@ cudaError_t cudaMemsetAsync(void* target, int value, size_t size, cudaStream_t h
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* handle, unsigned flags) {
   Lock lock(mutex);
   auto* stream = new Stream;
+  cudaGetDevice(&stream->device);
   stream->is_blocking = (flags & cudaStreamNonBlocking) == 0;
   streams.insert(stream);
   *handle = reinterpret_cast<cudaStream_t>(stream);
@@ -364,7 +367,12 @@ cudaError_t cudaDeviceSynchronize() {
   Lock lock(mutex);
   if (lasting) return static_cast<cudaError_t>(lasting.load());
   if (spoils_a_capture()) return cudaErrorStreamCaptureUnsupported;
-  finish_all();
+  int mine;
+  cudaGetDevice(&mine);
+  finish(&default_stream);
+  for (Stream* stream : streams) {
+    if (stream->device == mine) finish(stream);
+  }
   return cudaSuccess;
 }
 
@@ -579,6 +587,7 @@ cudaError_t cudaGetDevice(int* device) {
 // As CUDA's runtime does: the context on top of the thread's stack gives way to the device's primary one.
 cudaError_t cudaSetDevice(int device) {
   if (device < 0 || device >= kGpus) return cudaErrorInvalidDevice;
+  is_used[device] = true;
   if (contexts.empty()) {
     device_of_thread = device;
   } else {
@@ -683,6 +692,13 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
 
 int cuDevicePrimaryCtxRetain(void** context, int device) {
   *context = &contexts_of_gpus[device];
+  is_used[device] = true;
+  return 0;
+}
+
+int cuDevicePrimaryCtxGetState(int device, unsigned* flags, int* active) {
+  *flags = 0;
+  *active = is_used[device];
   return 0;
 }
 
@@ -731,7 +747,6 @@ int cuMemHostUnregister(void* address) {
   Lock lock(mutex);
   if (contexts.empty()) return kNoContext;
   if (is_prohibited("cuMemHostUnregister")) return cudaErrorStreamCaptureUnsupported;
-  finish_all();
   pinned.erase(static_cast<char*>(address));
   return cudaSuccess;
 }

@@ -31,12 +31,14 @@ from vae_runtime import (
     OutOfMemoryError,
     device_array,
     device_call,
+    lending,
     plan,
     trial,
 )
 from vae_runtime import cuda as module
 from vae_runtime import session as session_module
 from vae_runtime.bound import Owner
+from vae_runtime.bundle import Bundle
 from vae_runtime.cuda import (
     CUDA,
     TENSORRT,
@@ -52,7 +54,8 @@ from vae_runtime.cuda_stream import Stream
 from vae_runtime.device_array import copy_to_device
 from vae_runtime.device_call import CapturedCall, DeviceCall
 from vae_runtime.devices import CPU, Device, find_device, usable_devices
-from vae_runtime.engine import import_engine
+from vae_runtime.engine import import_engine, ort_value_from_dlpack
+from vae_runtime.plan import Candidate
 from vae_runtime.preprocess import UNIT_INTERVAL
 from vae_runtime.session import GraphSession, _open_error
 
@@ -136,10 +139,11 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(module, "_of_thread", threading.local())  # what this one is told, a real one is not
         engine = SimpleNamespace(get_available_providers=lambda: list(providers), __file__="/nowhere/onnxruntime/x.py")
         monkeypatch.setattr(module, "import_engine", lambda: engine)
+        monkeypatch.setattr(module, "_libraries_are_there", [])
         for function in cached:
             function.cache_clear()
 
-    cached = (find_gpus, module._missing_cuda_libraries, module._missing_tensorrt, module._primary_context)
+    cached = (find_gpus, module._missing_tensorrt, module._primary_context)
     yield become
     for function in cached:
         function.cache_clear()
@@ -925,9 +929,14 @@ def test_copies_in_a_thread_of_their_own_disturb_no_capture(both: tuple[VAE, VAE
 
 
 @with_gpu
-def test_results_may_be_copied_after_they_are_let_go_of(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As by torch's `to("cuda", non_blocking=True)`: from memory that the driver knows, such a copy is under way when
-    the array is gone, and the next call must not write there yet."""
+@pytest.mark.parametrize("other", [0, 1])
+def test_results_may_be_copied_after_they_are_let_go_of(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch, other: int
+) -> None:
+    """As by torch's `to("cuda", non_blocking=True)`: from memory that the driver knows, such a copy, be it to another
+    GPU, is under way when the array is gone, and the next call must not write there yet."""
+    if other >= len(find_gpus()[0]):
+        pytest.skip("there is one GPU only")
     monkeypatch.setattr(trial, "_relative_time", lambda call, plain: 0.5)
     monkeypatch.setattr(device_call, "_LARGE", 20)
     driver, own = module.driver(), ctypes.c_void_p()
@@ -935,18 +944,18 @@ def test_results_may_be_copied_after_they_are_let_go_of(tiny_path: Path, monkeyp
         gpu.warmup([2])
         first, second = (np.random.default_rng(seed).normal(size=(2, 4)).astype(np.float32) for seed in (1, 2))
         gpu.decode(first)
-        there = import_engine().OrtValue.ortvalue_from_shape_and_type((2, 1, 8, 8), np.float32, "cuda", 0)
-        with module.ContextOf(0):
+        with module.ContextOf(other):
+            there = import_engine().OrtValue.ortvalue_from_shape_and_type((2, 1, 8, 8), np.float32, "cuda", other)
             assert driver.cuStreamCreate(ctypes.byref(own), 1) == 0
         for latents in (first, second):  # the next one's call comes while this one's copy is under way
             image = gpu.decode(latents)
-            with module.ContextOf(0):
+            with module.ContextOf(other):
                 source = ctypes.c_void_p(image.ctypes.data)
                 size = ctypes.c_size_t(image.nbytes)
                 assert driver.cuMemcpyHtoDAsync_v2(ctypes.c_uint64(there.data_ptr()), source, size, own) == 0
             del image
             gpu.decode(-latents)
-            with module.ContextOf(0):
+            with module.ContextOf(other):
                 assert driver.cuStreamSynchronize(own) == 0
                 found = there.numpy()
             np.testing.assert_allclose(found, cpu.decode(latents), atol=1e-5)
@@ -979,7 +988,8 @@ def test_the_threads_own_gpu_stays_its_own(tiny_path: Path) -> None:
 
 @with_gpu
 @pytest.mark.parametrize("options", [{}, {"user_compute_stream": "0"}])
-def test_a_gpu_that_is_lost_does_not_end_the_process(tiny_path: Path, options: dict[str, str]) -> None:
+@pytest.mark.parametrize("status", [220, 700, 710])  # of NVLink, an illegal address, an assertion on the device
+def test_a_gpu_that_is_lost_does_not_end_the_process(tiny_path: Path, options: dict[str, str], status: int) -> None:
     """Only the stand-in for CUDA can be asked to fail so."""
     if not hasattr(module.driver(), "cuda_stand_in_fail"):
         pytest.skip("a real GPU would have to be broken")
@@ -990,7 +1000,7 @@ vae = VAE.load({str(tiny_path)!r}, device="cuda", provider_options={options!r})
 x = vae.golden()["x"]
 vae.warmup([len(x)])
 vae.encode(x)
-cuda.driver().cuda_stand_in_fail(700)
+cuda.driver().cuda_stand_in_fail({status})
 for part in (x, x[:1]):
     try:
         vae.encode(part)
@@ -1003,6 +1013,75 @@ print("closed")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.stdout.split(), done.returncode) == (["told", "told", "closed"], 0), done.stderr
+
+
+class _Foreign:
+    """Another library's array on GPU 0."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.shape = array.shape
+        self._value = import_engine().OrtValue.ortvalue_from_numpy(array, "cuda", 0)
+
+    def __dlpack__(self, *, stream: int) -> Any:
+        return self._value._ortvalue.to_dlpack()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0
+
+
+@with_gpu
+@pytest.mark.parametrize("sizes", [(), (2,)])
+def test_results_that_others_let_go_of_are_freed_in_calls_with_their_arrays(
+    tiny_path: Path, sizes: tuple[int, ...]
+) -> None:
+    with VAE.load(tiny_path, device="cuda") as vae:
+        vae.warmup(sizes)
+        given = _Foreign(vae.golden()["x"][:2])
+        for _ in range(10):
+            ort_value_from_dlpack(vae.encode_to_device(given).mean.__dlpack__(stream=1))
+            assert len(lending.returned(0)) <= 2
+    assert lending.returned(0) == []  # nor after the end
+
+
+@with_gpu
+def test_arrays_on_the_device_take_the_route_of_their_batch(tiny_path: Path) -> None:
+    on_cpu, on_gpu = Candidate("cpu", "fp32", None), Candidate("cuda:0", "fp32", None)
+    for first, second in ((on_cpu, on_gpu), (on_gpu, on_cpu)):
+        plan = {half: [(1, first), (4, second)] for half in ("encode", "decode")}
+        with VAE(Bundle.open(tiny_path), plan) as vae:
+            x = np.resize(vae.golden()["x"], (6, 1, 8, 8))
+            for count in (2, 6):
+                mean = vae.encode_to_device(x[:count]).mean
+                assert mean.device[0] == (first if count < 4 else second).device.partition(":")[0]
+                found = vae.decode_to_device(mean).numpy()
+                np.testing.assert_allclose(found, vae.reconstruct(x[:count]), atol=1e-5)
+            few, many = (2, 6) if first is on_gpu else (6, 2)
+            given = _Foreign(x[:few])
+            np.testing.assert_allclose(vae.encode_to_device(given).mean.numpy(), vae.encode(x[:few]).mean, atol=1e-5)
+            with pytest.raises(InputError, match=r"inputs is on cuda:0; expected .* on cpu:0"):
+                vae.encode_to_device(_Foreign(x[:many]))
+
+
+@with_gpu
+def test_a_shape_is_warmed_up_again_after_its_threads_end(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "_relative_time", lambda call, plain: 0.5)
+    kept, served = [], []
+    with VAE.load(tiny_path, device="cuda") as vae:
+        x = vae.golden()["x"][:2]
+        route = vae._open_operations()[0].routes[0]
+
+        def work() -> None:
+            vae.warmup([2])
+            kept.append(weakref.ref(route._fixed[x.shape]))
+            served.append(route.session(x.shape) is not route.any_batch)
+            np.testing.assert_allclose(vae.encode(x).mean, vae.golden()["mean"][:2], atol=1e-5)
+
+        for _ in range(2):
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+        assert served == [True, True]
+        assert (kept[0](), vae.plan["encode"][0]["fixed_batches"]) == (None, [2])
 
 
 @with_gpu

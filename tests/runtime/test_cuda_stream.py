@@ -54,7 +54,8 @@ class Driver:
         self.pinned: dict[int, Any] = {}
         self.registered: dict[int, int] = {}  # address -> bytes
         self.made = 0  # streams
-        self.waits_for_all = 0
+        self.used = {0}  # GPUs, by this process
+        self.waited_for: list[int] = []  # GPUs as a whole
         self.captured: list[Node] | None = None
         self.graphs: list[list[Node]] = []  # by handle, from 1
         self.alive: set[int] = set()  # graphs that can be launched
@@ -64,7 +65,7 @@ class Driver:
 
     def __getattr__(self, name: str) -> Callable[..., int]:
         def call(*arguments: Any) -> int:
-            if name not in ("cuCtxPushCurrent_v2", "cuDeviceGet", "cuDevicePrimaryCtxRetain"):
+            if name not in ("cuCtxPushCurrent_v2", "cuDeviceGet") and not name.startswith("cuDevicePrimaryCtx"):
                 assert self.stack, f"{name} without a context"
             if (status := self.status.get(name, 0)) == 0 or name == "cuStreamEndCapture":  # which ends it in any case
                 getattr(self, f"do_{name}")(*arguments)
@@ -77,6 +78,9 @@ class Driver:
 
     def do_cuDevicePrimaryCtxRetain(self, context: Any, device: ctypes.c_int) -> None:
         context._obj.value = CONTEXT + device.value
+
+    def do_cuDevicePrimaryCtxGetState(self, device: ctypes.c_int, flags: Any, is_used: Any) -> None:
+        is_used._obj.value = device.value in self.used
 
     def do_cuCtxPushCurrent_v2(self, context: ctypes.c_void_p) -> None:
         self.stack.append(context.value)
@@ -193,7 +197,7 @@ class Driver:
 
     def do_cuCtxSynchronize(self) -> None:
         Driver.finish(self)  # whatever a test has put in its place
-        self.waits_for_all += 1
+        self.waited_for.append((self.stack[-1] or 0) - CONTEXT)
 
     def do_cuStreamSynchronize(self, stream: ctypes.c_void_p) -> None:
         self.finish()
@@ -210,6 +214,7 @@ def driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     with pytest.MonkeyPatch.context() as patch:
         for module in (cuda, cuda_stream, cuda_graph):
             patch.setattr(module, "driver", lambda: found)
+        patch.setattr(cuda, "find_gpus", lambda: ((None, None, None), None))
         patch.setattr(cuda, "_of_thread", threading.local())  # what this one is told, a real one is not
         patch.setattr(cuda_stream, "_of_thread", threading.local())
         patch.setattr(cuda_stream, "_registered", {})
@@ -455,13 +460,18 @@ def test_memory_for_results_is_used_again_when_the_last_view_is_gone(driver: Dri
     second = memory.take()
     assert second is not None
     assert second.ctypes.data != address  # the view has it
-    assert driver.waits_for_all == 0
+    assert driver.waited_for == []
+    driver.used.add(2)  # by torch, say, whose copies there may read the memory too
     del view
     third = memory.take()
     assert third is not None
     assert third.ctypes.data == address
-    assert driver.waits_for_all == 1
+    assert driver.waited_for == [0, 2]
     assert len(driver.registered) == 2
+    del second
+    third = memory = None
+    gc.collect()
+    assert (driver.registered, driver.waited_for) == ({}, [0, 2] * 3)  # before the driver forgets each
 
 
 def test_memory_that_may_be_in_use_by_others_is_not_used_again(driver: Driver) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import subprocess
 import sys
 from pathlib import Path
@@ -149,13 +150,13 @@ def test_memory_that_was_lent_is_kept_until_work_on_it_is_waited_for(
     capsules.clear()
     assert lending.returned(1) == []
     del there[0]
-    (address,) = lending.returned(1)
+    (loan,) = lending.returned(1)
     assert lending.returned(0) == []
     await_others(("cuda", 0))
-    assert (waits, lending.returned(1)) == ([], [address])
+    assert (waits, lending.returned(1)) == ([], [loan])
     await_others(GPU)
     assert (waits, lending.returned(1)) == ([("default", 1)], [])
-    lending.take_back([address])  # as another thread that saw it too
+    lending.take_back([loan])  # as another thread that saw it too
     there.clear()
     assert len(lending.returned(1)) == 1
     await_others(GPU)
@@ -164,11 +165,58 @@ def test_memory_that_was_lent_is_kept_until_work_on_it_is_waited_for(
     assert array.numpy().shape == (2, 4)
 
 
-def test_what_is_let_go_of_after_the_interpreters_end_is_onnxruntimes_again(tiny_path: Path) -> None:
+def test_an_address_that_comes_again_is_another_loan() -> None:
+    """Freed by one thread while another waits, memory may hold the next array's capsule, which nobody waited for."""
+    freed: list[int] = []
+    delete = lending._Deleter(freed.append)
+    managed = lending._Managed(deleter=ctypes.cast(delete, ctypes.c_void_p).value)
+    new = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
+        ("PyCapsule_New", ctypes.pythonapi)
+    )
+    capsule = new(ctypes.addressof(managed), b"dltensor", None)
+
+    def lend_and_let_go() -> list[lending.Loan]:
+        managed.tensor.data, managed.deleter = 0x7F0000000000, ctypes.cast(delete, ctypes.c_void_p).value
+        lending.lend(capsule, 7)
+        assert lending.returned(7) == []
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(managed.deleter)(ctypes.addressof(managed))
+        return lending.returned(7)
+
+    first = lend_and_let_go()
+    lending.take_back(first)
+    second = lend_and_let_go()
+    lending.take_back(first)
+    assert (len(freed), lending.returned(7)) == (1, second)
+    lending.take_back(second)
+    assert (len(freed), lending.returned(7)) == (2, [])
+
+
+def test_an_exception_under_way_survives_the_letting_go(
+    tiny: VAE, images: np.ndarray, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A consumer's temporary is freed amid the error that it caused, where nothing of Python may be called."""
+    torch = pytest.importorskip("torch")
+
+    def lent() -> Any:
+        capsule = tiny.encode_to_device(images[:2]).mean._value._ortvalue.to_dlpack()
+        lending.lend(capsule, 1)
+        return torch.from_dlpack(capsule)
+
+    with pytest.raises(RuntimeError, match="shape '\\[17\\]' is invalid"):
+        lent().view(17)
+    with pytest.raises(AttributeError, match="nonsense"):
+        lent().nonsense  # noqa: B018
+    loans = lending.returned(1)
+    assert len(loans) == 2
+    lending.take_back(loans)
+    assert capfd.readouterr().err == ""
+
+
+def test_arrays_may_be_let_go_of_after_the_interpreters_end(tiny_path: Path) -> None:
     code = f"""
 import atexit
 kept = []
-atexit.register(lambda: (kept.clear(), print(lending._returned)))  # the first to be registered is the last to run
+atexit.register(lambda: (kept.clear(), print(len(lending.returned(0)))))  # the first registered is the last to run
 import numpy as np
 import torch
 from vae_runtime import VAE, lending
@@ -178,7 +226,7 @@ kept.append(torch.from_dlpack(capsule))
 """
     pytest.importorskip("torch")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr, done.returncode) == ("[]\n", "", 0)
+    assert (done.stdout, done.stderr, done.returncode) == ("1\n", "", 0)
 
 
 def test_arrays_on_a_gpu_are_finished_and_aligned(
@@ -207,6 +255,11 @@ def test_arrays_on_a_gpu_are_finished_and_aligned(
     assert from_dlpack(OnGpu(flat[4:].view(2, 1, 8, 8)), boundary, device, "images").shape == (2, 1, 8, 8)
     assert waits == [("default", 0)]
     assert made_current == [("cpu", 0)]
+    taken: list[Any] = []
+    monkeypatch.setattr(device_array, "returned", lambda index: ["let go of before the wait"] if not waits[2:] else [])
+    monkeypatch.setattr(device_array, "take_back", lambda loans: taken.append((*loans, len(waits))))
+    from_dlpack(OnGpu(flat[4:].view(2, 1, 8, 8)), boundary, device, "images")
+    assert taken == [("let go of before the wait", 2)]
     with pytest.raises(InputError, match=r"images begins at an address that is no multiple of 16, .*; pass a copy"):
         from_dlpack(OnGpu(flat[3:-1].view(2, 1, 8, 8)), boundary, device, "images")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import logging
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vae_runtime.arguments import check_choice, check_count, check_positive
+from vae_runtime.arguments import check_choice, check_count, check_number
 from vae_runtime.codec import UINT8
 from vae_runtime.errors import ExportError, InputError
 from vae_runtime.manifest import (
@@ -75,7 +74,11 @@ _NONE: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    """What all three ways of exporting take alike, see `export_bundle`; name and golden are settled."""
+    """What all three ways of exporting take alike, see `export_bundle`; name and golden are settled.
+
+    Raises:
+        InputError: one of them breaks a rule.
+    """
 
     path: str | os.PathLike[str]
     name: str
@@ -89,6 +92,9 @@ class _Options:
     scores: Sequence[str] | None
     progress: Progress | None
     force: bool
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tolerance", check_number(self.tolerance, "tolerance", above=0))
 
 
 @dataclass(frozen=True)
@@ -379,9 +385,7 @@ def export_bundle(
     """
     check_choice(kind, "kind", KINDS)
     check_choice(golden, "golden", ("examples", "synthetic"))
-    check_positive(latent_scale, "latent_scale")
-    if isinstance(latent_shift, bool) or not isinstance(latent_shift, (int, float)) or not math.isfinite(latent_shift):
-        raise InputError(f"latent_shift is {latent_shift!r}; expected a finite number")
+    scale, shift = check_number(latent_scale, "latent_scale", above=0), check_number(latent_shift, "latent_shift")
     spec, x = check_examples(examples, colour, resize)
     if multiple_of is not None:
         spec = free_size(spec, check_count(multiple_of, "multiple_of"), always=True)
@@ -391,8 +395,8 @@ def export_bundle(
         kind=kind,
         input_range=image_range(input_range, spec),
         logits=logits,
-        latent_scale=float(latent_scale),
-        latent_shift=float(latent_shift),
+        latent_scale=scale,
+        latent_shift=shift,
         spread=spread,
     )
     options = _Options(
@@ -496,7 +500,6 @@ def _check(spec: InputSpec, inputs: _Inputs, options: _Options) -> OnData:
         progress=options.progress,
     )
     check_choice(options.golden, "golden", GOLDEN_SOURCES)
-    check_positive(options.tolerance, "tolerance")
     check_output(options.path, options.force)
     return on_data
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vae_runtime.arguments import check_number
 from vae_runtime.errors import BundleError, InputError
 from vae_runtime.manifest import BINARIZE_MODES, Likelihood
 
@@ -21,6 +22,8 @@ def parse_likelihood(given: Mapping[str, Any] | str | None) -> Likelihood | None
         return None
     if not isinstance(given, (str, Mapping)):
         raise InputError(f"likelihood is {given!r:.80}; {RULE}, or a dict such as {{'type': 'bernoulli'}}")
+    if isinstance(given, Mapping) and "scale" in given:
+        given = {**given, "scale": check_number(given["scale"], "likelihood.scale")}
     try:
         return Likelihood.from_dict(_expand(given) if isinstance(given, str) else given)
     except BundleError as error:

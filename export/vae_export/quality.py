@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vae_runtime.errors import InputError
+from vae_runtime.arguments import check_number
 
 NOISE_SEED = 0  # of the one posterior draw per example that -ELBO is measured with, the same in every precision
 DIGITS = 6  # of a measured figure in the manifest; errors have two
@@ -37,8 +37,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name, value in self.to_dict().items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise InputError(f"budget.{name} is {value!r}; expected a finite number from 0")
+            object.__setattr__(self, name, check_number(value, f"budget.{name}", least=0))
 
     def to_dict(self) -> dict[str, float]:
         return {"psnr_db": self.psnr_db, "nats_per_dimension": self.nats_per_dimension}

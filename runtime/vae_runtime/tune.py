@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from .arguments import as_float
 from .bundle import Bundle
 from .cache import make_cache_folder
 from .devices import ALL_PRECISIONS, PROVIDER_PRECISIONS, usable_devices
@@ -58,7 +59,7 @@ def tune(
         BundleError: as `VAE.load`. InputError: a device that is not usable, seconds out of range. DeviceError: nothing
             could be measured. OutputError: the cache folder cannot be written.
     """
-    if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 < seconds <= 3600:
+    if not 0 < as_float(seconds) <= 3600:
         raise InputError(f"seconds is {seconds!r}; expected a number above 0, at most 3600")
     tell = progress or (lambda line: None)
     bundle = Bundle.open(path)

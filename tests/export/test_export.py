@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from vae_export import export_bundle, export_checkpoint
+from vae_export import Budget, export_bundle, export_checkpoint
 from vae_runtime import VAE
 from vae_runtime.errors import ExportError, InputError, OutputError
+from vae_runtime.manifest import Likelihood
 from vae_runtime.preprocess import to_model_input
 
 
@@ -103,6 +104,21 @@ def test_two_modules_become_a_bundle_with_scaled_latents(pair, tmp_path: Path) -
     np.testing.assert_allclose(posterior.mean, (mean - 0.5) * 0.25, atol=1e-5)
     np.testing.assert_allclose(posterior.logvar, logvar + 2 * np.log(0.25), atol=1e-4)
     np.testing.assert_allclose(vae.decode(posterior.mean), expected, atol=1e-5)
+
+
+def test_numbers_of_numpy_are_numbers(pair, tmp_path: Path) -> None:
+    half = np.float32(0.5)
+    numbers = {"latent_scale": half, "latent_shift": np.int8(1), "tolerance": np.float32(1e-4)}
+    budget = Budget(half, np.float64(1))
+    export_bundle(
+        *pair, tmp_path / "a.vae", examples=X, **numbers, budget=budget, likelihood={"type": "gaussian", "scale": half}
+    )
+    manifest = VAE.load(tmp_path / "a.vae").manifest  # JSON holds no others
+    assert manifest.likelihood == Likelihood("gaussian", scale=0.5)
+    assert manifest.budget == {"psnr_db": 0.5, "nats_per_dimension": 1}
+    export_bundle(*pair, tmp_path / "b.vae", examples=X, latent_scale=0.5, latent_shift=1)
+    for file in ("encoder.onnx", "decoder.onnx"):
+        assert (tmp_path / "a.vae" / file).read_bytes() == (tmp_path / "b.vae" / file).read_bytes()
 
 
 def test_an_autoencoder_from_torch_tensors(tmp_path: Path) -> None:

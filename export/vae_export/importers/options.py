@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vae_runtime.arguments import check_number
 from vae_runtime.errors import CheckpointError, InputError, MissingExtraError
 from vae_runtime.manifest import KINDS, Shape
 
@@ -66,10 +66,10 @@ def check_options(options: ImportOptions, factory: bool = False, pickles: bool =
     for name, allowed in (("kind", KINDS), ("input_range", INPUT_RANGES)):
         if getattr(options, name) not in (None, *allowed):
             raise wrong_option(options, name, f"; expected one of {', '.join(allowed)}")
-    if options.latent_scale is not None and not 0 < options.latent_scale < math.inf:
-        raise wrong_option(options, "latent_scale", "; expected a finite number above 0")
-    if options.latent_shift is not None and not math.isfinite(options.latent_shift):
-        raise wrong_option(options, "latent_shift", "; expected a finite number")
+    if options.latent_scale is not None:
+        check_number(options.latent_scale, flag(options, "latent_scale"), above=0)
+    if options.latent_shift is not None:
+        check_number(options.latent_shift, flag(options, "latent_shift"))
     if options.multiple_of is not None and options.multiple_of < 1:
         raise wrong_option(options, "multiple_of", "; expected 1 or more")
 

@@ -221,7 +221,7 @@ def main(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ExportWarning)
         settings = _Settings(golden=golden, precisions=names, budget=budget, keep=keep, prior=prior, force=force)
-        settings |= {"scores": _parse_scores(scores, calibrate), "calibrate_tile": calibrate_tile}
+        settings |= {"scores": _parse_scores(scores), "calibrate_tile": calibrate_tile}
         if tolerance is not None:
             settings["tolerance"] = tolerance
         request = _Request(source, target, name, origin, likelihood, data, calibrate, ImportOptions(**options))
@@ -449,12 +449,8 @@ def _parse_precisions(text: str) -> list[str]:
     return names
 
 
-def _parse_scores(text: str | None, calibrate: tuple[str, ...]) -> list[str] | None:
-    if text is None:
-        return None
-    if not calibrate:
-        raise InputError(f"--scores is {text!r} without --calibrate; it says which scores to calibrate")
-    return [name.strip() for name in text.split(",")]
+def _parse_scores(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",")]
 
 
 def _report_misses(manifest: Manifest) -> None:

@@ -200,7 +200,7 @@ def plan_on_data(
         fit = PriorFit(kind, components, to_model_input(prior_examples, example, "the prior's examples"))
     checked = None if calibrate is None else _check_calibration(calibrate, spec if spec.is_free else example, source)
     size = None if tile is None else _check_tile(tile, spec, calibrate)
-    return OnData(units, fit, checked, source, size, _check_scores(scores), progress)
+    return OnData(units, fit, checked, source, size, _check_scores(scores, calibrate), progress)
 
 
 def active_units(vae: VAE, examples: Float32 | Source, tile: int | None = None) -> ActiveUnits:
@@ -252,11 +252,13 @@ def _require_finite(values: NDArray[np.floating[Any]], what: str, names: Sequenc
         raise InputError(f"{what} of {names[row]} is {values[row]}: the model overflows there; leave it out")
 
 
-def _check_scores(scores: Sequence[str] | None) -> tuple[str, ...] | None:
+def _check_scores(scores: Sequence[str] | None, calibrate: Any) -> tuple[str, ...] | None:
     if scores is None:
         return None
     if isinstance(scores, str) or not scores or not set(scores) <= set(SCORE_METHODS):
         raise InputError(f"scores is {scores!r}; expected some of {', '.join(SCORE_METHODS)}")
+    if calibrate is None:
+        raise InputError(f"scores is {scores!r}, and nothing is calibrated; it says which scores are (--calibrate)")
     return tuple(dict.fromkeys(scores))
 
 

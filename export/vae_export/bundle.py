@@ -6,12 +6,12 @@ import hashlib
 import io
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vae_runtime.arguments import check_path
 from vae_runtime.atomic import atomic_folder, writing
 from vae_runtime.bundle import is_bundle_folder
 from vae_runtime.errors import OutputError
@@ -21,11 +21,12 @@ _NOTHING: Mapping[str, bytes] = MappingProxyType({})
 
 
 def check_output(path: str | os.PathLike[str], force: bool) -> None:
-    """Raise `OutputError` if a bundle may not be written to `path`, before any work is done.
+    """Raise `OutputError` if a bundle may not be written to `path`, or `InputError` if that is no path, before any work
+    is done.
 
     Only a bundle is ever replaced, and only with `force`.
     """
-    path = Path(path)
+    path = check_path(path, "path")
     with writing(path):
         if not path.parent.is_dir():
             raise OutputError(f"{path} cannot be written: there is no folder {path.parent}")

@@ -8,7 +8,6 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vae_runtime.arguments import check_choice, check_count, check_number
+from vae_runtime.arguments import check_choice, check_flag, check_number, check_path
 from vae_runtime.codec import UINT8
 from vae_runtime.errors import ExportError, InputError
 from vae_runtime.manifest import (
@@ -77,7 +76,7 @@ class _Options:
     """What all three ways of exporting take alike, see `export_bundle`; name and golden are settled.
 
     Raises:
-        InputError: one of them breaks a rule.
+        InputError: one of them breaks a rule. OutputError: as `check_output`.
     """
 
     path: str | os.PathLike[str]
@@ -94,7 +93,13 @@ class _Options:
     force: bool
 
     def __post_init__(self) -> None:
+        check_output(self.path, check_flag(self.force, "force"))
+        if not isinstance(self.name, str) or not self.name:
+            raise InputError(f"name is {self.name!r}; expected a string that is not empty")
         object.__setattr__(self, "tolerance", check_number(self.tolerance, "tolerance", above=0))
+        check_flag(self.keep, "keep")
+        if self.progress is not None and not callable(self.progress):
+            raise InputError(f"progress is {self.progress!r}; expected a function, progress(done, total), or None")
 
 
 @dataclass(frozen=True)
@@ -247,7 +252,7 @@ def export_imported(
         raise InputError(f"{wants} needs real inputs, and there are none; pass some (--data)")
     options = _Options(
         path=path,
-        name=name or imported.name,
+        name=imported.name if name is None else name,
         golden=golden,
         tolerance=tolerance,
         precisions=precisions,
@@ -307,7 +312,7 @@ def export_bundle(
     latent_scale: float = 1.0,
     latent_shift: float = 0.0,
     colour: str | None = None,
-    resize: str = "exact",
+    resize: str | None = None,
     multiple_of: int | None = None,
     golden: str = "examples",
     tolerance: float = 1e-5,
@@ -342,7 +347,7 @@ def export_bundle(
     logits: the decoder gives logits, and the graph gets the sigmoid that makes a reconstruction of them.
     latent_scale, latent_shift: the bundle's latents are (z - shift) · scale; logvar grows by 2·log(scale).
     colour: "grey" or "rgb"; None: by the number of channels. resize: "exact", "stretch" or "crop": how a picture file
-        of another size becomes an input.
+        of another size becomes an input; None: exact. Vectors have neither, and pictures of free size keep theirs.
     multiple_of: the bundle takes images of any height and width that are multiples of this, and latents of
         (C, height / multiple_of, width / multiple_of); None: images of the examples' size alone.
     golden: what the bundle's self-test compares: "examples", whose first 4 then travel with the bundle, or
@@ -386,22 +391,20 @@ def export_bundle(
     check_choice(kind, "kind", KINDS)
     check_choice(golden, "golden", ("examples", "synthetic"))
     scale, shift = check_number(latent_scale, "latent_scale", above=0), check_number(latent_shift, "latent_shift")
-    spec, x = check_examples(examples, colour, resize)
-    if multiple_of is not None:
-        spec = free_size(spec, check_count(multiple_of, "multiple_of"), always=True)
+    spec, x = check_examples(examples, colour, resize, multiple_of)
     parsed = parse_likelihood(likelihood)
     threshold = parsed is not None and parsed.binarize == "threshold"
     arguments = Arguments(
         kind=kind,
         input_range=image_range(input_range, spec),
-        logits=logits,
+        logits=check_flag(logits, "logits"),
         latent_scale=scale,
         latent_shift=shift,
         spread=spread,
     )
     options = _Options(
         path=path,
-        name=name or Path(path).stem,
+        name=check_path(path, "path").stem if name is None else name,
         golden=golden,
         tolerance=tolerance,
         precisions=precisions,
@@ -414,7 +417,6 @@ def export_bundle(
         force=force,
     )
     inputs = _Inputs(x, is_real=True, parts=None, golden=x, units=x, prior=x, calibrate=calibrate)
-    check_output(path, force)  # before any work
     modules = Modules(encoder, decoder)
     with _evaluation_mode(modules.encoder, modules.decoder):
         halves = modules.open(x, arguments, threshold)
@@ -487,7 +489,7 @@ def _export(
 
 
 def _check(spec: InputSpec, inputs: _Inputs, options: _Options) -> OnData:
-    """What is to be computed on data. Raises `InputError` and `OutputError` before any work is done."""
+    """What is to be computed on data. Raises `InputError` before any work is done."""
     on_data = plan_on_data(
         spec,
         inputs.units,
@@ -500,7 +502,6 @@ def _check(spec: InputSpec, inputs: _Inputs, options: _Options) -> OnData:
         progress=options.progress,
     )
     check_choice(options.golden, "golden", GOLDEN_SOURCES)
-    check_output(options.path, options.force)
     return on_data
 
 

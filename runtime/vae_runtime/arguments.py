@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Collection
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,16 @@ def as_float(value: Any) -> float:
         with contextlib.suppress(OverflowError):
             return float(value)
     return math.nan
+
+
+def check_path(value: Any, name: str) -> Path:
+    """The name of a folder, which need not be there."""
+    text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(text, str):
+        raise InputError(f"{name} is {value!r}; expected a str or an os.PathLike of one, the name of a folder")
+    if not text or "\0" in text:
+        raise InputError(f"{name} is {text!r}; expected the name of a folder, with a character and without a null one")
+    return Path(value)
 
 
 def check_flag(value: Any, name: str) -> bool:

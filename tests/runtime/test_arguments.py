@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from vae_runtime import InputError
-from vae_runtime.arguments import check_choice, check_count, check_flag, check_number, check_threads
+from vae_runtime.arguments import check_choice, check_count, check_flag, check_number, check_path, check_threads
+from vae_runtime.bundle import Bundle
 
 MOST_THREADS = max(256, 4 * (os.cpu_count() or 1))
 
@@ -57,6 +59,15 @@ def test_numpy_integers_are_whole_numbers() -> None:
     assert type(check_threads(np.uint8(2))) is int
     assert (check_threads(1), check_threads(256)) == (1, 256)
     assert check_threads(MOST_THREADS) == MOST_THREADS
+
+
+@pytest.mark.parametrize("value", [None, 5, b"a.vae", "", "a\0b"])
+def test_what_names_no_folder_is_refused(value: Any) -> None:
+    with pytest.raises(InputError, match=r"(?s)^path is .*; expected .*the name of a folder"):
+        check_path(value, "path")
+    with pytest.raises(InputError, match="path is"):
+        Bundle.open(value)
+    assert check_path("a.vae", "path") == check_path(Path("a.vae"), "path") == Path("a.vae")
 
 
 @pytest.mark.parametrize("value", [0, 1, "yes", None, np.int8(1)])

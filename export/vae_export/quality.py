@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vae_runtime.arguments import check_number
+from vae_runtime.fidelity import PSNR_BUDGET_DB
 
 NOISE_SEED = 0  # of the one posterior draw per example that -ELBO is measured with, the same in every precision
 DIGITS = 6  # of a measured figure in the manifest; errors have two
@@ -32,7 +33,7 @@ class Budget:
         InputError: one of them is no finite number from 0.
     """
 
-    psnr_db: float = 0.1
+    psnr_db: float = PSNR_BUDGET_DB
     nats_per_dimension: float = 0.005
 
     def __post_init__(self) -> None:

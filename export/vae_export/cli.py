@@ -28,7 +28,7 @@ from vae_runtime.version import __version__
 from . import importers
 from .bundle import check_output
 from .halves import reference_name
-from .imported import HELD_OUT, INPUT_RANGES, SPREADS, ImportOptions
+from .imported import GOLDEN, HELD_OUT, INPUT_RANGES, SPREADS, ImportOptions
 from .importers.hints import refuse_misstated, refuse_weights
 from .importers.options import FLAGS
 from .likelihood import parse_likelihood
@@ -137,7 +137,7 @@ class InputShape(click.ParamType):
     " active units.",
 )  # fmt: skip
 @click.option(
-    "--golden", type=click.Choice([HELD_OUT, "examples", "synthetic"]),
+    "--golden", type=click.Choice([HELD_OUT, *GOLDEN]),
     help="Inputs that travel in the bundle: the checkpoint's held-out ones, those of --data, or seeded noise."
     "  [default: held-out; with --data examples; for other sources synthetic]",
 )  # fmt: skip
@@ -318,7 +318,7 @@ def _export_imported(request: _Request, settings: _Settings) -> Manifest:
 
     if settings["golden"] == HELD_OUT:
         raise InputError(
-            f"--golden is {HELD_OUT!r}, which only a model.pt has; for {request.source} choose examples or synthetic"
+            f"--golden is {HELD_OUT!r}, which only a model.pt has; for {request.source} choose {' or '.join(GOLDEN)}"
         )
     imported = importers.load(request.source, request.origin, request.options)
     limit = IMPORTED_EXAMPLES_FP32 if settings["precisions"] == ["fp32"] else IMPORTED_EXAMPLES

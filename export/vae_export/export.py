@@ -12,8 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vae_runtime.arguments import check_choice, check_flag, check_number, check_path
 from vae_runtime.codec import UINT8
@@ -48,7 +47,7 @@ from .examples import (
 )
 from .graphs import DecoderGraph, EncoderGraph
 from .halves import HALF_NAMES, Halves, graph_file
-from .imported import HELD_OUT, Arguments, Imported
+from .imported import GOLDEN, HELD_OUT, Arguments, Imported
 from .importers.modules import Modules
 from .judge import CODEC_EXAMPLES, Judge
 from .likelihood import agree, parse_likelihood
@@ -65,7 +64,6 @@ _log = logging.getLogger(__name__)
 
 GOLDEN_COUNT = 4
 GOLDEN_TOLERANCE = 1e-4  # of fp32, at least: between machines and engine versions results differ by rounding
-GOLDEN_SOURCES = (HELD_OUT, "examples", "synthetic")
 SYNTHETIC_EXAMPLES = 4  # where an imported model comes without real ones
 DEFAULT_BUDGET = Budget()
 _NONE: Mapping[str, Any] = MappingProxyType({})
@@ -160,7 +158,9 @@ def export_checkpoint(
 
     Returns, raises and warns as `export_bundle` does.
     """
-    golden = golden or (HELD_OUT if examples is None else "examples")
+    golden = check_choice(
+        (HELD_OUT if examples is None else "examples") if golden is None else golden, "golden", (HELD_OUT, *GOLDEN)
+    )
     if golden == "examples" and examples is None:
         raise InputError(
             "golden is 'examples', but none were given; pass some (--data), or choose held-out or synthetic"
@@ -198,11 +198,8 @@ def export_checkpoint(
         calibrate_source=HELD_OUT if calibrates_own else "data",
     )
     model = checkpoint.build_model()
-    # The models of vae_training clamp logvar and end images in a sigmoid themselves.
-    threshold = checkpoint.likelihood.binarize == "threshold"
-    encoder = EncoderGraph(_Half(model, "encode"), checkpoint.kind, threshold=threshold, clamp=False)
     return _export(
-        Reference(encoder, DecoderGraph(_Half(model, "decode"), clamp=False)),
+        halves_of(model, checkpoint.kind, checkpoint.likelihood.binarize == "threshold"),
         free_size(spec, model.config.multiple_of),
         inputs,
         options,
@@ -245,8 +242,9 @@ def export_imported(
 
     Returns, raises and warns as `export_bundle` does.
     """
-    golden = golden or ("synthetic" if examples is None else "examples")
-    check_choice(golden, "golden", ("examples", "synthetic"))
+    golden = check_choice(
+        ("synthetic" if examples is None else "examples") if golden is None else golden, "golden", GOLDEN
+    )
     if examples is None and (golden == "examples" or set(precisions) - {"fp32"}):
         wants = "golden 'examples'" if golden == "examples" else f"precision {sorted(set(precisions) - {'fp32'})[0]!r}"
         raise InputError(f"{wants} needs real inputs, and there are none; pass some (--data)")
@@ -389,7 +387,7 @@ def export_bundle(
             latents carry no information or do not fit the prior, or methods leave out a part of their model.
     """
     check_choice(kind, "kind", KINDS)
-    check_choice(golden, "golden", ("examples", "synthetic"))
+    check_choice(golden, "golden", GOLDEN)
     scale, shift = check_number(latent_scale, "latent_scale", above=0), check_number(latent_shift, "latent_shift")
     spec, x = check_examples(examples, colour, resize, multiple_of)
     parsed = parse_likelihood(likelihood)
@@ -484,13 +482,13 @@ def _export(
         on_cuda=made.on_cuda,
     )
     files = {encoder: graphs[0], decoder: graphs[1], **made.graphs}
-    manifest, extra = on_data.measure(manifest, files)
-    return write_bundle(options.path, manifest, files, golden, options.force, extra)
+    manifest, more = on_data.measure(manifest, files)
+    return write_bundle(options.path, manifest, {**files, **more}, golden, options.force)
 
 
 def _check(spec: InputSpec, inputs: _Inputs, options: _Options) -> OnData:
     """What is to be computed on data. Raises `InputError` before any work is done."""
-    on_data = plan_on_data(
+    return plan_on_data(
         spec,
         inputs.units,
         prior=options.prior,
@@ -501,8 +499,6 @@ def _check(spec: InputSpec, inputs: _Inputs, options: _Options) -> OnData:
         scores=options.scores,
         progress=options.progress,
     )
-    check_choice(options.golden, "golden", GOLDEN_SOURCES)
-    return on_data
 
 
 def _try_out(halves: Halves, x: Float32, spec: InputSpec) -> dict[str, Float32]:
@@ -539,15 +535,18 @@ def _golden_values(halves: Halves, source: str, examples: Float32, spec: InputSp
     return {INPUT: x, **encoded, RECONSTRUCTION: reconstruction}
 
 
-class _Half(nn.Module):
-    """One method of a model as a module of its own."""
+def halves_of(model: nn.Module, kind: str, threshold: bool = False) -> Reference:
+    """The halves of a model of `vae_training`, which clamps logvar and ends images in a sigmoid itself. threshold: see
+    `EncoderGraph`."""
 
-    def __init__(self, model: nn.Module, method: str) -> None:
-        super().__init__()
-        self.model, self.method = model, method
+    def encode(model: Any, x: Tensor) -> Any:
+        return model.encode(x)
 
-    def forward(self, x: torch.Tensor) -> Any:
-        return getattr(self.model, self.method)(x)
+    def decode(model: Any, z: Tensor) -> Any:
+        return model.decode(z)
+
+    encoder = EncoderGraph(model, kind, threshold=threshold, clamp=False, call=encode)
+    return Reference(encoder, DecoderGraph(model, clamp=False, call=decode))
 
 
 @contextlib.contextmanager

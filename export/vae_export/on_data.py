@@ -33,7 +33,7 @@ from vae_runtime.vae import VAE
 
 from .in_memory import run_in_memory
 from .prior import PriorFit, parse_prior
-from .quality import DIGITS, ExportWarning, significant
+from .quality import DIGITS, ExportWarning, significant, warn
 
 _log = logging.getLogger(__name__)
 
@@ -130,12 +130,11 @@ class OnData:
             if self.calibration is not None:
                 calibration = self._calibrate(vae, self.calibration)
         if manifest.kind == "vae" and latent.active_units is not None and not latent.active_units.active:
-            warnings.warn(
+            warn(
                 f"no unit of the latent space is active: the posterior's mean varies by less than {ACTIVE_VARIANCE}"
                 f" over {latent.active_units.examples} real inputs, so that latents carry no information about them;"
                 " the model has collapsed, or takes its inputs in another range",
                 InactiveUnitsWarning,
-                stacklevel=4,
             )
         return manifest._replace(latent=latent, calibration=calibration), files
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from vae_runtime.arguments import check_number
 from vae_runtime.fidelity import PSNR_BUDGET_DB
+from vae_runtime.warning_level import level_outside
 
 NOISE_SEED = 0  # of the one posterior draw per example that -ELBO is measured with, the same in every precision
 DIGITS = 6  # of a measured figure in the manifest; errors have two
@@ -20,6 +22,11 @@ class ExportWarning(UserWarning):
 
 class FewExamplesWarning(ExportWarning):
     """So few examples that measured quality and the fitted prior may not generalise."""
+
+
+def warn(message: str, category: type[ExportWarning]) -> None:
+    """Warn, with the line of whoever called the export."""
+    warnings.warn(message, category, stacklevel=level_outside("vae_export", "vae_runtime", "torch"))
 
 
 @dataclass(frozen=True)

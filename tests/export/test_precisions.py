@@ -609,8 +609,8 @@ def test_a_wrong_request_is_named_before_any_work(tmp_path: Path, options: dict[
 
 
 def test_the_warning_points_at_the_line_that_exports(tmp_path: Path) -> None:
-    options = {"examples": digits(9), "kind": "autoencoder", "precisions": ["int8"], "tolerance": 0}
-    with pytest.warns(FewExamplesWarning) as caught, pytest.raises(InputError, match="tolerance is 0"):
+    options = {"examples": digits(9), "kind": "autoencoder", "precisions": ["int8"], "prior": "none"}
+    with pytest.warns(FewExamplesWarning) as caught, pytest.raises(InputError, match="prior is 'none'"):
         export_bundle(*exact_pair(), tmp_path / "a.vae", **options)
     assert [warning.filename for warning in caught] == [__file__]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from vae_runtime.errors import CheckpointError, InputError, MissingExtraError
 from vae_runtime.manifest import KINDS, Shape
 
 from ..imported import INPUT_RANGES, Arguments, ImportOptions
-from ..quality import ExportWarning
+from ..quality import ExportWarning, warn
 
 FLAGS = {  # by field of ImportOptions
     "weights": "--weights",
@@ -108,12 +107,11 @@ def require_shape(shape: Shape | None, options: ImportOptions) -> Shape:
     if len(shape) == 1 and options.input_range is not None:
         raise wrong_option(options, "input_range", ", but the inputs are vectors, which have no range")
     if shape[2:] in ((1,), (3,)) and isinstance(shape[0], int) and shape[0] > _MOST_CHANNELS:
-        warnings.warn(
+        warn(
             f"{flag(options, 'input_shape')} is {'x'.join(map(str, shape))}, {shape[0]} channels of {shape[1]} by"
             f" {shape[2]} pixels; if channels come last there, permute in both halves, and pass"
             f" {shape[2]}x{shape[0]}x{shape[1]}",
             ExportWarning,
-            stacklevel=2,
         )
     if not free and options.multiple_of not in (None, 1):
         raise wrong_option(options, "multiple_of", f", but the inputs {shape} have no free size")

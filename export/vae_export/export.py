@@ -19,6 +19,7 @@ from vae_runtime.codec import UINT8
 from vae_runtime.errors import ExportError, InputError
 from vae_runtime.manifest import (
     GOLDEN_FILE,
+    HALF_NAMES,
     INPUT,
     KINDS,
     MEAN,
@@ -46,7 +47,7 @@ from .examples import (
     synthetic_inputs,
 )
 from .graphs import DecoderGraph, EncoderGraph
-from .halves import HALF_NAMES, Halves, graph_file
+from .halves import Halves, graph_file
 from .imported import GOLDEN, HELD_OUT, Arguments, Imported
 from .importers.modules import Modules
 from .judge import CODEC_EXAMPLES, Judge

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from vae_runtime.engine import first_line
-from vae_runtime.manifest import INPUT, LATENT, InputSpec, LatentSpec, Likelihood, Precision
+from vae_runtime.manifest import HALF_NAMES, INPUT, LATENT, InputSpec, LatentSpec, Likelihood, Precision
 from vae_runtime.preprocess import Float32
 
 from .activation_ranges import activation_inputs
 from .cuda_forms import for_cuda
 from .float16 import ConvertibleGraph
-from .halves import HALF_NAMES, Halves, Pair, ReducedHalf, ReducedPair, graph_file
+from .halves import Halves, Pair, ReducedHalf, ReducedPair, graph_file
 from .int8_search import LayerSearch
 from .judge import Judge
 from .quality import Budget, Measurement, significant

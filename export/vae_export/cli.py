@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
@@ -32,6 +32,7 @@ from .imported import GOLDEN, HELD_OUT, INPUT_RANGES, SPREADS, ImportOptions
 from .importers.hints import refuse_misstated, refuse_weights
 from .importers.options import FLAGS
 from .likelihood import parse_likelihood
+from .options import ExportOptions
 from .quality import Budget, ExportWarning
 
 if TYPE_CHECKING:
@@ -61,21 +62,13 @@ class _Request:
     options: ImportOptions
 
 
-class _Settings(TypedDict, total=False):
+class _Settings(ExportOptions, total=False):
     """What `export_checkpoint` and `export_imported` both take; what is not there is left to them."""
 
     golden: str | None
     tolerance: float
-    precisions: list[str]
-    budget: Budget
-    keep: bool
-    prior: str | None
     prior_examples: np.ndarray
     calibrate: Any
-    calibrate_tile: int | None
-    scores: list[str] | None
-    progress: Progress
-    force: bool
 
 
 class InputShape(click.ParamType):
@@ -307,7 +300,7 @@ def _export_ours(request: _Request, settings: _Settings) -> Manifest:
         spec = spec._replace(resize="crop")
     examples = _read_examples(request.data, spec, EXAMPLES_LIMIT) if request.data else None
     _read_more(request, settings, spec, checkpoint.config.is_fully_convolutional)
-    name = request.name or _default_name(checkpoint, request.source)
+    name = _default_name(checkpoint, request.source) if request.name is None else request.name
     return export_checkpoint(checkpoint, request.target, name=name, examples=examples, **settings)
 
 

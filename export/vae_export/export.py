@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from vae_runtime.tiling import Progress
 from vae_runtime.version import __version__
 from vae_training.checkpoint import Checkpoint
 
-from .bundle import check_output, write_bundle
+from .bundle import write_bundle
 from .examples import (
     check_examples,
     each_without_torch,
@@ -53,6 +53,7 @@ from .importers.modules import Modules
 from .judge import CODEC_EXAMPLES, Judge
 from .likelihood import agree, parse_likelihood
 from .on_data import LEAST_FOR_UNITS, OnData, plan_on_data
+from .options import DEFAULT_BUDGET, ExportOptions, Options
 from .plausibility import check_plausible
 from .quality import Budget, significant
 from .reference import Reference
@@ -66,39 +67,7 @@ _log = logging.getLogger(__name__)
 GOLDEN_COUNT = 4
 GOLDEN_TOLERANCE = 1e-4  # of fp32, at least: between machines and engine versions results differ by rounding
 SYNTHETIC_EXAMPLES = 4  # where an imported model comes without real ones
-DEFAULT_BUDGET = Budget()
 _NONE: Mapping[str, Any] = MappingProxyType({})
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Options:
-    """What all three ways of exporting take alike, see `export_bundle`; name and golden are settled.
-
-    Raises:
-        InputError: one of them breaks a rule. OutputError: as `check_output`.
-    """
-
-    path: str | os.PathLike[str]
-    name: str
-    golden: str
-    tolerance: float
-    precisions: Sequence[str]
-    budget: Budget
-    keep: bool
-    prior: str | None
-    calibrate_tile: int | None
-    scores: Sequence[str] | None
-    progress: Progress | None
-    force: bool
-
-    def __post_init__(self) -> None:
-        check_output(self.path, check_flag(self.force, "force"))
-        if not isinstance(self.name, str) or not self.name:
-            raise InputError(f"name is {self.name!r}; expected a string that is not empty")
-        object.__setattr__(self, "tolerance", check_number(self.tolerance, "tolerance", above=0))
-        check_flag(self.keep, "keep")
-        if self.progress is not None and not callable(self.progress):
-            raise InputError(f"progress is {self.progress!r}; expected a function, progress(done, total), or None")
 
 
 @dataclass(frozen=True)
@@ -131,16 +100,9 @@ def export_checkpoint(
     examples: np.ndarray | None = None,
     golden: str | None = None,
     tolerance: float = 1e-5,
-    precisions: Sequence[str] = ("fp32",),
-    budget: Budget = DEFAULT_BUDGET,
-    keep: bool = False,
-    prior: str | None = None,
     prior_examples: np.ndarray | None = None,
     calibrate: Any = None,
-    calibrate_tile: int | None = None,
-    scores: Sequence[str] | None = None,
-    progress: Progress | None = None,
-    force: bool = False,
+    **options: Unpack[ExportOptions],
 ) -> Manifest:
     """Write a trained checkpoint as a bundle.
 
@@ -149,13 +111,12 @@ def export_checkpoint(
         ones first.
     golden: where the 4 golden inputs come from: "held-out" (the checkpoint's), "examples" (the first of `examples`), or
         "synthetic" (seeded noise, no real input). None: "examples" if some are given, else "held-out".
-    precisions, budget, keep: see `export_bundle`. Without `examples`, the checkpoint's training examples calibrate, and
-        its held-out ones measure.
-    prior: see `export_bundle`. prior_examples: what it is fitted to; None: `examples`, else the checkpoint's training
-        examples.
+    prior_examples: what the prior is fitted to; None: `examples`, else the checkpoint's training examples.
     calibrate: see `export_bundle`; or "held-out", the checkpoint's own held-out examples. Active units are measured on
         these in any case, or on `examples` where they are fewer than 32.
-    tolerance, calibrate_tile, scores, progress, force: see `export_bundle`.
+    tolerance; options, which are precisions, budget, keep, prior, calibrate_tile, scores, progress and force: see
+        `export_bundle`. Without `examples`, the checkpoint's training examples calibrate precisions, and its held-out
+        ones measure them.
 
     Returns, raises and warns as `export_bundle` does.
     """
@@ -166,20 +127,7 @@ def export_checkpoint(
         raise InputError(
             "golden is 'examples', but none were given; pass some (--data), or choose held-out or synthetic"
         )
-    options = _Options(
-        path=path,
-        name=name,
-        golden=golden,
-        tolerance=tolerance,
-        precisions=precisions,
-        budget=budget,
-        keep=keep,
-        prior=prior,
-        calibrate_tile=calibrate_tile,
-        scores=scores,
-        progress=progress,
-        force=force,
-    )
+    checked = Options(path=path, name=name, golden=golden, tolerance=tolerance, **options)
     spec, own = checkpoint.input, checkpoint.examples
     held_out = to_model_input(own["held_out"].numpy(), spec, "examples")
     if examples is None:
@@ -203,7 +151,7 @@ def export_checkpoint(
         halves_of(model, checkpoint.kind, checkpoint.likelihood.binarize == "threshold"),
         free_size(spec, model.config.multiple_of),
         inputs,
-        options,
+        checked,
         checkpoint.likelihood,
         training={**checkpoint.dataset, "metrics": dict(checkpoint.metrics)},
     )
@@ -218,17 +166,10 @@ def export_imported(
     likelihood: Mapping[str, Any] | str | None = None,
     golden: str | None = None,
     tolerance: float = 1e-4,
-    precisions: Sequence[str] = ("fp32",),
-    budget: Budget = DEFAULT_BUDGET,
-    keep: bool = False,
-    prior: str | None = None,
     prior_examples: np.ndarray | None = None,
     unit_examples: np.ndarray | None = None,
     calibrate: Any = None,
-    calibrate_tile: int | None = None,
-    scores: Sequence[str] | None = None,
-    progress: Progress | None = None,
-    force: bool = False,
+    **options: Unpack[ExportOptions],
 ) -> Manifest:
     """Write a model from elsewhere as a bundle, verified against the library that it is from.
 
@@ -237,7 +178,7 @@ def export_imported(
     likelihood: see `export_bundle`; None: that of the source, if it states one.
     golden: "examples" or "synthetic"; None: examples where there are any.
     name: None takes that of `imported`.
-    tolerance, precisions, budget, keep, prior, calibrate, calibrate_tile, scores, progress, force: see `export_bundle`.
+    tolerance, calibrate; options, as of `export_checkpoint`: see `export_bundle`.
     prior_examples: real inputs that the prior is fitted to; None: `examples`. unit_examples: real inputs on which the
         active units are measured; None: `examples`, if there are at least 32.
 
@@ -246,23 +187,12 @@ def export_imported(
     golden = check_choice(
         ("synthetic" if examples is None else "examples") if golden is None else golden, "golden", GOLDEN
     )
-    if examples is None and (golden == "examples" or set(precisions) - {"fp32"}):
-        wants = "golden 'examples'" if golden == "examples" else f"precision {sorted(set(precisions) - {'fp32'})[0]!r}"
+    name = imported.name if name is None else name
+    checked = Options(path=path, name=name, golden=golden, tolerance=tolerance, **options)
+    reduced = sorted(set(checked.precisions) - {"fp32"})
+    if examples is None and (golden == "examples" or reduced):
+        wants = "golden 'examples'" if golden == "examples" else f"precision {reduced[0]!r}"
         raise InputError(f"{wants} needs real inputs, and there are none; pass some (--data)")
-    options = _Options(
-        path=path,
-        name=imported.name if name is None else name,
-        golden=golden,
-        tolerance=tolerance,
-        precisions=precisions,
-        budget=budget,
-        keep=keep,
-        prior=prior,
-        calibrate_tile=calibrate_tile,
-        scores=scores,
-        progress=progress,
-        force=force,
-    )
     spec = example_spec(imported, examples)
     stated = parse_likelihood(imported.likelihood)
     parsed = agree(parse_likelihood(likelihood), stated)
@@ -289,7 +219,7 @@ def export_imported(
         halves,
         spec,
         inputs,
-        options,
+        checked,
         parsed,
         input_range=imported.input_range if spec.is_image else range_of_means(parsed),
         origin=imported.origin,
@@ -401,7 +331,7 @@ def export_bundle(
         latent_shift=shift,
         spread=spread,
     )
-    options = _Options(
+    options = Options(
         path=path,
         name=check_path(path, "path").stem if name is None else name,
         golden=golden,
@@ -427,7 +357,7 @@ def _export(
     halves: Halves,
     spec: InputSpec,
     inputs: _Inputs,
-    options: _Options,
+    options: Options,
     likelihood: Likelihood | None,
     *,
     input_range: str | None = None,
@@ -487,7 +417,7 @@ def _export(
     return write_bundle(options.path, manifest, {**files, **more}, golden, options.force)
 
 
-def _check(spec: InputSpec, inputs: _Inputs, options: _Options) -> OnData:
+def _check(spec: InputSpec, inputs: _Inputs, options: Options) -> OnData:
     """What is to be computed on data. Raises `InputError` before any work is done."""
     return plan_on_data(
         spec,

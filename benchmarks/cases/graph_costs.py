@@ -28,13 +28,13 @@ import torch
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.calibrate import CalibrationDataReader
 from onnxruntime.quantization.shape_inference import quant_pre_process
-from profile_operators import CASES, HALVES, Profile, open_session, profile_graph
+from profile_operators import CASES, Profile, open_session, profile_graph
 from reporting import RESULTS, machine, table_row, write_report
 from torch import nn
 
 from vae_export import export_checkpoint
 from vae_runtime.bundle import Bundle
-from vae_runtime.manifest import InputSpec, Likelihood
+from vae_runtime.manifest import HALF_NAMES, InputSpec, Likelihood
 from vae_training.checkpoint import Checkpoint
 from vae_training.models import build_model, count_macs, count_parameters, default_config
 
@@ -139,13 +139,13 @@ def write_bundle(folder: Path, name: str) -> dict[str, Any]:
             "macs": macs["encode" if half == "encoder" else "decode"],
             "bytes": manifest.files[f"{half}.onnx"].bytes,
         }
-        for half in HALVES
+        for half in HALF_NAMES
     }
 
 
 def read_graphs(path: Path) -> Graphs:
     bundle = Bundle.open(path)
-    return {half: bundle.read(f"{half}.onnx") for half in HALVES}
+    return {half: bundle.read(f"{half}.onnx") for half in HALF_NAMES}
 
 
 def randomise(model: nn.Module) -> None:
@@ -208,7 +208,7 @@ def races(now: Mapping[str, Graphs], before: Mapping[str, Graphs]) -> list[dict[
     """Every family against the reference and against what it was before; batch 1 on one thread, 32 on two."""
     rows = []
     reference = reference_graphs()
-    for half in HALVES:
+    for half in HALF_NAMES:
         for batch, threads in CASES:
             for name, graphs in now.items():
                 field = {"reference": reference[half], "now": graphs[half], "int8": quantize(graphs[half])}
@@ -291,7 +291,7 @@ def quantize(graph: bytes) -> bytes:
 def profile_all(now: Mapping[str, Graphs], before: Mapping[str, Graphs]) -> list[Profile]:
     profiles = []
     for name in PROFILED:
-        for half in HALVES:
+        for half in HALF_NAMES:
             fields = {("fp32", name): now[name][half], ("int8", name): quantize(now[name][half])}
             if name in before:
                 fields["fp32", f"{name} before"] = before[name][half]

@@ -28,6 +28,7 @@ from vae_benchmarks.intervals import paired_ratio
 from vae_benchmarks.latency import alternate
 from vae_benchmarks.machine import MachineFacts
 from vae_runtime import VAE
+from vae_runtime.manifest import HALF_NAMES
 
 ROUNDS = 25
 BARE = """
@@ -76,7 +77,7 @@ def calls(bundle: Path, batches: list[int], blocks: int) -> list[dict[str, Any]]
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     bare = {
         half: onnxruntime.InferenceSession(bundle / f"{half}.onnx", options, providers=["CPUExecutionProvider"])
-        for half in ("encoder", "decoder")
+        for half in HALF_NAMES
     }
     rng = np.random.default_rng(0)
     rows = []

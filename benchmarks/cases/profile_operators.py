@@ -26,12 +26,12 @@ import numpy as np
 from reporting import write_report
 
 from vae_runtime.bundle import Bundle
+from vae_runtime.manifest import HALF_NAMES
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the import, as vae_runtime does
 
 import onnxruntime
 
-HALVES = ("encoder", "decoder")
 CASES = ((1, 1), (32, 2))  # batch, threads
 SECONDS = 0.4  # per measurement
 MIN_RUNS = 10
@@ -100,7 +100,7 @@ def profile_bundle(path: str | Path, precision: str = "fp32") -> list[Profile]:
     halves = {"encoder": (files.encoder, golden["x"]), "decoder": (files.decoder, golden["mean"])}
     return [
         profile_graph(bundle.read(halves[half][0]), halves[half][1], bundle.path.name, precision, half, batch, threads)
-        for half in HALVES
+        for half in HALF_NAMES
         for batch, threads in CASES
     ]
 

@@ -40,7 +40,7 @@ class Job:
     @property
     def scale(self) -> float:
         """What errors of reconstructions are relative to: 1 for images in [0, 1], the range of vectors."""
-        return 1.0 if self.case.manifest.input.is_image else data_range(self.case.reference()[INPUT])
+        return data_range(self.case.reference()[INPUT], self.case.manifest.input.is_image)
 
     def why_not(self, precision: str) -> str | None:
         """Why a precision cannot be had, as far as that is known beforehand."""

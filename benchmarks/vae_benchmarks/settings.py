@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 
-from vae_runtime.arguments import check_choice, check_count, check_threads
+from vae_runtime.arguments import as_float, check_choice, check_count, check_threads
 from vae_runtime.errors import InputError
 
 OPERATIONS = ("encode", "sample", "decode", "reconstruct", "score")
@@ -88,6 +87,5 @@ class Settings:
 
 def check_number(name: str, value: object, low: float, high: float) -> None:
     """Raise `InputError` unless `value` is a number between `low` and `high`, both excluded."""
-    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not valid or not low < float(value) < high:  # type: ignore[arg-type]
+    if not low < as_float(value) < high:
         raise InputError(f"{name} is {value!r}; expected a number between {low:g} and {high:g}, both excluded")

@@ -30,3 +30,7 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "a package", "export", "exporting") from None
     return getattr(export, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -6,26 +6,24 @@ import hashlib
 import io
 import os
 from collections.abc import Mapping
-from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vae_runtime.arguments import check_path
 from vae_runtime.atomic import atomic_folder, writing
 from vae_runtime.bundle import is_bundle_folder
 from vae_runtime.errors import OutputError
 from vae_runtime.manifest import GOLDEN_FILE, MANIFEST_FILE, FileEntry, Manifest
 
-_NOTHING: Mapping[str, bytes] = MappingProxyType({})
-
 
 def check_output(path: str | os.PathLike[str], force: bool) -> None:
-    """Raise `OutputError` if a bundle may not be written to `path`, before any work is done.
+    """Raise `OutputError` if a bundle may not be written to `path`, or `InputError` if that is no path, before any work
+    is done.
 
     Only a bundle is ever replaced, and only with `force`.
     """
-    path = Path(path)
+    path = check_path(path, "path")
     with writing(path):
         if not path.parent.is_dir():
             raise OutputError(f"{path} cannot be written: there is no folder {path.parent}")
@@ -40,24 +38,23 @@ def check_output(path: str | os.PathLike[str], force: bool) -> None:
 def write_bundle(
     path: str | os.PathLike[str],
     manifest: Manifest,
-    graphs: Mapping[str, bytes],
+    files: Mapping[str, bytes],
     golden: Mapping[str, NDArray[np.float32]],
     force: bool = False,
-    extra: Mapping[str, bytes] = _NOTHING,
 ) -> Manifest:
     """Write a bundle's folder and return its manifest, whose `files` are filled in here.
 
-    graphs: ONNX models by file name. golden: float32 arrays by tensor name, see `vae_runtime.bundle.Bundle.golden`.
-    extra: what else the manifest names, by file name, such as a fitted prior's `GaussianMixture.to_npz`.
+    files: what the manifest names, by file name, but for the golden values: ONNX models, and a fitted prior's
+        `GaussianMixture.to_npz`. golden: float32 arrays by tensor name, see `vae_runtime.bundle.Bundle.golden`.
     The same arguments give the same bytes.
 
     Raises:
         OutputError: `path` exists and may not be replaced, or cannot be written.
     """
     check_output(path, force)
-    contents = {**graphs, **extra, GOLDEN_FILE: _npz(golden)}
-    files = {name: FileEntry(len(data), hashlib.sha256(data).hexdigest()) for name, data in contents.items()}
-    manifest = manifest._replace(files=files)
+    contents = {**files, GOLDEN_FILE: _npz(golden)}
+    entries = {name: FileEntry(len(data), hashlib.sha256(data).hexdigest()) for name, data in contents.items()}
+    manifest = manifest._replace(files=entries)
     text = manifest.to_json()
     Manifest.from_json(text)  # what is written can be read
     with atomic_folder(path, lambda old: force and is_bundle_folder(old)) as folder:

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
@@ -28,10 +28,11 @@ from vae_runtime.version import __version__
 from . import importers
 from .bundle import check_output
 from .halves import reference_name
-from .imported import HELD_OUT, INPUT_RANGES, SPREADS, ImportOptions
+from .imported import GOLDEN, HELD_OUT, INPUT_RANGES, SPREADS, ImportOptions
 from .importers.hints import refuse_misstated, refuse_weights
 from .importers.options import FLAGS
 from .likelihood import parse_likelihood
+from .options import ExportOptions
 from .quality import Budget, ExportWarning
 
 if TYPE_CHECKING:
@@ -61,21 +62,13 @@ class _Request:
     options: ImportOptions
 
 
-class _Settings(TypedDict, total=False):
+class _Settings(ExportOptions, total=False):
     """What `export_checkpoint` and `export_imported` both take; what is not there is left to them."""
 
     golden: str | None
     tolerance: float
-    precisions: list[str]
-    budget: Budget
-    keep: bool
-    prior: str | None
     prior_examples: np.ndarray
     calibrate: Any
-    calibrate_tile: int | None
-    scores: list[str] | None
-    progress: Progress
-    force: bool
 
 
 class InputShape(click.ParamType):
@@ -137,7 +130,7 @@ class InputShape(click.ParamType):
     " active units.",
 )  # fmt: skip
 @click.option(
-    "--golden", type=click.Choice([HELD_OUT, "examples", "synthetic"]),
+    "--golden", type=click.Choice([HELD_OUT, *GOLDEN]),
     help="Inputs that travel in the bundle: the checkpoint's held-out ones, those of --data, or seeded noise."
     "  [default: held-out; with --data examples; for other sources synthetic]",
 )  # fmt: skip
@@ -221,7 +214,7 @@ def main(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ExportWarning)
         settings = _Settings(golden=golden, precisions=names, budget=budget, keep=keep, prior=prior, force=force)
-        settings |= {"scores": _parse_scores(scores, calibrate), "calibrate_tile": calibrate_tile}
+        settings |= {"scores": _parse_scores(scores), "calibrate_tile": calibrate_tile}
         if tolerance is not None:
             settings["tolerance"] = tolerance
         request = _Request(source, target, name, origin, likelihood, data, calibrate, ImportOptions(**options))
@@ -307,7 +300,7 @@ def _export_ours(request: _Request, settings: _Settings) -> Manifest:
         spec = spec._replace(resize="crop")
     examples = _read_examples(request.data, spec, EXAMPLES_LIMIT) if request.data else None
     _read_more(request, settings, spec, checkpoint.config.is_fully_convolutional)
-    name = request.name or _default_name(checkpoint, request.source)
+    name = _default_name(checkpoint, request.source) if request.name is None else request.name
     return export_checkpoint(checkpoint, request.target, name=name, examples=examples, **settings)
 
 
@@ -318,7 +311,7 @@ def _export_imported(request: _Request, settings: _Settings) -> Manifest:
 
     if settings["golden"] == HELD_OUT:
         raise InputError(
-            f"--golden is {HELD_OUT!r}, which only a model.pt has; for {request.source} choose examples or synthetic"
+            f"--golden is {HELD_OUT!r}, which only a model.pt has; for {request.source} choose {' or '.join(GOLDEN)}"
         )
     imported = importers.load(request.source, request.origin, request.options)
     limit = IMPORTED_EXAMPLES_FP32 if settings["precisions"] == ["fp32"] else IMPORTED_EXAMPLES
@@ -449,12 +442,8 @@ def _parse_precisions(text: str) -> list[str]:
     return names
 
 
-def _parse_scores(text: str | None, calibrate: tuple[str, ...]) -> list[str] | None:
-    if text is None:
-        return None
-    if not calibrate:
-        raise InputError(f"--scores is {text!r} without --calibrate; it says which scores to calibrate")
-    return [name.strip() for name in text.split(",")]
+def _parse_scores(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",")]
 
 
 def _report_misses(manifest: Manifest) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -12,7 +11,7 @@ from vae_runtime.manifest import MEAN
 from vae_runtime.preprocess import Float32
 
 from .halves import Halves
-from .quality import ExportWarning
+from .quality import ExportWarning, warn
 
 MARGIN = 0.1  # a value further outside is none that rounding or a linear last layer gives now and then
 # Shares of such values. Of small VAEs of digits and of photographs, linear decoders of [0, 1] gave 0 to 0.01 on real
@@ -56,7 +55,7 @@ def check_decoder_range(
         raise InputError(f"{found} [0, 1], {there}; {_advice(low, high, signed or values.ndim == 2)}")
     if share > WARNED:
         what = "they are cut to it" if values.ndim > 2 else "a Bernoulli likelihood takes them as 0 and 1"
-        warnings.warn(f"{found} [0, 1]; {what}", DecoderRangeWarning, stacklevel=5)
+        warn(f"{found} [0, 1]; {what}", DecoderRangeWarning)
 
 
 def _outside(values: Float32) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vae_runtime.arguments import check_choice
+from vae_runtime.arguments import check_choice, check_count
 from vae_runtime.errors import BundleError, InputError
 from vae_runtime.manifest import COLOUR_OF, InputSpec, Likelihood
 from vae_runtime.preprocess import Float32, image_size, padded_size, require_plain_array, to_model_input
@@ -50,11 +50,13 @@ def _array_size(array: Any, multiple: int) -> tuple[int, int] | None:
     return size
 
 
-def check_examples(examples: Any, colour: str | None, resize: str) -> tuple[InputSpec, Float32]:
-    """What kind of input the examples are, and the examples as the encoder takes them.
+def check_examples(
+    examples: Any, colour: str | None, resize: str | None, multiple_of: Any = None
+) -> tuple[InputSpec, Float32]:
+    """What kind of input the examples are, and the examples as the encoder takes them; the rest as of `export_bundle`.
 
     Raises:
-        InputError: they are neither images nor vectors, or the colour or the way to resize does not fit them.
+        InputError: they are neither images nor vectors, or one of the others does not fit them.
     """
     examples = without_torch(examples, "examples")
     require_plain_array(examples, "examples")
@@ -62,6 +64,9 @@ def check_examples(examples: Any, colour: str | None, resize: str) -> tuple[Inpu
         rule = "expected images (N, H, W[, C]) uint8 or (N, C, H, W) float32, or vectors (N, D) float32"
         raise InputError(f"examples has shape {examples.shape} and dtype {examples.dtype}; {rule}")
     if examples.ndim == 2:
+        for name, value in (("colour", colour), ("resize", resize), ("multiple_of", multiple_of)):
+            if value is not None:
+                raise InputError(f"{name} is {value!r}, but the inputs are vectors, which have none")
         spec = InputSpec("vector", examples.shape[1:])
         return spec, to_model_input(examples, spec, "examples")
     if examples.dtype == np.uint8:
@@ -69,10 +74,17 @@ def check_examples(examples: Any, colour: str | None, resize: str) -> tuple[Inpu
     else:
         shape = examples.shape[1:]
     colour = _colour(shape[0]) if colour is None else colour
+    stated = {"type": "image", "shape": list(shape), "colour": colour, "resize": resize or "exact"}
     try:
-        spec = InputSpec.from_dict({"type": "image", "shape": list(shape), "colour": colour, "resize": resize})
+        spec = InputSpec.from_dict(stated)
     except BundleError as error:
         raise InputError(str(error)) from None
+    if multiple_of is not None:
+        if spec.resize != "exact":
+            raise InputError(
+                f"resize is {resize!r}; with multiple_of, height and width are free and pictures keep theirs"
+            )
+        spec = free_size(spec, check_count(multiple_of, "multiple_of"), always=True)
     return spec, to_model_input(examples, spec, "examples")
 
 
@@ -104,12 +116,12 @@ def free_size(spec: InputSpec, multiple: int, always: bool = False) -> InputSpec
     """The same with height and width free, where the model takes any multiples; `always`: also of 1.
 
     Raises:
-        InputError: the examples are no images, or their sides no multiples.
+        InputError: the examples' sides are no multiples.
     """
     if multiple == 1 and not always:
         return spec
     channels, *size = spec.example_shape
-    if not spec.is_image or any(side % multiple for side in size):
+    if any(side % multiple for side in size):
         raise InputError(f"multiple_of is {multiple}; the examples have shape {spec.shape}, which is no such image")
     return InputSpec("image", (channels, None, None), spec.colour, "exact", multiple, (size[0], size[1]))
 

@@ -5,23 +5,21 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import logging
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from vae_runtime.arguments import check_choice, check_count, check_positive
+from vae_runtime.arguments import check_choice, check_flag, check_number, check_path
 from vae_runtime.codec import UINT8
 from vae_runtime.errors import ExportError, InputError
 from vae_runtime.manifest import (
     GOLDEN_FILE,
+    HALF_NAMES,
     INPUT,
     KINDS,
     MEAN,
@@ -38,7 +36,7 @@ from vae_runtime.tiling import Progress
 from vae_runtime.version import __version__
 from vae_training.checkpoint import Checkpoint
 
-from .bundle import check_output, write_bundle
+from .bundle import write_bundle
 from .examples import (
     check_examples,
     each_without_torch,
@@ -49,12 +47,13 @@ from .examples import (
     synthetic_inputs,
 )
 from .graphs import DecoderGraph, EncoderGraph
-from .halves import HALF_NAMES, Halves, graph_file
-from .imported import HELD_OUT, Arguments, Imported
+from .halves import Halves, graph_file
+from .imported import GOLDEN, HELD_OUT, Arguments, Imported
 from .importers.modules import Modules
 from .judge import CODEC_EXAMPLES, Judge
 from .likelihood import agree, parse_likelihood
 from .on_data import LEAST_FOR_UNITS, OnData, plan_on_data
+from .options import DEFAULT_BUDGET, ExportOptions, Options
 from .plausibility import check_plausible
 from .quality import Budget, significant
 from .reference import Reference
@@ -67,28 +66,8 @@ _log = logging.getLogger(__name__)
 
 GOLDEN_COUNT = 4
 GOLDEN_TOLERANCE = 1e-4  # of fp32, at least: between machines and engine versions results differ by rounding
-GOLDEN_SOURCES = (HELD_OUT, "examples", "synthetic")
 SYNTHETIC_EXAMPLES = 4  # where an imported model comes without real ones
-DEFAULT_BUDGET = Budget()
 _NONE: Mapping[str, Any] = MappingProxyType({})
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Options:
-    """What all three ways of exporting take alike, see `export_bundle`; name and golden are settled."""
-
-    path: str | os.PathLike[str]
-    name: str
-    golden: str
-    tolerance: float
-    precisions: Sequence[str]
-    budget: Budget
-    keep: bool
-    prior: str | None
-    calibrate_tile: int | None
-    scores: Sequence[str] | None
-    progress: Progress | None
-    force: bool
 
 
 @dataclass(frozen=True)
@@ -121,16 +100,9 @@ def export_checkpoint(
     examples: np.ndarray | None = None,
     golden: str | None = None,
     tolerance: float = 1e-5,
-    precisions: Sequence[str] = ("fp32",),
-    budget: Budget = DEFAULT_BUDGET,
-    keep: bool = False,
-    prior: str | None = None,
     prior_examples: np.ndarray | None = None,
     calibrate: Any = None,
-    calibrate_tile: int | None = None,
-    scores: Sequence[str] | None = None,
-    progress: Progress | None = None,
-    force: bool = False,
+    **options: Unpack[ExportOptions],
 ) -> Manifest:
     """Write a trained checkpoint as a bundle.
 
@@ -139,35 +111,23 @@ def export_checkpoint(
         ones first.
     golden: where the 4 golden inputs come from: "held-out" (the checkpoint's), "examples" (the first of `examples`), or
         "synthetic" (seeded noise, no real input). None: "examples" if some are given, else "held-out".
-    precisions, budget, keep: see `export_bundle`. Without `examples`, the checkpoint's training examples calibrate, and
-        its held-out ones measure.
-    prior: see `export_bundle`. prior_examples: what it is fitted to; None: `examples`, else the checkpoint's training
-        examples.
+    prior_examples: what the prior is fitted to; None: `examples`, else the checkpoint's training examples.
     calibrate: see `export_bundle`; or "held-out", the checkpoint's own held-out examples. Active units are measured on
         these in any case, or on `examples` where they are fewer than 32.
-    tolerance, calibrate_tile, scores, progress, force: see `export_bundle`.
+    tolerance; options, which are precisions, budget, keep, prior, calibrate_tile, scores, progress and force: see
+        `export_bundle`. Without `examples`, the checkpoint's training examples calibrate precisions, and its held-out
+        ones measure them.
 
     Returns, raises and warns as `export_bundle` does.
     """
-    golden = golden or (HELD_OUT if examples is None else "examples")
+    golden = check_choice(
+        (HELD_OUT if examples is None else "examples") if golden is None else golden, "golden", (HELD_OUT, *GOLDEN)
+    )
     if golden == "examples" and examples is None:
         raise InputError(
             "golden is 'examples', but none were given; pass some (--data), or choose held-out or synthetic"
         )
-    options = _Options(
-        path=path,
-        name=name,
-        golden=golden,
-        tolerance=tolerance,
-        precisions=precisions,
-        budget=budget,
-        keep=keep,
-        prior=prior,
-        calibrate_tile=calibrate_tile,
-        scores=scores,
-        progress=progress,
-        force=force,
-    )
+    checked = Options(path=path, name=name, golden=golden, tolerance=tolerance, **options)
     spec, own = checkpoint.input, checkpoint.examples
     held_out = to_model_input(own["held_out"].numpy(), spec, "examples")
     if examples is None:
@@ -187,14 +147,11 @@ def export_checkpoint(
         calibrate_source=HELD_OUT if calibrates_own else "data",
     )
     model = checkpoint.build_model()
-    # The models of vae_training clamp logvar and end images in a sigmoid themselves.
-    threshold = checkpoint.likelihood.binarize == "threshold"
-    encoder = EncoderGraph(_Half(model, "encode"), checkpoint.kind, threshold=threshold, clamp=False)
     return _export(
-        Reference(encoder, DecoderGraph(_Half(model, "decode"), clamp=False)),
+        halves_of(model, checkpoint.kind, checkpoint.likelihood.binarize == "threshold"),
         free_size(spec, model.config.multiple_of),
         inputs,
-        options,
+        checked,
         checkpoint.likelihood,
         training={**checkpoint.dataset, "metrics": dict(checkpoint.metrics)},
     )
@@ -209,17 +166,10 @@ def export_imported(
     likelihood: Mapping[str, Any] | str | None = None,
     golden: str | None = None,
     tolerance: float = 1e-4,
-    precisions: Sequence[str] = ("fp32",),
-    budget: Budget = DEFAULT_BUDGET,
-    keep: bool = False,
-    prior: str | None = None,
     prior_examples: np.ndarray | None = None,
     unit_examples: np.ndarray | None = None,
     calibrate: Any = None,
-    calibrate_tile: int | None = None,
-    scores: Sequence[str] | None = None,
-    progress: Progress | None = None,
-    force: bool = False,
+    **options: Unpack[ExportOptions],
 ) -> Manifest:
     """Write a model from elsewhere as a bundle, verified against the library that it is from.
 
@@ -228,31 +178,21 @@ def export_imported(
     likelihood: see `export_bundle`; None: that of the source, if it states one.
     golden: "examples" or "synthetic"; None: examples where there are any.
     name: None takes that of `imported`.
-    tolerance, precisions, budget, keep, prior, calibrate, calibrate_tile, scores, progress, force: see `export_bundle`.
+    tolerance, calibrate; options, as of `export_checkpoint`: see `export_bundle`.
     prior_examples: real inputs that the prior is fitted to; None: `examples`. unit_examples: real inputs on which the
         active units are measured; None: `examples`, if there are at least 32.
 
     Returns, raises and warns as `export_bundle` does.
     """
-    golden = golden or ("synthetic" if examples is None else "examples")
-    check_choice(golden, "golden", ("examples", "synthetic"))
-    if examples is None and (golden == "examples" or set(precisions) - {"fp32"}):
-        wants = "golden 'examples'" if golden == "examples" else f"precision {sorted(set(precisions) - {'fp32'})[0]!r}"
-        raise InputError(f"{wants} needs real inputs, and there are none; pass some (--data)")
-    options = _Options(
-        path=path,
-        name=name or imported.name,
-        golden=golden,
-        tolerance=tolerance,
-        precisions=precisions,
-        budget=budget,
-        keep=keep,
-        prior=prior,
-        calibrate_tile=calibrate_tile,
-        scores=scores,
-        progress=progress,
-        force=force,
+    golden = check_choice(
+        ("synthetic" if examples is None else "examples") if golden is None else golden, "golden", GOLDEN
     )
+    name = imported.name if name is None else name
+    checked = Options(path=path, name=name, golden=golden, tolerance=tolerance, **options)
+    reduced = sorted(set(checked.precisions) - {"fp32"})
+    if examples is None and (golden == "examples" or reduced):
+        wants = "golden 'examples'" if golden == "examples" else f"precision {reduced[0]!r}"
+        raise InputError(f"{wants} needs real inputs, and there are none; pass some (--data)")
     spec = example_spec(imported, examples)
     stated = parse_likelihood(imported.likelihood)
     parsed = agree(parse_likelihood(likelihood), stated)
@@ -279,7 +219,7 @@ def export_imported(
         halves,
         spec,
         inputs,
-        options,
+        checked,
         parsed,
         input_range=imported.input_range if spec.is_image else range_of_means(parsed),
         origin=imported.origin,
@@ -301,7 +241,7 @@ def export_bundle(
     latent_scale: float = 1.0,
     latent_shift: float = 0.0,
     colour: str | None = None,
-    resize: str = "exact",
+    resize: str | None = None,
     multiple_of: int | None = None,
     golden: str = "examples",
     tolerance: float = 1e-5,
@@ -336,7 +276,7 @@ def export_bundle(
     logits: the decoder gives logits, and the graph gets the sigmoid that makes a reconstruction of them.
     latent_scale, latent_shift: the bundle's latents are (z - shift) · scale; logvar grows by 2·log(scale).
     colour: "grey" or "rgb"; None: by the number of channels. resize: "exact", "stretch" or "crop": how a picture file
-        of another size becomes an input.
+        of another size becomes an input; None: exact. Vectors have neither, and pictures of free size keep theirs.
     multiple_of: the bundle takes images of any height and width that are multiples of this, and latents of
         (C, height / multiple_of, width / multiple_of); None: images of the examples' size alone.
     golden: what the bundle's self-test compares: "examples", whose first 4 then travel with the bundle, or
@@ -378,26 +318,22 @@ def export_bundle(
             latents carry no information or do not fit the prior, or methods leave out a part of their model.
     """
     check_choice(kind, "kind", KINDS)
-    check_choice(golden, "golden", ("examples", "synthetic"))
-    check_positive(latent_scale, "latent_scale")
-    if isinstance(latent_shift, bool) or not isinstance(latent_shift, (int, float)) or not math.isfinite(latent_shift):
-        raise InputError(f"latent_shift is {latent_shift!r}; expected a finite number")
-    spec, x = check_examples(examples, colour, resize)
-    if multiple_of is not None:
-        spec = free_size(spec, check_count(multiple_of, "multiple_of"), always=True)
+    check_choice(golden, "golden", GOLDEN)
+    scale, shift = check_number(latent_scale, "latent_scale", above=0), check_number(latent_shift, "latent_shift")
+    spec, x = check_examples(examples, colour, resize, multiple_of)
     parsed = parse_likelihood(likelihood)
     threshold = parsed is not None and parsed.binarize == "threshold"
     arguments = Arguments(
         kind=kind,
         input_range=image_range(input_range, spec),
-        logits=logits,
-        latent_scale=float(latent_scale),
-        latent_shift=float(latent_shift),
+        logits=check_flag(logits, "logits"),
+        latent_scale=scale,
+        latent_shift=shift,
         spread=spread,
     )
-    options = _Options(
+    options = Options(
         path=path,
-        name=name or Path(path).stem,
+        name=check_path(path, "path").stem if name is None else name,
         golden=golden,
         tolerance=tolerance,
         precisions=precisions,
@@ -410,7 +346,6 @@ def export_bundle(
         force=force,
     )
     inputs = _Inputs(x, is_real=True, parts=None, golden=x, units=x, prior=x, calibrate=calibrate)
-    check_output(path, force)  # before any work
     modules = Modules(encoder, decoder)
     with _evaluation_mode(modules.encoder, modules.decoder):
         halves = modules.open(x, arguments, threshold)
@@ -422,7 +357,7 @@ def _export(
     halves: Halves,
     spec: InputSpec,
     inputs: _Inputs,
-    options: _Options,
+    options: Options,
     likelihood: Likelihood | None,
     *,
     input_range: str | None = None,
@@ -478,13 +413,13 @@ def _export(
         on_cuda=made.on_cuda,
     )
     files = {encoder: graphs[0], decoder: graphs[1], **made.graphs}
-    manifest, extra = on_data.measure(manifest, files)
-    return write_bundle(options.path, manifest, files, golden, options.force, extra)
+    manifest, more = on_data.measure(manifest, files)
+    return write_bundle(options.path, manifest, {**files, **more}, golden, options.force)
 
 
-def _check(spec: InputSpec, inputs: _Inputs, options: _Options) -> OnData:
-    """What is to be computed on data. Raises `InputError` and `OutputError` before any work is done."""
-    on_data = plan_on_data(
+def _check(spec: InputSpec, inputs: _Inputs, options: Options) -> OnData:
+    """What is to be computed on data. Raises `InputError` before any work is done."""
+    return plan_on_data(
         spec,
         inputs.units,
         prior=options.prior,
@@ -495,10 +430,6 @@ def _check(spec: InputSpec, inputs: _Inputs, options: _Options) -> OnData:
         scores=options.scores,
         progress=options.progress,
     )
-    check_choice(options.golden, "golden", GOLDEN_SOURCES)
-    check_positive(options.tolerance, "tolerance")
-    check_output(options.path, options.force)
-    return on_data
 
 
 def _try_out(halves: Halves, x: Float32, spec: InputSpec) -> dict[str, Float32]:
@@ -535,15 +466,18 @@ def _golden_values(halves: Halves, source: str, examples: Float32, spec: InputSp
     return {INPUT: x, **encoded, RECONSTRUCTION: reconstruction}
 
 
-class _Half(nn.Module):
-    """One method of a model as a module of its own."""
+def halves_of(model: nn.Module, kind: str, threshold: bool = False) -> Reference:
+    """The halves of a model of `vae_training`, which clamps logvar and ends images in a sigmoid itself. threshold: see
+    `EncoderGraph`."""
 
-    def __init__(self, model: nn.Module, method: str) -> None:
-        super().__init__()
-        self.model, self.method = model, method
+    def encode(model: Any, x: Tensor) -> Any:
+        return model.encode(x)
 
-    def forward(self, x: torch.Tensor) -> Any:
-        return getattr(self.model, self.method)(x)
+    def decode(model: Any, z: Tensor) -> Any:
+        return model.decode(z)
+
+    encoder = EncoderGraph(model, kind, threshold=threshold, clamp=False, call=encode)
+    return Reference(encoder, DecoderGraph(model, clamp=False, call=decode))
 
 
 @contextlib.contextmanager

@@ -131,8 +131,7 @@ def decoder_to_onnx(graph: DecoderGraph, example: Tensor, free: bool = False) ->
 
 def _to_onnx(module: nn.Module, example: Tensor, input_name: str, outputs: list[str], half: str, free: bool) -> bytes:
     tensors = (*module.parameters(), *module.buffers())
-    if sum(tensor.numel() * tensor.element_size() for tensor in tensors) > MAX_BYTES:
-        raise ExportError(f"the {half} has over 2 GB of weights; an ONNX file with its weights inside holds less")
+    require_fitting_size(sum(tensor.numel() * tensor.element_size() for tensor in tensors), half)
     try:
         with quiet(), torch.no_grad(), without_validation():
             traced = prepared(_trace(module.eval(), example, free))
@@ -161,6 +160,12 @@ def _to_onnx(module: nn.Module, example: Tensor, input_name: str, outputs: list[
             ) from error
         raise ExportError(f"the {half} cannot be exported by torch.onnx: {tracing_reason(error)}") from error
     return finish(model, half)
+
+
+def require_fitting_size(size: int, half: str) -> None:
+    """Raise `ExportError` where the weights, or all of a model, have more bytes than one file may."""
+    if size > MAX_BYTES:
+        raise ExportError(f"the {half} has over 2 GB of weights; an ONNX file with its weights inside holds less")
 
 
 def _name_ends(graph: onnx.GraphProto, wanted: Sequence[str]) -> None:

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple, Protocol
 
 from vae_runtime.preprocess import Float32
 
-HALF_NAMES = ("encoder", "decoder")  # in this order everywhere
 Pair = tuple[bytes | None, bytes | None]  # graphs of both; None is fp32's
 
 

@@ -10,6 +10,7 @@ from .halves import Halves
 
 INPUT_RANGES = ("unit", "signed")
 HELD_OUT = "held-out"  # a checkpoint's own validation examples, as --calibrate and `calibrate` call them
+GOLDEN = ("examples", "synthetic")  # where golden inputs come from; of a checkpoint also `HELD_OUT`
 SPREADS = ("logvar", "log_std", "std", "variance")
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from vae_runtime.manifest import HALF_NAMES
+
 from .activation_ranges import METHODS
-from .halves import HALF_NAMES, Pair, ReducedPair
+from .halves import Pair, ReducedPair
 from .judge import Judge
 from .quality import Budget, Measurement
 from .quantize import QuantizableGraph

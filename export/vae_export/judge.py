@@ -11,7 +11,7 @@ import numpy as np
 
 from vae_runtime.boundary import decoder_boundary, encoder_boundary
 from vae_runtime.codec import dequantize, quantize
-from vae_runtime.fidelity import data_range, golden_error, relative_error
+from vae_runtime.fidelity import data_range, golden_error, psnr_db, relative_error
 from vae_runtime.likelihood import negative_log_likelihood, targets
 from vae_runtime.manifest import INPUT, LOGVAR, MEAN, RECONSTRUCTION, InputSpec, LatentSpec, Likelihood
 from vae_runtime.posterior import Posterior
@@ -24,7 +24,6 @@ from .quality import NOISE_SEED, Figures, Measurement, significant
 
 BATCH_SIZE = 32
 CODEC_EXAMPLES = 64
-MAX_PSNR_DB = 100.0  # an error of 1e-5 of the peak; beyond that a difference is rounding
 
 
 class Judge:
@@ -47,7 +46,7 @@ class Judge:
         self._outputs = [MEAN] if latent.prior is None else [MEAN, LOGVAR]
         self._likelihood = None if latent.prior is None else likelihood
         self._target = targets(likelihood, x)
-        self._peak = 1.0 if spec.is_image else data_range(x)
+        self._range = data_range(x, spec.is_image)
         self._fp32_decoder = self._open_decoder(None)
         self._encoded = self._encode(self._open_encoder(None))
         self._reconstruction = self._decode(self._fp32_decoder, self._encoded[MEAN])
@@ -68,7 +67,7 @@ class Judge:
 
     def round_trip_error(self, graphs: Pair) -> float:
         """max|Δ| of reconstructions from fp32's, each pair's from its own mean, relative to the data's range."""
-        return self._error(self._run(graphs)[2]) / self._peak
+        return self._error(self._run(graphs)[2]) / self._range
 
     def form_error(self, graphs: Pair) -> float:
         """The largest error of an output: of reconstructions as above, of mean and logvar relative to the largest.
@@ -81,7 +80,7 @@ class Judge:
             decoder.run(encoder.run(np.repeat(self._x[:1], count, axis=0))[0])
         encoded = self._encode(encoder)
         errors = [relative_error(encoded[name], reference) for name, reference in self._encoded.items()]
-        return float(np.max([self._error(self._decode(decoder, encoded[MEAN])) / self._peak, *errors]))
+        return float(np.max([self._error(self._decode(decoder, encoded[MEAN])) / self._range, *errors]))
 
     def fidelity(self, measured: Measurement, decoder: bytes | None) -> dict[str, Any]:
         """The manifest's `fidelity`: max|Δ| from fp32, the reconstruction's with fp32's mean given to both decoders."""
@@ -103,9 +102,9 @@ class Judge:
     def codec_cost(self) -> dict[str, float]:
         """What latents in 8 bits cost the reconstruction: the entry of the manifest's `latent_codecs`."""
         x, mean = self._x[:CODEC_EXAMPLES], self._encoded[MEAN][:CODEC_EXAMPLES]
-        psnr = _psnr(self._reconstruction[:CODEC_EXAMPLES], x, self._peak)
+        psnr = psnr_db(self._reconstruction[:CODEC_EXAMPLES], x, self._range)
         quantized = quantize(mean)
-        found = _psnr(self._decode(self._fp32_decoder, dequantize(quantized)), x, self._peak)
+        found = psnr_db(self._decode(self._fp32_decoder, dequantize(quantized)), x, self._range)
         pixels = math.prod(x.shape[2:]) * len(x)
         figures = {
             "bits_per_pixel": 8 * sum(array.nbytes for array in quantized) / pixels,
@@ -141,16 +140,9 @@ class Judge:
     def _figures(self, encoded: Mapping[str, Float32], decoder: GraphSession, reconstruction: Float32) -> Figures:
         posterior = Posterior(encoded[MEAN], encoded.get(LOGVAR))
         with np.errstate(all="ignore"):  # an overflow is found in the figures
-            psnr = _psnr(reconstruction, self._x, self._peak)
+            psnr = psnr_db(reconstruction, self._x, self._range)
             if self._likelihood is None:
                 return Figures(psnr, None)
             drawn = self._decode(decoder, posterior.sample(seed=NOISE_SEED))
             nll = negative_log_likelihood(self._likelihood, drawn, self._target)
             return Figures(psnr, float((nll + posterior.kl()).mean()) / math.prod(self._x.shape[1:]))
-
-
-def _psnr(reconstruction: Float32, x: Float32, peak: float) -> float:
-    """In dB, mean over the examples, each capped at `MAX_PSNR_DB`."""
-    difference = (reconstruction.astype(np.float64) - x) / peak
-    squared = (difference**2).reshape(len(x), -1).mean(axis=1)
-    return float((-10 * np.log10(np.maximum(squared, 10 ** (-MAX_PSNR_DB / 10)))).mean())

@@ -33,7 +33,7 @@ from vae_runtime.vae import VAE
 
 from .in_memory import run_in_memory
 from .prior import PriorFit, parse_prior
-from .quality import DIGITS, ExportWarning, significant
+from .quality import DIGITS, ExportWarning, significant, warn
 
 _log = logging.getLogger(__name__)
 
@@ -130,12 +130,11 @@ class OnData:
             if self.calibration is not None:
                 calibration = self._calibrate(vae, self.calibration)
         if manifest.kind == "vae" and latent.active_units is not None and not latent.active_units.active:
-            warnings.warn(
+            warn(
                 f"no unit of the latent space is active: the posterior's mean varies by less than {ACTIVE_VARIANCE}"
                 f" over {latent.active_units.examples} real inputs, so that latents carry no information about them;"
                 " the model has collapsed, or takes its inputs in another range",
                 InactiveUnitsWarning,
-                stacklevel=4,
             )
         return manifest._replace(latent=latent, calibration=calibration), files
 
@@ -200,7 +199,7 @@ def plan_on_data(
         fit = PriorFit(kind, components, to_model_input(prior_examples, example, "the prior's examples"))
     checked = None if calibrate is None else _check_calibration(calibrate, spec if spec.is_free else example, source)
     size = None if tile is None else _check_tile(tile, spec, calibrate)
-    return OnData(units, fit, checked, source, size, _check_scores(scores), progress)
+    return OnData(units, fit, checked, source, size, _check_scores(scores, calibrate), progress)
 
 
 def active_units(vae: VAE, examples: Float32 | Source, tile: int | None = None) -> ActiveUnits:
@@ -252,11 +251,13 @@ def _require_finite(values: NDArray[np.floating[Any]], what: str, names: Sequenc
         raise InputError(f"{what} of {names[row]} is {values[row]}: the model overflows there; leave it out")
 
 
-def _check_scores(scores: Sequence[str] | None) -> tuple[str, ...] | None:
+def _check_scores(scores: Sequence[str] | None, calibrate: Any) -> tuple[str, ...] | None:
     if scores is None:
         return None
     if isinstance(scores, str) or not scores or not set(scores) <= set(SCORE_METHODS):
         raise InputError(f"scores is {scores!r}; expected some of {', '.join(SCORE_METHODS)}")
+    if calibrate is None:
+        raise InputError(f"scores is {scores!r}, and nothing is calibrated; it says which scores are (--calibrate)")
     return tuple(dict.fromkeys(scores))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 
 from vae_runtime.manifest import LOGVAR, MEAN
@@ -11,7 +9,7 @@ from vae_runtime.preprocess import Float32
 
 from .decoder_range import check_decoder_range
 from .halves import Halves
-from .quality import ExportWarning
+from .quality import ExportWarning, warn
 from .verify import run_both
 
 _MOST_ROWS, _MOST_VALUES = 16, 2**20  # that are reconstructed, of images
@@ -65,13 +63,12 @@ def _warn_of_another_prior(mean: Float32, logvar: Float32) -> None:
     with np.errstate(over="ignore"):
         moment = float(np.mean(np.square(mean, dtype=np.float64) + np.exp(logvar, dtype=np.float64)))
     if not 1 / _MOMENT <= moment <= _MOMENT:
-        warnings.warn(
+        warn(
             f"the latents of real inputs have a mean square of {moment:.2g}, where N(0, 1), which is taken for the"
             " prior, has 1: the model was trained with another prior, or with little weight on the KL, or --spread does"
             " not fit its encoder; samples from N(0, 1) will not be like the data, for which a prior can be fitted"
             " (--prior gaussian)",
             AnotherPriorWarning,
-            stacklevel=5,
         )
 
 
@@ -89,11 +86,10 @@ def _warn_of_poor(x: Float32, reconstructed: Float32) -> None:
         constants["their mean is"] = float(np.mean((wide - wide.mean(0)) ** 2)) * others
     what, constant = min(constants.items(), key=lambda one: one[1])
     if constant > 0 and error > max(WARNED * constant, _SMALL_ERROR if is_image else 0):
-        warnings.warn(
+        warn(
             f"the reconstructions of real inputs are further from them than {what}: their mean squared error is"
             f" {error:.2g}, {error / constant:.1f} times as large; the model may be untrained, or trained on other"
             " inputs, its latents may carry no information, a part of it may be missing here, or --input-range,"
             " --logits or --spread does not fit it",
             PoorReconstructionWarning,
-            stacklevel=5,
         )

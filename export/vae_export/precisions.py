@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from vae_runtime.engine import first_line
-from vae_runtime.manifest import INPUT, LATENT, InputSpec, LatentSpec, Likelihood, Precision
+from vae_runtime.manifest import HALF_NAMES, INPUT, LATENT, InputSpec, LatentSpec, Likelihood, Precision
 from vae_runtime.preprocess import Float32
 
 from .activation_ranges import activation_inputs
 from .cuda_forms import for_cuda
 from .float16 import ConvertibleGraph
-from .halves import HALF_NAMES, Halves, Pair, ReducedHalf, ReducedPair, graph_file
+from .halves import Halves, Pair, ReducedHalf, ReducedPair, graph_file
 from .int8_search import LayerSearch
 from .judge import Judge
 from .quality import Budget, Measurement, significant
@@ -56,9 +56,10 @@ def make_precisions(
     golden: Mapping[str, Float32],
 ) -> Made:
     """Make and measure every wanted precision of the two fp32 graphs."""
-    _log.info("measuring fp32 on %d inputs", len(wanted.held_out) + len(wanted.activation_examples))
+    few = wanted.activation_examples[:TRIAL_EXAMPLES]
+    _log.info("measuring fp32 on %d inputs", len(wanted.held_out) + len(few))
     final = Judge(graphs, spec, latent, likelihood, wanted.held_out)
-    trial = Judge(graphs, spec, latent, likelihood, wanted.activation_examples[:TRIAL_EXAMPLES])
+    trial = Judge(graphs, spec, latent, likelihood, few)
     inputs = activation_inputs(reference, wanted.activation_examples) if set(wanted.names) - {"tf32"} else {}
     made = Made()
     for_gpus = _in_cuda_forms(made, graphs, final) if {"tf32", "fp16"}.intersection(wanted.names) else graphs
@@ -205,7 +206,8 @@ def _reason(name: str, measured: Measurement, budget: Budget) -> str:
     where = f"on {measured.examples} held-out examples"
     if not measured.finite:
         return f"{name} gives NaN or infinite values {where}"
-    return (
-        f"{name} loses {measured.psnr_lost:.3g} dB of PSNR and {measured.nats_lost:.2g} nats per input dimension"
-        f" {where}; the budget is {budget.psnr_db:g} dB and {budget.nats_per_dimension:g} nats"
-    )
+    losses, limits = [f"{measured.psnr_lost:.3g} dB of PSNR"], [f"{budget.psnr_db:g} dB"]
+    if measured.found.negative_elbo is not None:
+        losses.append(f"{measured.nats_lost:.2g} nats per input dimension")
+        limits.append(f"{budget.nats_per_dimension:g} nats")
+    return f"{name} loses {' and '.join(losses)} {where}; the budget is {' and '.join(limits)}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from vae_runtime.preprocess import Float32
 from vae_runtime.vae import VAE
 from vae_training.fit_prior import MAX_DIMENSIONS, draw_aggregate, fit_prior
 
-from .quality import FewExamplesWarning
+from .quality import FewExamplesWarning, warn
 
 SEED = 0  # of the posterior draws, and of the fit
 DRAWS = 10_000  # from the posteriors of all examples together; of more examples, one of each
@@ -72,12 +71,11 @@ class PriorFit:
                 " pass more (--data)"
             )
         if count < (enough := ENOUGH * dimensions * self.components):
-            warnings.warn(
+            warn(
                 f"the prior {self} is fitted to {count} examples; with fewer than {enough:,}, {ENOUGH} for each of"
                 f" {dimensions} dimensions of each component, it may resemble these more than the data: pass more"
                 " (--data)",
                 FewExamplesWarning,
-                stacklevel=5,  # that of who called `export_bundle`, or one of its kin
             )
 
     def __str__(self) -> str:

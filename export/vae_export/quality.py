@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vae_runtime.errors import InputError
+from vae_runtime.arguments import check_number
+from vae_runtime.fidelity import PSNR_BUDGET_DB
+from vae_runtime.warning_level import level_outside
 
 NOISE_SEED = 0  # of the one posterior draw per example that -ELBO is measured with, the same in every precision
 DIGITS = 6  # of a measured figure in the manifest; errors have two
@@ -21,6 +24,11 @@ class FewExamplesWarning(ExportWarning):
     """So few examples that measured quality and the fitted prior may not generalise."""
 
 
+def warn(message: str, category: type[ExportWarning]) -> None:
+    """Warn, with the line of whoever called the export."""
+    warnings.warn(message, category, stacklevel=level_outside("vae_export", "vae_runtime", "torch"))
+
+
 @dataclass(frozen=True)
 class Budget:
     """How much worse than fp32 a precision may be.
@@ -32,13 +40,12 @@ class Budget:
         InputError: one of them is no finite number from 0.
     """
 
-    psnr_db: float = 0.1
+    psnr_db: float = PSNR_BUDGET_DB
     nats_per_dimension: float = 0.005
 
     def __post_init__(self) -> None:
         for name, value in self.to_dict().items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise InputError(f"budget.{name} is {value!r}; expected a finite number from 0")
+            object.__setattr__(self, name, check_number(value, f"budget.{name}", least=0))
 
     def to_dict(self) -> dict[str, float]:
         return {"psnr_db": self.psnr_db, "nats_per_dimension": self.nats_per_dimension}

@@ -114,7 +114,7 @@ def _errors(
     encoder, decoder = open_graphs(graphs, spec, expected)
     found = _at_every_batch_size(encoder, x, batch_sizes)
     found_images = [outputs[0] for outputs in _at_every_batch_size(decoder, expected[MEAN], batch_sizes)]
-    scale = 1.0 if spec.is_image else data_range(x)
+    scale = data_range(x, spec.is_image)
     for position, (name, values) in enumerate(expected.items()):
         worst = _largest(relative_error(outputs[position], values) for outputs in found)
         _require(worst, tolerance * LATENT_TOLERANCE_FACTOR, name, "max|reference|", halves.against)

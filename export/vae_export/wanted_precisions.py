@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,7 @@ from vae_runtime.errors import InputError
 from vae_runtime.manifest import PRECISIONS, Precision
 from vae_runtime.preprocess import Float32
 
-from .quality import Budget, FewExamplesWarning
+from .quality import Budget, FewExamplesWarning, warn
 
 FEW_EXAMPLES = 32
 
@@ -73,10 +72,9 @@ def check_wanted(
             f"examples has {len(x)} row(s); a precision beside fp32 is calibrated on one and measured on one"
         )
     if fewest < FEW_EXAMPLES:
-        warnings.warn(
+        warn(
             f"{names[0]} is calibrated on {len(activation_examples)} and measured on {len(held_out)} examples;"
             f" with fewer than {FEW_EXAMPLES} of each its quality on others is a guess",
             FewExamplesWarning,
-            stacklevel=4,
         )
     return Wanted(names, budget, keep, activation_examples, held_out)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Collection
+from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,10 +31,33 @@ def _is_count(value: Any, least: int, most: int | None) -> bool:
     return is_whole and value >= least and (most is None or value <= most)
 
 
-def check_positive(value: Any, name: str) -> None:
-    """A finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise InputError(f"{name} is {value!r}; expected a finite number above 0")
+def check_number(value: Any, name: str, above: float | None = None, least: float | None = None) -> float:
+    """A finite number, above `above` or from `least` where one is given; numpy's are numbers too."""
+    number = as_float(value)
+    fits = math.isfinite(number) and (above is None or number > above) and (least is None or number >= least)
+    if not fits:
+        rule = "" if above is None else f" above {above:g}"
+        rule += "" if least is None else f" from {least:g}"
+        raise InputError(f"{name} is {value!r}; expected a finite number{rule}")
+    return number
+
+
+def as_float(value: Any) -> float:
+    """A number in Python's own precision; NaN for anything else."""
+    if isinstance(value, Real) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):
+            return float(value)
+    return math.nan
+
+
+def check_path(value: Any, name: str) -> Path:
+    """The name of a folder, which need not be there."""
+    text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(text, str):
+        raise InputError(f"{name} is {value!r}; expected a str or an os.PathLike of one, the name of a folder")
+    if not text or "\0" in text:
+        raise InputError(f"{name} is {text!r}; expected the name of a folder, with a character and without a null one")
+    return Path(value)
 
 
 def check_flag(value: Any, name: str) -> bool:

@@ -15,7 +15,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import BundleError, InputError
+from .arguments import check_path
+from .errors import BundleError
 from .manifest import FORMAT, INPUT, LOGVAR, MANIFEST_FILE, MAX_MANIFEST_BYTES, MEAN, RECONSTRUCTION, Manifest
 
 _BLOCK = 2**18
@@ -44,11 +45,7 @@ class Bundle:
             BundleError: there is no bundle, or it is incomplete, altered, or of an unknown version. InputError: `path`
             is no path.
         """
-        if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
-            raise InputError(f"path is {path!r}; expected a str or an os.PathLike of one, the name of a folder")
-        if not os.fspath(path):
-            raise BundleError("the bundle's path is empty; expected the name of a folder")
-        path = Path(path)
+        path = check_path(path, "path")
         _require_folder(path)
         folder = path.resolve()  # once: what switches a link to another version leaves this one whole
         text = _read_regular(folder / MANIFEST_FILE, MAX_MANIFEST_BYTES)
@@ -157,8 +154,8 @@ def is_bundle_folder(path: Path) -> bool:
 def _require_folder(path: Path) -> None:
     try:
         mode = path.stat().st_mode
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise BundleError(f"{path} cannot be opened as a bundle: {getattr(error, 'strerror', error)}") from None
+    except OSError as error:
+        raise BundleError(f"{path} cannot be opened as a bundle: {error.strerror}") from None
     if not stat.S_ISDIR(mode):
         hint = "; make one with: vae-export " + str(path) if path.suffix in (".pt", ".pth") else ""
         raise BundleError(f"{path} is a file; a bundle is a folder with a {MANIFEST_FILE}{hint}")

@@ -6,9 +6,9 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from itertools import pairwise
-from numbers import Real
 from typing import Any, NamedTuple, TypeGuard
 
+from .arguments import as_float
 from .errors import BundleError, InputError, NotInBundleError
 from .json_fields import is_count, is_number, mapping
 
@@ -37,7 +37,7 @@ class Calibration(NamedTuple):
             InputError: `quantile` is not strictly between 0 and 1, or so high that these examples cannot tell it.
             NotInBundleError: this method was not calibrated.
         """
-        if not isinstance(quantile, Real) or not 0 < quantile < 1:
+        if not 0 < as_float(quantile) < 1:
             raise InputError(f"quantile is {quantile!r}; expected a number above 0 and below 1")
         quantile = float(quantile)
         if quantile > 1 - 1 / self.examples:

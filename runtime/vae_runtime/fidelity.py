@@ -1,4 +1,4 @@
-"""How far outputs are from the reference: the one place where errors on golden values are defined."""
+"""How far outputs are from the reference: the one place where errors on golden values, and the PSNR, are defined."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from .manifest import INPUT, RECONSTRUCTION
-from .preprocess import Float32
+from .preprocess import Float32, Float64
 
 # In float32, and in what a provider makes of it, the largest error counts. These are held to the root mean square: a
 # single value may be rounded far off while the picture is as good as before, and the largest of thousands says little
 # of the rest.
 _BY_MEAN_SQUARE = ("fp16", "int8")
+MAX_PSNR_DB = 100.0  # a root mean square of 1e-5 of the range; beyond that a difference is rounding
+PSNR_BUDGET_DB = 0.1  # that a precision may lose, where nothing else is stated
 
 
 def golden_error(tensor: str, found: Float32, golden: Mapping[str, Float32], precision: str, is_image: bool) -> float:
@@ -21,7 +23,7 @@ def golden_error(tensor: str, found: Float32, golden: Mapping[str, Float32], pre
     reference = golden[tensor]
     scale = scale_of(reference)
     if tensor == RECONSTRUCTION:
-        scale = 1.0 if is_image else data_range(golden[INPUT])
+        scale = data_range(golden[INPUT], is_image)
     return error_of(found, reference, scale, precision in _BY_MEAN_SQUARE)
 
 
@@ -42,6 +44,18 @@ def scale_of(reference: Float32) -> float:
     return max(float(np.abs(reference).max()), 0.01)
 
 
-def data_range(vectors: Float32) -> float:
-    """max − min of vector data, by which errors on it are measured; 1 where it is constant."""
-    return float(vectors.max() - vectors.min()) or 1.0
+def data_range(x: Float32, is_image: bool) -> float:
+    """What errors of reconstructions are relative to: 1 for images in [0, 1]; max − min of vectors x, 1 where these are
+    constant."""
+    return 1.0 if is_image else float(x.max() - x.min()) or 1.0
+
+
+def psnr_db(found: Float32, x: Float32, scale: float) -> float:
+    """The PSNR of reconstructions of x, in dB: the mean over the examples of each one's. scale: the data's range."""
+    squares = np.square((found.astype(np.float64) - x) / scale).reshape(len(x), -1).mean(axis=1)
+    return float(decibels(squares).mean())
+
+
+def decibels(mean_squares: Float64) -> Float64:
+    """The PSNR for mean squares of differences relative to the data's range, at most `MAX_PSNR_DB`."""
+    return -10 * np.log10(np.maximum(mean_squares, 10 ** (-MAX_PSNR_DB / 10)))

@@ -35,6 +35,7 @@ LATENT, RECONSTRUCTION = "z", "reconstruction"
 BATCH, IMAGE_SIDES, LATENT_SIDES = "batch", ("height", "width"), ("latent_height", "latent_width")
 
 KINDS = ("vae", "autoencoder")
+HALF_NAMES = ("encoder", "decoder")  # in this order everywhere
 PRECISIONS = ("fp32", "tf32", "fp16", "int8")  # those that a bundle may state; tf32 runs without that too
 RESIZE_MODES = ("exact", "stretch", "crop")
 COLOURS = {"grey": 1, "rgb": 3}  # and how many channels each has
@@ -265,7 +266,7 @@ class Precision(NamedTuple):
         quality = _quality(data, f"precisions.{name}.quality")
         if name == "fp32" and not quality.get("within_budget", True):
             raise BundleError("precisions.fp32.quality.within_budget is false; fp32 is the reference of the budget")
-        encoder, decoder = (_file_name(data, f"precisions.{name}.{half}") for half in ("encoder", "decoder"))
+        encoder, decoder = (_file_name(data, f"precisions.{name}.{half}") for half in HALF_NAMES)
         return cls(encoder, decoder, dict(fidelity), quality)
 
     def to_dict(self) -> dict[str, Any]:
@@ -371,9 +372,7 @@ class Tiling(NamedTuple):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Tiling:
-        encoder, decoder = (
-            HalfTiling.from_dict(mapping(data, f"tiling.{half}"), half) for half in ("encoder", "decoder")
-        )
+        encoder, decoder = (HalfTiling.from_dict(mapping(data, f"tiling.{half}"), half) for half in HALF_NAMES)
         return cls(encoder, decoder)
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .arguments import as_float
 from .errors import InputError
 from .preprocess import Float32, fitting_memory
 
@@ -81,7 +81,7 @@ def check_truncation(truncation: Any) -> float | None:
     """None, or the largest size of a standard normal number."""
     if truncation is None:
         return None
-    if not LEAST_TRUNCATION <= _real(truncation) <= _LARGEST:
+    if not LEAST_TRUNCATION <= as_float(truncation) <= _LARGEST:
         raise InputError(
             f"truncation is {truncation!r}; expected a finite number from {LEAST_TRUNCATION}, or None for all draws"
         )
@@ -97,14 +97,6 @@ def check_seed(seed: Any) -> int | None:
 
 def check_temperature(temperature: Any) -> np.float32:
     """The factor on the standard deviation: a finite number from 0, where 0 gives the mean itself."""
-    if not 0 <= _real(temperature) <= _LARGEST:
+    if not 0 <= as_float(temperature) <= _LARGEST:
         raise InputError(f"temperature is {temperature!r}; expected a finite float32 number from 0")
     return np.float32(temperature)
-
-
-def _real(value: Any) -> float:
-    """A number in Python's own precision; NaN for anything else."""
-    if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
-        with contextlib.suppress(OverflowError):
-            return float(value)
-    return math.nan

@@ -291,7 +291,7 @@ def _check_outputs(output: str | None, maps: str | None, map_scale: float | None
         if not Path(output).parent.is_dir():
             raise InputError(f"{output} cannot be written: there is no folder {Path(output).parent}")
         refuse_other_file(output, force)
-    if map_scale is not None and not (maps is not None and 0 < map_scale < float("inf")):
+    if map_scale is not None and not (maps is not None and 0 < map_scale < math.inf):
         raise InputError(f"--map-scale is {map_scale}; expected a finite number above 0, with --maps")
     if map_scale is not None and maps is not None and Path(maps).suffix.lower() in ARRAY_SUFFIXES:
         raise InputError(f"--map-scale is for pictures; {maps} holds the errors themselves")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from .preprocess import (
     zeros,
 )
 from .tiling import Progress, TilePlan, run_tiled
+from .warning_level import level_outside
 
 
 class _Passage(NamedTuple):
@@ -195,13 +195,5 @@ class Tiler:
                 f" a difference of up to {half.max_error:.2g} of {unit} with tiles of {half.tile} on one image of up to"
                 f" {2 * half.tile} pixels a side, and larger ones may differ by more",
                 ApproximateTilingWarning,
-                stacklevel=_level_outside(),
+                stacklevel=level_outside("vae_runtime"),
             )
-
-
-def _level_outside() -> int:
-    """The level for `warnings.warn`, where it is called, of whoever called this package."""
-    frame, level, package = sys._getframe(1), 1, __name__.partition(".")[0]
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
-        frame, level = frame.f_back, level + 1
-    return level

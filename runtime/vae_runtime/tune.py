@@ -18,11 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from .arguments import as_float
 from .bundle import Bundle
 from .cache import make_cache_folder
 from .devices import ALL_PRECISIONS, PROVIDER_PRECISIONS, usable_devices
 from .engine import first_line
 from .errors import DeviceError, InputError, VAEError
+from .fidelity import PSNR_BUDGET_DB, data_range, psnr_db
 from .manifest import INPUT, RECONSTRUCTION, Manifest
 from .plan import OPERATIONS, Candidate, same_plan
 from .preprocess import Float32
@@ -34,7 +36,6 @@ ROUNDS = 3
 DEFAULT_SECONDS = 60.0
 _CALL_LIMIT = 0.5  # seconds; a batch whose call would take longer is left to the figures of the one before
 _GPUS = ("cuda", "tensorrt")
-_BUDGET_WHERE_NONE_IS_STATED = {"psnr_db": 0.1}
 _CHILD_LIMIT = 120.0  # seconds after which a child is given up
 
 Tell = Callable[[str], None]
@@ -58,7 +59,7 @@ def tune(
         BundleError: as `VAE.load`. InputError: a device that is not usable, seconds out of range. DeviceError: nothing
             could be measured. OutputError: the cache folder cannot be written.
     """
-    if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not 0 < seconds <= 3600:
+    if not 0 < as_float(seconds) <= 3600:
         raise InputError(f"seconds is {seconds!r}; expected a number above 0, at most 3600")
     tell = progress or (lambda line: None)
     bundle = Bundle.open(path)
@@ -184,8 +185,8 @@ def _measure(path: str, candidate: Candidate, seconds: float) -> dict[str, Any]:
         if not test.passed:
             return {"error": f"its self-test failed: {test.errors}, tolerance {test.tolerance}"}
         golden = vae.golden()
-        budget = vae.manifest.budget or _BUDGET_WHERE_NONE_IS_STATED
-        if (loss := _psnr_loss(vae, golden)) > budget["psnr_db"]:
+        budget = (vae.manifest.budget or {}).get("psnr_db", PSNR_BUDGET_DB)
+        if not (loss := _psnr_loss(vae, golden)) <= budget:
             return {"error": f"it loses {loss:.2f} dB of PSNR on the golden inputs, more than the bundle's budget"}
         inputs = {"encode": golden[INPUT], "decode": vae.encode(golden[INPUT]).mode()}
         calls: dict[str, Callable[[Float32], Any]] = {"encode": vae.encode, "decode": vae.decode}
@@ -194,12 +195,13 @@ def _measure(path: str, candidate: Candidate, seconds: float) -> dict[str, Any]:
 
 
 def _psnr_loss(vae: VAE, golden: dict[str, Float32]) -> float:
-    """How many dB of PSNR this device and precision lose against the reference; 0 for the reference's own."""
+    """How many dB of PSNR this device and precision lose against the reference, as the export measures it of others; 0
+    of what was measured there."""
     if vae.precision not in PROVIDER_PRECISIONS or vae.precision in vae.manifest.precisions:
         return 0.0  # measured at export, on many more inputs
-    error = np.square(vae.reconstruct(golden[INPUT]) - golden[INPUT]).mean()
-    reference = np.square(golden[RECONSTRUCTION] - golden[INPUT]).mean()
-    return float(10 * np.log10(max(error, 1e-12) / max(reference, 1e-12)))
+    x, found = golden[INPUT], vae.reconstruct(golden[INPUT])
+    scale = data_range(x, vae.manifest.input.is_image)
+    return psnr_db(golden[RECONSTRUCTION], x, scale) - psnr_db(found, x, scale)
 
 
 def _times(vae: VAE, call: Callable[[Float32], Any], inputs: Float32, seconds: float) -> Iterator[tuple[int, float]]:

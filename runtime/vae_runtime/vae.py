@@ -28,6 +28,7 @@ from .posterior import Posterior, Reconstruction
 from .preprocess import Float32, to_model_input, zeros
 from .selftest import SelfTest, run_routes
 from .session import freeing
+from .warning_level import level_outside
 
 if TYPE_CHECKING:
     from .prior import GaussianMixture
@@ -99,7 +100,7 @@ class VAE:
         check_device_name(device)
         threads = check_threads(threads)
         if (clash := engine_clash()) is not None:
-            warnings.warn(clash, RuntimeWarning, stacklevel=2)
+            warnings.warn(clash, RuntimeWarning, stacklevel=level_outside("vae_runtime"))
         bundle = Bundle.open(path)
         check_precision(precision, bundle.manifest)
         if "auto" in (device, precision):

@@ -323,9 +323,9 @@ def test_an_autoencoder_with_a_fitted_prior_can_sample(autoencoder: Path, tmp_pa
         golden, manifest = vae.golden(), vae.manifest
     prior = GaussianMixture(np.ones(1), np.zeros((1, 2)), np.eye(2)[None]).to_npz()
     fitted = manifest._replace(latent=manifest.latent._replace(fitted_prior=FittedPrior("gaussian", 1, PRIOR_FILE, 9)))
-    graphs = {name: (autoencoder / name).read_bytes() for name in ("encoder.onnx", "decoder.onnx")}
+    files = {name: (autoencoder / name).read_bytes() for name in ("encoder.onnx", "decoder.onnx")}
     write_bundle = pytest.importorskip("vae_export.bundle").write_bundle
-    write_bundle(tmp_path / "a.vae", fitted, graphs, golden, extra={PRIOR_FILE: prior})
+    write_bundle(tmp_path / "a.vae", fitted, {**files, PRIOR_FILE: prior}, golden)
     assert _skip_what_cannot_run(Settings(), tmp_path / "a.vae") == (Settings(), {})
     with VAE.load(tmp_path / "a.vae") as vae:
         assert worker.make_call(vae, "sample", 3)().shape == (3, 5)

@@ -108,7 +108,7 @@ def test_a_fitted_priors_file_is_written_and_listed_with_the_rest(tmp_path: Path
     latent = manifest.latent._replace(fitted_prior=FittedPrior("gaussian", 1, PRIOR_FILE, 100))
     with pytest.raises(BundleError, match=r"latent.fitted_prior.file is 'prior.npz', which files does not list"):
         write_bundle(tmp_path / "a.vae", manifest._replace(latent=latent), graphs, golden)
-    extra = {PRIOR_FILE: prior.to_npz()}
-    written = write_bundle(tmp_path / "a.vae", manifest._replace(latent=latent), graphs, golden, extra=extra)
+    files = {**graphs, PRIOR_FILE: prior.to_npz()}
+    written = write_bundle(tmp_path / "a.vae", manifest._replace(latent=latent), files, golden)
     assert Bundle.open(tmp_path / "a.vae").manifest == written
     assert Bundle.open(tmp_path / "a.vae").read(PRIOR_FILE) == prior.to_npz()

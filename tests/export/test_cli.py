@@ -145,7 +145,10 @@ def test_of_many_pictures_those_evenly_spaced_over_all_are_read(tmp_path: Path) 
             ["{model}", "--calibrate", "held-out", "--calibrate", "a.npy"],
             "--calibrate has 'held-out' and 1 other(s); give one or the other",
         ),
-        (["{model}", "--scores", "elbo"], "--scores is 'elbo' without --calibrate"),
+        (
+            ["{model}", "--scores", "elbo"],
+            "scores is ['elbo'], and nothing is calibrated; it says which scores are (--calibrate)",
+        ),
     ],
 )
 def test_a_failure_is_one_sentence_and_writes_nothing(model_file: Path, arguments: list[str], message: str) -> None:

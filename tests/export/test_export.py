@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from vae_export import export_bundle, export_checkpoint
+import vae_export
+from vae_export import Budget, export_bundle, export_checkpoint
 from vae_runtime import VAE
 from vae_runtime.errors import ExportError, InputError, OutputError
+from vae_runtime.manifest import Likelihood
 from vae_runtime.preprocess import to_model_input
 
 
@@ -38,6 +40,7 @@ def pair():
     return Encoder(), make_decoder()
 
 
+VECTORS = np.zeros((4, 6), np.float32)
 X = np.random.default_rng(1).integers(0, 256, (9, 10, 14, 3), dtype=np.uint8)
 
 
@@ -105,6 +108,21 @@ def test_two_modules_become_a_bundle_with_scaled_latents(pair, tmp_path: Path) -
     np.testing.assert_allclose(vae.decode(posterior.mean), expected, atol=1e-5)
 
 
+def test_numbers_of_numpy_are_numbers(pair, tmp_path: Path) -> None:
+    half = np.float32(0.5)
+    numbers = {"latent_scale": half, "latent_shift": np.int8(1), "tolerance": np.float32(1e-4)}
+    budget = Budget(half, np.float64(1))
+    export_bundle(
+        *pair, tmp_path / "a.vae", examples=X, **numbers, budget=budget, likelihood={"type": "gaussian", "scale": half}
+    )
+    manifest = VAE.load(tmp_path / "a.vae").manifest  # JSON holds no others
+    assert manifest.likelihood == Likelihood("gaussian", scale=0.5)
+    assert manifest.budget == {"psnr_db": 0.5, "nats_per_dimension": 1}
+    export_bundle(*pair, tmp_path / "b.vae", examples=X, latent_scale=0.5, latent_shift=1)
+    for file in ("encoder.onnx", "decoder.onnx"):
+        assert (tmp_path / "a.vae" / file).read_bytes() == (tmp_path / "b.vae" / file).read_bytes()
+
+
 def test_an_autoencoder_from_torch_tensors(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(5, 6) * 3 + 10
@@ -137,6 +155,20 @@ def test_an_autoencoder_from_torch_tensors(tmp_path: Path) -> None:
         ({"examples": X / 255}, InputError, r"examples has shape \(9, 10, 14, 3\) and dtype float64; expected images"),
         ({"examples": [1, 2]}, InputError, "examples is a list; expected a numpy array"),
         ({"examples": X[..., :2]}, ExportError, r"the encoder does not run on a batch of shape \(8, 2, 10, 14\)"),
+        ({"examples": VECTORS, "resize": "bogus"}, InputError, "resize is 'bogus', but the inputs are vectors"),
+        ({"examples": VECTORS, "colour": "pink"}, InputError, "colour is 'pink', but the inputs are vectors"),
+        ({"examples": VECTORS, "multiple_of": 1}, InputError, "multiple_of is 1, but the inputs are vectors"),
+        ({"multiple_of": 2, "resize": "crop"}, InputError, "resize is 'crop'; with multiple_of, height and width are"),
+        ({"name": 5}, InputError, "name is 5; expected a string that is not empty"),
+        ({"name": ""}, InputError, "name is ''; expected a string that is not empty"),
+        ({"force": "no"}, InputError, "force is 'no'; expected True or False"),
+        ({"keep": 5}, InputError, "keep is 5; expected True or False"),
+        ({"logits": "yes"}, InputError, "logits is 'yes'; expected True or False"),
+        ({"progress": 5}, InputError, "progress is 5; expected a function"),
+        ({"path": None}, InputError, "path is None; expected a str or an os.PathLike"),
+        ({"path": 5, "name": "a"}, InputError, "path is 5; expected a str or an os.PathLike"),
+        ({"path": "a\0b"}, InputError, r"path is 'a\\x00b'; expected the name of a folder"),
+        ({"path": ""}, InputError, "path is ''; expected the name of a folder"),
         ({"resize": "tile"}, InputError, "input.resize is 'tile'; expected one of exact, stretch, crop"),
         ({"colour": "grey"}, InputError, "input.colour is 'grey', which has 1 channels"),
         ({"decoder": nn.Conv2d(4, 3, 1)}, ExportError, r"the decoder returns shape \(8, 3, 5, 7\) for inputs"),
@@ -144,9 +176,9 @@ def test_an_autoencoder_from_torch_tensors(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_cannot_be_exported_is_named_and_nothing_is_written(pair, tmp_path: Path, change, error, message) -> None:
-    arguments = {"encoder": pair[0], "decoder": pair[1], "examples": X} | change
+    arguments = {"encoder": pair[0], "decoder": pair[1], "path": tmp_path / "a.vae", "examples": X} | change
     with pytest.raises(error, match=message):
-        export_bundle(path=tmp_path / "a.vae", **arguments)
+        export_bundle(**arguments)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -179,3 +211,7 @@ def test_an_existing_output_is_refused_before_any_work(pair, tmp_path: Path) -> 
     (tmp_path / "a.vae").mkdir()
     with pytest.raises(OutputError, match="exists and is no bundle"):
         export_bundle(*pair, tmp_path / "a.vae", examples=X, force=True)
+
+
+def test_what_is_loaded_late_is_listed() -> None:
+    assert dir(vae_export) == sorted(vae_export.__all__)

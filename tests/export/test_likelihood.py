@@ -85,6 +85,13 @@ def test_forms_of_a_likelihood(said: Any, want: Likelihood | None) -> None:
         (0.1, r"likelihood is 0.1; expected bernoulli.*, or a dict such as \{'type': 'bernoulli'\}"),
         (Likelihood, "likelihood is <class "),
         ({"type": "gaussian"}, "likelihood.scale is None; expected a finite number$"),
+        (
+            {"type": "bernoulli", "binarise": "threshold"},
+            "likelihood has 'binarise'; of a bernoulli one, expected type and binarize$",
+        ),
+        ({"type": "laplace", "scale": 1, 3: 4}, "likelihood has 3; of a laplace one, expected type and scale$"),
+        ({"type": "bernoulli", "scale": 0.1}, "likelihood has 'scale'; of a bernoulli one"),
+        ({"type": "gaussian", "scale": "0.1"}, "likelihood.scale is '0.1'; expected a finite number$"),
     ],
 )
 def test_what_is_none_is_refused_in_words(said: Any, message: str) -> None:

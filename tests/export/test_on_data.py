@@ -428,6 +428,8 @@ def test_only_the_scores_asked_for_are_calibrated(complete: Path, vectors: np.nd
             export(tmp_path / "b.vae", vectors[:200], scores=wrong, **few)
     with pytest.raises(InputError, match=r"scores has 'elbo'; this bundle is calibrated by reconstruction alone"):
         export(tmp_path / "b.vae", vectors[:200], scores=["elbo"], calibrate=vectors[200:])
+    with pytest.raises(InputError, match=r"scores is \['elbo'\], and nothing is calibrated; .*--calibrate"):
+        export(tmp_path / "b.vae", vectors[:200], scores=["elbo"], likelihood=GAUSSIAN)
     assert not (tmp_path / "b.vae").exists()
 
 

@@ -18,7 +18,8 @@ from vae_export import Budget, FewExamplesWarning, export_bundle, export_checkpo
 from vae_export.cuda_forms import for_cuda
 from vae_export.graphs import DecoderGraph, EncoderGraph, decoder_to_onnx, encoder_to_onnx
 from vae_export.judge import Judge
-from vae_export.precisions import make_precisions
+from vae_export.precisions import _reason, make_precisions
+from vae_export.quality import Figures, Measurement
 from vae_export.reference import Reference
 from vae_export.tf32 import tf32_twin
 from vae_export.wanted_precisions import Made, Wanted, check_wanted
@@ -221,8 +222,10 @@ def export_codes(pair: tuple[nn.Module, nn.Module], path: Path, **options: Any) 
     return export_bundle(*pair, path, examples=digits(), kind="autoencoder", tolerance=1e-4, **options)
 
 
-def test_what_misses_the_budget_is_refused_with_its_figures(tmp_path: Path) -> None:
-    manifest = export_codes(exact_pair(), tmp_path / "a.vae", precisions=["fp32", "int8"])
+def test_what_misses_the_budget_is_refused_with_its_figures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "vae_export"):
+        manifest = export_codes(exact_pair(), tmp_path / "a.vae", precisions=["fp32", "int8"])
+    assert "measuring fp32 on 144 inputs" in caplog.messages  # 80 and, of those that calibrate, 64
     assert set(manifest.precisions) == {"fp32"}
     assert sorted(path.name for path in (tmp_path / "a.vae").iterdir()) == [
         "decoder.onnx", "encoder.onnx", "golden.npz", "manifest.json",
@@ -234,8 +237,15 @@ def test_what_misses_the_budget_is_refused_with_its_figures(tmp_path: Path) -> N
     assert 30 < quality["psnr_lost_db"] < 90
     assert quality["negative_elbo_per_dimension"] is None  # an autoencoder has none
     lost = f"{quality['psnr_lost_db']:.3g}"
-    assert refusal["reason"].startswith(f"int8 loses {lost} dB of PSNR and 0 nats per input dimension on 80 held-out")
-    assert refusal["reason"].endswith("the budget is 0.1 dB and 0.005 nats")
+    assert refusal["reason"] == f"int8 loses {lost} dB of PSNR on 80 held-out examples; the budget is 0.1 dB"
+
+
+def test_a_refusal_gives_both_figures_where_both_are_measured() -> None:
+    measured = Measurement(Figures(30.0, 0.5), Figures(29.0, 0.6), {}, 8)
+    assert _reason("int8", measured, Budget()) == (
+        "int8 loses 1 dB of PSNR and 0.1 nats per input dimension on 8 held-out examples; the budget is 0.1 dB and"
+        " 0.005 nats"
+    )
 
 
 def test_keep_makes_it_and_marks_it() -> None:
@@ -599,8 +609,8 @@ def test_a_wrong_request_is_named_before_any_work(tmp_path: Path, options: dict[
 
 
 def test_the_warning_points_at_the_line_that_exports(tmp_path: Path) -> None:
-    options = {"examples": digits(9), "kind": "autoencoder", "precisions": ["int8"], "tolerance": 0}
-    with pytest.warns(FewExamplesWarning) as caught, pytest.raises(InputError, match="tolerance is 0"):
+    options = {"examples": digits(9), "kind": "autoencoder", "precisions": ["int8"], "prior": "none"}
+    with pytest.warns(FewExamplesWarning) as caught, pytest.raises(InputError, match="prior is 'none'"):
         export_bundle(*exact_pair(), tmp_path / "a.vae", **options)
     assert [warning.filename for warning in caught] == [__file__]
 

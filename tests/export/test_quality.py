@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vae_export import Budget
-from vae_export.judge import Judge, _psnr
+from vae_export.judge import Judge
 from vae_export.quality import Figures, Measurement
 from vae_runtime.bundle import Bundle
 from vae_runtime.errors import InputError
@@ -57,14 +57,6 @@ def test_figures_that_are_not_finite_or_not_measured_are_null() -> None:
     assert data["psnr_db"] is None
     assert data["nats_lost_per_dimension"] is None
     assert data["fp32_psnr_db"] == 20
-
-
-def test_psnr_is_the_mean_over_examples_of_decibels() -> None:
-    x = np.zeros((2, 1, 2, 2), np.float32)
-    reconstruction = np.stack([np.full((1, 2, 2), 0.1), np.full((1, 2, 2), 0.01)]).astype(np.float32)
-    assert _psnr(reconstruction, x, 1.0) == pytest.approx(30, abs=1e-4)
-    assert _psnr(reconstruction, x, 10.0) == pytest.approx(50, abs=1e-4)
-    assert _psnr(x, x, 1.0) == 100
 
 
 def test_the_bernoulli_likelihood_clips_at_what_float32_resolves() -> None:

@@ -12,9 +12,7 @@ from torch import nn
 
 from vae_export import export_bundle
 from vae_export.cli import _default_output
-from vae_export.export import _Half
-from vae_export.graphs import DecoderGraph, EncoderGraph
-from vae_export.reference import Reference
+from vae_export.export import halves_of
 from vae_export.verify import open_graphs
 from vae_runtime import VAE, ExportError, InputError
 from vae_runtime.manifest import InputSpec
@@ -158,9 +156,7 @@ def test_what_the_export_lets_through_passes_the_self_test(tmp_path: Path) -> No
 def test_resnet_models_with_attention_run_at_other_sizes_and_batches() -> None:
     """GroupNorm and attention keep height, width and batch free in plain ONNX."""
     model = build_model(ModelConfig("resnet", "vae", (3, 16, 16), 3, (8,), 0, "group", "silu", True)).eval()
-    halves = Reference(
-        EncoderGraph(_Half(model, "encode"), "vae", clamp=False), DecoderGraph(_Half(model, "decode"), clamp=False)
-    )
+    halves = halves_of(model, "vae")
     rng = np.random.default_rng(0)
     example = rng.random((2, 3, 8, 12), dtype=np.float32)
     graphs = halves.to_onnx(example, halves.encode(example)["mean"], True)

@@ -12,8 +12,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from vae_export.export import _Half
-from vae_export.graphs import DecoderGraph, EncoderGraph
+from vae_export.export import halves_of
 from vae_export.reference import Reference, one_thread
 from vae_export.verify import BATCH_SIZES, Fidelity, run_both, verify
 from vae_runtime.errors import ExportError
@@ -24,9 +23,7 @@ from vae_runtime.preprocess import to_model_input
 def conv(checkpoints, exported: dict[str, Path]):
     checkpoint = checkpoints["conv"]
     model = checkpoint.build_model()
-    reference = Reference(
-        EncoderGraph(_Half(model, "encode"), "vae", clamp=False), DecoderGraph(_Half(model, "decode"), clamp=False)
-    )
+    reference = halves_of(model, "vae")
     graphs = tuple((exported["conv"] / f"{half}.onnx").read_bytes() for half in ("encoder", "decoder"))
     return (
         graphs,

@@ -419,6 +419,8 @@ def test_precision_of_a_provider_that_loses_quality_is_left_out(tiny: VAE, monke
     noisy = {**golden, "reconstruction": 0.9 * golden["reconstruction"] + 0.1 * golden["x"]}  # a better reference
     expected = -20 * np.log10(0.9)
     assert tune_module._psnr_loss(tiny, noisy) == pytest.approx(expected, abs=1e-3)
+    golden["reconstruction"][:1] = noisy["reconstruction"][:1]  # of one, as the export counts: the mean of decibels
+    assert tune_module._psnr_loss(tiny, golden) == pytest.approx(expected / len(golden["x"]), abs=1e-3)
 
 
 def test_child_that_dies_is_left_out(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

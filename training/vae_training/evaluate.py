@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vae_runtime.fidelity import decibels
 from vae_runtime.preprocess import Float32, Float64
 
 from .feed import EVALUATE, RECALIBRATE, standard_normal
@@ -18,7 +19,6 @@ from .models import VAE, reparameterize
 BATCH = 500  # examples, or fewer where they are large
 BATCH_ELEMENTS = 2**23
 ACTIVE_VARIANCE = 0.01  # a latent dimension is active where Var(mean) is above (Burda et al., 2016, arXiv:1509.00519)
-_LEAST_MSE = 1e-10  # a perfect reconstruction counts as 100 dB
 
 
 @torch.no_grad()
@@ -31,8 +31,8 @@ def measure(objective: Objective, x: Float32, seed: int, draws: int = 5) -> dict
     positions, which share their weights. With free bits also what the loss counts of the KL, `free_bits_kl_nats`.
     For both kinds: with a gradient weight `gradient_nats`, see `Objective.gradient_cost`, by the same draws; the `mse`
     of the reconstruction from the posterior's mean or the code, and for images `psnr_db`, the mean over images of
-    10·log10(1 / mse). The Bernoulli with grey values and the Gaussian have different zeros: a figure is comparable only
-    under the same likelihood.
+    10·log10(1 / mse), a perfect one as 100 dB. The Bernoulli with grey values and the Gaussian have different zeros: a
+    figure is comparable only under the same likelihood.
     """
     objective.eval()
     parts = [_measure_batch(objective, batch, seed, draws, index) for index, batch in enumerate(batches(x, objective))]
@@ -41,7 +41,7 @@ def measure(objective: Objective, x: Float32, seed: int, draws: int = 5) -> dict
     )
     figures: dict[str, Any] = {"examples": len(x), "reconstruction_nats": float(nll.mean()), "mse": float(mse.mean())}
     if x.ndim == 4:
-        figures["psnr_db"] = float(np.mean(-10 * np.log10(np.maximum(mse, _LEAST_MSE))))
+        figures["psnr_db"] = float(decibels(mse).mean())
     if objective.gradient_weight:
         figures["gradient_nats"] = float(edges.mean())
     if isinstance(objective.model, VAE):

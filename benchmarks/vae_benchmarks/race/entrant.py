@@ -159,7 +159,7 @@ def within_tolerance(
 def measure_error(found: Float32, reference: Float32, measure: str, is_data: bool) -> float:
     """The maximum ("max") or the root mean square ("rms") of the differences, relative to max|reference|, taken as at
     least 0.01; of data, to their range."""
-    scale = data_range(reference) if is_data else scale_of(reference)
+    scale = data_range(reference, is_image=False) if is_data else scale_of(reference)
     return error_of(found, reference, scale, by_mean_square=measure == "rms")
 
 

@@ -17,15 +17,22 @@ Trial = tuple[bool, str]  # whether a decoder takes a latent and gives inputs of
 _Array = TypeVar("_Array", Tensor, Float32)
 
 
+# By what a spread means, of `SPREADS`: whether its logarithm is taken, and by what that is multiplied, for the
+# log-variance.
+TO_LOGVAR = {"logvar": (False, 1), "log_std": (False, 2), "std": (True, 2), "variance": (True, 1)}
+
+
 def to_logvar(spread: _Array, meaning: str, log: Callable[[_Array], _Array]) -> _Array:
     """The log-variance of a spread whose meaning is this one of `SPREADS`. log: the natural logarithm."""
-    spread = log(spread) if meaning in ("std", "variance") else spread
-    return spread * 2 if meaning in ("log_std", "std") else spread
+    takes_log, factor = TO_LOGVAR[meaning]
+    spread = log(spread) if takes_log else spread
+    return spread if factor == 1 else spread * factor
 
 
 def in_every_meaning(logvar: Tensor) -> tuple[Tensor, ...]:
     """A log-variance as each of `SPREADS`."""
-    return logvar, logvar / 2, (logvar / 2).exp(), logvar.exp()
+    parts = ((takes_log, logvar / factor) for takes_log, factor in TO_LOGVAR.values())
+    return tuple(part.exp() if takes_log else part for takes_log, part in parts)
 
 
 def settle_meaning(named: str | None, least: float, options: ImportOptions) -> str:

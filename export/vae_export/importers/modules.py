@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from vae_runtime.errors import InputError
-from vae_runtime.manifest import MEAN
+from vae_runtime.manifest import HALF_NAMES, MEAN
 from vae_runtime.preprocess import Float32
 
-from ..halves import HALF_NAMES
 from ..imported import Arguments
 from ..reference import Reference
 from ..verify import at_least

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +19,7 @@ from vae_runtime.preprocess import Float32
 
 from ..graphs import DecoderGraph, EncoderGraph
 from ..imported import ImportOptions
-from ..quality import ExportWarning
+from ..quality import ExportWarning, warn
 from ..reason import some
 from .witness import WHOLE_HALVES, heed_forward
 
@@ -117,11 +116,10 @@ class Network:
             needed = read
         unused = list(_unread(self.whole, needed, ""))
         if unused and unused != [""]:  # all: operators that are out of sight, as those that torch.compile made
-            warnings.warn(
+            warn(
                 f"neither the latent nor the reconstruction depends on the weights of {some(unused)}: what the"
                 f" network's forward does with them is not in the bundle; if it should be, {WHOLE_HALVES}",
                 UnusedWeightsWarning,
-                stacklevel=5,
             )
 
 

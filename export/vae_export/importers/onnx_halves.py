@@ -13,7 +13,7 @@ from vae_runtime.preprocess import Float32
 from vae_training.models import LOGVAR_MAX, LOGVAR_MIN
 
 from ..imported import ImportOptions
-from .meaning import Trial, is_split, require_kind, settle_meaning, to_logvar
+from .meaning import TO_LOGVAR, Trial, is_split, require_kind, settle_meaning, to_logvar
 from .onnx_source import OnnxSource
 from .outputs import named_pair
 from .trial import noise, require_batch, run
@@ -104,8 +104,8 @@ class OnnxHalves:
             spread = graph.output(reading.spread)
         graph.end(MEAN, graph.affine(graph.affine(mean, 1, -shift), scale, 0), shape)
         if spread is not None:
-            spread = graph.log(spread) if reading.meaning in ("std", "variance") else spread
-            spread = graph.affine(spread, 2 if reading.meaning in ("log_std", "std") else 1, 0)
+            takes_log, factor = TO_LOGVAR[reading.meaning]
+            spread = graph.affine(graph.log(spread) if takes_log else spread, factor, 0)
             logvar = graph.affine(graph.clip(spread, LOGVAR_MIN, LOGVAR_MAX), 1, 2 * math.log(scale))
             graph.end(LOGVAR, logvar, shape)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from vae_runtime.bundle import is_bundle_folder
 from vae_runtime.errors import InputError
+from vae_runtime.manifest import HALF_NAMES
 
-from ..halves import HALF_NAMES
 from ..imported import Imported, ImportOptions
 from .options import check_options, require_shape
 from .pair import default_name, find_pair, has_pair

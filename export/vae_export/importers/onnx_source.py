@@ -16,7 +16,7 @@ from vae_runtime.errors import CheckpointError, ExportError
 from vae_runtime.graph_rules import RANDOM_OPERATORS, has_float16
 from vae_runtime.manifest import Shape
 
-from ..graphs import MAX_BYTES, OPSET
+from ..graphs import OPSET, require_fitting_size
 from ..protos import attributes
 from ..reason import reason
 from .options import FLAGS, agreed_shape
@@ -69,8 +69,7 @@ def open_graph(path: Path, half: str) -> OnnxSource:
         size = model.ByteSize()
     except Exception as error:
         raise CheckpointError(f"{path} is not an ONNX model that can be read: {reason(error)}") from error
-    if size > MAX_BYTES:
-        raise ExportError(f"the {half} has over 2 GB of weights; an ONNX file with its weights inside holds less")
+    require_fitting_size(size, half)
     opset = _check(model, half)
     options = engine.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vae_runtime.arguments import check_number
 from vae_runtime.errors import CheckpointError, InputError, MissingExtraError
 from vae_runtime.manifest import KINDS, Shape
 
 from ..imported import INPUT_RANGES, Arguments, ImportOptions
-from ..quality import ExportWarning
+from ..quality import ExportWarning, warn
 
 FLAGS = {  # by field of ImportOptions
     "weights": "--weights",
@@ -66,10 +65,10 @@ def check_options(options: ImportOptions, factory: bool = False, pickles: bool =
     for name, allowed in (("kind", KINDS), ("input_range", INPUT_RANGES)):
         if getattr(options, name) not in (None, *allowed):
             raise wrong_option(options, name, f"; expected one of {', '.join(allowed)}")
-    if options.latent_scale is not None and not 0 < options.latent_scale < math.inf:
-        raise wrong_option(options, "latent_scale", "; expected a finite number above 0")
-    if options.latent_shift is not None and not math.isfinite(options.latent_shift):
-        raise wrong_option(options, "latent_shift", "; expected a finite number")
+    if options.latent_scale is not None:
+        check_number(options.latent_scale, flag(options, "latent_scale"), above=0)
+    if options.latent_shift is not None:
+        check_number(options.latent_shift, flag(options, "latent_shift"))
     if options.multiple_of is not None and options.multiple_of < 1:
         raise wrong_option(options, "multiple_of", "; expected 1 or more")
 
@@ -108,12 +107,11 @@ def require_shape(shape: Shape | None, options: ImportOptions) -> Shape:
     if len(shape) == 1 and options.input_range is not None:
         raise wrong_option(options, "input_range", ", but the inputs are vectors, which have no range")
     if shape[2:] in ((1,), (3,)) and isinstance(shape[0], int) and shape[0] > _MOST_CHANNELS:
-        warnings.warn(
+        warn(
             f"{flag(options, 'input_shape')} is {'x'.join(map(str, shape))}, {shape[0]} channels of {shape[1]} by"
             f" {shape[2]} pixels; if channels come last there, permute in both halves, and pass"
             f" {shape[2]}x{shape[0]}x{shape[1]}",
             ExportWarning,
-            stacklevel=2,
         )
     if not free and options.multiple_of not in (None, 1):
         raise wrong_option(options, "multiple_of", f", but the inputs {shape} have no free size")

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vae_runtime.errors import InputError
-
-from ..halves import HALF_NAMES
+from vae_runtime.manifest import HALF_NAMES
 
 MAX_ENTRIES = 1000  # of a folder that are looked at
 Fits = Callable[[Path], bool]

@@ -59,8 +59,8 @@ def load(source: str, options: ImportOptions) -> Imported:
 
     Raises:
         CheckpointError: a file is missing or damaged, or the weights do not fit the config.
-        ExportError: a model of a sort that no bundle can hold, or with pickled networks that are not trusted.
-        InputError: an option is missing, of no use, or contradicts the config.
+        ExportError: a model of a sort that no bundle can hold.
+        InputError: an option is missing, as the trust in pickled networks, of no use, or contradicts the config.
         MissingExtraError: pythae is not installed.
     """
     refuse_options(
@@ -74,7 +74,7 @@ def load(source: str, options: ImportOptions) -> Imported:
         raise ExportError(f"{folder} holds a {class_name(name)} of pythae: {reason}")
     custom = [network for network in NETWORKS if config.get(f"uses_default_{network}", True) is not True]
     if custom and not options.trust_pickle:
-        raise ExportError(
+        raise InputError(
             f"{folder} has a pickled {' and '.join(custom)} of its own, and unpickling runs whatever code is in it; "
             f"if you trust where it is from, pass {FLAGS['trust_pickle']}"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from vae_runtime.errors import CheckpointError
 
-from ..quality import ExportWarning
+from ..quality import ExportWarning, warn
 from ..reason import some
 from .pickled import describe, read_pickled, weights_of_network
 from .safetensors_header import is_safetensors
@@ -60,11 +59,10 @@ def load_weights(module: nn.Module, path: Path) -> None:
     left_out: list[str] = []
     found = _find_tensors(content, names, path, left_out)
     if left_out := [name for name in left_out if name != AVERAGED]:
-        warnings.warn(
+        warn(
             f"of {path}, {some(left_out)} are left out, for which the network has no place, or other weights; if they"
             " are the model's, save them alone, or load them in the factory",
             LeftOutWeightsWarning,
-            stacklevel=2,
         )
     assign(module, _renamed(found, lambda name: names.get(name, name)), path)
 

@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from ..graphs import DecoderGraph, EncoderGraph, without_validation
 from ..imported import ImportOptions
-from ..quality import ExportWarning
+from ..quality import ExportWarning, warn
 from .meaning import in_every_meaning
 from .options import flag
 
@@ -70,10 +69,9 @@ def heed_forward(
     if doubt is not None and signed and _doubt(whole, x, read, options) is None:
         return  # it makes images in [-1, 1] itself of those in [0, 1]
     if doubt is not None:
-        warnings.warn(
+        warn(
             f"the network's forward contradicts how encode and decode are read: {doubt}",
             ForwardDisagreesWarning,
-            stacklevel=5,
         )
 
 

@@ -760,8 +760,10 @@ def test_weights_without_a_place_are_warned_of_but_the_counter_of_averages() -> 
     load("Networks")
     model = networks()
     torch.save(in_a_wrapper(model.state_dict()), "wrapped.pt")
-    with pytest.warns(LeftOutWeightsWarning, match=r"of wrapped.pt, loss.scale are left out, for which the network"):
+    message = r"of wrapped.pt, loss.scale are left out, for which the network"
+    with pytest.warns(LeftOutWeightsWarning, match=message) as caught:
         load("Networks", weights="wrapped.pt")
+    assert [one.filename for one in caught] == [__file__]
     halves = {half: getattr(model, half).state_dict() for half in ("decoder", "encoder")}
     torch.save(halves | {"norm": {"mean": torch.zeros(1)}}, "halves.pt")
     with pytest.warns(LeftOutWeightsWarning, match=r"of halves.pt, norm are left out"):

@@ -213,7 +213,7 @@ class Signed(BaseDecoder):
 def test_networks_of_the_user_s_own_are_loaded_only_when_trusted(tmp_path: Path) -> None:
     model = save(tmp_path / "model", "VAEConfig", (1, 4, 4), (Convolutions(), Signed()))
     folder = str(tmp_path / "model")
-    with pytest.raises(ExportError, match=r"a pickled encoder and decoder of its own, .* pass --trust-pickle"):
+    with pytest.raises(InputError, match=r"a pickled encoder and decoder of its own, .* pass --trust-pickle"):
         load(folder, None, PLAIN)
     with pytest.raises(InputError, match=r"--input-range unit, .* or --input-range signed"):
         load(folder, None, TRUSTED)
@@ -295,7 +295,7 @@ def weights(content: bytes) -> Callable[[Path], None]:
         (config(input_dim=None), CheckpointError, "input_dim None; expected a list of whole numbers"),
         (config(input_dim=[1, 4, -4]), CheckpointError, "expected a list of whole numbers"),
         (config(latent_dim=5), CheckpointError, r"wrong shape or type in .*\(3×512 float32, expected 5×512\)"),
-        (config(uses_default_encoder=False), ExportError, "a pickled encoder of its own"),
+        (config(uses_default_encoder=False), InputError, "a pickled encoder of its own"),
         (state(lambda s: s.pop("encoder.log_var.bias")), CheckpointError, r"it lacks encoder\.log_var\.bias$"),
         (state(lambda s: s.update(extra=torch.ones(1))), CheckpointError, "it has the unknown extra$"),
         (state(lambda s: s.update({"encoder.log_var.bias": 1})), CheckpointError, r"log_var.bias \(1, expected 3\)"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from vae_runtime.manifest import HALF_NAMES
 from vae_runtime.preprocess import Float32
 
 from ..case import Case
@@ -26,7 +27,7 @@ def open_entrant(case: Case, batch: int, threads: int) -> Entrant:
     options.log_severity_level = 3
     calls = [
         call_of(onnxruntime.InferenceSession(case.graph(half), options, providers=["CPUExecutionProvider"]))
-        for half in ("encoder", "decoder")
+        for half in HALF_NAMES
     ]
     return Entrant(
         encode=calls[0],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from vae_runtime.manifest import HALF_NAMES
 from vae_runtime.preprocess import Float32
 
 from ..case import Case
@@ -36,7 +37,7 @@ def open_entrant(case: Case, batch: int, threads: int, precision: str) -> Entran
         **({} if precision == "int8" else {"INFERENCE_PRECISION_HINT": precision}),
     }
     calls: list[Callable[[Float32], tuple[Float32, ...]]] = []
-    for half in ("encoder", "decoder"):
+    for half in HALF_NAMES:
         graph = case.bundle_graph(half, "int8") if precision == "int8" else case.graph(half)
         model = core.read_model(graph)
         model.reshape(_static_shape(model, batch))

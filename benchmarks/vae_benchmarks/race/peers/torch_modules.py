@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vae_runtime.manifest import INPUT, LOGVAR, MEAN, RECONSTRUCTION
+from vae_runtime.manifest import HALF_NAMES, INPUT, LOGVAR, MEAN, RECONSTRUCTION
 from vae_runtime.preprocess import Float32
 
 from ...worker import tile
@@ -104,7 +104,7 @@ def load_modules(folder: Path, name: str) -> tuple[Any, Any]:
     architecture = json.loads((folder.parent / "case.json").read_bytes())["architecture"]
     halves = modules.build(architecture["name"], **architecture["arguments"])
     weights = torch.load(folder / "weights.pt", map_location="cpu", weights_only=True)
-    for half, part in zip(halves, ("encoder", "decoder"), strict=True):
+    for half, part in zip(halves, HALF_NAMES, strict=True):
         half.load_state_dict(weights[part])
         half.eval().requires_grad_(False)
     encoder, decoder = halves

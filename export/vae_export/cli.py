@@ -17,7 +17,15 @@ import numpy as np
 
 from vae_runtime.bundle import Bundle
 from vae_runtime.calibration import LEAST_EXAMPLES, SCORE_METHODS
-from vae_runtime.console import NEGATIVE_VERDICT, Command, describe_latent, json_option, print_json
+from vae_runtime.console import (
+    NEGATIVE_VERDICT,
+    Command,
+    describe_latent,
+    echo_warning,
+    json_option,
+    print_json,
+    printable,
+)
 from vae_runtime.errors import CheckpointError, InputError, MissingExtraError
 from vae_runtime.manifest import GOLDEN_FILE, INPUT, KINDS, PRECISIONS, InputSpec, Manifest, Precision
 from vae_runtime.preprocess import check_range
@@ -226,7 +234,7 @@ def main(
             raise MissingExtraError(error.name or "a package", "export", "vae-export") from None
     for warning in caught:
         if issubclass(warning.category, ExportWarning):
-            click.echo(f"Warning: {warning.message}", err=True)
+            echo_warning(warning.message)
     if as_json:
         print_json({"bundle": str(target), "manifest": manifest.to_dict()})
     else:
@@ -450,9 +458,9 @@ def _report_misses(manifest: Manifest) -> None:
     """Report on stderr which precisions missed the budget; exit with `NEGATIVE_VERDICT` if one was not written."""
     for name, precision in manifest.precisions.items():
         if not precision.within_budget:
-            click.echo(f"Warning: {name} misses the budget; it is written and marked, as --keep asks", err=True)
+            echo_warning(f"{name} misses the budget; it is written and marked, as --keep asks")
     for refusal in manifest.refused.values():
-        click.echo(f"Not written: {refusal['reason']}", err=True)
+        click.echo(f"Not written: {printable(refusal['reason'])}", err=True)
     if manifest.refused:
         sys.exit(NEGATIVE_VERDICT)
 

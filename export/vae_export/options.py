@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
-from vae_runtime.arguments import check_flag, check_number
+from vae_runtime.arguments import check_flag, check_number, check_progress
 from vae_runtime.errors import InputError
 from vae_runtime.tiling import Progress
 
@@ -57,5 +57,4 @@ class Options:
             raise InputError(f"name is {self.name!r}; expected a string that is not empty")
         object.__setattr__(self, "tolerance", check_number(self.tolerance, "tolerance", above=0))
         check_flag(self.keep, "keep")
-        if self.progress is not None and not callable(self.progress):
-            raise InputError(f"progress is {self.progress!r}; expected a function, progress(done, total), or None")
+        check_progress(self.progress)

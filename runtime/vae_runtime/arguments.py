@@ -60,6 +60,12 @@ def check_path(value: Any, name: str) -> Path:
     return Path(value)
 
 
+def check_progress(value: Any) -> None:
+    """A function, or None."""
+    if value is not None and not callable(value):
+        raise InputError(f"progress is {value!r}; expected a function, progress(done, total), or None")
+
+
 def check_flag(value: Any, name: str) -> bool:
     """True or False."""
     if not isinstance(value, (bool, np.bool_)):

@@ -13,7 +13,7 @@ import click
 import numpy as np
 
 from . import sources
-from .console import printable
+from .console import echo_warning
 from .errors import ApproximateTilingWarning, InputError
 from .images import PICTURE_FORMATS
 from .latent_files import LatentFile, decoder_digest
@@ -115,7 +115,7 @@ def batches_with_progress(
             start += len(batch)
             bar.update(parts * start - bar.pos)
     for message in dict.fromkeys(str(one.message) for one in caught if warn):
-        click.echo(f"Warning: {printable(message)}", err=True)
+        echo_warning(message)
 
 
 def _batch_size(source: Source | LatentFile, tile: int | None, spec: InputSpec) -> int:

@@ -155,6 +155,11 @@ def printable(text: str) -> str:
     return "".join(one if one.isprintable() or one == "\n" or one in _BYTES else repr(one)[1:-1] for one in text)
 
 
+def echo_warning(message: object) -> None:
+    """One line on stderr."""
+    click.echo(f"Warning: {printable(str(message))}", err=True)
+
+
 def json_option(function: _Function) -> _Function:
     """--json, a flag."""
     return click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")(function)

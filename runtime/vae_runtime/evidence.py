@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arguments import check_count
+from .arguments import check_count, check_progress
 from .errors import KindError, NotInBundleError
 from .latents import require_finite
 from .likelihood import comparable, sums_of_log_likelihoods, targets
@@ -143,6 +143,7 @@ def log_likelihood(
 ) -> Float64:
     """As `VAE.log_likelihood`. shared: all examples take the same noise, see `SharedNoise`."""
     likelihood, count = require_likelihood(manifest, "log_likelihood"), check_count(n_samples, "n_samples")
+    check_progress(progress)
     stream = SharedNoise(seed, count) if shared else NormalStream(seed)
     results, done = [], 0
     for block, posterior, rows in encoded(manifest, operations, inputs, batch_size):

@@ -30,9 +30,18 @@ from .command_inputs import (
     require_fitting,
     tile_option,
 )
-from .console import NEGATIVE_VERDICT, Command, engine_options, json_option, json_text, print_json, printable
+from .console import (
+    NEGATIVE_VERDICT,
+    Command,
+    echo_warning,
+    engine_options,
+    json_option,
+    json_text,
+    print_json,
+    printable,
+)
 from .detection import auroc, average_precision, check_labels
-from .errors import InputError
+from .errors import InputError, OutputError
 from .images import overlay
 from .labels import read_labels
 from .latents import require_finite
@@ -215,7 +224,7 @@ def score(
     if said is not None:
         click.echo(said, err=as_json or as_csv)
     if doubt is not None:
-        click.echo(f"Warning: {doubt}", err=True)
+        echo_warning(doubt)
     anomalies = found.anomalies
     ctx.exit(NEGATIVE_VERDICT if fail and anomalies is not None and anomalies.any() else 0)
 
@@ -289,7 +298,7 @@ def _check_outputs(output: str | None, maps: str | None, map_scale: float | None
         if Path(output).suffix.lower() not in (".csv", ".json"):
             raise InputError(f"--output is {output!r}; expected the name of a .csv or .json file")
         if not Path(output).parent.is_dir():
-            raise InputError(f"{output} cannot be written: there is no folder {Path(output).parent}")
+            raise OutputError(f"{output} cannot be written: there is no folder {Path(output).parent}")
         refuse_other_file(output, force)
     if map_scale is not None and not (maps is not None and 0 < map_scale < math.inf):
         raise InputError(f"--map-scale is {map_scale}; expected a finite number above 0, with --maps")

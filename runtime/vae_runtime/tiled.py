@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .arguments import check_count
+from .arguments import check_count, check_progress
 from .errors import ApproximateTilingWarning, InputError
 from .image_sizes import check_cut
 from .manifest import HalfTiling, Manifest
@@ -58,6 +58,7 @@ class Tiler:
     ) -> None:
         if tile is None:
             raise InputError("progress was given without tile; it counts the windows of a call with tile")
+        check_progress(progress)
         if batch_size is not None:
             raise InputError(f"batch_size is {batch_size!r} beside tile; with tile, one window runs at a time")
         spec, size = manifest.input, check_count(tile, "tile")

@@ -20,7 +20,7 @@ import pytest
 from click.testing import CliRunner
 
 from vae_runtime.cli import main
-from vae_runtime.console import ENDINGS, Command, printable
+from vae_runtime.console import ENDINGS, Command, echo_warning, printable
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 MAIN = "from vae_runtime.cli import main; main()"
@@ -161,6 +161,11 @@ def test_errors_of_the_system_without_a_number_keep_their_text() -> None:
 def test_texts_of_others_do_not_command_a_terminal() -> None:
     assert printable("a \x1b[31mµ\u202e\n b\r") == "a \\x1b[31mµ\\u202e\n b\\r"
     assert printable("caf\udce9\udc9b31m") == "caf\udce9\\udc9b31m"
+
+
+def test_a_warning_is_one_printable_line_on_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    echo_warning(UserWarning("x\x1b[31m is left out"))
+    assert capfd.readouterr() == ("", "Warning: x\\x1b[31m is left out\n")
 
 
 def test_names_of_files_and_bundles_do_not_command_a_terminal_either(bundle: Path, tmp_path: Path, resign: Any) -> None:

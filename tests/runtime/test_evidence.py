@@ -333,6 +333,8 @@ def test_exactly_so_many_draws_are_decoded(tiny: VAE, images: np.ndarray, monkey
 
 def test_progress_counts_draws_up_to_the_last(tiny: VAE, images: np.ndarray) -> None:
     seen: list[tuple[int, int]] = []
+    with pytest.raises(InputError, match=r"progress is 5; expected a function, progress\(done, total\), or None"):
+        tiny.log_likelihood(images, 300, 0, progress=5)  # type: ignore[arg-type]
     tiny.log_likelihood(images, 300, 0, batch_size=100, progress=lambda done, total: seen.append((done, total)))
     assert {total for _, total in seen} == {6000}
     assert [done for done, _ in seen] == list(range(100, 6001, 100))

@@ -126,6 +126,7 @@ def test_one_window_is_the_whole_and_warns_of_nothing(wide: VAE) -> None:
         ({"tile": 8}, "smallest tile for this model is 10"),
         ({"tile": 12, "batch_size": 4}, "batch_size is 4 beside tile"),
         ({"progress": print}, "progress was given without tile"),
+        ({"tile": 12, "progress": 5}, "progress is 5; expected a function"),
     ],
 )
 def test_wrong_arguments_are_refused_in_words(exact: VAE, arguments: dict[str, Any], message: str) -> None:

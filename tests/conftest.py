@@ -17,8 +17,11 @@ import pytest
 from vae_runtime import plugins
 from vae_runtime.engine import import_engine
 
-# A shell's background job is started with SIGINT ignored, which children inherit; the tests of Ctrl-C need it heard.
+# A shell's background job is started with SIGINT ignored, and nohup's with SIGHUP, which children inherit; the tests of
+# Ctrl-C and of closed terminals need them heard.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 INTEL = 0x8086
 

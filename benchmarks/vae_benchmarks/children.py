@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 
 import vae_runtime.errors as runtime_errors
 from vae_runtime.errors import VAEError
+from vae_runtime.interpreter import interpreter
 
 from .errors import BenchmarkError
 
@@ -35,8 +35,8 @@ def run_worker(task: str, **request: Any) -> dict[str, Any]:
         VAEError: the one that the process met, of the same class. BenchmarkError: it died, or did not answer.
     """
     finished = subprocess.run(
-        # -P keeps the package's own folder off the path, where other code would find `report` or `settings`.
-        [sys.executable, "-P", str(_WORKER)],
+        # The package's own folder is not on the path, where other code would find `report` or `settings`.
+        [*interpreter("measuring"), str(_WORKER)],
         input=json.dumps({"task": task, **request}).encode(),
         capture_output=True,
         check=False,

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from .errors import OutputError
 
+_CURE = "set VAE_EDGE_CACHE to a folder that can be written to"
+
 
 def cache_folder() -> Path:
     """Where it is, or would be: the folder that the environment variable VAE_EDGE_CACHE names, else the user's.
@@ -20,7 +22,7 @@ def cache_folder() -> Path:
     try:
         return _user_cache_folder() / "vae-edge"
     except RuntimeError:  # as in a container, under a user that the system does not know
-        raise OutputError("this user has no home folder; set VAE_EDGE_CACHE to a folder for what is kept") from None
+        raise OutputError(f"this user has no home folder; {_CURE}") from None
 
 
 def make_cache_folder(*parts: str) -> Path:
@@ -29,9 +31,9 @@ def make_cache_folder(*parts: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{folder} cannot be made: {error.strerror}") from None
+        raise OutputError(f"{folder} cannot be made: {error.strerror}; {_CURE}") from None
     if not os.access(folder, os.W_OK):
-        raise OutputError(f"{folder} cannot be written to; set VAE_EDGE_CACHE to a folder that can")
+        raise OutputError(f"{folder} cannot be written to; {_CURE}")
     return folder
 
 

@@ -196,6 +196,8 @@ def decode(
                 for batch, names, options in batches_with_progress(file, "decoding", tile, spec):
                     z = to_decoder_input(batch, vae.manifest.latent.shape, range_of(names), names)
                     sink.add(vae.decode(z, size=file.size if spec.is_free else None, **options), names)
+                    if sink.is_full:
+                        break
     _report(count, output, sink.written)
 
 
@@ -233,11 +235,9 @@ def sample(
         batches = vae.sample_batches(count, seed, temperature, prior=prior, truncation=truncation, size=size)
         shape = spec.example_shape if size is None else (spec.example_shape[0], *size)
         with sinks.open_sink(output, spec, count, force, shape=shape, form=form) as sink:
-            drawn = 0
             for batch in batches:
                 sink.add(batch, ["#"] * len(batch))
-                drawn += len(batch)
-                if sink.written < drawn:  # one picture shows no more of them
+                if sink.is_full:
                     break
     _report(count, output, sink.written)
 
@@ -273,6 +273,8 @@ def reconstruct(
                 height, width = size or (None, None)
                 found, originals = (one[..., :height, :width] for one in pair)
                 sink.add(found, names, originals)
+                if sink.is_full:
+                    break
     _report(len(source), output, sink.written)
 
 

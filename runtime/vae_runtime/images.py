@@ -100,7 +100,7 @@ def write_picture(path: str | os.PathLike[str], image: UInt8) -> None:
     if suffix not in WRITTEN_SUFFIXES:
         raise InputError(f"{path} has the suffix {suffix!r}; pictures are written to {', '.join(WRITTEN_SUFFIXES)}")
     check_side(path, image.shape)
-    pillow = _pillow(f"writing {path}")
+    pillow = require_pillow(f"writing {path}")
     form = _form(path)
     options = {} if form == "png" else {"quality": 95}
     with atomic_file(path) as stream:
@@ -160,7 +160,8 @@ def overlay(images: Float32, heat: Float32) -> Float32:
     return np.stack([red, rest, rest], axis=1)
 
 
-def _pillow(purpose: str) -> Any:
+def require_pillow(purpose: str) -> Any:
+    """The package, or `MissingExtraError`."""
     try:
         import PIL
         import PIL.Image
@@ -173,7 +174,7 @@ def _pillow(purpose: str) -> Any:
 def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     """A file of one of the formats that `PICTURE_SUFFIXES` stand for, whatever its name; of one image, but for the
     previews that cameras put behind a JPEG. What goes wrong with it in the block is an `InputError`."""
-    pillow = _pillow(f"reading {path}")
+    pillow = require_pillow(f"reading {path}")
     try:
         with warnings.catch_warnings():
             # It would warn, in several lines, of half the pixels that it refuses.

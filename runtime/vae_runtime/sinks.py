@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from .atomic import atomic_file, atomic_folder, refuse_other_file, writing
 from .errors import InputError, OutputError
-from .images import WRITTEN_SUFFIXES, check_side, grid, grid_size, write_picture
+from .images import WRITTEN_SUFFIXES, check_side, grid, grid_size, require_pillow, write_picture
 from .manifest import RECONSTRUCTION, InputSpec
 from .preprocess import Float32, to_uint8
 
@@ -31,6 +31,10 @@ class Sink(Protocol):
     """Takes results batch by batch. `originals` are the inputs that a reconstruction belongs to, if any."""
 
     written: int
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it shows nothing of what else it is given."""
 
     def add(self, images: Float32, names: list[str], originals: Float32 | None = None) -> None: ...
 
@@ -55,6 +59,7 @@ def open_sink(
     Raises:
         InputError: a suffix that is not understood, or pictures of something that is no grey or RGB image.
         OutputError: `output` exists and `force` is off, or it is a folder, which is never replaced.
+        MissingExtraError: pictures are to be written, and Pillow is not installed.
     """
     if not output:
         raise InputError("output is empty; expected the name of a file or folder")
@@ -76,15 +81,16 @@ def open_sink(
         raise InputError(
             f"{output} cannot be written: only grey and RGB images become pictures; name an .npy or .npz file"
         )
-    if suffix in WRITTEN_SUFFIXES:
-        sink = _GridSink(path, columns, min(count, limit), 1 if spec.is_free else ALONE_SIDE)
-        yield sink
-        sink.finish()
-    elif suffix:
+    if suffix and suffix not in WRITTEN_SUFFIXES:
         raise InputError(
             f"{output} has the suffix {suffix!r}; expected {', '.join(WRITTEN_SUFFIXES)}, .npy, .npz, or none for a"
             " folder of pictures"
         )
+    require_pillow(f"writing {output}")  # before anything is computed
+    if suffix:
+        sink = _GridSink(path, columns, min(count, limit), 1 if spec.is_free else ALONE_SIDE)
+        yield sink
+        sink.finish()
     else:
         with atomic_folder(path) as folder:
             yield _FolderSink(folder, form or "png")
@@ -163,6 +169,8 @@ class ArrayWriter:
 
 
 class _ArraySink:
+    is_full = False
+
     def __init__(self, writer: ArrayWriter, shape: tuple[int, ...]) -> None:
         self._writer, self._shape = writer, shape
         self.written = 0
@@ -195,6 +203,10 @@ class _GridSink:
                 self._originals.append(to_uint8(originals[:room]))
             self.written += len(images[:room])
 
+    @property
+    def is_full(self) -> bool:
+        return self.written >= self._limit
+
     def _size(self, shape: tuple[int, ...], is_paired: bool) -> Sequence[int]:
         """(height, width) of the picture, of batches of this shape."""
         count, sides = self._limit, shape[2:]
@@ -217,6 +229,8 @@ class _GridSink:
 
 
 class _FolderSink:
+    is_full = False
+
     def __init__(self, folder: Path, form: str) -> None:
         self._folder, self._form = folder, form
         self._taken: set[str] = set()

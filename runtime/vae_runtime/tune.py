@@ -25,6 +25,7 @@ from .devices import ALL_PRECISIONS, PROVIDER_PRECISIONS, usable_devices
 from .engine import first_line
 from .errors import DeviceError, InputError, VAEError
 from .fidelity import PSNR_BUDGET_DB, data_range, psnr_db
+from .interpreter import interpreter
 from .manifest import INPUT, RECONSTRUCTION, Manifest
 from .plan import OPERATIONS, Candidate, same_plan
 from .preprocess import Float32
@@ -155,9 +156,10 @@ def _medians(rounds: Sequence[dict[str, dict[int, float]]]) -> dict[str, dict[in
 def _in_child(path: str | os.PathLike[str], candidate: Candidate, seconds: float) -> dict[str, dict[int, float]] | str:
     """Seconds per call by operation and batch, or why there are none."""
     task = json.dumps({"path": os.fspath(path), "candidate": candidate._asdict(), "seconds": seconds})
+    command = [*interpreter("tuning"), "-m", "vae_runtime.tune"]
     try:
         child = subprocess.run(
-            [sys.executable, "-P", "-m", "vae_runtime.tune"],  # -P: no module of the current folder
+            command,
             input=task,
             capture_output=True,
             text=True,

@@ -277,6 +277,20 @@ def test_grid_of_too_many_says_how_many_it_shows(tiny_path: Path, tmp_path: Path
     assert (tmp_path / "many.png").read_bytes() == few
 
 
+def test_nothing_is_computed_that_the_picture_does_not_show(tiny: VAE, tiny_path: Path, tmp_path: Path) -> None:
+    x = np.random.default_rng(0).random((GRID_LIMIT + 100, 1, 8, 8), np.float32)
+    z = tiny.encode(x).mean
+    x[-1], z[-1] = np.nan, np.nan  # which would be refused
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "z.npy", z)
+    for command in ("reconstruct", "decode"):
+        given = tmp_path / ("x.npy" if command == "reconstruct" else "z.npy")
+        result = run(command, tiny_path, given, "--output", tmp_path / f"{command}.png")
+        assert result.exit_code == 0, result.output
+        assert f"shows the first 256 of {GRID_LIMIT + 100};" in result.stderr
+        assert run(command, tiny_path, given, "--output", tmp_path / f"{command}.npy").exit_code == 1
+
+
 def test_reconstruct_shows_originals_above_their_reconstructions(
     tiny: VAE, tiny_path: Path, npy: Path, pixels: np.ndarray, tmp_path: Path
 ) -> None:
@@ -596,11 +610,11 @@ def test_missing_extras_are_named_with_their_cure(python: Any, tiny_path: Path, 
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.endswith("which is not installed; run: pip install 'vae-edge[cpu]'\n")
     code = "import sys; sys.modules['PIL'] = None; " + MAIN
-    result = python(code, "sample", tiny_path, "--output", tmp_path / "out.png")
-    assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr.endswith("which is not installed; run: pip install 'vae-edge[images]'\n")
-    result = python(code, "sample", tiny_path, "--output", tmp_path / "out")
-    assert result.returncode == 1
+    for name in ("out.png", "out"):  # before any of a billion is drawn
+        result = python(code, "sample", tiny_path, "-n", 10**9, "--output", tmp_path / name)
+        assert (result.returncode, result.stdout) == (1, "")
+        cure = "which is not installed; run: pip install 'vae-edge[images]'"
+        assert result.stderr == f"Error: writing {tmp_path / name} needs Pillow, {cure}\n"
     assert python(code, "sample", tiny_path, "--output", tmp_path / "out.npy").returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out.npy"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -185,7 +186,7 @@ def test_file_of_another_bundle_is_not_taken() -> None:
 
 def test_folder_that_cannot_be_written_is_an_output_error(cache: Path) -> None:
     (cache / "cache").write_text("a file where a folder has to be")
-    with pytest.raises(OutputError, match="cannot be made"):
+    with pytest.raises(OutputError, match=r"cannot be made: .*; set VAE_EDGE_CACHE to a folder that can be written to"):
         write_tuning("a" * 64, TABLE)
 
 
@@ -451,6 +452,12 @@ def test_no_module_of_the_current_folder_runs(tiny_path: Path, tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     _, result = tune(tiny_path.absolute(), devices=["cpu"], seconds=0.2)
     assert result
+
+
+def test_a_program_that_is_no_interpreter_says_so(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "frozen", True, raising=False)  # as PyInstaller does
+    with pytest.raises(InputError, match=r"tuning starts Python processes, and .* is no Python interpreter"):
+        tune(tiny_path, devices=["cpu"], seconds=1)
 
 
 def test_child_that_cannot_start_is_left_out_in_words(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,12 @@ import os
 import queue
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from vae_runtime.interpreter import interpreter
 
 from ..children import describe_exit, wait_for_group
 from ..errors import BenchmarkError
@@ -78,7 +79,7 @@ class Process:
         kept = {name: value for name, value in os.environ.items() if name not in (*_WAIT_SETTINGS, *_TF32_SETTINGS)}
         counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", f"{__package__}.worker", json.dumps(cores)],
+            [*interpreter("racing"), "-m", f"{__package__}.worker", json.dumps(cores)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

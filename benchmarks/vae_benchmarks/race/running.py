@@ -8,7 +8,6 @@ import datetime
 import json
 import os
 import platform
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import Any
 from vae_runtime import __version__
 from vae_runtime.cuda import why_not_cuda
 from vae_runtime.errors import DeviceError, InputError
+from vae_runtime.interpreter import interpreter
 
 from ..children import at_once, last_line
 from ..machine import CpuTime, MachineFacts, available_bytes, choose_cores, others_between
@@ -243,7 +243,8 @@ class PointRun:
             return "no"
         self._tell(f"vae-run tune, about {self._settings.tune_seconds:g} s")
         options = [str(self._case.bundle), "--seconds", str(self._settings.tune_seconds)]
-        finished = run_group([sys.executable, "-P", "-c", _TUNE, json.dumps(self._cores), *options], self._environment)
+        program = [*interpreter("racing"), "-c", _TUNE, json.dumps(self._cores)]
+        finished = run_group([*program, *options], self._environment)
         if finished.returncode:
             return f"no, exit code {finished.returncode}: {last_line(finished.stderr) or 'no message'}"
         return f"yes, {self._settings.tune_seconds:g} s"

@@ -193,11 +193,9 @@ def decode(
         count = sum(map(len, files))
         with sinks.open_sink(output, spec, count, force, shape=_decoded_shape(files[0], spec), form=form) as sink:
             for file in files:
-                for batch, names, options in batches_with_progress(file, "decoding", tile, spec):
+                for batch, names, options in batches_with_progress(file, "decoding", tile, spec, sink.room):
                     z = to_decoder_input(batch, vae.manifest.latent.shape, range_of(names), names)
                     sink.add(vae.decode(z, size=file.size if spec.is_free else None, **options), names)
-                    if sink.is_full:
-                        break
     _report(count, output, sink.written)
 
 
@@ -237,7 +235,7 @@ def sample(
         with sinks.open_sink(output, spec, count, force, shape=shape, form=form) as sink:
             for batch in batches:
                 sink.add(batch, ["#"] * len(batch))
-                if sink.is_full:
+                if sink.room == 0:
                     break
     _report(count, output, sink.written)
 
@@ -267,14 +265,12 @@ def reconstruct(
     with VAE.load(bundle, **engine) as vae, command_inputs(vae, inputs, golden, pad) as source:
         spec = vae.manifest.input
         with sinks.open_sink(output, spec, len(source), force, shape=source.example_shape(), form=form) as sink:
-            for batch, names, options in batches_with_progress(source, "reconstructing", tile, spec):
+            for batch, names, options in batches_with_progress(source, "reconstructing", tile, spec, sink.room):
                 images, size = fitting(batch, spec, names, pad)
                 pair = vae.reconstruct(images, **options), to_model_input(images, spec, range_of(names))
                 height, width = size or (None, None)
                 found, originals = (one[..., :height, :width] for one in pair)
                 sink.add(found, names, originals)
-                if sink.is_full:
-                    break
     _report(len(source), output, sink.written)
 
 

@@ -93,19 +93,25 @@ def shape_before_cut(file: LatentFile, spec: InputSpec) -> tuple[int, ...]:
 
 
 def batches_with_progress(
-    source: Source | LatentFile, label: str, tile: int | None, spec: InputSpec, warn: bool = True
+    source: Source | LatentFile,
+    label: str,
+    tile: int | None,
+    spec: InputSpec,
+    most: int | None = None,
+    warn: bool = True,
 ) -> Iterator[tuple[Any, list[str], dict[str, Any]]]:
     """Batches with their names, and what `VAE` is to be called with, under a bar on stderr where that is a terminal.
-    warn: at the end say once on stderr whether tiles were an approximation."""
+    most: so many examples are enough. warn: at the end say once on stderr whether tiles were an approximation."""
     parts = 1000  # of one example, on the bar
-    length, hidden = parts * len(source), sys.stderr is None or not sys.stderr.isatty()  # None: closed, `2>&-`
+    enough = len(source) if most is None else min(most, len(source))
+    length, hidden = parts * enough, sys.stderr is None or not sys.stderr.isatty()  # None: closed, `2>&-`
     with (
         warnings.catch_warnings(record=True) as caught,
         click.progressbar(length=length, label=label, file=sys.stderr, hidden=hidden) as bar,
     ):
         warnings.simplefilter("always", ApproximateTilingWarning)
         start = 0
-        for batch in source.batches(_batch_size(source, tile, spec)):
+        for batch in source.batches(_batch_size(source, tile, spec)) if enough else ():
 
             def tell(done: int, total: int, before: int = start, count: int = len(batch)) -> None:
                 bar.update(parts * before + parts * count * done // total - bar.pos)
@@ -114,6 +120,8 @@ def batches_with_progress(
             yield batch, names, {} if tile is None else {"tile": tile, "progress": tell}
             start += len(batch)
             bar.update(parts * start - bar.pos)
+            if start >= enough:
+                break
     for message in dict.fromkeys(str(one.message) for one in caught if warn):
         echo_warning(message)
 

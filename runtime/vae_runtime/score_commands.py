@@ -66,7 +66,7 @@ class _Inputs(NamedTuple):
     def batches(self, label: str, warn: bool = True) -> Iterator[tuple[Any, list[str], dict[str, Any]]]:
         """Examples that are checked, their names, and what `VAE.score` is to be called with."""
         spec = self.vae.manifest.input
-        for batch, names, options in batches_with_progress(self.source, label, self.tile, spec, warn):
+        for batch, names, options in batches_with_progress(self.source, label, self.tile, spec, warn=warn):
             require_fitting(batch, spec, names, self.pad)
             yield batch, names, {**options, "pad": self.pad}
 

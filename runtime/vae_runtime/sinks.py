@@ -33,8 +33,8 @@ class Sink(Protocol):
     written: int
 
     @property
-    def is_full(self) -> bool:
-        """Whether it shows nothing of what else it is given."""
+    def room(self) -> int | None:
+        """How many more examples it shows; None: all that there are."""
 
     def add(self, images: Float32, names: list[str], originals: Float32 | None = None) -> None: ...
 
@@ -169,7 +169,7 @@ class ArrayWriter:
 
 
 class _ArraySink:
-    is_full = False
+    room = None
 
     def __init__(self, writer: ArrayWriter, shape: tuple[int, ...]) -> None:
         self._writer, self._shape = writer, shape
@@ -192,7 +192,7 @@ class _GridSink:
         self.written = 0
 
     def add(self, images: Float32, names: list[str], originals: Float32 | None = None) -> None:
-        room = self._limit - self.written
+        room = self.room
         if not self._images:  # before more is computed
             check_side(self._path, self._size(images.shape, originals is not None))
         elif self._images[0].shape[1:3] != images.shape[2:]:
@@ -204,8 +204,8 @@ class _GridSink:
             self.written += len(images[:room])
 
     @property
-    def is_full(self) -> bool:
-        return self.written >= self._limit
+    def room(self) -> int:
+        return self._limit - self.written
 
     def _size(self, shape: tuple[int, ...], is_paired: bool) -> Sequence[int]:
         """(height, width) of the picture, of batches of this shape."""
@@ -229,7 +229,7 @@ class _GridSink:
 
 
 class _FolderSink:
-    is_full = False
+    room = None
 
     def __init__(self, folder: Path, form: str) -> None:
         self._folder, self._form = folder, form

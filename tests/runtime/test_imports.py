@@ -22,7 +22,7 @@ PACKAGES = {
 }
 EVERYWHERE = {"numpy", "click"}
 OF_THE_RUNTIME_FOR_TRAINING = (
-    *("preprocess", "images", "errors", "manifest", "arguments", "atomic", "console", "prior", "version"),
+    *("preprocess", "images", "errors", "manifest", "arguments", "atomic", "console", "prior", "fidelity", "version"),
 )
 
 ALLOWED: dict[str, set[str]] = {

@@ -74,7 +74,7 @@ def check_examples(
     else:
         shape = examples.shape[1:]
     colour = _colour(shape[0]) if colour is None else colour
-    stated = {"type": "image", "shape": list(shape), "colour": colour, "resize": resize or "exact"}
+    stated = {"type": "image", "shape": list(shape), "colour": colour, "resize": "exact" if resize is None else resize}
     try:
         spec = InputSpec.from_dict(stated)
     except BundleError as error:

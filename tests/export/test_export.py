@@ -169,6 +169,7 @@ def test_an_autoencoder_from_torch_tensors(tmp_path: Path) -> None:
         ({"path": 5, "name": "a"}, InputError, "path is 5; expected a str or an os.PathLike"),
         ({"path": "a\0b"}, InputError, r"path is 'a\\x00b'; expected the name of a folder"),
         ({"path": ""}, InputError, "path is ''; expected the name of a folder"),
+        ({"resize": ""}, InputError, "input.resize is ''; expected one of exact, stretch, crop"),
         ({"resize": "tile"}, InputError, "input.resize is 'tile'; expected one of exact, stretch, crop"),
         ({"colour": "grey"}, InputError, "input.colour is 'grey', which has 1 channels"),
         ({"decoder": nn.Conv2d(4, 3, 1)}, ExportError, r"the decoder returns shape \(8, 3, 5, 7\) for inputs"),

@@ -22,8 +22,8 @@ import onnx
 from onnx import helper
 
 from .graphs import plain
+from .onnx_graph import Graph
 from .protos import drop_unread_constants, to_bytes
-from .rewrite import Graph
 
 
 def for_cuda(graph: bytes) -> bytes | None:

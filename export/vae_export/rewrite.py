@@ -21,21 +21,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import helper
 
+from vae_runtime.preprocess import Float64
+
+from .onnx_graph import Graph
 from .protos import attributes, drop_unread_constants
 
 MAX_TRANSPOSED_PIXELS = 16  # of the input of a transposed convolution that is replaced
 # Times the norm of a feature's weights: a sum that begins at a large offset loses digits at every step.
 MAX_OFFSET = 64
 ACTIVATIONS = ("Relu", "LeakyRelu", "Sigmoid", "Tanh", "Elu", "HardSwish", "HardSigmoid", "Softplus")
-
-_Array = NDArray[np.float64]
 
 
 def rewrite(model: onnx.ModelProto) -> None:
@@ -44,70 +43,6 @@ def rewrite(model: onnx.ModelProto) -> None:
     while any(apply(graph, node) for node in list(model.graph.node) for apply in REWRITES):
         pass
     drop_unread_constants(model.graph)
-
-
-class Graph:
-    """The nodes and constants of a model, with what the rewrites ask of them."""
-
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self.proto = model.graph
-        inputs = {value.name for value in model.graph.input}
-        self._constants = {entry.name: entry for entry in model.graph.initializer if entry.name not in inputs}
-        self._outputs = {value.name for value in model.graph.output}
-        inferred = onnx.shape_inference.infer_shapes(model).graph
-        self._shapes = {
-            value.name: tuple(dimension.dim_value or None for dimension in value.type.tensor_type.shape.dim)
-            for value in (*inferred.value_info, *inferred.input)
-        }
-
-    def shape(self, name: str) -> tuple[int | None, ...]:
-        """None stands for a dimension that is not fixed; () where nothing is known."""
-        return self._shapes.get(name, ())
-
-    def constant(self, name: str) -> NDArray[Any] | None:
-        return numpy_helper.to_array(self._constants[name]) if name in self._constants else None
-
-    def weights(self, name: str) -> _Array | None:
-        """A constant, where it is float32, as float64."""
-        value = self.constant(name)
-        return value.astype(np.float64) if value is not None and value.dtype == np.float32 else None
-
-    def producer(self, name: str) -> onnx.NodeProto | None:
-        return next((node for node in self.proto.node if name in node.output), None)
-
-    def consumer(self, node: onnx.NodeProto) -> onnx.NodeProto | None:
-        """The node that alone takes what `node` alone gives; None where the graph itself or another node does."""
-        name = node.output[0]
-        found = [other for other in self.proto.node if name in other.input]
-        alone = len(found) == 1 and list(found[0].input).count(name) == 1
-        return found[0] if alone and len(node.output) == 1 and name not in self._outputs else None
-
-    def free_name(self, name: str) -> str:
-        """It, or one like it that nothing has."""
-        inputs = {value.name for value in self.proto.input}
-        taken = inputs | set(self._constants) | {output for node in self.proto.node for output in node.output}
-        while name in taken:
-            name += "_"
-        return name
-
-    def add_constant(self, name: str, value: NDArray[Any], kind: type[np.generic] = np.float32) -> str:
-        """A new constant with a name of its own."""
-        name = self.free_name(name)
-        entry = numpy_helper.from_array(np.ascontiguousarray(value, dtype=kind), name)
-        self.proto.initializer.append(entry)
-        self._constants[name] = entry
-        return name
-
-    def insert_after(self, node: onnx.NodeProto, new: onnx.NodeProto) -> None:
-        self.proto.node.insert(list(self.proto.node).index(node) + 1, new)
-
-    def bypass(self, node: onnx.NodeProto, source: str) -> None:
-        """Remove `node`: what it gave is now `source`, which only `node` took and which its producer now names so."""
-        producer = self.producer(source)
-        assert producer is not None
-        producer.output[list(producer.output).index(source)] = node.output[0]
-        self._shapes.pop(node.output[0], None)
-        self.proto.node.remove(node)
 
 
 def fold_affine(graph: Graph, gemm: onnx.NodeProto) -> bool:
@@ -218,7 +153,7 @@ REWRITES: tuple[Callable[[Graph, onnx.NodeProto], bool], ...] = (
 )
 
 
-def _linear(graph: Graph, node: onnx.NodeProto) -> tuple[_Array, _Array] | None:
+def _linear(graph: Graph, node: onnx.NodeProto) -> tuple[Float64, Float64] | None:
     """weight (inputs, outputs) and bias (outputs,) of a Gemm with constants; None for all else."""
     if node.op_type != "Gemm":
         return None
@@ -235,7 +170,7 @@ def _linear(graph: Graph, node: onnx.NodeProto) -> tuple[_Array, _Array] | None:
     return weight, np.broadcast_to(bias.reshape(-1), weight.shape[1])
 
 
-def _set_linear(graph: Graph, gemm: onnx.NodeProto, weight: _Array, bias: _Array) -> None:
+def _set_linear(graph: Graph, gemm: onnx.NodeProto, weight: Float64, bias: Float64) -> None:
     """Give a Gemm these weights, (inputs, outputs), under new names: others may use the old."""
     transposed = attributes(gemm).get("transB")
     names = [*gemm.input[1:], f"{gemm.output[0]}.bias"]
@@ -248,7 +183,7 @@ def _set_linear(graph: Graph, gemm: onnx.NodeProto, weight: _Array, bias: _Array
 
 def _affine(
     graph: Graph, node: onnx.NodeProto, source: str, channels: int, trailing: int
-) -> tuple[_Array, _Array] | None:
+) -> tuple[Float64, Float64] | None:
     """scale and offset, each (channels,) or (1,), where `node` computes scale · source + offset; None for all else.
 
     trailing: dimensions of `source` after the channels, which are its dimension 1.
@@ -276,7 +211,7 @@ def _affine(
     return {"Add": (one, value), "Sub": (one, -value), "Mul": (value, zero)}.get(node.op_type) or (1 / value, zero)
 
 
-def _subpixel_kernel(kernel: _Array, stride: int, pads: list[int]) -> tuple[_Array, list[int]]:
+def _subpixel_kernel(kernel: Float64, stride: int, pads: list[int]) -> tuple[Float64, list[int]]:
     """(in, out, k, k') of a transposed convolution -> (out · stride², in, m, m') of a convolution, and its pads.
 
     The transposed convolution adds kernel[t] · input[i] to output[stride · i - pad + t]. The output stride · y + a so
@@ -297,7 +232,7 @@ def _subpixel_kernel(kernel: _Array, stride: int, pads: list[int]) -> tuple[_Arr
 
 
 def _replace_by_subpixel(
-    graph: Graph, node: onnx.NodeProto, kernel: _Array, bias: _Array, stride: int, pads: list[int]
+    graph: Graph, node: onnx.NodeProto, kernel: Float64, bias: Float64, stride: int, pads: list[int]
 ) -> None:
     source, result, names = node.input[0], node.output[0], [*node.input[1:], f"{node.output[0]}.bias"]
     inputs = [source, graph.add_constant(names[0], kernel), graph.add_constant(names[1], bias)]

@@ -300,7 +300,7 @@ def test_an_autoencoder_has_no_warm_up_to_be_patient_with(tmp_path: Path) -> Non
 
 
 def test_devices_that_are_not_there(tmp_path: Path) -> None:
-    for device in ("tpu", 0):
+    for device in ("tpu", 0, None):
         with pytest.raises(InputError, match=f"device is {device!r}; expected auto, cpu"):
             train(small(), tmp_path / "run", device=device)  # type: ignore[arg-type]
     with pytest.raises(DeviceError, match="device is 'cuda:99', but torch"):

@@ -252,6 +252,15 @@ def test_a_state_that_has_diverged_replaces_no_good_one(
     assert torch.load(tmp_path / "run/state/progress.pt", weights_only=True)["step"] == 9
 
 
+@pytest.mark.parametrize("likelihood", ["gaussian", "laplace"])
+def test_a_scale_beyond_float32_ends_the_run_with_its_epoch_in_words(tmp_path: Path, likelihood: str) -> None:
+    config = small(likelihood=likelihood, learning_rate=10.0, clip=1e9, epochs=20)
+    message = r"epoch \d: the likelihood's scale is inf; try a learning rate below 10, .*\(--force\)"
+    with pytest.raises(TrainingError, match=message):
+        train(config, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run/model.pt").exists()
+
+
 def test_figures_that_overflow_end_the_run_in_words(tmp_path: Path) -> None:
     np.save(tmp_path / "v.npy", np.random.default_rng(0).standard_cauchy((600, 6)).astype(np.float32) * 1e18)
     with pytest.raises(TrainingError, match=r"the mse is inf; try a learning rate below 0.004, or scale the data"):

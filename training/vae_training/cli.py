@@ -211,7 +211,7 @@ def _summary(metrics: dict[str, Any], output: Path) -> str:
         f"{output}: {', '.join(metrics['files'])}, metrics.json",
         f"{model['family']} {model['kind']}, {size}, {time} on {training['device']}{kept}",
         *_parts(metrics["dataset"]),
-        f"test part, {test['examples']:,} examples: {figure}",
+        f"test part, {_count(test['examples'], 'example')}: {figure}",
         *_likelihood(test),
         f"test part, without sampling: mean squared error {test['mse']:.5g}{psnr}",
         *_samples(metrics.get("samples", {})),
@@ -223,8 +223,13 @@ def _parts(dataset: dict[str, Any]) -> list[str]:
     """Which files the parts are from, where the files decided."""
     if dataset.get("split_by") != "files":
         return []
-    train, validation, test = (f"{dataset[part]:,}" for part in PARTS)
-    return [f"parts: {train} train and {validation} validation examples from train-*, {test} test examples from t10k-*"]
+    train, validation, _ = (f"{dataset[part]:,}" for part in PARTS)
+    tested = _count(dataset["test"], "test example")
+    return [f"parts: {train} train and {validation} validation examples from train-*, {tested} from t10k-*"]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _plus_minus(error: float | None) -> str:
@@ -235,7 +240,8 @@ def _likelihood(test: dict[str, Any]) -> list[str]:
     if "nll_nats" not in test:
         return []
     figure = f"{test['nll_nats']:.2f}{_plus_minus(test['nll_standard_error_nats'])} nats"
-    return [f"test part, -log p(x) by {test['nll_samples']:,} importance samples for each example: {figure}"]
+    samples = _count(test["nll_samples"], "importance sample")
+    return [f"test part, -log p(x) by {samples} for each example: {figure}"]
 
 
 def _samples(samples: dict[str, Any]) -> list[str]:

@@ -142,11 +142,13 @@ class _Sides(_Numbers):
 @_choice("mixed_precision", "Of the device.", MIXED_PRECISIONS)
 @_option("seed", "Of everything random.", type=int)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
-@click.option("--threads", type=click.IntRange(1), help="Of the CPU; default: torch's choice.")
+@click.option("--threads", type=click.IntRange(1), help="Of the CPU, by whose number sums round; default: torch's.")
 @click.option(
     "--checkpoint-seconds", type=click.FloatRange(0), default=30.0, show_default=True, help="0: after every epoch."
 )
-@click.option("--resume", is_flag=True, help="Continue the run in the output folder exactly, with its settings.")
+@click.option(
+    "--resume", is_flag=True, help="Continue the run in the output folder with its settings; as many threads: exactly."
+)
 @click.option("--force", is_flag=True, help="Begin anew over a run in the output folder.")
 @click.option("--tensorboard", is_flag=True, help="Log to the folder tensorboard/ in the output folder.")
 @json_option

@@ -1,4 +1,5 @@
-"""Everything that determines the result of a training run; the same settings and data give the same weights on CPU."""
+"""Everything that determines the result of a training run, but for rounding: the same settings and data give the same
+weights on a CPU with the same number of threads, and sums of another number are rounded otherwise."""
 
 from __future__ import annotations
 

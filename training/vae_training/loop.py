@@ -68,7 +68,8 @@ def train(
 ) -> dict[str, Any]:  # fmt: skip
     """Train as `config` says and leave model.pt, metrics.json and pictures in the folder `output`.
 
-    resume: continue the run in `output`, if there is one; a finished run is left as it is. force: begin anew over it.
+    resume: continue the run in `output`, if there is one, exactly with as many threads of torch as before; a finished
+        run is left as it is. force: begin anew over it.
     checkpoint_seconds: the state to continue from is written this often, and 0 means after every epoch.
     progress: show a bar on stderr. Returns what metrics.json holds.
 

@@ -167,7 +167,9 @@ class InputShape(click.ParamType):
 @click.option(
     "--calibrate", multiple=True, type=click.Path(), metavar="DATA",
     help="Store the quantiles of the anomaly scores of this data, from which `vae-run score --quantile` takes its"
-    " thresholds: pictures, folders or one .npy/.npz; or the word held-out, the checkpoint's own validation examples."
+    " thresholds: pictures, folders or one .npy/.npz; or the word held-out, the checkpoint's own validation examples,"
+    " drawn binary where it was trained with --binarize dynamic; data of yours are taken as they are, so have them as"
+    " they will be scored, grey or binary."
     f" At least {LEAST_EXAMPLES}, at most {MOST_EXAMPLES:,} are taken, evenly spaced over all; images of free size keep"
     " theirs, padded as `vae-run score --pad` does. Take no training data: the model scores them lower than new data,"
     " so that thresholds would be too low, and too much would be called an anomaly.",

@@ -31,10 +31,10 @@ from vae_runtime.manifest import (
     Manifest,
     Precision,
 )
-from vae_runtime.preprocess import Float32, to_model_input
+from vae_runtime.preprocess import Float32, binarize, to_model_input
 from vae_runtime.tiling import Progress
 from vae_runtime.version import __version__
-from vae_training.checkpoint import Checkpoint
+from vae_training.checkpoint import EXAMPLES, Checkpoint
 
 from .bundle import write_bundle
 from .examples import (
@@ -66,6 +66,7 @@ _log = logging.getLogger(__name__)
 
 GOLDEN_COUNT = 4
 GOLDEN_TOLERANCE = 1e-4  # of fp32, at least: between machines and engine versions results differ by rounding
+OWN_PIXELS_SEED = 0  # of the draw that makes a checkpoint's own examples binary
 SYNTHETIC_EXAMPLES = 4  # where an imported model comes without real ones
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
@@ -108,7 +109,8 @@ def export_checkpoint(
 
     name: of the bundle.
     examples: what to verify with, as `vae_runtime.VAE.encode` takes it; None: the checkpoint's own examples, held-out
-        ones first.
+        ones first. Own examples of a model trained with "dynamic" binarisation are drawn binary for all that is done
+        with them, with a fixed seed; what is passed is taken as it is.
     golden: where the 4 golden inputs come from: "held-out" (the checkpoint's), "examples" (the first of `examples`), or
         "synthetic" (seeded noise, no real input). None: "examples" if some are given, else "held-out".
     prior_examples: what the prior is fitted to; None: `examples`, else the checkpoint's training examples.
@@ -128,10 +130,9 @@ def export_checkpoint(
             "golden is 'examples', but none were given; pass some (--data), or choose held-out or synthetic"
         )
     checked = Options(path=path, name=name, golden=golden, tolerance=tolerance, **options)
-    spec, own = checkpoint.input, checkpoint.examples
-    held_out = to_model_input(own["held_out"].numpy(), spec, "examples")
+    spec = checkpoint.input
+    train, held_out = _own_examples(checkpoint)
     if examples is None:
-        train = to_model_input(own["train"].numpy(), spec, "examples")
         x, parts, default_prior = np.concatenate([held_out, train]), (train, held_out), train
     else:
         x, parts, default_prior = to_model_input(examples, spec, "examples"), None, examples
@@ -153,8 +154,23 @@ def export_checkpoint(
         inputs,
         checked,
         checkpoint.likelihood,
-        training={**checkpoint.dataset, "metrics": dict(checkpoint.metrics)},
+        training={**checkpoint.dataset, **_drawn(checkpoint), "metrics": dict(checkpoint.metrics)},
     )
+
+
+def _own_examples(checkpoint: Checkpoint) -> tuple[Float32, Float32]:
+    """The checkpoint's training and held-out examples as the encoder takes them: what was trained on. Of a model of
+    draws they are drawn binary here, the same in every export: they are stored as they were read, and grey ones would
+    be as far from all that it knows as an anomaly. A threshold is in the encoder itself."""
+    rng = np.random.default_rng(OWN_PIXELS_SEED) if _drawn(checkpoint) else None
+    parts = (to_model_input(checkpoint.examples[part].numpy(), checkpoint.input, "examples") for part in EXAMPLES)
+    train, held_out = (x if rng is None else binarize(x, "dynamic", rng) for x in parts)
+    return train, held_out
+
+
+def _drawn(checkpoint: Checkpoint) -> dict[str, str]:
+    """What the manifest's `training` says where the checkpoint's own examples are drawn binary, else nothing."""
+    return {"own_examples": "drawn binary"} if checkpoint.likelihood.binarize == "dynamic" else {}
 
 
 def export_imported(

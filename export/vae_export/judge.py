@@ -101,7 +101,7 @@ class Judge:
 
     def codec_cost(self) -> dict[str, float]:
         """What latents in 8 bits cost the reconstruction: the entry of the manifest's `latent_codecs`."""
-        x, mean = self._x[:CODEC_EXAMPLES], self._encoded[MEAN][:CODEC_EXAMPLES]
+        x, mean = self._target[:CODEC_EXAMPLES], self._encoded[MEAN][:CODEC_EXAMPLES]
         psnr = psnr_db(self._reconstruction[:CODEC_EXAMPLES], x, self._range)
         quantized = quantize(mean)
         found = psnr_db(self._decode(self._fp32_decoder, dequantize(quantized)), x, self._range)
@@ -140,7 +140,7 @@ class Judge:
     def _figures(self, encoded: Mapping[str, Float32], decoder: GraphSession, reconstruction: Float32) -> Figures:
         posterior = Posterior(encoded[MEAN], encoded.get(LOGVAR))
         with np.errstate(all="ignore"):  # an overflow is found in the figures
-            psnr = psnr_db(reconstruction, self._x, self._range)
+            psnr = psnr_db(reconstruction, self._target, self._range)
             if self._likelihood is None:
                 return Figures(psnr, None)
             drawn = self._decode(decoder, posterior.sample(seed=NOISE_SEED))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from vae_runtime.arguments import check_count
 from vae_runtime.calibration import LEAST_EXAMPLES, SCORE_METHODS, Calibration
 from vae_runtime.errors import ApproximateTilingWarning, InputError, OutOfMemoryError
-from vae_runtime.latent_space import unit_moments
+from vae_runtime.latent_space import ACTIVE_VARIANCE, unit_moments
 from vae_runtime.manifest import PRIOR_FILE, ActiveUnits, InputSpec, Manifest, Tiling
 from vae_runtime.preprocess import (
     Float32,
@@ -37,7 +37,6 @@ from .quality import DIGITS, ExportWarning, significant, warn
 
 _log = logging.getLogger(__name__)
 
-ACTIVE_VARIANCE = 0.01  # of a posterior's mean, above which Burda et al. (2016) call a unit active
 LEAST_FOR_UNITS = 32  # examples; the variance of fewer says little
 PART = 64  # examples, at most, that are scored at once where that takes long
 # Hundredths, and at both ends thousandths: thresholds lie in the tail.

@@ -53,6 +53,9 @@ class BoundScore:
             # As in `likelihood.comparable`.
             self._difference = self._rows(np.empty(x.shape, np.float32 if manifest.input.is_image else np.float64))
             self._ones = np.ones_like(self._difference)
+            self._target = self._rows(x)
+            if manifest.likelihood is not None and manifest.likelihood.binarize == "threshold":
+                self._terms, self._target = self._squared_of_binary, self._rows(np.empty_like(x))
         self._x, self._decoded, self._mean = (self._rows(array) for array in (x, decoded, mean))
         self._logvar, self._variance, self._spread = (self._rows(a) for a in (spread[:1], spread[1:], spread))
         self._signs = self._rows(np.broadcast_to(np.array([[[-1]], [[1]]], np.float32), spread.shape).copy())
@@ -82,7 +85,7 @@ class BoundScore:
         """As `likelihood.sums_of_log_likelihoods`, but probabilities are clipped only where one needs it."""
         assert self._likelihood is not None
         if self._likelihood.binarize == "threshold":
-            np.greater_equal(self._x, _HALF, self._target)
+            self._make_binary()
         np.subtract(_ONE, self._target, self._other)
         p, q = self._p, self._q
         np.subtract(_ONE, p, q)
@@ -92,9 +95,17 @@ class BoundScore:
         np.log(self._logs, self._logs)
         return -self._sums(self._weights, self._logs)
 
+    def _squared_of_binary(self) -> Any:
+        self._make_binary()
+        return self._squared()
+
+    def _make_binary(self) -> None:
+        """As `likelihood.targets`."""
+        np.greater_equal(self._x, _HALF, self._target)
+
     def _squared(self) -> Any:
         difference = self._difference
-        np.subtract(self._decoded, self._x, difference, dtype=difference.dtype)
+        np.subtract(self._decoded, self._target, difference, dtype=difference.dtype)
         squares = self._sums(difference, difference)
         if self._likelihood is None:
             return squares
@@ -105,7 +116,7 @@ class BoundScore:
         assert self._likelihood is not None
         assert self._likelihood.scale is not None
         difference = self._difference
-        np.subtract(self._decoded, self._x, difference, dtype=difference.dtype)
+        np.subtract(self._decoded, self._target, difference, dtype=difference.dtype)
         np.absolute(difference, difference)
         sums = self._sums(difference, self._ones)
         return sums / self._likelihood.scale + self._elements * normaliser(self._likelihood)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,8 @@ def draw_map(
     with VAE.load(bundle, **engine) as vae:
         spec = vae.manifest.input
         shape = whole = spec.example_shape
+        if math.prod(vae.manifest.latent_shape(whole)) < 2:
+            raise InputError(f"{vae.manifest.name} has 1 unit in its latent space; a map takes 2")
         if inputs:
             with command_inputs(vae, inputs, False, pad) as source:
                 shape, whole = source.example_shape(), source.example_shape(spec.multiple_of)
@@ -312,7 +315,8 @@ def _plane_of_prior(manifest: Manifest) -> tuple[Axes, str]:
         )
     active = _active_units(manifest, "give INPUTS with --axes pca")
     if len(active) < 2:
-        raise InputError(f"{manifest.name} has {len(active)} active units; a map takes 2, or INPUTS with --axes pca")
+        found = "1 active unit" if len(active) == 1 else f"{len(active)} active units"
+        raise InputError(f"{manifest.name} has {found}; a map takes 2, or INPUTS with --axes pca")
     shape = manifest.latent_shape(manifest.input.example_shape)
     units = count_units(shape)
     axes = unit_axes(shape, active[:2], np.zeros(units), np.ones(units))
@@ -328,7 +332,7 @@ def _plane_of_inputs(vae: VAE, source: Source, kind: str, pad: bool) -> tuple[Ax
     means, variances = unit_moments(latents)
     numbers = [int(unit) for unit in np.argsort(-variances, kind="stable")[:2]]
     if len(numbers) < 2:
-        raise InputError(f"{vae.manifest.name} has 1 unit in its latent space; a map takes 2")
+        raise InputError(f"{vae.manifest.name} has 1 unit in its latent space; a map takes 2, or --axes pca")
     shape = vae.manifest.latent_shape(source.example_shape(vae.manifest.input.multiple_of))
     right, up = numbers
     return unit_axes(shape, numbers, means, variances), f"to the right unit {right}, upwards unit {up}"

@@ -19,6 +19,10 @@ from .preprocess import Float32, Float64, fitting_memory, require_unmasked
 
 Int64 = NDArray[np.int64]
 
+# A unit is active where the variance of the posterior's mean over the data is above (Burda et al., 2016,
+# arXiv:1509.00519).
+ACTIVE_VARIANCE = 0.01
+
 # Of references that are looked at together: numbers and rows at most; and inputs at a time that are compared with them.
 _BLOCK_VALUES, _BLOCK_ROWS, _QUERIES = 2**22, 2**16, 64
 _FEW = 64  # candidates whose distances are computed without a closer look

@@ -139,10 +139,11 @@ class Scoring:
         likelihood = require_likelihood(manifest, "score_map with method 'elbo'") if method == "elbo" else None
         for examples, rows, x, decoded, _ in self._pieces(inputs, batch_size, coverage):
             with np.errstate(over="ignore", invalid="ignore"):  # what overflows is infinite
+                target = targets(manifest.likelihood, x)
                 if likelihood is None:
-                    terms = np.square(np.subtract(decoded, x, dtype=np.float64))
+                    terms = np.square(np.subtract(decoded, target, dtype=np.float64))
                 else:
-                    terms = negative_log_likelihoods(likelihood, decoded, targets(likelihood, x))
+                    terms = negative_log_likelihoods(likelihood, decoded, target)
                 terms = (terms.sum(axis=1) if manifest.input.is_image else terms).astype(np.float32)
             terms[np.isnan(terms)] = np.inf
             if maps is None:
@@ -241,8 +242,8 @@ class Scoring:
 
     def _sum(self, piece: _Piece, likelihood: Likelihood | None) -> Float64:
         """What these examples, or rows, add to the score; by "reconstruction", to the sum that it is the mean of."""
-        x, means = (comparable(self._manifest.input, array) for array in (piece.x, piece.decoded))
+        target = targets(self._manifest.likelihood, piece.x)
+        x, means = (comparable(self._manifest.input, array) for array in (target, piece.decoded))
         if likelihood is None:
             return squared_norms(means - x).astype(np.float64)
-        x = comparable(self._manifest.input, targets(likelihood, piece.x))
         return piece.posterior.kl() - sums_of_log_likelihoods(likelihood, means[:, None], x)[:, 0]

@@ -26,6 +26,7 @@ from .engine import first_line
 from .errors import DeviceError, InputError, VAEError
 from .fidelity import PSNR_BUDGET_DB, data_range, psnr_db
 from .interpreter import interpreter
+from .likelihood import targets
 from .manifest import INPUT, RECONSTRUCTION, Manifest
 from .plan import OPERATIONS, Candidate, same_plan
 from .preprocess import Float32
@@ -201,7 +202,7 @@ def _psnr_loss(vae: VAE, golden: dict[str, Float32]) -> float:
     of what was measured there."""
     if vae.precision not in PROVIDER_PRECISIONS or vae.precision in vae.manifest.precisions:
         return 0.0  # measured at export, on many more inputs
-    x, found = golden[INPUT], vae.reconstruct(golden[INPUT])
+    x, found = targets(vae.manifest.likelihood, golden[INPUT]), vae.reconstruct(golden[INPUT])
     scale = data_range(x, vae.manifest.input.is_image)
     return psnr_db(golden[RECONSTRUCTION], x, scale) - psnr_db(found, x, scale)
 

@@ -455,8 +455,9 @@ class VAE:
         progress: Progress | None = None,
     ) -> NDArray[np.float64]:
         """How far the reconstruction from the mean is off: the mean over the elements of the squared error, in the
-        data's units squared -> float64 (N,), infinite where the model's numbers overflow. inputs, batch_size, pad,
-        tile, progress: as in `encode`; what is padded does not count.
+        data's units squared -> float64 (N,), infinite where the model's numbers overflow. It is from the input or, of a
+        model trained with "threshold" binarisation, from x >= 0.5, which is all that such a model sees. inputs,
+        batch_size, pad, tile, progress: as in `encode`; what is padded does not count.
 
         Raises:
             As `encode`.
@@ -513,8 +514,8 @@ class VAE:
         """Where an input is anomalous: what each pixel adds to the score, summed over the channels -> float32
         (N, H, W), for vectors (N, D), infinite where the model's numbers overflow.
 
-        method: "reconstruction": the squared error of the reconstruction from the mean; "elbo": -log p(x|z) at the
-            mean, in nats (the KL divergence is of no pixel).
+        method: "reconstruction": the squared error, as in `reconstruction_error`; "elbo": -log p(x|z) at the mean, in
+            nats (the KL divergence is of no pixel).
         inputs, batch_size, pad, tile, progress: as in `encode`; a map has the size of its input.
 
         Raises:

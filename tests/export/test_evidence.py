@@ -83,7 +83,7 @@ def test_estimates_are_those_of_pytorch_in_float64(tmp_path: Path, likelihood: d
         "elbo": likelihoods.mean(0) - divergence,
         "log_likelihood": weights.logsumexp(0) - math.log(count),
         "score": divergence - log_p(likelihood, reconstruction, x),
-        "reconstruction_error": (reconstruction - x).square().flatten(1).mean(1),
+        "reconstruction_error": (reconstruction - seen).square().flatten(1).mean(1),
     }
     with VAE.load(tmp_path / "mlp.vae", threads=1) as vae:
         found = {

@@ -101,6 +101,26 @@ def test_threshold_is_inside_the_encoder(exported: dict[str, Path], checkpoints)
         np.testing.assert_allclose(vae.encode(x).mean, model.encode(torch.from_numpy(binary))[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 6, 1500])
+def test_grey_images_score_as_the_binary_ones_that_a_model_of_thresholds_sees(
+    exported: dict[str, Path], rows: int
+) -> None:
+    from vae_runtime import VAE
+
+    pixels = np.random.default_rng(rows).integers(0, 256, (rows, 8, 8), np.uint8)
+    white = np.where(pixels >= 128, np.uint8(255), np.uint8(0))
+    with VAE.load(exported["mlp-threshold"], threads=1) as vae:
+        for method in ("reconstruction", "elbo"):
+            for batch_size in (None, 7):
+                found, expected = (vae.score(x, method, batch_size=batch_size) for x in (pixels, white))
+                np.testing.assert_array_equal(found, expected)
+            np.testing.assert_array_equal(vae.score_map(pixels, method), vae.score_map(white, method))
+        decoded = vae.reconstruct(pixels)[:, 0].astype(np.float64)
+        np.testing.assert_allclose(
+            vae.reconstruction_error(pixels), np.square(decoded - white / 255).mean(axis=(1, 2)), rtol=1e-5
+        )
+
+
 class Noisy(nn.Module):
     def forward(self, x):
         return x + torch.randn_like(x)

@@ -22,7 +22,7 @@ from vae_export.prior import PriorFit, parse_prior
 from vae_export.reference import Reference
 from vae_runtime import VAE, InputError, NotInBundleError, OutOfMemoryError
 from vae_runtime.calibration import SCORE_METHODS
-from vae_runtime.manifest import FittedPrior, InputSpec
+from vae_runtime.manifest import FittedPrior, InputSpec, Likelihood
 from vae_runtime.preprocess import to_model_input
 
 INPUTS, UNITS = 6, 3
@@ -96,6 +96,63 @@ def test_a_checkpoints_units_are_measured_on_its_held_out_examples(checkpoints: 
     assert units is not None
     np.testing.assert_allclose(units.variances, mean.var(axis=0), rtol=1e-3)
     assert units.examples == len(held_out)
+
+
+@pytest.fixture(scope="module")
+def dynamic(checkpoints: Any) -> Any:
+    """A model of draws, with 200 grey examples in each part."""
+    rng = np.random.default_rng(4)
+    parts = {part: torch.from_numpy(rng.integers(20, 200, (200, 8, 8), np.uint8)) for part in ("train", "held_out")}
+    return dataclasses.replace(
+        checkpoints["mlp-threshold"], likelihood=Likelihood("bernoulli", binarize="dynamic"), examples=parts
+    )
+
+
+def test_the_own_examples_of_a_model_of_draws_are_drawn_binary(
+    dynamic: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit, fitted = PriorFit.fit, []
+    monkeypatch.setattr(PriorFit, "fit", lambda self, vae: fitted.append(self.examples) or fit(self, vae))
+    options = {"name": "a", "calibrate": "held-out", "prior": "gaussian", "scores": ["elbo", "reconstruction"]}
+    for name in ("a", "again"):
+        manifest = export_checkpoint(dynamic, tmp_path / name, **options)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+    assert manifest.training["own_examples"] == "drawn binary"
+    held_out = dynamic.examples["held_out"].numpy()[:, None] / np.float32(255)
+    rng = np.random.default_rng(9)
+    with VAE.load(tmp_path / "a", threads=1) as vae:
+        drawn = [(rng.random(held_out.shape) < held_out).astype(np.float32) for _ in range(5)]
+        for method in ("elbo", "reconstruction"):
+            flagged = np.mean([vae.is_anomaly(x, 0.9, method=method) for x in drawn])
+            assert flagged == pytest.approx(0.1, abs=0.06), method
+        variances = np.mean([vae.encode(x).mean.var(axis=0, dtype=np.float64) for x in drawn], axis=0)
+        units = vae.manifest.latent.active_units
+    assert units is not None
+    np.testing.assert_allclose(units.variances, variances, rtol=0.6)  # grey ones: a few hundredths
+    with np.load(tmp_path / "a" / "golden.npz") as golden:
+        x = golden["x"]
+    for array in (x, *fitted):
+        assert set(np.unique(array)) == {0, 1}
+    train = dynamic.examples["train"].numpy()[:, None] / 255
+    assert abs(fitted[0].mean(axis=0) - train.mean(axis=0)).max() < 0.2
+
+
+@pytest.mark.filterwarnings("ignore:no unit of the latent space is active")  # of untrained weights on grey images
+def test_examples_that_are_passed_are_taken_as_they_are(dynamic: Any, tmp_path: Path) -> None:
+    data = np.random.default_rng(5).integers(0, 256, (150, 8, 8), np.uint8)
+    export_checkpoint(
+        dynamic, tmp_path / "a", name="a", examples=data, calibrate=data, prior="gaussian", scores=["elbo"]
+    )
+    with VAE.load(tmp_path / "a", threads=1) as vae:
+        scores, calibration = vae.score(data, "elbo"), vae.manifest.calibration
+        code = vae.encode(data)
+    assert calibration is not None
+    np.testing.assert_allclose(calibration.scores["elbo"], np.quantile(scores, LEVELS), rtol=1e-4)
+    with np.load(tmp_path / "a" / "golden.npz") as golden, np.load(tmp_path / "a" / "prior.npz") as prior:
+        np.testing.assert_array_equal(golden["x"], data[:4, None] / np.float32(255))
+        spread = np.exp(code.logvar).mean(axis=0) / len(data)
+        np.testing.assert_array_less(abs(prior["means"][0] - code.mean.mean(axis=0)), 3 * np.sqrt(spread / 66))
 
 
 def test_units_of_a_spatial_latent_are_its_channels_over_all_positions() -> None:

@@ -190,6 +190,7 @@ BAD = [
     (("map", "{bundle}", "{npy}", "--steps", "101"), "101 is not in the range 2<=x<=100", 2),
     (("map", "{vectors}"), "is a plain autoencoder, which has no prior to map; give INPUTS", 1),
     (("map", "{none}"), "tiny has 0 active units; a map takes 2, or INPUTS with --axes pca", 1),
+    (("map", "{single}"), "tiny has 1 active unit; a map takes 2, or INPUTS with --axes pca", 1),
     (("map", "{wrong}"), "latent.active_units.variances has 3 numbers; the latent has 4 units", 1),
     (("map", "{bundle}", "{tmp}/one.npy"), "the inputs are 1 in number; axes need at least 2", 1),
     (("map", "{free}", "{tmp}/sizes"), r"b.png has a latent of shape \(2, 2, 4\), and those before \(2, 4, 2\)", 1),
@@ -213,7 +214,7 @@ def places(
     tiny_path: Path, vectors_path: Path, free_path: Path, npy: Path, tmp_path: Path, resign: Any
 ) -> dict[str, Path]:
     found = {"bundle": tiny_path, "vectors": vectors_path, "free": free_path, "npy": npy, "tmp": tmp_path}
-    for name, variances in (("none", [0.0] * 4), ("wrong", [1.0] * 3)):
+    for name, variances in (("none", [0.0] * 4), ("single", [1.0, 0, 0, 0]), ("wrong", [1.0] * 3)):
         units = {"variances": variances, "threshold": 0.01, "examples": 100}
         folder = shutil.copytree(tiny_path, tmp_path / f"{name}.vae")
         found[name] = resign(folder, lambda data, units=units: data["latent"].update(active_units=units))
@@ -232,6 +233,31 @@ def test_what_cannot_be_drawn_is_said_in_words(
     output = places["tmp"] / "o.npz"
     refused(message, *(one.format(**places) for one in arguments), "--output", output, code=code)
     assert not output.exists()
+
+
+def test_a_latent_space_of_one_dimension_has_no_plane(bundle: Path, npy: Path, tmp_path: Path, resign: Any) -> None:
+    onnx = pytest.importorskip("onnx")
+    graphs = {half: onnx.load(bundle / f"{half}.onnx") for half in ("encoder", "decoder")}
+    cuts = dict.fromkeys(("mean.weight", "mean.bias", "logvar.weight", "logvar.bias"), np.s_[..., :1])
+    cuts["back.weight"] = np.s_[:1]
+    for graph in (model.graph for model in graphs.values()):
+        for constant in graph.initializer:
+            if (cut := cuts.get(constant.name)) is not None:
+                array = np.ascontiguousarray(onnx.numpy_helper.to_array(constant)[cut])
+                constant.CopyFrom(onnx.numpy_helper.from_array(array, constant.name))
+            elif constant.name == "latent_shape":
+                constant.CopyFrom(onnx.numpy_helper.from_array(np.array([-1, 1]), constant.name))
+        for value in (*graph.input, *graph.output):
+            if value.name in ("mean", "logvar", "z"):
+                value.type.tensor_type.shape.dim[1].dim_value = 1
+    files = {half: model.SerializeToString() for half, model in graphs.items()}
+    units = {"variances": [1.0], "threshold": 0.01, "examples": 100}
+    resign(bundle, lambda data: data["latent"].update(shape=[1], active_units=units), **files)
+    for more in ((), (npy,), (npy, "--axes", "active")):
+        refused(
+            "^Error: tiny has 1 unit in its latent space; a map takes 2\n$", "map", bundle, *more,
+            "--output", tmp_path / "o.npz", code=1,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(("arguments", "message", "code"), BAD_SEARCH, ids=range(len(BAD_SEARCH)))

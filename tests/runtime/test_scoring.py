@@ -33,12 +33,18 @@ LIKELIHOODS = [
 LEVELS = [0.0, 0.5, 0.9, 1.0]
 
 
+def seen(vae: VAE, x: np.ndarray) -> np.ndarray:
+    """What the likelihood, and so every score, is of."""
+    likelihood = vae.manifest.likelihood
+    is_binary = likelihood is not None and likelihood.binarize == "threshold"
+    return (x >= 0.5).astype(np.float64) if is_binary else x.astype(np.float64)
+
+
 def terms(vae: VAE, x: np.ndarray, decoded: np.ndarray) -> np.ndarray:
     """-log p(x|z) of every element."""
-    likelihood, x, mean = vae.manifest.likelihood, x.astype(np.float64), decoded.astype(np.float64)
+    likelihood, x, mean = vae.manifest.likelihood, seen(vae, x), decoded.astype(np.float64)
     assert likelihood is not None
     if likelihood.type == "bernoulli":
-        x = (x >= 0.5).astype(np.float64) if likelihood.binarize == "threshold" else x
         p = np.clip(mean, TINY, 1 - 2.0**-24)
         return -x * np.log(p) - (1 - x) * np.log1p(-p)
     assert likelihood.scale is not None
@@ -51,7 +57,7 @@ def by_hand(vae: VAE, x: np.ndarray, method: str) -> np.ndarray:
     posterior = vae.encode(x)
     decoded = vae.decode(posterior.mean)
     if method == "reconstruction":
-        return ((decoded.astype(np.float64) - x) ** 2).reshape(len(x), -1).mean(axis=1)
+        return ((decoded.astype(np.float64) - seen(vae, x)) ** 2).reshape(len(x), -1).mean(axis=1)
     return terms(vae, x, decoded).reshape(len(x), -1).sum(axis=1) + posterior.kl()
 
 
@@ -195,7 +201,7 @@ def test_results_belong_to_the_caller_and_inputs_are_left_alone(tiny: VAE, image
 def test_map_sums_up_the_channels(method: str, vae: VAE, rgb: VAE, images: np.ndarray) -> None:
     for one, x in ((vae, images), (rgb, np.random.default_rng(1).random((4, 3, 6, 5), dtype=np.float32))):
         decoded = one.reconstruct(x)
-        expected = terms(one, x, decoded) if method == "elbo" else (decoded.astype(np.float64) - x) ** 2
+        expected = terms(one, x, decoded) if method == "elbo" else (decoded.astype(np.float64) - seen(one, x)) ** 2
         found = one.score_map(x, method)
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected.sum(axis=1), rtol=1e-5, atol=1e-6)

@@ -89,7 +89,7 @@ def test_a_folder_of_pictures_with_its_options(tmp_path: Path, capsys: pytest.Ca
     assert checkpoint.likelihood.type == "gaussian"
     said = capsys.readouterr().out
     assert "; the weights of epoch 1, the best on the validation part\n" in said
-    assert re.search(r"test part, 1 examples: -ELBO -?[\d.]+ nats = ", said)  # one tells no standard error
+    assert re.search(r"test part, 1 example: -ELBO -?[\d.]+ nats = ", said)  # one tells no standard error
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,20 @@ def test_numbers_of_numpy_and_lists_are_taken() -> None:
     assert config == TrainConfig("digits", exclude_label=(3,), seed=7, beta=0.5, widths=(8,))
     assert (type(config.seed), type(config.beta), type(config.exclude_label[0])) == (int, float, int)
     assert json.loads(json.dumps(config.to_dict()))["seed"] == 7
+
+
+def test_data_may_be_a_path() -> None:
+    assert TrainConfig(Path("some") / "folder") == TrainConfig(str(Path("some/folder")))  # type: ignore[arg-type]
+    for wrong in (3, None, b"digits"):
+        with pytest.raises(InputError, match=r"data is .*; expected a string"):
+            TrainConfig(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["size", "crop"])
+@pytest.mark.parametrize("sides", [32, "32x32", (32,), (0, 32), (32, 32, 32)])
+def test_sides_are_a_height_and_a_width(name: str, sides: Any) -> None:
+    with pytest.raises(InputError, match=rf"{name} is .*32.*; expected height and width, from 1 to 8192"):
+        TrainConfig("pictures", **{name: sides})
 
 
 def test_round_trip() -> None:

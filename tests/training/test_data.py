@@ -117,7 +117,14 @@ def test_arrays_of_every_good_form(tmp_path: Path, images: np.ndarray) -> None:
     [
         (np.zeros((3, 4)), r"shape \(3, 4\) and dtype float64; .*convert with \.astype\(numpy\.float32\)"),
         (np.zeros((3, 4), np.int64), "dtype int64; expected uint8 images"),
-        (np.zeros((3, 8, 8), np.float32), r"shape \(3, 8, 8\) and dtype float32"),
+        (
+            np.zeros((3, 8, 8), np.float32),
+            r"shape \(3, 8, 8\) and dtype float32; .* \(N, D\); float32 images have an .*channel: array\[:, None\]$",
+        ),
+        (np.zeros((3, 8, 8)), r"\(N, D\); convert with \.astype\(numpy.float32\); .*: array\[:, None\]$"),
+        (np.zeros(8, np.float32), r"shape \(8,\) and dtype float32; expected .* or float32 vectors \(N, D\)$"),
+        (np.zeros(8), r"or float32 vectors \(N, D\)$"),
+        (np.array([[0, -2e19]], np.float32), r"has values up to 2e\+19, whose squares overflow float32; scale"),
         (np.zeros((3, 8), np.uint8), r"shape \(3, 8\) and dtype uint8"),
         (np.zeros((3, 8, 8, 2), np.uint8), r"images of 2 channels; expected 1 \(grey\) or 3 \(rgb\)"),
         (np.zeros((3, 8, 8, 3), np.float32), "images of 8 channels"),

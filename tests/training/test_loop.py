@@ -252,8 +252,18 @@ def test_a_state_that_has_diverged_replaces_no_good_one(
     assert torch.load(tmp_path / "run/state/progress.pt", weights_only=True)["step"] == 9
 
 
+@pytest.mark.parametrize("likelihood", ["gaussian", "laplace"])
+def test_a_scale_beyond_float32_ends_the_run_with_its_epoch_in_words(tmp_path: Path, likelihood: str) -> None:
+    config = small(likelihood=likelihood, learning_rate=10.0, clip=1e9, epochs=20)
+    message = r"epoch \d: the likelihood's scale is inf; try a learning rate below 10, .*\(--force\)"
+    with pytest.raises(TrainingError, match=message):
+        train(config, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run/model.pt").exists()
+
+
 def test_figures_that_overflow_end_the_run_in_words(tmp_path: Path) -> None:
-    np.save(tmp_path / "v.npy", np.random.default_rng(0).standard_cauchy((600, 6)).astype(np.float32) * 1e18)
+    values = np.random.default_rng(0).standard_cauchy((600, 6)).astype(np.float32) * 1e19
+    np.save(tmp_path / "v.npy", values.clip(-1.8e19, 1.8e19))  # each has a square, and not every example a sum of them
     with pytest.raises(TrainingError, match=r"the mse is inf; try a learning rate below 0.004, or scale the data"):
         train(small(data=str(tmp_path / "v.npy")), tmp_path / "run", device="cpu")
     assert not (tmp_path / "run/model.pt").exists()
@@ -300,7 +310,7 @@ def test_an_autoencoder_has_no_warm_up_to_be_patient_with(tmp_path: Path) -> Non
 
 
 def test_devices_that_are_not_there(tmp_path: Path) -> None:
-    for device in ("tpu", 0):
+    for device in ("tpu", 0, None):
         with pytest.raises(InputError, match=f"device is {device!r}; expected auto, cpu"):
             train(small(), tmp_path / "run", device=device)  # type: ignore[arg-type]
     with pytest.raises(DeviceError, match="device is 'cuda:99', but torch"):

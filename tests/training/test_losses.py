@@ -161,6 +161,29 @@ def test_the_scale_cannot_vanish(likelihood: str) -> None:
     assert model.to_likelihood("none").scale == pytest.approx(2e-4)
 
 
+@pytest.mark.parametrize("likelihood", ["gaussian", "laplace"])
+@pytest.mark.parametrize("value", [-100.0, -8.0, 3.0])
+def test_a_scale_that_fell_below_its_floor_comes_back(likelihood: str, value: float) -> None:
+    """The floor of scale 1 is -9.2: below it the gradient is the floor's, but that none leads further down."""
+    model, floor = objective("autoencoder", likelihood, scale=1.0), math.log(1e-4)
+    poor, perfect = torch.ones(4, 6), torch.zeros(4, 6)
+    for wrong in (poor, perfect):
+        with torch.no_grad():
+            model.log_scale.fill_(value)
+        free = torch.tensor(max(value, floor), requires_grad=True)
+        logits = torch.zeros(4, 6)
+        density = gaussian_nll if likelihood == "gaussian" else laplace_nll
+        x = model.model.to_mean(logits).detach() + wrong
+        density(model.model.to_mean(logits), x, free).mean().backward()
+        model.log_scale.grad = None
+        model.negative_log_likelihood(logits, x).mean().backward()
+        assert free.grad is not None
+        assert model.log_scale.grad is not None
+        leads_down = value < floor and wrong is perfect
+        assert (free.grad > 0) == (wrong is perfect or value > 0)
+        assert float(model.log_scale.grad) == (0 if leads_down else float(free.grad))
+
+
 def test_edges_weigh_in_the_loss_alone_in_units_of_the_scale() -> None:
     torch.manual_seed(1)
     model = build_model(default_config("mlp", "autoencoder", (1, 8, 8), 3))

@@ -154,7 +154,7 @@ GOOD = {
         ({"widths": [0]}, r"widths is \[0\]"),
         ({"widths": ["8"]}, "config.widths is '8'; expected a whole number"),
         ({"depth": -1}, "depth is -1; expected from 0 to 16"),
-        ({"family": "mlp"}, "depth is 1; expected from 0 to 0"),
+        ({"family": "mlp"}, "depth is 1; the mlp family has none, its layers are those of widths"),
     ],
 )
 def test_bad_configs_are_named(change: dict[str, object], message: str) -> None:

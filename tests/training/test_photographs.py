@@ -286,7 +286,7 @@ def test_end_to_end(two: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         (("--order", "seeded"), "order is 'seeded', but"),
         (("--order", "file"), "has 2 pictures, each of which is cut into strips, train, validation and test"),
         (("--shift", "1"), "shift is 1; crops of photographs lie anywhere and are not shifted"),
-        (("--family", "conv", "--attention"), "attention is True; only the resnet family has a choice of it"),
+        (("--family", "conv", "--attention"), "attention is for the resnet family alone, and family is 'conv'"),
         (("--data", "digits"), "crop is for folders of pictures; digits has examples of one size"),
     ],
 )

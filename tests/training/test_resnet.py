@@ -153,8 +153,8 @@ def test_config_round_trip_through_json() -> None:
         ({"attention": 1}, "config.attention is 1; expected true or false"),
         ({"input_shape": [3, 18, 16]}, r"input_shape is \[3, 18, 16\]; the resnet family with 2 widths takes images"),
         ({"input_shape": [3]}, r"H and W multiples of 4 up to 8192"),
-        ({"family": "conv", "norm": "group"}, "norm is 'group'; only the resnet family has a choice of it"),
-        ({"family": "conv", "attention": True}, "attention is True; only the resnet family"),
+        ({"family": "conv", "norm": "group"}, "norm 'group' is for the resnet family alone, and family is 'conv'"),
+        ({"family": "conv", "attention": True}, "^attention is for the resnet family alone, and family is 'conv'"),
     ],
 )
 def test_bad_configs_are_named(change: dict[str, object], message: str) -> None:

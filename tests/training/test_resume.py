@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from vae_runtime.errors import TrainingError
+from vae_runtime.atomic import write_json
+from vae_runtime.errors import OutputError, TrainingError
 from vae_training.checkpoint import load_checkpoint
 from vae_training.cli import main
 from vae_training.config import TrainConfig
@@ -145,6 +146,58 @@ def test_stopped_while_writing_the_state(tmp_path: Path, uninterrupted: Path, mo
     train(CONFIG, tmp_path / "run", device="cpu", resume=True)
     assert_same(uninterrupted, tmp_path / "run")
     assert not leftover.exists()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("no JSON"), KeyboardInterrupt()])
+def test_a_run_that_cannot_begin_anew_leaves_the_old_one_to_be_continued(
+    tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    stop_at(monkeypatch, 14, 13)
+    with pytest.raises(StopError):
+        train(CONFIG, tmp_path / "run", device="cpu")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    target = "vae_runtime.atomic.json.dumps" if isinstance(error, ValueError) else "vae_runtime.atomic.os.fsync"
+    monkeypatch.setattr(target, fail)
+    with pytest.raises((OutputError, ValueError, KeyboardInterrupt)):
+        train(replace(CONFIG, epochs=2), tmp_path / "run", device="cpu", force=True)
+    monkeypatch.undo()
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    steps, step = [], Run.train_step
+    monkeypatch.setattr(Run, "train_step", lambda self: steps.append(self.state.step) or step(self))
+    train(CONFIG, tmp_path / "run", device="cpu", resume=True)
+    assert steps == list(range(13, STEPS))
+    assert_same(uninterrupted, tmp_path / "run")
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_killed_while_it_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: bool) -> None:
+    """Before run.json is of the new run the state is still the old one's; afterwards it is nobody's."""
+    stop_at(monkeypatch, 7, 6)
+    with pytest.raises(StopError):
+        train(CONFIG, tmp_path / "run", device="cpu")
+    monkeypatch.setattr("vae_training.folder.RunFolder.remove_leftovers", lambda self: None)
+    write = write_json
+
+    def write_and_die(*arguments: Any, **options: Any) -> None:
+        if written:
+            write(*arguments, **options)
+        raise StopError
+
+    monkeypatch.setattr("vae_training.folder.write_json", write_and_die)
+    other = replace(CONFIG, seed=1)
+    with pytest.raises(StopError):
+        train(other, tmp_path / "run", device="cpu", force=True)
+    assert not (tmp_path / "run/state").exists()
+    monkeypatch.undo()
+    steps, step = [], Run.train_step
+    monkeypatch.setattr(Run, "train_step", lambda self: steps.append(self.state.step) or step(self))
+    train(other if written else CONFIG, tmp_path / "run", device="cpu", resume=True)
+    assert steps == list(range(0 if written else 6, STEPS))
+    assert not list((tmp_path / "run").glob(".*"))
 
 
 # A step takes a while, so that the process is killed within it or while it writes its state.

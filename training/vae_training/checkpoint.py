@@ -7,7 +7,8 @@ config          the model's `ModelConfig` as a dict
 state_dict      float32 weights on the CPU (BatchNorm counts its batches in int64)
 input           `InputSpec.to_dict()`
 likelihood      `Likelihood.to_dict()`; a Gaussian's learned scale is in it
-examples        {"train": tensor, "held_out": tensor}, up to 256 inputs each, uint8 (N, H, W[, C]) or float32
+examples        {"train": tensor, "held_out": tensor}, up to 256 inputs each, uint8 (N, H, W[, C]) or float32,
+                as they were read, before any binarisation
 dataset         what it was trained on; becomes the manifest's block `training`
 metrics         the figures, each under the part it was measured on
 """

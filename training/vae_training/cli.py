@@ -142,11 +142,13 @@ class _Sides(_Numbers):
 @_choice("mixed_precision", "Of the device.", MIXED_PRECISIONS)
 @_option("seed", "Of everything random.", type=int)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or mps.")
-@click.option("--threads", type=click.IntRange(1), help="Of the CPU; default: torch's choice.")
+@click.option("--threads", type=click.IntRange(1), help="Of the CPU, by whose number sums round; default: torch's.")
 @click.option(
     "--checkpoint-seconds", type=click.FloatRange(0), default=30.0, show_default=True, help="0: after every epoch."
 )
-@click.option("--resume", is_flag=True, help="Continue the run in the output folder exactly, with its settings.")
+@click.option(
+    "--resume", is_flag=True, help="Continue the run in the output folder with its settings; as many threads: exactly."
+)
 @click.option("--force", is_flag=True, help="Begin anew over a run in the output folder.")
 @click.option("--tensorboard", is_flag=True, help="Log to the folder tensorboard/ in the output folder.")
 @json_option
@@ -211,7 +213,7 @@ def _summary(metrics: dict[str, Any], output: Path) -> str:
         f"{output}: {', '.join(metrics['files'])}, metrics.json",
         f"{model['family']} {model['kind']}, {size}, {time} on {training['device']}{kept}",
         *_parts(metrics["dataset"]),
-        f"test part, {test['examples']:,} examples: {figure}",
+        f"test part, {_count(test['examples'], 'example')}: {figure}",
         *_likelihood(test),
         f"test part, without sampling: mean squared error {test['mse']:.5g}{psnr}",
         *_samples(metrics.get("samples", {})),
@@ -223,8 +225,13 @@ def _parts(dataset: dict[str, Any]) -> list[str]:
     """Which files the parts are from, where the files decided."""
     if dataset.get("split_by") != "files":
         return []
-    train, validation, test = (f"{dataset[part]:,}" for part in PARTS)
-    return [f"parts: {train} train and {validation} validation examples from train-*, {test} test examples from t10k-*"]
+    train, validation, _ = (f"{dataset[part]:,}" for part in PARTS)
+    tested = _count(dataset["test"], "test example")
+    return [f"parts: {train} train and {validation} validation examples from train-*, {tested} from t10k-*"]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _plus_minus(error: float | None) -> str:
@@ -235,7 +242,8 @@ def _likelihood(test: dict[str, Any]) -> list[str]:
     if "nll_nats" not in test:
         return []
     figure = f"{test['nll_nats']:.2f}{_plus_minus(test['nll_standard_error_nats'])} nats"
-    return [f"test part, -log p(x) by {test['nll_samples']:,} importance samples for each example: {figure}"]
+    samples = _count(test["nll_samples"], "importance sample")
+    return [f"test part, -log p(x) by {samples} for each example: {figure}"]
 
 
 def _samples(samples: dict[str, Any]) -> list[str]:

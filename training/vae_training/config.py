@@ -1,8 +1,10 @@
-"""Everything that determines the result of a training run; the same settings and data give the same weights on CPU."""
+"""Everything that determines the result of a training run, but for rounding: the same settings and data give the same
+weights on a CPU with the same number of threads, and sums of another number are rounded otherwise."""
 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ ACTIVATIONS = ("relu", "silu")
 LIKELIHOODS = ("bernoulli", "gaussian", "laplace")
 _RESNET_WIDTHS: tuple[int, ...] = (32, 64)
 MAX_WIDTH, MAX_SIDE = 65536, 8192
+_SIDES = f"expected height and width, from 1 to {MAX_SIDE}"
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
 NLL_SAMPLES = 100
 GAMMA, CAPACITY_RISE = 10.0, 0.8
@@ -33,7 +36,7 @@ MIN_EPOCHS, MIN_STEPS = 20, 800  # of the default number of epochs
 class TrainConfig:
     """The settings of a run. None means "as fits the data": `resolve` fills it in.
 
-    data, size, resize, colour: see `data.load_dataset`.
+    data, size, resize, colour: see `data.load_dataset`; data may be an os.PathLike too.
     split, order: see `split.split_indices`; None: "0.8,0.1,0.1" and "seeded". Where neither is given, data with a test
         part of their own, IDX files "train" and "t10k", keep it (see `split.split_before`), and both stay None; of few
         photographs, which are cut into strips, the order does.
@@ -109,6 +112,11 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.data, os.PathLike):
+            object.__setattr__(self, "data", os.fspath(self.data))
+        for name in ("size", "crop"):
+            if not isinstance(sides := getattr(self, name), (list, tuple, type(None))):
+                raise InputError(f"{name} is {sides!r}; {_SIDES}")
         strict.settle(self)
         for name, allowed in _CHOICES.items():
             if getattr(self, name) is not None:
@@ -118,7 +126,7 @@ class TrainConfig:
         for name in ("size", "crop"):
             sides = getattr(self, name)
             if sides is not None and (len(sides) != 2 or not all(1 <= side <= MAX_SIDE for side in sides)):
-                raise InputError(f"{name} is {list(sides)}; expected height and width, from 1 to {MAX_SIDE}")
+                raise InputError(f"{name} is {list(sides)}; {_SIDES}")
 
     @property
     def crop_multiple(self) -> int:

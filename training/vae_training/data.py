@@ -6,6 +6,7 @@ so that a model sees at run time exactly what it saw in training.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from vae_runtime.sources import EXAMPLE_KEYS, LABEL_KEYS, choose_array
 from . import idx
 
 DIGITS = "digits"
+_LARGEST = math.sqrt(np.finfo(np.float32).max)  # of vectors: errors are squared in training
 
 
 @dataclass(frozen=True)
@@ -167,14 +169,25 @@ def _from_array(path: Path, array: NDArray[Any], resize: str | None) -> Dataset:
         if resize is not None:
             raise InputError(f"resize is {resize!r}, but {path} holds vectors")
     else:
-        hint = "; convert with .astype(numpy.float32)" if array.dtype.kind == "f" else ""
         raise InputError(
             f"{path} has shape {array.shape} and dtype {array.dtype}; expected uint8 images (N, H, W) or (N, H, W, 3), "
-            f"float32 images (N, C, H, W) in [0, 1], or float32 vectors (N, D){hint}"
+            f"float32 images (N, C, H, W) in [0, 1], or float32 vectors (N, D){_array_hint(array)}"
         )
     if array.size == 0:
         raise InputError(f"{path} has shape {array.shape}; there is nothing in it")
-    return Dataset(path.stem, to_model_input(array, spec, str(path)), spec)
+    examples = to_model_input(array, spec, str(path))
+    if not spec.is_image and (largest := float(np.abs(examples).max())) > _LARGEST:
+        raise InputError(f"{path} has values up to {largest:.3g}, whose squares overflow float32; scale the data")
+    return Dataset(path.stem, examples, spec)
+
+
+def _array_hint(array: NDArray[Any]) -> str:
+    """The cure for floats of another form; none where it cannot be told what they are."""
+    if array.dtype.kind != "f" or array.ndim not in (2, 3, 4):
+        return ""
+    cures = [] if array.dtype == np.float32 else ["convert with .astype(numpy.float32)"]
+    cures += ["float32 images have an axis for the channel: array[:, None]"] if array.ndim == 3 else []
+    return "".join(f"; {cure}" for cure in cures)
 
 
 def _from_images(name: str, images: NDArray[np.uint8], resize: str | None, label: str = "") -> Dataset:

@@ -57,10 +57,15 @@ class RunFolder:
             for path in self.tensorboard.glob("events.out.tfevents.*"):
                 path.unlink(missing_ok=True)
 
+    @property
+    def state_before(self) -> Path:
+        """Where the state of the run before is while this one begins, see `_begin_run`."""
+        return self.path / f".{STATE_FOLDER}.{self.run}.old"
+
     def remove_leftovers(self) -> None:
         """What a run that was killed while writing left half done, or set aside for a moment."""
         for aside in self.path.glob(f".{STATE_FOLDER}.*.old"):
-            if self.state.exists():
+            if self.state.exists() or aside == self.state_before:
                 shutil.rmtree(aside, ignore_errors=True)
             else:
                 aside.rename(self.state)
@@ -152,16 +157,28 @@ def _continue_run(path: Path, config: TrainConfig, data: str, record: dict[str, 
 
 
 def _begin_run(path: Path, config: TrainConfig, data: str) -> RunFolder:
-    with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
+    """The old run's state goes aside, under the name of the new run, and is dropped once run.json is of that one; until
+    then, and where run.json cannot be written, it belongs to the old run and comes back."""
     folder = RunFolder(path, secrets.token_hex(8))
-    folder.remove_leftovers()
-    folder.remove_events()
-    shutil.rmtree(folder.state, ignore_errors=True)
     description = {"format": FORMAT, "format_version": FORMAT_VERSION, "run": folder.run, "config": config.to_dict()}
     description |= {"data": data, "producer": {"vae-edge": __version__}}
-    write_json(path / RUN_FILE, description, sort_keys=False)
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        if folder.state.exists():
+            folder.state.rename(folder.state_before)
+    try:
+        write_json(path / RUN_FILE, description, sort_keys=False)
+    finally:
+        _remove_leftovers(path)
+    folder.remove_events()
     return folder
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Of the run that run.json is of now."""
+    record = _read_record(path)
+    RunFolder(path, "" if record is None else str(record.get("run"))).remove_leftovers()
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

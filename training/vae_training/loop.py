@@ -68,7 +68,8 @@ def train(
 ) -> dict[str, Any]:  # fmt: skip
     """Train as `config` says and leave model.pt, metrics.json and pictures in the folder `output`.
 
-    resume: continue the run in `output`, if there is one; a finished run is left as it is. force: begin anew over it.
+    resume: continue the run in `output`, if there is one, exactly with as many threads of torch as before; a finished
+        run is left as it is. force: begin anew over it.
     checkpoint_seconds: the state to continue from is written this often, and 0 means after every epoch.
     progress: show a bar on stderr. Returns what metrics.json holds.
 
@@ -204,7 +205,7 @@ class Run:
         recalibrate(objective, self.calibration, self.config.seed)
         figures = measure(objective, self.validation, self.config.seed, draws=1)
         figure = figure_of_merit(figures, self.config.beta or 0.0)
-        self.require_finite({"validation figure": figure}, f"epoch {epoch}")
+        self.require_finite({"validation figure": figure, "likelihood's scale": objective.scale}, f"epoch {epoch}")
         entry: dict[str, Any] = {"epoch": epoch, "train_loss_nats": float(loss), "validation_nats": figure}
         terms = [name for name in ("reconstruction_nats", "kl_nats", "gradient_nats") if name in figures]
         if len(terms) > 1:
@@ -236,7 +237,9 @@ class Run:
         is of before the last step; what became of the weights in it, they show themselves."""
         epoch = -(-self.state.step // self.feed.steps_per_epoch)
         largest = torch.stack([weight.detach().abs().amax() for weight in self.objective.parameters()]).amax()
-        self.require_finite({"train loss": float(loss), "largest weight": float(largest)}, f"epoch {epoch}")
+        scale = self.accelerator.unwrap_model(self.objective).scale
+        figures = {"train loss": float(loss), "largest weight": float(largest), "likelihood's scale": scale}
+        self.require_finite(figures, f"epoch {epoch}")
 
     def examples(self, indices: NDArray[np.int64], draw: int) -> Float32:
         """The examples at `indices`, binarised as in training; a "dynamic" draw is the same for the same `draw`."""

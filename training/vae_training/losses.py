@@ -6,6 +6,7 @@ Every function returns one number per example, summed over its elements, so that
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +94,22 @@ def capacity_at(step: int, rising_steps: int, capacity: float) -> float:
     return capacity * min(1.0, step / rising_steps) if rising_steps > 0 else capacity
 
 
+class _ClampBelow(torch.autograd.Function):
+    """`clamp(min=floor)` whose gradient leads back: below the floor it is that of the floor where a step against it
+    raises the value, and 0 where it would lower it further. `clamp` itself has 0 there in either case, so that a value
+    that overshot once would stay."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, floor: float) -> Tensor:
+        ctx.save_for_backward(value < floor)
+        return value.clamp(min=floor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (is_below,) = ctx.saved_tensors
+        return gradient.masked_fill(is_below & (gradient > 0), 0), None
+
+
 class Objective(nn.Module):
     """A model together with its likelihood: one module, so that everything trained goes through one `forward`.
 
@@ -161,10 +178,16 @@ class Objective(nn.Module):
         """The likelihood as bundles and checkpoints record it."""
         if self.likelihood == "bernoulli":
             return Likelihood("bernoulli", binarize=binarize)
-        return Likelihood(self.likelihood, scale=float(self._log_scale().detach().exp()))
+        return Likelihood(self.likelihood, scale=self.scale)
+
+    @property
+    def scale(self) -> float:
+        """Of the density, in the data's units; infinite where the run has diverged; 1 for the Bernoulli."""
+        return 1.0 if self.likelihood == "bernoulli" else float(self._log_scale().detach().exp())
 
     def _log_scale(self) -> Tensor:
-        return self.log_scale.clamp(min=self.min_log_scale)
+        clamped: Tensor = _ClampBelow.apply(self.log_scale, self.min_log_scale)
+        return clamped
 
     def _edges(self, logits: Tensor, x: Tensor) -> Tensor:
         differences = gradient_difference(self.model.to_mean(logits), x).mean()

@@ -71,14 +71,17 @@ class ModelConfig:
         strict.within(self.latent_dim, 1, MAX_WIDTH, "latent_dim")
         if not 1 <= len(self.widths) <= MAX_LAYERS or not all(1 <= width <= MAX_WIDTH for width in self.widths):
             raise InputError(f"widths is {list(self.widths)}; expected 1 to {MAX_LAYERS} numbers from 1 to {MAX_WIDTH}")
-        strict.within(self.depth, 0, 0 if self.family == "mlp" else MAX_LAYERS, "depth")
+        if self.family == "mlp" and self.depth:
+            raise InputError(f"depth is {self.depth}; the mlp family has none, its layers are those of widths")
+        strict.within(self.depth, 0, MAX_LAYERS, "depth")
         check_choice(self.norm, "norm", NORMS)
         check_choice(self.activation, "activation", ACTIVATIONS)
         if self.family == "resnet":
             self._check_resnet()
         elif changed := [name for name in RESNET_ONLY if getattr(self, name) != getattr(ModelConfig, name)]:
-            name = changed[0]
-            raise InputError(f"{name} is {getattr(self, name)!r}; only the resnet family has a choice of it")
+            value = getattr(self, changed[0])
+            given = changed[0] if value is True else f"{changed[0]} {value!r}"  # a flag has no value
+            raise InputError(f"{given} is for the resnet family alone, and family is {self.family!r}")
         if self.family == "conv" and (
             len(self.input_shape) != 3 or not all(8 <= n <= MAX_SIDE for n in self.input_shape[1:])
         ):

@@ -61,7 +61,8 @@ def write_results(run: Run, objective: Objective, test: Float32, figures: dict[s
 
 
 def _examples(run: Run, indices: Any) -> torch.Tensor:
-    """Up to 256 inputs as they were read, before any binarisation; for "held_out" from the validation part."""
+    """Up to 256 inputs as they were read, before any binarisation; for "held_out" from the validation part. The export
+    makes them binary where the model takes such."""
     return torch.from_numpy(run.data.examples[indices[:EXAMPLES]].copy())
 
 

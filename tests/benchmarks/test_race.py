@@ -39,6 +39,8 @@ from vae_benchmarks.race import (
     race,
 )
 from vae_benchmarks.race.entrant import Entrant, Resident, judge, measure_error
+from vae_benchmarks.race.peers import native_openvino
+from vae_benchmarks.race.peers.native_openvino import ways_to_call
 from vae_benchmarks.race.picture import draw_race
 from vae_benchmarks.race.report import Ratio, Row, rank
 from vae_benchmarks.race.schedule import FEWEST_ROUNDS, order_of, plan_rounds
@@ -870,6 +872,46 @@ def test_an_engine_that_is_not_installed_is_skipped_with_its_cure(tiny: Path, tm
         check=False,
     )
     assert done.stdout.strip() == str({"skip": "openvino is not installed; pip install 'vae-edge[race]'"}), done.stderr
+
+
+@pytest.mark.parametrize("way", ["bound tensors", "shared inputs"])
+def test_what_openvino_gives_is_right_and_the_caller_s(tiny: Path, way: str) -> None:
+    openvino = pytest.importorskip("openvino")
+    case = Case.open(tiny)
+    model = openvino.Core().read_model(case.graph("encoder"))
+    model.reshape([4, 1, 8, 8])
+    call = ways_to_call(openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}))[way]()
+    reference = case.reference()
+    images = reference["x"].copy()
+    first = call(images)
+    kept = [array.copy() for array in first]
+    images[:] = 0  # the caller's memory again
+    second = call(reference["x"][::-1].copy())
+    for order, found in ((1, first), (-1, second)):
+        for name, array in zip(("mean", "logvar"), found, strict=True):
+            np.testing.assert_allclose(array[::order], reference[name], atol=1e-4)
+            assert array.flags.owndata
+            assert array.flags.writeable
+    assert all(np.array_equal(array, copy) for array, copy in zip(first, kept, strict=True))
+
+
+@pytest.mark.parametrize("quick", ["bound tensors", "shared inputs"])
+def test_openvino_is_called_in_the_way_that_is_faster(tiny: Path, monkeypatch: pytest.MonkeyPatch, quick: str) -> None:
+    pytest.importorskip("openvino")
+    ways = native_openvino.ways_to_call
+
+    def slow_down(compiled: Any) -> dict[str, Any]:
+        def slow(make: Callable[[], Any]) -> Callable[[], Any]:
+            call = make()
+            return lambda: lambda array: (time.sleep(0.02), call(array))[1]
+
+        return {name: make if name == quick else slow(make) for name, make in ways(compiled).items()}
+
+    monkeypatch.setattr(native_openvino, "ways_to_call", slow_down)
+    case = Case.open(tiny)
+    entrant = native_openvino.open_entrant(case, 4, 1, "f32")
+    assert entrant.configuration.endswith(f", encoder with {quick}, decoder with {quick}")
+    assert judge(entrant, case.reference()).fault is None
 
 
 def test_the_command_line_loads_no_engine() -> None:

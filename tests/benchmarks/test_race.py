@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -44,13 +45,14 @@ from vae_benchmarks.race.peers.native_openvino import ways_to_call
 from vae_benchmarks.race.picture import draw_race
 from vae_benchmarks.race.report import Ratio, Row, rank
 from vae_benchmarks.race.schedule import FEWEST_ROUNDS, order_of, plan_rounds
-from vae_benchmarks.race.text import format_markdown, format_plan, format_race
+from vae_benchmarks.race.text import _ALIKE_ELSEWHERE, format_markdown, format_plan, format_race
 from vae_benchmarks.race.worker import Worker
 from vae_runtime.errors import BundleError, InputError
 
 from .conftest import undisturbed
 
 PLANTED = str(Path(__file__).with_name("planted.py"))
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "race"
 ONE = (Point(1, 1),)
 
 
@@ -211,6 +213,46 @@ def test_competitors_are_no_other_work(tiny: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_method_says_what_the_intervals_leave_out(report: RaceReport) -> None:
     assert "- not in the interval: what differs from process to process" in format_markdown(report)
+
+
+def test_ratios_between_identical_plans_that_exclude_one_are_counted(report: RaceReport) -> None:
+    """Of operations in which two of vae-edge's own ran the same way at this batch size, and of no others."""
+    (point,) = report.cases[0].points
+
+    def route(from_batch: int, precision: str) -> dict[str, Any]:
+        return {"from_batch": from_batch, "device": "cpu", "precision": precision}
+
+    def text_of(other_plan: Any, low: float | None, **changes: Any) -> str:
+        ours = dataclasses.replace(point.runners[0], plan={"encode": [route(1, "fp32"), route(9, "int8")]})
+        other = dataclasses.replace(ours, **{"name": "ours-fp32", "plan": other_plan, **changes})
+        ratio = Ratio("encode", "ours-fp32", 1.2, low, 1.3, "rounds", False)
+        ratios = (ratio, dataclasses.replace(ratio, low=0.9), dataclasses.replace(ratio, operation="decode"))
+        changed = dataclasses.replace(point, runners=(ours, other), rows=(), ratios=ratios)
+        found = dataclasses.replace(report, cases=(dataclasses.replace(report.cases[0], points=(changed,)),))
+        (line,) = [line for line in format_markdown(found).splitlines() if line.startswith("- identical plans: ")]
+        return line.removeprefix("- identical plans: ")
+
+    alike = {"encode": [route(1, "fp32")]}  # at batch 1, whatever larger ones take
+    assert text_of(alike, 1.1) == "of 2 ratios between them here, 1 excluded 1"
+    assert text_of(alike, 0.99) == "of 2 ratios between them here, 0 excluded 1"
+    assert text_of(alike, None) == "of 1 ratio between them here, 0 excluded 1"
+    for plan, changes in (({"encode": [route(1, "int8")]}, {}), (None, {}), (alike, {"is_peer": True})):
+        assert text_of(plan, 1.1, **changes).startswith("none here were compared; ")
+
+
+def test_what_is_said_of_identical_plans_elsewhere_is_so() -> None:
+    counts = [(0, 0)]
+    for path in RESULTS.glob("*.json"):
+        text = path.with_suffix(".md").read_text("utf-8")
+        found = re.search(r"^- identical plans: of (\d+) ratios? .*, (\d+) ex", text, re.MULTILINE)
+        counts += [(int(found[1]), int(found[2]))] if found else []
+    ratios, excluded = map(sum, zip(*counts, strict=True))
+    assert f"of {ratios} ratios between them in vae-edge's own reports, {excluded} excluded 1" == _ALIKE_ELSEWHERE
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_the_text_of_a_race_of_the_repository_is_made_of_its_figures(path: Path) -> None:
+    assert path.with_suffix(".md").read_text("utf-8") == format_markdown(RaceReport.load(path))
 
 
 def test_the_report_survives_json(report: RaceReport, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def from_document(kind: type[_Kind], document: Any, name: str, form: str, versio
     if not isinstance(document, dict) or document.get("format") != form:
         raise ReportError(f'{name} is not {what}, whose "format" is {form!r}')
     found = document.get("format_version")
-    if found != version:
+    if type(found) is not int or found != version:  # true is 1 in Python
         raise ReportError(f"{name} has format_version {found!r}; this vae-edge reads version {version}")
     try:
         return from_plain(kind, document, name)

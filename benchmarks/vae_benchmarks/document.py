@@ -13,6 +13,9 @@ from .errors import ReportError
 from .plain import from_plain
 
 _MAX_BYTES = 256 * 2**20
+# Of a time or a size in its unit: what lies outside was not measured, and ratios of it need not be finite.
+LEAST, MOST = 1e-9, 1e15
+WITHIN = f"from {LEAST:g} to {MOST:g}"
 _Kind = TypeVar("_Kind")
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from vae_runtime.atomic import write_json
 
-from .document import from_document, load_document
+from .document import LEAST, MOST, WITHIN, from_document, load_document
 from .errors import ReportError
 from .gpu import GpuFacts
 from .intervals import median_interval, smallest_count
@@ -24,8 +24,6 @@ from .settings import Settings
 FORMAT = "vae-bench-report"
 FORMAT_VERSION = 1
 _WHAT = "a report of vae-bench"
-MOST = 1e15  # of any figure, in its unit: what is larger was not measured, and ratios of it need not be finite
-_WITHIN = f"above 0 and at most {MOST:g}"
 
 
 class RowKey(NamedTuple):
@@ -368,15 +366,15 @@ class Report:
             raise ReportError(f"{name} has a row of latency without rounds")
         for row in report.latency:
             for value in (row.p50_ms, *row.round_p50_ms):
-                if not 0 < value <= MOST:
-                    raise ReportError(f"{name} has a time of {value:g} ms, of {row.operation}; expected {_WITHIN}")
+                if not LEAST <= value <= MOST:
+                    raise ReportError(f"{name} has a time of {value:g} ms, of {row.operation}; expected {WITHIN}")
         for figure in StartupReport.FIGURES:
             found: Repeated = getattr(report.startup, figure)
             if not found.values:
                 raise ReportError(f"{name} has a start-up without {figure}")
             for value in (found.median, found.min, found.max, *found.values):
-                if not 0 < value <= MOST:
-                    raise ReportError(f"{name} has a start-up whose {figure} is {value:g}; expected it {_WITHIN}")
+                if not LEAST <= value <= MOST:
+                    raise ReportError(f"{name} has a start-up whose {figure} is {value:g}; expected {WITHIN}")
         return report
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -262,6 +262,80 @@ def test_the_report_survives_json(report: RaceReport, tmp_path: Path) -> None:
     assert (loaded.cases[0].points[0].rows, loaded.settings) == (report.cases[0].points[0].rows, report.settings)
 
 
+def test_what_a_report_says_is_computed_anew_from_its_rounds(report: RaceReport) -> None:
+    document = json.loads(json.dumps(report.to_dict()))
+    (point,) = document["cases"][0]["points"]
+    for row in point["rows"]:
+        row |= {"p50_ms": 0.001, "low_ms": 0.001, "high_ms": 0.001}
+    for ratio in point["ratios"]:
+        ratio |= {"ratio": 99.0, "low": 98.0, "high": 100.0, "fastest_peer": True}
+    assert RaceReport.from_dict(document) == report
+    point["ratios"].clear()
+    assert RaceReport.from_dict(document) == report
+
+
+def _case(document: Any) -> Any:
+    return document["cases"][0]
+
+
+def _point(document: Any) -> Any:
+    return _case(document)["points"][0]
+
+
+def _row(document: Any) -> Any:
+    return _point(document)["rows"][0]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: d.update(format_version=True), "x.json has format_version True; this vae-edge reads version 1"),
+        (lambda d: d["cases"].append(_case(d)), "x.json has case tiny 2 times; expected it once"),
+        (
+            lambda d: _case(d)["case"].update(macs={"encode": 1}),
+            "x.json has macs of encode; expected of encode and dec",
+        ),
+        (lambda d: _case(d)["points"].append(_point(d)), "x.json has point 1x1 of tiny 2 times; expected it once"),
+        (
+            lambda d: _point(d)["rows"].append(_row(d)),
+            "x.json, tiny 1x1, has row of encode by ours 2 times; expected it",
+        ),
+        (
+            lambda d: _point(d)["runners"].append(_point(d)["runners"][1]),
+            "x.json, tiny 1x1, has runner slow 2 times; expected it once",
+        ),
+        (
+            lambda d: _row(d).update(competitor="nobody"),
+            "x.json, tiny 1x1, has a row of nobody, which is not among its runners",
+        ),
+        (
+            lambda d: _row(d).update(operation="fly"),
+            "x.json, tiny 1x1, has a row of fly; expected one of encode, decode, encode-on-device, decode-on-device",
+        ),
+        (
+            lambda d: _row(d)["round_p50_ms"].pop(),
+            "x.json, tiny 1x1, has {less} rounds of ours; expected {rounds}",
+        ),
+        *(
+            (
+                lambda d, value=value: _row(d)["round_p50_ms"].__setitem__(0, value),
+                f"x.json, tiny 1x1, has a time of {value:g} ms, of ours; expected from 1e-09 to 1e+15",
+            )
+            for value in (0.0, -2.0, 1e308)
+        ),
+    ],
+)
+def test_what_no_race_can_give_is_refused_by_name(
+    report: RaceReport, damage: Callable[[Any], None], message: str
+) -> None:
+    document = json.loads(json.dumps(report.to_dict()))
+    rounds = _point(document)["rounds"]
+    damage(document)
+    with pytest.raises(ReportError) as caught:
+        RaceReport.from_dict(document, "x.json")
+    assert str(caught.value).startswith(message.format(rounds=rounds, less=rounds - 1))
+
+
 def test_the_picture_shows_every_competitor(report: RaceReport, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     draw_race(report, tmp_path / "race.png")
@@ -634,6 +708,7 @@ def test_a_case_gives_its_own_inputs_and_graphs(case_folder: Path, tiny: Path) -
             "case.json has format_version 9; this vae-edge reads version 1",
         ),
         (lambda f: _edit(f, kind=3), CaseError, "case.json.kind is 3; expected a string"),
+        (lambda f: _edit(f, macs={}), CaseError, "case.json has macs of nothing; expected of encode and decode"),
         (
             lambda f: _edit(f, input_shape=[1, 9, 9]),
             CaseError,

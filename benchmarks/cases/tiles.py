@@ -128,7 +128,8 @@ def differences(bundle: Path, operation: str) -> float:
 
 
 def measure(bundle: Path) -> list[dict[str, Any]]:
-    """Peak memory over that of the smallest call, and best time of every call; rounds alternate, so that the machine's drift meets all."""
+    """Peak memory over that of the smallest call, and best time, of every call; rounds alternate, so that the machine's
+    drift meets all."""
     calls = [("decode", 512, 0), ("decode", 2048, 0), ("decode", 2048, TILE), ("decode", 4096, TILE)]
     calls += [("encode", 512, 0), ("encode", 2048, 0), ("encode", 2048, TILE), ("reconstruct", 2048, TILE)]
     found: dict[tuple[str, int, int], list[dict[str, Any]]] = {call: [] for call in calls}
@@ -176,7 +177,8 @@ def markdown(report: dict[str, Any]) -> str:
         "Memory: the peak of a process that loads the bundle and makes the call, less that of one that loads it and"
         f" decodes {SMALLEST}x{SMALLEST} pixels.",
         "",
-        f"| call | image | tile | peak over that of {SMALLEST}x{SMALLEST}, MiB | of which input and output | seconds | ÷ whole |",
+        f"| call | image | tile | peak over that of {SMALLEST}x{SMALLEST}, MiB |"
+        " of which input and output | seconds | ÷ whole |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for (operation, side, tile), row in rows.items():

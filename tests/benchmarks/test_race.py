@@ -45,7 +45,7 @@ from vae_benchmarks.race.peers.native_openvino import ways_to_call
 from vae_benchmarks.race.picture import draw_race
 from vae_benchmarks.race.report import Ratio, Row, rank
 from vae_benchmarks.race.schedule import FEWEST_ROUNDS, order_of, plan_rounds
-from vae_benchmarks.race.text import _ALIKE_ELSEWHERE, format_markdown, format_plan, format_race
+from vae_benchmarks.race.text import _ALIKE_ELSEWHERE, format_markdown, format_ms, format_plan, format_race
 from vae_benchmarks.race.worker import Worker
 from vae_runtime.errors import BundleError, InputError
 
@@ -659,6 +659,22 @@ def test_cores_are_as_many_as_asked_for() -> None:
 )
 def test_a_plan_of_any_form_is_printed(plan: Any, text: str) -> None:
     assert format_plan(plan) == text
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "text"),
+    [
+        (0.0123456, "12.3 µs"),
+        (0.9994, "999 µs"),
+        (0.9996, "1 ms"),
+        (1.0, "1 ms"),
+        (999.4, "999 ms"),
+        (999.6, "1 s"),
+        (12345.0, "12.3 s"),
+    ],
+)
+def test_the_unit_of_a_time_is_chosen_after_rounding(milliseconds: float, text: str) -> None:
+    assert format_ms(milliseconds) == text
 
 
 @pytest.fixture

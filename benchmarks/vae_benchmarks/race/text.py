@@ -303,7 +303,8 @@ def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def format_ms(milliseconds: float) -> str:
-    """Three significant digits, in the unit that suits."""
-    if milliseconds >= 1000:
+    """Three significant digits, in the unit that suits what is left of it."""
+    rounded = float(f"{milliseconds:.3g}")
+    if rounded >= 1000:
         return f"{milliseconds / 1000:.3g} s"
-    return f"{milliseconds:.3g} ms" if milliseconds >= 1 else f"{milliseconds * 1000:.3g} µs"
+    return f"{milliseconds:.3g} ms" if rounded >= 1 else f"{milliseconds * 1000:.3g} µs"

@@ -6,16 +6,17 @@ The speed of a graph does not depend on its weights. Three questions, answered i
 what the halves cost (parameters, multiply-accumulates, bytes); how their latency relates to that of the usual VAE of
 transposed convolutions at 32×32, exported by torch.onnx as it is; and where the time goes, operator by operator.
 FOLDER holds bundles of the same names that an earlier revision wrote with --keep: they are raced too.
-Every latency is one of a race: short runs in turn, in one process, so that what else the machine does hits all alike.
+Every latency is one of a race: two graphs in turns, in one process, so that what else the machine does hits both alike.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +33,8 @@ from profile_operators import CASES, Profile, open_session, profile_graph
 from reporting import RESULTS, machine, table_row, write_report
 from torch import nn
 
+from vae_benchmarks.intervals import paired_ratio
+from vae_benchmarks.latency import alternate
 from vae_export import export_checkpoint
 from vae_runtime.bundle import Bundle
 from vae_runtime.manifest import HALF_NAMES, InputSpec, Likelihood
@@ -47,7 +50,12 @@ FAMILIES = {
 }
 PROFILED = ("conv-28x28", "conv-64x64x3")
 REFERENCE_LATENT, REFERENCE_WIDTHS = 128, (32, 64, 128, 256, 512)
-MIN_ROUNDS, TURN_SECONDS, RACE_SECONDS, LOADS = 10, 0.001, 8.0, 10
+RATIOS = (("now", "reference"), ("now", "before"), ("int8", "now"))  # whose time ÷ whose
+COLUMNS = {
+    "now_us": "µs", "int8_us": "µs int8", "int8_to_now": "int8 ÷ fp32",
+    "now_to_reference": "÷ reference", "now_to_before": "÷ before",
+}  # fmt: skip
+BLOCKS, LOADS = 200, 10
 Graphs = dict[str, bytes]  # by half
 
 # Measured once, on the machine of the report; "before" is the decoder with a shuffle of pixels at every doubling.
@@ -219,28 +227,27 @@ def races(now: Mapping[str, Graphs], before: Mapping[str, Graphs]) -> list[dict[
 
 
 def race(graphs: Mapping[str, bytes], batch: int, threads: int) -> dict[str, float]:
-    """Rounds in which every graph has a short turn: the least µs of a run with each, and medians of ratios in a round.
+    """Two by two, in turns: the median µs of a run, and the medians of the ratios between turns beside each other, as
+    `vae_benchmarks` takes them.
 
-    Keys: "reference_us" and so on, "now_to_reference", "now_to_before", "int8_to_now".
+    Keys: "now_to_reference", "now_to_before", "int8_to_now"; of the last pair also "now_us" and "int8_us".
     """
-    sessions = {name: open_session(graph, threads) for name, graph in graphs.items()}
-    feeds = {name: feed(session, batch) for name, session in sessions.items()}
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    end = time.perf_counter() + RACE_SECONDS
-    while len(times["now"]) < MIN_ROUNDS or time.perf_counter() < end:
-        for name, session in sessions.items():
-            session.run(None, feeds[name])
-            begun, runs = time.perf_counter(), 0
-            while runs < 1 or time.perf_counter() - begun < TURN_SECONDS:
-                session.run(None, feeds[name])
-                runs += 1
-            times[name].append((time.perf_counter() - begun) / runs * 1e6)
-    result = {f"{name}_us": min(found) for name, found in times.items()}
-    for name, other in (("now", "reference"), ("now", "before"), ("int8", "now")):
-        if other in times:
-            pairs = zip(times[name], times[other], strict=True)
-            result[f"{name}_to_{other}"] = statistics.median(a / b for a, b in pairs)
+    result: dict[str, float] = {}
+    for name, other in RATIOS:
+        if other not in graphs:
+            continue
+        # No more than these two are open: threads of a session that waits would run on the cores of the one that works.
+        first, second = (call_of(open_session(graphs[key], threads), batch) for key in (other, name))
+        first(), second()
+        found = alternate(first, second, BLOCKS)
+        result[f"{name}_to_{other}"] = paired_ratio(*found)[0]
+        if name == "int8":
+            result |= {"now_us": statistics.median(found[0]) * 1e6, "int8_us": statistics.median(found[1]) * 1e6}
     return result
+
+
+def call_of(session: Any, batch: int) -> Callable[[], Any]:
+    return functools.partial(session.run, None, feed(session, batch))
 
 
 def feed(session: Any, batch: int) -> dict[str, np.ndarray]:
@@ -306,6 +313,8 @@ def profile_all(now: Mapping[str, Graphs], before: Mapping[str, Graphs]) -> list
 
 def markdown(report: Mapping[str, Any]) -> str:
     facts = report["machine"]
+    shown = {key: title for key, title in COLUMNS.items() if any(key in entry for entry in report["races"])}
+    loaded = list(next(iter(report["load_ms"].values())))
     lines = [
         "# The graphs: what they cost, how fast they are, where their time goes", "",
         f"Default families, {LATENT} latents, random weights; {facts['cpu']} ({', '.join(facts['instructions'])}), "
@@ -318,15 +327,15 @@ def markdown(report: Mapping[str, Any]) -> str:
             for name, halves in report["costs"].items() for half, cost in halves.items()
         ), "",
         "## Races", "",
-        "onnxruntime; the least time, and the median of the ratios within one round, which is what to compare.",
+        "onnxruntime, whose threads do not spin. Graphs took turns two by two: medians of times, of fp32 beside int8,",
+        "and of the ratios between turns beside each other, which are what to compare.",
         f"Reference: the usual VAE of transposed convolutions at 32×32, widths {REFERENCE_WIDTHS}, latent "
         f"{REFERENCE_LATENT}.", "int8 is calibrated on noise: its speed alone counts.", "",
-        "| model | half | batch | threads | µs | µs before | µs int8 | ÷ reference | ÷ before | int8 ÷ fp32 |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|", *(race_row(entry) for entry in report["races"]), "",
+        table_row(["model", "half", "batch", "threads", *(shown.values())]),
+        "|---|---|" + "--:|" * (2 + len(shown)), *(race_row(entry, shown) for entry in report["races"]), "",
         "## Loading", "", f"Milliseconds to make both sessions, the least of {LOADS} alternating trials.", "",
-        "| model | now | before |", "|---|--:|--:|",
-        *(f"| {name} | {value['now']:.1f} | {value.get('before', float('nan')):.1f} |"
-          for name, value in report["load_ms"].items()), "",
+        table_row(["model", *loaded]), "|---|" + "--:|" * len(loaded),
+        *(table_row([name, *(f"{value[key]:.1f}" for key in loaded)]) for name, value in report["load_ms"].items()), "",
     ]  # fmt: skip
     lines.append(TRIED)
     if profiles := report["profiles"]:
@@ -335,12 +344,9 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def race_row(entry: Mapping[str, Any]) -> str:
-    times = [f"{entry[key]:.0f}" if key in entry else "" for key in ("now_us", "before_us", "int8_us")]
-    keys = "now_to_reference", "now_to_before", "int8_to_now"
-    ratios = [f"{entry[key]:.2f}" if key in entry else "" for key in keys]
-    cells = entry["model"], entry["half"], str(entry["batch"]), str(entry["threads"]), *times, *ratios
-    return table_row(cells)
+def race_row(entry: Mapping[str, Any], shown: Iterable[str]) -> str:
+    figures = [f"{entry[key]:{'.0f' if key.endswith('_us') else '.2f'}}" if key in entry else "" for key in shown]
+    return table_row([entry["model"], entry["half"], str(entry["batch"]), str(entry["threads"]), *figures])
 
 
 if __name__ == "__main__":

@@ -144,7 +144,8 @@ def markdown(document: dict[str, Any]) -> str:
     return (
         f"# The runtime's own cost\n\n{document['machine']['cpu']},"
         f" onnxruntime {document['onnxruntime']}, one thread.\n"
-        f"Made by `benchmarks/cases/overhead.py`.\n\n{table(document['rows'])}\n"
+        f"Made by `benchmarks/cases/overhead.py`. The ratio is the median of those of alternating runs, and not the"
+        f" quotient of the two columns before it, the medians of each side.\n\n{table(document['rows'])}\n"
     )
 
 

@@ -60,7 +60,8 @@ def describe_environment(figures: dict[str, Any]) -> list[str]:
         found.append(describe_gpus([from_plain(GpuFacts, {**figures["gpu"], **_IDLE}, "the GPU")]))
     if figures.get("machine"):
         found.append(describe_machine(from_plain(MachineFacts, figures["machine"], "the machine")))
-    found.append(", ".join(f"{name} {version}" for name, version in figures.get("versions", {}).items()))
+    versions = sorted(figures.get("versions", {}).items())  # another order is no other environment
+    found.append(", ".join(f"{name} {version}" for name, version in versions))
     if "onnxruntime" in figures:
         found.append(
             f"onnxruntime {figures['onnxruntime']['version']}: {', '.join(figures['onnxruntime']['providers'])}"

@@ -110,7 +110,10 @@ def main() -> None:
 @click.option("--precision", default="fp32", show_default=True, help=PRECISION_HELP)
 @click.option("--size", type=Sides(), help="HEIGHTxWIDTH of images, where the bundle leaves it free.  [the bundle's]")
 @click.option("--seconds", default=_DEFAULTS.seconds, show_default=True, help="The most time to measure one row for.")
-@click.option("--rounds", default=_DEFAULTS.rounds, show_default=True, help="Fresh processes per row.")
+@click.option(
+    "--rounds", default=_DEFAULTS.rounds, show_default=True,
+    help="Fresh processes per row; from 9 on, one that was disturbed spoils no interval.",
+)  # fmt: skip
 @click.option("--confidence", default=_DEFAULTS.confidence, show_default=True, help="Of the medians' intervals.")
 @click.option(
     "--width", default=_DEFAULTS.width, show_default=True, help="Stop a row early once its interval is so narrow."

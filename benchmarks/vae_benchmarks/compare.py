@@ -13,6 +13,7 @@ import numpy as np
 
 from vae_runtime.errors import InputError
 
+from .document import LEAST
 from .intervals import rounds_for_shift, shift_interval
 from .pairing import Difference, Pairing, describe_row, pair_rows, why_no_pair
 from .report import Report, RowKey, StartupReport
@@ -203,10 +204,10 @@ def _judge(
     confidence: float,
     threshold: float,
 ) -> ComparisonRow:
-    log_a, log_b = (np.log(np.maximum(values, 1e-9)).tolist() for values in (a, b))
+    log_a, log_b = (np.log(np.maximum(values, LEAST)).tolist() for values in (a, b))
     shift = shift_interval(log_a, log_b, confidence)
     median_a, median_b = float(np.median(a)), float(np.median(b))
-    ratio, low, high = (math.exp(part) for part in shift) if shift else (median_b / max(median_a, 1e-9), None, None)
+    ratio, low, high = (math.exp(part) for part in shift) if shift else (median_b / max(median_a, LEAST), None, None)
     verdict = UNDECIDED if low is None or high is None else SAME
     if low is not None and low > 1 and ratio > 1 + threshold:
         verdict = _MORE[unit]

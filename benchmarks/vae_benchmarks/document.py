@@ -13,6 +13,9 @@ from .errors import ReportError
 from .plain import from_plain
 
 _MAX_BYTES = 256 * 2**20
+# Of a time or a size in its unit: what lies outside was not measured, and ratios of it need not be finite.
+LEAST, MOST = 1e-9, 1e15
+WITHIN = f"from {LEAST:g} to {MOST:g}"
 _Kind = TypeVar("_Kind")
 
 
@@ -26,7 +29,7 @@ def from_document(kind: type[_Kind], document: Any, name: str, form: str, versio
     if not isinstance(document, dict) or document.get("format") != form:
         raise ReportError(f'{name} is not {what}, whose "format" is {form!r}')
     found = document.get("format_version")
-    if found != version:
+    if type(found) is not int or found != version:  # true is 1 in Python
         raise ReportError(f"{name} has format_version {found!r}; this vae-edge reads version {version}")
     try:
         return from_plain(kind, document, name)

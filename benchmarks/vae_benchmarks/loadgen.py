@@ -22,7 +22,7 @@ from vae_runtime.errors import MissingExtraError, OutputError
 
 from .children import run_worker
 from .errors import BenchmarkError
-from .machine import MachineFacts
+from .machine import CpuTime, MachineFacts, others_between
 from .race.case import Case
 from .settings import LARGEST_BATCH, check_number
 
@@ -67,6 +67,8 @@ class LoadgenSettings:
 class LoadgenReport:
     """latency_ms: at `percentile`, of one query; None offline. samples_per_second: offline; else None.
     valid: LoadGen's verdict on the run; reasons: what it recommends where that is no. summary: its whole text.
+    other_cores_busy: how many cores other processes kept busy meanwhile, on average; None where the system does not
+        tell.
     """
 
     name: str
@@ -81,6 +83,7 @@ class LoadgenReport:
     reasons: tuple[str, ...]
     note: str
     summary: str
+    other_cores_busy: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document, as plain values."""
@@ -99,10 +102,11 @@ def run_loadgen(
         BenchmarkError: LoadGen ended without a result. Otherwise as `Case.open` and `VAE.load`.
     """
     case = Case.open(path)
-    machine = MachineFacts.read()
+    machine, before = MachineFacts.read(), CpuTime.read()
     with tempfile.TemporaryDirectory(prefix="vae-loadgen-") as temporary:
         folder = Path(temporary) if logs is None else _make_folder(Path(logs))
         answer = run_worker("loadgen", case=str(case.folder), settings=dataclasses.asdict(settings), folder=str(folder))
+        others = others_between(before, CpuTime.read())
         try:
             summary = (folder / SUMMARY).read_text("utf-8")
         except OSError as error:
@@ -116,6 +120,7 @@ def run_loadgen(
         **parse_summary(summary),
         note=NOTE,
         summary=summary,
+        other_cores_busy=others,
     )
 
 
@@ -147,7 +152,7 @@ def drive(case: str, settings: dict[str, Any], folder: str) -> dict[str, Any]:
     try:
         import mlperf_loadgen
     except ImportError:
-        raise MissingExtraError("mlcommons-loadgen", "loadgen", "the LoadGen scenarios") from None
+        raise MissingExtraError("mlcommons-loadgen", "loadgen", "a LoadGen scenario") from None
     from importlib.metadata import version
 
     from vae_runtime import VAE
@@ -158,6 +163,7 @@ def drive(case: str, settings: dict[str, Any], folder: str) -> dict[str, Any]:
         inputs = opened.reference()["mean" if wanted.operation == "decode" else "x"]
         call = getattr(vae, wanted.operation)
         size = {"single-stream": 1, "multi-stream": wanted.samples_per_query, "offline": wanted.batch}[wanted.scenario]
+        vae.warmup([size])  # in this thread, which LoadGen calls back in: a CUDA graph belongs to its thread
 
         def issue(samples: Sequence[Any]) -> None:
             for start in range(0, len(samples), size):

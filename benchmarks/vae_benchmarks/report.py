@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from vae_runtime.atomic import write_json
 
-from .document import from_document, load_document
+from .document import LEAST, MOST, WITHIN, from_document, load_document
 from .errors import ReportError
 from .gpu import GpuFacts
 from .intervals import median_interval, smallest_count
@@ -115,10 +115,6 @@ class LatencyReport:
     round_p50_ms: tuple[float, ...]
     split: SplitReport | None
     input: str | None
-
-    def __post_init__(self) -> None:
-        if min((self.p50_ms, *self.round_p50_ms)) < 0:
-            raise ReportError(f"{self.operation} has a time below 0 ms; expected times from 0")
 
     @property
     def key(self) -> RowKey:
@@ -274,10 +270,6 @@ class BundleFacts:
     golden_source: str
     size: tuple[int, ...] | None
 
-    def __post_init__(self) -> None:
-        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
-            raise ReportError(f"bundle.size is {self.size}; expected a height and a width, or none")
-
 
 @dataclass(frozen=True)
 class Versions:
@@ -362,20 +354,27 @@ class Report:
         """A report from its JSON document. name: what a message calls it.
 
         Raises:
-            ReportError: it is not one, or of another version.
+            ReportError: it is not one, or of another version, or has a time that cannot be.
         """
         report = from_document(cls, document, name, FORMAT, FORMAT_VERSION, _WHAT)
         keys = [row.key for row in report.latency]
         if len(set(keys)) < len(keys):
             raise ReportError(f"{name} has the same row of latency twice")
+        if (size := report.bundle.size) is not None and (len(size) != 2 or min(size) < 1):
+            raise ReportError(f"{name}.bundle.size is {size}; expected a height and a width, or none")
         if not all(row.round_p50_ms for row in report.latency):
             raise ReportError(f"{name} has a row of latency without rounds")
+        for row in report.latency:
+            for value in (row.p50_ms, *row.round_p50_ms):
+                if not LEAST <= value <= MOST:
+                    raise ReportError(f"{name} has a time of {value:g} ms, of {row.operation}; expected {WITHIN}")
         for figure in StartupReport.FIGURES:
             found: Repeated = getattr(report.startup, figure)
             if not found.values:
                 raise ReportError(f"{name} has a start-up without {figure}")
-            if (least := min(found.median, found.min, found.max, *found.values)) <= 0:
-                raise ReportError(f"{name} has a start-up whose {figure} is {least:g}; expected it above 0")
+            for value in (found.median, found.min, found.max, *found.values):
+                if not LEAST <= value <= MOST:
+                    raise ReportError(f"{name} has a start-up whose {figure} is {value:g}; expected {WITHIN}")
         return report
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -67,7 +67,7 @@ def make_report() -> Callable[..., Report]:
         noise: float = 0.01,
         load_ms: float = 20.0,
         peak_bytes: float = 60 * 2**20,
-        rounds: int = 8,
+        rounds: int = Settings().rounds,
         count: int = 100,
     ) -> Report:
         rng = np.random.default_rng(seed)

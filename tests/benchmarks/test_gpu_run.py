@@ -76,6 +76,15 @@ def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespa
     )
 
 
+def test_another_order_of_packages_is_no_other_environment() -> None:
+    def unit(part: str, versions: dict[str, str]) -> dict[str, Any]:
+        return {"step": "environment", "case": part, "status": "passed", "figures": {"versions": versions}}
+
+    one, turned, other = {"numpy": "2", "torch": "3"}, {"torch": "3", "numpy": "2"}, {"numpy": "2", "torch": "4"}
+    text = report_text.environment({"units": [unit("part 1", one), unit("part 2", turned), unit("part 3", other)]})
+    assert text == "## Machine\n\n- part 1: numpy 2, torch 3\n- part 3: numpy 2, torch 4\n"
+
+
 def test_ways_are_shown_with_what_was_tried() -> None:
     way = {"precision": "fp32", "operation": "encode", "shape": [8, 3, 64, 64], "cuda_graph": True}
     way |= {"layout": "NHWC", "bias": "fused", "copies": "captured", "zero_copy": True, "on_device": True}

@@ -19,6 +19,7 @@ from vae_benchmarks.intervals import (
     shift_interval,
     smallest_count,
 )
+from vae_benchmarks.settings import Settings
 
 
 def exact_coverage(count: int, lower: int) -> float:
@@ -39,9 +40,21 @@ def test_median_ranks_are_the_narrowest_that_cover(confidence: float) -> None:
         assert lower + 1 > upper - 1 or exact_coverage(count, lower + 1) < confidence
 
 
-@pytest.mark.parametrize(("count", "ranks"), [(6, (1, 6)), (10, (2, 9)), (20, (6, 15)), (30, (10, 21)), (50, (18, 33))])
+@pytest.mark.parametrize(
+    ("count", "ranks"), [(6, (1, 6)), (9, (2, 8)), (10, (2, 9)), (20, (6, 15)), (30, (10, 21)), (50, (18, 33))]
+)
 def test_median_ranks_as_tabulated(count: int, ranks: tuple[int, int]) -> None:
     assert median_ranks(count, 0.95) == ranks
+
+
+def test_by_default_one_disturbed_round_spoils_no_row() -> None:
+    """And no fewer rounds are enough for that."""
+    rounds = Settings().rounds
+    quiet = [1.0 + number / 1000 for number in range(rounds - 1)]
+    for disturbed in (100.0, 0.01):
+        low, high = median_interval([*quiet, disturbed], Settings().confidence) or (0, 0)
+        assert min(quiet) <= low <= high <= max(quiet)
+    assert median_ranks(rounds - 1, Settings().confidence) == (1, rounds - 1)
 
 
 def test_median_ranks_of_a_single_and_of_no_value() -> None:

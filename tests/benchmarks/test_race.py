@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -39,16 +40,19 @@ from vae_benchmarks.race import (
     race,
 )
 from vae_benchmarks.race.entrant import Entrant, Resident, judge, measure_error
+from vae_benchmarks.race.peers import native_openvino
+from vae_benchmarks.race.peers.native_openvino import ways_to_call
 from vae_benchmarks.race.picture import draw_race
 from vae_benchmarks.race.report import Ratio, Row, rank
 from vae_benchmarks.race.schedule import FEWEST_ROUNDS, order_of, plan_rounds
-from vae_benchmarks.race.text import format_markdown, format_plan, format_race
+from vae_benchmarks.race.text import _ALIKE_ELSEWHERE, format_markdown, format_ms, format_plan, format_race
 from vae_benchmarks.race.worker import Worker
 from vae_runtime.errors import BundleError, InputError
 
 from .conftest import undisturbed
 
 PLANTED = str(Path(__file__).with_name("planted.py"))
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "race"
 ONE = (Point(1, 1),)
 
 
@@ -211,11 +215,125 @@ def test_the_method_says_what_the_intervals_leave_out(report: RaceReport) -> Non
     assert "- not in the interval: what differs from process to process" in format_markdown(report)
 
 
+def test_ratios_between_identical_plans_that_exclude_one_are_counted(report: RaceReport) -> None:
+    """Of operations in which two of vae-edge's own ran the same way at this batch size, and of no others."""
+    (point,) = report.cases[0].points
+
+    def route(from_batch: int, precision: str) -> dict[str, Any]:
+        return {"from_batch": from_batch, "device": "cpu", "precision": precision}
+
+    def text_of(other_plan: Any, low: float | None, **changes: Any) -> str:
+        ours = dataclasses.replace(point.runners[0], plan={"encode": [route(1, "fp32"), route(9, "int8")]})
+        other = dataclasses.replace(ours, **{"name": "ours-fp32", "plan": other_plan, **changes})
+        ratio = Ratio("encode", "ours-fp32", 1.2, low, 1.3, "rounds", False)
+        ratios = (ratio, dataclasses.replace(ratio, low=0.9), dataclasses.replace(ratio, operation="decode"))
+        changed = dataclasses.replace(point, runners=(ours, other), rows=(), ratios=ratios)
+        found = dataclasses.replace(report, cases=(dataclasses.replace(report.cases[0], points=(changed,)),))
+        (line,) = [line for line in format_markdown(found).splitlines() if line.startswith("- identical plans: ")]
+        return line.removeprefix("- identical plans: ")
+
+    alike = {"encode": [route(1, "fp32")]}  # at batch 1, whatever larger ones take
+    assert text_of(alike, 1.1) == "of 2 ratios between them here, 1 excluded 1"
+    assert text_of(alike, 0.99) == "of 2 ratios between them here, 0 excluded 1"
+    assert text_of(alike, None) == "of 1 ratio between them here, 0 excluded 1"
+    for plan, changes in (({"encode": [route(1, "int8")]}, {}), (None, {}), (alike, {"is_peer": True})):
+        assert text_of(plan, 1.1, **changes).startswith("none here were compared; ")
+
+
+def test_what_is_said_of_identical_plans_elsewhere_is_so() -> None:
+    counts = [(0, 0)]
+    for path in RESULTS.glob("*.json"):
+        text = path.with_suffix(".md").read_text("utf-8")
+        found = re.search(r"^- identical plans: of (\d+) ratios? .*, (\d+) ex", text, re.MULTILINE)
+        counts += [(int(found[1]), int(found[2]))] if found else []
+    ratios, excluded = map(sum, zip(*counts, strict=True))
+    assert f"of {ratios} ratios between them in vae-edge's own reports, {excluded} excluded 1" == _ALIKE_ELSEWHERE
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_the_text_of_a_race_of_the_repository_is_made_of_its_figures(path: Path) -> None:
+    assert path.with_suffix(".md").read_text("utf-8") == format_markdown(RaceReport.load(path))
+
+
 def test_the_report_survives_json(report: RaceReport, tmp_path: Path) -> None:
     report.save(tmp_path / "race.json")
     loaded = RaceReport.load(tmp_path / "race.json")
     assert json.dumps(loaded.to_dict(), sort_keys=True) == json.dumps(report.to_dict(), sort_keys=True)
     assert (loaded.cases[0].points[0].rows, loaded.settings) == (report.cases[0].points[0].rows, report.settings)
+
+
+def test_what_a_report_says_is_computed_anew_from_its_rounds(report: RaceReport) -> None:
+    document = json.loads(json.dumps(report.to_dict()))
+    (point,) = document["cases"][0]["points"]
+    for row in point["rows"]:
+        row |= {"p50_ms": 0.001, "low_ms": 0.001, "high_ms": 0.001}
+    for ratio in point["ratios"]:
+        ratio |= {"ratio": 99.0, "low": 98.0, "high": 100.0, "fastest_peer": True}
+    assert RaceReport.from_dict(document) == report
+    point["ratios"].clear()
+    assert RaceReport.from_dict(document) == report
+
+
+def _case(document: Any) -> Any:
+    return document["cases"][0]
+
+
+def _point(document: Any) -> Any:
+    return _case(document)["points"][0]
+
+
+def _row(document: Any) -> Any:
+    return _point(document)["rows"][0]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: d.update(format_version=True), "x.json has format_version True; this vae-edge reads version 1"),
+        (lambda d: d["cases"].append(_case(d)), "x.json has case tiny 2 times; expected it once"),
+        (
+            lambda d: _case(d)["case"].update(macs={"encode": 1}),
+            "x.json has macs of encode; expected of encode and dec",
+        ),
+        (lambda d: _case(d)["points"].append(_point(d)), "x.json has point 1x1 of tiny 2 times; expected it once"),
+        (
+            lambda d: _point(d)["rows"].append(_row(d)),
+            "x.json, tiny 1x1, has row of encode by ours 2 times; expected it",
+        ),
+        (
+            lambda d: _point(d)["runners"].append(_point(d)["runners"][1]),
+            "x.json, tiny 1x1, has runner slow 2 times; expected it once",
+        ),
+        (
+            lambda d: _row(d).update(competitor="nobody"),
+            "x.json, tiny 1x1, has a row of nobody, which is not among its runners",
+        ),
+        (
+            lambda d: _row(d).update(operation="fly"),
+            "x.json, tiny 1x1, has a row of fly; expected one of encode, decode, encode-on-device, decode-on-device",
+        ),
+        (
+            lambda d: _row(d)["round_p50_ms"].pop(),
+            "x.json, tiny 1x1, has {less} rounds of ours; expected {rounds}",
+        ),
+        *(
+            (
+                lambda d, value=value: _row(d)["round_p50_ms"].__setitem__(0, value),
+                f"x.json, tiny 1x1, has a time of {value:g} ms, of ours; expected from 1e-09 to 1e+15",
+            )
+            for value in (0.0, -2.0, 1e308)
+        ),
+    ],
+)
+def test_what_no_race_can_give_is_refused_by_name(
+    report: RaceReport, damage: Callable[[Any], None], message: str
+) -> None:
+    document = json.loads(json.dumps(report.to_dict()))
+    rounds = _point(document)["rounds"]
+    damage(document)
+    with pytest.raises(ReportError) as caught:
+        RaceReport.from_dict(document, "x.json")
+    assert str(caught.value).startswith(message.format(rounds=rounds, less=rounds - 1))
 
 
 def test_the_picture_shows_every_competitor(report: RaceReport, tmp_path: Path) -> None:
@@ -543,6 +661,22 @@ def test_a_plan_of_any_form_is_printed(plan: Any, text: str) -> None:
     assert format_plan(plan) == text
 
 
+@pytest.mark.parametrize(
+    ("milliseconds", "text"),
+    [
+        (0.0123456, "12.3 µs"),
+        (0.9994, "999 µs"),
+        (0.9996, "1 ms"),
+        (1.0, "1 ms"),
+        (999.4, "999 ms"),
+        (999.6, "1 s"),
+        (12345.0, "12.3 s"),
+    ],
+)
+def test_the_unit_of_a_time_is_chosen_after_rounding(milliseconds: float, text: str) -> None:
+    assert format_ms(milliseconds) == text
+
+
 @pytest.fixture
 def case_folder(write_case: Callable[..., Path], tiny: Path, tmp_path: Path) -> Path:
     """A case made of the tiny bundle, without torch modules that could be loaded."""
@@ -590,6 +724,7 @@ def test_a_case_gives_its_own_inputs_and_graphs(case_folder: Path, tiny: Path) -
             "case.json has format_version 9; this vae-edge reads version 1",
         ),
         (lambda f: _edit(f, kind=3), CaseError, "case.json.kind is 3; expected a string"),
+        (lambda f: _edit(f, macs={}), CaseError, "case.json has macs of nothing; expected of encode and decode"),
         (
             lambda f: _edit(f, input_shape=[1, 9, 9]),
             CaseError,
@@ -870,6 +1005,46 @@ def test_an_engine_that_is_not_installed_is_skipped_with_its_cure(tiny: Path, tm
         check=False,
     )
     assert done.stdout.strip() == str({"skip": "openvino is not installed; pip install 'vae-edge[race]'"}), done.stderr
+
+
+@pytest.mark.parametrize("way", ["bound tensors", "shared inputs"])
+def test_what_openvino_gives_is_right_and_the_caller_s(tiny: Path, way: str) -> None:
+    openvino = pytest.importorskip("openvino")
+    case = Case.open(tiny)
+    model = openvino.Core().read_model(case.graph("encoder"))
+    model.reshape([4, 1, 8, 8])
+    call = ways_to_call(openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}))[way]()
+    reference = case.reference()
+    images = reference["x"].copy()
+    first = call(images)
+    kept = [array.copy() for array in first]
+    images[:] = 0  # the caller's memory again
+    second = call(reference["x"][::-1].copy())
+    for order, found in ((1, first), (-1, second)):
+        for name, array in zip(("mean", "logvar"), found, strict=True):
+            np.testing.assert_allclose(array[::order], reference[name], atol=1e-4)
+            assert array.flags.owndata
+            assert array.flags.writeable
+    assert all(np.array_equal(array, copy) for array, copy in zip(first, kept, strict=True))
+
+
+@pytest.mark.parametrize("quick", ["bound tensors", "shared inputs"])
+def test_openvino_is_called_in_the_way_that_is_faster(tiny: Path, monkeypatch: pytest.MonkeyPatch, quick: str) -> None:
+    pytest.importorskip("openvino")
+    ways = native_openvino.ways_to_call
+
+    def slow_down(compiled: Any) -> dict[str, Any]:
+        def slow(make: Callable[[], Any]) -> Callable[[], Any]:
+            call = make()
+            return lambda: lambda array: (time.sleep(0.02), call(array))[1]
+
+        return {name: make if name == quick else slow(make) for name, make in ways(compiled).items()}
+
+    monkeypatch.setattr(native_openvino, "ways_to_call", slow_down)
+    case = Case.open(tiny)
+    entrant = native_openvino.open_entrant(case, 4, 1, "f32")
+    assert entrant.configuration.endswith(f", encoder with {quick}, decoder with {quick}")
+    assert judge(entrant, case.reference()).fault is None
 
 
 def test_the_command_line_loads_no_engine() -> None:

@@ -329,6 +329,7 @@ def broken(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
     [
         (broken("format", "vae-bundle"), "x.json is not a report of vae-bench, whose \"format\" is 'vae-bench-report'"),
         (broken("format_version", 2), "x.json has format_version 2; this vae-edge reads version 1"),
+        (broken("format_version", True), "x.json has format_version True; this vae-edge reads version 1"),
         (broken("machine", ...), "x.json has no 'machine'"),
         (broken("machine", 3), "x.json.machine is 3; expected an object"),
         (broken("machine/cpu", None), "x.json.machine.cpu is None; expected a string"),
@@ -342,19 +343,30 @@ def broken(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (broken("latency/1/width_reached", 1), "x.json.latency[1].width_reached is 1; expected true or false"),
         (broken("latency/0/round_p50_ms", [1, None]), "round_p50_ms[1] is None; expected a finite number"),
         (broken("latency/0/round_p50_ms", [10**400]), "round_p50_ms[0] is 1000000"),
-        (broken("latency/0/round_p50_ms", [1.0, -1.0]), " has a time below 0 ms; expected times from 0"),
-        (broken("latency/0/p50_ms", -1), " has a time below 0 ms; expected times from 0"),
-        (broken("bundle/size", []), "bundle.size is (); expected a height and a width, or none"),
+        (
+            broken("latency/0/round_p50_ms", [1.0, -1.0]),
+            "x.json has a time of -1 ms, of sample; expected from 1e-09 to 1e+15",
+        ),
+        (broken("latency/0/p50_ms", 0), "x.json has a time of 0 ms, of sample; expected from 1e-09 to 1e+15"),
+        (broken("latency/1/round_p50_ms", [1e308]), "x.json has a time of 1e+308 ms, of sample; expected from 1e-09 "),
+        (broken("startup/load_ms/max", 1e308), "x.json has a start-up whose load_ms is 1e+308; expected from 1e-09 "),
+        (broken("bundle/size", []), "x.json.bundle.size is (); expected a height and a width, or none"),
         (broken("skipped", []), "x.json.skipped is []; expected an object"),
         (broken("settings/rounds", 0), "x.json has settings that cannot be: rounds is 0; expected a whole number"),
         (broken("latency/0/round_p50_ms", []), "x.json has a row of latency without rounds"),
         (broken("startup/load_ms/values", []), "x.json has a start-up without load_ms"),
         (
             broken("startup/load_ms/values", [9.5, -1.5]),
-            "x.json has a start-up whose load_ms is -1.5; expected it above 0",
+            "x.json has a start-up whose load_ms is -1.5; expected from 1e-09 to 1e+15",
         ),
-        (broken("startup/import_ms/median", 0), "x.json has a start-up whose import_ms is 0; expected it above 0"),
-        (broken("startup/peak_rss_bytes/min", -4096), "a start-up whose peak_rss_bytes is -4096; expected it above 0"),
+        (
+            broken("startup/import_ms/median", 0),
+            "x.json has a start-up whose import_ms is 0; expected from 1e-09 to 1e+15",
+        ),
+        (
+            broken("startup/peak_rss_bytes/min", -4096),
+            "a start-up whose peak_rss_bytes is -4096; expected from 1e-09 to 1e+15",
+        ),
     ],
 )
 def test_what_is_no_report_is_refused(measured: Report, breaks: Callable[[dict[str, Any]], None], message: str) -> None:

@@ -131,9 +131,17 @@ class Case:
 def _read_facts(path: Path) -> CaseFacts:
     what = "a case of benchmarks/cases/build.py"
     try:
-        return from_document(CaseFacts, load_document(path, what), str(path), FORMAT, FORMAT_VERSION, what)
+        facts = from_document(CaseFacts, load_document(path, what), str(path), FORMAT, FORMAT_VERSION, what)
+        check_macs(facts, str(path))
+        return facts
     except ReportError as error:
         raise CaseError(str(error)) from None
+
+
+def check_macs(facts: CaseFacts, name: str) -> None:
+    """Raise `ReportError` where they are not told of both halves. name: what the message calls the file."""
+    if facts.macs is not None and facts.macs.keys() != {"encode", "decode"}:
+        raise ReportError(f"{name} has macs of {', '.join(facts.macs) or 'nothing'}; expected of encode and decode")
 
 
 def _check_same_model(path: Path, facts: CaseFacts, bundle: CaseFacts) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +16,13 @@ from vae_runtime.arguments import check_choice, check_count
 from vae_runtime.atomic import write_json
 from vae_runtime.errors import InputError
 
-from ..document import from_document, load_document
+from ..document import LEAST, MOST, WITHIN, from_document, load_document
 from ..errors import ReportError
 from ..gpu import GpuFacts
 from ..intervals import median_interval, paired_ratio
 from ..machine import MachineFacts
 from ..settings import LARGEST_BATCH, MOST_ROUNDS, check_number
-from .case import CaseFacts
+from .case import CaseFacts, check_macs
 from .competitors import COMPETITORS, CUDA_COMPETITORS, OURS, choose_reference
 from .entrant import DEVICE_OPERATIONS, HOST_OPERATIONS
 from .schedule import FEWEST_ROUNDS
@@ -242,12 +243,24 @@ class RaceReport:
 
     @classmethod
     def from_dict(cls, document: Any, name: str = "the report") -> RaceReport:
-        """The inverse of `to_dict`. name: what a message calls it.
+        """The inverse of `to_dict`. name: what a message calls it. Medians, intervals and ratios are computed anew from
+        the rounds, whatever the document says of them.
 
         Raises:
-            ReportError: it is not a race's report, or of another version.
+            ReportError: it is not a race's report, or of another version, or has what no race can give.
         """
-        return from_document(cls, document, name, FORMAT, FORMAT_VERSION, _WHAT)
+        report = from_document(cls, document, name, FORMAT, FORMAT_VERSION, _WHAT)
+        _refuse_twice((f"case {case.case.name}" for case in report.cases), name)
+        for case in report.cases:
+            check_macs(case.case, name)
+            _refuse_twice((f"point {point.point} of {case.case.name}" for point in case.points), name)
+            for point in case.points:
+                _check_point(point, f"{name}, {case.case.name} {point.point},")
+        cases = tuple(
+            dataclasses.replace(case, points=tuple(_compute_anew(point) for point in case.points))
+            for case in report.cases
+        )
+        return dataclasses.replace(report, cases=cases)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON document, whole or not at all; raises `OutputError`."""
@@ -257,6 +270,39 @@ class RaceReport:
     def load(cls, path: str | os.PathLike[str]) -> RaceReport:
         """Read what `save` or `vae-bench race --json` wrote; raises `ReportError`."""
         return cls.from_dict(load_document(path, _WHAT), str(path))
+
+
+def _check_point(point: PointResult, where: str) -> None:
+    """Raise `ReportError` where its figures cannot be computed from its rounds. where: what a message calls it."""
+    runners = [runner.name for runner in point.runners]
+    _refuse_twice((f"runner {runner}" for runner in runners), where)
+    _refuse_twice((f"row of {row.operation} by {row.competitor}" for row in point.rows), where)
+    for row in point.rows:
+        if row.operation not in OPERATIONS:
+            raise ReportError(f"{where} has a row of {row.operation}; expected one of {', '.join(OPERATIONS)}")
+        if row.competitor not in runners:
+            raise ReportError(f"{where} has a row of {row.competitor}, which is not among its runners")
+        if len(row.round_p50_ms) != point.rounds or not point.rounds:
+            count = len(row.round_p50_ms)
+            raise ReportError(
+                f"{where} has {count} rounds of {row.competitor}; expected {point.rounds or 'at least 1'}"
+            )
+        for value in row.round_p50_ms:
+            if not LEAST <= value <= MOST:
+                raise ReportError(f"{where} has a time of {value:g} ms, of {row.competitor}; expected {WITHIN}")
+
+
+def _refuse_twice(names: Iterable[str], where: str) -> None:
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ReportError(f"{where} has {name} {count} times; expected it once")
+
+
+def _compute_anew(point: PointResult) -> PointResult:
+    rows = tuple(Row.of(row.operation, row.competitor, row.round_p50_ms, row.calls) for row in point.rows)
+    peers = [runner.name for runner in point.runners if runner.is_peer]
+    ratios = rank(rows, peers, {runner.name: runner.group for runner in point.runners})
+    return dataclasses.replace(point, rows=rows, ratios=ratios)
 
 
 def rank(rows: Sequence[Row], peers: Sequence[str], groups: Mapping[str, str] | None = None) -> tuple[Ratio, ...]:

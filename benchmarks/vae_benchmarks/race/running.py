@@ -424,7 +424,7 @@ METHOD = {
     "interval": "95%, of medians by order statistics of the rounds' medians; of ratios by those of the rounds' ratios, "
     "with fewer than 6 rounds by Student's t on their logarithms",
     "not in the interval": "what differs from process to process, such as the layout in memory, as a competitor has "
-    "one process per point unless every turn had a fresh one: of 44 ratios between identical plans, 5 excluded 1",
+    "one process per point unless every turn had a fresh one",
 }
 
 CUDA_METHOD = {

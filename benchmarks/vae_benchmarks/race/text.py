@@ -12,6 +12,8 @@ from .entrant import half_of
 from .report import CaseResult, Point, PointResult, RaceReport, Ratio, Row, Runner
 
 _DASH = "–"
+# Those of benchmarks/results/race, all on CPUs.
+_ALIKE_ELSEWHERE = "of 93 ratios between them in vae-edge's own reports, 17 excluded 1"
 _HEAD = ["operation", "competitor", "precision", "p50", "95% interval", "rounds", "calls"]
 
 
@@ -222,13 +224,19 @@ def _sentence(ratio: Ratio, ours: str, peer: str, what: str) -> str:
 
 def precision_of(runner: Runner, operation: str, point: Point) -> str:
     """In which an operation ran: what the plan says for this batch size, or else all that the competitor has open."""
+    precision = (_route(runner, operation, point) or {}).get("precision")
+    return str(precision) if precision in runner.precisions else "/".join(runner.precisions)
+
+
+def _route(runner: Runner, operation: str, point: Point) -> dict[str, Any] | None:
+    """What the plan says of an operation at this batch size, less where it begins; None where it says nothing."""
     routes = runner.plan.get(half_of(operation)) if isinstance(runner.plan, dict) else None
-    precision = None
+    found = None
     for route in routes if isinstance(routes, (list, tuple)) else ():
         start = route.get("from_batch") if isinstance(route, dict) else None
         if isinstance(start, int) and start <= point.batch:
-            precision = route.get("precision")
-    return str(precision) if precision in runner.precisions else "/".join(runner.precisions)
+            found = {name: value for name, value in route.items() if name != "from_batch"}
+    return found
 
 
 def format_plan(plan: Any) -> str:
@@ -263,7 +271,30 @@ def _busy_lines(report: RaceReport, point: PointResult) -> list[str]:
 
 def _method(report: RaceReport) -> list[str]:
     star = "× ours: how many times longer than ours; *: the fastest peer; (t): fewer than 6 rounds"
-    return [star, *(f"{name}: {text}" for name, text in report.method.items())]
+    return [star, *(f"{name}: {text}" for name, text in report.method.items()), _between_alike(report)]
+
+
+def _between_alike(report: RaceReport) -> str:
+    """How far the intervals are to be believed: how many of those between two of vae-edge's own that ran the same way
+    leave 1 out, in this report, or where it has none, in others."""
+    intervals = [
+        (ratio.low, ratio.high)
+        for case in report.cases
+        for point in case.points
+        for ratio in point.ratios
+        if ratio.low is not None and ratio.high is not None and _are_alike(point, ratio)
+    ]
+    if not intervals:
+        return f"identical plans: none here were compared; {_ALIKE_ELSEWHERE}"
+    outside = sum(not low <= 1 <= high for low, high in intervals)
+    count = len(intervals)
+    return f"identical plans: of {count} ratio{'s'[: count - 1]} between them here, {outside} excluded 1"
+
+
+def _are_alike(point: PointResult, ratio: Ratio) -> bool:
+    pair = [one for one in point.runners if one.name in (ratio.against, ratio.competitor) and not one.is_peer]
+    routes = [_route(runner, ratio.operation, point.point) for runner in pair]
+    return len(routes) == 2 and routes[0] is not None and routes[0] == routes[1]
 
 
 def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -272,7 +303,8 @@ def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def format_ms(milliseconds: float) -> str:
-    """Three significant digits, in the unit that suits."""
-    if milliseconds >= 1000:
+    """Three significant digits, in the unit that suits what is left of it."""
+    rounded = float(f"{milliseconds:.3g}")
+    if rounded >= 1000:
         return f"{milliseconds / 1000:.3g} s"
-    return f"{milliseconds:.3g} ms" if milliseconds >= 1 else f"{milliseconds * 1000:.3g} µs"
+    return f"{milliseconds:.3g} ms" if rounded >= 1 else f"{milliseconds * 1000:.3g} µs"

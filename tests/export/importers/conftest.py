@@ -32,6 +32,7 @@ def overflowing_kl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = diffusers.AutoencoderKL(
         block_out_channels=(8,),
         norm_num_groups=4,
+        mid_block_add_attention=False,
         sample_size=16,
     )
     with torch.no_grad():

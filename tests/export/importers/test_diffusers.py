@@ -138,7 +138,10 @@ BLOCKS = {
     "latent_channels": 3,
 }
 OTHERS: dict[str, dict[str, Any]] = {
-    "AutoencoderKLFlux2": {**BLOCKS, "block_out_channels": (8, 16), "layers_per_block": 1, "batch_norm_eps": 0.3},
+    "AutoencoderKLFlux2": {
+        **BLOCKS, "block_out_channels": (8, 16), "layers_per_block": 1, "batch_norm_eps": 0.3,
+        "mid_block_add_attention": False,
+    },
     "AsymmetricAutoencoderKL": {
         **BLOCKS, "down_block_out_channels": (8, 16), "up_block_out_channels": (16, 8), "scaling_factor": 0.4,
     },
@@ -152,7 +155,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     },
     "AutoencoderDC": {
         "latent_channels": 4, "attention_head_dim": 8, "scaling_factor": 0.4,
-        **{f"{half}_block_types": ("ResBlock", "EfficientViTBlock") for half in ("encoder", "decoder")},
+        "encoder_block_types": ("ResBlock", "EfficientViTBlock"), "decoder_block_types": ("ResBlock", "ResBlock"),
         **{f"{half}_block_out_channels": (8, 16) for half in ("encoder", "decoder")},
         **{f"{half}_layers_per_block": (1, 1) for half in ("encoder", "decoder")},
         **{f"{half}_qkv_multiscales": ((), (5,)) for half in ("encoder", "decoder")},

@@ -40,7 +40,7 @@ class Stream:
     """
 
     def __init__(self, index: int) -> None:
-        self._index, self._context = index, ContextOf(index)
+        self._context = ContextOf(index)
         idle = _idle.setdefault(index, [])
         try:
             stream = idle.pop()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 import sys
 from typing import Any
 
@@ -36,10 +35,10 @@ class _Managed(ctypes.Structure):
 
 
 class Loan:
-    """One capsule's memory, on GPU `index`. number: its own, where the address of a freed one comes again."""
+    """One capsule's memory, on GPU `index`. Told apart by the object: the address of a freed one comes again."""
 
-    def __init__(self, number: int, index: int, managed: _Managed) -> None:
-        self.number, self.index = number, index
+    def __init__(self, index: int, managed: _Managed) -> None:
+        self.index = index
         self._managed, self._data = managed, managed.tensor.data
         self._delete = _Deleter(managed.deleter)
         self._first = ctypes.c_uint64.from_address(ctypes.addressof(managed))
@@ -51,8 +50,7 @@ class Loan:
         self._delete(ctypes.addressof(self._managed))
 
 
-_lent: dict[int, Loan] = {}  # by number
-_numbers = itertools.count()
+_lent: set[Loan] = set()  # adding, removing and copying are safe between threads
 
 
 def address_of(capsule: Any) -> int:
@@ -63,8 +61,7 @@ def address_of(capsule: Any) -> int:
 def lend(capsule: Any, index: int) -> None:
     """Keep the memory of this capsule of onnxruntime's, on GPU `index`, until `take_back` after it is let go of."""
     managed = _Managed.from_address(address_of(capsule))
-    loan = Loan(next(_numbers), index, managed)
-    _lent[loan.number] = loan
+    _lent.add(Loan(index, managed))
     managed.deleter = _mark()
 
 
@@ -72,14 +69,17 @@ def returned(index: int) -> list[Loan]:
     """What has been let go of on GPU `index`: free it by `take_back` when the work on it is done."""
     if not _lent:
         return []
-    return [loan for loan in list(_lent.values()) if loan.index == index and loan.is_back()]
+    return [loan for loan in _lent.copy() if loan.index == index and loan.is_back()]
 
 
 def take_back(loans: list[Loan]) -> None:
     """Free what `returned` gave, unless another thread has."""
     for loan in loans:
-        if _lent.pop(loan.number, None) is not None:
-            loan.free()
+        try:
+            _lent.remove(loan)
+        except KeyError:
+            continue
+        loan.free()
 
 
 @functools.cache

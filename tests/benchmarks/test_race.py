@@ -43,6 +43,7 @@ from vae_benchmarks.race.entrant import Entrant, Resident, judge, measure_error
 from vae_benchmarks.race.peers import native_openvino
 from vae_benchmarks.race.peers.native_openvino import ways_to_call
 from vae_benchmarks.race.picture import draw_race
+from vae_benchmarks.race.process import Process
 from vae_benchmarks.race.report import Ratio, Row, rank
 from vae_benchmarks.race.schedule import FEWEST_ROUNDS, order_of, plan_rounds
 from vae_benchmarks.race.text import _ALIKE_ELSEWHERE, format_markdown, format_ms, format_plan, format_race
@@ -496,13 +497,21 @@ def point_of(report: RaceReport, **out: str) -> PointResult:
     return dataclasses.replace(point, rows=rows, **{"skipped": {}, "disqualified": {}, "failed": {}, **kinds})
 
 
-def test_where_memory_is_short_every_turn_has_a_fresh_process(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "available_bytes", lambda: 0)
+@pytest.mark.parametrize("asked_for", [False, True])
+def test_every_turn_has_a_fresh_process_where_asked_for_or_memory_is_short(
+    asked_for: bool, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+    monkeypatch.setattr(running, "Process", lambda *given: started.append(Process(*given)) or started[-1])
+    if not asked_for:
+        monkeypatch.setattr(running, "available_bytes", lambda: 0)
     field = (planted("ours", is_peer=False, milliseconds=4), planted("slow", milliseconds=12))
-    settings = RaceSettings(points=ONE, operations=("decode",), budget=0.3, rounds=3)
+    settings = RaceSettings(points=ONE, operations=("decode",), budget=0.3, rounds=3, fresh=asked_for)
     found = race([tiny], settings, competitors=field)
     (point,) = found.cases[0].points
     assert point.fresh
+    # One of each is opened to be checked, the first of which learns that memory is short, and one of each per round.
+    assert len(started) == len({one.pid for one in started}) == 2 + 3 * 2
     assert 1.5 < point.ratios[0].ratio < 6
     assert "a fresh process for every turn" in format_race(found)
 
@@ -813,6 +822,25 @@ def _edit(folder: Path, **changes: Any) -> None:
 
 def run(*arguments: str | Path) -> Result:
     return CliRunner().invoke(cli.main, ["race", *map(str, arguments)])
+
+
+def test_options_become_settings(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def no_race(cases: Any, settings: RaceSettings, *rest: Any, **more: Any) -> None:
+        seen.append(settings)
+        raise InputError("seen enough")
+
+    monkeypatch.setattr(race_cli, "race", no_race)
+    assert run(tiny).exit_code == 1
+    given = ("--points", "2x1", "--operations", "decode", "--competitors", "ours,torch", "--budget", "3")
+    assert run(tiny, *given, "--rounds", "7", "--no-tune", "--tune-seconds", "5", "--fresh").exit_code == 1
+    names = {"operations": ("decode",), "competitors": ("ours", "torch")}
+    numbers = {"budget": 3.0, "rounds": 7, "tune_seconds": 5.0}
+    assert seen == [
+        RaceSettings(),
+        RaceSettings(points=(Point(2, 1),), tune=False, fresh=True, **names, **numbers),
+    ]
 
 
 @pytest.mark.parametrize(

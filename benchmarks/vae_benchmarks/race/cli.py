@@ -45,6 +45,10 @@ _DEFAULTS = RaceSettings()
 @click.option("--budget", default=_DEFAULTS.budget, show_default=True, help="Seconds to time each case for.")
 @click.option("--rounds", default=_DEFAULTS.rounds, show_default=True, help="At most.")
 @click.option(
+    "--fresh", is_flag=True,
+    help="Every turn in a process of its own, so that intervals hold what differs between processes; takes longer.",
+)  # fmt: skip
+@click.option(
     "--tune/--no-tune", default=True, show_default=True,
     help="Run `vae-run tune` at each point first, for this race alone; else what you tuned yourself holds.",
 )  # fmt: skip
@@ -128,7 +132,7 @@ def _settings(options: dict[str, Any]) -> RaceSettings:
 
     lists = {name: items(options[name]) for name in ("operations", "competitors") if options[name] is not None}
     points = {} if options["points"] is None else {"points": tuple(map(Point.parse, items(options["points"])))}
-    others = {name: options[name] for name in ("budget", "rounds", "tune", "tune_seconds")}
+    others = {name: options[name] for name in ("budget", "rounds", "fresh", "tune", "tune_seconds")}
     if options["device"] in DEVICES:
         choose_competitors(lists.get("competitors", ()), options["device"])
     return RaceSettings.on(options["device"], **points, **lists, **others)

@@ -70,6 +70,8 @@ class RaceSettings:
     up come on top. rounds: at most; slow competitors get fewer, but at least FEWEST_ROUNDS. tune: run `vae-run tune`
     for tune_seconds at each point first, on the same cores, for "auto" to use in this race alone; else "auto" uses what
     the user's own cache folder has. device: "cpu" or "cuda"; the defaults here are the CPU's, `on` has the others.
+    fresh: every turn has a process of its own, whose opening and warming up are on top of the budget too, so that the
+    intervals hold what differs from process to process.
     """
 
     points: tuple[Point, ...] = (Point(1, 1), Point(32, 2))
@@ -80,6 +82,7 @@ class RaceSettings:
     tune: bool = True
     tune_seconds: float = 60.0
     device: str = "cpu"
+    fresh: bool = False
 
     @classmethod
     def on(cls, device: str, **given: Any) -> RaceSettings:
@@ -176,7 +179,8 @@ class PointResult:
     """One case at one point.
 
     tuned: what became of `vae-run tune`.
-    fresh: every turn had a process of its own, because all competitors together do not fit into memory.
+    fresh: every turn had a process of its own, as the settings say, or as all competitors together did not fit into
+    memory.
     cores: to which every process was bound; None where the system cannot. skipped: competitor -> why it is not to be
     had here. disqualified: competitor -> what is wrong with its outputs. failed: competitor -> how it failed or died.
     other_cores_busy: how many cores other processes than the competitors' kept busy during the rounds, on average; None

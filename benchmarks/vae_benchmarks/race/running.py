@@ -208,7 +208,7 @@ class PointRun:
         self._contenders = {one.name: Contender(one) for one in plan.competitors}
         self._out: dict[str, dict[str, str]] = {"skipped": {}, "disqualified": {}, "failed": {}}
         self._cores = choose_cores(plan.point.threads) or None
-        self._fresh = False
+        self._fresh = plan.settings.fresh
         self._created, self._scratch = created, scratch
         self._environment = {} if plan.point.device == "cuda" else dict(_NO_GPU)
 

@@ -17,7 +17,7 @@ from .document import LEAST
 from .intervals import rounds_for_shift, shift_interval
 from .pairing import Difference, Pairing, describe_row, pair_rows, why_no_pair
 from .report import Report, RowKey, StartupReport
-from .settings import MOST_ROUNDS
+from .settings import MOST_ROUNDS, check_between
 
 FORMAT, FORMAT_VERSION = "vae-bench-comparison", 1
 LATENCY, NO_VERDICT = "latency", "no verdict"
@@ -146,8 +146,7 @@ def compare(a: Report, b: Report, threshold: float = 0.05, confidence: float = 0
     """
     if not 0 <= threshold < math.inf:
         raise InputError(f"threshold is {threshold!r}; expected a number from 0, such as 0.05 for 5%")
-    if not 0.5 < confidence < 1:
-        raise InputError(f"confidence is {confidence!r}; expected a number between 0.5 and 1, both excluded")
+    check_between(confidence, "confidence", 0.5, 1)
     rounds_a, rounds_b = ({row.key: row.round_p50_ms for row in report.latency} for report in (a, b))
     paired = pair_rows(a, b)
     each = 1 - (1 - confidence) / (len(paired.pairs) + len(StartupReport.FIGURES))

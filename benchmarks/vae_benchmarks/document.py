@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,8 +15,7 @@ from .plain import from_plain
 
 _MAX_BYTES = 256 * 2**20
 # Of a time or a size in its unit: what lies outside was not measured, and ratios of it need not be finite.
-LEAST, MOST = 1e-9, 1e15
-WITHIN = f"from {LEAST:g} to {MOST:g}"
+LEAST, _MOST = 1e-9, 1e15
 _Kind = TypeVar("_Kind")
 
 
@@ -52,3 +52,10 @@ def load_document(path: str | os.PathLike[str], what: str) -> Any:
         return json.loads(data)
     except (ValueError, RecursionError):
         raise ReportError(f"{path} is not JSON; expected {what}") from None
+
+
+def require_measured(values: Iterable[float], what: str) -> None:
+    """Raise `ReportError` unless every value is one that can have been measured. what: it, as a message calls it."""
+    for value in values:
+        if not LEAST <= value <= _MOST:
+            raise ReportError(f"{what} is {value:g}; expected from {LEAST:g} to {_MOST:g}")

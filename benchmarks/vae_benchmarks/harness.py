@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import math
 import os
 import platform
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,7 @@ import numpy as np
 from vae_runtime import __version__
 from vae_runtime.bundle import Bundle
 from vae_runtime.errors import BundleError, InputError
-from vae_runtime.manifest import MANIFEST_FILE
+from vae_runtime.manifest import Manifest
 from vae_runtime.preprocess import describe
 
 from .children import run_worker
@@ -62,8 +60,9 @@ def benchmark(
     tell = progress or (lambda line: None)
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     machine = MachineFacts.read()
-    facts = _bundle_facts(Path(bundle), settings)
-    measured, skipped = _skip_what_cannot_run(settings, Path(bundle))
+    opened = Bundle.open(bundle)
+    facts = _bundle_facts(opened, settings)
+    measured, skipped = _skip_what_cannot_run(settings, opened.manifest)
     path, before = str(bundle), CpuTime.read()
     tell("one start beforehand, so that the files are in the system's cache")
     _start_up(path, measured)
@@ -74,7 +73,7 @@ def benchmark(
         for threads in measured.threads[:: -1 if number % 2 else 1]:
             workers.append((threads, _measure_round(path, measured, threads, number)))
     others = others_between(before, CpuTime.read())
-    if _manifest_file_sha256(Path(bundle)) != facts.manifest_file_sha256:
+    if Bundle.open(bundle).digest != facts.manifest_file_sha256:
         raise BundleError(f"{bundle} was replaced while it was being measured")
     _, last = workers[-1]
     return Report(
@@ -99,34 +98,25 @@ def benchmark(
     )
 
 
-def _bundle_facts(path: Path, settings: Settings) -> BundleFacts:
-    bundle = Bundle.open(path)
+def _bundle_facts(bundle: Bundle, settings: Settings) -> BundleFacts:
     golden, manifest, size = bundle.golden(), bundle.manifest, settings.size
     if size is not None and (not manifest.input.is_free or any(side % manifest.input.multiple_of for side in size)):
         raise InputError(f"size is {size}; {manifest.name} takes inputs of {describe(manifest.input)}")
     if "uint8" in settings.inputs and not manifest.input.is_image:
         raise InputError(f"input is 'uint8'; {manifest.name} takes vectors, {describe(manifest.input)}")
     return BundleFacts(
-        folder=path.resolve().name,
+        folder=bundle.path.name,
         name=manifest.name,
         kind=manifest.kind,
-        manifest_file_sha256=_manifest_file_sha256(path),
+        manifest_file_sha256=bundle.digest,
         golden=len(golden["x"]),
         golden_source=manifest.golden.source,
         size=manifest.input.example_shape[1:] if manifest.input.is_image else None,
     )
 
 
-def _manifest_file_sha256(path: Path) -> str:
-    try:
-        return hashlib.sha256((path / MANIFEST_FILE).read_bytes()).hexdigest()
-    except OSError as error:
-        raise BundleError(f"{path / MANIFEST_FILE} cannot be read: {error.strerror}") from None
-
-
-def _skip_what_cannot_run(settings: Settings, bundle: Path) -> tuple[Settings, dict[str, str]]:
+def _skip_what_cannot_run(settings: Settings, manifest: Manifest) -> tuple[Settings, dict[str, str]]:
     """The settings without the operations that this bundle does not have, and why."""
-    manifest = Bundle.open(bundle).manifest
     can_sample = manifest.latent.prior is not None or manifest.latent.fitted_prior is not None
     if can_sample or "sample" not in settings.operations:
         return settings, {}

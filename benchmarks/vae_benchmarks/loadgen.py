@@ -24,7 +24,7 @@ from .children import run_worker
 from .errors import BenchmarkError
 from .machine import CpuTime, MachineFacts, others_between
 from .race.case import Case
-from .settings import LARGEST_BATCH, check_number
+from .settings import LARGEST_BATCH, check_between
 
 FORMAT, FORMAT_VERSION = "vae-bench-loadgen", 1
 SCENARIOS = {"single-stream": "SingleStream", "multi-stream": "MultiStream", "offline": "Offline"}
@@ -58,7 +58,7 @@ class LoadgenSettings:
     def __post_init__(self) -> None:
         for name, allowed in (("scenario", SCENARIOS), ("operation", OPERATIONS)):
             check_choice(getattr(self, name), name, allowed)
-        check_number("seconds", self.seconds, 0, 86400)
+        check_between(self.seconds, "seconds", 0, 86400)
         for name, most in (("samples_per_query", LARGEST_BATCH), ("batch", LARGEST_BATCH), ("queries", 10**7)):
             object.__setattr__(self, name, check_count(getattr(self, name), name, most=most))
 

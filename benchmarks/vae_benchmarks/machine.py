@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from vae_runtime.tuning import usable_cores
+
 from .gpu import GpuFacts
 
 _CPUS = Path("/sys/devices/system/cpu")
@@ -50,7 +52,7 @@ class MachineFacts:
             cpu=_cpu_model(),
             cores_logical=os.cpu_count(),
             cores_physical=_physical_cores(),
-            cores_usable=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+            cores_usable=usable_cores(),
             cpu_quota=cpu_quota(),
             memory_bytes=_memory_bytes(),
             memory_limit_bytes=memory_limit(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Mapping
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from vae_runtime.json_fields import is_number
 
@@ -40,7 +40,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return value
     if dataclasses.is_dataclass(hint):
         return from_plain(hint, value, where)  # type: ignore[arg-type]
-    if origin in (types.UnionType, Union):  # the only unions here are with None
+    if origin is types.UnionType:  # the only unions here are with None
         (inner,) = (argument for argument in arguments if argument is not type(None))
         return None if value is None else _convert(inner, value, where)
     if origin is tuple:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from vae_runtime.atomic import write_json
 
-from .document import LEAST, MOST, WITHIN, from_document, load_document
+from .document import from_document, load_document, require_measured
 from .errors import ReportError
 from .gpu import GpuFacts
 from .intervals import median_interval, smallest_count
@@ -365,16 +365,13 @@ class Report:
         if not all(row.round_p50_ms for row in report.latency):
             raise ReportError(f"{name} has a row of latency without rounds")
         for row in report.latency:
-            for value in (row.p50_ms, *row.round_p50_ms):
-                if not LEAST <= value <= MOST:
-                    raise ReportError(f"{name} has a time of {value:g} ms, of {row.operation}; expected {WITHIN}")
+            require_measured((row.p50_ms, *row.round_p50_ms), f"{name} has a row of {row.operation} whose time in ms")
         for figure in StartupReport.FIGURES:
             found: Repeated = getattr(report.startup, figure)
             if not found.values:
                 raise ReportError(f"{name} has a start-up without {figure}")
-            for value in (found.median, found.min, found.max, *found.values):
-                if not LEAST <= value <= MOST:
-                    raise ReportError(f"{name} has a start-up whose {figure} is {value:g}; expected {WITHIN}")
+            measured = (found.median, found.min, found.max, *found.values)
+            require_measured(measured, f"{name} has a start-up whose {figure}")
         return report
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -65,9 +65,9 @@ class Settings:
                 raise InputError(f"size is {self.size!r}; expected height and width")
             self._set("size", tuple(check_count(side, "a side of size", most=LARGEST_SIDE) for side in self.size))
         self._set("rounds", check_count(self.rounds, "rounds", most=MOST_ROUNDS))
-        check_number("seconds", self.seconds, 0, 86400)
-        check_number("confidence", self.confidence, 0.5, 1)
-        check_number("width", self.width, 0, 1)
+        check_between(self.seconds, "seconds", 0, 86400)
+        check_between(self.confidence, "confidence", 0.5, 1)
+        check_between(self.width, "width", 0, 1)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -86,7 +86,7 @@ class Settings:
         return dataclasses.replace(self, operations=tuple(name for name in self.operations if name != operation))
 
 
-def check_number(name: str, value: object, low: float, high: float) -> None:
+def check_between(value: object, name: str, low: float, high: float) -> None:
     """Raise `InputError` unless `value` is a number between `low` and `high`, both excluded."""
     if not low < as_float(value) < high:
         raise InputError(f"{name} is {value!r}; expected a number between {low:g} and {high:g}, both excluded")

@@ -21,13 +21,14 @@ from vae_runtime.console import (
     NEGATIVE_VERDICT,
     Command,
     describe_latent,
+    describe_quality,
     echo_warning,
     json_option,
     print_json,
     printable,
 )
-from vae_runtime.errors import CheckpointError, InputError, MissingExtraError
-from vae_runtime.manifest import GOLDEN_FILE, INPUT, KINDS, PRECISIONS, InputSpec, Manifest, Precision
+from vae_runtime.errors import CheckpointError, InputError
+from vae_runtime.manifest import GOLDEN_FILE, INPUT, KINDS, PRECISIONS, InputSpec, Manifest
 from vae_runtime.preprocess import check_range
 from vae_runtime.sources import BATCH_VALUES, ArraySource, PictureSource, open_inputs
 from vae_runtime.tiling import Progress
@@ -38,7 +39,7 @@ from .bundle import check_output
 from .halves import reference_name
 from .imported import GOLDEN, HELD_OUT, INPUT_RANGES, SPREADS, ImportOptions
 from .importers.hints import refuse_misstated, refuse_weights
-from .importers.options import FLAGS
+from .importers.options import FLAGS, needs_extra
 from .likelihood import parse_likelihood
 from .options import ExportOptions
 from .quality import Budget, ExportWarning
@@ -228,12 +229,10 @@ def main(
         if tolerance is not None:
             settings["tolerance"] = tolerance
         request = _Request(source, target, name, origin, likelihood, data, calibrate, ImportOptions(**options))
-        try:
+        with needs_extra("export", "vae-export"):
             export = _export_ours if _is_ours(source, origin) else _export_imported
             with _stages(), _progress("calibrating") as settings["progress"]:
                 manifest = export(request, settings)
-        except ModuleNotFoundError as error:
-            raise MissingExtraError(error.name or "a package", "export", "vae-export") from None
     for warning in caught:
         if issubclass(warning.category, ExportWarning):
             echo_warning(warning.message)
@@ -484,20 +483,8 @@ def _describe(target: Path, manifest: Manifest) -> str:
         for name, value in fidelity.items()
         if name.endswith("_max_error")
     ]
-    lines += [_describe_quality(key, precision) for key, precision in manifest.precisions.items() if key != "fp32"]
+    lines += [f"  {key}: {describe_quality(one.quality)}" for key, one in manifest.precisions.items() if key != "fp32"]
     if manifest.golden.source != "synthetic":
         count = len(Bundle.open(target).golden()[INPUT])
         lines.append(f"  {GOLDEN_FILE} holds {count} real input{'s' * (count > 1)}; --golden synthetic keeps them out")
     return "\n".join(lines)
-
-
-def _describe_quality(name: str, precision: Precision) -> str:
-    quality = precision.quality
-    losses = [f"PSNR {quality['psnr_db']:.2f} dB ({-quality['psnr_lost_db']:+.3f})"]
-    elbo, lost = quality["negative_elbo_per_dimension"], quality["nats_lost_per_dimension"]
-    if elbo is not None:
-        losses.append(f"-ELBO {elbo:.4f} nats per dimension ({lost:+.5f})")
-    kept = sum(map(len, quality["kept_fp32"].values()))
-    nodes = f"; {kept} node{'s' if kept > 1 else ''} in fp32" if kept else ""
-    verdict = "within the budget" if precision.within_budget else "MISSES the budget"
-    return f"  {name}: {', '.join(losses)} on {quality['examples']} held-out examples, {verdict}{nodes}"

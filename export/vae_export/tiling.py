@@ -18,7 +18,7 @@ from vae_runtime.tiling import TilePlan, run_tiled
 
 from .quality import significant
 from .receptive import ReceptiveField, receptive_fields, widest
-from .verify import open_graphs
+from .verify import mirrored, open_graphs
 
 _log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class _Sample:
         more = tile - 2 * context if context is not None else tile // 2
         # Of the exact ones, neither side is longer by a multiple of 2 cells: networks that pad to a power of 2 differ.
         rows, columns = tile + max(more // 2, 1), tile + 2 * more - (context is not None)
-        image = self._enlarged(rows * self._factor, columns * self._factor)
+        image = mirrored(self._x, rows * self._factor, columns * self._factor)
         encoder, decoder = self._sessions
         if half == 0:
             plan = TilePlan((rows, columns), tile, context, input_scale=self._factor)
@@ -113,12 +113,6 @@ class _Sample:
         if not np.isfinite(errors).all():
             raise ExportError(f"a half gives NaN or infinite values for an image of {image.shape[2]}x{image.shape[3]}")
         return max(errors)
-
-    def _enlarged(self, height: int, width: int) -> Float32:
-        """The input, mirrored at its edges, of another size."""
-        more = [max(wanted - side, 0) for wanted, side in zip((height, width), self._x.shape[2:], strict=True)]
-        padded = np.pad(self._x, ((0, 0), (0, 0), (0, more[0]), (0, more[1])), mode="symmetric")
-        return np.ascontiguousarray(padded[:, :, :height, :width])
 
 
 def _both_ways(session: GraphSession, array: Float32, plan: TilePlan) -> tuple[list[Float32], list[Float32]]:

@@ -69,7 +69,10 @@ def verify(graphs: tuple[bytes, bytes], halves: Halves, x: Float32, spec: InputS
     """
     batch_sizes, count = FREE_BATCH_SIZES if spec.is_free else BATCH_SIZES, len(x)
     x = at_least(x, max(batch_sizes))
-    inputs = [x, _enlarged(x[: max(batch_sizes)], spec.multiple_of)] if spec.is_free else [x]
+    inputs = [x]
+    if spec.is_free:
+        height, width = x.shape[2:]
+        inputs.append(mirrored(x[: max(batch_sizes)], height + spec.multiple_of, width + 2 * spec.multiple_of))
     found = [_errors(graphs, halves, one, spec, tolerance, batch_sizes) for one in inputs]
     if spec.is_free:
         smaller = list(_smaller(x, spec, halves))
@@ -152,9 +155,11 @@ def _smaller(x: Float32, spec: InputSpec, halves: Halves) -> Iterator[Float32]:
             yield cut
 
 
-def _enlarged(x: Float32, multiple: int) -> Float32:
-    """Images one multiple higher and two wider, the other way round at their edges."""
-    return np.pad(x, ((0, 0), (0, 0), (0, multiple), (0, 2 * multiple)), mode="symmetric")
+def mirrored(x: Float32, height: int, width: int) -> Float32:
+    """Images of another size: cut, or the other way round at their edges."""
+    more = [max(wanted - side, 0) for wanted, side in zip((height, width), x.shape[2:], strict=True)]
+    padded = np.pad(x, ((0, 0), (0, 0), (0, more[0]), (0, more[1])), mode="symmetric")
+    return np.ascontiguousarray(padded[:, :, :height, :width])
 
 
 def open_graphs(

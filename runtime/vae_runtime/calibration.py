@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from .arguments import as_float
 from .errors import BundleError, InputError, NotInBundleError
-from .json_fields import is_count, is_number, mapping
+from .json_fields import count, is_number, mapping, text
 
 SCORE_METHODS = ("elbo", "reconstruction", "log_likelihood")
 LEAST_EXAMPLES = 100  # fewer say too little of the tail that thresholds lie in
@@ -57,14 +57,9 @@ class Calibration(NamedTuple):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Calibration:
-        source, examples, levels = data.get("source"), data.get("examples"), data.get("levels")
-        tile = data.get("tile")
-        if tile is not None and not (is_count(tile) and tile > 0):
-            raise BundleError(f"calibration.tile is {tile!r}; expected a whole number from 1")
-        if not isinstance(source, str):
-            raise BundleError(f"calibration.source is {source!r}; expected a string")
-        if not is_count(examples) or examples < LEAST_EXAMPLES:
-            raise BundleError(f"calibration.examples is {examples!r}; expected a whole number from {LEAST_EXAMPLES}")
+        tile = None if data.get("tile") is None else count(data, "calibration.tile")
+        source, levels = text(data, "calibration.source"), data.get("levels")
+        examples = count(data, "calibration.examples", LEAST_EXAMPLES)
         if not _rises(levels, strictly=True) or (levels[0], levels[-1]) != (0, 1):
             raise BundleError(f"calibration.levels is {levels!r}; expected numbers that rise from 0 to 1")
         given, scores = mapping(data, "calibration.scores"), {}

@@ -33,6 +33,7 @@ from .console import (
     Group,
     Sides,
     describe_latent,
+    describe_quality,
     engine_options,
     json_option,
     print_json,
@@ -366,7 +367,7 @@ def _describe(manifest: Manifest, engine: dict[str, Any]) -> str:
             lines.append(f"  {name:11} {half}  {file}  {manifest.files[file].bytes:,} bytes")
         lines.append(f"  {'':11} fidelity {_pairs(precision.fidelity)}")
         if precision.quality:
-            lines.append(f"  {'':11} {_describe_quality(precision.quality)}")
+            lines.append(f"  {'':11} {describe_quality(precision.quality)}")
     for file, other in manifest.on_cuda.items():
         lines.append(f"  {'on CUDA':11} {file} is run as {other}  {manifest.files[other].bytes:,} bytes")
     for name, refusal in manifest.refused.items():
@@ -398,20 +399,6 @@ def _describe_tiles(half: HalfTiling) -> str:
     if half.context is None:
         return f"an approximation, {half.reason}; off by up to {half.max_error:.2g} with tiles of {half.tile} pixels"
     return f"exact, with a context of {half.context} latent cells"
-
-
-def _describe_quality(quality: Mapping[str, Any]) -> str:
-    """`loses 0.002 dB of PSNR and 0.00005 nats per dimension on 180 examples, within the budget; nodes in fp32: 1`."""
-    losses = [
-        f"{quality[key]:.3g} {unit}"
-        for key, unit in (("psnr_lost_db", "dB of PSNR"), ("nats_lost_per_dimension", "nats per dimension"))
-        if quality.get(key) is not None
-    ]
-    verdict = "within the budget" if quality.get("within_budget", True) else "MISSES the budget"
-    kept = sum(map(len, quality.get("kept_fp32", {}).values()))
-    loss = " and ".join(losses) or "an amount that is not stated"
-    where = f" on {quality['examples']} examples" if "examples" in quality else ""
-    return f"loses {loss}{where}, {verdict}; nodes in fp32: {kept}"
 
 
 def _describe_tuning(measured: list[Measured]) -> str:

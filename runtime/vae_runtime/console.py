@@ -10,7 +10,7 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import click
@@ -144,6 +144,26 @@ def describe_latent(manifest: Manifest) -> list[str]:
         tiles = f" in tiles of {calibration.tile}" if calibration.tile else ""
         lines.append(f"calibrated on {calibration.examples} {source}examples{tiles}: {', '.join(calibration.scores)}")
     return lines
+
+
+_LOSSES = {  # what is lost, its unit, and what is left
+    "psnr_lost_db": ("dB of PSNR", "psnr_db"),
+    "nats_lost_per_dimension": ("nats per dimension", "negative_elbo_per_dimension"),
+}
+
+
+def describe_quality(quality: Mapping[str, Any]) -> str:
+    """`loses 0.002 dB of PSNR (to 31.02) on 180 examples, within the budget; nodes in fp32: 1`."""
+    losses = [
+        f"{quality[key]:.3g} {unit}" + ("" if quality.get(rest) is None else f" (to {quality[rest]:.4g})")
+        for key, (unit, rest) in _LOSSES.items()
+        if quality.get(key) is not None
+    ]
+    verdict = "within the budget" if quality.get("within_budget", True) else "MISSES the budget"
+    kept = sum(map(len, quality.get("kept_fp32", {}).values()))
+    loss = " and ".join(losses) or "an amount that is not stated"
+    where = f" on {quality['examples']} examples" if "examples" in quality else ""
+    return f"loses {loss}{where}, {verdict}; nodes in fp32: {kept}"
 
 
 _BYTES = frozenset(map(chr, range(0xDCA0, 0xDD00)))

@@ -42,6 +42,22 @@ def number(data: Mapping[str, Any], path: str, key: str | None = None) -> float:
     return float(value)
 
 
+def count(data: Mapping[str, Any], path: str, least: int = 1) -> int:
+    """A whole number from `least`."""
+    value = data.get(_last(path))
+    if not is_count(value) or value < least:
+        raise BundleError(f"{path} is {value!r}; expected a whole number from {least}")
+    return value
+
+
+def text(data: Mapping[str, Any], path: str) -> str:
+    """A string."""
+    value = data.get(_last(path))
+    if not isinstance(value, str):
+        raise BundleError(f"{path} is {value!r}; expected a string")
+    return value
+
+
 def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value is a finite number, and no boolean."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

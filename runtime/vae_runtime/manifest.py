@@ -16,7 +16,7 @@ from .calibration import Calibration
 from .errors import BundleError
 from .json_fields import MAX_ELEMENTS as MAX_ELEMENTS  # these two are the format's, for whoever writes it
 from .json_fields import Shape as Shape
-from .json_fields import holds, is_count, is_number, mapping, number, one_of, shape_of
+from .json_fields import count, holds, is_count, is_number, mapping, number, one_of, shape_of, text
 from .strict_json import is_unaltered, parse_json, to_signed_json
 
 _SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-126, 2.0**127  # of a density: float32's normal numbers
@@ -131,11 +131,10 @@ class ActiveUnits(NamedTuple):
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ActiveUnits:
         path = "latent.active_units"
-        variances, examples = data.get("variances"), data.get("examples")
+        variances = data.get("variances")
         if not isinstance(variances, list) or not variances or not all(is_number(v) and v >= 0 for v in variances):
             raise BundleError(f"{path}.variances is {variances!r}; expected a list of finite numbers from 0")
-        if not is_count(examples) or examples < 1:
-            raise BundleError(f"{path}.examples is {examples!r}; expected a whole number from 1")
+        examples = count(data, f"{path}.examples")
         return cls(tuple(map(float, variances)), number(data, f"{path}.threshold"), examples)
 
     def to_dict(self) -> dict[str, Any]:
@@ -159,10 +158,8 @@ class FittedPrior(NamedTuple):
     def from_dict(cls, data: Mapping[str, Any]) -> FittedPrior:
         path = "latent.fitted_prior"
         kind = one_of(data, f"{path}.type", FITTED_PRIORS)
-        for key in ("components", "examples"):
-            if not is_count(data.get(key)) or data[key] < 1:
-                raise BundleError(f"{path}.{key} is {data.get(key)!r}; expected a whole number from 1")
-        return cls(kind, data["components"], _file_name(data, f"{path}.file"), data["examples"])
+        components, examples = count(data, f"{path}.components"), count(data, f"{path}.examples")
+        return cls(kind, components, _file_name(data, f"{path}.file"), examples)
 
     def to_dict(self) -> dict[str, Any]:
         return dict(self._asdict())
@@ -313,9 +310,7 @@ class Golden(NamedTuple):
         for key, value in tolerance.items():
             if not value > 0:
                 raise BundleError(f"golden.tolerance.{key} is {value}; a tolerance is above 0")
-        source = data.get("source")
-        if not isinstance(source, str):
-            raise BundleError(f"golden.source is {source!r}; expected a string")
+        source = text(data, "golden.source")
         return cls(_file_name(data, "golden.file"), source, tolerance)
 
     def to_dict(self) -> dict[str, Any]:
@@ -347,11 +342,10 @@ class HalfTiling(NamedTuple):
             value = counts[key] = data.get(key)
             if value is not None and (not is_count(value) or value >= MAX_ELEMENTS):
                 raise BundleError(f"tiling.{half}.{key} is {value!r}; expected a whole number or null")
-        error, tile, reason = number(data, f"tiling.{half}.max_error"), data.get("tile"), data.get("reason")
+        error, reason = number(data, f"tiling.{half}.max_error"), data.get("reason")
         if error < 0:
             raise BundleError(f"tiling.{half}.max_error is {error}; an error is 0 or more")
-        if not is_count(tile) or tile < 1:
-            raise BundleError(f"tiling.{half}.tile is {tile!r}; expected a whole number from 1")
+        tile = count(data, f"tiling.{half}.tile")
         if reason is not None and not isinstance(reason, str):
             raise BundleError(f"tiling.{half}.reason is {reason!r}; expected a string")
         return cls(counts["receptive_field"], counts["context"], error, tile, reason)
@@ -557,9 +551,7 @@ def _budget(data: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _refusal(data: Mapping[str, Any], name: str) -> dict[str, Any]:
-    if not isinstance(data.get("reason"), str):
-        raise BundleError(f"refused.{name}.reason is {data.get('reason')!r}; expected a string")
-    return {"reason": data["reason"], "quality": _quality(data, f"refused.{name}.quality")}
+    return {"reason": text(data, f"refused.{name}.reason"), "quality": _quality(data, f"refused.{name}.quality")}
 
 
 def _on_cuda(data: Mapping[str, Any]) -> dict[str, str]:

@@ -21,6 +21,7 @@ from .errors import InputError, OutputError
 from .images import WRITTEN_SUFFIXES, check_side, grid, grid_size, require_pillow, write_picture
 from .manifest import RECONSTRUCTION, InputSpec
 from .preprocess import Float32, to_uint8
+from .sources import ARRAY_SUFFIXES
 
 GRID_LIMIT = 256  # images in one grid; more is no longer a picture to look at
 ALONE_SIDE = 64  # a single image of this size or larger is written as it is, without a frame; of free sizes always
@@ -72,7 +73,7 @@ def open_sink(
     if suffix and form is not None:
         raise InputError(f"--format is {form!r} with the output {output}; it is for the pictures in a folder")
     refuse_other_file(path, force)
-    if suffix in (".npy", ".npz"):
+    if suffix in ARRAY_SUFFIXES:
         shape = shape or spec.example_shape
         with ArrayWriter(path, {RECONSTRUCTION: (count, *shape)}) as writer:
             yield _ArraySink(writer, shape)

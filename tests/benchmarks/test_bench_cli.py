@@ -20,6 +20,7 @@ import vae_benchmarks.cli as cli
 from vae_benchmarks import Report, Settings, worker
 from vae_benchmarks.harness import _skip_what_cannot_run
 from vae_runtime import VAE
+from vae_runtime.bundle import Bundle
 from vae_runtime.manifest import PRIOR_FILE, FittedPrior
 from vae_runtime.prior import GaussianMixture
 
@@ -314,7 +315,7 @@ def test_help_needs_neither_psutil_nor_an_engine(tmp_path: Path) -> None:
 
 def test_an_autoencoder_with_a_fitted_prior_can_sample(autoencoder: Path, tmp_path: Path) -> None:
     with VAE.load(autoencoder) as vae:
-        assert _skip_what_cannot_run(Settings(), autoencoder)[0].operations == (
+        assert _skip_what_cannot_run(Settings(), Bundle.open(autoencoder).manifest)[0].operations == (
             "encode",
             "decode",
             "reconstruct",
@@ -326,7 +327,7 @@ def test_an_autoencoder_with_a_fitted_prior_can_sample(autoencoder: Path, tmp_pa
     files = {name: (autoencoder / name).read_bytes() for name in ("encoder.onnx", "decoder.onnx")}
     write_bundle = pytest.importorskip("vae_export.bundle").write_bundle
     write_bundle(tmp_path / "a.vae", fitted, {**files, PRIOR_FILE: prior}, golden)
-    assert _skip_what_cannot_run(Settings(), tmp_path / "a.vae") == (Settings(), {})
+    assert _skip_what_cannot_run(Settings(), Bundle.open(tmp_path / "a.vae").manifest) == (Settings(), {})
     with VAE.load(tmp_path / "a.vae") as vae:
         assert worker.make_call(vae, "sample", 3)().shape == (3, 5)
 

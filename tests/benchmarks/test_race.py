@@ -320,7 +320,7 @@ def _row(document: Any) -> Any:
         *(
             (
                 lambda d, value=value: _row(d)["round_p50_ms"].__setitem__(0, value),
-                f"x.json, tiny 1x1, has a time of {value:g} ms, of ours; expected from 1e-09 to 1e+15",
+                f"x.json, tiny 1x1, has a row of ours whose time in ms is {value:g}; expected from 1e-09 to 1e+15",
             )
             for value in (0.0, -2.0, 1e308)
         ),

@@ -13,7 +13,7 @@ from PIL import Image
 from vae_runtime.errors import MissingExtraError
 from vae_training.config import TrainConfig
 from vae_training.loop import train
-from vae_training.losses import Objective, capacity_at, kl_per_dimension
+from vae_training.losses import Objective, kl_per_dimension, linear_rise
 from vae_training.models import build_model, default_config, reparameterize
 from vae_training.rate_distortion import draw_curve
 
@@ -39,8 +39,8 @@ def test_the_loss_is_the_distance_from_the_capacity_rounded_off_within_one_nat()
 
 
 def test_the_capacity_rises_in_a_line_and_stays() -> None:
-    assert [capacity_at(step, 80, 20.0) for step in (0, 20, 40, 80, 99)] == [0, 5, 10, 20, 20]
-    assert capacity_at(0, 0, 20.0) == 20
+    assert [linear_rise(step, 80, 20.0) for step in (0, 20, 40, 80, 99)] == [0, 5, 10, 20, 20]
+    assert linear_rise(0, 0, 20.0) == 20
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from vae_training.losses import (
     gaussian_nll,
     gradient_difference,
     kl_per_dimension,
-    kl_weight,
     laplace_nll,
+    linear_rise,
 )
 from vae_training.models import build_model, default_config
 
@@ -93,8 +93,8 @@ def test_free_bits_lift_weak_dimensions_and_stop_their_gradient() -> None:
 
 
 def test_warm_up_rises_to_beta() -> None:
-    assert [kl_weight(step, 4, 2.0) for step in (0, 1, 2, 4, 100)] == [0, 0.5, 1.0, 2.0, 2.0]
-    assert kl_weight(0, 0, 3.0) == 3.0
+    assert [linear_rise(step, 4, 2.0) for step in (0, 1, 2, 4, 100)] == [0, 0.5, 1.0, 2.0, 2.0]
+    assert linear_rise(0, 0, 3.0) == 3.0
 
 
 def objective(kind: str = "vae", likelihood: str = "bernoulli", **settings: float) -> Objective:

@@ -155,9 +155,11 @@ def _parse(data: Any) -> Checkpoint:
     for key in _DICTS:
         if not isinstance(data.get(key), Mapping):
             raise CheckpointError(f"{key} is {data.get(key)!r:.80}; expected a dict")
+    if (kind := data.get("kind")) not in KINDS:
+        raise CheckpointError(f"kind is {kind!r:.80}; expected one of {', '.join(KINDS)}")
     try:
         checkpoint = Checkpoint(
-            kind=data["kind"] if data.get("kind") in KINDS else _refuse_kind(data.get("kind")),
+            kind=kind,
             config=config_from_dict(data["config"]),
             state_dict=data["state_dict"],
             input=InputSpec.from_dict(data["input"]),
@@ -170,10 +172,6 @@ def _parse(data: Any) -> Checkpoint:
         raise CheckpointError(str(error)) from None
     _check(checkpoint)
     return checkpoint
-
-
-def _refuse_kind(kind: Any) -> str:
-    raise CheckpointError(f"kind is {kind!r:.80}; expected one of {', '.join(KINDS)}")
 
 
 def _check(checkpoint: Checkpoint) -> None:

@@ -20,7 +20,7 @@ from vae_runtime.errors import InputError, MissingExtraError
 from vae_runtime.images import list_pictures, picture_size, read_picture
 from vae_runtime.manifest import COLOUR_OF, COLOURS, RESIZE_MODES, InputSpec
 from vae_runtime.preprocess import Float32, to_model_input
-from vae_runtime.sources import EXAMPLE_KEYS, LABEL_KEYS, choose_array
+from vae_runtime.sources import ARRAY_SUFFIXES, EXAMPLE_KEYS, LABEL_KEYS, choose_array
 
 from . import idx
 
@@ -128,7 +128,7 @@ def _read_array(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
     """The examples and, where the file has them, what may be their labels."""
     if not path.is_file():
         raise InputError(f"{path} does not exist; expected {DIGITS!r}, a folder, or an .npy or .npz file")
-    if path.suffix.lower() not in (".npy", ".npz"):
+    if path.suffix.lower() not in ARRAY_SUFFIXES:
         raise InputError(
             f"{path} is a file of type {path.suffix!r}; expected {DIGITS!r}, a folder, or an .npy or .npz file"
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -44,7 +44,7 @@ from .feed import (
 )
 from .folder import RunFolder, open_run
 from .likelihood import measure_nll
-from .losses import Objective, capacity_at, kl_weight
+from .losses import Objective, linear_rise
 from .models import build_model, count_parameters
 from .optimise import learning_rate, make_optimizer, moving_average, set_learning_rate
 from .rate_distortion import require_matplotlib
@@ -193,8 +193,8 @@ class Run:
         config = self.config
         if config.capacity:
             assert config.gamma is not None, "resolve first"
-            return config.gamma, capacity_at(step, round(CAPACITY_RISE * self.steps), config.capacity)
-        return kl_weight(step, round(config.kl_warmup * self.steps), config.beta or 0.0), None
+            return config.gamma, linear_rise(step, round(CAPACITY_RISE * self.steps), config.capacity)
+        return linear_rise(step, round(config.kl_warmup * self.steps), config.beta or 0.0), None
 
     def evaluate(self, epoch: int, loss: Tensor, writer: Any) -> None:
         """Measure the averaged weights on the validation part, keep them if they are the best, maybe stop.
@@ -262,7 +262,7 @@ class Run:
         from accelerate.utils import broadcast_object_list
 
         main = self.accelerator.is_main_process
-        with atomic_folder(self.folder.state, may_replace=lambda _: True) if main else _nowhere() as temporary:
+        with atomic_folder(self.folder.state, may_replace=lambda _: True) if main else nullcontext() as temporary:
             (target,) = broadcast_object_list([str(temporary)])
             self.accelerator.save_state(target)
             if main:
@@ -348,12 +348,10 @@ def initial_objective(config: TrainConfig, data: Dataset, parts: Parts) -> Objec
     return Objective(model, likelihood, scale if scale > 0 else 1.0, config.free_bits, config.gradient_weight)
 
 
-@contextmanager
-def _bar(step: int, steps: int, shown: bool) -> Iterator[Any]:
+def _bar(step: int, steps: int, shown: bool) -> Any:
     from tqdm import tqdm
 
-    with tqdm(total=steps, initial=step, unit="step", disable=not shown, mininterval=0.5) as bar:
-        yield bar
+    return tqdm(total=steps, initial=step, unit="step", disable=not shown, mininterval=0.5)
 
 
 @contextmanager
@@ -368,11 +366,6 @@ def _summary_writer(path: Path, wanted: bool, step: int) -> Iterator[Any]:
         raise MissingExtraError("tensorboard", "tensorboard", "writing for TensorBoard") from None
     with SummaryWriter(str(path), purge_step=step + 1) as writer:
         yield writer
-
-
-@contextmanager
-def _nowhere() -> Iterator[None]:
-    yield None
 
 
 def _open_folder(

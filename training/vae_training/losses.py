@@ -74,9 +74,10 @@ def free_bits_kl(kl: Tensor, free_bits: float) -> Tensor:
     return kl.mean(0).clamp(min=free_bits).sum()
 
 
-def kl_weight(step: int, warmup_steps: int, beta: float) -> float:
-    """The KL's weight at `step`: linear from 0 to β over the warm-up (Sønderby et al., 2016, arXiv:1602.02282)."""
-    return beta * min(1.0, step / warmup_steps) if warmup_steps > 0 else beta
+def linear_rise(step: int, rising_steps: int, end: float) -> float:
+    """What rises linearly from 0 to `end` over `rising_steps`, and then stays: the KL's weight up to β (Sønderby et
+    al., 2016, arXiv:1602.02282), or the KL that is asked for up to a capacity in nats."""
+    return end * min(1.0, step / rising_steps) if rising_steps > 0 else end
 
 
 def capacity_gap(kl: Tensor, capacity: float) -> Tensor:
@@ -87,11 +88,6 @@ def capacity_gap(kl: Tensor, capacity: float) -> Tensor:
     nats were left with 27.0 nats of reconstruction by it, and with 21.9 by this one.
     """
     return F.huber_loss(kl.mean(), kl.new_tensor(capacity))
-
-
-def capacity_at(step: int, rising_steps: int, capacity: float) -> float:
-    """The KL that is asked for at `step`: linear from 0 to `capacity` nats, and then all of it."""
-    return capacity * min(1.0, step / rising_steps) if rising_steps > 0 else capacity
 
 
 class _ClampBelow(torch.autograd.Function):

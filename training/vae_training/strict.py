@@ -56,8 +56,7 @@ def to_dict(instance: Any) -> dict[str, Any]:
 def within(value: float | None, low: float, high: float, name: str) -> None:
     """Raise `InputError` unless low <= value <= high; None, "not given", passes."""
     if value is not None and not low <= value <= high:
-        rule = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-        raise InputError(f"{name} is {value!r}; expected {rule}")
+        raise InputError(f"{name} is {value!r}; expected from {low:g} to {high:g}")
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:

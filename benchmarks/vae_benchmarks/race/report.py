@@ -16,12 +16,12 @@ from vae_runtime.arguments import check_choice, check_count
 from vae_runtime.atomic import write_json
 from vae_runtime.errors import InputError
 
-from ..document import LEAST, MOST, WITHIN, from_document, load_document
+from ..document import from_document, load_document, require_measured
 from ..errors import ReportError
 from ..gpu import GpuFacts
 from ..intervals import median_interval, paired_ratio
 from ..machine import MachineFacts
-from ..settings import LARGEST_BATCH, MOST_ROUNDS, check_number
+from ..settings import LARGEST_BATCH, MOST_ROUNDS, check_between
 from .case import CaseFacts, check_macs
 from .competitors import COMPETITORS, CUDA_COMPETITORS, OURS, choose_reference
 from .entrant import DEVICE_OPERATIONS, HOST_OPERATIONS
@@ -103,8 +103,8 @@ class RaceSettings:
         for operation in self.operations:
             if operation not in able:
                 raise InputError(f"operation is {operation!r}; expected one of {', '.join(able)} on {self.device}")
-        check_number("budget", self.budget, 0, 1e6)
-        check_number("tune_seconds", self.tune_seconds, 0, 3600)
+        check_between(self.budget, "budget", 0, 1e6)
+        check_between(self.tune_seconds, "tune_seconds", 0, 3600)
         object.__setattr__(self, "rounds", check_count(self.rounds, "rounds", FEWEST_ROUNDS, MOST_ROUNDS))
 
 
@@ -291,9 +291,7 @@ def _check_point(point: PointResult, where: str) -> None:
             raise ReportError(
                 f"{where} has {count} rounds of {row.competitor}; expected {point.rounds or 'at least 1'}"
             )
-        for value in row.round_p50_ms:
-            if not LEAST <= value <= MOST:
-                raise ReportError(f"{where} has a time of {value:g} ms, of {row.competitor}; expected {WITHIN}")
+        require_measured(row.round_p50_ms, f"{where} has a row of {row.competitor} whose time in ms")
 
 
 def _refuse_twice(names: Iterable[str], where: str) -> None:

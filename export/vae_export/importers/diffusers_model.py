@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vae_runtime.errors import CheckpointError, ExportError, InputError
-from vae_runtime.json_fields import is_count
+from vae_runtime.json_fields import is_count, is_number
 
 from ..graphs import DecoderGraph, EncoderGraph
 from ..imported import Imported
@@ -309,7 +309,7 @@ def _number(config: Any, name: str, default: float) -> float:
     value = config.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not is_number(value):
         raise CheckpointError(f"{CONFIG} has {name} {value!r}; expected a number")
     return float(value)
 
@@ -319,6 +319,6 @@ def _per_channel(config: Any, name: str, channels: int) -> list[float] | None:
     if values is None:
         return None
     numbers = values if isinstance(values, (list, tuple)) else []
-    if len(numbers) != channels or not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
+    if len(numbers) != channels or not all(map(is_number, numbers)):
         raise CheckpointError(f"{CONFIG} has {name} {values!r}; expected {channels} numbers, one per latent channel")
     return [float(n) for n in numbers]

@@ -55,7 +55,7 @@ def load(source: str, options: ImportOptions) -> Imported:
     from ..reference import Reference
     from .network import Network
     from .state_dict import load_weights
-    from .torch_halves import make_graphs
+    from .torch_reading import make_graphs
 
     check_options(options, factory=True)
     match = _SOURCE.fullmatch(source)

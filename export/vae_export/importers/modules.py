@@ -18,7 +18,7 @@ from ..imported import Arguments
 from ..reference import Reference
 from ..verify import at_least
 from .network import Network
-from .torch_halves import make_bare_graphs, require_float32
+from .torch_reading import make_bare_graphs, require_float32
 from .trial import DoesNotRunError, check_halves, check_range, run
 
 _LEAST_ROWS, _MOST_ROWS, _MOST_VALUES = 3, 8, 2**21  # of the examples, that the halves are tried with

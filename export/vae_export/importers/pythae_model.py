@@ -13,16 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from vae_runtime.errors import CheckpointError, ExportError
-from vae_runtime.manifest import MEAN
 
 from ..graphs import DecoderGraph, EncoderGraph
-from ..imported import Imported
+from ..imported import Imported, ImportOptions
 from ..reason import reason
 from ..reference import Reference
 from .options import needs_extra
 from .pickled import read_pickled_dict
 from .pythae_folder import CONFIG, class_name
-from .trial import check_halves, noise, require_batch, run
+from .trial import try_out
 from .weights import assign
 
 WEIGHTS, STATE = "model.pt", "model_state_dict"
@@ -48,10 +47,7 @@ def import_model(
     clamp = len(input_shape) == 3 and "decoder" in custom
     halves = Reference(EncoderGraph(encoder, kind), DecoderGraph(decoder, clamp), against="pythae")
     if custom:
-        x = noise(input_shape, 3, None)
-        mean = run(halves.encode, x, "encoder")[MEAN]
-        require_batch(mean.shape, len(x))
-        check_halves(halves, x, mean.shape[1:])
+        try_out(halves, input_shape, ImportOptions())
     origin = {"library": "pythae", "version": version("pythae"), "class": class_name(config["name"])}
     return Imported(halves, bundle_name, input_shape, likelihood=likelihood, origin=origin)
 

@@ -47,7 +47,7 @@ def load(source: str, options: ImportOptions) -> Imported:
     import torch
 
     from .programs import ProgramHalves, open_program
-    from .torch_halves import make_graphs
+    from .torch_reading import make_graphs
 
     paths = find_pair(source, lambda path: sort_of(path) is not None, "a TorchScript or torch.export program")
     check_options(options, pickles=EXPORTED in map(sort_of, paths))

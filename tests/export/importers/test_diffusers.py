@@ -463,6 +463,7 @@ class Hostile:
         (config(out_channels=4), ExportError, "expected .* the images' own"),
         (config(scaling_factor=0), CheckpointError, "expected them above 0"),
         (config(scaling_factor="half"), CheckpointError, "scaling_factor 'half'; expected a number"),
+        (config(scaling_factor=10**400), CheckpointError, "scaling_factor 10000.*; expected a number"),
         (config(shift_factor=True), CheckpointError, "shift_factor True; expected a number"),
         (config(latents_mean=[0, 0, 0]), CheckpointError, "expected the shift alone, or both"),
         (config(latents_mean=[0, 0], latents_std=[1, 1]), CheckpointError, "expected 3 numbers"),

@@ -47,7 +47,7 @@ from .interpolation import METHODS
 from .latent_commands import draw_map, nearest, traverse
 from .latent_files import FORMATS, LatentFile, open_latent_sink, open_latents
 from .latents import require_finite, to_decoder_input
-from .manifest import HalfTiling, InputSpec, Manifest
+from .manifest import INPUT, HalfTiling, InputSpec, Manifest
 from .plan import OPERATIONS
 from .preprocess import to_model_input
 from .prior import PRIORS
@@ -90,11 +90,17 @@ def info(bundle: str, as_json: bool) -> None:
 @main.command()
 @bundle_argument
 @engine_options
+@click.option(
+    "--batch", "batches", multiple=True, type=int, metavar="N",
+    help="Warm up for calls of N examples first; what GPUs and OpenVINO prepare for them is tested too. Repeatable.",
+)  # fmt: skip
 @json_option
 @click.pass_context
-def selftest(ctx: click.Context, /, bundle: str, as_json: bool, **engine: Any) -> None:
+def selftest(ctx: click.Context, /, bundle: str, batches: tuple[int, ...], as_json: bool, **engine: Any) -> None:
     """Run the golden inputs here and compare with the reference. Exit code 3 if they differ."""
     with VAE.load(bundle, **engine) as vae:
+        shape = vae.golden()[INPUT].shape
+        vae.warmup(batches, (shape[2], shape[3]) if vae.manifest.input.is_free else None)
         result = vae.selftest()
     if as_json:
         routes = [

@@ -12,9 +12,10 @@ import re
 import sys
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from .engine import engine_clash, import_engine
+from .engine import engine_clash, first_line, import_engine
 from .errors import DeviceError, OutOfMemoryError
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
@@ -24,6 +25,8 @@ _CAPTURE_ERRORS = range(900, 910)  # CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED and i
 _LITTLE_MEMORY = 512 * 2**20  # bytes; cuBLAS and cuDNN take some hundred MiB as they start
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL of cuda.h
 _COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76  # of CUdevice_attribute in cuda.h
+# The oldest GPUs of a major version of CUDA: 13 left out Maxwell, Pascal and Volta (its release notes).
+_OLDEST_CAPABILITY = {13: (7, 5)}
 
 # Arithmetic on shapes, which the CUDA provider leaves to the CPU: a few integers per call.
 # fmt: off
@@ -41,6 +44,7 @@ SHAPE_OPERATORS = {
 capturing = threading.RLock()
 _of_thread = threading.local()
 _libraries_are_there: list[bool] = []  # once they were found; those that are missing may be loaded later, by torch, say
+_loaded_providers: set[str] = set()
 _asked_in = [0]  # the process that started the driver, 0 for none; a forked child cannot use what it inherits
 
 
@@ -52,20 +56,38 @@ class Gpu(NamedTuple):
     compute_capability: str
 
 
-@functools.cache
 def find_gpus() -> tuple[tuple[Gpu, ...], str | None]:
     """The GPUs in the driver's order, or why it shows none. Asked of the driver itself: onnxruntime only lists what it
     was compiled with, and would print and fall back to the CPU."""
     try:
+        return _usable_gpus(), None
+    except DeviceError as error:
+        return (), str(error)
+
+
+@functools.cache
+def _usable_gpus() -> tuple[Gpu, ...]:
+    """A driver that shows none, as it does while it starts, is asked again: what is raised is not kept."""
+    try:
         cuda = driver()
     except OSError:
-        return (), "no NVIDIA driver is installed on this machine (libcuda was not found)"
+        raise DeviceError("no NVIDIA driver is installed on this machine (libcuda was not found)") from None
     _asked_in[:] = [os.getpid()]
     count = ctypes.c_int()
-    if (status := cuda.cuInit(0)) != 0 or (status := cuda.cuDeviceGetCount(ctypes.byref(count))) != 0:
-        return (), f"the NVIDIA driver shows no usable GPU (CUDA error {status})"
-    gpus = tuple(_read_gpu(cuda, index) for index in range(count.value))
-    return gpus, None if gpus else "the NVIDIA driver shows no GPU"
+    status = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
+    if status != 0 or count.value == 0:
+        what = "no GPU" if status == 0 else f"no usable GPU ({_describe(status)})"
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        hint = "" if hidden is None else f"; the environment has CUDA_VISIBLE_DEVICES={hidden!r}"
+        raise DeviceError(f"the NVIDIA driver shows {what}{hint}")
+    return tuple(_read_gpu(cuda, index) for index in range(count.value))
+
+
+def _describe(status: int) -> str:
+    """A status of the driver's other than 0: its number, and what the driver says of it."""
+    text = ctypes.c_char_p()
+    driver().cuGetErrorString(status, ctypes.byref(text))
+    return f"CUDA error {status}" + ("" if text.value is None else f", {text.value.decode(errors='replace')}")
 
 
 def driver_version() -> str | None:
@@ -98,12 +120,12 @@ def _require_done(index: int, status: int) -> None:
     if status in _CAPTURE_ERRORS:
         raise DeviceError(
             f"GPU {index} has work that is being captured into a CUDA graph, in another thread, say, and allows no wait"
-            f" for it (CUDA error {status}); make this call before or after that"
+            f" for it ({_describe(status)}); make this call before or after that"
         )
     if status == _OUT_OF_MEMORY:
         raise OutOfMemoryError(f"GPU {index} has not enough memory for work that was under way")
     if status != 0:
-        raise DeviceError(f"GPU {index} failed in work that was under way (CUDA error {status})")
+        raise DeviceError(f"GPU {index} failed in work that was under way ({_describe(status)})")
 
 
 def is_lost(index: int) -> bool:
@@ -166,7 +188,7 @@ class ContextOf(contextlib.AbstractContextManager[None]):
 
     def __enter__(self) -> None:
         if (status := self._push(self.handle)) != 0:
-            raise DeviceError(f"GPU {self._index} cannot be used in this thread (CUDA error {status})")
+            raise DeviceError(f"GPU {self._index} cannot be used in this thread ({_describe(status)})")
         if not hasattr(_of_thread, "minds_its_own_captures"):
             self._mind_own_captures()
 
@@ -192,12 +214,12 @@ def made_current(memory: tuple[str, int]) -> contextlib.AbstractContextManager[N
 
 def why_not_cuda(index: int = 0) -> str | None:
     """Why CUDA device `index` cannot be used, in words; None where nothing speaks against it."""
-    return _why_not(CUDA, index) or _missing_cuda_libraries()
+    return _why_not(CUDA, index) or _missing_cuda_libraries() or why_not_loaded(CUDA)
 
 
 def why_not_tensorrt(index: int = 0) -> str | None:
     """Why TensorRT cannot be used on GPU `index`, in words; None where nothing speaks against it."""
-    return _why_not(TENSORRT, index) or _missing_cuda_libraries() or _missing_tensorrt()
+    return _why_not(TENSORRT, index) or _missing_cuda_libraries() or _missing_tensorrt() or why_not_loaded(TENSORRT)
 
 
 def cuda_options(index: int, precision: str) -> dict[str, str]:
@@ -298,6 +320,40 @@ def _why_not(provider: str, index: int) -> str | None:
         return "this process was forked after CUDA was started, and cannot use it; a freshly started one can"
     if index >= len(gpus):
         return f"there is no GPU {index}; this machine has {len(gpus)}, numbered from 0"
+    return _too_old(gpus[index])
+
+
+def _too_old(gpu: Gpu) -> str | None:
+    """Why the CUDA of this build of onnxruntime does not run with the driver or on the GPU."""
+    built_with = str(getattr(import_engine(), "cuda_version", None) or "")  # such as "13.0"
+    major, version = int(built_with.split(".")[0] or 0), driver_version()
+    if version is not None and int(version.split(".")[0]) < major:
+        return f"the NVIDIA driver runs CUDA {version} at most, this onnxruntime has {built_with}; update the driver"
+    oldest = _OLDEST_CAPABILITY.get(major, (0, 0))
+    if tuple(map(int, gpu.compute_capability.split("."))) < oldest:
+        return (
+            f"{gpu.name} has compute capability {gpu.compute_capability}, and CUDA {major}, which this onnxruntime has,"
+            f" runs from {'.'.join(map(str, oldest))} on"
+        )
+    return None
+
+
+def why_not_loaded(provider: str) -> str | None:
+    """Why the provider's own libraries cannot be loaded, which onnxruntime only logs; None where they can."""
+    if provider in _loaded_providers:
+        return None
+    folder, name = Path(import_engine().__file__).parent / "capi", provider.removesuffix("ExecutionProvider").lower()
+    for part in ("shared", name):
+        file = f"onnxruntime_providers_{part}.dll" if sys.platform == "win32" else f"libonnxruntime_providers_{part}.so"
+        try:
+            if not (folder / file).exists():
+                raise OSError(f"{folder} has no such file")
+            if sys.platform != "win32":  # where it looks for what a library needs in another way than onnxruntime
+                ctypes.CDLL(str(folder / file))
+        except OSError as error:
+            mend = engine_clash() or "in a fresh environment install onnxruntime-gpu anew"
+            return f"{file} of onnxruntime could not be loaded: {first_line(error)}; {mend}"
+    _loaded_providers.add(provider)
     return None
 
 
@@ -325,12 +381,14 @@ def _missing_cuda_libraries() -> str | None:
 
 @functools.cache
 def _missing_tensorrt() -> str | None:
-    """Load TensorRT's library, from its pip package or the system."""
-    name = "nvinfer_10.dll" if sys.platform == "win32" else "libnvinfer.so.10"
+    """Load TensorRT's libraries, from its pip package or the system."""
+    names = ("nvinfer", "nvonnxparser")
+    files = [f"{name}_10.dll" if sys.platform == "win32" else f"lib{name}.so.10" for name in names]
     if importlib.util.find_spec("tensorrt_libs") is not None:
         with contextlib.suppress(ImportError, OSError):
             importlib.import_module("tensorrt_libs")  # loads its libraries when it is imported
-    return None if _can_load(name) else f"{name} could not be loaded; run: pip install 'tensorrt-cu13<11'"
+    missing = [file for file in files if not _can_load(file)]
+    return f"{', '.join(missing)} could not be loaded; run: pip install 'tensorrt-cu13<11'" if missing else None
 
 
 def _can_load(library: str) -> bool:
@@ -352,7 +410,7 @@ def _primary_context(index: int) -> ctypes.c_void_p:
     if status == _OUT_OF_MEMORY:
         raise OutOfMemoryError(f"GPU {index} has not enough memory for this process to use it")
     if status != 0:
-        raise DeviceError(f"GPU {index} cannot be used (CUDA error {status})")
+        raise DeviceError(f"GPU {index} cannot be used ({_describe(status)})")
     return context
 
 
@@ -367,7 +425,7 @@ def require(status: int, what: str) -> None:
     if status == _OUT_OF_MEMORY:
         raise OutOfMemoryError(f"the NVIDIA driver could not {what}: there is none left")
     if status != 0:
-        raise DeviceError(f"the NVIDIA driver could not {what} (CUDA error {status})")
+        raise DeviceError(f"the NVIDIA driver could not {what} ({_describe(status)})")
 
 
 def _read_gpu(cuda: Any, index: int) -> Gpu:

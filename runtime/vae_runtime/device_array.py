@@ -14,7 +14,7 @@ from .cuda import made_current, synchronize, synchronize_default_stream
 from .devices import Device
 from .engine import first_line, import_engine, is_raw_engine_error, ort_value_from_dlpack
 from .errors import DeviceError, InputError, VAEError
-from .lending import Loan, Tensor, address_of, lend, returned, take_back
+from .lending import Loan, Managed, address_of, lend, returned, take_back
 from .preprocess import Float32
 
 _DLPACK_TYPES = {1: "cpu", 2: "cuda"}  # DLDeviceType of dlpack.h, for what onnxruntime calls by these names
@@ -150,7 +150,12 @@ def from_dlpack(array: Any, boundary: Boundary, device: Device, name: str) -> De
     try:
         with made_current(device.memory):  # torch hands out what is on its current GPU only
             capsule = array.__dlpack__(stream=_LEGACY_STREAM) if device.is_gpu else array.__dlpack__()
-        tensor = Tensor.from_address(address_of(capsule))
+        managed = Managed.from_address(address_of(capsule))
+        tensor = managed.tensor
+        if not managed.deleter:  # without which onnxruntime would end the process
+            raise InputError(f"{name} cannot be taken through DLPack: its capsule has no deleter; {rule}")
+        if tuple(tensor.device) != (kind, index):
+            raise InputError(f"{name} has a capsule of memory elsewhere than it says itself; {rule}")
         tensor.data += tensor.byte_offset  # which onnxruntime before 1.32 does not look at
         tensor.byte_offset = 0
         value = ort_value_from_dlpack(capsule)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ _BUILDS = {
 # By onnxruntime's names. On the CPU, 1.24 to 1.32 at least end the process over a Transpose that they have moved past a
 # Cast (github.com/microsoft/onnxruntime/issues/28392).
 CRASHING_ON_FLOAT16 = ["NchwcTransformer"]
+
+_OF_CUDA = re.compile(r"\bCU[A-Z]+ failure \d+: [^;\n]*")
 
 # Beside its own: what pybind11 makes of C++'s exceptions, and of a message that is not UTF-8.
 _ENGINE_ERRORS = (RuntimeError, ValueError, MemoryError, IndexError, OverflowError, UnicodeDecodeError)
@@ -131,6 +134,9 @@ def _cure(builds: dict[str, str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an engine's error message, which may run to a page."""
+    """The first line of an engine's error message, which may run to a page; of CUDA's libraries, what they say alone,
+    around which onnxruntime puts the source code's place and the computer's name."""
     text = str(error).strip()
+    if said := _OF_CUDA.search(text):
+        return said[0].rstrip(" ;")
     return text.splitlines()[0] if text else type(error).__name__

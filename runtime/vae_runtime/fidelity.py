@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .manifest import INPUT, RECONSTRUCTION
 from .preprocess import Float32, Float64
@@ -17,14 +18,21 @@ MAX_PSNR_DB = 100.0  # a root mean square of 1e-5 of the range; beyond that a di
 PSNR_BUDGET_DB = 0.1  # that a precision may lose, where nothing else is stated
 
 
-def golden_error(tensor: str, found: Float32, golden: Mapping[str, Float32], precision: str, is_image: bool) -> float:
-    """The error of one tensor on the golden inputs, relative to max|reference| (mean, logvar) or to the data's range
-    (reconstruction)."""
+def golden_error(
+    tensor: str,
+    found: Float32,
+    golden: Mapping[str, Float32],
+    precision: str,
+    is_image: bool,
+    rows: NDArray[np.intp] | None = None,
+) -> float:
+    """The error of one tensor on the golden inputs, or on these rows of them, relative to max|reference| (mean, logvar)
+    or to the data's range (reconstruction)."""
     reference = golden[tensor]
     scale = scale_of(reference)
     if tensor == RECONSTRUCTION:
         scale = data_range(golden[INPUT], is_image)
-    return error_of(found, reference, scale, precision in _BY_MEAN_SQUARE)
+    return error_of(found, reference if rows is None else reference[rows], scale, precision in _BY_MEAN_SQUARE)
 
 
 def error_of(found: Float32, reference: Float32, scale: float, by_mean_square: bool) -> float:

@@ -28,7 +28,7 @@ class Tensor(ctypes.Structure):
     ]  # fmt: skip
 
 
-class _Managed(ctypes.Structure):
+class Managed(ctypes.Structure):
     """DLManagedTensor of dlpack.h."""
 
     _fields_ = [("tensor", Tensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
@@ -37,7 +37,7 @@ class _Managed(ctypes.Structure):
 class Loan:
     """One capsule's memory, on GPU `index`. Told apart by the object: the address of a freed one comes again."""
 
-    def __init__(self, index: int, managed: _Managed) -> None:
+    def __init__(self, index: int, managed: Managed) -> None:
         self.index = index
         self._managed, self._data = managed, managed.tensor.data
         self._delete = _Deleter(managed.deleter)
@@ -60,7 +60,7 @@ def address_of(capsule: Any) -> int:
 
 def lend(capsule: Any, index: int) -> None:
     """Keep the memory of this capsule of onnxruntime's, on GPU `index`, until `take_back` after it is let go of."""
-    managed = _Managed.from_address(address_of(capsule))
+    managed = Managed.from_address(address_of(capsule))
     _lent.add(Loan(index, managed))
     managed.deleter = _mark()
 

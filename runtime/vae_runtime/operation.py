@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .arguments import check_count
 from .bound import KEPT_SHAPES, BoundCall, BoundPair, Kept
@@ -36,6 +38,7 @@ class Route:
         self.precision = precision
         self.any_batch = session
         self._fixed: dict[tuple[int, ...], GraphSession] = {}  # by shape, with the batch
+        self._adding = threading.Lock()  # of them; held for no longer than that
 
     def session(self, shape: tuple[int, ...]) -> GraphSession:
         """What runs an input of this shape, in this thread."""
@@ -49,22 +52,34 @@ class Route:
     def fix(self, shape: tuple[int, ...], read: Callable[[str], bytes], rule: ValueRule) -> None:
         """Make a session for just this shape, where that is faster. read: a file of the bundle -> its bytes. rule: what
         calls hold values to."""
-        if self.any_batch.gains_from_fixed_shape and shape not in self._fixed:
-            if len(self._fixed) >= KEPT_SHAPES:
-                raise InputError(
-                    f"batch size {shape[0]} would be number {len(self._fixed) + 1} with a session of its own, which"
-                    f" takes memory; at most {KEPT_SHAPES} are made"
-                )
-            self._fixed[shape] = self.any_batch.for_shape(read(self.any_batch.file), shape, rule)
+        if not self.any_batch.gains_from_fixed_shape or shape in self._fixed:
+            return
+        self._require_room(shape)
+        made = [self.any_batch.for_shape(read(self.any_batch.file), shape, rule)]
+        try:
+            with self._adding:  # others have made some in the meantime, of this shape too
+                self._require_room(shape)
+                self._fixed.setdefault(shape, made[0])
+        finally:
+            with freeing(made):
+                made.clear()
 
-    def has_orphan(self, shape: tuple[int, ...]) -> bool:
-        """Whether this shape has a session that no thread can use any more."""
-        fixed = self._fixed.get(shape)
-        return fixed is not None and fixed.is_orphan
+    def _require_room(self, shape: tuple[int, ...]) -> None:
+        if shape not in self._fixed and len(self._fixed) >= KEPT_SHAPES:
+            raise InputError(
+                f"batch size {shape[0]} would be number {len(self._fixed) + 1} with a session of its own, which takes"
+                f" memory; at most {KEPT_SHAPES} are made"
+            )
 
-    def unfix(self, shape: tuple[int, ...]) -> GraphSession:
-        """The session for just this shape, without which this route is then."""
-        return self._fixed.pop(shape)
+    def drop_orphan(self, shape: tuple[int, ...]) -> list[GraphSession]:
+        """The session of this shape where no thread can use it any more, without which this route is then."""
+        with self._adding:
+            fixed = self._fixed.get(shape)
+            return [] if fixed is None or not fixed.is_orphan else [self._fixed.pop(shape)]
+
+    def sessions(self) -> list[GraphSession]:
+        """All that this thread's calls may take."""
+        return [self.any_batch, *(one for one in list(self._fixed.values()) if one.serves_this_thread)]
 
     def describe(self) -> dict[str, Any]:
         """One entry of `VAE.plan`."""
@@ -159,8 +174,9 @@ class Operation:
         route = self.route(examples)
         for rows in {min(examples, chunk), examples % chunk if examples > chunk else 0} - {0}:
             part = (rows, *shape[1:])
-            if route.has_orphan(part):
-                with freeing([route.unfix(part)]):
+            if orphans := route.drop_orphan(part):
+                with freeing(orphans):
+                    orphans.clear()
                     self._own.pop(part, None)
             route.fix(part, read, self._rule)
             if route.is_fixed(part):
@@ -246,10 +262,18 @@ class Operation:
         second = decoder._own.get((shape[0], *self._boundary.output_shapes(shape[1:])[0]))
         return (first, second) if isinstance(first, StagedCall) and isinstance(second, StagedCall) else None
 
-    def run_each(self, array: Any) -> list[tuple[Route, list[Float32]]]:
-        """The outputs of every route for the same input."""
+    def run_each(self, array: Any) -> Iterator[tuple[Route, NDArray[np.intp], list[Float32]]]:
+        """By each session of each route that this thread's calls may take: its route, the rows of the same input that
+        it was given, all of them and some twice where it takes another number, and the outputs for them."""
         checked = self.check(array)
-        return [(route, route.any_batch.run(checked)) for route in self.routes]
+        for route in self.routes:
+            for session in route.sessions():
+                count = len(checked) if session.fixed is None else session.fixed[0]
+                if session.fixed not in (None, (count, *checked.shape[1:])):
+                    continue
+                rows = np.arange(-(-len(checked) // count) * count) % len(checked)
+                parts = [session.run(checked[rows[start : start + count]]) for start in range(0, len(rows), count)]
+                yield route, rows, self._joined(parts, checked.shape)
 
     def route(self, examples: int) -> Route:
         """The whole call takes one route, so that chunks do not change the result."""
@@ -263,10 +287,10 @@ class Operation:
 
 
 def _rows(array: Any) -> int:
-    """How many examples another library's array has; 1 where it does not say."""
+    """How many examples another library's array has; 1 where it does not say, whatever it raises."""
     try:
         return max(1, int(array.shape[0]))
-    except (AttributeError, IndexError, TypeError, ValueError):
+    except Exception:
         return 1
 
 

@@ -159,7 +159,9 @@ def require_unmasked(array: NDArray[Any], name: str) -> None:
 def require_plain_array(array: Any, name: str) -> None:
     """Raise `InputError` for anything but a plain numpy array of at least one dimension."""
     if not isinstance(array, np.ndarray):
-        raise InputError(f"{name} is a {type(array).__name__}; expected a numpy array")
+        on_device = "; what is on a device is for encode_to_device and decode_to_device"
+        hint = on_device if hasattr(array, "__dlpack__") else ""
+        raise InputError(f"{name} is a {type(array).__name__}; expected a numpy array{hint}")
     require_unmasked(array, name)
     if array.ndim == 0 or len(array) == 0:
         raise InputError(

@@ -7,7 +7,7 @@ import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -24,6 +24,7 @@ from .cuda import (
     operators,
     real_work_on_cpu,
     share_allocator,
+    why_not_loaded,
 )
 from .device_array import DeviceArray, await_others, copy_to_device
 from .device_call import CapturedCall, DeviceCall, ResidentCall, StagedCall
@@ -240,15 +241,19 @@ class GraphSession:
             await_others(self._memory)
             name, *outputs = self.names
             results = cast("list[Float32]", self._session.run(outputs, {name: array}))
-        # onnxruntime does not hold a graph to the shapes that it declares.
-        shapes = self._boundary.output_shapes(array.shape[1:])
-        for name, result, shape in zip(outputs, results, shapes, strict=True):
-            if result.shape != (len(array), *shape):
-                raise BundleError(
-                    f"{self.file} returned {name} of shape {result.shape} for {len(array)} rows;"
-                    f" the manifest promises {(len(array), *shape)}"
-                )
+        self._require_shapes(array.shape, [result.shape for result in results])
         return results
+
+    def _require_shapes(self, given: tuple[int, ...], found: Sequence[tuple[int, ...]]) -> None:
+        """Raise `BundleError` unless the outputs for an input of this shape, with the batch, have those of the
+        manifest: onnxruntime does not hold a graph to the shapes that it declares."""
+        shapes = self._boundary.output_shapes(given[1:])
+        for name, result, shape in zip(self.names[1:], found, shapes, strict=True):
+            if result != (given[0], *shape):
+                raise BundleError(
+                    f"{self.file} returned {name} of shape {result} for {given[0]} rows;"
+                    f" the manifest promises {(given[0], *shape)}"
+                )
 
     def run_on_device(self, array: DeviceArray) -> list[DeviceArray]:
         """Run the graph on an array in the device's memory -> new ones there, which belong to the caller.
@@ -257,13 +262,14 @@ class GraphSession:
             As `run`.
         """
         self._require_own_process()
-        with self._naming_errors(len(array)):
+        with self._naming_errors(len(array), in_one_piece=True):
             # Taken out while it is in use: a signal's handler may make a call within this one.
             call = getattr(self._of_thread, "resident", None) or ResidentCall(self)
             self._of_thread.resident = None
             found = [DeviceArray(value, self._memory) for value in call(array._value)]
             self._of_thread.resident = call
-            return found
+        self._require_shapes(array.shape, [one.shape for one in found])
+        return found
 
     def replay_on_device(self, array: DeviceArray) -> list[DeviceArray] | None:
         """The same by the CUDA graph of a session for one shape that works on a stream. None where there is no such
@@ -272,13 +278,13 @@ class GraphSession:
         try:
             values = call.on_device(array._value) if isinstance(call, StagedCall) else None
         except Exception as error:
-            self._raise(error, len(array))
+            self._raise(error, len(array), in_one_piece=True)
         return None if values is None else [DeviceArray(value, self._memory) for value in values]
 
     def to_device(self, array: Float32) -> DeviceArray:
         """A copy in the device's memory. Raises as `run`."""
         self._require_own_process()
-        with self._naming_errors(len(array)):
+        with self._naming_errors(len(array), in_one_piece=True):
             return copy_to_device(array, self.device)
 
     def _require_own_process(self) -> None:
@@ -288,28 +294,30 @@ class GraphSession:
             )
 
     @contextlib.contextmanager
-    def _naming_errors(self, rows: int) -> Iterator[None]:
-        """The engine's errors as ours, with the file, the device and the batch size."""
+    def _naming_errors(self, rows: int, in_one_piece: bool = False) -> Iterator[None]:
+        """The engine's errors as ours, with the file, the device and the batch size. in_one_piece: the caller has no
+        batch_size to make smaller."""
         try:
             with self._context:
                 yield
         except Exception as error:
-            self._raise(error, rows)
+            self._raise(error, rows, in_one_piece)
 
-    def _raise(self, error: Exception, rows: int) -> NoReturn:
+    def _raise(self, error: Exception, rows: int, in_one_piece: bool = False) -> NoReturn:
         if self.device.is_gpu:
             _keep_if_lost(self._memory[1])
         if not is_raw_engine_error(error):
             raise error
-        raise self._run_error(error, rows) from error
+        raise self._run_error(error, rows, in_one_piece) from error
 
-    def _run_error(self, error: Exception, rows: int) -> DeviceError:
+    def _run_error(self, error: Exception, rows: int, in_one_piece: bool = False) -> DeviceError:
         if _is_about_memory(error, self.device):
             free = None in self._boundary.input_shape
             smallest = "; go through large images in windows, with tile" if free else ", the smallest"
+            fewer = "; pass fewer examples at a time" if in_one_piece else "; pass a smaller batch_size"
             return OutOfMemoryError(
                 f"{self.device.name} has not enough memory for {self.file} at batch size {rows}"
-                + ("; pass a smaller batch_size" if rows > 1 else smallest)
+                + (fewer if rows > 1 else smallest)
             )
         return DeviceError(f"{self.file} failed on {self.device.name} at batch size {rows}: {first_line(error)}")
 
@@ -348,9 +356,9 @@ if hasattr(os, "register_at_fork"):
 def freeing(sessions: Iterable[GraphSession]) -> Iterator[None]:
     """While it lasts, these may be freed without harm: to a CUDA graph that another thread captures, as cuBLAS and
     cuDNN wait for the whole GPU then, and to which GPU is this thread's own, which onnxruntime changes."""
-    mine = (session for session in sessions if session.device.is_gpu and not session.owner.forked)
-    on_gpus = sorted({session._memory for session in mine})
-    del sessions, mine  # or they would not be freed
+    held = list(sessions)
+    on_gpus = sorted({one._memory for one in held if one.device.is_gpu and not one.owner.forked})
+    del sessions  # or they would not be freed
     with contextlib.ExitStack() as entered:
         for memory in on_gpus:
             if not _keep_if_lost(memory[1]):
@@ -359,7 +367,10 @@ def freeing(sessions: Iterable[GraphSession]) -> Iterator[None]:
                 entered.enter_context(made_current(memory))
         if on_gpus:
             entered.enter_context(capturing)
-        yield
+        try:
+            yield
+        finally:
+            held.clear()
 
 
 def alone_on(device: Device) -> contextlib.AbstractContextManager[object]:
@@ -423,9 +434,9 @@ def _open(
         raise _open_error(error, file, device) from error
     session._model_bytes = None  # kept only for the fallback that is off; it would double the memory
     if session.get_providers()[0] != device.provider:
-        raise DeviceError(
-            f"device {device.name!r} cannot be used: onnxruntime opened {file} on {session.get_providers()[0]} instead"
-        )
+        reason = why_not_loaded(device.provider) if device.is_gpu else None
+        instead = f"onnxruntime opened {file} on {session.get_providers()[0]} instead"
+        raise DeviceError(f"device {device.name!r} cannot be used: {reason or instead}")
     if records_nodes and (left := real_work_on_cpu(session)):
         raise DeviceError(
             f"device {device.name!r} cannot run {file} as a whole: it leaves {', '.join(left)} to the CPU"

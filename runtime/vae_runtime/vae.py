@@ -692,7 +692,8 @@ class VAE:
         """Run the bundle's golden inputs through every route of `plan` and compare with the reference's outputs of the
         day of export.
 
-        The decoder gets the reference's mean, so that each half is held to its own error.
+        What `warmup` has made ready in this thread for a batch size of its own is tested too; of each route the largest
+        error counts. The decoder gets the reference's mean, so that each half is held to its own error.
 
         Raises:
             BundleError: the golden file is damaged. DeviceError: the bundle states no tolerance for a precision in use,

@@ -669,6 +669,10 @@ int cuInit(unsigned) {
 }
 int cuDeviceGetCount(int* count) { return cudaGetDeviceCount(count); }
 int cuDriverGetVersion(int* version) { return cudaDriverGetVersion(version); }
+int cuGetErrorString(int, const char** text) {
+  *text = nullptr;  // as of an error that it does not know
+  return cudaErrorInvalidValue;
+}
 int cuTensorMapEncodeTiled() { return cudaErrorNotSupported; }
 
 int cuDeviceGet(int* device, int index) {

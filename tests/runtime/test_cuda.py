@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.linalg import _umath_linalg  # a library that can be loaded
 
 from vae_runtime import (
     VAE,
@@ -68,6 +69,7 @@ class Driver:
 
     def __init__(self, gpus: int, status: int = 0) -> None:
         self.gpus, self.status = gpus, status
+        self.version, self.capability = 13020, (9, 0)
         self.stack: list[int | None] = []
         self.waited: list[Any] = []
         self.modes: list[int] = []
@@ -80,7 +82,11 @@ class Driver:
         return 0
 
     def cuDriverGetVersion(self, version: Any) -> int:
-        version._obj.value = 13020
+        version._obj.value = self.version
+        return 0
+
+    def cuGetErrorString(self, status: int, text: Any) -> int:
+        text._obj.value = b"no CUDA-capable device is detected" if status == 100 else None
         return 0
 
     def cuDeviceGet(self, device: Any, index: int) -> int:
@@ -121,7 +127,7 @@ class Driver:
         return 0
 
     def cuDeviceGetAttribute(self, value: Any, attribute: int, device: ctypes.c_int) -> int:
-        value._obj.value = {75: 9, 76: 0}[attribute]
+        value._obj.value = self.capability[attribute - 75]
         return 0
 
 
@@ -137,13 +143,16 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
 
         monkeypatch.setattr(module, "driver", load)
         monkeypatch.setattr(module, "_of_thread", threading.local())  # what this one is told, a real one is not
-        engine = SimpleNamespace(get_available_providers=lambda: list(providers), __file__="/nowhere/onnxruntime/x.py")
+        engine = SimpleNamespace(
+            get_available_providers=lambda: list(providers), __file__="/nowhere/onnxruntime/x.py", cuda_version="13.0"
+        )
         monkeypatch.setattr(module, "import_engine", lambda: engine)
         monkeypatch.setattr(module, "_libraries_are_there", [])
+        monkeypatch.setattr(module, "_loaded_providers", {CUDA, TENSORRT})
         for function in cached:
             function.cache_clear()
 
-    cached = (find_gpus, module._missing_tensorrt, module._primary_context)
+    cached = (module._usable_gpus, module._missing_tensorrt, module._primary_context)
     yield become
     for function in cached:
         function.cache_clear()
@@ -164,7 +173,11 @@ def test_gpus_are_read_from_the_driver(machine: Any) -> None:
     [
         (None, "no NVIDIA driver is installed on this machine (libcuda was not found)"),
         (Driver(0), "the NVIDIA driver shows no GPU"),
-        (Driver(1, status=100), "the NVIDIA driver shows no usable GPU (CUDA error 100)"),
+        (
+            Driver(1, status=100),
+            "the NVIDIA driver shows no usable GPU (CUDA error 100, no CUDA-capable device is detected)",
+        ),
+        (Driver(1, status=802), "the NVIDIA driver shows no usable GPU (CUDA error 802)"),
     ],
 )
 def test_machines_without_a_gpu_are_told_apart(machine: Any, driver: Driver | None, reason: str) -> None:
@@ -175,6 +188,60 @@ def test_machines_without_a_gpu_are_told_apart(machine: Any, driver: Driver | No
             find_device(name, "tf32")
         assert str(caught.value) == f"device {name!r} cannot be used: {reason}"
     assert find_device("auto").name == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "reason"),
+    [
+        (
+            12040,
+            (9, 0),
+            "the NVIDIA driver runs CUDA 12.4 at most, this onnxruntime has 13.0; update the driver",
+        ),
+        (
+            13000,
+            (7, 0),
+            "GPU of 80 GiB, number 0 has compute capability 7.0, and CUDA 13, which this onnxruntime has, runs from"
+            " 7.5 on",
+        ),
+        (13000, (7, 5), None),
+        (14010, (12, 0), None),
+    ],
+)
+def test_drivers_and_gpus_that_are_too_old_for_the_engine_are_told(
+    machine: Any, version: int, capability: tuple[int, int], reason: str | None
+) -> None:
+    driver = Driver(1)
+    driver.version, driver.capability = version, capability
+    machine(driver)
+    assert why_not_cuda() == reason
+    assert find_device("auto").name == ("cpu" if reason else "cuda:0")
+
+
+def test_a_driver_that_was_not_ready_is_asked_again(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(1, status=802)
+    machine(driver)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    hidden = "the NVIDIA driver shows no usable GPU (CUDA error 802); the environment has CUDA_VISIBLE_DEVICES=''"
+    assert why_not_cuda() == hidden
+    driver.status = 0
+    assert why_not_cuda() is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere these files have other names")
+@pytest.mark.parametrize("lacking", ["shared", "cuda"])
+def test_a_provider_without_its_library_is_told(machine: Any, tmp_path: Path, lacking: str) -> None:
+    machine(Driver(1))
+    module._loaded_providers.clear()
+    (tmp_path / "capi").mkdir()
+    module.import_engine().__file__ = str(tmp_path / "__init__.py")
+    for part in {"shared", "cuda"} - {lacking}:
+        shutil.copy(_umath_linalg.__file__, tmp_path / "capi" / f"libonnxruntime_providers_{part}.so")
+    reason = str(why_not_cuda())
+    assert reason.startswith(f"libonnxruntime_providers_{lacking}.so of onnxruntime could not be loaded: {tmp_path}")
+    assert find_device("auto").name == "cpu"
+    (tmp_path / "capi" / f"libonnxruntime_providers_{lacking}.so").write_bytes(b"no library")
+    assert "too short; in a fresh environment install onnxruntime-gpu anew" in str(why_not_cuda())
 
 
 @pytest.mark.parametrize("there", [(), ("libcudnn.so.9",), ("libcublasLt.so.13", "libcudnn.so.9")])
@@ -385,8 +452,9 @@ def test_tensorrt_runs_what_it_says(machine: Any, monkeypatch: pytest.MonkeyPatc
 
 def test_tensorrt_that_is_not_installed_is_refused_in_words(machine: Any, tiny_path: Path) -> None:
     machine(Driver(1))
-    assert "libnvinfer.so.10 could not be loaded; run: pip install" in str(usable_devices()["tensorrt"])
-    with pytest.raises(DeviceError, match=r"device 'tensorrt' cannot be used: libnvinfer\.so\.10 could not be loaded"):
+    libraries = "libnvinfer.so.10, libnvonnxparser.so.10"
+    assert f"{libraries} could not be loaded; run: pip install" in str(usable_devices()["tensorrt"])
+    with pytest.raises(DeviceError, match=rf"device 'tensorrt' cannot be used: {libraries} could not be loaded"):
         VAE.load(tiny_path, device="tensorrt", precision="tf32")
 
 

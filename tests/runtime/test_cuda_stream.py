@@ -65,13 +65,18 @@ class Driver:
 
     def __getattr__(self, name: str) -> Callable[..., int]:
         def call(*arguments: Any) -> int:
-            if name not in ("cuCtxPushCurrent_v2", "cuDeviceGet") and not name.startswith("cuDevicePrimaryCtx"):
+            if name not in ("cuCtxPushCurrent_v2", "cuDeviceGet", "cuGetErrorString") and not name.startswith(
+                "cuDevicePrimaryCtx"
+            ):
                 assert self.stack, f"{name} without a context"
             if (status := self.status.get(name, 0)) == 0 or name == "cuStreamEndCapture":  # which ends it in any case
                 getattr(self, f"do_{name}")(*arguments)
             return status
 
         return call
+
+    def do_cuGetErrorString(self, status: int, text: Any) -> None:
+        text._obj.value = None  # as of an error that it does not know
 
     def do_cuDeviceGet(self, device: Any, index: int) -> None:
         device._obj.value = index

@@ -6,6 +6,8 @@ import contextlib
 import ctypes
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ import numpy as np
 import pytest
 
 import vae_runtime.device_array as device_array
-from vae_runtime import VAE, ClosedError, InputError, lending
+from vae_runtime import VAE, ClosedError, InputError, OutOfMemoryError, lending
 from vae_runtime.device_array import DeviceArray, await_others, copy_to_device, from_dlpack
 from vae_runtime.devices import Device
+from vae_runtime.engine import import_engine
 
 GPU = ("cuda", 1)
 
@@ -169,7 +172,7 @@ def test_an_address_that_comes_again_is_another_loan() -> None:
     """Freed by one thread while another waits, memory may hold the next array's capsule, which nobody waited for."""
     freed: list[int] = []
     delete = lending._Deleter(freed.append)
-    managed = lending._Managed(deleter=ctypes.cast(delete, ctypes.c_void_p).value)
+    managed = lending.Managed(deleter=ctypes.cast(delete, ctypes.c_void_p).value)
     new = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
         ("PyCapsule_New", ctypes.pythonapi)
     )
@@ -264,6 +267,25 @@ def test_arrays_on_a_gpu_are_finished_and_aligned(
         from_dlpack(OnGpu(flat[3:-1].view(2, 1, 8, 8)), boundary, device, "images")
 
 
+def test_without_memory_for_them_the_hint_is_one_that_can_be_followed(
+    tiny: VAE, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calls have no batch_size."""
+    fail = import_engine().capi.onnxruntime_pybind11_state.Fail
+
+    def without_memory(*_: Any) -> Any:
+        raise fail("Failed to allocate memory for requested buffer of size 4096")
+
+    monkeypatch.setattr("vae_runtime.session.ResidentCall", lambda session: without_memory)
+    for session in (half.routes[0].any_batch for half in tiny._open_operations()):
+        monkeypatch.setattr(session, "_of_thread", threading.local())
+    with pytest.raises(OutOfMemoryError, match=r"at batch size 3; pass fewer examples at a time$"):
+        tiny.encode_to_device(images[:3])
+    monkeypatch.setattr("vae_runtime.session.copy_to_device", without_memory)
+    with pytest.raises(OutOfMemoryError, match=r"at batch size 3; pass fewer examples at a time$"):
+        tiny.decode_to_device(np.zeros((3, 4), np.float32))
+
+
 def test_they_outlive_the_bundle(tiny_path: Path, images: np.ndarray) -> None:
     vae = VAE.load(tiny_path)
     mean = vae.encode_to_device(images[:4]).mean
@@ -313,6 +335,66 @@ def test_other_arrays_are_refused_in_words(tiny: VAE, images: np.ndarray, make: 
     x = torch.from_numpy(images[:4].copy())
     with pytest.raises(InputError, match=message):
         tiny.encode_to_device(make(torch, x))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda managed: setattr(managed, "deleter", None),
+            "inputs cannot be taken through DLPack: its capsule has no deleter; expected float32",
+        ),
+        (
+            lambda managed: managed.tensor.device.__setitem__(0, 2),
+            "inputs has a capsule of memory elsewhere than it says itself; expected float32",
+        ),
+    ],
+)
+def test_capsules_that_onnxruntime_cannot_take_are_refused(
+    tiny: VAE, images: np.ndarray, change: Callable[[lending.Managed], None], message: str
+) -> None:
+    """Of either, it would end the process or read what is not there."""
+    whole = tiny.encode_to_device(images[:2]).mean
+
+    class Array:
+        shape = (2, 1, 8, 8)
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return 1, 0
+
+        def __dlpack__(self) -> Any:
+            capsule = whole.__dlpack__()
+            managed = lending.Managed.from_address(lending.address_of(capsule))
+            kept.append((capsule, managed.deleter))
+            change(managed)
+            return capsule
+
+    kept: list[Any] = []
+    with pytest.raises(InputError, match=message):
+        tiny.encode_to_device(Array())
+    ((capsule, deleter),) = kept
+    lending.Managed.from_address(lending.address_of(capsule)).deleter = deleter  # onnxruntime's own frees it
+
+
+def test_an_array_whose_shape_raises_is_taken_by_its_capsule(tiny: VAE, images: np.ndarray) -> None:
+    array = copy_to_device(images[:2], tiny._open_operations()[0].routes[0].any_batch.device)
+
+    class Odd:
+        __dlpack__, __dlpack_device__ = array.__dlpack__, array.__dlpack_device__
+
+        @property
+        def shape(self) -> Any:
+            raise RuntimeError("not now")
+
+    np.testing.assert_array_equal(tiny.encode_to_device(Odd()).mean.numpy(), tiny.encode(images[:2]).mean)
+
+
+def test_arrays_on_a_device_are_sent_to_the_calls_for_them(tiny: VAE, images: np.ndarray) -> None:
+    mean = tiny.encode_to_device(images[:2]).mean
+    with pytest.raises(
+        InputError, match=r"is a DeviceArray; expected a numpy array; .* for encode_to_device and decode"
+    ):
+        tiny.decode(mean)
 
 
 def test_arrays_on_another_device_are_refused(tiny: VAE) -> None:

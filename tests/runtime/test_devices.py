@@ -33,6 +33,7 @@ def fake_engine(monkeypatch: pytest.MonkeyPatch, providers: list[str], gpus: int
         monkeypatch.setattr(where, "import_engine", lambda: fake)
     monkeypatch.setattr(cuda, "find_gpus", lambda: (found, reason))
     monkeypatch.setattr(cuda, "_missing_tensorrt", lambda: "not there")
+    monkeypatch.setattr(cuda, "_loaded_providers", {cuda.CUDA, cuda.TENSORRT})
 
 
 def test_cpu_by_either_name() -> None:

@@ -173,3 +173,15 @@ def test_so_it_does_while_graphs_are_opened_and_memory_is_asked_for(
             with VAE.load(tiny_path) as vae:
                 vae.encode(np.full((1, 8, 8), 1, np.uint8))
                 vae.sample(1, 0)
+
+
+def test_of_a_page_about_cuda_what_its_libraries_say_is_shown_alone() -> None:
+    said = "CUDA failure 35: CUDA driver version is insufficient for CUDA runtime version"
+    text = (
+        f"[ONNXRuntimeError] : 11 : EP_FAIL : /onnxruntime_src/cuda_call.cc:143 std::conditional_t<1> CudaCall() {said}"
+        " ; GPU=0 ; hostname=here ; file=cuda_provider.cc ; line=1 ; expr=cudaSetDevice(id);\nmore"
+    )
+    assert first_line(RuntimeError(text)) == said
+    assert first_line(RuntimeError("[ONNXRuntimeError] : 1 : FAIL : it is so\nand more")) == (
+        "[ONNXRuntimeError] : 1 : FAIL : it is so"
+    )

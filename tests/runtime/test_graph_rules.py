@@ -420,6 +420,8 @@ def test_graph_that_gives_other_shapes_than_it_declares_is_refused_when_it_runs(
         rule = rf"encoder.onnx returned mean of shape {shape} for 2 rows; the manifest promises \(2, 4\)"
         with pytest.raises(BundleError, match=rule):
             vae.encode(np.full((2, 1, 8, 8), value, np.float32))
+        with pytest.raises(BundleError, match=rule):
+            vae.encode_to_device(np.full((2, 1, 8, 8), value, np.float32))
     assert capfd.readouterr() == ("", "")
 
 

@@ -135,7 +135,7 @@ def test_runtime_without_its_command_line_stays_small() -> None:
     shell = {"cli.py", "console.py", "sources.py", "sinks.py", "latent_files.py", "images.py", "tune.py"}
     shell |= {"command_inputs.py", "latent_commands.py", "score_commands.py", "detection.py", "labels.py"}
     counts = {path.name: code_lines(path) for path in PACKAGES["vae_runtime"].glob("*.py") if path.name not in shell}
-    assert 500 < sum(counts.values()) < 5500, counts
+    assert 500 < sum(counts.values()) < 5650, counts
 
 
 def test_import_loads_neither_engine_nor_anything_heavy(python: Any) -> None:

@@ -520,6 +520,7 @@ def test_sessions_share_it_unless_the_caller_has_a_say(
         boundary = vae._open_operations()[0].routes[0].any_batch._boundary
     monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
     monkeypatch.setattr("vae_runtime.session.made_current", lambda memory: contextlib.nullcontext())
+    monkeypatch.setattr("vae_runtime.session.why_not_loaded", lambda provider: None)
     for device, fixed, expected in (
         (gpu, None, "1"),
         (gpu, SHAPE, None),  # a CUDA graph keeps the addresses that it was captured with

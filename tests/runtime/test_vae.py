@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import copy as shallow_copy
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ import pytest
 
 from vae_runtime import VAE, BundleError, ClosedError, DeviceError, InputError, KindError, Posterior, to_uint8
 from vae_runtime.cuda import CUDA
+from vae_runtime.operation import Route
+from vae_runtime.preprocess import UNIT_INTERVAL
 from vae_runtime.sampling import NormalStream
 from vae_runtime.session import GraphSession
 
@@ -389,6 +392,60 @@ def test_selftest_fails_where_the_network_gives_nan(bundle: Path, resign: Any) -
         result = vae.selftest()
     assert np.isnan(result.errors["mean"])
     assert not result.passed
+
+
+@pytest.mark.parametrize("batch", [1, 3, 9])
+def test_selftest_tries_what_was_prepared_for_a_batch_size(
+    bundle: Path, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU, where nothing is by itself. Whatever the size, every golden example is run."""
+    monkeypatch.setattr(GraphSession, "gains_from_fixed_shape", True)
+    with VAE.load(bundle, threads=1) as vae:
+        vae.warmup([batch])
+        result, golden = vae.selftest(), vae.golden()
+        assert result.passed
+        assert max(result.errors.values()) < 1e-5
+        assert [route.operation for route in result.routes] == ["encode", "decode"]
+        seen = []
+
+        def run(session: GraphSession, array: np.ndarray) -> list[np.ndarray]:
+            outputs = real(session, array)
+            if session.fixed is not None:
+                seen.append(array)
+                outputs[0][0] += 0.01
+            return outputs
+
+        real = GraphSession.run
+        monkeypatch.setattr(GraphSession, "run", run)
+        spoiled = vae.selftest()
+    assert [name for name, error in spoiled.errors.items() if error > spoiled.tolerance] == ["mean", "reconstruction"]
+    inputs = np.concatenate([array for array in seen if array.ndim == golden["x"].ndim])
+    assert {len(array) for array in seen} == {batch}
+    assert {row.tobytes() for row in inputs} == {row.tobytes() for row in golden["x"]}
+
+
+def test_threads_together_make_no_more_sessions_than_are_kept() -> None:
+    """Each has seen room for its own while the others were being made."""
+    meetings: list[threading.Barrier] = []
+
+    class Session:
+        gains_from_fixed_shape, file, device = True, "encoder.onnx", SimpleNamespace(is_gpu=False)
+
+        def for_shape(self, *_: Any) -> Session:
+            for meeting in meetings:
+                meeting.wait(10)
+            return Session()
+
+    route = Route(1, Session(), "fp32")  # type: ignore[arg-type]
+    for batch in range(1, 8):
+        route.fix((batch, 4), lambda file: b"", UNIT_INTERVAL)
+    meetings.append(threading.Barrier(4))
+    with ThreadPoolExecutor(4) as pool:
+        made = [pool.submit(route.fix, (batch, 4), lambda file: b"", UNIT_INTERVAL) for batch in (8, 9, 10, 11)]
+    refused = [str(one.exception()) for one in made if one.exception() is not None]
+    assert len(refused) == 3
+    assert all("would be number 9 with a session of its own" in reason for reason in refused)
+    assert len(route._fixed) == 8
 
 
 def test_selftest_notices_golden_values_that_changed_since_loading(bundle: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,13 @@ def import_engine() -> Any:
     """onnxruntime, imported on first use.
 
     Raises:
-        MissingExtraError: no build of it is installed. DeviceError: parts of it are missing.
+        MissingExtraError: no build of it is installed. DeviceError: parts of it are missing, or cannot be loaded.
     """
     try:
         import onnxruntime
     except ImportError as error:
         if getattr(error, "name", "onnxruntime") != "onnxruntime":
-            raise  # installed, but broken: its own message says more
+            raise DeviceError(f"the installed onnxruntime cannot be loaded: {first_line(error)}{_cure_of(error)}") from error
         raise MissingExtraError("onnxruntime", "cpu", "running a bundle") from None
     if not hasattr(onnxruntime, "InferenceSession"):
         folder = next(iter(onnxruntime.__path__), "its folder")
@@ -128,6 +129,14 @@ def _installed(folder: Path) -> dict[str, str]:
 def _cure(builds: dict[str, str]) -> str:
     extra = "gpu" if "onnxruntime-gpu" in builds else "cpu"
     return f"pip uninstall -y {' '.join(sorted(builds) or ['onnxruntime'])} && pip install 'vae-edge[{extra}]'"
+
+
+def _cure_of(error: ImportError) -> str:
+    """Of an engine that cannot be loaded. On Windows its library needs Microsoft's, which not every system has, and the
+    message names neither."""
+    if sys.platform != "win32" or isinstance(error, ModuleNotFoundError):
+        return ""
+    return "; install the current Microsoft Visual C++ Redistributable (x64)"
 
 
 def first_line(error: BaseException) -> str:

@@ -45,7 +45,9 @@ def import_engine() -> Any:
         import onnxruntime
     except ImportError as error:
         if getattr(error, "name", "onnxruntime") != "onnxruntime":
-            raise DeviceError(f"the installed onnxruntime cannot be loaded: {first_line(error)}{_cure_of(error)}") from error
+            raise DeviceError(
+                f"the installed onnxruntime cannot be loaded: {first_line(error)}{_cure_of(error)}"
+            ) from error
         raise MissingExtraError("onnxruntime", "cpu", "running a bundle") from None
     if not hasattr(onnxruntime, "InferenceSession"):
         folder = next(iter(onnxruntime.__path__), "its folder")

@@ -22,7 +22,6 @@ from vae_runtime.cuda import CUDA
 from vae_runtime.devices import CPU, find_device
 from vae_runtime.engine import engine_clash, first_line, is_engine_error
 
-
 DLL_MISSING = "DLL load failed while importing onnxruntime_pybind11_state: The specified module could not be found."
 REDISTRIBUTABLE = "; install the current Microsoft Visual C++ Redistributable (x64)"
 

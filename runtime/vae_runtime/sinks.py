@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, Protocol
@@ -25,6 +26,10 @@ from .preprocess import Float32, to_uint8
 GRID_LIMIT = 256  # images in one grid; more is no longer a picture to look at
 ALONE_SIDE = 64  # a single image of this size or larger is written as it is, without a frame; of free sizes always
 _ROW = re.compile(r"(.+\.(npy|npz|safetensors)|golden)?#\d*", re.IGNORECASE | re.DOTALL)
+# Windows' rules: characters, a device's name also before a dot, and an end that it would cut off.
+_NO_NAME = re.compile(
+    r'.*[<>:"/\\|?*\0-\x1f]|(con|prn|aux|nul|(com|lpt)[1-9]) *(\.|$)|.*[. ]$', re.IGNORECASE | re.DOTALL
+)
 
 
 class Sink(Protocol):
@@ -246,17 +251,23 @@ class _FolderSink:
 
 def unused_name(name: str, taken: set[str]) -> str:
     """A file name without suffix for what is called `name`: `photos/a.png` -> `a`; by their number are called rows of
-    arrays (`x.npy#3`, `golden#3`, `#`) and what has a name that no file can have."""
+    arrays (`x.npy#3`, `golden#3`, `#`) and what has a name that no file can have, on Windows or here: results made on
+    one system are copied to another."""
     stem = "" if _ROW.fullmatch(name) else PurePath(name).stem
-    if stem in ("", ".", "..") or "\0" in stem or not _is_encodable(stem):
+    if stem in ("", ".", "..") or _NO_NAME.match(stem) or not _is_encodable(stem):
         stem = f"{len(taken):06d}"
     wanted = stem
     number = 1
-    while wanted.casefold() in taken:
+    while _compared(wanted) in taken:
         number += 1
         wanted = f"{stem}-{number}"
-    taken.add(wanted.casefold())
+    taken.add(_compared(wanted))
     return wanted
+
+
+def _compared(name: str) -> str:
+    """One for all names that some file system takes for the same: in either case, composed or not."""
+    return unicodedata.normalize("NFC", name.casefold())
 
 
 def _is_encodable(name: str) -> bool:

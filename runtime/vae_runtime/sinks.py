@@ -10,9 +10,10 @@ import re
 import shutil
 import tempfile
 import unicodedata
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ from .preprocess import Float32, to_uint8
 
 GRID_LIMIT = 256  # images in one grid; more is no longer a picture to look at
 ALONE_SIDE = 64  # a single image of this size or larger is written as it is, without a frame; of free sizes always
+_COPIED = 2**20  # bytes at a time
 _ROW = re.compile(r"(.+\.(npy|npz|safetensors)|golden)?#\d*", re.IGNORECASE | re.DOTALL)
 # Windows' rules: characters, a device's name also before a dot, and an end that it would cut off.
 _NO_NAME = re.compile(
@@ -162,15 +164,27 @@ class ArrayWriter:
             raise OutputError(f"{self._path} cannot be written: it takes {needed:,} bytes, of {free:,} free")
 
     def _assemble(self) -> None:
-        maps = {
-            name: np.memmap(self._folder / name, self._dtypes[name], "r", shape=shape)
-            for name, shape in self._arrays.items()
-        }
+        """What `np.save` and `np.savez` would write of the parts, without a map of them: it would last as long as an
+        error's traceback, and Windows removes no file that is mapped."""
         with atomic_file(self._path) as stream:
             if self._path.suffix.lower() == ".npy":
-                np.save(stream, next(iter(maps.values())))
-            else:
-                np.savez(stream, **maps, **self.extra)  # type: ignore[arg-type]  # names are never `allow_pickle`
+                self._copy(next(iter(self._arrays)), stream)
+                return
+            with zipfile.ZipFile(stream, "w") as archive:
+                for name in self._arrays:
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                        self._copy(name, entry)
+                for name, array in self.extra.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                        np.lib.format.write_array(entry, np.asanyarray(array))
+
+    def _copy(self, name: str, stream: IO[bytes]) -> None:
+        shape, dtype = self._arrays[name], self._dtypes[name]
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(stream, header)
+        with (self._folder / name).open("rb") as part:
+            assert os.fstat(part.fileno()).st_size == math.prod(shape) * dtype.itemsize, "other arrays than announced"
+            shutil.copyfileobj(part, stream, _COPIED)
 
 
 class _ArraySink:

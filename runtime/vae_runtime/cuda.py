@@ -286,8 +286,10 @@ def share_allocator(index: int) -> bool:
 
 def _why_not(provider: str, index: int) -> str | None:
     if provider not in import_engine().get_available_providers():
+        if sys.platform == "darwin":
+            return "macOS has no CUDA"
         mend = engine_clash() or (
-            "in a fresh environment run: pip install 'vae-edge[gpu]' (onnxruntime and onnxruntime-gpu must not be"
+            'in a fresh environment run: pip install "vae-edge[gpu]" (onnxruntime and onnxruntime-gpu must not be'
             " installed together)"
         )
         return f"this build of onnxruntime has no {provider.removesuffix('ExecutionProvider')} provider; {mend}"
@@ -320,7 +322,7 @@ def _missing_cuda_libraries() -> str | None:
     if not missing:
         _libraries_are_there.append(True)
         return None
-    return f"{', '.join(missing)} could not be loaded; pip install 'vae-edge[gpu]' brings CUDA and cuDNN"
+    return f'{", ".join(missing)} could not be loaded; pip install "vae-edge[gpu]" brings CUDA and cuDNN'
 
 
 @functools.cache
@@ -330,7 +332,7 @@ def _missing_tensorrt() -> str | None:
     if importlib.util.find_spec("tensorrt_libs") is not None:
         with contextlib.suppress(ImportError, OSError):
             importlib.import_module("tensorrt_libs")  # loads its libraries when it is imported
-    return None if _can_load(name) else f"{name} could not be loaded; run: pip install 'tensorrt-cu13<11'"
+    return None if _can_load(name) else f'{name} could not be loaded; run: pip install "tensorrt-cu13<11"'
 
 
 def _can_load(library: str) -> bool:

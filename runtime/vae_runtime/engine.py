@@ -130,7 +130,8 @@ def _installed(folder: Path) -> dict[str, str]:
 
 def _cure(builds: dict[str, str]) -> str:
     extra = "gpu" if "onnxruntime-gpu" in builds else "cpu"
-    return f"pip uninstall -y {' '.join(sorted(builds) or ['onnxruntime'])} && pip install 'vae-edge[{extra}]'"
+    names = " ".join(sorted(builds) or ["onnxruntime"])
+    return f'pip uninstall -y {names}, then: pip install "vae-edge[{extra}]"'
 
 
 def _cure_of(error: ImportError) -> str:

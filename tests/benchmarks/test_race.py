@@ -1032,7 +1032,7 @@ def test_an_engine_that_is_not_installed_is_skipped_with_its_cure(tiny: Path, tm
         env={**os.environ, "PYTHONPATH": path},
         check=False,
     )
-    assert done.stdout.strip() == str({"skip": "openvino is not installed; pip install 'vae-edge[race]'"}), done.stderr
+    assert done.stdout.strip() == str({"skip": 'openvino is not installed; pip install "vae-edge[race]"'}), done.stderr
 
 
 @pytest.mark.parametrize("way", ["bound tensors", "shared inputs"])

@@ -292,7 +292,7 @@ def test_help_and_the_missing_extra_work_without_torch(model_file: Path) -> None
     assert "Export SOURCE" in shown.stdout
     refused = subprocess.run([sys.executable, "-c", block, model_file], capture_output=True, text=True, check=False)
     assert refused.returncode == 1
-    assert "pip install 'vae-edge[export]'" in refused.stderr
+    assert 'pip install "vae-edge[export]"' in refused.stderr
     assert "Traceback" not in refused.stderr
 
 

@@ -609,12 +609,12 @@ def test_help_and_version_work_without_engine_and_without_pillow(python: Any) ->
 def test_missing_extras_are_named_with_their_cure(python: Any, tiny_path: Path, tmp_path: Path) -> None:
     result = python("import sys; sys.modules['onnxruntime'] = None; " + MAIN, "selftest", tiny_path)
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr.endswith("which is not installed; run: pip install 'vae-edge[cpu]'\n")
+    assert result.stderr.endswith('which is not installed; run: pip install "vae-edge[cpu]"\n')
     code = "import sys; sys.modules['PIL'] = None; " + MAIN
     for name in ("out.png", "out"):  # before any of a billion is drawn
         result = python(code, "sample", tiny_path, "-n", 10**9, "--output", tmp_path / name)
         assert (result.returncode, result.stdout) == (1, "")
-        cure = "which is not installed; run: pip install 'vae-edge[images]'"
+        cure = 'which is not installed; run: pip install "vae-edge[images]"'
         assert result.stderr == f"Error: writing {tmp_path / name} needs Pillow, {cure}\n"
     assert python(code, "sample", tiny_path, "--output", tmp_path / "out.npy").returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out.npy"]

@@ -297,7 +297,7 @@ def test_tensorboard_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     train(small(epochs=1), tmp_path / "run", device="cpu", tensorboard=True)
     assert list((tmp_path / "run/tensorboard").glob("events*"))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(MissingExtraError, match=r"needs tensorboard, .* pip install 'vae-edge\[tensorboard\]'"):
+    with pytest.raises(MissingExtraError, match=r'needs tensorboard, .* pip install "vae-edge\[tensorboard\]"'):
         train(small(epochs=1), tmp_path / "other", device="cpu", tensorboard=True)
 
 

@@ -7,7 +7,9 @@ import contextlib
 import errno
 import io
 import json
+import os
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -38,8 +40,21 @@ class Command(click.Command):
         except OSError as error:
             if error.errno == errno.EPIPE:  # a reader that has enough, which click looks after
                 raise
+            if _is_windows_closed_pipe(error):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush fails too
+                raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from error
             name = "" if error.filename is None else f"{error.filename} cannot be used: "
             raise click.ClickException(printable(f"{name}{error.strerror or error}")) from error
+
+
+def _is_windows_closed_pipe(error: OSError) -> bool:
+    """Whether stdout is a pipe, whose reader may be gone: Windows calls that no more than an invalid argument."""
+    if sys.platform != "win32" or error.errno != errno.EINVAL or error.filename is not None:
+        return False
+    try:
+        return stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode)
+    except (OSError, ValueError):  # closed, or no file at all
+        return False
 
 
 class Group(click.Group):

@@ -23,7 +23,8 @@ from .manifest import Manifest
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 NEGATIVE_VERDICT = 3  # the exit code of a command that ran and whose answer is no
-ENDINGS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))  # Windows: the first
+# What the system has of them. Windows sends the last one when a console is closed, or Ctrl-Break is pressed.
+ENDINGS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name))
 
 
 class Command(click.Command):
@@ -93,8 +94,8 @@ def _any_file_names() -> Iterator[None]:
 
 @contextlib.contextmanager
 def hear_endings() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise `SystemExit` here, as Ctrl-C raises `KeyboardInterrupt`: `finally` and context managers
-    run.
+    """SIGTERM, SIGHUP and Windows' SIGBREAK raise `SystemExit` here, as Ctrl-C raises `KeyboardInterrupt`: `finally`
+    and context managers run.
 
     Nothing is changed outside of the main thread, nor where a signal is ignored (by nohup, say) or has a handler.
     """

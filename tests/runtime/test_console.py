@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import io
 import json
 import os
@@ -67,6 +68,22 @@ def test_the_first_of_them_runs_what_cleans_up_once(ending: signal.Signals) -> N
     result = CliRunner().invoke(command, [])
     assert (result.exit_code, result.output, ended) == (128 + ending, "", ["cleaned up"])
     assert [signal.getsignal(number) for number in ENDINGS] == [signal.SIG_DFL, signal.SIG_DFL]
+
+
+def test_a_console_that_windows_closes_ends_a_command_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)  # which exists there alone
+    spec = importlib.util.spec_from_file_location("vae_runtime.console_of_windows", console.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    kept = signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as ended, module.hear_endings():
+            os.kill(os.getpid(), signal.SIGBREAK if signal.SIGBREAK in module.ENDINGS else 0)
+        assert ended.value.code == 128 + signal.SIGUSR1
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGUSR1, kept)
 
 
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda number, frame: None])

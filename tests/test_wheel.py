@@ -95,6 +95,6 @@ def test_a_missing_extra_is_answered_with_its_install_command(edge_python, tmp_p
     assert shown.returncode == 0
     refused = subprocess.run([program, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert refused.returncode == 1
-    assert f"pip install 'vae-edge[{extra}]'" in refused.stderr
+    assert f'pip install "vae-edge[{extra}]"' in refused.stderr
     assert refused.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

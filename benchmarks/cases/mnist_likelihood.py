@@ -62,7 +62,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     report_file = RESULTS / "likelihood.json"
-    report = json.loads(report_file.read_text()) if arguments.only and report_file.exists() else {"models": {}}
+    report = json.loads(report_file.read_text("utf-8")) if arguments.only and report_file.exists() else {"models": {}}
     report["machine"] = machine(arguments.threads)
     for name in arguments.only or MODELS:
         print(f"{name} ...", file=sys.stderr)

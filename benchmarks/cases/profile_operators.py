@@ -114,7 +114,7 @@ def profile_graph(
         session = open_session(model, threads, profile=f"{folder}/profile")
         feed = {session.get_inputs()[0].name: x}
         repeat(lambda: session.run(None, feed))
-        events = json.loads(Path(session.end_profiling()).read_text())
+        events = json.loads(Path(session.end_profiling()).read_text("utf-8"))
         plain = open_session(model, threads)
         run_us = statistics.median(repeat(lambda: plain.run(None, feed)))
         load_ms = min(repeat(lambda: open_session(model, threads))) / 1e3

@@ -18,7 +18,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 def machine(threads: int) -> dict[str, Any]:
     """cores: those that this process may run on. cpu_quota: the cgroup's limit, in cores, where there is one."""
     facts, cpuinfo = MachineFacts.read(), Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text("utf-8").splitlines() if cpuinfo.exists() else []
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
     instructions = [flag for flag in ("avx2", "avx512f", "amx_tile") if flag in flags]
     return {
@@ -37,7 +37,7 @@ def machine(threads: int) -> dict[str, Any]:
 def write_report(path: Path, document: Any, markdown: str) -> None:
     """Write `path` with .json, what was found, and with .md, the same as text, in the same order."""
     write_json(path.with_suffix(".json"), document, sort_keys=False)
-    path.with_suffix(".md").write_text(markdown)
+    path.with_suffix(".md").write_text(markdown, encoding="utf-8", newline="\n")
 
 
 def table_row(cells: Iterable[str]) -> str:

@@ -42,7 +42,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     report_file = RESULTS / "training.json"
-    report = json.loads(report_file.read_text()) if arguments.only and report_file.exists() else {"runs": {}}
+    report = json.loads(report_file.read_text("utf-8")) if arguments.only and report_file.exists() else {"runs": {}}
     report["machine"] = machine(arguments.threads)
     for name in arguments.only or RUNS:
         print(f"{name} ...", file=sys.stderr)

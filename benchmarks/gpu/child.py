@@ -43,7 +43,7 @@ class Children:
         if preload_torch:
             folder = Path(self._scratch.name) / "preload"
             folder.mkdir()
-            (folder / "sitecustomize.py").write_text(PRELOAD)
+            (folder / "sitecustomize.py").write_text(PRELOAD, encoding="utf-8")
             places.insert(0, str(folder))
         self._running: set[subprocess.Popen[bytes]] = set()
         self.environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}

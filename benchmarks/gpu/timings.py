@@ -219,7 +219,7 @@ def run_python(name: str, *arguments: str) -> str:
         RuntimeError: it failed; with its last line. name: what the message calls it.
     """
     with (
-        tempfile.TemporaryFile("w+") as errors,
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
         subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=errors, text=True) as process,
     ):
         try:

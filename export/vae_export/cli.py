@@ -436,7 +436,7 @@ class _ArrayRows:
 def _evenly(count: int, limit: int) -> np.ndarray:
     """At most `limit` of so many rows: the first ones of a sorted file would all be of one kind."""
     taken = min(count, limit)
-    return np.arange(taken) * count // taken
+    return np.arange(taken, dtype=np.int64) * count // taken  # numpy 1 counts in 32 bits on Windows
 
 
 def _thinned(source: PictureSource, limit: int, spec: InputSpec) -> PictureSource:

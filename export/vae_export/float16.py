@@ -1,9 +1,9 @@
 """fp16 for one half: float16 inside, float32 at the boundary and wherever float16 would overflow; on demand also as far
 as the second layer, so that the input itself is not rounded.
 
-onnxruntime has no float16 kernels for the CPU: it computes in float32 and would hide an overflow. So there are two
-graphs: the one that ships, and its twin for measuring, in float32, with every weight and every result rounded to
-float16 as a GPU rounds them.
+onnxruntime has no float16 kernels for most CPUs, and on ARM64 other than Apple's only some: it computes in float32 and
+would hide an overflow. So there are two graphs: the one that ships, and its twin for measuring, in float32, with every
+weight and every result rounded to float16 as a GPU rounds them.
 """
 
 from __future__ import annotations

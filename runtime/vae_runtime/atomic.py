@@ -9,11 +9,14 @@ import os
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from .errors import OutputError
+
+_AGAIN_SECONDS = (0.05, 0.1, 0.2, 0.3, 0.4)
 
 
 @contextlib.contextmanager
@@ -33,7 +36,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
-            temporary.replace(path)
+            _patiently(temporary.replace, path)
             _sync_folder(path.parent)
         finally:
             with contextlib.suppress(OSError):
@@ -76,7 +79,7 @@ def atomic_folder(path: str | os.PathLike[str], may_replace: Callable[[Path], bo
             if os.path.lexists(path):
                 _exchange(temporary, path)
             else:
-                temporary.rename(path)
+                _patiently(temporary.replace, path)
             _sync_folder(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)  # half done, or the old folder after an exchange
@@ -115,18 +118,30 @@ def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{suffix}")
 
 
+def _patiently(move: Callable[[Path], Any], target: Path) -> None:
+    """`move` to `target`. On Windows a virus scanner holds what is new for a moment, and its name with it."""
+    for seconds in _AGAIN_SECONDS if sys.platform == "win32" else ():
+        try:
+            move(target)
+        except PermissionError:
+            time.sleep(seconds)
+        else:
+            return
+    move(target)
+
+
 def _exchange(new: Path, path: Path) -> None:
     """Let `new` and `path` change places: at once where the system can, else with the old one aside for a moment."""
     if _renameat2_exchange(new, path):
         return
     old = _beside(path, "old")
-    path.rename(old)
+    _patiently(path.rename, old)
     try:
-        new.rename(path)
+        _patiently(new.rename, path)
     except OSError:
-        old.rename(path)
+        _patiently(old.rename, path)
         raise
-    old.rename(new)
+    _patiently(old.rename, new)
 
 
 def _renameat2_exchange(first: Path, second: Path) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arguments import check_path
+from .clutter import is_clutter
 from .errors import BundleError
 from .manifest import FORMAT, INPUT, LOGVAR, MANIFEST_FILE, MAX_MANIFEST_BYTES, MEAN, RECONSTRUCTION, Manifest
 
@@ -39,7 +40,8 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
-        """Read the manifest and check that the folder holds exactly the files that it lists, in their sizes.
+        """Read the manifest and check that the folder holds exactly the files that it lists, in their sizes,
+        but for what file managers leave in it.
 
         Raises:
             BundleError: there is no bundle, or it is incomplete, altered, or of an unknown version. InputError: `path`
@@ -113,7 +115,7 @@ class Bundle:
             found = {entry.name for entry in self.path.iterdir()} - {MANIFEST_FILE}
         except OSError as error:
             raise BundleError(f"{self.path} cannot be read: {error.strerror}") from None
-        for file in sorted(found - set(self.manifest.files)):
+        for file in sorted(name for name in found - set(self.manifest.files) if not is_clutter(name)):
             raise BundleError(
                 f"{self.path / file} is not listed in the manifest; a bundle holds its own files and nothing else"
             )

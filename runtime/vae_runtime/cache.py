@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 from pathlib import Path
 
@@ -32,8 +33,12 @@ def make_cache_folder(*parts: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder} cannot be made: {error.strerror}; {_CURE}") from None
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"{folder} cannot be written to; {_CURE}")
+    probe = folder / f".{secrets.token_hex(4)}.part"
+    try:  # os.access knows nothing of Windows' permissions, nor of a file system that is read-only or full
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written to: {error.strerror}; {_CURE}") from None
     return folder
 
 

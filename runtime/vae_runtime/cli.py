@@ -383,7 +383,7 @@ def _describe(manifest: Manifest, engine: dict[str, Any]) -> str:
             f"  latents     in {name}: {cost['bits_per_pixel']:.3g} bits per pixel, costs {cost['psnr_lost_db']:.3g} dB"
             f" of {cost['psnr_db'] + cost['psnr_lost_db']:.2f} dB PSNR on {cost['examples']:.0f} examples"
         )
-    lines.append(f"onnxruntime {engine['onnxruntime'] or 'not installed'}")
+    lines.append(f"onnxruntime {engine['onnxruntime'] or 'cannot be used'}")
     if engine["clash"]:
         lines.append(f"  {'WARNING':11} {engine['clash']}")
     for index, gpu in enumerate(engine["gpus"]):

@@ -7,7 +7,9 @@ import contextlib
 import errno
 import io
 import json
+import os
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +23,8 @@ from .manifest import Manifest
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 NEGATIVE_VERDICT = 3  # the exit code of a command that ran and whose answer is no
-ENDINGS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))  # Windows: the first
+# What the system has of them. Windows sends the last one when a console is closed, or Ctrl-Break is pressed.
+ENDINGS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name))
 
 
 class Command(click.Command):
@@ -38,8 +41,21 @@ class Command(click.Command):
         except OSError as error:
             if error.errno == errno.EPIPE:  # a reader that has enough, which click looks after
                 raise
+            if _is_windows_closed_pipe(error):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush fails too
+                raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from error
             name = "" if error.filename is None else f"{error.filename} cannot be used: "
             raise click.ClickException(printable(f"{name}{error.strerror or error}")) from error
+
+
+def _is_windows_closed_pipe(error: OSError) -> bool:
+    """Whether stdout is a pipe, whose reader may be gone: Windows calls that no more than an invalid argument."""
+    if sys.platform != "win32" or error.errno != errno.EINVAL or error.filename is not None:
+        return False
+    try:
+        return stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode)
+    except (OSError, ValueError):  # closed, or no file at all
+        return False
 
 
 class Group(click.Group):
@@ -78,8 +94,8 @@ def _any_file_names() -> Iterator[None]:
 
 @contextlib.contextmanager
 def hear_endings() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise `SystemExit` here, as Ctrl-C raises `KeyboardInterrupt`: `finally` and context managers
-    run.
+    """SIGTERM, SIGHUP and Windows' SIGBREAK raise `SystemExit` here, as Ctrl-C raises `KeyboardInterrupt`: `finally`
+    and context managers run.
 
     Nothing is changed outside of the main thread, nor where a signal is ignored (by nohup, say) or has a handler.
     """

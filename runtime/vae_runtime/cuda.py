@@ -308,8 +308,10 @@ def share_allocator(index: int) -> bool:
 
 def _why_not(provider: str, index: int) -> str | None:
     if provider not in import_engine().get_available_providers():
+        if sys.platform == "darwin":
+            return "macOS has no CUDA"
         mend = engine_clash() or (
-            "in a fresh environment run: pip install 'vae-edge[gpu]' (onnxruntime and onnxruntime-gpu must not be"
+            'in a fresh environment run: pip install "vae-edge[gpu]" (onnxruntime and onnxruntime-gpu must not be'
             " installed together)"
         )
         return f"this build of onnxruntime has no {provider.removesuffix('ExecutionProvider')} provider; {mend}"
@@ -376,7 +378,7 @@ def _missing_cuda_libraries() -> str | None:
     if not missing:
         _libraries_are_there.append(True)
         return None
-    return f"{', '.join(missing)} could not be loaded; pip install 'vae-edge[gpu]' brings CUDA and cuDNN"
+    return f'{", ".join(missing)} could not be loaded; pip install "vae-edge[gpu]" brings CUDA and cuDNN'
 
 
 @functools.cache
@@ -388,7 +390,7 @@ def _missing_tensorrt() -> str | None:
         with contextlib.suppress(ImportError, OSError):
             importlib.import_module("tensorrt_libs")  # loads its libraries when it is imported
     missing = [file for file in files if not _can_load(file)]
-    return f"{', '.join(missing)} could not be loaded; run: pip install 'tensorrt-cu13<11'" if missing else None
+    return f'{", ".join(missing)} could not be loaded; run: pip install "tensorrt-cu13<11"' if missing else None
 
 
 def _can_load(library: str) -> bool:

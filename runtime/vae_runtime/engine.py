@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,15 @@ def import_engine() -> Any:
     """onnxruntime, imported on first use.
 
     Raises:
-        MissingExtraError: no build of it is installed. DeviceError: parts of it are missing.
+        MissingExtraError: no build of it is installed. DeviceError: parts of it are missing, or cannot be loaded.
     """
     try:
         import onnxruntime
     except ImportError as error:
         if getattr(error, "name", "onnxruntime") != "onnxruntime":
-            raise  # installed, but broken: its own message says more
+            raise DeviceError(
+                f"the installed onnxruntime cannot be loaded: {first_line(error)}{_cure_of(error)}"
+            ) from error
         raise MissingExtraError("onnxruntime", "cpu", "running a bundle") from None
     if not hasattr(onnxruntime, "InferenceSession"):
         folder = next(iter(onnxruntime.__path__), "its folder")
@@ -130,7 +133,16 @@ def _installed(folder: Path) -> dict[str, str]:
 
 def _cure(builds: dict[str, str]) -> str:
     extra = "gpu" if "onnxruntime-gpu" in builds else "cpu"
-    return f"pip uninstall -y {' '.join(sorted(builds) or ['onnxruntime'])} && pip install 'vae-edge[{extra}]'"
+    names = " ".join(sorted(builds) or ["onnxruntime"])
+    return f'pip uninstall -y {names}, then: pip install "vae-edge[{extra}]"'
+
+
+def _cure_of(error: ImportError) -> str:
+    """Of an engine that cannot be loaded. On Windows its library needs Microsoft's, which not every system has, and the
+    message names neither."""
+    if sys.platform != "win32" or isinstance(error, ModuleNotFoundError):
+        return ""
+    return "; install the current Microsoft Visual C++ Redistributable (x64)"
 
 
 def first_line(error: BaseException) -> str:

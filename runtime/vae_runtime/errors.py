@@ -78,7 +78,7 @@ class MissingExtraError(VAEError, ImportError):
     """An optional dependency is not installed; the message holds the command that installs it."""
 
     def __init__(self, module: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs {module}, which is not installed; run: pip install 'vae-edge[{extra}]'")
+        super().__init__(f'{purpose} needs {module}, which is not installed; run: pip install "vae-edge[{extra}]"')
         self.extra = extra
         self._arguments = module, extra, purpose
 

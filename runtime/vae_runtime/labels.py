@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -104,8 +105,9 @@ def _check_order(path: Path, found: Sequence[str], names: Sequence[str]) -> None
 
 
 def _parts(name: str, suffixes: tuple[str, ...] = PICTURE_SUFFIXES) -> tuple[str, ...]:
-    """Folders and name, by the separators of any system, without one of the suffixes."""
-    path = PureWindowsPath(name)  # takes both separators
+    """Folders and name, by the separators of any system, without one of the suffixes; é composed, as not every system
+    lists it."""
+    path = PureWindowsPath(unicodedata.normalize("NFC", name))  # takes both separators
     return (*path.parts[:-1], path.stem if path.suffix.lower() in suffixes else path.name)
 
 

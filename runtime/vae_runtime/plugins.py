@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,7 +35,9 @@ def why_not_openvino() -> str | None:
     if _is_compiled_in(engine.get_available_providers):
         return None
     if importlib.util.find_spec(_OPENVINO_PACKAGE) is None:
-        return "its plug-in is not installed; run: pip install 'vae-edge[openvino]'"
+        if not _has_plugin_package():
+            return "its plug-in is to be had on x86-64 Linux and Windows only"
+        return 'its plug-in is not installed; run: pip install "vae-edge[openvino]"'
     if not hasattr(engine, "register_execution_provider_library"):
         return f"onnxruntime {engine.__version__} takes no plug-ins; it needs 1.23 or newer"
     if find_plugin_device(OPENVINO) is None:  # the application may have registered it
@@ -94,6 +97,13 @@ def _load_config(given: Mapping[str, str]) -> dict[str, Any]:
     if not isinstance(document, dict) or [*document] != ["CPU"] or not isinstance(document["CPU"], dict):
         raise InputError(f'load_config is {text!r}; expected JSON such as {{"CPU": {{"NAME": "value"}}}}')
     return dict(document["CPU"])
+
+
+def _has_plugin_package() -> bool:
+    """Whether the extra brings it here."""
+    import platform  # late: `import vae_runtime` is to cost no more than it must
+
+    return (sys.platform, platform.machine()) in (("linux", "x86_64"), ("win32", "AMD64"))
 
 
 @functools.cache

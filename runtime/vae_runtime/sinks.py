@@ -9,9 +9,11 @@ import os
 import re
 import shutil
 import tempfile
+import unicodedata
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +27,12 @@ from .sources import ARRAY_SUFFIXES
 
 GRID_LIMIT = 256  # images in one grid; more is no longer a picture to look at
 ALONE_SIDE = 64  # a single image of this size or larger is written as it is, without a frame; of free sizes always
+_COPIED = 2**20  # bytes at a time
 _ROW = re.compile(r"(.+\.(npy|npz|safetensors)|golden)?#\d*", re.IGNORECASE | re.DOTALL)
+# Windows' rules: characters, a device's name also before a dot, and an end that it would cut off.
+_NO_NAME = re.compile(
+    r'.*[<>:"/\\|?*\0-\x1f]|(con|prn|aux|nul|(com|lpt)[1-9]) *(\.|$)|.*[. ]$', re.IGNORECASE | re.DOTALL
+)
 
 
 class Sink(Protocol):
@@ -158,15 +165,27 @@ class ArrayWriter:
             raise OutputError(f"{self._path} cannot be written: it takes {needed:,} bytes, of {free:,} free")
 
     def _assemble(self) -> None:
-        maps = {
-            name: np.memmap(self._folder / name, self._dtypes[name], "r", shape=shape)
-            for name, shape in self._arrays.items()
-        }
+        """What `np.save` and `np.savez` would write of the parts, without a map of them: it would last as long as an
+        error's traceback, and Windows removes no file that is mapped."""
         with atomic_file(self._path) as stream:
             if self._path.suffix.lower() == ".npy":
-                np.save(stream, next(iter(maps.values())))
-            else:
-                np.savez(stream, **maps, **self.extra)  # type: ignore[arg-type]  # names are never `allow_pickle`
+                self._copy(next(iter(self._arrays)), stream)
+                return
+            with zipfile.ZipFile(stream, "w") as archive:
+                for name in self._arrays:
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                        self._copy(name, entry)
+                for name, array in self.extra.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                        np.lib.format.write_array(entry, np.asanyarray(array))
+
+    def _copy(self, name: str, stream: IO[bytes]) -> None:
+        shape, dtype = self._arrays[name], self._dtypes[name]
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(stream, header)
+        with (self._folder / name).open("rb") as part:
+            assert os.fstat(part.fileno()).st_size == math.prod(shape) * dtype.itemsize, "other arrays than announced"
+            shutil.copyfileobj(part, stream, _COPIED)
 
 
 class _ArraySink:
@@ -247,17 +266,23 @@ class _FolderSink:
 
 def unused_name(name: str, taken: set[str]) -> str:
     """A file name without suffix for what is called `name`: `photos/a.png` -> `a`; by their number are called rows of
-    arrays (`x.npy#3`, `golden#3`, `#`) and what has a name that no file can have."""
+    arrays (`x.npy#3`, `golden#3`, `#`) and what has a name that no file can have, on Windows or here: results made on
+    one system are copied to another."""
     stem = "" if _ROW.fullmatch(name) else PurePath(name).stem
-    if stem in ("", ".", "..") or "\0" in stem or not _is_encodable(stem):
+    if stem in ("", ".", "..") or _NO_NAME.match(stem) or not _is_encodable(stem):
         stem = f"{len(taken):06d}"
     wanted = stem
     number = 1
-    while wanted.casefold() in taken:
+    while _compared(wanted) in taken:
         number += 1
         wanted = f"{stem}-{number}"
-    taken.add(wanted.casefold())
+    taken.add(_compared(wanted))
     return wanted
+
+
+def _compared(name: str) -> str:
+    """One for all names that some file system takes for the same: in either case, composed or not."""
+    return unicodedata.normalize("NFC", name.casefold())
 
 
 def _is_encodable(name: str) -> bool:

@@ -92,7 +92,7 @@ def read_tuning(bundle: str) -> list[Measured]:
     that can be read."""
     try:
         header = _header(bundle)
-        data = json.loads(_file_of(header).read_text())
+        data = json.loads(_file_of(header).read_text("utf-8"))
         if header.items() <= data.items():
             return [Measured.from_dict(entry) for entry in data["measured"]]
     except (OutputError, OSError, ValueError, ArithmeticError, KeyError, TypeError, AttributeError, RecursionError):

@@ -195,4 +195,4 @@ def test_without_the_library_the_cure_is_named(tiny: Path, tmp_path: Path) -> No
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.count("\n") == 1
     assert "a LoadGen scenario needs mlcommons-loadgen, which is not installed; " in done.stderr
-    assert "pip install 'vae-edge[loadgen]'" in done.stderr
+    assert 'pip install "vae-edge[loadgen]"' in done.stderr

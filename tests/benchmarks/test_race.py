@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import hashlib
 import importlib.util
 import json
@@ -24,6 +25,7 @@ from click.testing import CliRunner, Result
 
 import vae_benchmarks.cli as cli
 import vae_benchmarks.race.cli as race_cli
+import vae_benchmarks.race.process as process
 import vae_benchmarks.race.running as running
 from vae_benchmarks import BenchmarkError, ReportError
 from vae_benchmarks.machine import choose_cores
@@ -47,7 +49,7 @@ from vae_benchmarks.race.process import Process
 from vae_benchmarks.race.report import Ratio, Row, rank
 from vae_benchmarks.race.schedule import FEWEST_ROUNDS, order_of, plan_rounds
 from vae_benchmarks.race.text import _ALIKE_ELSEWHERE, format_markdown, format_ms, format_plan, format_race
-from vae_benchmarks.race.worker import Worker
+from vae_benchmarks.race.worker import Worker, print_line
 from vae_runtime.errors import BundleError, InputError
 
 from .conftest import undisturbed
@@ -197,6 +199,43 @@ def test_a_busy_machine_is_told_of_in_the_words_of_other_reports(report: RaceRep
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
+def test_what_a_competitor_writes_for_a_time_goes_to_the_scratch_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import json, os; input(); print(json.dumps({name: os.environ[name] for name in ('TMPDIR', 'TEMP', 'TMP')}))"
+    monkeypatch.setattr(process, "interpreter", lambda name: [sys.executable, "-c", code])
+    competitor = Process(1, None, str(tmp_path))
+    assert competitor.ask("open", 20) == dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(tmp_path))
+    competitor.kill()
+
+
+class WithoutReader:
+    """A pipe as Windows has it when nobody reads."""
+
+    def write(self, text: str) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_competitor_that_has_ended_is_told_as_such_on_windows_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import sys; sys.exit('no memory')"
+    monkeypatch.setattr(process, "interpreter", lambda name: [sys.executable, "-c", code])
+    competitor = Process(1, None, str(tmp_path))
+    assert competitor._process.stdin is not None
+    competitor._process.stdin.close()
+    competitor._process.stdin = WithoutReader()  # type: ignore[assignment]
+    with pytest.raises(process.CompetitorError, match="no memory"):
+        competitor.ask("finish", 20)
+
+
+def test_a_parent_that_is_gone_is_no_complaint_of_a_competitor_on_windows_either() -> None:
+    print_line(WithoutReader(), {})
+
+
 def test_competitors_are_no_other_work(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are still running when the time of the cores is read, before the rounds and after them."""
     parents: list[list[int]] = []
@@ -1032,7 +1071,7 @@ def test_an_engine_that_is_not_installed_is_skipped_with_its_cure(tiny: Path, tm
         env={**os.environ, "PYTHONPATH": path},
         check=False,
     )
-    assert done.stdout.strip() == str({"skip": "openvino is not installed; pip install 'vae-edge[race]'"}), done.stderr
+    assert done.stdout.strip() == str({"skip": 'openvino is not installed; pip install "vae-edge[race]"'}), done.stderr
 
 
 @pytest.mark.parametrize("way", ["bound tensors", "shared inputs"])

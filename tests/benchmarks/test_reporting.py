@@ -14,13 +14,14 @@ with pytest.MonkeyPatch.context() as _path:
     import reporting
 
 
-def test_a_report_is_json_and_markdown_side_by_side(tmp_path: Path) -> None:
+def test_a_report_is_json_and_markdown_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"machine": reporting.machine(3), "rows": [1.5]}
     assert found["machine"]["threads"] == 3
-    reporting.write_report(tmp_path / "name", found, reporting.table_row(["a", "b"]))
+    monkeypatch.setattr("io.text_encoding", lambda encoding, stacklevel=2: encoding or "ascii")  # a system's own
+    reporting.write_report(tmp_path / "name", found, reporting.table_row(["23.8 ± 0.2", "µs"]) + "\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["name.json", "name.md"]
-    assert json.loads((tmp_path / "name.json").read_text()) == found
-    assert (tmp_path / "name.md").read_text() == "| a | b |"
+    assert json.loads((tmp_path / "name.json").read_bytes()) == found
+    assert (tmp_path / "name.md").read_bytes().decode() == "| 23.8 ± 0.2 | µs |\n"
 
 
 def test_results_are_those_of_the_repository() -> None:

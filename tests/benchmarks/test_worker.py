@@ -227,7 +227,7 @@ def test_a_missing_engine_arrives_as_one_sentence(tiny: Path, tmp_path: Path, mo
     blocker = tmp_path / "sitecustomize.py"
     blocker.write_text("import sys\nsys.modules['onnxruntime'] = None\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(MissingExtraError, match=r"needs onnxruntime, .*pip install 'vae-edge\[cpu\]'"):
+    with pytest.raises(MissingExtraError, match=r'needs onnxruntime, .*pip install "vae-edge\[cpu\]"'):
         children.run_worker("startup", bundle=str(tiny), **STARTUP)
 
 

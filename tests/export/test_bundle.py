@@ -43,8 +43,10 @@ def test_an_existing_bundle_is_replaced_only_with_force(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"a\.vae exists; pass --force \(force=True\) to replace that bundle"):
         write_bundle(target, renamed, graphs, golden)
     assert snapshot(target) == before
+    (target / ".DS_Store").touch()
     write_bundle(target, renamed, graphs, golden, force=True)
     assert Bundle.open(target).manifest.name == "other"
+    assert set(snapshot(target)) == set(before)
     assert [path.name for path in tmp_path.iterdir()] == ["a.vae"]
 
 

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from vae_export.bundle import write_bundle
-from vae_export.cli import _describe, _read_examples, _read_more, _Request, main
+from vae_export.cli import _describe, _evenly, _read_examples, _read_more, _Request, main
 from vae_export.imported import ImportOptions
 from vae_export.importers.options import FLAGS
 from vae_runtime import VAE
@@ -112,6 +112,15 @@ def test_of_many_rows_those_evenly_spaced_over_all_are_taken(tmp_path: Path) -> 
         taken = _read_examples((str(tmp_path / "sorted.npy"),), spec, 1024)
         np.testing.assert_array_equal(taken, images[rows])
     assert "evenly spaced over all" in " ".join(run("--help").stdout.split())
+
+
+def test_row_numbers_of_a_large_file_do_not_overflow_where_numpy_counts_in_32_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arange = np.arange
+    monkeypatch.setattr(np, "arange", lambda *a, dtype=np.int32: arange(*a, dtype=dtype))  # numpy 1 on Windows
+    rows = _evenly(5_000_000, 1024)
+    assert (rows[0], rows[-1], bool((np.diff(rows) > 0).all())) == (0, 4_995_117, True)
 
 
 def test_of_many_pictures_those_evenly_spaced_over_all_are_read(tmp_path: Path) -> None:
@@ -292,7 +301,7 @@ def test_help_and_the_missing_extra_work_without_torch(model_file: Path) -> None
     assert "Export SOURCE" in shown.stdout
     refused = subprocess.run([sys.executable, "-c", block, model_file], capture_output=True, text=True, check=False)
     assert refused.returncode == 1
-    assert "pip install 'vae-edge[export]'" in refused.stderr
+    assert 'pip install "vae-edge[export]"' in refused.stderr
     assert "Traceback" not in refused.stderr
 
 

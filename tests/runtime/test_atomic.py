@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,6 +124,41 @@ def test_a_json_document_of_any_text(tmp_path: Path, sort_keys: bool, keys: list
     assert text.endswith(b"\n}\n")
     assert text.isascii()
     assert (json.loads(text), list(json.loads(text))) == (document, keys)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "other folder"])
+@pytest.mark.parametrize(("refusals", "fails"), [(2, False), (99, True)])
+def test_what_a_virus_scanner_holds_for_a_moment_is_waited_for_on_windows(
+    tmp_path: Path, kind: str, refusals: int, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write() -> None:
+        if kind == "file":
+            return write_json(tmp_path / "out", {})
+        with atomic_folder(tmp_path / "out", always) as folder:
+            (folder / "a").touch()
+
+    def refusing(move: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
+        def moved(self: Path, target: Path) -> Path:
+            tried.append(target)
+            if len(tried) <= refusals:
+                raise PermissionError(errno.EACCES, "Access is denied")
+            return move(self, target)
+
+        return moved
+
+    tried: list[Path] = []
+    waits: list[float] = []
+    if kind == "other folder":
+        (tmp_path / "out").mkdir()
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(Path, name, refusing(getattr(Path, name)))
+    monkeypatch.setattr(module, "sys", SimpleNamespace(platform="win32"))
+    monkeypatch.setattr("time.sleep", waits.append)
+    with pytest.raises(OutputError, match="Access is denied") if fails else contextlib.nullcontext():
+        write()
+    assert (0.5 < sum(waits) < 1.5) == fails
+    expected = ["out"] if not fails or kind == "other folder" else []
+    assert [path.name for path in tmp_path.iterdir()] == expected
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -153,7 +153,7 @@ def manifest_fifo(folder: Path) -> None:
 LAYOUTS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("missing", lambda f: (f / "decoder.onnx").unlink(), r"decoder.onnx cannot be read: No such file"),
     ("extra", lambda f: (f / "weights.bin").touch(), r"weights.bin is not listed in the manifest; a bundle holds"),
-    ("hidden extra", lambda f: (f / ".DS_Store").touch(), r"\.DS_Store is not listed in the manifest"),
+    ("hidden extra", lambda f: (f / ".notes").touch(), r"\.notes is not listed in the manifest"),
     ("extra folder", lambda f: (f / "sub").mkdir(), r"sub is not listed in the manifest"),
     ("link outside", link_outside, r"encoder.onnx is a symbolic link; a bundle's files lie in its own folder"),
     ("link inside", link_inside, r"encoder.onnx is a symbolic link"),
@@ -176,6 +176,36 @@ def test_every_wrong_layout_is_refused_in_words(
     with pytest.raises(BundleError, match=message):
         VAE.load(bundle)
     assert capfd.readouterr() == ("", "")
+
+
+CLUTTER = (".DS_Store", "Thumbs.db", "desktop.ini", "._encoder.onnx")
+
+
+@pytest.mark.parametrize("name", CLUTTER)
+def test_what_file_managers_leave_is_neither_read_nor_refused(bundle: Path, name: str) -> None:
+    (bundle / name).symlink_to("nowhere")  # which no reader could open
+    assert set(read_all(bundle)) == set(FILES[1:])
+
+
+@pytest.mark.parametrize("name", [".DS_Store.txt", "thumbs", "a._b", ".Trashes"])
+def test_names_like_those_are_refused(bundle: Path, name: str) -> None:
+    (bundle / name).touch()
+    with pytest.raises(BundleError, match="is not listed in the manifest"):
+        Bundle.open(bundle)
+
+
+def test_a_listed_file_of_such_a_name_is_read_as_any_other(bundle: Path, resign: Any) -> None:
+    def rename(data: dict[str, Any]) -> None:
+        data["files"]["._encoder.onnx"] = data["files"].pop("encoder.onnx")
+        data["precisions"]["fp32"]["encoder"] = "._encoder.onnx"
+
+    content = (bundle / "encoder.onnx").read_bytes()
+    (bundle / "encoder.onnx").rename(bundle / "._encoder.onnx")
+    resign(bundle, rename)
+    assert read_all(bundle)["._encoder.onnx"] == content
+    (bundle / "._encoder.onnx").write_bytes(content[:-1])
+    with pytest.raises(BundleError, match=r"\._encoder\.onnx has \d+ bytes; the manifest says"):
+        Bundle.open(bundle)
 
 
 def test_bundle_reached_through_a_linked_folder_is_fine(bundle: Path) -> None:

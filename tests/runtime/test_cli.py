@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -619,12 +620,12 @@ def test_help_and_version_work_without_engine_and_without_pillow(python: Any) ->
 def test_missing_extras_are_named_with_their_cure(python: Any, tiny_path: Path, tmp_path: Path) -> None:
     result = python("import sys; sys.modules['onnxruntime'] = None; " + MAIN, "selftest", tiny_path)
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr.endswith("which is not installed; run: pip install 'vae-edge[cpu]'\n")
+    assert result.stderr.endswith('which is not installed; run: pip install "vae-edge[cpu]"\n')
     code = "import sys; sys.modules['PIL'] = None; " + MAIN
     for name in ("out.png", "out"):  # before any of a billion is drawn
         result = python(code, "sample", tiny_path, "-n", 10**9, "--output", tmp_path / name)
         assert (result.returncode, result.stdout) == (1, "")
-        cure = "which is not installed; run: pip install 'vae-edge[images]'"
+        cure = 'which is not installed; run: pip install "vae-edge[images]"'
         assert result.stderr == f"Error: writing {tmp_path / name} needs Pillow, {cure}\n"
     assert python(code, "sample", tiny_path, "--output", tmp_path / "out.npy").returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out.npy"]
@@ -732,6 +733,49 @@ def test_arrays_that_cannot_be_begun_leave_nothing(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot be written"), ArrayWriter(tmp_path / "a.npz", {"a/b": (1,)}):
         pytest.fail("there is nothing to write to")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_arrays_are_written_as_numpy_writes_them(tmp_path: Path) -> None:
+    batches = [np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(3, dtype=np.float32).reshape(1, 3)]
+    whole, codes, names = np.concatenate(batches), np.arange(4, dtype=np.uint8), np.array(["é", "bc"])
+    with ArrayWriter(tmp_path / "a.npy", {"x": (3, 3)}) as writer:
+        for batch in batches:
+            writer.append(x=batch)
+    with ArrayWriter(tmp_path / "a.npz", {"x": (3, 3), "codes": (4,)}, {"codes": np.uint8}) as writer:
+        for batch in batches:
+            writer.append(x=batch)
+        writer.append(codes=codes)
+        writer.extra = {"names": names}
+    np.save(tmp_path / "b.npy", whole)
+    np.savez(tmp_path / "b.npz", x=whole, codes=codes, names=names)
+    for suffix in ("npy", "npz"):
+        assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells what a process has mapped")
+def test_no_part_is_in_use_where_arrays_cannot_be_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else Windows leaves it there."""
+
+    class Full:
+        def __array__(self, *_: object, **__: object) -> np.ndarray:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def remove(folder: Path, **_: object) -> None:
+        opened = [os.path.realpath(file) for file in Path("/proc/self/fd").iterdir()]
+        in_use.extend(
+            line for line in (*Path("/proc/self/maps").read_text().splitlines(), *opened) if str(folder) in line
+        )
+
+    def write() -> None:
+        with ArrayWriter(tmp_path / "a.npz", {"x": (2, 3)}) as writer:
+            writer.append(x=np.zeros((2, 3)))
+            writer.extra = {"names": Full()}
+
+    in_use: list[str] = []
+    monkeypatch.setattr("vae_runtime.sinks.shutil.rmtree", remove)
+    with pytest.raises(OutputError, match="No space left"):
+        write()
+    assert in_use == []
 
 
 def test_array_errors_name_the_file_and_its_whole_shape(tiny_path: Path, tmp_path: Path) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import importlib.util
+import io
 import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -19,6 +24,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from vae_runtime import console
 from vae_runtime.cli import main
 from vae_runtime.console import ENDINGS, Command, echo_warning, printable
 
@@ -64,6 +70,22 @@ def test_the_first_of_them_runs_what_cleans_up_once(ending: signal.Signals) -> N
     assert [signal.getsignal(number) for number in ENDINGS] == [signal.SIG_DFL, signal.SIG_DFL]
 
 
+def test_a_console_that_windows_closes_ends_a_command_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)  # which exists there alone
+    spec = importlib.util.spec_from_file_location("vae_runtime.console_of_windows", console.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    kept = signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as ended, module.hear_endings():
+            os.kill(os.getpid(), signal.SIGBREAK if signal.SIGBREAK in module.ENDINGS else 0)
+        assert ended.value.code == 128 + signal.SIGUSR1
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGUSR1, kept)
+
+
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda number, frame: None])
 def test_what_was_decided_about_one_stays(ending: signal.Signals, handler: Any) -> None:
     signal.signal(ending, handler)
@@ -103,6 +125,31 @@ def test_a_full_disk_under_stdout_is_one_sentence(tiny_path: Path) -> None:
             stdout=full, stderr=subprocess.PIPE, text=True, check=False,
         )  # fmt: skip
     assert (done.returncode, done.stderr) == (1, "Error: No space left on device\n")
+
+
+class WithoutReader(io.FileIO):
+    """The end of a pipe as Windows has it when nobody reads."""
+
+    def write(self, data: Any) -> int:
+        if stat.S_ISFIFO(os.fstat(self.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return super().write(data)
+
+
+@pytest.mark.parametrize(("platform", "said"), [("win32", ""), ("linux", "Error: Invalid argument\n")])
+def test_a_pipe_whose_reader_is_gone_is_no_error_on_windows(
+    platform: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    reader, writer = os.pipe()
+    stdout = io.TextIOWrapper(io.BufferedWriter(WithoutReader(writer, "w")))
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(console, "sys", SimpleNamespace(platform=platform, stdout=stdout))
+    with pytest.raises(SystemExit) as ended:
+        click.command(cls=Command)(lambda: click.echo("a line")).main([])
+    assert (ended.value.code, capsys.readouterr().err) == (1, said)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), writer)
+    stdout.close()
+    os.close(reader)
 
 
 def test_names_of_files_may_be_any_bytes(tiny_path: Path, tmp_path: Path) -> None:

@@ -380,7 +380,7 @@ def test_cudnn_that_is_missing_is_named_though_onnxruntime_calls_it_optional(
     machine(Driver(1))
     module.import_engine().preload_dlls = lambda: None
     monkeypatch.setattr(module, "_can_load", lambda library: library != "libcudnn.so.9")
-    assert str(why_not_cuda()).startswith("libcudnn.so.9 could not be loaded; pip install 'vae-edge[gpu]'")
+    assert str(why_not_cuda()).startswith('libcudnn.so.9 could not be loaded; pip install "vae-edge[gpu]"')
 
 
 def test_processes_forked_after_the_driver_was_started_are_told(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:

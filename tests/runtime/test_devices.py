@@ -141,7 +141,7 @@ try: VAE.load(sys.argv[1])
 except MissingExtraError as error: print(error, error.extra)
 """
     result = python(code, tiny_path)
-    cure = "pip install 'vae-edge[cpu]'"
+    cure = 'pip install "vae-edge[cpu]"'
     assert result.stdout == f"running a bundle needs onnxruntime, which is not installed; run: {cure} cpu\n"
 
 
@@ -151,9 +151,8 @@ def test_broken_engine_shows_its_own_message(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.delitem(__import__("sys").modules, "onnxruntime")
     monkeypatch.setattr("builtins.__import__", broken)
-    with pytest.raises(ImportError, match="libstdc") as caught:
+    with pytest.raises(DeviceError, match=r"cannot be loaded: libstdc\+\+\.so\.6: version not found$"):
         import_engine()
-    assert not isinstance(caught.value, MissingExtraError)
 
 
 def test_an_extra_that_is_missing_is_told_across_processes() -> None:

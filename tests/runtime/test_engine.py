@@ -22,6 +22,9 @@ from vae_runtime.cuda import CUDA
 from vae_runtime.devices import CPU, find_device
 from vae_runtime.engine import engine_clash, first_line, is_engine_error
 
+DLL_MISSING = "DLL load failed while importing onnxruntime_pybind11_state: The specified module could not be found."
+REDISTRIBUTABLE = "; install the current Microsoft Visual C++ Redistributable (x64)"
+
 
 def site(folder: Path, *names: str) -> Path:
     """A folder of packages with an onnxruntime in it, and what says that these were installed."""
@@ -50,7 +53,7 @@ def test_two_builds_are_named_with_the_cure(tmp_path: Path, monkeypatch: pytest.
     engine_in(site(tmp_path, "onnxruntime-1.31.1", "onnxruntime_gpu-1.30.0"), monkeypatch, [CPU])
     assert engine_clash() == (
         "onnxruntime 1.31.1 and onnxruntime-gpu 1.30.0 are installed over each other, and only one of them works; run:"
-        " pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'vae-edge[gpu]'"
+        ' pip uninstall -y onnxruntime onnxruntime-gpu, then: pip install "vae-edge[gpu]"'
     )
     monkeypatch.setattr(cuda_module, "find_gpus", lambda: ((), "there is none"))
     with pytest.raises(DeviceError, match=r"has no CUDA provider; onnxruntime 1\.31\.1 and onnxruntime-gpu 1\.30"):
@@ -86,7 +89,30 @@ def test_engine_whose_files_another_took_along_is_refused_with_the_cure(
     with pytest.raises(DeviceError) as caught:
         module.import_engine()
     assert str(caught.value).startswith(f"the installed onnxruntime is incomplete: {tmp_path / 'onnxruntime'} holds")
-    assert str(caught.value).endswith("run: pip uninstall -y onnxruntime-gpu && pip install 'vae-edge[gpu]'")
+    assert str(caught.value).endswith('run: pip uninstall -y onnxruntime-gpu, then: pip install "vae-edge[gpu]"')
+
+
+@pytest.mark.parametrize(("platform", "cure"), [("linux", ""), ("win32", REDISTRIBUTABLE)])
+def test_engine_whose_library_cannot_be_loaded_is_refused_and_info_tells_the_rest(
+    tmp_path: Path, tiny_path: Path, monkeypatch: pytest.MonkeyPatch, platform: str, cure: str
+) -> None:
+    (tmp_path / "onnxruntime.py").write_text(f"raise ImportError({DLL_MISSING!r}, name='onnxruntime_pybind11_state')")
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(module, "sys", SimpleNamespace(platform=platform))
+    refusal = f"the installed onnxruntime cannot be loaded: {DLL_MISSING}{cure}"
+    with pytest.raises(DeviceError) as caught:
+        VAE.load(tiny_path)
+    assert str(caught.value) == refusal
+    told = CliRunner().invoke(main, ["info", str(tiny_path)])
+    assert (told.exit_code, "shape 4, prior standard_normal" in told.stdout) == (0, True)
+    assert refusal in told.stdout
+    assert "not installed" not in told.stdout
+
+
+def test_the_redistributable_cures_no_missing_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "sys", SimpleNamespace(platform="win32"))
+    assert module._cure_of(ModuleNotFoundError("No module named 'flatbuffers'")) == ""
 
 
 def test_first_line_of_a_message() -> None:
@@ -96,7 +122,10 @@ def test_first_line_of_a_message() -> None:
 
 def test_cuda_is_asked_for_where_the_other_build_won(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine_in(site(tmp_path, "onnxruntime-1.31.1"), monkeypatch, [CPU])
-    with pytest.raises(DeviceError, match=r"has no CUDA provider; in a fresh environment run: pip install 'vae"):
+    with pytest.raises(DeviceError, match=r'has no CUDA provider; in a fresh environment run: pip install "vae'):
+        find_device(CUDA)
+    monkeypatch.setattr(cuda_module, "sys", SimpleNamespace(platform="darwin"))
+    with pytest.raises(DeviceError, match=r"cannot be used: macOS has no CUDA$"):
         find_device(CUDA)
 
 

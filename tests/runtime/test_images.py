@@ -338,7 +338,7 @@ for call in (lambda: read_picture("a.png", InputSpec("image", (1, 2, 2), "grey")
 """
     result = python(code, tmp_path)
     assert result.stdout.splitlines() == [
-        "reading a.png needs Pillow, which is not installed; run: pip install 'vae-edge[images]'",
-        f"writing {tmp_path}/b.png needs Pillow, which is not installed; run: pip install 'vae-edge[images]'",
+        'reading a.png needs Pillow, which is not installed; run: pip install "vae-edge[images]"',
+        f'writing {tmp_path}/b.png needs Pillow, which is not installed; run: pip install "vae-edge[images]"',
     ]
     assert list(tmp_path.iterdir()) == []

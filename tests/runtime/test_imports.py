@@ -23,7 +23,7 @@ PACKAGES = {
 EVERYWHERE = {"numpy", "click"}
 OF_THE_RUNTIME_FOR_TRAINING = (
     *("preprocess", "sources", "images", "errors", "manifest", "arguments", "atomic", "console", "prior", "fidelity"),
-    *("latent_space", "version"),
+    *("latent_space", "version", "clutter"),
 )
 
 ALLOWED: dict[str, set[str]] = {

@@ -76,11 +76,15 @@ def test_rows_in_another_order_than_the_examples_are_refused(tmp_path: Path) -> 
         ("0 1 0", "e/good/0.png e/good/1.png e/odd/0.png", None),
         ("a b c", "x/a.jpg y/b.PNG c", None),
         ("a.jpg b.tif c.png", "a.png b.png c.png", None),
+        ("caf\xe9/a.png caf\xe9/b.png \xfc", "cafe\u0301/a.png cafe\u0301/b.png u\u0308.png", None),
+        ("cafe\u0301/a.png \xfc u", "caf\xe9/a.png u\u0308.png u", None),
     ],
 )
 def test_every_row_is_that_of_its_example(tmp_path: Path, rows: str, inputs: str, message: str | None) -> None:
     path = tmp_path / "a.csv"
-    path.write_text("\n".join(["label,name", *(f"{index % 2},{name}" for index, name in enumerate(rows.split()))]))
+    path.write_text(
+        "\n".join(["label,name", *(f"{index % 2},{name}" for index, name in enumerate(rows.split()))]), "utf-8"
+    )
     with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
         assert read_labels(str(path), names=inputs.split()).tolist() == [False, True, False]
 

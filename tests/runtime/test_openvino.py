@@ -191,9 +191,29 @@ def test_build_with_openvino_compiled_in_needs_no_plugin(monkeypatch: pytest.Mon
 
 def test_missing_plugin_is_answered_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DeviceError, match=r"device 'openvino' cannot be used: .*pip install 'vae-edge\[openvino\]'"):
+    monkeypatch.setattr(module, "_has_plugin_package", lambda: True)
+    with pytest.raises(DeviceError, match=r'cannot be used: its plug-in is not.* pip install "vae-edge\[openvino\]"'):
         find_device("openvino")
     assert "vae-edge[openvino]" in str(usable_devices()["openvino"])
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "advice"),
+    [
+        ("linux", "x86_64", "pip install"),
+        ("win32", "AMD64", "pip install"),
+        ("linux", "aarch64", "x86-64 Linux and Windows only"),
+        ("win32", "ARM64", "x86-64 Linux and Windows only"),
+        ("darwin", "x86_64", "x86-64 Linux and Windows only"),
+    ],
+)
+def test_the_plugin_is_advised_only_where_the_extra_brings_it(
+    system: str, machine: str, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(module, "sys", SimpleNamespace(platform=system))
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    assert advice in str(usable_devices()["openvino"])
 
 
 @with_plugin

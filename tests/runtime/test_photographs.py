@@ -465,12 +465,33 @@ def test_bad_files_of_latents_are_named(free_path: Path, tmp_path: Path) -> None
         ("photos/..", "000000"),
         ("a\0b", "000000"),
         ("\ud800", "000000"),
+        ("12:30.png", "000000"),
+        ("a\tb.png", "000000"),
+        ("what?.png", "000000"),
+        ("a\\b..png", "000000"),
+        ("NUL.png", "000000"),
+        ("com1.left.png", "000000"),
+        ("aux .png", "000000"),
+        ("end..png", "000000"),
+        ("end .png", "000000"),
+        ("console.png", "console"),
+        ("com0.png", "com0"),
+        ("a b.png", "a b"),
+        (".hidden.png", ".hidden"),
     ],
 )
 def test_files_are_named_after_pictures_and_numbered_for_rows(name: str, file: str) -> None:
     taken: set[str] = set()
     assert unused_name(name, taken) == file
     assert unused_name("other.png", taken) == "other"
+
+
+def test_names_that_some_file_system_takes_for_one_are_told_apart() -> None:
+    taken: set[str] = set()
+    names = ["caf\xe9.png", "cafe\u0301.png", "CAFE\u0301.png", "stra\xdfe.png", "STRASSE.png"]
+    assert [unused_name(name, taken) for name in names] == [
+        *("caf\xe9", "cafe\u0301-2", "CAFE\u0301-3", "stra\xdfe", "STRASSE-2")
+    ]
 
 
 def test_names_in_a_file_of_latents_need_not_be_names_of_files(free_path: Path, tmp_path: Path) -> None:

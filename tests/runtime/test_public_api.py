@@ -101,7 +101,7 @@ def test_all_errors_are_exported() -> None:
 
 def test_missing_extra_names_module_purpose_and_cure() -> None:
     error = vae_runtime.MissingExtraError("numpy", "base", "arithmetic")
-    assert str(error) == "arithmetic needs numpy, which is not installed; run: pip install 'vae-edge[base]'"
+    assert str(error) == 'arithmetic needs numpy, which is not installed; run: pip install "vae-edge[base]"'
     assert error.extra == "base"
 
 

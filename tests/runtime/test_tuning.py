@@ -17,6 +17,7 @@ from vae_runtime import VAE, DeviceError, InputError, OutputError
 from vae_runtime import tune as tune_module
 from vae_runtime import tuning as module
 from vae_runtime.bundle import Bundle
+from vae_runtime.cache import make_cache_folder
 from vae_runtime.cli import main
 from vae_runtime.manifest import Manifest
 from vae_runtime.plan import OPERATIONS, Candidate
@@ -188,6 +189,18 @@ def test_folder_that_cannot_be_written_is_an_output_error(cache: Path) -> None:
     (cache / "cache").write_text("a file where a folder has to be")
     with pytest.raises(OutputError, match=r"cannot be made: .*; set VAE_EDGE_CACHE to a folder that can be written to"):
         write_tuning("a" * 64, TABLE)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs a folder that takes no file from anybody")
+def test_folder_that_takes_no_file_is_an_output_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VAE_EDGE_CACHE", "/proc/self")
+    with pytest.raises(OutputError, match=r"^/proc/self/fd cannot be written to: .*; set VAE_EDGE_CACHE to a folder"):
+        make_cache_folder("fd")
+
+
+def test_cache_folder_holds_no_more_than_what_is_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VAE_EDGE_CACHE", str(cache / "made"))
+    assert [*make_cache_folder("tuning").iterdir()] == []
 
 
 # --- auto -------------------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def test_the_points_of_the_curve_are_where_they_belong(tmp_path: Path) -> None:
 
 def test_a_missing_extra_is_told_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
-    with pytest.raises(MissingExtraError, match=r"needs matplotlib, .* pip install 'vae-edge\[plots\]'"):
+    with pytest.raises(MissingExtraError, match=r'needs matplotlib, .* pip install "vae-edge\[plots\]"'):
         train(TrainConfig(**{**SMALL, "epochs": 1}, capacity=8.0), tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
     train(TrainConfig(**{**SMALL, "epochs": 1}), tmp_path / "run", device="cpu")

@@ -186,7 +186,7 @@ def test_help_needs_no_extra_and_training_names_it(tmp_path: Path, modules: str,
     assert done.returncode == 0, done.stderr
     assert "--learning-rate" in done.stdout
     for name, line in zip(names, done.stderr.splitlines(), strict=True):
-        assert f"needs {name}, which is not installed; run: pip install 'vae-edge[train]'" in line
+        assert f'needs {name}, which is not installed; run: pip install "vae-edge[train]"' in line
     assert not (tmp_path / "run").exists()
 
 

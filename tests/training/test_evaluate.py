@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from vae_training import evaluate, likelihood, sample_quality
 from vae_training.evaluate import figure_of_merit, measure, recalibrate
 from vae_training.feed import EVALUATE, standard_normal
 from vae_training.likelihood import measure_nll
@@ -115,6 +116,35 @@ def test_a_perfect_reconstruction_is_still_a_number() -> None:
     figures = measure(model, np.zeros((2, 1, 8, 8), np.float32), 0)
     assert figures["psnr_db"] == 100
     assert figures["reconstruction_standard_error_nats"] == 0
+
+
+class OfApplesGPU(torch.Tensor):
+    """Refuses what torch refuses of a tensor there, as does all that is computed from it until it is on the CPU."""
+
+    def double(self) -> torch.Tensor:
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    def numpy(self) -> np.ndarray:
+        raise TypeError("can't convert mps:0 device type tensor to numpy")
+
+    def cpu(self) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize("kind", ["vae", "autoencoder"])
+def test_figures_need_no_float64_of_the_device(x: np.ndarray, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def batches(x: np.ndarray, objective: Objective) -> list[torch.Tensor]:
+        return [torch.from_numpy(x).as_subclass(OfApplesGPU)]
+
+    model = objective(kind=kind)
+    expected = measure(model, x[:50], 0)
+    for module in (evaluate, likelihood, sample_quality):
+        monkeypatch.setattr(module, "batches", batches)
+    assert measure(model, x[:50], 0) == expected
+    if kind == "vae":
+        measure_nll(model, x[:50], 0, 2)
+    mean, _ = sample_quality._encode(model, x[:50])
+    assert sample_quality._decode(model, mean).shape == (50, 1, 8, 8)
 
 
 def test_recalibration_gives_the_statistics_of_the_present_weights(x: np.ndarray) -> None:

@@ -297,7 +297,7 @@ def test_tensorboard_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     train(small(epochs=1), tmp_path / "run", device="cpu", tensorboard=True)
     assert list((tmp_path / "run/tensorboard").glob("events*"))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(MissingExtraError, match=r"needs tensorboard, .* pip install 'vae-edge\[tensorboard\]'"):
+    with pytest.raises(MissingExtraError, match=r'needs tensorboard, .* pip install "vae-edge\[tensorboard\]"'):
         train(small(epochs=1), tmp_path / "other", device="cpu", tensorboard=True)
 
 
@@ -341,6 +341,7 @@ def test_an_output_that_exists(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is a file; expected the name of a folder"):
         train(small(), foreign / "thesis.txt", device="cpu")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/.DS_Store").write_text("shown once")
     first = train(small(epochs=1), tmp_path / "empty", device="cpu")
     (tmp_path / "empty/notes.txt").write_text("mine")
     with pytest.raises(OutputError, match="has a training run in it; pass --resume to continue it or --force"):
@@ -348,6 +349,7 @@ def test_an_output_that_exists(tmp_path: Path) -> None:
     second = train(small(epochs=2), tmp_path / "empty", device="cpu", force=True)
     assert second["training"]["epochs"] == 2
     assert first["run"] != second["run"]
+    assert (tmp_path / "empty/.DS_Store").read_text() == "shown once"
     assert (tmp_path / "empty/notes.txt").read_text() == "mine"
 
 

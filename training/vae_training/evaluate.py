@@ -38,7 +38,8 @@ def measure(objective: Objective, x: Float32, seed: int, draws: int = 5) -> dict
     objective.eval()
     parts = [_measure_batch(objective, batch, seed, draws, index) for index, batch in enumerate(batches(x, objective))]
     nll, edges, kl, mse, means, kl_sums = (
-        torch.cat(column).double().cpu().numpy() for column in zip(*parts, strict=True)
+        torch.cat(column).cpu().double().numpy()  # in this order: Apple's GPUs have no float64
+        for column in zip(*parts, strict=True)
     )
     figures: dict[str, Any] = {"examples": len(x), "reconstruction_nats": float(nll.mean()), "mse": float(mse.mean())}
     if x.ndim == 4:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vae_runtime.atomic import write_json, writing
+from vae_runtime.clutter import is_clutter
 from vae_runtime.errors import OutputError, TrainingError
 from vae_runtime.version import __version__
 
@@ -93,9 +94,9 @@ def recorded_config(path: Path) -> dict[str, Any] | None:
 def open_run(path: Path, config: TrainConfig, data: str, resume: bool, force: bool) -> RunFolder:
     """Make `path` the folder of a run with the resolved settings `config`. data: `Source.digest`.
 
-    A new or empty folder is taken. One with a run of ours in it is continued with `resume` and begun anew with `force`:
-    then what the old run left stays until the new one replaces it, but for its state and TensorBoard's events. Foreign
-    files are never touched.
+    A new or empty folder is taken, and one with no more in it than file managers leave. One with a run of ours in it is
+    continued with `resume` and begun anew with `force`: then what the old run left stays until the new one replaces it,
+    but for its state and TensorBoard's events. Foreign files are never touched.
 
     Raises:
         OutputError: the folder has something in it and neither applies, or it cannot be written.
@@ -104,7 +105,7 @@ def open_run(path: Path, config: TrainConfig, data: str, resume: bool, force: bo
     """
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file; expected the name of a folder")
-    occupied = path.is_dir() and any(child for child in path.iterdir() if child.suffix != ".part")
+    occupied = path.is_dir() and not all(child.suffix == ".part" or is_clutter(child.name) for child in path.iterdir())
     record = _read_record(path) if occupied else None
     if occupied and record is None:
         raise OutputError(f"{path} has files in it that vae-train did not write; name a new folder")

@@ -90,7 +90,7 @@ class Process:
                 **counts,
                 **(environment or {}),
                 "ORT_DISABLE_TELEMETRY": "1",
-                "TMPDIR": scratch,  # a compiler that is killed leaves files there
+                **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), scratch),  # a compiler that is killed leaves files there
                 "TORCHINDUCTOR_CACHE_DIR": scratch,
                 "TORCHINDUCTOR_COMPILE_THREADS": "1",
             },
@@ -106,7 +106,7 @@ class Process:
                 process is gone then.
         """
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):  # it has ended; Windows does not call that a broken pipe
             self._process.stdin.write(json.dumps({"request": request, **arguments}) + "\n")
             self._process.stdin.flush()
         try:

@@ -169,7 +169,7 @@ def main() -> None:
 
 def print_line(stream: Any, answer: dict[str, Any]) -> None:
     """One line of JSON; a parent that is gone is no reason to complain."""
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):  # which Windows does not call a broken pipe
         stream.write(json.dumps(answer) + "\n")
         stream.flush()
 

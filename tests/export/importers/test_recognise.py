@@ -120,7 +120,7 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(
     for module in [module for module in sys.modules if module.split(".")[0] == library]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(MissingExtraError, match=rf"needs {library}, .* pip install 'vae-edge\[{library}\]'"):
+    with pytest.raises(MissingExtraError, match=rf'needs {library}, .* pip install "vae-edge\[{library}\]"'):
         load(write(tmp_path, name, content), None, ImportOptions())
 
 
@@ -138,4 +138,4 @@ except MissingExtraError as error:
 """
     folder = write(tmp_path, "config.json", DIFFUSERS)
     result = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=False)
-    assert "needs torch, which is not installed; run: pip install 'vae-edge[export]'" in result.stdout
+    assert 'needs torch, which is not installed; run: pip install "vae-edge[export]"' in result.stdout

@@ -27,7 +27,7 @@ def open_entrant(case: Case, batch: int, threads: int, precision: str) -> Entran
     try:
         import openvino
     except ImportError:
-        raise CannotRunError("openvino is not installed; pip install 'vae-edge[race]'") from None
+        raise CannotRunError('openvino is not installed; pip install "vae-edge[race]"') from None
     core = openvino.Core()
     abilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if precision == "bf16" and "BF16" not in abilities:

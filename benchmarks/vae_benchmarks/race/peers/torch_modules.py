@@ -65,7 +65,7 @@ def import_torch(case: Case) -> tuple[Any, Path]:
     try:
         import torch
     except ImportError:
-        raise CannotRunError("torch is not installed; pip install 'vae-edge[train]'") from None
+        raise CannotRunError('torch is not installed; pip install "vae-edge[train]"') from None
     return torch, case.torch
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -138,8 +139,11 @@ def _cure(builds: dict[str, str]) -> str:
 
 
 def _cure_of(error: ImportError) -> str:
-    """Of an engine that cannot be loaded. On Windows its library needs Microsoft's, which not every system has, and the
-    message names neither."""
+    """Of an engine that cannot be loaded: another build over it, or, on Windows, Microsoft's library, which not every
+    system has, and which the message does not name."""
+    spec = importlib.util.find_spec("onnxruntime")
+    if spec is not None and spec.origin is not None and (clash := _clash(Path(spec.origin).parent.parent)) is not None:
+        return f"; {clash}"
     if sys.platform != "win32" or isinstance(error, ModuleNotFoundError):
         return ""
     return "; install the current Microsoft Visual C++ Redistributable (x64)"

@@ -110,6 +110,25 @@ def test_engine_whose_library_cannot_be_loaded_is_refused_and_info_tells_the_res
     assert "not installed" not in told.stdout
 
 
+def test_engine_that_cannot_be_loaded_over_another_build_names_both(
+    tmp_path: Path, tiny_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "onnxruntime").mkdir()
+    (tmp_path / "onnxruntime" / "__init__.py").write_text("from onnxruntime.capi._pybind_state import InferenceSession")
+    for build in ("onnxruntime-1.32.0", "onnxruntime_gpu-1.31.1"):
+        (tmp_path / f"{build}.dist-info").mkdir()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "onnxruntime"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(DeviceError) as caught:
+        VAE.load(tiny_path)
+    assert str(caught.value) == (
+        "the installed onnxruntime cannot be loaded: No module named 'onnxruntime.capi'; onnxruntime 1.32.0 and"
+        " onnxruntime-gpu 1.31.1 are installed over each other, and only one of them works; run: pip uninstall -y"
+        ' onnxruntime onnxruntime-gpu, then: pip install "vae-edge[gpu]"'
+    )
+
+
 def test_the_redistributable_cures_no_missing_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "sys", SimpleNamespace(platform="win32"))
     assert module._cure_of(ModuleNotFoundError("No module named 'flatbuffers'")) == ""

@@ -48,7 +48,7 @@ from vae_benchmarks.race.picture import draw_race
 from vae_benchmarks.race.process import Process
 from vae_benchmarks.race.report import Ratio, Row, rank
 from vae_benchmarks.race.schedule import FEWEST_ROUNDS, order_of, plan_rounds
-from vae_benchmarks.race.text import _ALIKE_ELSEWHERE, format_markdown, format_ms, format_plan, format_race
+from vae_benchmarks.race.text import _ALIKE_ELSEWHERE, absent_lines, format_markdown, format_ms, format_plan, format_race
 from vae_benchmarks.race.worker import Worker, print_line
 from vae_runtime.errors import BundleError, InputError
 
@@ -553,6 +553,9 @@ def test_every_turn_has_a_fresh_process_where_asked_for_or_memory_is_short(
     assert len(started) == len({one.pid for one in started}) == 2 + 3 * 2
     assert 1.5 < point.ratios[0].ratio < 6
     assert "a fresh process for every turn" in format_race(found)
+    busy = dataclasses.replace(point, runners=tuple(dataclasses.replace(r, idle_cpu_share=0.4) for r in point.runners))
+    assert absent_lines(busy) == []  # between two turns a process is not idle, but gone
+    assert len(absent_lines(dataclasses.replace(busy, fresh=False))) == 2
 
 
 def test_a_point_with_too_many_threads_is_skipped_by_name(tiny: Path) -> None:

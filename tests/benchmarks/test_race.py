@@ -48,7 +48,14 @@ from vae_benchmarks.race.picture import draw_race
 from vae_benchmarks.race.process import Process
 from vae_benchmarks.race.report import Ratio, Row, rank
 from vae_benchmarks.race.schedule import FEWEST_ROUNDS, order_of, plan_rounds
-from vae_benchmarks.race.text import _ALIKE_ELSEWHERE, absent_lines, format_markdown, format_ms, format_plan, format_race
+from vae_benchmarks.race.text import (
+    _ALIKE_ELSEWHERE,
+    absent_lines,
+    format_markdown,
+    format_ms,
+    format_plan,
+    format_race,
+)
 from vae_benchmarks.race.worker import Worker, print_line
 from vae_runtime.errors import BundleError, InputError
 

@@ -327,8 +327,9 @@ def _why_not(provider: str, index: int) -> str | None:
 
 def _too_old(gpu: Gpu) -> str | None:
     """Why the CUDA of this build of onnxruntime does not run with the driver or on the GPU."""
-    built_with = str(getattr(import_engine(), "cuda_version", None) or "")  # such as "13.0"
-    major, version = int(built_with.split(".")[0] or 0), driver_version()
+    built_with = str(getattr(import_engine(), "cuda_version", ""))  # such as "13.0"
+    number, version = re.match(r"\d+", built_with), driver_version()
+    major = int(number[0]) if number else 0
     if version is not None and int(version.split(".")[0]) < major:
         return f"the NVIDIA driver runs CUDA {version} at most, this onnxruntime has {built_with}; update the driver"
     oldest = _OLDEST_CAPABILITY.get(major, (0, 0))

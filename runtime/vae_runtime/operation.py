@@ -59,10 +59,12 @@ class Route:
         try:
             with self._adding:  # others have made some in the meantime, of this shape too
                 self._require_room(shape)
-                self._fixed.setdefault(shape, made[0])
+                if shape not in self._fixed:
+                    self._fixed[shape] = made.pop()
         finally:
-            with freeing(made):
-                made.clear()
+            if made:
+                with freeing(made):
+                    made.clear()
 
     def _require_room(self, shape: tuple[int, ...]) -> None:
         if shape not in self._fixed and len(self._fixed) >= KEPT_SHAPES:

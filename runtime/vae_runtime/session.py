@@ -370,7 +370,7 @@ def freeing(sessions: Iterable[GraphSession]) -> Iterator[None]:
         try:
             yield
         finally:
-            held.clear()
+            held.clear()  # what nobody else holds is freed here, and not as soon as the caller has let go of it
 
 
 def alone_on(device: Device) -> contextlib.AbstractContextManager[object]:

@@ -16,6 +16,7 @@ import onnxruntime
 import pytest
 
 from vae_runtime import VAE, DeviceError, OutOfMemoryError, cuda, trial
+from vae_runtime import session as session_module
 from vae_runtime.cuda import CUDA, share_allocator
 from vae_runtime.devices import CPU, Device
 from vae_runtime.manifest import PRECISIONS
@@ -532,3 +533,31 @@ def test_sessions_share_it_unless_the_caller_has_a_say(
             GraphSession((tiny_path / "encoder.onnx").read_bytes(), "encoder.onnx", device, boundary, fixed=fixed)
         assert taken.get("session.use_env_allocators") == expected
         assert taken.get("session.use_device_allocator_for_initializers") == expected
+
+
+@pytest.mark.parametrize("held_by_the_caller", [False, True])
+def test_sessions_are_freed_where_no_capture_can_be_spoiled(
+    held_by_the_caller: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those that nobody else holds, which would be gone before anything was entered."""
+
+    class Session:
+        device, owner, _memory = SimpleNamespace(is_gpu=True), SimpleNamespace(forked=False), ("cuda", 0)
+
+    @contextlib.contextmanager
+    def capturing() -> Any:
+        depth.append(1)
+        yield
+        depth.pop()
+
+    depth: list[int] = []
+    freed: list[int] = []
+    for name in ("_keep_if_lost", "await_others"):
+        monkeypatch.setattr(session_module, name, lambda *_: False)
+    monkeypatch.setattr(session_module, "made_current", lambda memory: contextlib.nullcontext())
+    monkeypatch.setattr(session_module, "capturing", capturing())
+    sessions: list[Any] = [Session()]
+    weakref.finalize(sessions[0], lambda: freed.append(len(depth)))
+    with session_module.freeing(sessions if held_by_the_caller else [sessions.pop()]):
+        sessions.clear()
+    assert freed == [1]

@@ -146,5 +146,5 @@ def test_only_a_mixture_needs_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "sklearn", None)
     latents = np.random.default_rng(0).standard_normal((9, 2))
     fit_prior(latents, "gaussian")
-    with pytest.raises(MissingExtraError, match=r"a mixture as prior needs scikit-learn, .* 'vae-edge\[train\]'"):
+    with pytest.raises(MissingExtraError, match=r'a mixture as prior needs scikit-learn, .* "vae-edge\[train\]"'):
         fit_prior(latents, "mixture", 2)

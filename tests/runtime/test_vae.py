@@ -424,6 +424,14 @@ def test_selftest_tries_what_was_prepared_for_a_batch_size(
     assert {row.tobytes() for row in inputs} == {row.tobytes() for row in golden["x"]}
 
 
+def test_bytes_of_more_results_than_memory_holds_are_refused_before_anything_is_computed(
+    tiny: VAE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GraphSession, "run", lambda session, array: pytest.fail("computed"))
+    with pytest.raises(InputError, match=r"the result for inputs of shape \(10{13}, 1, 8, 8\) does not fit into memory"):
+        tiny.encode(np.broadcast_to(np.uint8(0), (10**13, 8, 8)))
+
+
 def test_threads_together_make_no_more_sessions_than_are_kept() -> None:
     """Each has seen room for its own while the others were being made."""
     meetings: list[threading.Barrier] = []

@@ -37,7 +37,9 @@ def check_output(path: str | os.PathLike[str], force: bool) -> None:
     with writing(path):
         foreign = _foreign_entry(path)
     if foreign is not None:
-        raise OutputError(f"{path / foreign} is no file of the bundle {path}, which is replaced as a whole; move it away")
+        raise OutputError(
+            f"{path / foreign} is no file of the bundle {path}, which is replaced as a whole; move it away"
+        )
     if not force:
         raise OutputError(f"{path} exists; pass --force (force=True) to replace that bundle")
 

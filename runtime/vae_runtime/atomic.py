@@ -15,7 +15,6 @@ from typing import IO, Any
 
 from .errors import OutputError
 
-
 _RULE = "it is replaced only when that is asked for (--force)"
 _KEPT = 100  # bytes of a name in a temporary one, which then is no longer than any system has it
 
@@ -48,9 +47,7 @@ def atomic_file(path: str | os.PathLike[str], *, replace: bool = True) -> Iterat
                 temporary.unlink(missing_ok=True)
 
 
-def write_json(
-    path: str | os.PathLike[str], document: Any, *, sort_keys: bool = True, replace: bool = True
-) -> None:
+def write_json(path: str | os.PathLike[str], document: Any, *, sort_keys: bool = True, replace: bool = True) -> None:
     """Write a JSON document whole or not at all: indented, in ASCII, which names of files of any bytes fit into.
     replace: as for `atomic_file`.
 

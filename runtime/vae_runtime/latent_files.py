@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ from .sinks import ArrayWriter, unused_name
 from .sources import ArraySource, MemorySource
 
 FORMATS = ("npz", "safetensors")
+_NAME, _NOTE = 2**14, 2**12  # bytes of one name, and of what else is noted, at most
 LATENT_SUFFIXES = (".npy", ".npz", ".safetensors")
 
 
@@ -180,10 +182,10 @@ class LatentFile:
             name = self._source.member
             arrays = {}
             if suffix == ".npz":
-                arrays, notes = (
-                    self._source.others(("scale", "offset")),
-                    self._source.others(("names", "size", "decoder")),
-                )
+                rows, *latent_shape = self._source.shape
+                scale = 4 * math.prod(quantized_shapes(rows, tuple(latent_shape))["scale"])
+                arrays = self._source.others({"scale": scale, "offset": scale})
+                notes = self._source.others({"names": rows * _NAME, "size": _NOTE, "decoder": _NOTE})
         if name == "codes":
             if not {"scale", "offset"} <= arrays.keys():
                 raise InputError(f"{path} holds codes without their scale and offset")

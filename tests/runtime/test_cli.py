@@ -434,6 +434,9 @@ BAD_INPUT = [
     ((*ENCODE, "{tmp}/text.png", "--output", "{tmp}/o.npz"), r"text.png cannot be read as a picture"),
     ((*ENCODE, "{tmp}/folder.npy", "--output", "{tmp}/o.npz"), r"folder.npy cannot be read as .npy: .*directory"),
     ((*ENCODE, "{tmp}/zero.npy", "--output", "{tmp}/o.npz"), r"zero.npy has shape \(0, 8, 8\); expected at least one"),
+    ((*ENCODE, "{tmp}/void.npy", "--output", "{tmp}/o.npz"), r"void.npy has values of no bytes, of dtype \|V0"),
+    ((*ENCODE, "{tmp}/texts.npy", "--output", "{tmp}/o.npz"), r"texts.npy has values of no bytes, of dtype \|S0"),
+    ((*ENCODE, "{tmp}/true.npy", "--output", "{tmp}/o.npz"), r"true.npy cannot be read as .npy: .*\(True, 8, 8\)"),
     ((*ENCODE, "{tmp}/object.npy", "--output", "{tmp}/o.npz"), r"object.npy holds Python objects, which are never"),
     ((*ENCODE, "{tmp}/fortran.npy", "--output", "{tmp}/o.npz"), r"fortran.npy has shape .* in Fortran order; exp"),
     ((*ENCODE, "{tmp}/scalar.npy", "--output", "{tmp}/o.npz"), r"scalar.npy has shape \(\); expected a batch"),
@@ -488,6 +491,9 @@ def bad_files(tmp_path: Path, pixels: np.ndarray, npy: Path) -> Path:
     (tmp_path / "bomb.npy").write_bytes(content.replace(b"(150, 8, 8), }      ", b"(999999999, 8, 8), }"))
     (tmp_path / "negative.npy").write_bytes(content.replace(b"(150, 8, 8)", b"(-5, 8, 8) "))
     (tmp_path / "header.npy").write_bytes(content.replace(b"(150, 8, 8)", b"(((((((((((")[:80])
+    (tmp_path / "true.npy").write_bytes(content.replace(b"(150, 8, 8), }  ", b"(True, 8, 8), }  "[:16]))
+    for name, kind in (("void", b"'|V0'"), ("texts", b"'|S0'")):
+        (tmp_path / f"{name}.npy").write_bytes(content.replace(b"'|u1'", kind))
     np.savez(tmp_path / "two.npz", a=pixels, b=pixels)
     np.savez(tmp_path / "crc.npz", x=pixels)
     data = bytearray((tmp_path / "crc.npz").read_bytes())

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from vae_runtime import __version__
-from vae_runtime.atomic import refuse_existing, writing
+from vae_runtime.atomic import refuse_existing, write_json, writing
 from vae_runtime.console import DEVICE_HELP, NEGATIVE_VERDICT, PRECISION_HELP, Group, Sides, json_option, print_json
 from vae_runtime.errors import OutputError
 
@@ -140,7 +140,7 @@ def run(bundle: str, output: str | None, force: bool, as_json: bool, **options: 
     report = benchmark(bundle, settings, lambda line: click.echo(line, err=True))
     try:
         if output is not None:
-            report.save(output)
+            write_json(output, report.to_dict(), replace=force)
             click.echo(f"report written to {output}", err=True)
     finally:  # what took minutes is shown in any case
         if as_json:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 from vae_runtime.arguments import check_path
 from vae_runtime.atomic import atomic_folder, writing
 from vae_runtime.bundle import is_bundle_folder
-from vae_runtime.errors import OutputError
+from vae_runtime.clutter import is_clutter
+from vae_runtime.errors import BundleError, OutputError
 from vae_runtime.manifest import GOLDEN_FILE, MANIFEST_FILE, FileEntry, Manifest
 
 
@@ -21,7 +23,7 @@ def check_output(path: str | os.PathLike[str], force: bool) -> None:
     """Raise `OutputError` if a bundle may not be written to `path`, or `InputError` if that is no path, before any work
     is done.
 
-    Only a bundle is ever replaced, and only with `force`.
+    Only a bundle is ever replaced, with nobody's own files in it, and only with `force`.
     """
     path = check_path(path, "path")
     with writing(path):
@@ -31,8 +33,26 @@ def check_output(path: str | os.PathLike[str], force: bool) -> None:
         return
     if not is_bundle_folder(path):
         raise OutputError(f"{path} exists and is no bundle; it is never replaced, choose another output")
+    with writing(path):
+        foreign = _foreign_entry(path)
+    if foreign is not None:
+        raise OutputError(
+            f"{path / foreign} is no file of the bundle {path}, which is replaced as a whole; move it away"
+        )
     if not force:
         raise OutputError(f"{path} exists; pass --force (force=True) to replace that bundle")
+
+
+def _foreign_entry(folder: Path) -> str | None:
+    """The first name in a bundle's folder that is neither its own nor a file manager's; None where there is none."""
+    try:
+        own = {MANIFEST_FILE, *Manifest.from_json((folder / MANIFEST_FILE).read_bytes()).files}
+    except BundleError:  # damaged, or of another version: then by its files' kinds
+        own = {path.name for path in folder.iterdir() if path.name == MANIFEST_FILE or path.suffix in (".onnx", ".npz")}
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if not entry.is_file(follow_symlinks=False) or not (entry.name in own or is_clutter(entry.name)):
+            return entry.name
+    return None
 
 
 def write_bundle(
@@ -57,7 +77,12 @@ def write_bundle(
     manifest = manifest._replace(files=entries)
     text = manifest.to_json()
     Manifest.from_json(text)  # what is written can be read
-    with atomic_folder(path, lambda old: force and is_bundle_folder(old)) as folder:
+
+    def may_replace(old: Path) -> bool:
+        check_output(old, force)  # again: files may have come in the meantime
+        return True
+
+    with atomic_folder(path, may_replace) as folder:
         for name, data in contents.items():
             (folder / name).write_bytes(data)
         (folder / MANIFEST_FILE).write_bytes(text)

@@ -17,14 +17,19 @@ from typing import IO, Any
 from .errors import OutputError
 
 _AGAIN_SECONDS = (0.05, 0.1, 0.2, 0.3, 0.4)
+_RULE = "it is replaced only when that is asked for (--force)"
+_KEPT = 100  # bytes of a name in a temporary one, which then is no longer than any system has it
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+def atomic_file(path: str | os.PathLike[str], *, replace: bool = True) -> Iterator[IO[bytes]]:
     """Open a temporary file beside `path`; on success it takes the place of `path`, on any failure it is removed.
 
+    replace: whether it may take the place of a file, also of one that comes in the meantime.
+
     Raises:
-        OutputError: the folder is missing or not writable, the disk is full, `path` is a folder.
+        OutputError: the folder is missing or not writable, the disk is full, `path` is a folder, or what is there may
+            not be replaced.
     """
     path = Path(path)
     with writing(path):
@@ -36,21 +41,23 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
-            _patiently(temporary.replace, path)
+            if replace or not _link(temporary, path):
+                _patiently(temporary.replace, path)
             _sync_folder(path.parent)
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
 
 
-def write_json(path: str | os.PathLike[str], document: Any, *, sort_keys: bool = True) -> None:
+def write_json(path: str | os.PathLike[str], document: Any, *, sort_keys: bool = True, replace: bool = True) -> None:
     """Write a JSON document whole or not at all: indented, in ASCII, which names of files of any bytes fit into.
+    replace: as for `atomic_file`.
 
     Raises:
         OutputError: as `atomic_file`. ValueError: a number in it is NaN or infinite.
     """
     text = json.dumps(document, indent=2, sort_keys=sort_keys, allow_nan=False) + "\n"
-    with atomic_file(path) as stream:
+    with atomic_file(path, replace=replace) as stream:
         stream.write(text.encode())
 
 
@@ -81,13 +88,15 @@ def atomic_folder(path: str | os.PathLike[str], may_replace: Callable[[Path], bo
             else:
                 _patiently(temporary.replace, path)
             _sync_folder(path.parent)
+        except OutputError as error:  # of a file in the folder: by the name that it was to have
+            raise OutputError(str(error).replace(str(temporary), str(path))) from error.__cause__
         finally:
             shutil.rmtree(temporary, ignore_errors=True)  # half done, or the old folder after an exchange
 
 
 def refuse_other_file(path: str | os.PathLike[str], force: bool) -> None:
     """`refuse_existing`, but that a file, and no folder, may be replaced by `force`."""
-    refuse_existing(path, lambda old: force and old.is_file(), "it is replaced only when that is asked for (--force)")
+    refuse_existing(path, lambda old: force and old.is_file(), _RULE)
 
 
 def refuse_existing(
@@ -98,7 +107,7 @@ def refuse_existing(
     """Raise `OutputError` if something stands at `path`, unless `may_replace(path)` allows it, which `rule` says."""
     path = Path(path)
     with writing(path):
-        if os.path.lexists(path) and not (may_replace is not None and may_replace(path)):
+        if _is_there(path) and not (may_replace is not None and may_replace(path)):
             if path.is_dir():
                 rule = "choose a name that is not taken"
                 raise OutputError(f"{path} exists and is a folder, which is not replaced; {rule}")
@@ -114,8 +123,38 @@ def writing(path: Path) -> Iterator[None]:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
+def _is_there(path: Path) -> bool:
+    """Whatever it is. Raises: OSError: nothing can be, as of a name that is too long."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    return True
+
+
+def shortened(name: str) -> str:
+    """The beginning of a file's name, by which people know a temporary file of it."""
+    return name.encode("utf-8", "surrogatepass")[:_KEPT].decode("utf-8", "ignore") if len(name) * 4 > _KEPT else name
+
+
 def _beside(path: Path, suffix: str) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{suffix}")
+    return path.with_name(f".{shortened(path.name)}.{secrets.token_hex(4)}.{suffix}")
+
+
+def _link(temporary: Path, path: Path) -> bool:
+    """Give a complete file its name too, at once and only if that is not taken; False where the system has no links.
+
+    Raises:
+        OutputError: the name is taken.
+    """
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise OutputError(f"{path} exists; {_RULE}") from None
+    except (OSError, AttributeError):  # the file system has none, or this Python
+        refuse_existing(path, None, _RULE)
+        return False
+    return True
 
 
 def _patiently(move: Callable[[Path], Any], target: Path) -> None:

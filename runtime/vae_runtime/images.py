@@ -84,7 +84,7 @@ def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         return (file.width, file.height) if turned else (file.height, file.width)
 
 
-def write_picture(path: str | os.PathLike[str], image: UInt8) -> None:
+def write_picture(path: str | os.PathLike[str], image: UInt8, *, replace: bool = True) -> None:
     """Write uint8 (H, W) or (H, W, 3) as a PNG, JPEG or WebP, by the suffix, atomically; the last two at quality 95.
 
     Raises:
@@ -103,7 +103,7 @@ def write_picture(path: str | os.PathLike[str], image: UInt8) -> None:
     pillow = require_pillow(f"writing {path}")
     form = _form(path)
     options = {} if form == "png" else {"quality": 95}
-    with atomic_file(path) as stream:
+    with atomic_file(path, replace=replace) as stream:
         pillow.Image.fromarray(image).save(stream, format=form, **options)
 
 

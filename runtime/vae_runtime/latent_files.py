@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ from .sinks import ArrayWriter, unused_name
 from .sources import ArraySource, MemorySource
 
 FORMATS = ("npz", "safetensors")
+_NAME, _NOTE = 2**14, 2**12  # bytes of one name, and of what else is noted, at most
 LATENT_SUFFIXES = (".npy", ".npz", ".safetensors")
 
 
@@ -67,7 +69,7 @@ def open_latent_sink(
         shapes = (
             quantized_shapes(count, latent_shape) if codec == UINT8 else _mean_and_logvar(manifest, count, latent_shape)
         )
-        with ArrayWriter(path, shapes, dtypes={"codes": np.uint8}) as writer:
+        with ArrayWriter(path, shapes, dtypes={"codes": np.uint8}, replace=force) as writer:
             sink = _OneFile(manifest, codec, lambda arrays: writer.append(**arrays))
             yield sink
             writer.extra = sink.notes()
@@ -80,7 +82,7 @@ def open_latent_sink(
         sink = _OneFile(manifest, codec, parts.append)
         yield sink
         whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        sink.bytes_written = _write(path, whole, sink.notes())
+        sink.bytes_written = _write(path, whole, sink.notes(), force)
         return
     with atomic_folder(path) as folder:
         yield _Folder(folder, manifest, codec, f".{form or 'npz'}")
@@ -129,7 +131,7 @@ class _Folder:
         for index, name in enumerate(names):
             path = self._folder / f"{unused_name(name, self._taken)}{self._suffix}"
             one = {key: array[index : index + 1] for key, array in arrays.items()}
-            self.bytes_written += _write(path, one, _notes([name], size, self._manifest))
+            self.bytes_written += _write(path, one, _notes([name], size, self._manifest), replace=False)
 
 
 def _require_one_size(
@@ -147,8 +149,8 @@ def _notes(names: list[str], size: tuple[int, int] | None, manifest: Manifest) -
     return notes if size is None else {**notes, "size": np.array(size, np.int64)}
 
 
-def _write(path: Path, arrays: dict[str, NDArray[Any]], notes: dict[str, NDArray[Any]]) -> int:
-    with atomic_file(path) as stream:
+def _write(path: Path, arrays: dict[str, NDArray[Any]], notes: dict[str, NDArray[Any]], replace: bool) -> int:
+    with atomic_file(path, replace=replace) as stream:
         if path.suffix.lower() == ".npz":
             np.savez(stream, **arrays, **notes)  # type: ignore[arg-type]  # names are never `allow_pickle`
         else:
@@ -180,10 +182,10 @@ class LatentFile:
             name = self._source.member
             arrays = {}
             if suffix == ".npz":
-                arrays, notes = (
-                    self._source.others(("scale", "offset")),
-                    self._source.others(("names", "size", "decoder")),
-                )
+                rows, *latent_shape = self._source.shape
+                scale = 4 * math.prod(quantized_shapes(rows, tuple(latent_shape))["scale"])
+                arrays = self._source.others({"scale": scale, "offset": scale})
+                notes = self._source.others({"names": rows * _NAME, "size": _NOTE, "decoder": _NOTE})
         if name == "codes":
             if not {"scale", "offset"} <= arrays.keys():
                 raise InputError(f"{path} holds codes without their scale and offset")

@@ -215,7 +215,7 @@ def score(
                 show(batch, names)
     found = _Scored(list(source.names), np.concatenate(scores), chosen, quantile, threshold)
     if output is not None:
-        _write(Path(output), found)
+        _write(Path(output), found, force)
         click.echo(f"{output}: {found.summary()}")
     elif as_json:
         print_json(found.to_json())
@@ -306,9 +306,9 @@ def _check_outputs(output: str | None, maps: str | None, map_scale: float | None
         raise InputError(f"--map-scale is for pictures; {maps} holds the errors themselves")
 
 
-def _write(path: Path, found: _Scored) -> None:
+def _write(path: Path, found: _Scored, replace: bool) -> None:
     text = found.to_csv() if path.suffix.lower() == ".csv" else json_text(found.to_json()) + "\n"
-    with atomic_file(path) as stream:
+    with atomic_file(path, replace=replace) as stream:
         stream.write(text.encode(errors="surrogateescape"))  # names of files may be any bytes
 
 
@@ -324,7 +324,7 @@ def _open_maps(
     elif Path(output).suffix.lower() in ARRAY_SUFFIXES:
         refuse_other_file(output, force)
         shape = source.example_shape()[1 if spec.is_image else 0 :]
-        with sinks.ArrayWriter(Path(output), {"map": (len(source), *shape)}) as writer:
+        with sinks.ArrayWriter(Path(output), {"map": (len(source), *shape)}, replace=force) as writer:
 
             def append(batch: Any, names: list[str]) -> None:
                 maps = examples.maps(batch, names)

@@ -18,7 +18,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .atomic import atomic_file, atomic_folder, refuse_other_file, writing
+from .atomic import atomic_file, atomic_folder, refuse_other_file, shortened, writing
 from .errors import InputError, OutputError
 from .images import WRITTEN_SUFFIXES, check_side, grid, grid_size, require_pillow, write_picture
 from .manifest import RECONSTRUCTION, InputSpec
@@ -82,7 +82,7 @@ def open_sink(
     refuse_other_file(path, force)
     if suffix in ARRAY_SUFFIXES:
         shape = shape or spec.example_shape
-        with ArrayWriter(path, {RECONSTRUCTION: (count, *shape)}) as writer:
+        with ArrayWriter(path, {RECONSTRUCTION: (count, *shape)}, replace=force) as writer:
             yield _ArraySink(writer, shape)
         return
     if spec.colour is None:
@@ -96,7 +96,7 @@ def open_sink(
         )
     require_pillow(f"writing {output}")  # before anything is computed
     if suffix:
-        sink = _GridSink(path, columns, min(count, limit), 1 if spec.is_free else ALONE_SIDE)
+        sink = _GridSink(path, columns, min(count, limit), 1 if spec.is_free else ALONE_SIDE, force)
         yield sink
         sink.finish()
     else:
@@ -115,15 +115,20 @@ class ArrayWriter:
     """Arrays of known shape, written batch by batch into one .npy or .npz file; atomic, in bounded memory.
 
     A context manager. arrays: the full shape by name; .npy takes exactly one. dtypes: by name, where not float32.
-    extra: small arrays stored as they are, which may be set until the block ends.
+    extra: small arrays stored as they are, which may be set until the block ends. replace: as for `atomic_file`.
     """
 
     def __init__(
-        self, path: Path, arrays: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, type] | None = None
+        self,
+        path: Path,
+        arrays: Mapping[str, tuple[int, ...]],
+        dtypes: Mapping[str, type] | None = None,
+        *,
+        replace: bool = True,
     ) -> None:
         if path.suffix.lower() == ".npy" and len(arrays) != 1:
             raise InputError(f"{path} holds one array; {', '.join(arrays)} are written to an .npz file")
-        self._path, self._arrays = path, arrays
+        self._path, self._arrays, self._replace = path, arrays, replace
         self._dtypes = {name: np.dtype((dtypes or {}).get(name, np.float32)) for name in arrays}
         self.extra: Mapping[str, NDArray[Any]] = {}
 
@@ -131,7 +136,9 @@ class ArrayWriter:
         # On the output's own file system, which is the one that has room for it.
         self._require_space()
         with writing(self._path):
-            self._folder = Path(tempfile.mkdtemp(prefix=f".{self._path.name}.", dir=_existing_parent(self._path)))
+            self._folder = Path(
+                tempfile.mkdtemp(prefix=f".{shortened(self._path.name)}.", dir=_existing_parent(self._path))
+            )
             try:
                 # Unbuffered: what does not fit on the disk fails at once, and nothing is left for closing to fail on.
                 self._parts = {name: (self._folder / name).open("wb", buffering=0) for name in self._arrays}
@@ -167,7 +174,7 @@ class ArrayWriter:
     def _assemble(self) -> None:
         """What `np.save` and `np.savez` would write of the parts, without a map of them: it would last as long as an
         error's traceback, and Windows removes no file that is mapped."""
-        with atomic_file(self._path) as stream:
+        with atomic_file(self._path, replace=self._replace) as stream:
             if self._path.suffix.lower() == ".npy":
                 self._copy(next(iter(self._arrays)), stream)
                 return
@@ -205,8 +212,9 @@ class _ArraySink:
 class _GridSink:
     """Up to `limit` images; with originals, rows of originals stand above rows of their reconstructions."""
 
-    def __init__(self, path: Path, columns: int | None, limit: int, alone_side: int) -> None:
+    def __init__(self, path: Path, columns: int | None, limit: int, alone_side: int, replace: bool) -> None:
         self._path, self._columns, self._limit, self._alone_side = path, columns, limit, alone_side
+        self._replace = replace
         self._images: list[NDArray[np.uint8]] = []
         self._originals: list[NDArray[np.uint8]] = []
         self.written = 0
@@ -242,10 +250,11 @@ class _GridSink:
         images = np.concatenate(self._images)
         if not self._originals:
             alone = self._is_alone(len(images), images.shape[1:3])
-            write_picture(self._path, images[0] if alone else grid(images, self._columns))
-            return
-        columns = min(len(images), self._columns or 16)
-        write_picture(self._path, grid(pair_rows(np.concatenate(self._originals), images, columns), columns))
+            picture = images[0] if alone else grid(images, self._columns)
+        else:
+            columns = min(len(images), self._columns or 16)
+            picture = grid(pair_rows(np.concatenate(self._originals), images, columns), columns)
+        write_picture(self._path, picture, replace=self._replace)
 
 
 class _FolderSink:

@@ -6,7 +6,7 @@ import contextlib
 import math
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +20,7 @@ from .preprocess import check_layout, padded_size
 
 ARRAY_SUFFIXES = (".npy", ".npz")
 EXAMPLE_KEYS, LABEL_KEYS = ("x", "images", "vectors"), ("labels", "label", "y")  # of an .npz, tried in this order
+_NPY_HEADER = 2**14  # bytes, at most; numpy itself reads none with over 10,000 characters
 BATCH_VALUES = 2**24  # of images of free size that are read at once, more than one
 
 
@@ -81,6 +82,8 @@ class ArraySource:
             raise InputError(f"{path} cannot be read as {path.suffix.lower()}: {error}") from None
         if self.dtype.hasobject:
             raise InputError(f"{path} holds Python objects, which are never loaded; save plain numbers")
+        if self.dtype.itemsize == 0:  # of which a file without content has any number
+            raise InputError(f"{path} has values of no bytes, of dtype {self.dtype.str}; save plain numbers")
         if not self.shape or self._fortran:
             raise InputError(
                 f"{path} has shape {self.shape}{' in Fortran order' * self._fortran}; expected a batch in C order"
@@ -100,13 +103,24 @@ class ArraySource:
         """The array's name in an .npz."""
         return None if self._member is None else self._member.removesuffix(".npy")
 
-    def others(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """Small arrays beside it in the .npz, those of `names` that are there."""
+    def others(self, most: Mapping[str, int]) -> dict[str, NDArray[Any]]:
+        """Small arrays beside it in the .npz, by name. most: their bytes at most, by name, for those to be read if they
+        are there; more is not unpacked, which might be a thousand times as much as the file."""
         try:
             with np.load(self.path, allow_pickle=False) as archive:
-                return {name: archive[name] for name in names if name in archive.files}
+                names = [name for name in most if name in archive.files]
+                for name in names:
+                    if (size := archive.zip.getinfo(f"{name}.npy").file_size) > most[name] + _NPY_HEADER:
+                        raise InputError(f"{self.path} has {size} bytes of {name}; expected {most[name]} at most")
+                arrays = {name: archive[name] for name in names}
+        except InputError:
+            raise
         except Exception as error:  # as in __init__
             raise InputError(f"{self.path} cannot be read as .npz: {error}") from None
+        for name, array in arrays.items():
+            if array.size > most[name]:  # of values that take no bytes in the file
+                raise InputError(f"{self.path} has {name} of shape {array.shape}; expected {most[name]} bytes at most")
+        return arrays
 
     def example_shape(self, multiple: int = 1) -> tuple[int, ...]:
         """Of one example as the encoder takes it: (C, H, W), padded to multiples of `multiple`, or (D,)."""
@@ -251,4 +265,6 @@ def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any
     version = np.lib.format.read_magic(stream)
     reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = reader(stream)
+    if not all(type(side) is int for side in shape):  # numpy lets True be 1
+        raise ValueError(f"it has shape {shape}; expected whole numbers")
     return tuple(shape), bool(fortran and len(shape) > 1), dtype

@@ -145,6 +145,20 @@ def test_an_existing_output_is_refused_before_anything_is_measured(
     assert run(tiny, "--output", existing, "--force").exit_code == 0
 
 
+def test_an_output_that_comes_while_it_is_measured_is_kept(
+    tiny: Path, measured: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake(bundle: str, settings: Settings, progress: Callable[[str], None]) -> Report:
+        (tmp_path / "a.json").write_text("precious")
+        return measured
+
+    monkeypatch.setattr(cli, "benchmark", fake)
+    result = run(tiny, "--output", tmp_path / "a.json")
+    assert result.exit_code == 1
+    assert "a.json exists; it is replaced only when" in result.stderr
+    assert (tmp_path / "a.json").read_text() == "precious"
+
+
 def test_force_replaces_only_reports(recorded: list[Settings], tiny: Path, tmp_path: Path) -> None:
     for name, content in (("notes.txt", "precious"), ("list.json", "[]"), ("other.json", '{"format": "x"}')):
         (tmp_path / name).write_text(content)

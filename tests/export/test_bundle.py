@@ -67,6 +67,57 @@ def test_a_folder_with_a_foreign_manifest_is_never_replaced(tmp_path: Path) -> N
         check_output(target, force=True)
 
 
+@pytest.mark.parametrize("is_damaged", [False, True])
+@pytest.mark.parametrize("name", ["NOTES.txt", "training", ".hidden", "link.onnx"])
+def test_a_bundle_with_somebody_s_own_files_in_it_is_not_replaced(tmp_path: Path, name: str, is_damaged: bool) -> None:
+    target = tmp_path / "a.vae"
+    write_bundle(target, *contents())
+    if is_damaged:
+        (target / "manifest.json").write_text('{"format": "vae-bundle"')
+    if name == "training":
+        (target / name).mkdir()
+        (target / name / "model.pt").write_text("precious")
+    elif name == "link.onnx":
+        (target / name).symlink_to("/precious")
+    else:
+        (target / name).write_text("precious")
+    (target / ".DS_Store").touch()
+    found = {path.name for path in target.iterdir()}
+    for force in (True, False):
+        with pytest.raises(OutputError, match=rf"a\.vae/{name} is no file of the bundle .*a\.vae.*; move it away"):
+            write_bundle(target, *contents(), force=force)
+    assert {path.name for path in target.iterdir()} == found
+
+
+def test_a_file_that_is_put_into_the_old_bundle_meanwhile_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, original = tmp_path / "a.vae", Path.write_bytes
+    write_bundle(target, *contents())
+
+    def write(self: Path, data: bytes) -> int:
+        (target / "NOTES.txt").write_text("precious")
+        return original(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    with pytest.raises(OutputError, match=r"NOTES\.txt is no file of the bundle"):
+        write_bundle(target, *contents(), force=True)
+    assert (target / "NOTES.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_what_file_managers_leave_in_a_bundle_goes_with_it(tmp_path: Path, is_damaged: bool) -> None:
+    target = tmp_path / "a.vae"
+    write_bundle(target, *contents())
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._encoder.onnx"):
+        (target / name).touch()
+    (target / "encoder.onnx").unlink()
+    if is_damaged:
+        (target / "manifest.json").write_text('{"format": "vae-bundle"')
+    write_bundle(target, *contents(), force=True)
+    assert snapshot(target).keys() == snapshot(TINY).keys()
+
+
 def test_a_missing_parent_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"there is no folder .*absent"):
         write_bundle(tmp_path / "absent" / "a.vae", *contents())

@@ -169,6 +169,66 @@ def test_a_json_document_has_finite_numbers(tmp_path: Path, value: float) -> Non
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x.json", "old")]
 
 
+@pytest.mark.parametrize("has_links", [True, False])
+def test_what_comes_meanwhile_is_not_replaced_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
+) -> None:
+    if not has_links:
+        monkeypatch.setattr(os, "link", always_refuse)
+    with atomic_file(tmp_path / "new", replace=False) as stream:
+        stream.write(b"new")
+    assert (tmp_path / "new").read_bytes() == b"new"
+    assert (tmp_path / "new").stat().st_nlink == 1
+    rule = r"out exists; it is replaced only when that is asked for \(--force\)$"
+    for make in (Path.touch, Path.mkdir, lambda path: path.symlink_to("nowhere")):
+        with pytest.raises(OutputError, match=r"out exists"), atomic_file(tmp_path / "out", replace=False) as stream:
+            make(tmp_path / "out")
+        (tmp_path / "out").rmdir() if (tmp_path / "out").is_dir() else (tmp_path / "out").unlink()
+    with pytest.raises(OutputError, match=rule), atomic_file(tmp_path / "out", replace=False):
+        write_json(tmp_path / "out", "precious")
+    with pytest.raises(OutputError, match=rule):
+        write_json(tmp_path / "out", 1, replace=False)
+    assert (tmp_path / "out").read_text() == '"precious"\n'
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "out"]
+
+
+def always_refuse(*_: Any) -> None:
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+def test_of_two_that_write_one_name_the_second_is_told(tmp_path: Path) -> None:
+    def write(number: int) -> bool:
+        try:
+            with atomic_file(tmp_path / "out", replace=False) as stream:
+                stream.write(b"%d" % number)
+        except OutputError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        won = list(pool.map(write, range(8)))
+    assert won.count(True) == 1
+    assert (tmp_path / "out").read_bytes() == b"%d" % won.index(True)
+
+
+@pytest.mark.parametrize("name", ["a" * 255, "目" * 85, "x" + "目" * 84, "a" * 250 + "\udcff" * 5])
+def test_a_name_may_be_as_long_as_the_system_has_it(tmp_path: Path, name: str) -> None:
+    with atomic_file(tmp_path / name) as stream:
+        stream.write(b"content")
+        (temporary,) = (path.name for path in tmp_path.iterdir())
+        assert temporary.startswith("." + name[:30])
+        assert temporary.isprintable()
+        assert len(os.fsencode(temporary)) < 130
+    with atomic_folder(tmp_path / (name[:-1] + "b")) as folder:
+        (folder / name).write_bytes(b"content")
+    assert {path.name for path in tmp_path.iterdir()} == {name, name[:-1] + "b"}
+
+
+def test_a_name_that_is_too_long_is_told_before_the_work() -> None:
+    with pytest.raises(OutputError, match=r"aa cannot be written: File name too long$"):
+        refuse_other_file("a" * 256, force=False)
+
+
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +269,13 @@ def test_whatever_exists_is_never_replaced_unasked(tmp_path: Path, make: Callabl
             pytest.fail("the work was begun")
     assert os.lstat(tmp_path / "out").st_ino == before
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_that_cannot_be_written_is_named_as_it_was_to_be_called(tmp_path: Path) -> None:
+    rule = f"^{tmp_path}/out/{'a' * 256} cannot be written: File name too long$"
+    with pytest.raises(OutputError, match=rule), atomic_folder(tmp_path / "out") as folder:
+        write_json(folder / ("a" * 256), 1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_folder_that_appears_while_the_work_goes_on_is_not_replaced(tmp_path: Path) -> None:

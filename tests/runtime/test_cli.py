@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from vae_runtime import VAE, InputError, OutputError, __version__, to_uint8
+from vae_runtime import VAE, InputError, OutputError, __version__, latent_files, score_commands, sinks, to_uint8
 from vae_runtime.cli import main
 from vae_runtime.command_inputs import BATCH
-from vae_runtime.images import _LARGEST_SIDE
+from vae_runtime.images import _LARGEST_SIDE, write_picture
 from vae_runtime.prior import GaussianMixture
 from vae_runtime.sinks import GRID_LIMIT, ArrayWriter, open_sink, pair_rows
 
@@ -435,6 +435,9 @@ BAD_INPUT = [
     ((*ENCODE, "{tmp}/text.png", "--output", "{tmp}/o.npz"), r"text.png cannot be read as a picture"),
     ((*ENCODE, "{tmp}/folder.npy", "--output", "{tmp}/o.npz"), r"folder.npy cannot be read as .npy: .*directory"),
     ((*ENCODE, "{tmp}/zero.npy", "--output", "{tmp}/o.npz"), r"zero.npy has shape \(0, 8, 8\); expected at least one"),
+    ((*ENCODE, "{tmp}/void.npy", "--output", "{tmp}/o.npz"), r"void.npy has values of no bytes, of dtype \|V0"),
+    ((*ENCODE, "{tmp}/texts.npy", "--output", "{tmp}/o.npz"), r"texts.npy has values of no bytes, of dtype \|S0"),
+    ((*ENCODE, "{tmp}/true.npy", "--output", "{tmp}/o.npz"), r"true.npy cannot be read as .npy: .*\(True, 8, 8\)"),
     ((*ENCODE, "{tmp}/object.npy", "--output", "{tmp}/o.npz"), r"object.npy holds Python objects, which are never"),
     ((*ENCODE, "{tmp}/fortran.npy", "--output", "{tmp}/o.npz"), r"fortran.npy has shape .* in Fortran order; exp"),
     ((*ENCODE, "{tmp}/scalar.npy", "--output", "{tmp}/o.npz"), r"scalar.npy has shape \(\); expected a batch"),
@@ -489,6 +492,9 @@ def bad_files(tmp_path: Path, pixels: np.ndarray, npy: Path) -> Path:
     (tmp_path / "bomb.npy").write_bytes(content.replace(b"(150, 8, 8), }      ", b"(999999999, 8, 8), }"))
     (tmp_path / "negative.npy").write_bytes(content.replace(b"(150, 8, 8)", b"(-5, 8, 8) "))
     (tmp_path / "header.npy").write_bytes(content.replace(b"(150, 8, 8)", b"(((((((((((")[:80])
+    (tmp_path / "true.npy").write_bytes(content.replace(b"(150, 8, 8), }  ", b"(True, 8, 8), }  "[:16]))
+    for name, kind in (("void", b"'|V0'"), ("texts", b"'|S0'")):
+        (tmp_path / f"{name}.npy").write_bytes(content.replace(b"'|u1'", kind))
     np.savez(tmp_path / "two.npz", a=pixels, b=pixels)
     np.savez(tmp_path / "crc.npz", x=pixels)
     data = bytearray((tmp_path / "crc.npz").read_bytes())
@@ -547,6 +553,37 @@ def test_existing_output_is_kept_unless_forced(command: str, tiny_path: Path, np
     assert output.read_text() == "precious"
     assert run(command, tiny_path, *inputs, "--output", output, "--force").exit_code == 0
     assert zipfile.is_zipfile(output)
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "name"),
+    [
+        ("encode", "--output", "out.npz"), ("encode", "--output", "out.safetensors"), ("sample", "--output", "out.npy"),
+        ("sample", "--output", "out.png"), ("score", "--output", "out.csv"), ("score", "--maps", "out.npy"),
+    ],
+)  # fmt: skip
+def test_an_output_that_comes_meanwhile_is_kept_unless_forced(
+    command: str, option: str, name: str, tiny_path: Path, npy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (sinks, latent_files, score_commands):  # so that it is there after this was asked
+        monkeypatch.setattr(module, "refuse_other_file", lambda path, force: None)
+    (tmp_path / name).write_text("precious")
+    inputs = [] if command == "sample" else [npy]
+    refused(r"out\..* exists; it is replaced only when", command, tiny_path, *inputs, option, tmp_path / name)
+    assert (tmp_path / name).read_text() == "precious"
+    assert run(command, tiny_path, *inputs, option, tmp_path / name, "--force").exit_code == 0
+    assert (tmp_path / name).read_bytes() != b"precious"
+
+
+def test_a_picture_with_the_longest_name_there_is_goes_through(tiny_path: Path, tmp_path: Path) -> None:
+    name = "目" * 83 + ".png"
+    (tmp_path / "in").mkdir()
+    write_picture(tmp_path / "in" / name, np.zeros((8, 8), np.uint8))
+    assert run("reconstruct", tiny_path, tmp_path / "in", "--output", tmp_path / "out").exit_code == 0
+    assert run("encode", tiny_path, tmp_path / "in", "--output", tmp_path / "latents").exit_code == 0
+    assert run("encode", tiny_path, tmp_path / "in", "--output", tmp_path / f"{'a' * 251}.npz").exit_code == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+    assert [path.stem for path in (tmp_path / "latents").iterdir()] == [name[:-4]]
 
 
 @pytest.mark.parametrize("name", ["folder", "folder.npz", "folder.png", "bundle.vae"])

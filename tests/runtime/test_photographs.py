@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -426,7 +427,20 @@ def test_bad_files_of_latents_are_named(free_path: Path, tmp_path: Path) -> None
     np.savez(tmp_path / "float.npz", codes=mean, scale=ones, offset=ones)
     np.savez(tmp_path / "huge.npz", codes=codes + 255, scale=ones * 3e38, offset=ones)
     np.savez(tmp_path / "one.npz", mean=mean, size=np.int64(3))
+    large = {"size": np.zeros(10**5, np.int64), "names": np.array(["a" * 10**5]), "decoder": np.array("a" * 10**5)}
+    for name, array in large.items():
+        np.savez_compressed(tmp_path / f"large-{name}.npz", mean=mean, **{name: array})
+    np.savez_compressed(tmp_path / "large-scale.npz", codes=codes, scale=np.zeros((10**5, 2), np.float32), offset=ones)
+    np.savez(tmp_path / "void.npz", mean=mean)
+    with zipfile.ZipFile(tmp_path / "void.npz", "a") as archive, archive.open("size.npy", "w") as stream:
+        header = {"descr": "|V0", "fortran_order": False, "shape": (10**5,)}
+        np.lib.format.write_array_header_1_0(stream, header)
     cases = {
+        "large-size.npz": "large-size.npz has 800128 bytes of size; expected 4096 at most",
+        "large-names.npz": "large-names.npz has 400128 bytes of names; expected 16384 at most",
+        "large-decoder.npz": "large-decoder.npz has 400128 bytes of decoder; expected 4096 at most",
+        "void.npz": r"void.npz has size of shape \(100000,\); expected 4096 bytes at most",
+        "large-scale.npz": "large-scale.npz has 800128 bytes of scale; expected 8 at most",
         "empty": "empty holds no files of latents",
         "codes.npz": "codes.npz holds codes without their scale and offset",
         "number.npz": r"number.npz: scale has dtype float32 and shape \(\); codes of shape \(1, 2, 4, 4\) have",

@@ -428,7 +428,7 @@ def test_bytes_of_more_results_than_memory_holds_are_refused_before_anything_is_
     tiny: VAE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(GraphSession, "run", lambda session, array: pytest.fail("computed"))
-    with pytest.raises(InputError, match=r"the result for inputs of shape \(10{13}, 1, 8, 8\) does not fit into memory"):
+    with pytest.raises(InputError, match=r"the result for inputs of shape \(10{13}, 1, 8, 8\) does not fit"):
         tiny.encode(np.broadcast_to(np.uint8(0), (10**13, 8, 8)))
 
 

@@ -18,6 +18,7 @@ from vae_runtime.errors import OutputError, TrainingError
 from vae_training.checkpoint import load_checkpoint
 from vae_training.cli import main
 from vae_training.config import TrainConfig
+from vae_training.folder import RunFolder
 from vae_training.loop import Run, train
 
 from .conftest import Parent
@@ -146,6 +147,13 @@ def test_stopped_while_writing_the_state(tmp_path: Path, uninterrupted: Path, mo
     train(CONFIG, tmp_path / "run", device="cpu", resume=True)
     assert_same(uninterrupted, tmp_path / "run")
     assert not leftover.exists()
+
+
+def test_of_hidden_files_only_those_go_that_a_run_names_so(tmp_path: Path) -> None:
+    for name in (".model.pt.0123abcd.part", ".film.part", ".film.mkv.part"):
+        (tmp_path / name).touch()
+    RunFolder(tmp_path, "run").remove_leftovers()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".film.mkv.part", ".film.part"]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("no JSON"), KeyboardInterrupt()])

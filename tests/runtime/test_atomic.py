@@ -179,7 +179,7 @@ def test_of_two_that_write_one_name_the_second_is_told(tmp_path: Path) -> None:
 def test_a_name_may_be_as_long_as_the_system_has_it(tmp_path: Path, name: str) -> None:
     with atomic_file(tmp_path / name) as stream:
         stream.write(b"content")
-        (temporary,) = os.listdir(tmp_path)
+        (temporary,) = (path.name for path in tmp_path.iterdir())
         assert temporary.startswith("." + name[:30])
         assert temporary.isprintable()
         assert len(os.fsencode(temporary)) < 130
@@ -189,7 +189,7 @@ def test_a_name_may_be_as_long_as_the_system_has_it(tmp_path: Path, name: str) -
 
 
 def test_a_name_that_is_too_long_is_told_before_the_work() -> None:
-    with pytest.raises(OutputError, match="aa cannot be written: File name too long$"):
+    with pytest.raises(OutputError, match=r"aa cannot be written: File name too long$"):
         refuse_other_file("a" * 256, force=False)
 
 

@@ -215,6 +215,9 @@ class Operation:
         shape: as the graph has it."""
         if not self._boundary.accepts(shape[1:]):
             self.check(array)  # says what is wrong
+        with fitting_memory("the result for inputs", shape):  # before the work; what is not written to takes none
+            room = [np.empty((shape[0], *output), np.float32) for output in self._boundary.output_shapes(shape[1:])]
+        del room
         chunks = (self.check(array[start : start + size]) for start in range(0, len(array), size))
         return self._joined([self.run(chunk, size, len(array)) for chunk in chunks], shape)
 

@@ -183,11 +183,17 @@ with warnings.catch_warnings(action="ignore"):  # that they will change
         (change("kind", value=doubled(11, [""] * 100)), "kind makes more than 100,000 parts"),
         (change("metrics", "test", value=doubled(11, [""] * 100)), "metrics makes more than 100,000 parts"),
         *(
-            (change("state_dict", key, value=torch.zeros(2)), f"state_dict has the key {re.escape(repr(key))}; expected")
+            (
+                change("state_dict", key, value=torch.zeros(2)),
+                f"has the key {re.escape(repr(key))}; expected",
+            )
             for key in (5, None, (1, 2), b"x")
         ),
         (change("state_dict", WEIGHT, value=NESTED), f"'{WEIGHT}'] is torch.float32 of several shapes; expected"),
-        (change("examples", "train", value=NESTED), r"examples\['train'\] is torch.float32 of several shapes; expected"),
+        (
+            change("examples", "train", value=NESTED),
+            r"examples\['train'\] is torch.float32 of several shapes; expected",
+        ),
         (
             change("state_dict", WEIGHT, value=with_attribute("is_contiguous", torch.zeros(960, 3))),
             f"'{WEIGHT}'] is torch.float32 of shape .* with attributes; expected",

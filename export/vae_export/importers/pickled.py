@@ -174,7 +174,7 @@ def _notes_without_end(content: bytes) -> bool:
     """Whether a pickle numbers what it notes higher than by its bytes, for which Python takes memory up to the number.
     Who writes pickles counts from 0. Raises: ValueError: it is none."""
     return any(
-        operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and number > len(content)
+        operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and (number or 0) > len(content)
         for operation, number, _ in pickletools.genops(content)
     )
 

@@ -48,7 +48,7 @@ def _foreign_entry(folder: Path) -> str | None:
     try:
         own = {MANIFEST_FILE, *Manifest.from_json((folder / MANIFEST_FILE).read_bytes()).files}
     except BundleError:  # damaged, or of another version: then by its files' kinds
-        own = {path.name for path in folder.iterdir() if path.name == MANIFEST_FILE or path.suffix in (".onnx", ".npz")}
+        own = {entry.name for entry in folder.iterdir() if entry.suffix in (".onnx", ".npz")} | {MANIFEST_FILE}
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if not entry.is_file(follow_symlinks=False) or not (entry.name in own or is_clutter(entry.name)):
             return entry.name

@@ -70,6 +70,9 @@ def _column(path: Path, names: Sequence[str]) -> list[str]:
     if not rows:
         return []
     head = [cell.lower() for cell in rows[0]]
+    for heading in ("label", "name"):
+        if (count := head.count(heading)) > 1:
+            raise InputError(f"{path} has {count} columns with the heading {heading!r}; expected one")
     if "label" in head:
         rows = rows[1:]
         place = head.index("label")

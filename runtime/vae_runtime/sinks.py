@@ -136,9 +136,8 @@ class ArrayWriter:
         # On the output's own file system, which is the one that has room for it.
         self._require_space()
         with writing(self._path):
-            self._folder = Path(
-                tempfile.mkdtemp(prefix=f".{shortened(self._path.name)}.", dir=_existing_parent(self._path))
-            )
+            prefix = f".{shortened(self._path.name)}."
+            self._folder = Path(tempfile.mkdtemp(prefix=prefix, dir=_existing_parent(self._path)))
             try:
                 # Unbuffered: what does not fit on the disk fails at once, and nothing is left for closing to fail on.
                 self._parts = {name: (self._folder / name).open("wb", buffering=0) for name in self._arrays}

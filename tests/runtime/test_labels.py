@@ -129,6 +129,8 @@ def test_anomalies_may_have_labels_of_their_own(tmp_path: Path) -> None:
         ("a.txt", "3\n10\n3\n", ("8",), "a.txt has no label '8'; it has 3, 10"),
         ("a.csv", "a,b\n0,1\n", (), "a.csv has the columns a, b; expected one with the heading 'label'"),
         ("a.csv", "name,label\nx,1\ny\n", (), "a.csv has the label ''"),
+        ("a.csv", "label,x,Label\n0,x,1\n", (), "a.csv has 2 columns with the heading 'label'; expected one"),
+        ("a.csv", "name,label,name\na,1,b\n", (), "a.csv has 2 columns with the heading 'name'; expected one"),
         ("a.json", "[]", (), "a.json has the suffix '.json'; labels are read from .npy, .npz, .csv, .txt"),
         ("a.npy", np.zeros((2, 2)), (), r"has labels of shape \(2, 2\) and dtype float64; expected whole"),
         ("a.npy", np.array([0.5, 1]), (), "dtype float64; expected whole numbers"),

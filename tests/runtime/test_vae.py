@@ -18,7 +18,7 @@ import pytest
 
 from vae_runtime import VAE, BundleError, ClosedError, DeviceError, InputError, KindError, Posterior, to_uint8
 from vae_runtime.cuda import CUDA
-from vae_runtime.operation import Route
+from vae_runtime.operation import Operation, Route
 from vae_runtime.preprocess import UNIT_INTERVAL
 from vae_runtime.sampling import NormalStream
 from vae_runtime.session import GraphSession
@@ -283,6 +283,14 @@ def test_wrong_batch_sizes_are_refused(tiny: VAE, images: np.ndarray, batch_size
     for call in calls:
         with pytest.raises(InputError, match=r"batch_size is .*; expected a whole number from 1"):
             call()
+
+
+def test_bytes_whose_latents_fit_into_no_memory_are_refused_before_the_work(
+    tiny: VAE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Operation, "run", lambda *_: pytest.fail("the work was begun"))
+    with pytest.raises(InputError, match=r"the result for inputs of shape \(100000000000000, 1, 8, 8\) does not fit"):
+        tiny.encode(np.broadcast_to(np.uint8(0), (10**14, 8, 8)))
 
 
 @pytest.mark.parametrize(

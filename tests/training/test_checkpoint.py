@@ -2,10 +2,12 @@ import functools
 import io
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
 import types
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -111,6 +113,26 @@ LOOP: list[Any] = []
 LOOP.append(LOOP)
 
 
+def doubled(times: int, value: Any) -> Any:
+    """What is small in the file, and 2**times as large when it is gone through."""
+    for _ in range(times):
+        value = [value, value]
+    return value
+
+
+def with_attribute(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    setattr(tensor, name, 1)
+    return tensor
+
+
+DOUBLED = (
+    ("format",), ("format_version",), ("kind",), ("config",), ("examples",), ("config", "latent_dim"),
+    ("input", "type"), ("likelihood", "scale"), ("metrics", "test"), ("dataset", "x"), ("unknown",),
+)  # fmt: skip
+with warnings.catch_warnings(action="ignore"):  # that they will change
+    NESTED = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -157,6 +179,39 @@ LOOP.append(LOOP)
         ),
         (change("metrics", "test", value={1: 2}), "metrics.test has the key 1; expected strings"),
         (change("metrics", "test", value=LOOP), "metrics.* nested"),
+        *((change(*keys, value=doubled(18, "")), "is nested more than 16 times") for keys in DOUBLED),
+        (change("kind", value=doubled(11, [""] * 100)), "kind makes more than 100,000 parts"),
+        (change("metrics", "test", value=doubled(11, [""] * 100)), "metrics makes more than 100,000 parts"),
+        *(
+            (
+                change("state_dict", key, value=torch.zeros(2)),
+                f"has the key {re.escape(repr(key))}; expected",
+            )
+            for key in (5, None, (1, 2), b"x")
+        ),
+        (change("state_dict", WEIGHT, value=NESTED), f"'{WEIGHT}'] is torch.float32 of several shapes; expected"),
+        (
+            change("examples", "train", value=NESTED),
+            r"examples\['train'\] is torch.float32 of several shapes; expected",
+        ),
+        (
+            change("state_dict", WEIGHT, value=with_attribute("is_contiguous", torch.zeros(960, 3))),
+            f"'{WEIGHT}'] is torch.float32 of shape .* with attributes; expected",
+        ),
+        (
+            change("examples", "train", value=with_attribute("numpy", torch.zeros(1, 1, 9, 8))),
+            r"examples\['train'\] is .* with attributes; expected",
+        ),
+        (
+            change("examples", "train", value=torch.zeros(1, 1, 9, 8, requires_grad=True)),
+            r"examples\['train'\] requires a gradient",
+        ),
+        (
+            change("state_dict", "encoder.0.1.running_mean", value=torch.zeros(32, dtype=torch.int64)),
+            r"state_dict\['encoder.0.1.running_mean'\] is torch.int64; expected torch.float32",
+        ),
+        (change("dataset", "x", value="\ud800"), r"dataset.x is '\\ud800'; expected text without halves of surrogate"),
+        (change("metrics", "\ud800", value=1), r"metrics, a key, is '\\ud800'; expected text"),
     ],
 )
 def test_what_does_not_fit_together_is_named(path: Path, edit: Callable[[dict[str, Any]], None], message: str) -> None:

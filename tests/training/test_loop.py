@@ -2,6 +2,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from vae_runtime.errors import DeviceError, InputError, MissingExtraError, OutputError, TrainingError
-from vae_training import feed, loop
+from vae_training import feed, loop, report
 from vae_training.checkpoint import load_checkpoint
 from vae_training.config import TrainConfig
 from vae_training.evaluate import measure
@@ -386,3 +387,10 @@ def test_the_learned_scale_moves_faster_and_only_weights_decay() -> None:
         for parameter in group["params"]
     }
     assert found == {(2.5, 0.0, 0), (0.25, 0.0, 1), (0.25, 0.5, 2), (0.25, 0.5, 4)}
+
+
+def test_a_folder_of_any_bytes_gives_a_name_that_a_checkpoint_holds() -> None:
+    parts = SimpleNamespace(validation=[0], test=[1])
+    data = SimpleNamespace(name="caf\udce9", facts={})
+    run = SimpleNamespace(data=data, parts=parts, train_examples=3, config=SimpleNamespace(order="seeded"))
+    assert report._dataset(run)["dataset"] == "caf?"

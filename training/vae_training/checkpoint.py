@@ -37,7 +37,8 @@ from .models import Autoencoder, ModelConfig, build_model, config_from_dict
 
 FORMAT = "vae-checkpoint"
 FORMAT_VERSION = 1
-MAX_DEPTH = 16  # of dataset and metrics; a list may hold itself
+MAX_DEPTH = 16  # of what is in each other; a list may hold itself
+MAX_PARTS = 100_000  # in all; a list may hold another twice, which holds another twice, and so on
 EXAMPLES = ("train", "held_out")
 _DICTS = ("config", "state_dict", "input", "likelihood", "examples", "dataset", "metrics")
 
@@ -63,6 +64,9 @@ class Checkpoint:
         """
         with torch.device("meta"):  # no memory until the shapes are known to fit
             model = build_model(self.config)
+        for key, expected in model.state_dict().items():  # shapes are compared below, which dtypes are not
+            if key in self.state_dict and (found := self.state_dict[key].dtype) != expected.dtype:
+                raise CheckpointError(f"state_dict[{key!r}] is {found}; expected {expected.dtype}")
         try:
             model.load_state_dict(
                 {key: value.clone() for key, value in self.state_dict.items()}, strict=True, assign=True
@@ -144,7 +148,9 @@ def _load(content: bytes) -> Any:
 def _parse(data: Any) -> Checkpoint:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        _check_extent(found)
         raise CheckpointError(f"format is {found!r:.80}; expected {FORMAT!r}, a model.pt that vae-train wrote")
+    _check_extent(data)
     version = data.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise CheckpointError(f"format_version is {version!r:.80}; expected {FORMAT_VERSION}")
@@ -183,6 +189,8 @@ def _check(checkpoint: Checkpoint) -> None:
             f"input.shape is {checkpoint.input.shape}, but config.input_shape is {checkpoint.config.input_shape}"
         )
     for key, value in checkpoint.state_dict.items():
+        if not isinstance(key, str):
+            raise CheckpointError(f"state_dict has the key {key!r:.80}; expected strings")
         _check_tensor(value, f"state_dict[{key!r}]", (torch.float32, torch.int64))
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise CheckpointError(f"state_dict[{key!r}] has NaN or infinite values; weights are finite")
@@ -190,6 +198,8 @@ def _check(checkpoint: Checkpoint) -> None:
     for part in EXAMPLES:
         examples = checkpoint.examples.get(part)
         _check_tensor(examples, f"examples[{part!r}]", (torch.float32, torch.uint8))
+        if examples.requires_grad:  # type: ignore[union-attr]
+            raise CheckpointError(f"examples[{part!r}] requires a gradient; expected plain data")
         try:
             to_model_input(examples.numpy(), checkpoint.input, f"examples[{part!r}]")  # type: ignore[union-attr]
         except InputError as error:
@@ -199,32 +209,67 @@ def _check(checkpoint: Checkpoint) -> None:
 
 
 def _check_tensor(value: Any, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
-    # A tensor that is not contiguous may pretend to be far larger than the file it came from.
+    # A tensor that is not contiguous may pretend to be far larger than the file it came from, and attributes of its own
+    # may stand in place of its methods.
     plain = (
         isinstance(value, Tensor)
+        and not value.is_nested
+        and not vars(value)
         and value.layout == torch.strided
         and value.device.type == "cpu"
         and not value.is_quantized
     )
     if not plain or value.dtype not in dtypes or not value.is_contiguous():
         allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        found = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        found = type(value).__name__
+        if isinstance(value, Tensor):
+            shape = "several shapes" if value.is_nested else f"shape {tuple(value.shape)}"
+            found = f"{value.dtype} of {shape}" + (" with attributes" if vars(value) else "")
         raise CheckpointError(f"{name} is {found}; expected a contiguous {allowed} tensor")
 
 
-def _check_plain(value: Any, name: str, depth: int = 0) -> None:
-    """Raise `CheckpointError` for anything that JSON would not hold."""
-    if depth > MAX_DEPTH:
-        raise CheckpointError(f"{name:.40} is nested more than {MAX_DEPTH} times; expected plain data")
+def _check_extent(value: Any) -> None:
+    """Raise `CheckpointError` for what has no end, or none in reasonable time: before anything is shown of it."""
+    left, seen = [(value, "the file", 0)], 0
+    while left:
+        value, name, depth = left.pop()
+        seen += 1
+        if isinstance(value, Mapping):
+            parts = [(item, key if depth == 0 and isinstance(key, str) else name) for key, item in value.items()]
+            parts += [(key, name) for key in value]
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            parts = [(item, name) for item in value]
+        else:
+            continue
+        if depth > MAX_DEPTH:
+            raise CheckpointError(f"{name:.40} is nested more than {MAX_DEPTH} times; expected plain data")
+        if seen + len(left) + len(parts) > MAX_PARTS:
+            raise CheckpointError(f"{name:.40} makes more than {MAX_PARTS:,} parts; expected less plain data")
+        left += [(item, inner, depth + 1) for item, inner in parts]
+
+
+def _check_plain(value: Any, name: str) -> None:
+    """Raise `CheckpointError` for anything that JSON would not hold, of what has an end."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, str):
                 raise CheckpointError(f"{name} has the key {key!r:.80}; expected strings")
-            _check_plain(item, f"{name}.{key}", depth + 1)
+            _check_plain(key, f"{name}, a key,")
+            _check_plain(item, f"{name:.200}.{key:.80}")
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
-            _check_plain(item, f"{name}[{index}]", depth + 1)
+            _check_plain(item, f"{name}[{index}]")
+    elif isinstance(value, str) and not _is_text(value):
+        raise CheckpointError(f"{name} is {value!r:.80}; expected text without halves of surrogate pairs")
     elif isinstance(value, float) and not math.isfinite(value):
         raise CheckpointError(f"{name} is {value}; expected a finite number")
     elif value is not None and type(value) not in (str, int, float, bool):
         raise CheckpointError(f"{name} is a {type(value).__name__}; expected plain data")
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -70,9 +70,7 @@ class RunFolder:
                 shutil.rmtree(aside, ignore_errors=True)
             else:
                 aside.rename(self.state)
-        for path in self.path.glob(
-            f".*.{'[0-9a-f]' * 8}.part"
-        ):  # as `vae_runtime.atomic` names them, and others do not
+        for path in self.path.glob(f".*.{'[0-9a-f]' * 8}.part"):  # as `vae_runtime.atomic` names them
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:

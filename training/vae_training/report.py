@@ -71,7 +71,8 @@ def _dataset(run: Run) -> dict[str, Any]:
     pictures, regions of each, or the files that the data set comes in."""
     counts = {"train": run.train_examples, "validation": len(run.parts.validation), "test": len(run.parts.test)}
     facts = {"order": run.config.order, "held_out_examples": "validation", **run.data.facts}
-    return {"dataset": run.data.name, **counts, **facts}
+    name = run.data.name.encode(errors="replace").decode()  # a folder's may be any bytes
+    return {"dataset": name, **counts, **facts}
 
 
 def _training(run: Run) -> dict[str, Any]:

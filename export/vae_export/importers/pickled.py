@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import io
 import pickle
+import pickletools
 import threading
 import warnings
 import zipfile
@@ -163,9 +164,19 @@ def _filled_as(path: Path) -> dict[str, type]:
             return None
 
     with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
-        name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-        Reader(io.BytesIO(archive.read(name))).load()
+        content = archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
+        if not _notes_without_end(content):
+            Reader(io.BytesIO(content)).load()
     return found
+
+
+def _notes_without_end(content: bytes) -> bool:
+    """Whether a pickle numbers what it notes higher than by its bytes, for which Python takes memory up to the number.
+    Who writes pickles counts from 0. Raises: ValueError: it is none."""
+    return any(
+        operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and (number or 0) > len(content)
+        for operation, number, _ in pickletools.genops(content)
+    )
 
 
 def _noting(name: str, found: dict[str, type]) -> type:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import pickle
 import sys
+import tracemalloc
 import warnings
 import weakref
+import zipfile
 from argparse import Namespace
 from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable, Iterator
@@ -727,6 +729,20 @@ def of_another_state() -> torch.nn.Module:
 def test_networks_that_no_module_is_have_no_weights(make: Callable[[], torch.nn.Module], tmp_path: Path) -> None:
     torch.save(make(), tmp_path / "damaged.pt")
     assert weights_of_network(read_pickled(tmp_path / "damaged.pt")) is None
+
+
+def test_a_pickle_takes_no_memory_for_notes_that_it_has_not(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(1)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as old, zipfile.ZipFile(tmp_path / "b.pt", "w") as new:
+        for name in old.namelist():
+            bomb = b"\x80\x02]r" + (2**21).to_bytes(4, "little") + b"."  # an empty list, as number 2,097,152
+            new.writestr(name, bomb if name.endswith("/data.pkl") else old.read(name))
+    tracemalloc.start()
+    try:
+        assert read_pickled(tmp_path / "b.pt") == []
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_torch_may_load_stays_as_it_was_also_in_other_threads(tmp_path: Path) -> None:

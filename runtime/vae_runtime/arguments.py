@@ -57,11 +57,18 @@ def check_path(value: Any, name: str) -> Path:
         raise InputError(f"{name} is {value!r}; expected a str or an os.PathLike of one, the name of a folder")
     if not text or "\0" in text:
         raise InputError(f"{name} is {text!r}; expected the name of a folder, with a character and without a null one")
-    try:
-        os.fsencode(text)
-    except UnicodeEncodeError:
-        raise InputError(f"{name} is {text!r}; expected the name of a folder, of characters that names have") from None
+    if not is_encodable(text):
+        raise InputError(f"{name} is {text!r}; expected the name of a folder, of characters that names have")
     return Path(value)
+
+
+def is_encodable(name: str) -> bool:
+    """Whether a file can have this name, by its characters."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_progress(value: Any) -> None:

@@ -99,8 +99,9 @@ def info(bundle: str, as_json: bool) -> None:
 def selftest(ctx: click.Context, /, bundle: str, batches: tuple[int, ...], as_json: bool, **engine: Any) -> None:
     """Run the golden inputs here and compare with the reference. Exit code 3 if they differ."""
     with VAE.load(bundle, **engine) as vae:
-        shape = vae.golden()[INPUT].shape
-        vae.warmup(batches, (shape[2], shape[3]) if vae.manifest.input.is_free else None)
+        if batches:
+            shape = vae.golden()[INPUT].shape
+            vae.warmup(batches, (shape[2], shape[3]) if vae.manifest.input.is_free else None)
         result = vae.selftest()
     if as_json:
         routes = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -203,27 +203,28 @@ class Operation:
         route = self.route(examples or len(checked))
         if len(checked) <= size:
             return route.session(checked.shape).run(checked)
-        chunks = [checked[start : start + size] for start in range(0, len(checked), size)]
-        return self._joined([route.session(chunk.shape).run(chunk) for chunk in chunks], checked.shape)
+        chunks = (checked[start : start + size] for start in range(0, len(checked), size))
+        return self._collect((route.session(chunk.shape).run(chunk) for chunk in chunks), checked.shape)
 
-    @staticmethod
-    def _joined(parts: Sequence[Sequence[Float32]], shape: tuple[int, ...]) -> list[Float32]:
-        """The outputs of chunks of inputs that had this shape."""
-        with fitting_memory("the result for inputs", shape):
-            return [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
+    def _collect(self, parts: Iterable[Sequence[Float32]], shape: tuple[int, ...]) -> list[Float32]:
+        """The outputs of chunks, one after the other, of inputs that have this shape together."""
+        with fitting_memory("the result for inputs", shape):  # before hours are spent on it
+            results = [np.empty((shape[0], *one), np.float32) for one in self._boundary.output_shapes(shape[1:])]
+        start = 0
+        for part in parts:
+            end = start + len(part[0])
+            for result, piece in zip(results, part, strict=True):
+                result[start:end] = piece
+            start = end
+        return results
 
     def _run_bytes(self, array: UInt8, shape: tuple[int, ...], size: int) -> list[Float32]:
         """uint8, of which any value is good and which takes four times the memory as float32, in chunks of `size`.
         shape: as the graph has it."""
         if not self._boundary.accepts(shape[1:]):
             self.check(array)  # says what is wrong
-        with fitting_memory("the result for inputs", shape):  # before hours are spent on it
-            results = [np.empty((len(array), *one), np.float32) for one in self._boundary.output_shapes(shape[1:])]
-        for start in range(0, len(array), size):
-            parts = self.run(self.check(array[start : start + size]), size, len(array))
-            for result, part in zip(results, parts, strict=True):
-                result[start : start + size] = part
-        return results
+        chunks = (self.check(array[start : start + size]) for start in range(0, len(array), size))
+        return self._collect((self.run(chunk, size, len(array)) for chunk in chunks), shape)
 
     def run_on_device(self, array: Any, name: str) -> list[DeviceArray]:
         """The same without leaving the device's memory, in one piece. array: what a call takes, or an array in that
@@ -279,8 +280,8 @@ class Operation:
                 if session.fixed not in (None, (count, *checked.shape[1:])):
                     continue
                 rows = np.arange(-(-len(checked) // count) * count) % len(checked)
-                parts = [session.run(checked[rows[start : start + count]]) for start in range(0, len(rows), count)]
-                yield route, rows, self._joined(parts, checked.shape)
+                parts = (session.run(checked[rows[start : start + count]]) for start in range(0, len(rows), count))
+                yield route, rows, self._collect(parts, (len(rows), *checked.shape[1:]))
 
     def route(self, examples: int) -> Route:
         """The whole call takes one route, so that chunks do not change the result."""

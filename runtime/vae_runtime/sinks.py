@@ -18,6 +18,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from .arguments import is_encodable
 from .atomic import atomic_file, atomic_folder, refuse_other_file, shortened, writing
 from .errors import InputError, OutputError
 from .images import WRITTEN_SUFFIXES, check_side, grid, grid_size, require_pillow, write_picture
@@ -277,7 +278,7 @@ def unused_name(name: str, taken: set[str]) -> str:
     arrays (`x.npy#3`, `golden#3`, `#`) and what has a name that no file can have, on Windows or here: results made on
     one system are copied to another."""
     stem = "" if _ROW.fullmatch(name) else PurePath(name).stem
-    if stem in ("", ".", "..") or _NO_NAME.match(stem) or not _is_encodable(stem):
+    if stem in ("", ".", "..") or _NO_NAME.match(stem) or not is_encodable(stem):
         stem = f"{len(taken):06d}"
     wanted = stem
     number = 1
@@ -291,14 +292,6 @@ def unused_name(name: str, taken: set[str]) -> str:
 def _compared(name: str) -> str:
     """One for all names that some file system takes for the same: in either case, composed or not."""
     return unicodedata.normalize("NFC", name.casefold())
-
-
-def _is_encodable(name: str) -> bool:
-    try:
-        os.fsencode(name)
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def pair_rows(originals: NDArray[np.uint8], images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:

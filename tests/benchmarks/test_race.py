@@ -205,13 +205,17 @@ def test_a_busy_machine_is_told_of_in_the_words_of_other_reports(report: RaceRep
     assert "busy" not in text_of(None, 9.0).partition("method")[0]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
+def running_as(code: str, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> Process:
+    """A competitor's process with this code in place of its own."""
+    monkeypatch.setattr(process, "interpreter", lambda name: [sys.executable, "-c", code])
+    return Process(1, None, str(scratch))
+
+
 def test_what_a_competitor_writes_for_a_time_goes_to_the_scratch_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = "import json, os; input(); print(json.dumps({name: os.environ[name] for name in ('TMPDIR', 'TEMP', 'TMP')}))"
-    monkeypatch.setattr(process, "interpreter", lambda name: [sys.executable, "-c", code])
-    competitor = Process(1, None, str(tmp_path))
+    competitor = running_as(code, tmp_path, monkeypatch)
     assert competitor.ask("open", 20) == dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(tmp_path))
     competitor.kill()
 
@@ -229,9 +233,7 @@ class WithoutReader:
 def test_a_competitor_that_has_ended_is_told_as_such_on_windows_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = "import sys; sys.exit('no memory')"
-    monkeypatch.setattr(process, "interpreter", lambda name: [sys.executable, "-c", code])
-    competitor = Process(1, None, str(tmp_path))
+    competitor = running_as("import sys; sys.exit('no memory')", tmp_path, monkeypatch)
     assert competitor._process.stdin is not None
     competitor._process.stdin.close()
     competitor._process.stdin = WithoutReader()  # type: ignore[assignment]
@@ -243,6 +245,7 @@ def test_a_parent_that_is_gone_is_no_complaint_of_a_competitor_on_windows_either
     print_line(WithoutReader(), {})
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
 def test_competitors_are_no_other_work(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are still running when the time of the cores is read, before the rounds and after them."""
     parents: list[list[int]] = []

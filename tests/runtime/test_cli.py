@@ -156,9 +156,10 @@ def test_selftest_warms_up_for_the_batch_sizes_that_it_is_given(
     warmed = []
     monkeypatch.setattr(VAE, "warmup", lambda vae, batches, size: warmed.append((batches, size)))
     assert run("selftest", bundle, "--batch", "1", "--batch", "32").exit_code == 0
+    assert run("selftest", free_path, "--batch", "2").exit_code == 0
     assert run("selftest", free_path).exit_code == 0
     with VAE.load(free_path) as vae:
-        assert warmed == [((1, 32), None), ((), vae.golden()["x"].shape[2:])]
+        assert warmed == [((1, 32), None), ((2,), vae.golden()["x"].shape[2:])]
 
 
 def test_selftest_json_has_no_nan(bundle: Path, resign: Any) -> None:

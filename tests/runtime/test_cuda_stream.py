@@ -65,9 +65,8 @@ class Driver:
 
     def __getattr__(self, name: str) -> Callable[..., int]:
         def call(*arguments: Any) -> int:
-            if name not in ("cuCtxPushCurrent_v2", "cuDeviceGet", "cuGetErrorString") and not name.startswith(
-                "cuDevicePrimaryCtx"
-            ):
+            anywhere = ("cuCtxPushCurrent_v2", "cuDeviceGet", "cuDevicePrimaryCtx", "cuGetErrorString")
+            if not name.startswith(anywhere):
                 assert self.stack, f"{name} without a context"
             if (status := self.status.get(name, 0)) == 0 or name == "cuStreamEndCapture":  # which ends it in any case
                 getattr(self, f"do_{name}")(*arguments)

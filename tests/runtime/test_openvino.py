@@ -192,7 +192,8 @@ def test_build_with_openvino_compiled_in_needs_no_plugin(monkeypatch: pytest.Mon
 def test_missing_plugin_is_answered_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(module, "_has_plugin_package", lambda: True)
-    with pytest.raises(DeviceError, match=r'cannot be used: its plug-in is not.* pip install "vae-edge\[openvino\]"'):
+    advice = r'its plug-in is not installed; run: pip install "vae-edge\[openvino\]"'
+    with pytest.raises(DeviceError, match=rf"device 'openvino' cannot be used: {advice}"):
         find_device("openvino")
     assert "vae-edge[openvino]" in str(usable_devices()["openvino"])
 

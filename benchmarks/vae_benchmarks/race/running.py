@@ -413,8 +413,8 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 
 METHOD = {
-    "processes": "one for each competitor, case and point, idle while the others run; bound to the same cores, with "
-    "the same number of threads for every engine",
+    "processes": "one for each competitor, case and point, idle while the others run, or a fresh one for every turn "
+    "where a point says so; bound to the same cores, with the same number of threads for every engine",
     "checks": "before any timing, both outputs against PyTorch's in fp32 on the same inputs; a result must not change "
     "when the next one is computed",
     "calls": "host float32 arrays in, new host float32 arrays out; vae-edge through the public calls of VAE with all "
